@@ -1,0 +1,1 @@
+"""One file per algorithm. README.md maps the lecture onto them."""

@@ -1,0 +1,176 @@
+"""What every algorithm needs and none should write again: counters, one optimiser step, replay, metrics. No mathematics."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningModule
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+
+from levin.envs import EnvSpec
+from levin.errors import ConfigError
+from levin.normalization import ObservationNormalizer, RewardNormalizer
+
+COUNTERS = ("env_steps", "updates", "iterations")
+
+
+class Algorithm(LightningModule):
+    """A LightningModule whose `training_step` is one iteration of the algorithm's outer loop.
+
+    `trainer.global_step` counts calls of `optimizer.step`, so it is never used: `env_steps` and `updates` are ours.
+
+    Args:
+        env: Spaces and normalisation of the env (`envs.describe`); plain values.
+
+    Raises:
+        ConfigError: The algorithm can't act in that action space.
+    """
+
+    actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete"
+    steps_per_iteration: int
+    random_env_steps: int = 0  # env steps with uniformly random actions before the policy is asked
+
+    def __init__(self, env: EnvSpec, gamma: float) -> None:
+        super().__init__()
+        if env["action"]["type"] not in self.actions:
+            raise ConfigError(
+                f"{type(self).__name__} acts in {' and '.join(self.actions)} action spaces, "
+                f"but the action space of {env['id']} is {env['action']['type']}"
+            )
+        self.automatic_optimization = False
+        self.save_hyperparameters()
+        self.env = env
+        self.env_steps = 0  # env steps taken, over all envs and ranks
+        self.updates = 0  # calls of `update`
+        self.iterations = 0  # begun; while a rollout is collected, those finished: the version of the policy
+        self.buffer: ReplayBuffer | None = None
+        self._saved_buffer: dict[str, Any] | None = None
+        self.observation_normalizer: nn.Module = nn.Identity()
+        self.reward_normalizer: nn.Module = nn.Identity()
+        if env["observation_clip"] is not None:
+            self.observation_normalizer = ObservationNormalizer(
+                tuple(env["observation"]["shape"]), env["observation_clip"]
+            )
+        if env["reward_clip"] is not None:
+            self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self.sample_seconds = 0.0
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        """`observation -> action`, raw observations in; shares the parameters of this module."""
+        raise NotImplementedError
+
+    def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
+        self.env_steps += batch.numel() * self.trainer.world_size
+        self.iterations += 1
+        if isinstance(self.observation_normalizer, ObservationNormalizer):
+            self.observation_normalizer.update(batch["observation"])
+        if isinstance(self.reward_normalizer, RewardNormalizer):
+            self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """One step of one optimiser. Raises ValueError when the loss is no scalar."""
+        if loss.ndim:
+            raise ValueError(f"a loss is a scalar, got shape {tuple(loss.shape)}")
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    @contextmanager
+    def frozen(self, *modules: nn.Module) -> Iterator[None]:
+        """Gradients flow through these modules, but none are computed for their parameters."""
+        for module in modules:
+            module.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.requires_grad_(True)
+
+    def record(self, **metrics: Tensor) -> None:
+        """Add to the means that the next row of metrics shows as `train/<name>`. Stays on the device."""
+        for name, value in metrics.items():
+            value = value.detach()
+            if name in self._sums:
+                self._sums[name] += value
+                self._counts[name] += 1
+            else:
+                self._sums[name], self._counts[name] = value.clone(), 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, and the seconds spent. The one place that waits for the device."""
+        row = {f"train/{name}": float(total) / self._counts[name] for name, total in self._sums.items()}
+        row["time/sample"] = self.sample_seconds
+        self._sums, self._counts, self.sample_seconds = {}, {}, 0.0
+        return row
+
+    def normalize(self, batch: TensorDictBase) -> TensorDictBase:
+        """The batch with its observations and rewards normalised, where the env asks for it."""
+        after = batch["next"]
+        return batch.replace(
+            {
+                "observation": self.observation_normalizer(batch["observation"]),
+                "next": after.replace(
+                    {
+                        "observation": self.observation_normalizer(after["observation"]),
+                        "reward": self.reward_normalizer(after["reward"]),
+                    }
+                ),
+            }
+        )
+
+    def make_buffer(self, size: int, storage: str) -> ReplayBuffer:
+        """A replay buffer of `size` transitions, in memory (where the rollouts are) or in a memory-mapped file."""
+        lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
+        return ReplayBuffer(storage=lazy)
+
+    def store(self, rollout: TensorDictBase) -> None:
+        """D <- D + {(s, a, r, s', terminated)}; `[N, T]` transitions, stored flat."""
+        keys = ("observation", "action", *(("next", key) for key in ("observation", "reward", "terminated")))
+        assert self.buffer is not None
+        self.buffer.extend(rollout.select(*keys).reshape(-1))  # [N, T] -> [N * T]
+
+    def replay(self, *, learning_starts: int, replay_ratio: float, batch_size: int) -> Iterator[TensorDictBase]:
+        """The batches `[B]` of the updates now due: `replay_ratio` per env step after `learning_starts`.
+
+        Counted from the start of the run, so that the remainder of a fraction is carried and survives a checkpoint.
+        """
+        assert self.buffer is not None
+        due = int(replay_ratio * max(0, self.env_steps - learning_starts)) - self.updates
+        while due > 0:
+            num = min(due, 128)  # drawn at once: a draw costs as much as a small update, whatever its size
+            start = perf_counter()
+            sample: TensorDict = self.buffer.sample(num * batch_size)  # type: ignore[assignment]
+            batches = self.normalize(sample).reshape(num, batch_size).unbind(0)
+            self.sample_seconds += perf_counter() - start
+            for batch in batches:
+                yield batch
+                self.updates += 1
+            due -= num
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["levin"] = {name: getattr(self, name) for name in COUNTERS}
+        checkpoint["levin"] |= {"algorithm": type(self).__name__, "sums": self._sums, "counts": self._counts}
+        if self.buffer is not None and len(self.buffer):
+            checkpoint["buffer"] = {"cursor": self.buffer.writer._cursor, "data": self.buffer[:]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["levin"]
+        for name in COUNTERS:
+            setattr(self, name, saved[name])
+        self._sums, self._counts = dict(saved["sums"]), dict(saved["counts"])
+        self._saved_buffer = checkpoint.get("buffer")
+
+    def on_train_start(self) -> None:
+        # Only now is the device known, on which the buffer lives too.
+        self._sums = {name: total.to(self.device) for name, total in self._sums.items()}
+        if self.buffer is not None and self._saved_buffer is not None:
+            self.buffer.extend(self._saved_buffer["data"].to(self.device))
+            self.buffer.writer._cursor = self._saved_buffer["cursor"]
+            self._saved_buffer = None

@@ -1,0 +1,194 @@
+"""Soft actor-critic (Haarnoja et al. 2018 b, arXiv:1812.05905), lecture row 24.
+
+Maximises return and entropy together, off-policy, with a critic that the actor is differentiated through:
+
+    J(pi) = E[ sum_t r(s_t, a_t) + alpha H(pi(.|s_t)) ]
+
+Pseudocode (Algorithm 1):
+
+    initialise Q_1, Q_2, pi; targets Q'_i <- Q_i; replay D <- {}
+    for each iteration:
+        for each environment step:
+            a ~ pi(.|s); observe r, s'; D <- D + {(s, a, r, s', terminated)}
+        for each gradient step:
+            Q_i   <- Q_i   - lr grad J_Q(Q_i)          Eq. 5
+            pi    <- pi    - lr grad J_pi(pi)          Eq. 7
+            alpha <- alpha - lr grad J(alpha)          Eq. 17
+            Q'_i  <- tau Q_i + (1 - tau) Q'_i
+
+Deviations:
+    - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
+    - The first `learning_starts` actions are uniform, as in the authors' code.
+
+Metrics:
+    train/critic_loss: J_Q, summed over the two critics.
+    train/actor_loss: J_pi.
+    train/alpha_loss: J(alpha).
+    train/alpha: the temperature.
+    train/entropy: -log pi(a|s), averaged over the batch; approaches `target_entropy`.
+    train/q_value: Q_i(s, a), averaged over the batch and the critics.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from levin.algorithms.base import Algorithm
+from levin.distributions import SquashedNormal
+from levin.envs import EnvSpec
+from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.networks import EnsembleMLP, mlp
+
+LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
+
+
+class SAC(Algorithm):
+    """Soft actor-critic with twin critics, a squashed Gaussian actor and a learned temperature.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. Table 1: 0.99.
+        tau: Step of the target critics towards the critics. Table 1: 0.005.
+        actor_lr: Adam. Table 1: 3e-4, as for the next two.
+        critic_lr: Adam.
+        alpha_lr: Adam.
+        initial_alpha: The temperature at the start; jaxrl: 1.0.
+        target_entropy: What the temperature steers the entropy to, in nats; null: -|A|/2 as in jaxrl (the paper: -|A|).
+        batch_size: Transitions per update. Table 1: 256.
+        replay_ratio: Updates per env step. Table 1: 1.
+        learning_starts: Env steps with random actions before the first update; jaxrl: 10000.
+        buffer_size: Transitions that replay keeps. Table 1: 1e6.
+        buffer_storage: `memory`, or `memmap` for a file.
+        steps_per_iteration: Vector steps between two rounds of updates.
+        hidden_sizes: Widths of the hidden layers of actor and critics. Table 1: 256, 256.
+        activation: Between the layers. Table 1: relu.
+    """
+
+    actions: ClassVar = ("box",)
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        tau: Fraction = 0.005,
+        actor_lr: PositiveFloat = 3e-4,
+        critic_lr: PositiveFloat = 3e-4,
+        alpha_lr: PositiveFloat = 3e-4,
+        initial_alpha: PositiveFloat = 1.0,
+        target_entropy: float | None = None,
+        batch_size: PositiveInt = 256,
+        replay_ratio: NonNegativeFloat = 1.0,
+        learning_starts: NonNegativeInt = 10_000,
+        buffer_size: PositiveInt = 1_000_000,
+        buffer_storage: Literal["memory", "memmap"] = "memory",
+        steps_per_iteration: PositiveInt = 32,
+        hidden_sizes: Sequence[PositiveInt] = (256, 256),
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__(env, gamma)
+        self.gamma, self.tau = gamma, tau
+        self.actor_lr, self.critic_lr, self.alpha_lr = actor_lr, critic_lr, alpha_lr
+        self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
+        self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
+
+        num_observations, num_actions = math.prod(env["observation"]["shape"]), math.prod(env["action"]["shape"])
+        self.target_entropy = -num_actions / 2 if target_entropy is None else target_entropy
+        self.actor = Actor(num_observations, num_actions, hidden_sizes, activation)
+        self.critic = EnsembleMLP(2, [num_observations + num_actions, *hidden_sizes, 1], activation)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
+        self.buffer = self.make_buffer(buffer_size, buffer_storage)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self.critic_optimizer = Adam(self.critic.parameters(), lr=self.critic_lr, fused=True)
+        self.actor_optimizer = Adam(self.actor.parameters(), lr=self.actor_lr, fused=True)
+        self.alpha_optimizer = Adam([self.log_alpha], lr=self.alpha_lr, fused=True)
+        return [self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer]
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        chooser = ActorPolicy(self.observation_normalizer, self.actor, deterministic)
+        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        self.store(rollout)
+        for batch in self.replay(
+            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
+        ):
+            self.update(batch)
+
+    def update(self, batch: TensorDictBase) -> None:
+        critic_loss = self.critic_loss(batch)
+        self.step(self.critic_optimizer, critic_loss)
+        with self.frozen(self.critic):
+            actor_loss, log_prob = self.actor_loss(batch)
+            self.step(self.actor_optimizer, actor_loss)
+        alpha_loss = self.alpha_loss(log_prob)
+        self.step(self.alpha_optimizer, alpha_loss)
+        self.update_target()
+        self.record(critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)
+        self.record(alpha=self.log_alpha.exp(), entropy=-log_prob.mean())
+
+    def critic_loss(self, batch: TensorDictBase) -> Tensor:
+        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) (min_i Q'_i(s',a') - alpha log pi(a'|s'))."""
+        after = batch["next"]
+        with torch.no_grad():
+            action, log_prob = self.actor(after["observation"]).sample_with_log_prob()
+            q_next = self.q_values(self.target_critic, after["observation"], action).amin(0)  # [2, B, 1] -> [B, 1]
+            soft_value = q_next - self.log_alpha.exp() * log_prob
+            target = after["reward"] + self.gamma * ~after["terminated"] * soft_value  # a truncation still bootstraps
+        q = self.q_values(self.critic, batch["observation"], batch["action"])  # [2, B, 1]
+        self.record(q_value=q.mean())
+        return (q - target).square().mean((1, 2)).sum()  # [2, B, 1] -> []
+
+    def actor_loss(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """J_pi = E[alpha log pi(a|s) - min_i Q_i(s,a)], a reparameterised. Also gives log pi(a|s) `[B, 1]`."""
+        action, log_prob = self.actor(batch["observation"]).sample_with_log_prob()
+        q = self.q_values(self.critic, batch["observation"], action).amin(0)  # [2, B, 1] -> [B, 1]
+        return (self.log_alpha.exp().detach() * log_prob - q).mean(), log_prob.detach()
+
+    def alpha_loss(self, log_prob: Tensor) -> Tensor:
+        """J(alpha) = E[-alpha (log pi(a|s) + target entropy)]."""
+        return -(self.log_alpha.exp() * (log_prob + self.target_entropy)).mean()
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Q'_i <- tau Q_i + (1 - tau) Q'_i."""
+        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.tau)
+
+    def q_values(self, critic: nn.Module, observation: Tensor, action: Tensor) -> Tensor:
+        """`[B, *S], [B, *A] -> [2, B, 1]`."""
+        return critic(torch.cat([observation.flatten(1), action.flatten(1)], -1))
+
+
+class Actor(nn.Module):
+    """pi(a|s): the squashed Gaussian `[B, A]` of an observation `[B, *S]`."""
+
+    def __init__(
+        self, num_observations: int, num_actions: int, hidden_sizes: Sequence[int], activation: str
+    ) -> None:
+        super().__init__()
+        self.network = mlp([num_observations, *hidden_sizes, 2 * num_actions], activation)
+
+    def forward(self, observation: Tensor) -> SquashedNormal:
+        loc, log_std = self.network(observation.flatten(1)).chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
+        return SquashedNormal(loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))
+
+
+class ActorPolicy(nn.Module):
+    """What the collector asks for an action: `[N, *S] -> [N, A]`."""
+
+    def __init__(self, normalizer: nn.Module, actor: Actor, deterministic: bool) -> None:
+        super().__init__()
+        self.normalizer, self.actor, self.deterministic = normalizer, actor, deterministic
+
+    def forward(self, observation: Tensor) -> Tensor:
+        distribution = self.actor(self.normalizer(observation))
+        return distribution.mode if self.deterministic else distribution.sample()

@@ -1,0 +1,319 @@
+"""Where rollouts come from, and the loader that hands them to Lightning's Trainer.
+
+Every collector is a TorchRL `BaseCollector` and yields the same TensorDict `[N, T]`:
+`observation, action, next: {observation, reward, terminated, truncated, done}`, with reward and flags `[N, T, 1]`.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Discrete
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torchrl.collectors import BaseCollector, Collector
+from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
+
+from levin.algorithms.base import Algorithm
+from levin.envs import SeededVectorEnv
+
+
+def make_loader(name: str, env: SeededVectorEnv, algorithm: Algorithm) -> "CollectorLoader":
+    """The rollouts of an algorithm's policy in an env, as the Trainer takes them."""
+    collector = make(
+        name, env, algorithm.policy(), steps=algorithm.steps_per_iteration, random_env_steps=algorithm.random_env_steps
+    )
+    return CollectorLoader(collector, env, lambda: algorithm.iterations)
+
+
+def make(
+    name: str, env: SeededVectorEnv, policy: TensorDictModule, *, steps: int, random_env_steps: int
+) -> BaseCollector:
+    """`vector` is ours, `torchrl` is TorchRL's over the same env.
+
+    Args:
+        steps: Vector steps per rollout (T).
+        random_env_steps: Env steps with uniformly random actions before the policy is asked.
+    """
+    if name == "vector":
+        return VectorCollector(env, policy, steps=steps, random_env_steps=random_env_steps)
+    wrapped = TransformedEnv(
+        GymWrapper(env, categorical_action_encoding=True), DoubleToFloat(in_keys=["observation"])
+    )
+    return Collector(
+        wrapped,
+        policy,
+        frames_per_batch=steps * env.num_envs,
+        total_frames=-1,
+        init_random_frames=random_env_steps or None,
+        trust_policy=True,
+        auto_register_policy_transforms=False,
+        track_traj_ids=False,
+    )
+
+
+class VectorCollector(BaseCollector):
+    """A tight loop over a gymnasium `VectorEnv` that writes into preallocated tensors.
+
+    TorchRL's `Collector` over the same env costs several times as much per vector step; this one runs only what
+    chooses the action, and calls the policy's module without a TensorDict in between.
+
+    An episode that is still open when the state is saved resumes by replay: its seed is known, its actions are in the
+    state, and the observation they lead to is compared with the saved one.
+    """
+
+    def __init__(
+        self, env: SeededVectorEnv, policy: TensorDictModule, *, steps: int, random_env_steps: int = 0
+    ) -> None:
+        super().__init__()
+        self.env, self.policy, self.steps = env, policy, steps
+        self.random_env_steps = random_env_steps
+        self.vector_steps = 0
+        space = env.single_observation_space
+        self.shape = space.shape or ()
+        self.dtype = np.uint8 if space.dtype == np.uint8 else np.float32
+        self._observation: np.ndarray | None = None  # [N, *shape]: what the envs show now
+        self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which the open episode began
+        self._history: list[np.ndarray] = []  # [N, T, *A] each: the actions of the open episodes, the last ones last
+
+    def iterator(self) -> Iterator[TensorDictBase]:
+        while True:
+            yield self.rollout()
+
+    @torch.inference_mode()
+    def rollout(self) -> TensorDict:
+        """The next `[N, T]` transitions."""
+        env, num_envs, steps = self.env, self.env.num_envs, self.steps
+        if self._observation is None:
+            self._observation = np.array(env.reset()[0], dtype=self.dtype)
+        # Allocated per rollout, not reused: whoever holds the last rollout keeps what it was given.
+        observation = np.empty((num_envs, steps, *self.shape), self.dtype)
+        after = np.empty_like(observation)
+        reward = np.empty((num_envs, steps), np.float32)
+        terminated, truncated = np.empty((2, num_envs, steps), bool)
+        action_space = env.single_action_space
+        discrete = np.issubdtype(action_space.dtype, np.integer)  # type: ignore[arg-type]
+        action = np.empty((num_envs, steps, *(action_space.shape or ())), np.int64 if discrete else np.float32)
+
+        act = self.policy.module
+        device = next(iter(self.policy.parameters()), torch.empty(0)).device
+        on_cpu = device.type == "cpu"
+        views = torch.from_numpy(observation).unbind(1)  # T x [N, *shape]
+        num_random = self._num_random()
+        if num_random:
+            action[:, :num_random] = self._random_actions(num_random)
+        current = self._observation
+        for t in range(steps):
+            observation[:, t] = current
+            if t >= num_random:
+                chosen = act(views[t]) if on_cpu else act(views[t].to(device)).cpu()
+                action[:, t] = chosen.numpy()
+            current, rewards, ends, cuts, _ = env.step(action[:, t])
+            after[:, t] = current
+            reward[:, t] = rewards
+            terminated[:, t] = ends
+            truncated[:, t] = cuts
+            done = ends | cuts
+            if done.any():
+                current, _ = env.reset(options={"reset_mask": done})
+                self._opened[done] = self.vector_steps + t + 1
+        self._observation = np.array(current, dtype=self.dtype)
+        self.vector_steps += steps
+        self._remember(action)
+        tensors = [torch.from_numpy(x).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T] -> [N, T, 1]
+        return TensorDict(
+            {
+                "observation": torch.from_numpy(observation),
+                "action": torch.from_numpy(action),
+                "next": {
+                    "observation": torch.from_numpy(after),
+                    "reward": tensors[0],
+                    "terminated": tensors[1],
+                    "truncated": tensors[2],
+                    "done": tensors[1] | tensors[2],
+                },
+            },
+            batch_size=(num_envs, steps),
+        )
+
+    def _num_random(self) -> int:
+        """Vector steps of this rollout that lie before `random_env_steps`."""
+        left = self.random_env_steps - self.vector_steps * self.env.num_envs
+        return max(0, min(self.steps, -(-left // self.env.num_envs)))
+
+    def _random_actions(self, num: int) -> np.ndarray:
+        """Uniform actions `[N, num, *A]`, in the policy's units."""
+        space = self.env.single_action_space
+        shape = (self.env.num_envs, num, *(space.shape or ()))
+        if isinstance(space, Discrete):
+            return torch.randint(int(space.n), shape).numpy()
+        low, high = (-1, 1) if self.env.config.action == "rescale" else (space.low, space.high)
+        return (low + (torch.rand(shape).numpy() * (np.asarray(high) - low))).astype(np.float32)
+
+    def _remember(self, action: np.ndarray) -> None:
+        self._history.append(action)
+        first = self.vector_steps - sum(chunk.shape[1] for chunk in self._history)
+        while self._history and first + self._history[0].shape[1] <= self._opened.min():
+            first += self._history.pop(0).shape[1]
+
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
+        if close_env:
+            self.env.close()
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        raise RuntimeError("every episode has its own seed already: pass `seed` to envs.make")
+
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """Plain values and tensors: counters, the current observation, and the actions of the open episodes."""
+        if self._observation is None:
+            return OrderedDict()
+        lengths = self.vector_steps - self._opened  # [N]
+        history = np.concatenate([np.empty_like(self._history[0][:, :0]), *self._history], axis=1)  # [N, L, *A]
+        start = history.shape[1] - int(lengths.max())
+        return OrderedDict(
+            vector_steps=self.vector_steps,
+            episodes=list(self.env.episodes),
+            lengths=lengths.tolist(),
+            observation=torch.from_numpy(self._observation.copy()),
+            actions=torch.from_numpy(history[:, start:].copy()),
+        )
+
+    def load_state_dict(self, state_dict: OrderedDict[str, Any]) -> None:
+        """Continue where `state_dict` was taken: the open episodes are replayed from their seeds and actions."""
+        if not state_dict:
+            return
+        self.vector_steps = state_dict["vector_steps"]
+        lengths, actions = np.array(state_dict["lengths"]), state_dict["actions"].numpy()
+        saved = state_dict["observation"].numpy()
+        self._history = [actions]
+        self._opened = self.vector_steps - lengths
+        self._observation = self._replay(state_dict["episodes"], lengths, actions)
+        strayed = np.array([not np.array_equal(a, b) for a, b in zip(self._observation, saved, strict=True)])
+        if strayed.any():
+            warnings.warn(
+                f"{self.env.config.id} does not replay: the open episode of {int(strayed.sum())} env(s) is given up "
+                "and a new one begins",
+                stacklevel=2,
+            )
+            self._opened[strayed] = self.vector_steps
+            self._observation = np.array(self.env.reset(options={"reset_mask": strayed})[0], dtype=self.dtype)
+
+    def _replay(self, episodes: list[int], lengths: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Lead every env to where it was. All envs step together, so a shorter episode begins later.
+
+        Args:
+            episodes: The number of each env's open episode.
+            lengths: `[N]`, the steps taken in it.
+            actions: `[N, L, *A]`, the last L actions of each env, with L the longest of `lengths`.
+        """
+        longest = actions.shape[1]
+        everyone = np.ones(len(lengths), dtype=bool)
+        current = self.env.begin(episodes, everyone)
+        for t in range(longest):
+            begins = lengths == longest - t
+            if begins.any():
+                current = self.env.begin(episodes, begins)
+            current, _, ends, cuts, _ = self.env.step(actions[:, t])
+            if (ends | cuts).any():  # an env still waiting for its turn, or one that does not replay
+                current = self.env.begin(episodes, ends | cuts)
+        if (lengths == 0).any():
+            current = self.env.begin(episodes, lengths == 0)
+        return np.array(current, dtype=self.dtype)
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the episodes that ended, summed over rollouts `[N, T]`.
+
+    Gymnasium's own wrapper miscounts when autoreset is disabled.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        self.open_return = np.zeros(num_envs)
+        self.open_length = np.zeros(num_envs, dtype=np.int64)
+
+    def update(self, reward: np.ndarray, done: np.ndarray) -> tuple[list[float], list[int]]:
+        """Take in `[N, T]` rewards and ends; give the returns and lengths of the episodes that ended, in time order."""
+        ended = []
+        totals = np.cumsum(reward, axis=1, dtype=np.float64)
+        for i in range(len(reward)):
+            start, before = 0, 0.0  # of the open episode, within this rollout
+            for end in np.flatnonzero(done[i]):
+                length = self.open_length[i] + end + 1 - start
+                ended.append((end, self.open_return[i] + totals[i, end] - before, int(length)))
+                self.open_return[i] = self.open_length[i] = 0
+                start, before = end + 1, totals[i, end]
+            self.open_return[i] += totals[i, -1] - before
+            self.open_length[i] += done.shape[1] - start
+        ended.sort(key=lambda episode: episode[0])
+        return [float(each[1]) for each in ended], [each[2] for each in ended]
+
+
+class CollectorLoader:
+    """What the Trainer iterates: one batch is one iteration's fresh rollout.
+
+    It has a length because Lightning prefetches from a loader without one, and a prefetched rollout is one update
+    stale. The length is out of reach: the run ends by its count of env steps, and a resumed run may go on for longer.
+
+    Args:
+        collector: Any TorchRL collector whose rollouts are `[N, T]`.
+        env: What it collects from, N envs.
+        version: The version of the policy; every rollout carries it as `policy_version`.
+    """
+
+    def __init__(self, collector: BaseCollector, env: SeededVectorEnv, version: Callable[[], int]) -> None:
+        self.collector = collector
+        self.env_config = env.config
+        self.version = version
+        self.statistics = EpisodeStatistics(env.num_envs)
+        self.returns: list[float] = []  # of episodes that ended since `take`
+        self.lengths: list[int] = []
+        self.seconds = 0.0
+        self._iterator: Iterator[TensorDictBase] | None = None
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __iter__(self) -> "CollectorLoader":
+        return self
+
+    def __next__(self) -> TensorDictBase:
+        start = perf_counter()
+        # One iterator for the whole run: Lightning calls `iter` anew in every epoch.
+        self._iterator = self._iterator or iter(self.collector.iterator())
+        version = self.version()
+        rollout = next(self._iterator)
+        rollout.set_non_tensor("policy_version", version)
+        after = rollout["next"]
+        reward, done = (after[key].squeeze(-1).cpu().numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
+        returns, lengths = self.statistics.update(reward, done)
+        self.returns += returns
+        self.lengths += lengths
+        self.seconds += perf_counter() - start
+        return rollout
+
+    def take(self) -> dict[str, float]:
+        """Means over the episodes that ended since the last call, and the seconds spent collecting."""
+        row = {"time/collect": self.seconds}
+        if self.returns:
+            row |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths))}
+        self.returns, self.lengths, self.seconds = [], [], 0.0
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "collector": self.collector.state_dict(),
+            "open_return": self.statistics.open_return.tolist(),
+            "open_length": self.statistics.open_length.tolist(),
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.collector.load_state_dict(state_dict["collector"])
+        self.statistics.open_return = np.array(state_dict["open_return"])
+        self.statistics.open_length = np.array(state_dict["open_length"])
+        self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])

@@ -1,0 +1,240 @@
+"""From a `configs/env/*.yaml` to a gymnasium `VectorEnv` whose every episode has a seed of its own.
+
+Autoreset is DISABLED: the observation that ends an episode is the true one, and whoever steps the envs resets the ones
+that are done with `reset(options={"reset_mask": done})`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypedDict
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+
+from levin.errors import ConfigError
+from levin.hints import PositiveFloat, PositiveInt
+
+# The first word of an episode's seed: what the episode is for.
+TRAINING, EVALUATION = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """What a `configs/env/*.yaml` may say.
+
+    Args:
+        id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first.
+        family: The library behind the id.
+        num_envs: Copies that are stepped together.
+        vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
+        action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at the bounds, `none` does neither.
+        time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
+        action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps.
+        normalize_observation: Subtract the running mean and divide by the running deviation.
+        observation_clip: Bound on a normalised observation.
+        normalize_reward: Divide by the running deviation of the discounted return.
+        reward_clip: Bound on a normalised reward.
+        kwargs: Passed on to `gymnasium.make`.
+    """
+
+    id: str
+    family: Literal["gymnasium"] = "gymnasium"
+    num_envs: PositiveInt = 1
+    vectorization: Literal["sync", "async"] = "sync"
+    action: Literal["rescale", "clip", "none"] = "none"
+    time_limit: PositiveInt | None = None
+    action_repeat: PositiveInt = 1
+    normalize_observation: bool = False
+    observation_clip: PositiveFloat = 10.0
+    normalize_reward: bool = False
+    reward_clip: PositiveFloat = 10.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Space(TypedDict):
+    """A gymnasium space in plain values, as a checkpoint can hold it (`weights_only`)."""
+
+    type: Literal["box", "discrete"]
+    shape: list[int]
+    dtype: str
+    low: list[float]  # box: flat bounds
+    high: list[float]
+    n: int  # discrete: number of actions; else 0
+    start: int  # discrete: the env's first action; ours is 0
+
+
+class EnvSpec(TypedDict):
+    """All that an algorithm knows of its env, in plain values."""
+
+    id: str
+    num_envs: int
+    observation: Space
+    action: Space
+    action_units: Literal["rescale", "clip", "none"]
+    action_repeat: int
+    observation_clip: float | None  # None: not normalised
+    reward_clip: float | None  # None: not normalised
+
+
+def episode_seed(seed: int, purpose: int, rank: int, env: int, episode: int) -> int:
+    """The seed of one episode. No two of (seed, purpose, rank, env, episode) share a stream."""
+    return int(np.random.SeedSequence(seed, spawn_key=(purpose, rank, env, episode)).generate_state(1)[0])
+
+
+def make(
+    config: EnvConfig,
+    *,
+    seed: int,
+    purpose: int = TRAINING,
+    rank: int = 0,
+    num_envs: int | None = None,
+    render: bool = False,
+    copy: bool = True,
+) -> "SeededVectorEnv":
+    """Build the vector env.
+
+    Args:
+        seed: Together with `purpose` and `rank`, the root of all episode seeds.
+        num_envs: Instead of `config.num_envs`.
+        render: Whether `env.render()` gives frames.
+        copy: Whether observations are copies. Without it the next step overwrites them.
+
+    Raises:
+        ConfigError: The id is unknown, or a package behind it is missing.
+    """
+    vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy)}
+    one = partial(make_one, config, "rgb_array" if render else None)
+    try:
+        if config.vectorization == "async":
+            one().close()  # an error inside a worker process would be a traceback
+        env = vectors[config.vectorization](
+            [one] * (num_envs or config.num_envs), autoreset_mode=AutoresetMode.DISABLED
+        )
+    except gym.error.DependencyNotInstalled as error:
+        raise ConfigError(f"env.id={config.id} needs a package that is missing: {error}") from error
+    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+        raise ConfigError(f"env.id={config.id} can't be made: {error}") from error
+    return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank)
+
+
+def make_one(config: EnvConfig, render_mode: str | None) -> gym.Env:
+    env = gym.make(
+        config.id,
+        max_episode_steps=config.time_limit,
+        render_mode=render_mode,
+        disable_env_checker=True,  # one Python call less per step
+        **config.kwargs,
+    )
+    return ActionRepeat(env, config.action_repeat) if config.action_repeat > 1 else env
+
+
+class ActionRepeat(gym.Wrapper):
+    """Apply each action `times` times, or until the episode ends; rewards are summed."""
+
+    def __init__(self, env: gym.Env, times: int) -> None:
+        super().__init__(env)
+        self.times = times
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        total = 0.0
+        for _ in range(self.times - 1):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                return observation, total, terminated, truncated, info
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, total + float(reward), terminated, truncated, info
+
+
+class SeededVectorEnv(VectorWrapper):
+    """Seeds every episode of every env, and turns the policy's actions into the env's units.
+
+    `episodes[i]` is the number of the episode that env `i` is in. Resetting an env that has not moved since its last
+    reset begins the same episode again, so that a library which resets twice at the start changes nothing.
+    """
+
+    def __init__(self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int) -> None:
+        super().__init__(env)
+        self.config = config
+        self.seed_of = partial(episode_seed, seed, purpose, rank)
+        self.episodes = [-1] * self.num_envs
+        self._moved = np.ones(self.num_envs, dtype=bool)
+        self.action = describe_space(env.single_action_space, "action", (Box, Discrete))
+        self._to_env = action_units(self.action, config.action)
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        return self.metadata["autoreset_mode"]
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, of all without it. `seed` is ours."""
+        mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
+        seeds = [0] * self.num_envs
+        for i in np.flatnonzero(np.broadcast_to(mask, self.num_envs)):
+            self.episodes[i] += int(self._moved[i])
+            self._moved[i] = False
+            seeds[i] = self.seed_of(int(i), self.episodes[i])
+        return self.env.reset(seed=seeds, options=dict(options) if options else None)
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        self._moved[:] = True
+        return self.env.step(self._to_env(actions))
+
+    def begin(self, episodes: list[int], mask: np.ndarray) -> Any:
+        """Begin episode `episodes[i]` in every env of the mask `[N]`; returns the observations `[N, *shape]`."""
+        for i in np.flatnonzero(mask):
+            self.episodes[i], self._moved[i] = episodes[i], False
+        return self.reset(options={"reset_mask": mask})[0]
+
+
+def action_units(space: Space, units: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The map from the policy's actions `[N, *A]` to those of the env."""
+    if space["type"] == "discrete":
+        return (lambda actions: actions + space["start"]) if space["start"] else (lambda actions: actions)
+    low, high = (np.array(bound, np.float32).reshape(space["shape"]) for bound in (space["low"], space["high"]))
+    if units == "none":
+        return lambda actions: actions
+    if units == "clip":
+        return lambda actions: np.clip(actions, low, high)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ConfigError("env.action=rescale needs finite action bounds; valid here: clip, none")
+    if (low == -1).all() and (high == 1).all():
+        return lambda actions: actions
+    scale, middle = (high - low) / 2, (high + low) / 2
+    # float32 rounding may step over the bound by one unit in the last place
+    return lambda actions: np.clip(actions * scale + middle, low, high)
+
+
+def describe(env: SeededVectorEnv) -> EnvSpec:
+    """What the algorithm needs to know of the env.
+
+    Raises:
+        ConfigError: A space that no network here reads.
+    """
+    config = env.config
+    return {
+        "id": config.id,
+        "num_envs": env.num_envs,
+        "observation": describe_space(env.single_observation_space, "observation", (Box,)),
+        "action": env.action,
+        "action_units": config.action,
+        "action_repeat": config.action_repeat,
+        "observation_clip": config.observation_clip if config.normalize_observation else None,
+        "reward_clip": config.reward_clip if config.normalize_reward else None,
+    }
+
+
+def describe_space(space: gym.Space, name: str, valid: tuple[type[gym.Space], ...]) -> Space:
+    if not isinstance(space, valid):
+        names = ", ".join(kind.__name__ for kind in valid)
+        raise ConfigError(f"the env's {name} space is {type(space).__name__}; valid here: {names}")
+    if isinstance(space, Discrete):
+        n, start = int(space.n), int(space.start)
+        return {"type": "discrete", "shape": [], "dtype": "int64", "low": [], "high": [], "n": n, "start": start}
+    assert isinstance(space, Box)
+    shape, dtype = list(space.shape), "uint8" if space.dtype == np.uint8 else "float32"
+    low, high = ([float(x) for x in bound.ravel()] if name == "action" else [] for bound in (space.low, space.high))
+    return {"type": "box", "shape": shape, "dtype": dtype, "low": low, "high": high, "n": 0, "start": 0}

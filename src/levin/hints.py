@@ -1,0 +1,10 @@
+"""Number ranges for `__init__` hints. `config.check` holds every YAML value against them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Activation = Literal["relu", "tanh", "elu", "silu"]
+
+__all__ = ["Activation", "Fraction", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt"]

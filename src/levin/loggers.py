@@ -1,0 +1,104 @@
+"""Where metrics go. The x-axis is `env_steps` in all of them; CSV is always written."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def make(name: str | None, run: Path, config: dict[str, Any], git_sha: str, wandb_id: str | None = None) -> list[Logger]:
+    """`metrics.csv`, and the one the user asked for; by default Weights & Biases where there is a login.
+
+    Args:
+        wandb_id: The run to continue.
+    """
+    loggers: list[Logger] = [CSVMetrics(run)]
+    logged_in = wandb.api.api_key is not None and os.environ.get("WANDB_MODE") != "offline"
+    if name == "tensorboard":
+        loggers.append(TensorBoardLogger(run, name="tensorboard", version=""))
+    elif name == "wandb" or (name is None and logged_in):
+        experiment = wandb.init(
+            project=config["wandb_project"],
+            name=run.name,
+            group=config["name"],
+            dir=run,
+            id=wandb_id,
+            resume="allow",
+            mode="online" if logged_in else "offline",
+        )
+        experiment.define_metric("env_steps")
+        experiment.define_metric("*", step_metric="env_steps")
+        loggers.append(WandbLogger(experiment=experiment, save_dir=run))
+    for logger in loggers:
+        logger.log_hyperparams({**config, "git_sha": git_sha})
+    return loggers
+
+
+def upload(loggers: list[Logger], run: Path) -> None:
+    """Send the run's videos and its last checkpoint's weights to Weights & Biases."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for video in sorted((run / "videos").glob("*.mp4")):
+                logger.experiment.log({f"video/{video.stem}": wandb.Video(str(video))})
+            artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
+            artifact.add_file(str(run / "checkpoints" / "last" / "state.ckpt"))
+            artifact.add_file(str(run / "config.yaml"))
+            logger.experiment.log_artifact(artifact)
+
+
+class CSVMetrics(Logger):
+    """One wide `metrics.csv`, `env_steps` first. A metric that appears later becomes a new column."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.path = run / "metrics.csv"
+        self.columns: list[str] = []
+        if self.path.exists():
+            self.columns = self.path.read_text().splitlines()[0].split(",")
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """config.yaml stands beside it."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"env_steps": step, **metrics}
+        new = [name for name in row if name not in self.columns]
+        if new:
+            rows = self.rows()
+            self.columns += new
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    def rows(self) -> list[dict[str, str]]:
+        """What has been written so far."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def truncate(self, env_steps: int) -> None:
+        """Drop what was logged after the checkpoint that a run is continued from."""
+        if self.columns:
+            self._rewrite([row for row in self.rows() if int(row["env_steps"]) <= env_steps])
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)

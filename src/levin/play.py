@@ -1,0 +1,59 @@
+"""Record the policy of a run as a video. `python -m levin.play run=...`; needs no display."""
+
+import os
+from pathlib import Path
+
+from levin import config
+from levin.errors import ConfigError, one_sentence
+from levin.hints import NonNegativeInt, PositiveInt
+
+
+def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:
+    """Write `videos/<env_steps>_<episode>.mp4`, one frame per step, and return the paths.
+
+    Args:
+        run: The run folder.
+        episodes: How many to record.
+        seed: Root of the env's seeds.
+
+    Raises:
+        ConfigError: The env can't be drawn here.
+    """
+    if "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    import imageio
+    import numpy as np
+
+    from levin import envs
+    from levin.checkpoint import Policy
+
+    policy = Policy.load(Path(run))
+    env = envs.make(config.load_env(Path(run)), seed=seed, purpose=envs.EVALUATION, num_envs=1, render=True)
+    folder = Path(run) / "videos"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for episode in range(episodes):
+        observation, done, frames = env.begin([episode], np.ones(1, dtype=bool)), np.zeros(1, dtype=bool), []
+        while not done.any():
+            # The policy gives the env's units already, so the actions go past our own conversion.
+            observation, _, terminated, truncated, _ = env.env.step(policy(observation))
+            done = terminated | truncated
+            frames.append(env.render()[0])  # type: ignore[index]
+        path = folder / f"{policy.algorithm.env_steps}_{episode}.mp4"
+        fps = env.metadata.get("render_fps", 30)
+        imageio.mimwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-loglevel", "error"])  # type: ignore[arg-type]
+        paths.append(path)
+    env.close()
+    return paths
+
+
+def main() -> None:
+    """Print where the videos are."""
+    with one_sentence():
+        for path in play(**config.arguments(play)):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

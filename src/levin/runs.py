@@ -1,0 +1,59 @@
+"""The run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
+
+import json
+import logging
+import os
+import warnings
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from levin.errors import ConfigError
+
+
+def folder(config: DictConfig) -> Path:
+    """Where a new run will live: `run`, or `runs/<algo>_<env>/s<seed>_<time>`.
+
+    Raises:
+        ConfigError: It exists already, or can't be written.
+    """
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    run = Path(config.run or f"runs/{config.name}/s{config.seed}_{now}")
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ConfigError(f"run={run} exists; name another folder, or continue that run with make resume RUN={run}")
+    parent = next(each for each in (run, *run.absolute().parents) if each.exists())
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise ConfigError(f"run={run} can't be written: {parent} is not a folder one may write to")
+    return run
+
+
+def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed: bool) -> None:
+    """Make the folder with its config and provenance. A resumed run adds to the list of its sessions."""
+    run.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, run / "config.yaml")
+    file = run / "provenance.json"
+    before = json.loads(file.read_text()) if resumed and file.exists() else {"wall_seconds": 0.0, "resumed": []}
+    first = {key: value for key, value in before.items() if key not in ("wall_seconds", "resumed")}
+    sessions = [*before["resumed"], provenance] if resumed else []
+    _write(file, {**(first or provenance), "wall_seconds": before["wall_seconds"], "resumed": sessions})
+
+
+def finish(run: Path, seconds: float) -> None:
+    """Add the wall time of this session."""
+    file = run / "provenance.json"
+    facts = json.loads(file.read_text())
+    _write(file, {**facts, "wall_seconds": round(facts["wall_seconds"] + seconds, 1)})
+
+
+def _write(file: Path, facts: dict[str, Any]) -> None:
+    file.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def quiet() -> None:
+    """Silence what the libraries say at every start and no user can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "torchrl"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*is out of date.*", ".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message=message)
