@@ -5,7 +5,7 @@ Every collector is a TorchRL `BaseCollector` and yields the same TensorDict `[N,
 """
 
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
@@ -41,9 +41,9 @@ def make(
     """
     if name == "vector":
         return VectorCollector(env, policy, steps=steps, random_env_steps=random_env_steps)
-    wrapped = TransformedEnv(
-        GymWrapper(env, categorical_action_encoding=True), DoubleToFloat(in_keys=["observation"])
-    )
+    wrapped = GymWrapper(env, categorical_action_encoding=True)
+    if wrapped.observation_spec["observation"].dtype == torch.float64:
+        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
     return Collector(
         wrapped,
         policy,
@@ -78,7 +78,8 @@ class VectorCollector(BaseCollector):
         self.dtype = np.uint8 if space.dtype == np.uint8 else np.float32
         self._observation: np.ndarray | None = None  # [N, *shape]: what the envs show now
         self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which the open episode began
-        self._history: list[np.ndarray] = []  # [N, T, *A] each: the actions of the open episodes, the last ones last
+        self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: the actions since the oldest open episode began
+        self._history_from = 0  # the vector step of the first of them
 
     def iterator(self) -> Iterator[TensorDictBase]:
         while True:
@@ -156,9 +157,9 @@ class VectorCollector(BaseCollector):
 
     def _remember(self, action: np.ndarray) -> None:
         self._history.append(action)
-        first = self.vector_steps - sum(chunk.shape[1] for chunk in self._history)
-        while self._history and first + self._history[0].shape[1] <= self._opened.min():
-            first += self._history.pop(0).shape[1]
+        oldest = self._opened.min()
+        while self._history and self._history_from + self._history[0].shape[1] <= oldest:
+            self._history_from += self._history.popleft().shape[1]
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
         if close_env:
@@ -189,7 +190,8 @@ class VectorCollector(BaseCollector):
         self.vector_steps = state_dict["vector_steps"]
         lengths, actions = np.array(state_dict["lengths"]), state_dict["actions"].numpy()
         saved = state_dict["observation"].numpy()
-        self._history = [actions]
+        self._history = deque([actions])
+        self._history_from = self.vector_steps - actions.shape[1]
         self._opened = self.vector_steps - lengths
         self._observation = self._replay(state_dict["episodes"], lengths, actions)
         strayed = np.array([not np.array_equal(a, b) for a, b in zip(self._observation, saved, strict=True)])

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -17,10 +16,11 @@ def make(name: str | None, run: Path, config: dict[str, Any], git_sha: str, wand
         wandb_id: The run to continue.
     """
     loggers: list[Logger] = [CSVMetrics(run)]
-    logged_in = wandb.api.api_key is not None and os.environ.get("WANDB_MODE") != "offline"
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run, name="tensorboard", version=""))
-    elif name == "wandb" or (name is None and logged_in):
+    elif name != "csv" and (_wandb_login() or name == "wandb"):
+        import wandb
+
         experiment = wandb.init(
             project=config["wandb_project"],
             name=run.name,
@@ -28,7 +28,7 @@ def make(name: str | None, run: Path, config: dict[str, Any], git_sha: str, wand
             dir=run,
             id=wandb_id,
             resume="allow",
-            mode="online" if logged_in else "offline",
+            mode="online" if _wandb_login() else "offline",
         )
         experiment.define_metric("env_steps")
         experiment.define_metric("*", step_metric="env_steps")
@@ -38,8 +38,16 @@ def make(name: str | None, run: Path, config: dict[str, Any], git_sha: str, wand
     return loggers
 
 
+def _wandb_login() -> bool:
+    import wandb  # takes a second, and most runs go without
+
+    return os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False)
+
+
 def upload(loggers: list[Logger], run: Path) -> None:
     """Send the run's videos and its last checkpoint's weights to Weights & Biases."""
+    import wandb
+
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for video in sorted((run / "videos").glob("*.mp4")):

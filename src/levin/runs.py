@@ -1,8 +1,10 @@
 """The run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
 
+import ctypes
 import json
 import logging
 import os
+import sys
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from levin.errors import ConfigError
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def folder(config: DictConfig) -> Path:
@@ -49,6 +53,15 @@ def finish(run: Path, seconds: float) -> None:
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
     file.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed. The tensors of one update are those of the next: giving their pages back to the
+    system and faulting them in again costs a tenth of an update on the CPU."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
+            libc.mallopt(option, value)
 
 
 def quiet() -> None:

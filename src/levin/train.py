@@ -1,14 +1,13 @@
 """Train an algorithm: compose -> seed -> build -> `Trainer.fit`. `python -m levin.train algo=sac env=pendulum`."""
 
-import json
 import sys
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from levin import callbacks, checkpoint, collectors, config, envs, loggers, play, provenance, runs
 from levin.algorithms.base import Algorithm
@@ -20,6 +19,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     """Train in the run folder, from a checkpoint if one is given. Returns the mean of the last evaluation."""
     start = perf_counter()
     runs.quiet()
+    runs.keep_freed_memory()
     algorithm, loader, trainer_options = build(cfg)
     facts = provenance.collect()
     runs.create(run, cfg, facts, resumed=ckpt_path is not None)
@@ -61,7 +61,8 @@ def build(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader, dict]:
         torch.set_num_threads(threads)
     checkpoint.seed_everything(cfg.seed, rank=0)
     env = envs.make(envs.EnvConfig(**config.plain(cfg.env)), seed=cfg.seed, copy=cfg.collector != "vector")
-    algorithm: Algorithm = instantiate(config.plain(cfg.algo), env=envs.describe(env))
+    values = config.plain(cfg.algo)
+    algorithm: Algorithm = get_class(values.pop("_target_"))(env=envs.describe(env), **values)
     loader = collectors.make_loader(cfg.collector, env, algorithm)
     plugins = [checkpoint.FolderCheckpointIO()]
     fixed = {"max_epochs": -1, "enable_checkpointing": False, "enable_progress_bar": False}

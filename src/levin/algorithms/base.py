@@ -58,13 +58,16 @@ class Algorithm(LightningModule):
             )
         if env["reward_clip"] is not None:
             self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._recorded: dict[str, list[Tensor]] = {}
         self.sample_seconds = 0.0
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         """`observation -> action`, raw observations in; shares the parameters of this module."""
         raise NotImplementedError
+
+    def transfer_batch_to_device(self, batch: TensorDictBase, device: torch.device, dataloader_idx: int) -> TensorDictBase:
+        # Lightning's own walks through a TensorDict entry by entry, also when there is nothing to move.
+        return batch if device.type == "cpu" else batch.to(device, non_blocking=True)
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.env_steps += batch.numel() * self.trainer.world_size
@@ -83,31 +86,26 @@ class Algorithm(LightningModule):
         optimizer.step()
 
     @contextmanager
-    def frozen(self, *modules: nn.Module) -> Iterator[None]:
-        """Gradients flow through these modules, but none are computed for their parameters."""
-        for module in modules:
-            module.requires_grad_(False)
+    def frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Gradients flow through these parameters, but none are computed for them."""
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for module in modules:
-                module.requires_grad_(True)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def record(self, **metrics: Tensor) -> None:
         """Add to the means that the next row of metrics shows as `train/<name>`. Stays on the device."""
         for name, value in metrics.items():
-            value = value.detach()
-            if name in self._sums:
-                self._sums[name] += value
-                self._counts[name] += 1
-            else:
-                self._sums[name], self._counts[name] = value.clone(), 1
+            self._recorded.setdefault(name, []).append(value.detach())
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and the seconds spent. The one place that waits for the device."""
-        row = {f"train/{name}": float(total) / self._counts[name] for name, total in self._sums.items()}
+        row = {f"train/{name}": float(torch.stack(values).mean()) for name, values in self._recorded.items()}
         row["time/sample"] = self.sample_seconds
-        self._sums, self._counts, self.sample_seconds = {}, {}, 0.0
+        self._recorded, self.sample_seconds = {}, 0.0
         return row
 
     def normalize(self, batch: TensorDictBase) -> TensorDictBase:
@@ -155,8 +153,9 @@ class Algorithm(LightningModule):
             due -= num
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        recorded = {name: torch.stack(values) for name, values in self._recorded.items()}
         checkpoint["levin"] = {name: getattr(self, name) for name in COUNTERS}
-        checkpoint["levin"] |= {"algorithm": type(self).__name__, "sums": self._sums, "counts": self._counts}
+        checkpoint["levin"] |= {"algorithm": type(self).__name__, "recorded": recorded}
         if self.buffer is not None and len(self.buffer):
             checkpoint["buffer"] = {"cursor": self.buffer.writer._cursor, "data": self.buffer[:]}
 
@@ -164,12 +163,12 @@ class Algorithm(LightningModule):
         saved = checkpoint["levin"]
         for name in COUNTERS:
             setattr(self, name, saved[name])
-        self._sums, self._counts = dict(saved["sums"]), dict(saved["counts"])
+        self._recorded = {name: list(values.unbind()) for name, values in saved["recorded"].items()}
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:
         # Only now is the device known, on which the buffer lives too.
-        self._sums = {name: total.to(self.device) for name, total in self._sums.items()}
+        self._recorded = {name: [each.to(self.device) for each in values] for name, values in self._recorded.items()}
         if self.buffer is not None and self._saved_buffer is not None:
             self.buffer.extend(self._saved_buffer["data"].to(self.device))
             self.buffer.writer._cursor = self._saved_buffer["cursor"]

@@ -104,14 +104,19 @@ class SAC(Algorithm):
         self.actor = Actor(num_observations, num_actions, hidden_sizes, activation)
         self.critic = EnsembleMLP(2, [num_observations + num_actions, *hidden_sizes, 1], activation)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        # Listed once: walking the modules in every update takes as long as the update of the targets.
+        self.critic_parameters = list(self.critic.parameters())
+        self.target_parameters = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
         self.buffer = self.make_buffer(buffer_size, buffer_storage)
 
     def configure_optimizers(self) -> list[Optimizer]:
-        self.critic_optimizer = Adam(self.critic.parameters(), lr=self.critic_lr, fused=True)
-        self.actor_optimizer = Adam(self.actor.parameters(), lr=self.actor_lr, fused=True)
-        self.alpha_optimizer = Adam([self.log_alpha], lr=self.alpha_lr, fused=True)
-        return [self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer]
+        self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
+        # Actor and temperature share no parameter and no gradient: one step of both is a step of each.
+        actor = {"params": list(self.actor.parameters()), "lr": self.actor_lr}
+        alpha = {"params": [self.log_alpha], "lr": self.alpha_lr}
+        self.actor_optimizer = Adam([actor, alpha], fused=True)
+        return [self.critic_optimizer, self.actor_optimizer]
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         chooser = ActorPolicy(self.observation_normalizer, self.actor, deterministic)
@@ -127,11 +132,10 @@ class SAC(Algorithm):
     def update(self, batch: TensorDictBase) -> None:
         critic_loss = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss)
-        with self.frozen(self.critic):
+        with self.frozen(self.critic_parameters):
             actor_loss, log_prob = self.actor_loss(batch)
-            self.step(self.actor_optimizer, actor_loss)
-        alpha_loss = self.alpha_loss(log_prob)
-        self.step(self.alpha_optimizer, alpha_loss)
+            alpha_loss = self.alpha_loss(log_prob)
+            self.step(self.actor_optimizer, actor_loss + alpha_loss)
         self.update_target()
         self.record(critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)
         self.record(alpha=self.log_alpha.exp(), entropy=-log_prob.mean())
@@ -161,7 +165,7 @@ class SAC(Algorithm):
     @torch.no_grad()
     def update_target(self) -> None:
         """Q'_i <- tau Q_i + (1 - tau) Q'_i."""
-        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.tau)
+        torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.tau)
 
     def q_values(self, critic: nn.Module, observation: Tensor, action: Tensor) -> Tensor:
         """`[B, *S], [B, *A] -> [2, B, 1]`."""

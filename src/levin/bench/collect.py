@@ -1,0 +1,91 @@
+"""Rollouts alone: our collector beside a hand-written loop and TorchRL's `Collector`, in one process."""
+
+from time import perf_counter
+
+import numpy as np
+import torch
+from gymnasium.spaces import Discrete
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from levin import collectors, envs, runs
+from levin.networks import mlp
+
+STEPS = 256  # vector steps per rollout
+
+
+class Chooser(nn.Module):
+    """A 64-64 policy that samples a category or a Gaussian."""
+
+    def __init__(self, num_observations: int, num_actions: int, discrete: bool) -> None:
+        super().__init__()
+        self.network, self.discrete = mlp([num_observations, 64, 64, num_actions], "tanh"), discrete
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """`[N, S] -> [N]` or `[N, A]`."""
+        output = self.network(observation)
+        if self.discrete:
+            return torch.multinomial(output.softmax(-1), 1).squeeze(-1)  # [N, A] -> [N, 1] -> [N]
+        return output + torch.randn_like(output)
+
+
+class HandWritten:
+    """The loop one would write by hand for one env: no seeds, no statistics, no resume."""
+
+    def __init__(self, config: envs.EnvConfig, policy: nn.Module) -> None:
+        self.env = SyncVectorEnv(
+            [lambda: envs.make_one(config, None)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED
+        )
+        self.policy = policy
+        self.current, _ = self.env.reset(seed=0)
+
+    @torch.inference_mode()
+    def rollout(self) -> dict[str, Tensor]:
+        """The tensors of `STEPS` vector steps, time first."""
+        env, shape = self.env, self.env.single_observation_space.shape or ()
+        observation, after = torch.empty(2, STEPS, env.num_envs, *shape)
+        space = env.single_action_space
+        action = torch.empty(STEPS, env.num_envs, *(space.shape or ()), dtype=torch.int64 if isinstance(space, Discrete) else torch.float32)
+        reward = torch.empty(STEPS, env.num_envs)
+        terminated, truncated = torch.empty(2, STEPS, env.num_envs, dtype=torch.bool)
+        for t in range(STEPS):
+            observation[t] = torch.as_tensor(self.current, dtype=torch.float32)
+            action[t] = self.policy(observation[t])
+            self.current, r, ends, cuts, _ = env.step(action[t].numpy())
+            after[t] = torch.as_tensor(self.current, dtype=torch.float32)
+            reward[t] = torch.as_tensor(r)
+            terminated[t] = torch.as_tensor(ends)
+            truncated[t] = torch.as_tensor(cuts)
+            done = ends | cuts
+            if done.any():
+                self.current, _ = env.reset(options={"reset_mask": done})
+        names = ("observation", "action", "next_observation", "reward", "terminated", "truncated")
+        return dict(zip(names, (observation, action, after, reward, terminated, truncated), strict=True))
+
+
+def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
+    """Vector steps per second of each side in each round."""
+    runs.quiet()
+    config = envs.EnvConfig(id=env_id, num_envs=num_envs)
+    spec = envs.describe(envs.make(config, seed=0))
+    discrete = spec["action"]["type"] == "discrete"
+    num_actions = spec["action"]["n"] if discrete else int(np.prod(spec["action"]["shape"]))
+    policy = Chooser(int(np.prod(spec["observation"]["shape"])), num_actions, discrete)
+    module = TensorDictModule(policy, in_keys=["observation"], out_keys=["action"])
+    vector = collectors.make("vector", envs.make(config, seed=0, copy=False), module, steps=STEPS, random_env_steps=0)
+    torchrl = collectors.make("torchrl", envs.make(config, seed=0), module, steps=STEPS, random_env_steps=0)
+    mine, theirs = iter(vector.iterator()), iter(torchrl.iterator())
+    sides = {
+        "hand-written loop": HandWritten(config, policy).rollout,
+        "levin": lambda: next(mine),
+        "TorchRL Collector": lambda: next(theirs),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(rounds + 1):
+        for name, rollout in sides.items():
+            start = perf_counter()
+            rollout()
+            if round_:  # the first is warm-up
+                rates[name].append(STEPS / (perf_counter() - start))
+    return rates
