@@ -96,9 +96,7 @@ class VectorCollector(BaseCollector):
         after = np.empty_like(observation)
         reward = np.empty((num_envs, steps), np.float32)
         terminated, truncated = np.empty((2, num_envs, steps), bool)
-        action_space = env.single_action_space
-        discrete = np.issubdtype(action_space.dtype, np.integer)  # type: ignore[arg-type]
-        action = np.empty((num_envs, steps, *(action_space.shape or ())), np.int64 if discrete else np.float32)
+        action = self._actions(steps)
 
         act = self.policy.module
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
@@ -141,6 +139,12 @@ class VectorCollector(BaseCollector):
             batch_size=(num_envs, steps),
         )
 
+    def _actions(self, num: int) -> np.ndarray:
+        """Room for `num` vector steps of actions `[N, num, *A]`."""
+        space = self.env.single_action_space
+        dtype = np.int64 if isinstance(space, Discrete) else np.float32
+        return np.empty((self.env.num_envs, num, *(space.shape or ())), dtype)
+
     def _num_random(self) -> int:
         """Vector steps of this rollout that lie before `random_env_steps`."""
         left = self.random_env_steps - self.vector_steps * self.env.num_envs
@@ -173,7 +177,7 @@ class VectorCollector(BaseCollector):
         if self._observation is None:
             return OrderedDict()
         lengths = self.vector_steps - self._opened  # [N]
-        history = np.concatenate([np.empty_like(self._history[0][:, :0]), *self._history], axis=1)  # [N, L, *A]
+        history = np.concatenate([self._actions(0), *self._history], axis=1)  # [N, L, *A]
         start = history.shape[1] - int(lengths.max())
         return OrderedDict(
             vector_steps=self.vector_steps,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
+SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "tuned")
 # Lightning's arguments that would act on the wrong clock, or not at all under manual optimisation.
 OURS = {
@@ -59,6 +60,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     Raises:
         ConfigError: Anything in them is not valid.
     """
+    overrides = _with_search_path(overrides)
     _check_groups(_parse(overrides))
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
@@ -226,11 +228,23 @@ def _parse(overrides: list[str]) -> list[Override]:
         raise ConfigError(f"{' '.join(overrides)} is not of the form key=value") from error
 
 
+def _with_search_path(overrides: list[str]) -> list[str]:
+    """Add the forks, so that `algo=my_idea` finds `experiments/my_idea/algo/my_idea.yaml`."""
+    if any(each.startswith(SEARCH_PATH) for each in overrides):
+        return overrides
+    folders = sorted({file.parents[1] for file in ROOT.glob("experiments/*/algo/*.yaml")})
+    return [*overrides, f"{SEARCH_PATH}=[{','.join(map(str, folders))}]"] if folders else overrides
+
+
 def _check_groups(overrides: list[Override]) -> None:
+    folders = [CONFIGS]
+    for override in overrides:
+        if override.key_or_group == SEARCH_PATH:
+            folders += [Path(str(folder)) for folder in override.value()]  # type: ignore[union-attr]
     for override in overrides:
         group, choice = override.key_or_group, override.value()
         if group in GROUPS and choice is not None:
-            valid = [file.stem for file in (CONFIGS / group).glob("*.yaml")]
+            valid = [file.stem for folder in folders for file in (folder / group).glob("*.yaml")]
             if choice not in valid:
                 raise ConfigError(f"{group}={choice} is unknown; {valid_names(str(choice), valid)}")
 
@@ -238,12 +252,12 @@ def _check_groups(overrides: list[Override]) -> None:
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     """Hydra says that a key is not in the struct; find which, and what it could have been."""
     parsed = _parse(overrides)
-    groups = [str(each.input_line) for each in parsed if each.key_or_group in GROUPS]
+    groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     if len(groups) < len(parsed):
         valid = list(flatten(plain(compose(groups, check_values=False))))
         for each in parsed:
             key = each.key_or_group
-            if key not in GROUPS and not each.is_add() and not any(v == key or v.startswith(f"{key}.") for v in valid):
+            if key not in (*GROUPS, SEARCH_PATH) and not each.is_add() and not any(v == key or v.startswith(f"{key}.") for v in valid):
                 return ConfigError(f"{key} is unknown; {valid_names(key, valid)}")
     return ConfigError(" ".join(str(error).split()))
 
@@ -259,6 +273,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def origins(overrides: list[str]) -> dict[str, str]:
     """Every key, and the file that set its value."""
+    overrides = _with_search_path(overrides)
     parsed = _parse(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         from hydra.core.global_hydra import GlobalHydra
@@ -268,14 +283,14 @@ def origins(overrides: list[str]) -> dict[str, str]:
         files = loader.compute_defaults_list("train", overrides, RunMode.RUN).defaults
     origin = {"name": "configs/algo, configs/env"}
     for file in files:
-        path = CONFIGS / f"{file.config_path}.yaml"
-        if path.exists():
+        found = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *ROOT.glob("experiments/*"))]
+        for path in filter(Path.exists, found):
             values = yaml.safe_load(path.read_text()) or {}
             values.pop("defaults", None)
             prefix = f"{file.package}." if file.package and file.package != "_global_" else ""
             origin |= dict.fromkeys(flatten(values, prefix), str(path.relative_to(ROOT)))
     for each in parsed:
-        if each.key_or_group not in GROUPS:
+        if each.key_or_group not in (*GROUPS, SEARCH_PATH):
             origin = {key: of for key, of in origin.items() if not key.startswith(f"{each.key_or_group}.")}
             origin[each.key_or_group] = "command line"
     return origin

@@ -1,0 +1,78 @@
+# `make` prints this help. Variables come from the command line only.
+VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT
+$(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
+
+PYTHON ?= python3
+ALGO ?= sac
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+# The env that the algorithm's YAML names, unless ENV does; and the extra that the env's YAML asks for.
+env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' configs/algo/$(ALGO).yaml 2>/dev/null))
+extra := $(shell sed -n 's/^\# needs the extra: *//p' configs/env/$(env_name).yaml 2>/dev/null)
+choices := algo=$(ALGO) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train resume config evaluate play plot bench bench-setup test test-slow lint format lock clean
+
+help: ## Print this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.dev ## Make .venv and install what is missing
+
+.venv/.core: pyproject.toml requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (some minutes, once)"
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.%: .venv/.core
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+train: .venv/.core $(if $(extra),.venv/.$(extra)) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"]
+	@$(foreach seed,$(or $(SEEDS),$(or $(SEED),0)),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed)));)
+
+resume: .venv/.core ## RUN=path [STEPS=n] continues a run; STEPS is the new total
+	$(BIN)/python -m levin.resume run=$(RUN) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
+
+config: .venv/.core ## [ALGO=] [ENV=] prints every value and the file that set it
+	@$(BIN)/python -m levin.config $(choices)
+
+evaluate: .venv/.core ## RUN=path [EPISODES=100] [SEED=1] writes evaluation.json
+	$(BIN)/python -m levin.evaluate run=$(RUN) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
+
+play: .venv/.core ## RUN=path [EPISODES=1] [SEED=1] writes videos/*.mp4
+	$(BIN)/python -m levin.play run=$(RUN) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
+
+plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws evaluation curves
+	$(BIN)/python -m levin.plot "runs=$(RUNS)" $(ARGS)
+
+bench: .venv/.core .venv/.mujoco ## [WHAT=sac|collect] speed beside the peers, interleaved
+	$(BIN)/python -m levin.bench what=$(or $(WHAT),sac) $(ARGS)
+
+bench-setup: ## Install the peers into an environment of their own
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
+
+test: .venv/.dev .venv/.mujoco ## Tests, in minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/.dev .venv/.mujoco ## Tests that train for minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/.dev .venv/.mujoco .venv/.report ## Ruff, codespell, pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/pyright
+
+format: .venv/.dev ## Let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock: ## Refresh requirements.lock: the newest versions that the ranges of pyproject.toml allow
+	$(PYTHON) src/levin/lock.py
+
+clean: ## Remove caches; runs stay
+	rm -rf .pytest_cache .ruff_cache build dist
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
