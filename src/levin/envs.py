@@ -4,6 +4,8 @@ Autoreset is DISABLED: the observation that ends an episode is the true one, and
 that are done with `reset(options={"reset_mask": done})`.
 """
 
+import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -106,29 +108,44 @@ def make(
         ConfigError: The id is unknown, or a package behind it is missing.
     """
     vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy)}
-    one = partial(make_one, config, "rgb_array" if render else None)
+    one = partial(make_one, config, render)
     try:
         if config.vectorization == "async":
             one().close()  # an error inside a worker process would be a traceback
         env = vectors[config.vectorization](
             [one] * (num_envs or config.num_envs), autoreset_mode=AutoresetMode.DISABLED
         )
-    except gym.error.DependencyNotInstalled as error:
-        raise ConfigError(f"env.id={config.id} needs a package that is missing: {error}") from error
-    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise ConfigError(
+            f"env.id={config.id} needs a package that is missing ({error}); "
+            "the extras mujoco, box2d, atari and dmc bring them: pip install -e '.[mujoco]'"
+        ) from error
+    except (gym.error.Error, TypeError) as error:
         raise ConfigError(f"env.id={config.id} can't be made: {error}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank)
 
 
-def make_one(config: EnvConfig, render_mode: str | None) -> gym.Env:
+def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
+    """One copy, without the vector around it."""
+    module, _, name = config.id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if "mujoco" in str(gym.spec(name).entry_point):
+        importlib.import_module("mujoco").set_mju_user_warning(_mujoco_warning)
     env = gym.make(
         config.id,
         max_episode_steps=config.time_limit,
-        render_mode=render_mode,
         disable_env_checker=True,  # one Python call less per step
+        **({"render_mode": "rgb_array"} if render else {}),  # not every env knows the word
         **config.kwargs,
     )
     return ActionRepeat(env, config.action_repeat) if config.action_repeat > 1 else env
+
+
+def _mujoco_warning(message: str) -> None:
+    """MuJoCo prints warnings and writes them into a file where one stands; let python's filters see them instead."""
+    if "settotalmass" not in message:  # in the XML of the v4 envs, whoever makes them
+        warnings.warn(f"MuJoCo: {message}", stacklevel=2)
 
 
 class ActionRepeat(gym.Wrapper):

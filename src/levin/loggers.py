@@ -58,6 +58,14 @@ def upload(loggers: list[Logger], run: Path) -> None:
             logger.experiment.log_artifact(artifact)
 
 
+def close(loggers: list[Logger]) -> None:
+    """Write out what is still in memory; an offline Weights & Biases run says how to upload it."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
 class CSVMetrics(Logger):
     """One wide `metrics.csv`, `env_steps` first. A metric that appears later becomes a new column."""
 

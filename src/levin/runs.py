@@ -3,7 +3,6 @@
 import ctypes
 import json
 import logging
-import os
 import sys
 import warnings
 from datetime import datetime
@@ -21,22 +20,26 @@ def folder(config: DictConfig) -> Path:
     """Where a new run will live: `run`, or `runs/<algo>_<env>/s<seed>_<time>`.
 
     Raises:
-        ConfigError: It exists already, or can't be written.
+        ConfigError: It exists already.
     """
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     run = Path(config.run or f"runs/{config.name}/s{config.seed}_{now}")
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ConfigError(f"run={run} exists; name another folder, or continue that run with make resume RUN={run}")
-    parent = next(each for each in (run, *run.absolute().parents) if each.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise ConfigError(f"run={run} can't be written: {parent} is not a folder one may write to")
     return run
 
 
 def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed: bool) -> None:
-    """Make the folder with its config and provenance. A resumed run adds to the list of its sessions."""
-    run.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, run / "config.yaml")
+    """Make the folder with its config and provenance. A resumed run adds to the list of its sessions.
+
+    Raises:
+        ConfigError: It can't be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, run / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
     file = run / "provenance.json"
     before = json.loads(file.read_text()) if resumed and file.exists() else {"wall_seconds": 0.0, "resumed": []}
     first = {key: value for key, value in before.items() if key not in ("wall_seconds", "resumed")}
@@ -66,7 +69,10 @@ def keep_freed_memory() -> None:
 
 def quiet() -> None:
     """Silence what the libraries say at every start and no user can act on."""
-    for name in ("lightning.pytorch", "lightning.fabric", "torchrl"):
+    for name in ("torchrl", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning's profilers report through the same logger as its greetings.
+    spoken = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    spoken.addFilter(lambda record: record.levelno >= logging.WARNING or "Report" in record.getMessage())
     for message in (".*is out of date.*", ".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*"):
         warnings.filterwarnings("ignore", message=message)

@@ -47,8 +47,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     if cfg.upload:
         play.play(run=str(run))
         loggers.upload(logger, run)
-    for each in logger:
-        each.finalize("success")
+    loggers.close(logger)
     print(f"eval/return_mean {evaluation.return_mean} at {algorithm.env_steps} env steps: {run}")
     return evaluation.return_mean
 

@@ -35,7 +35,7 @@ class HandWritten:
 
     def __init__(self, config: envs.EnvConfig, policy: nn.Module) -> None:
         self.env = SyncVectorEnv(
-            [lambda: envs.make_one(config, None)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED
+            [lambda: envs.make_one(config)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED
         )
         self.policy = policy
         self.current, _ = self.env.reset(seed=0)

@@ -1,0 +1,201 @@
+"""The checks that every row of rows.py must pass; `test_toy.py` passes an algorithm of its own through them."""
+
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rows import LATE, Row
+from tensordict import TensorDict
+
+from levin import config, envs
+from levin.algorithms.base import Algorithm
+from levin.train import build, train
+
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+def run_row(row: Row, run: Path, *overrides: str, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """Train a row and give the checkpoint of its last iteration, buffer included."""
+    words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, f"total_env_steps={row.env_steps}", *overrides]
+    train(config.compose(words), run, ckpt_path=ckpt_path)
+    folder = run / "checkpoints" / "last"
+    state = torch.load(folder / "state.ckpt", weights_only=True)
+    if (folder / "buffer").exists():
+        state["buffer_data"] = TensorDict.load_memmap(folder / "buffer").flatten_keys().to_dict()
+    return state
+
+
+def build_row(row: Row, *overrides: str) -> Algorithm:
+    words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides]
+    algorithm, _, _ = build(config.compose(words))
+    algorithm.configure_optimizers()
+    return algorithm
+
+
+def make_batch(algorithm: Algorithm, size: int = 8) -> TensorDict:
+    """Random transitions `[B]` in the spaces of the algorithm's env."""
+    generator = torch.Generator().manual_seed(1)
+    space, action = algorithm.env["observation"], algorithm.env["action"]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(size, *shape, generator=generator)
+
+    actions = (
+        normal(*action["shape"]).tanh() * 0.9
+        if action["type"] == "box"
+        else torch.randint(action["n"], (size,), generator=generator)
+    )
+    flags = torch.zeros(size, 1, dtype=torch.bool)
+    after = {"observation": normal(*space["shape"]), "reward": normal(1), "terminated": flags.clone()}
+    after |= {"truncated": flags.clone(), "done": flags.clone()}
+    return TensorDict({"observation": normal(*space["shape"]), "action": actions, "next": after}, batch_size=(size,))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested values are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without the columns that are times."""
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+
+
+@check
+def optimizers_step_and_parameters_move(row: Row, tmp_path: Path) -> None:
+    before = build_row(row)
+    trainable = {name for name, parameter in before.named_parameters() if parameter.requires_grad}
+    after = run_row(row, tmp_path / "run")["state_dict"]
+    assert trainable
+    for name in trainable:
+        assert not torch.equal(before.state_dict()[name], after[name]), f"{name} did not move"
+    frozen = {name for name, parameter in before.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name in after if name.split(".")[0] in row.targets}
+
+
+@check
+def cadence_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
+    state = run_row(row, tmp_path / "run")
+    updates = state["levin"]["updates"]
+    assert updates >= 8
+    assert len(state["optimizer_states"]) == len(row.optimizers)
+    for optimizer, per_update in zip(state["optimizer_states"], row.optimizers.values(), strict=True):
+        steps = {int(each["step"]) for each in optimizer["state"].values()}
+        assert steps == {int(updates * per_update)}
+
+
+@check
+def targets_follow_their_source(row: Row, tmp_path: Path) -> None:
+    for name, (source, tau, every) in row.targets.items():
+        algorithm = build_row(row)
+        algorithm.manual_backward = lambda loss: loss.backward()  # no Trainer here
+        target, online = getattr(algorithm, name), getattr(algorithm, source)
+        assert all(torch.equal(a, b) for a, b in zip(target.parameters(), online.parameters(), strict=True))
+        for parameter in target.parameters():  # far from its source, so that a small step shows
+            parameter.data += torch.randn_like(parameter)
+        for update in range(1, 2 * every + 1):
+            before = [parameter.clone() for parameter in target.parameters()]
+            algorithm.update(make_batch(algorithm))
+            for old, new, of in zip(before, target.parameters(), online.parameters(), strict=True):
+                expected = old + tau * (of - old) if update % every == 0 else old
+                torch.testing.assert_close(new, expected, rtol=1e-6, atol=1e-6)
+
+
+@check
+def same_seed_same_run(row: Row, tmp_path: Path) -> None:
+    first = run_row(row, tmp_path / "a")
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    again = run_row(row, tmp_path / "b")
+    other = run_row(row, tmp_path / "c", "seed=1")
+    assert same(first["state_dict"], again["state_dict"])
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    differing = [name for name, value in first["state_dict"].items() if not torch.equal(value, other["state_dict"][name])]
+    assert len(differing) >= len(first["state_dict"]) - len(row.targets) * 4
+
+
+@check
+def resume_is_exact(row: Row, tmp_path: Path) -> None:
+    half = f"total_env_steps={row.env_steps // 2}"
+    straight = run_row(row, tmp_path / "straight")
+    run_row(row, tmp_path / "halves", half, "log_every=30")
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    path = (tmp_path / "halves" / "checkpoints" / "last" / "state.ckpt").resolve()
+    resumed = run_row(row, tmp_path / "halves", ckpt_path=path)
+    for key in ("state_dict", "optimizer_states", "levin", "rng", "buffer_data"):
+        assert same(straight.get(key), resumed.get(key)), key
+    # The stop itself logs and evaluates once more.
+    expected, got = metrics(tmp_path / "straight"), metrics(tmp_path / "halves")
+    at_stop = {str(torch.load(path, weights_only=True)["levin"]["env_steps"])}
+    after = [row for row in got if int(row["env_steps"]) > int(min(at_stop)) + 30]
+    assert after
+    assert after == [row for row in expected if int(row["env_steps"]) > int(min(at_stop)) + 30]
+
+
+@check
+def truncation_bootstraps_and_termination_does_not(row: Row, tmp_path: Path) -> None:
+    if row.bootstraps is None:
+        pytest.fail("every row bootstraps, or says how it does without")
+    algorithm = build_row(row)
+
+    def loss(**flags: bool) -> torch.Tensor:
+        batch = make_batch(algorithm)
+        for name, value in flags.items():
+            batch["next", name] = torch.full_like(batch["next", name], value)
+        torch.manual_seed(0)
+        return row.bootstraps(algorithm, batch)
+
+    torch.testing.assert_close(loss(truncated=True, done=True), loss(), rtol=0, atol=0)
+    assert not torch.allclose(loss(terminated=True, done=True), loss())
+
+
+@check
+def losses_equal_the_oracle(row: Row, tmp_path: Path) -> None:
+    if row.oracle is None or row.losses is None:
+        pytest.skip("no other implementation of this loss is at hand")
+    algorithm = build_row(row)
+    for target in row.targets:  # as after many updates, so that a target confused with its source shows
+        for parameter in getattr(algorithm, target).parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    batch = make_batch(algorithm)
+    batch["next", "terminated"][:2] = True
+    ours, theirs = row.losses(algorithm, batch), row.oracle(algorithm, batch)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@check
+def learns_a_small_env(row: Row, tmp_path: Path) -> None:
+    overrides, threshold = row.learns
+    words = [f"algo={row.algo}", *LATE, *overrides]
+    result = train(config.compose(words), tmp_path / "run")
+    assert result is not None
+    assert result >= threshold
+
+
+@check
+def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
+    cfg = config.compose([f"algo={row.algo}"])
+    signature_only = {"env"}
+    algorithm, _, _ = build(cfg)
+    import inspect
+
+    parameters = set(inspect.signature(type(algorithm)).parameters)
+    assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML shows every hyper-parameter"
+    assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
+    assert envs.EnvConfig(**config.plain(cfg.env)).id

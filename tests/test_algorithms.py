@@ -1,0 +1,19 @@
+"""Every check for every row."""
+
+import checks
+import pytest
+import rows
+
+from levin import config
+
+
+@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.algo)
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_row(check, row, tmp_path):
+    check(row, tmp_path)
+
+
+def test_every_algorithm_has_a_row_a_yaml_and_a_file():
+    files = {file.stem for file in (config.ROOT / "src/levin/algorithms").glob("*.py")} - {"__init__", "base"}
+    yamls = {file.stem for file in (config.CONFIGS / "algo").glob("*.yaml")}
+    assert {file for file in files if not file.endswith("_networks")} == yamls == {row.algo for row in rows.ROWS}

@@ -1,0 +1,169 @@
+"""Every transition that a collector yields is one that happened."""
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from levin import collectors, envs
+from levin.collectors import CollectorLoader, EpisodeStatistics
+
+
+class Linear(nn.Module):
+    """A deterministic policy with one parameter."""
+
+    def __init__(self, discrete: bool = False) -> None:
+        super().__init__()
+        self.weight, self.discrete = nn.Parameter(torch.tensor(0.1)), discrete
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        action = torch.sin(observation.sum(-1, keepdim=True) * self.weight)
+        return (action.squeeze(-1) > 0).long() if self.discrete else action
+
+
+def make(name: str, env_id: str, num_envs: int, steps: int, vectorization: str = "sync", discrete=False, **kwargs):
+    config = envs.EnvConfig(id=env_id, num_envs=num_envs, vectorization=vectorization, kwargs=kwargs)
+    env = envs.make(config, seed=0, copy=name != "vector")
+    policy = TensorDictModule(Linear(discrete), in_keys=["observation"], out_keys=["action"])
+    return env, collectors.make(name, env, policy, steps=steps, random_env_steps=0)
+
+
+def collect(collector, rollouts: int) -> TensorDict:
+    iterator = iter(collector.iterator())
+    return torch.cat([next(iterator).clone() for _ in range(rollouts)], 1)
+
+
+@pytest.mark.parametrize("name", ["vector", "torchrl"])
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_no_ghost_transitions_and_true_terminal_observations(name, vectorization):
+    _, collector = make(name, "toy_envs:Counting-v0", 2, 4, vectorization, length=5)
+    data = collect(collector, 4)
+    collector.shutdown()
+    assert data.batch_size == (2, 16)
+    for i in range(2):
+        expected = [(t // 5, t % 5) for t in range(16)]
+        first = int(data["observation"][i, 0, 0])
+        assert data["observation"][i].tolist() == [[first + episode, step] for episode, step in expected]
+        # the observation that ends an episode belongs to that episode
+        assert data["next", "observation"][i].tolist() == [[first + episode, step + 1] for episode, step in expected]
+        assert data["next", "reward"][i].flatten().tolist() == [step + 1 for _, step in expected]
+        ends = torch.tensor([[step == 4 and (first + episode) % 2 == 0] for episode, step in expected])
+        cuts = torch.tensor([[step == 4 and (first + episode) % 2 == 1] for episode, step in expected])
+        assert torch.equal(data["next", "terminated"][i], ends)
+        assert torch.equal(data["next", "truncated"][i], cuts)
+        assert torch.equal(data["next", "done"][i], ends | cuts)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "discrete"), [("Pendulum-v1", False), ("CartPole-v1", True), ("toy_envs:Counting-v0", False)]
+)
+def test_both_collectors_yield_the_same(env_id, discrete):
+    data = {}
+    for name in ("vector", "torchrl"):
+        _, collector = make(name, env_id, 3, 50, discrete=discrete)
+        data[name] = collect(collector, 5)
+        collector.shutdown()
+    ours, theirs = data["vector"], data["torchrl"]
+    assert bool(ours["next", "done"].any())
+    keys = ("observation", "action", *(("next", x) for x in ("observation", "reward", "terminated", "truncated", "done")))
+    assert set(ours.keys(include_nested=True, leaves_only=True)) == set(keys)
+    for key in keys:
+        assert ours[key].dtype == theirs[key].dtype, key
+        assert ours[key].shape == theirs[key].shape, key
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+
+
+def test_sync_and_async_envs_are_the_same():
+    data = [collect(make("vector", "Pendulum-v1", 2, 30, how)[1], 2) for how in ("sync", "async")]
+    assert torch.equal(data[0]["next", "observation"], data[1]["next", "observation"])
+
+
+def test_random_actions_end_where_they_should():
+    env, collector = make("vector", "Pendulum-v1", 2, 8)
+    collector.random_env_steps = 20  # of 2 envs: ten vector steps
+    data = collect(collector, 2)
+    deterministic = torch.sin(data["observation"].sum(-1, keepdim=True) * 0.1)
+    same = torch.isclose(data["action"], deterministic).all(0).flatten()
+    assert not same[:10].any()
+    assert same[10:].all()
+    assert float(data["action"].abs().max()) <= 2.0
+    env.close()
+
+
+def test_statistics_of_episodes_of_length_3_and_7():
+    statistics = EpisodeStatistics(2)
+    reward, done = np.ones((2, 42)), np.zeros((2, 42), dtype=bool)
+    done[0, 2::3], done[1, 6::7] = True, True
+    reward[1] = 2
+    returns, lengths = [], []
+    for start in range(0, 42, 4):  # rollouts that no episode fits into
+        got = statistics.update(reward[:, start : start + 4], done[:, start : start + 4])
+        returns, lengths = returns + got[0], lengths + got[1]
+    assert sorted(lengths) == [3] * 14 + [7] * 6
+    assert sorted(returns) == [3.0] * 14 + [14.0] * 6
+
+
+def test_statistics_come_out_of_the_loader():
+    env, collector = make("vector", "toy_envs:Counting-v0", 2, 7, length=3)
+    loader = CollectorLoader(collector, env, lambda: 0)
+    for _ in range(3):
+        next(loader)
+    row = loader.take()
+    assert row["episode/return"] == 6.0
+    assert row["episode/length"] == 3.0
+    assert "episode/return" not in loader.take()
+
+
+@pytest.mark.parametrize("name", ["vector"])
+def test_an_open_episode_resumes_by_replay(name):
+    _, straight = make(name, "Pendulum-v1", 3, 33)
+    rollouts = iter(straight.iterator())
+    expected = [next(rollouts).clone() for _ in range(20)]
+    _, first = make(name, "Pendulum-v1", 3, 33)
+    rollouts = iter(first.iterator())
+    for _ in range(11):
+        next(rollouts)
+    state = first.state_dict()
+    assert state["actions"].shape == (3, 11 * 33 % 200, 1)
+    _, second = make(name, "Pendulum-v1", 3, 33)
+    second.load_state_dict(state)
+    rollouts = iter(second.iterator())
+    for each in expected[11:]:
+        assert bool((next(rollouts) == each).all())
+
+
+def test_envs_whose_episodes_began_at_different_times_resume():
+    def build():
+        return make("vector", "CartPole-v1", 4, 13, discrete=True)[1]
+
+    straight, first, second = build(), build(), build()
+    rollouts = iter(straight.iterator())
+    expected = [next(rollouts).clone() for _ in range(30)]
+    for _ in range(17):
+        first.rollout()
+    state = first.state_dict()
+    assert len(set(state["lengths"])) > 1
+    second.load_state_dict(state)
+    for each in expected[17:]:
+        assert bool((second.rollout() == each).all())
+
+
+def test_an_env_that_does_not_replay_says_so_and_begins_anew():
+    _, first = make("vector", "toy_envs:Drifting-v0", 2, 7)
+    first.rollout()
+    _, second = make("vector", "toy_envs:Drifting-v0", 2, 7)
+    with pytest.warns(UserWarning, match="does not replay"):
+        second.load_state_dict(first.state_dict())
+    assert second.env.episodes == [1, 1]
+
+
+def test_the_state_is_saved_right_after_an_episode_ended():
+    _, collector = make("vector", "toy_envs:Counting-v0", 2, 5, length=5)
+    collector.rollout()
+    state = collector.state_dict()
+    assert state["lengths"] == [0, 0]
+    _, second = make("vector", "toy_envs:Counting-v0", 2, 5, length=5)
+    second.load_state_dict(state)
+    assert second.rollout()["observation"][:, 0, 1].tolist() == [0, 0]

@@ -1,0 +1,178 @@
+"""Wrong input: one sentence that names what is valid, exit code 2, nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from levin import config, train
+from levin.errors import ConfigError
+
+WRONG = [
+    (["algo=sacc"], "algo=sacc is unknown; valid: sac"),
+    (["env=halfcheeta"], "env=halfcheeta is unknown; valid: halfcheetah"),
+    (["debug=smok"], "debug=smok is unknown; valid: smoke"),
+    (["algo.gama=0.9"], "algo.gama is unknown; valid: algo.gamma"),
+    (["+algo.gama=0.9"], "algo.gama is unknown; valid: gamma"),
+    (["sed=1"], "sed is unknown; valid: seed"),
+    (["eval.evry=1"], "eval.evry is unknown; valid: eval.every"),
+    (["trainer.devics=1"], "trainer.devics is unknown; valid: trainer.devices"),
+    (["+trainer.profilr=simple"], "trainer.profilr is unknown; valid: profiler"),
+    (["algo.gamma=1.7"], "algo.gamma=1.7: input should be less than or equal to 1"),
+    (["algo.gamma=-0.1"], "algo.gamma=-0.1: input should be greater than or equal to 0"),
+    (["algo.gamma=high"], "algo.gamma=high: input should be a valid number"),
+    (["algo.batch_size=0"], "algo.batch_size=0: input should be greater than 0"),
+    (["algo.batch_size=2.5"], "algo.batch_size=2.5: input should be a valid integer"),
+    (["algo.batch_size=true"], "algo.batch_size=True: input should be a valid integer"),
+    (["algo.hidden_sizes=[64,-1]"], "input should be greater than 0"),
+    (["algo.activation=swish"], "algo.activation=swish: input should be 'relu', 'tanh', 'elu' or 'silu'"),
+    (["total_env_steps=-5"], "total_env_steps=-5: input should be greater than 0"),
+    (["seed=abc"], "seed=abc: input should be a valid integer"),
+    (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+    (["logger=wndb"], "input should be 'csv', 'tensorboard' or 'wandb'"),
+    (["collector=ray2"], "input should be 'vector' or 'torchrl'"),
+    (["env.action=squash"], "input should be 'rescale', 'clip' or 'none'"),
+    (["env.num_envs=0"], "env.num_envs=0: input should be greater than 0"),
+    (["trainer.precision=bf16-true"], "input should be '32-true' or 'bf16-mixed'"),
+    (["+trainer.max_epochs=3"], "trainer.max_epochs does not act here; say total_env_steps instead"),
+    (["+trainer.gradient_clip_val=1"], "trainer.gradient_clip_val does not act here"),
+    (["env=gym"], "env.id has no value"),
+    (["algo"], "algo is not of the form key=value"),
+    (["env=cartpole", "env.action=none"], "SAC acts in box action spaces, but the action space of CartPole-v1 is discrete"),
+    (["env=gym", "env.id=HalfCheeta-v4"], "HalfCheetah"),
+    (["env=gym", "env.id=no_such:Env-v0"], "no_such"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert sentence in said
+    assert said.startswith("levin: ")
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_that_exists_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    monkeypatch.setattr(sys, "argv", ["train", f"run={tmp_path / 'mine'}"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "exists" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("place", ["/proc/levin", "/dev/null/run"])
+def test_a_run_folder_that_is_not_writable_is_refused(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", f"run={place}"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "play", "resume"])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run=/nowhere"], "/nowhere"),
+        ([], "run is missing"),
+        (["rn=x"], "rn is unknown; valid: run"),
+        (["run=x", "episodes=0"], "episodes"),
+        (["nonsense"], "key=value"),
+    ],
+)
+def test_commands_answer_in_one_sentence(command, words, sentence, monkeypatch, capsys):
+    module = __import__(f"levin.{command}", fromlist=["main"])
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert sentence in said
+    assert "\n" not in said
+
+
+def test_the_process_exits_with_2_and_no_traceback(tmp_path):
+    words = [sys.executable, "-m", "levin.train", "algo=sacc"]
+    answer = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_float_is_an_integer():
+    cfg = config.compose(["total_env_steps=1e5", "algo.buffer_size=1e4"])
+    assert (cfg.total_env_steps, cfg.algo.buffer_size) == (100_000, 10_000)
+    assert isinstance(cfg.total_env_steps, int)
+
+
+def test_seed_0_is_a_seed():
+    assert config.compose(["seed=0"]).seed == 0
+
+
+def test_order_of_files():
+    cfg = config.compose(["algo=sac", "env=pendulum"])
+    assert cfg.env.id == "Pendulum-v1"
+    assert cfg.name == "sac_pendulum"
+    assert cfg.algo.learning_starts == 100  # tuned/sac_pendulum
+    assert config.compose(["algo=sac"]).env.id == "HalfCheetah-v4"  # algo/sac's own
+    assert config.compose(["env=pendulum", "algo.learning_starts=7"]).algo.learning_starts == 7
+    assert config.compose(["env=pendulum", "debug=smoke"]).total_env_steps == 600
+
+
+def test_a_composed_config_is_read_only():
+    with pytest.raises(Exception, match="read-only"):
+        config.compose([]).seed = 1
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (config.CONFIGS / "debug").glob("*.yaml")))
+def test_every_debug_file_composes(name):
+    config.compose([f"debug={name}", "env=pendulum"])
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (config.CONFIGS / "tuned").glob("*.yaml")))
+def test_every_tuned_file_names_an_algorithm_and_an_env(name):
+    algo, env = next(
+        (algo.stem, env.stem)
+        for algo in (config.CONFIGS / "algo").glob("*.yaml")
+        for env in (config.CONFIGS / "env").glob("*.yaml")
+        if f"{algo.stem}_{env.stem}" == name
+    )
+    cfg = config.compose([f"algo={algo}", f"env={env}"])
+    text = OmegaConf.load(config.CONFIGS / "tuned" / f"{name}.yaml")
+    for key in config.flatten(config.plain(text)):
+        assert OmegaConf.select(cfg, key) == OmegaConf.select(text, key)
+
+
+def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["config", "env=pendulum", "algo.tau=0.01"])
+    config.main()
+    lines = capsys.readouterr().out.splitlines()
+    origin = {line.split(":")[0]: line.split("# ")[-1] for line in lines}
+    assert origin["algo.tau"] == "command line"
+    assert origin["algo.learning_starts"] == "configs/tuned/sac_pendulum.yaml"
+    assert origin["algo.gamma"] == "configs/algo/sac.yaml"
+    assert origin["env.id"] == "configs/env/pendulum.yaml"
+    assert origin["env.action"] == "configs/algo/sac.yaml"
+    assert origin["seed"] == "configs/train.yaml"
+    assert all(origin.values())
+    assert len(lines) == len(list(config.flatten(config.plain(config.compose(["env=pendulum"])))))
+
+
+def test_errors_name_the_nearest_first():
+    with pytest.raises(ConfigError, match="valid: halfcheetah, halfcheetah_v5"):
+        config.compose(["env=halfcheeta"])
+
+
+def test_shared_files_are_not_read():
+    for file in Path(config.ROOT / "src").rglob("*.py"):
+        assert "../shared" not in file.read_text()

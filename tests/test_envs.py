@@ -1,0 +1,142 @@
+"""Seeds, units, repeats, statistics, and what happens to an env that can't be made."""
+
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import toy_envs
+import torch
+
+from levin import config, envs
+from levin.errors import ConfigError
+from levin.normalization import ObservationNormalizer, RewardNormalizer
+
+
+def test_no_two_episodes_share_a_seed():
+    seeds = [
+        envs.episode_seed(seed, purpose, rank, env, episode)
+        for seed in range(4)
+        for purpose in (envs.TRAINING, envs.EVALUATION)
+        for rank in range(3)
+        for env in range(4)
+        for episode in range(20)
+    ]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_every_episode_starts_with_its_own_seed():
+    env = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=2), seed=0)
+    observation, _ = env.reset()
+    for episode in range(3):
+        for i in range(2):
+            alone, _ = gym.make("Pendulum-v1").reset(seed=envs.episode_seed(0, envs.TRAINING, 0, i, episode))
+            assert np.array_equal(observation[i], alone)
+        env.step(np.zeros((2, 1), np.float32))
+        observation, _ = env.reset(options={"reset_mask": np.ones(2, dtype=bool)})
+
+
+def test_resetting_an_env_that_has_not_moved_begins_the_same_episode():
+    env = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=2), seed=0)
+    first, _ = env.reset()
+    again, _ = env.reset()
+    assert np.array_equal(first, again)
+    assert env.episodes == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("units", "given", "expected"),
+    [("rescale", [-1, 0, 1], [-2, 1, 4]), ("clip", [-9, 0, 9], [-2, 0, 4]), ("none", [-9, 0, 9], [-9, 0, 9])],
+)
+def test_actions_arrive_in_the_units_that_were_chosen(units, given, expected):
+    env = envs.make(envs.EnvConfig(id="toy_envs:Recorder-v0", action=units), seed=0)
+    env.reset()
+    toy_envs.Recorder.actions.clear()
+    for action in given:
+        env.step(np.array([[action]], np.float32))
+    assert toy_envs.Recorder.actions == expected
+
+
+def test_action_repeat_sums_rewards_and_stops_at_the_end():
+    env = envs.make_one(envs.EnvConfig(id="toy_envs:Counting-v0", action_repeat=3, kwargs={"length": 5}))
+    env.reset(seed=0)
+    action = np.zeros(1, np.float32)
+    assert env.step(action)[1:3] == (1.0 + 2 + 3, False)
+    assert env.step(action)[1:3] == (4.0 + 5, True)
+
+
+def test_time_limit_truncates():
+    env = envs.make(envs.EnvConfig(id="Pendulum-v1", time_limit=7), seed=0)
+    env.reset()
+    flags = [env.step(np.zeros((1, 1), np.float32))[2:4] for _ in range(7)]
+    assert [bool(cut[0]) for _, cut in flags] == [False] * 6 + [True]
+    assert not any(end[0] for end, _ in flags)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (config.CONFIGS / "env").glob("*.yaml")))
+def test_every_env_file_can_be_made_and_stepped(name):
+    overrides = [f"env={name}"] + (["env.id=toy_envs:Point-v0"] if name == "gym" else [])
+    if name in ("cartpole", "acrobot"):
+        overrides.append("env.action=none")
+    cfg = config.compose(overrides)
+    env = envs.make(envs.EnvConfig(**config.plain(cfg.env)), seed=0)
+    spec = envs.describe(env)
+    observation, _ = env.reset()
+    assert list(observation.shape) == [1, *spec["observation"]["shape"]]
+    observation, reward, *_ = env.step(env.action_space.sample())
+    assert reward.shape == (1,)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "sentence"),
+    [
+        ("HalfCheeta-v4", "HalfCheetah"),
+        ("no_such_module:Env-v0", "no_such_module"),
+        ("HalfCheetah-v99", "v99"),
+    ],
+)
+def test_an_unknown_id_is_one_sentence(env_id, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        envs.make(envs.EnvConfig(id=env_id), seed=0)
+
+
+def test_a_missing_extra_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    for module in [name for name in sys.modules if "gymnasium.envs.mujoco" in name]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ConfigError, match=r"make setup|pip install"):
+        envs.make(envs.EnvConfig(id="HalfCheetah-v4"), seed=0)
+
+
+def test_observation_statistics_are_those_of_all_samples():
+    normalizer = ObservationNormalizer((3,), clip=5.0)
+    data = torch.randn(4, 60, 3, dtype=torch.float64) * 3 + 7
+    untouched = torch.randn(2, 3)
+    assert torch.equal(normalizer(untouched), untouched)
+    for chunk in data.split(17, 1):
+        normalizer.update(chunk)
+    flat = data.flatten(0, 1)
+    torch.testing.assert_close(normalizer.moments.mean, flat.mean(0))
+    torch.testing.assert_close(normalizer.moments.var, flat.var(0, correction=0))
+    normal = normalizer(flat)
+    torch.testing.assert_close(normal.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    assert float(normalizer(torch.full((1, 3), 1e6)).max()) == 5.0
+
+
+def test_reward_statistics_run_through_rollouts_and_are_cut_at_ends_only():
+    gamma, normalizer = 0.9, RewardNormalizer(2, 0.9, clip=10.0)
+    reward = torch.rand(2, 42, 1, dtype=torch.float64)
+    done = torch.zeros(2, 42, 1, dtype=torch.bool)
+    done[0, 2::3], done[1, 6::7] = True, True
+    expected = []
+    for i in range(2):
+        running = 0.0
+        for t in range(42):
+            running = gamma * running + float(reward[i, t])
+            expected.append(running)
+            running *= 1 - float(done[i, t])
+    for start in range(0, 42, 5):
+        normalizer.update(reward[:, start : start + 5], done[:, start : start + 5])
+    torch.testing.assert_close(float(normalizer.moments.var), float(np.var(expected)))
+    torch.testing.assert_close(normalizer(reward), (reward / np.std(expected)).float())

@@ -1,0 +1,114 @@
+"""What is in the loggers when a run is over."""
+
+import json
+from pathlib import Path
+
+import imageio.v3
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import SMALL
+
+from levin import config
+from levin.loggers import CSVMetrics
+from levin.play import play
+from levin.provenance import git
+from levin.train import train
+
+
+def wandb_records(file: Path):
+    """The records of an offline run. The file is a LevelDB log: blocks of 32 KiB, records of a 7-byte header each."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def test_an_offline_wandb_run_can_be_read_back(tmp_path):
+    words = [*SMALL, "logger=wandb", "total_env_steps=320", "wandb_project=test", "upload=true"]
+    train(config.compose(words), tmp_path / "run")
+    (file,) = (tmp_path / "run").rglob("*.wandb")
+    records = list(wandb_records(file))
+    history, settings, axes = [], {}, {}
+    for record in records:
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+        elif kind in ("config", "run"):
+            update = record.config.update if kind == "config" else record.run.config.update
+            settings |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in update}
+        elif kind == "metric":
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    rows = [row for row in history if "train/critic_loss" in row]
+    names = {"env_steps", "updates", "train/critic_loss", "episode/return", "time/env_steps_per_second"}
+    assert names <= set().union(*rows)
+    assert any("eval/return_mean" in row for row in rows)
+    assert [row["env_steps"] for row in rows] == sorted({row["env_steps"] for row in rows})
+    assert rows[-1]["env_steps"] == 320
+    assert settings["algo"]["gamma"] == 0.99
+    assert settings["seed"] == 0
+    assert settings["git_sha"] == git("rev-parse", "HEAD")
+    assert set(axes.values()) <= {"env_steps", ""}
+    assert "env_steps" in axes.values()
+    assert any(key.startswith("video/") for row in history for key in row)
+    (artifact,) = (record.artifact for record in records if record.WhichOneof("record_type") == "artifact")
+    assert {"state.ckpt", "config.yaml"} <= {content.path for content in artifact.manifest.contents}
+
+
+def test_tensorboard_has_the_same_axis(tmp_path):
+    train(config.compose([*SMALL, "logger=tensorboard", "total_env_steps=320"]), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("eval/return_mean")] == [224, 320]
+
+
+def test_csv_grows_a_column_without_losing_a_row(tmp_path):
+    logger = CSVMetrics(tmp_path)
+    logger.log_metrics({"updates": 0}, step=1)
+    logger.log_metrics({"updates": 1, "train/loss": 0.5}, step=2)
+    logger = CSVMetrics(tmp_path)  # as after a restart
+    logger.log_metrics({"updates": 2, "eval/return_mean": 7.0}, step=3)
+    rows = logger.rows()
+    assert list(rows[0]) == ["env_steps", "updates", "train/loss", "eval/return_mean"]
+    assert [row["updates"] for row in rows] == ["0", "1", "2"]
+    assert [row["train/loss"] for row in rows] == ["", "0.5", ""]
+    logger.truncate(2)
+    assert [row["env_steps"] for row in logger.rows()] == ["1", "2"]
+
+
+@pytest.mark.parametrize("env", ["pendulum", "inverted_pendulum"])
+def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
+    words = [*SMALL, f"env={env}", "total_env_steps=64"]
+    train(config.compose(words), tmp_path / "run")
+    (path,) = play(run=str(tmp_path / "run"))
+    frames = imageio.v3.imread(path)
+    assert path.suffix == ".mp4"
+    assert len(frames) == (200 if env == "pendulum" else _steps(tmp_path / "run"))
+    assert frames.max() > 100
+    assert frames.std() > 5
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+def _steps(run: Path) -> int:
+    """The length of the episode that `play` shows."""
+    import levin
+    from levin import envs
+
+    policy = levin.load(run)
+    env = envs.make(config.load_env(run), seed=1, purpose=envs.EVALUATION, num_envs=1)
+    observation = env.begin([0], np.ones(1, dtype=bool))
+    for step in range(1, 10_000):
+        observation, _, terminated, truncated, _ = env.env.step(policy(observation))
+        if terminated[0] or truncated[0]:
+            return step
+    raise AssertionError

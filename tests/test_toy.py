@@ -1,0 +1,61 @@
+"""Adding an algorithm takes three files. This one is added in a temporary folder, and nothing else is touched."""
+
+import sys
+from pathlib import Path
+
+import checks
+import pytest
+import rows
+
+from levin import config
+from levin.algorithms import sac
+
+ROW = """
+from dataclasses import replace
+
+import rows
+
+ROW = replace(rows.ROWS[[row.algo for row in rows.ROWS].index("sac")], algo="toy_sac")
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> rows.Row:
+    source = Path(sac.__file__).read_text().replace("class SAC(", "class ToySAC(")
+    (tmp_path / "toy_sac.py").write_text(source)
+    (tmp_path / "algo").mkdir()
+    yaml = (config.CONFIGS / "algo" / "sac.yaml").read_text().replace("levin.algorithms.sac.SAC", "toy_sac.ToySAC")
+    (tmp_path / "algo" / "toy_sac.yaml").write_text(yaml)
+    (tmp_path / "toy_row.py").write_text(ROW)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_sac", raising=False)
+    monkeypatch.delitem(sys.modules, "toy_row", raising=False)
+    compose = config.compose
+    monkeypatch.setattr(config, "compose", lambda words: compose([*words, f"hydra.searchpath=[{tmp_path}]"]))
+    return __import__("toy_row").ROW
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_toy_row(check, toy, tmp_path):
+    check(toy, tmp_path)
+
+
+def test_a_broken_toy_is_caught(toy, tmp_path):
+    """The checks can fail: a target that does not move, `done` in the target, a critic that is not trained."""
+    file = tmp_path / "toy_sac.py"
+    sound = file.read_text()
+    broken = {
+        checks.targets_follow_their_source: ("        self.update_target()\n", ""),
+        checks.truncation_bootstraps_and_termination_does_not: ('~after["terminated"]', '~after["done"]'),
+        checks.optimizers_step_and_parameters_move: ("self.step(self.critic_optimizer, critic_loss)", "pass"),
+        checks.losses_equal_the_oracle: (".amin(0)", ".mean(0)"),
+        checks.cadence_is_what_the_row_says: ("self.update_target()", "self.step(self.critic_optimizer, self.critic_loss(batch))"),
+    }
+    for check, (good, bad) in broken.items():
+        assert good in sound
+        file.write_text(sound.replace(good, bad))
+        sys.modules.pop("toy_sac", None)
+        folder = tmp_path / check.__name__
+        with pytest.raises(AssertionError):
+            check(toy, folder)
+            print(f"{check.__name__} did not notice")

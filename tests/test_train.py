@@ -1,0 +1,293 @@
+"""A run from the outside: clocks, traps of Lightning, checkpoints, memory."""
+
+import csv
+import gc
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import metrics, same
+from lightning import Callback
+
+import levin
+from levin import config, evaluate, resume
+from levin.algorithms.sac import SAC
+from levin.train import build, train
+
+SMALL = (
+    *("algo=sac", "env=pendulum", "logger=csv", "eval.episodes=2", "eval.every=200", "checkpoint.every=150"),
+    *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=50"),
+)
+
+
+class Recorder(Callback):
+    """What happened in which order."""
+
+    instances: list["Recorder"] = []
+
+    def __init__(self) -> None:
+        self.versions, self.rows = [], []
+        self.instances.append(self)
+
+    def on_train_batch_start(self, trainer, algorithm, batch, batch_idx) -> None:
+        self.versions.append((batch["policy_version"], algorithm.iterations))
+        self.first = batch["observation"][0, 0].clone()
+
+    def on_train_batch_end(self, trainer, algorithm, outputs, batch, batch_idx) -> None:
+        self.algorithm = algorithm
+        self.rows.append((algorithm.env_steps, algorithm.updates, trainer.global_step))
+
+
+def run(folder: Path, *overrides: str, **kwargs):
+    Recorder.instances.clear()
+    words = [*SMALL, *overrides, "+callbacks.recorder={_target_:test_train.Recorder}"]
+    train(config.compose(words), folder, **kwargs)
+    return Recorder.instances[0]
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_updates_are_env_steps_less_learning_starts(size, tmp_path):
+    recorder = run(tmp_path / "run", f"algo.steps_per_iteration={size}", "total_env_steps=160")
+    env_steps, updates, _ = recorder.rows[-1]
+    assert env_steps == 160
+    assert updates == 160 - 40
+    for env_steps, updates, _ in recorder.rows:
+        assert updates == max(0, env_steps - 40)
+    assert [env_steps for env_steps, _, _ in recorder.rows] == list(range(size, 161, size))
+
+
+@pytest.mark.parametrize(("ratio", "envs", "expected"), [(0.3, 1, 36), (2.5, 2, 300), (0.0, 1, 0)])
+def test_a_replay_ratio_carries_its_remainder(ratio, envs, expected, tmp_path):
+    words = [f"algo.replay_ratio={ratio}", f"env.num_envs={envs}", "algo.steps_per_iteration=4", "total_env_steps=160"]
+    recorder = run(tmp_path / "run", *words)
+    assert recorder.rows[-1][:2] == (160, expected)
+    for env_steps, updates, _ in recorder.rows:
+        assert updates == int(ratio * max(0, env_steps - 40))
+
+
+def test_every_rollout_is_collected_by_the_newest_policy(tmp_path):
+    recorder = run(tmp_path / "run", "total_env_steps=320")
+    assert recorder.versions == [(i, i) for i in range(10)]
+
+
+def test_env_steps_do_not_depend_on_the_number_of_optimizers(tmp_path):
+    recorder = run(tmp_path / "run", "total_env_steps=160")
+    assert recorder.rows[-1][0] == 160  # two optimisers, and Lightning's global_step counts neither or both
+    assert recorder.rows[-1][2] != 160 - 40
+
+
+def test_metrics_are_on_the_clock_of_env_steps(tmp_path):
+    run(tmp_path / "run", "total_env_steps=640")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert next(iter(rows[0])) == "env_steps"
+    names = {"updates", "episode/return", "episode/length", "eval/return_mean", "eval/return_std", "train/critic_loss"}
+    phases = {f"time/{name}" for name in ("collect", "sample", "update", "evaluate", "log")}
+    assert names | phases | {"time/env_steps_per_second", "time/updates_per_second"} <= rows[0].keys()
+    evaluated = [int(row["env_steps"]) for row in rows if row["eval/return_mean"]]
+    assert evaluated == [224, 416, 608, 640]
+    assert sorted(int(row["env_steps"]) for row in rows) == [int(row["env_steps"]) for row in rows]
+    folders = sorted(int(each.name) for each in (tmp_path / "run" / "checkpoints").iterdir() if each.name.isdigit())
+    assert folders[-2:] == [608, 640]
+    assert os.readlink(tmp_path / "run" / "checkpoints" / "last") == "640"
+
+
+def test_evaluation_changes_nothing_of_the_run(tmp_path):
+    often = run(tmp_path / "often", "eval.every=32", "total_env_steps=224", "env.normalize_observation=true")
+    never = run(tmp_path / "never", "eval.every=100_000", "total_env_steps=224", "env.normalize_observation=true")
+    assert same(dict(often.algorithm.state_dict()), dict(never.algorithm.state_dict()))
+    assert float(often.algorithm.observation_normalizer.moments.count) == 224
+
+
+def test_statistics_are_saved_and_sit_inside_the_policy(tmp_path):
+    recorder = run(tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96")
+    policy = levin.load(tmp_path / "run")
+    observation = np.array([0.3, -0.2, 0.5], np.float32)
+    normal = recorder.algorithm.observation_normalizer(torch.from_numpy(observation))
+    expected = 2 * recorder.algorithm.actor(normal.unsqueeze(0)).mode[0]  # Pendulum's units: [-2, 2]
+    np.testing.assert_allclose(policy(observation), expected.detach().numpy(), rtol=1e-6)
+    assert policy(np.stack([observation] * 5)).shape == (5, 1)
+    assert float(policy.algorithm.reward_normalizer.moments.count) == 96
+
+
+def test_normalisation_reaches_the_batch(tmp_path):
+    recorder = run(tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96")
+    algorithm = recorder.algorithm
+    algorithm.updates = 0
+    batch = next(iter(algorithm.replay(learning_starts=0, replay_ratio=1, batch_size=4096)))
+    raw = algorithm.buffer[:]
+    torch.testing.assert_close(batch["observation"].mean(0), torch.zeros(3), atol=0.15, rtol=0)
+    assert float(raw["observation"].std(0).max()) != pytest.approx(1, abs=0.1)
+    assert float(batch["next", "reward"].std()) < float(raw["next", "reward"].std())
+
+
+def test_a_checkpoint_loads_in_a_bare_interpreter(tmp_path):
+    run(tmp_path / "run", "total_env_steps=96")
+    path = tmp_path / "run" / "checkpoints" / "last" / "state.ckpt"
+    code = (
+        "from levin.algorithms.sac import SAC\n"
+        f"a = SAC.load_from_checkpoint({str(path)!r})\n"
+        "assert (a.env_steps, a.updates) == (96, 56), (a.env_steps, a.updates)\n"
+        "import levin, numpy\n"
+        f"print(levin.load({str(tmp_path / 'run')!r})(numpy.zeros(3)))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    torch.load(path, weights_only=True)
+
+
+def test_targets_are_restored_and_not_copied_anew(tmp_path):
+    recorder = run(tmp_path / "run", "total_env_steps=160")
+    loaded = SAC.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last" / "state.ckpt")
+    for saved, target, online in zip(
+        recorder.algorithm.target_parameters, loaded.target_parameters, loaded.critic_parameters, strict=True
+    ):
+        assert torch.equal(saved, target)
+        assert not torch.equal(target, online)
+
+
+def test_resume_continues_metrics_and_total(tmp_path, capsys):
+    run(tmp_path / "run", "total_env_steps=320")
+    before = metrics(tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=640)
+    assert "320 -> 640" in capsys.readouterr().out
+    after = metrics(tmp_path / "run")
+    assert after[: len(before)] == [{**dict.fromkeys(after[0], ""), **row} for row in before]
+    assert int(after[-1]["env_steps"]) == 640
+    steps = [int(row["env_steps"]) for row in after]
+    assert len(set(steps)) == len(steps)
+
+
+@pytest.mark.parametrize("collector", ["torchrl"])
+def test_torchrl_collector_trains(collector, tmp_path):
+    recorder = run(tmp_path / "run", f"collector={collector}", "total_env_steps=160")
+    assert recorder.rows[-1][:2] == (160, 120)
+
+
+def test_memmap_storage_and_bf16_train(tmp_path):
+    recorder = run(
+        tmp_path / "run", "algo.buffer_storage=memmap", "trainer.precision=bf16-mixed", "total_env_steps=160"
+    )
+    assert recorder.rows[-1][:2] == (160, 120)
+    assert all(parameter.dtype == torch.float32 for parameter in recorder.algorithm.parameters())
+
+
+def test_any_argument_of_the_trainer_passes_through(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(tmp_path / "run", "+trainer.profiler=simple", "total_env_steps=64")
+    assert "run_training_batch" in caplog.text
+
+
+def test_hyper_parameters_do_what_they_say(tmp_path):
+    base = dict(run(tmp_path / "base", "total_env_steps=96").algorithm.state_dict())
+    changes = {
+        "gamma": 0.5,
+        "tau": 0.5,
+        "actor_lr": 1e-2,
+        "critic_lr": 1e-2,
+        "alpha_lr": 1e-2,
+        "initial_alpha": 0.1,
+        "target_entropy": 3.0,
+        "batch_size": 8,
+        "replay_ratio": 0.5,
+        "learning_starts": 20,
+        "buffer_size": 50,
+        "steps_per_iteration": 8,
+        "hidden_sizes": "[16,8]",
+        "activation": "tanh",
+    }
+    cfg = config.compose(SMALL[:2])
+    assert changes.keys() == set(cfg.algo) - {"_target_", "buffer_storage"}  # where rows are kept changes no number
+    for name, value in changes.items():
+        other = dict(run(tmp_path / name, "total_env_steps=96", f"algo.{name}={value}").algorithm.state_dict())
+        assert not same(base, other), name
+
+
+def test_evaluate_writes_its_file(tmp_path):
+    run(tmp_path / "run", "total_env_steps=64")
+    first = evaluate.evaluate_run(run=str(tmp_path / "run"), episodes=3)
+    assert first == evaluate.evaluate_run(run=str(tmp_path / "run"), episodes=3)
+    assert first.keys() >= {"return_mean", "return_std", "episodes", "env_steps"}
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_buffer_costs_its_tensors():
+    code = """
+import resource, torch
+from tensordict import TensorDict
+from levin import config
+from levin.train import build
+algorithm, loader, _ = build(config.compose(["env=halfcheetah"]))
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def chunk(n):
+    after = {"observation": torch.zeros(n, 1, 17), "reward": torch.zeros(n, 1, 1), "terminated": torch.zeros(n, 1, 1).bool()}
+    return TensorDict({"observation": torch.zeros(n, 1, 17), "action": torch.zeros(n, 1, 6), "next": after}, (n, 1))
+algorithm.store(chunk(1000)); warm = resident()
+for _ in range(999):
+    algorithm.store(chunk(1000))
+assert len(algorithm.buffer) == 1_000_000
+tensors = 1_000_000 * (17 * 4 + 17 * 4 + 6 * 4 + 4 + 1)
+print((resident() - warm) / (tensors * 0.999))
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert float(answer.stdout.split()[-1]) <= 1.05
+
+
+def test_memory_does_not_grow(tmp_path):
+    resident = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, algorithm, *_):
+            if algorithm.iterations % 500 == 0:
+                gc.collect()
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                resident.append(pages * resource.getpagesize() / 2**20)
+
+    words = ["algo.steps_per_iteration=1", "algo.buffer_size=100", "eval.every=100_000", "checkpoint.every=100_000"]
+    Watch_instances.append(Watch())
+    run(tmp_path / "run", *words, "total_env_steps=3000", "+callbacks.watch={_target_:test_train.make_watch}")
+    assert len(resident) == 6
+    assert resident[-1] - resident[1] < 8, resident  # MiB over 2000 iterations
+
+
+Watch_instances: list[Callback] = []
+
+
+def make_watch() -> Callback:
+    return Watch_instances.pop()
+
+
+def test_no_environment_and_no_object_is_pickled(tmp_path):
+    run(tmp_path / "run", "total_env_steps=64")
+    for file in (tmp_path / "run" / "checkpoints" / "64").rglob("*"):
+        if file.is_file() and file.suffix not in (".ckpt", ".memmap", ".json"):
+            pytest.fail(f"{file.name} is of an unknown kind")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.save({"env": build}, tmp_path / "evil.ckpt")
+        torch.load(tmp_path / "evil.ckpt", weights_only=True)
+
+
+def test_the_core_needs_no_extra(tmp_path):
+    code = """
+import sys
+for name in ("mujoco", "Box2D", "ale_py", "dm_control", "shimmy", "matplotlib", "rliable", "ray"):
+    sys.modules[name] = None
+from levin import train
+sys.argv = ["train", "env=pendulum", "debug=smoke", "total_env_steps=128", "run=" + sys.argv[1]]
+train.main()
+from levin import collectors, envs
+env = envs.make(envs.EnvConfig(id="CartPole-v1", num_envs=2), seed=0)
+env.reset()
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr

@@ -1,0 +1,78 @@
+"""Envs whose every transition can be predicted. Ids: `toy_envs:Counting-v0` and so on."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+
+class Counting(gym.Env):
+    """Shows [number of resets, step]; ends after `length` steps, even episodes by termination, odd by truncation.
+
+    The reward is the number of the step that earned it, from 1.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+
+    def __init__(self, length: int = 5, discrete: bool = False) -> None:
+        self.length, self.episode = length, -1
+        self.action_space = Discrete(3) if discrete else Box(-2.0, 2.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.step_number = self.episode + 1, 0
+        return self._show(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.step_number += 1
+        done = self.step_number == self.length
+        return self._show(), float(self.step_number), done and self.episode % 2 == 0, done and self.episode % 2 == 1, {}
+
+    def _show(self):
+        return np.array([self.episode, self.step_number], dtype=np.float64)
+
+
+class Point(gym.Env):
+    """A point on a line that must get to 0; twenty steps."""
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = Box(-0.5, 0.5, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = self.np_random.uniform(-1, 1, 1).astype(np.float32)
+        return self.position, {}
+
+    def step(self, action):
+        self.position = np.clip(self.position + action, -2, 2).astype(np.float32)
+        return self.position, -float(np.abs(self.position[0])), False, False, {}
+
+
+class Drifting(Point):
+    """A Point that does not replay: its noise comes from outside."""
+
+    noise = np.random.default_rng(0)
+
+    def step(self, action):
+        return super().step(action + self.noise.normal(0, 0.1, 1))
+
+
+class Recorder(gym.Env):
+    """Remembers the seeds it was reset with and the actions it got."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Box(-2.0, 4.0, (1,), np.float32)
+    actions: list[float] = []
+
+    def reset(self, *, seed=None, options=None):
+        return np.array([0], np.float32), {}
+
+    def step(self, action):
+        self.actions.append(float(action[0]))
+        return np.array([0], np.float32), 1.0, False, False, {}
+
+
+gym.register("Counting-v0", Counting)
+gym.register("Point-v0", Point, max_episode_steps=20)
+gym.register("Drifting-v0", Drifting, max_episode_steps=20)
+gym.register("Recorder-v0", Recorder)
