@@ -1,6 +1,8 @@
 """The checks that every row of rows.py must pass; `test_toy.py` passes an algorithm of its own through them."""
 
 import csv
+import inspect
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rows import LATE, Row
 from tensordict import TensorDict
 
 from levin import config, envs
 from levin.algorithms.base import Algorithm
 from levin.train import build, train
+from rows import LATE, Row
 
 CHECKS = []
 
@@ -68,7 +70,7 @@ def same(a: Any, b: Any) -> bool:
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
+    return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
@@ -125,7 +127,9 @@ def same_seed_same_run(row: Row, tmp_path: Path) -> None:
     other = run_row(row, tmp_path / "c", "seed=1")
     assert same(first["state_dict"], again["state_dict"])
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    differing = [name for name, value in first["state_dict"].items() if not torch.equal(value, other["state_dict"][name])]
+    differing = [
+        name for name, value in first["state_dict"].items() if not torch.equal(value, other["state_dict"][name])
+    ]
     assert len(differing) >= len(first["state_dict"]) - len(row.targets) * 4
 
 
@@ -193,8 +197,6 @@ def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
     cfg = config.compose([f"algo={row.algo}"])
     signature_only = {"env"}
     algorithm, _, _ = build(cfg)
-    import inspect
-
     parameters = set(inspect.signature(type(algorithm)).parameters)
     assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML shows every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())

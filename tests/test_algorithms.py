@@ -1,9 +1,9 @@
 """Every check for every row."""
 
-import checks
 import pytest
-import rows
 
+import checks
+import rows
 from levin import config
 
 

@@ -23,7 +23,7 @@ class Linear(nn.Module):
         return (action.squeeze(-1) > 0).long() if self.discrete else action
 
 
-def make(name: str, env_id: str, num_envs: int, steps: int, vectorization: str = "sync", discrete=False, **kwargs):
+def make(name: str, env_id: str, num_envs: int, steps: int, *, vectorization="sync", discrete=False, **kwargs):
     config = envs.EnvConfig(id=env_id, num_envs=num_envs, vectorization=vectorization, kwargs=kwargs)
     env = envs.make(config, seed=0, copy=name != "vector")
     policy = TensorDictModule(Linear(discrete), in_keys=["observation"], out_keys=["action"])
@@ -38,7 +38,7 @@ def collect(collector, rollouts: int) -> TensorDict:
 @pytest.mark.parametrize("name", ["vector", "torchrl"])
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_no_ghost_transitions_and_true_terminal_observations(name, vectorization):
-    _, collector = make(name, "toy_envs:Counting-v0", 2, 4, vectorization, length=5)
+    _, collector = make(name, "toy_envs:Counting-v0", 2, 4, vectorization=vectorization, length=5)
     data = collect(collector, 4)
     collector.shutdown()
     assert data.batch_size == (2, 16)
@@ -67,7 +67,11 @@ def test_both_collectors_yield_the_same(env_id, discrete):
         collector.shutdown()
     ours, theirs = data["vector"], data["torchrl"]
     assert bool(ours["next", "done"].any())
-    keys = ("observation", "action", *(("next", x) for x in ("observation", "reward", "terminated", "truncated", "done")))
+    keys = (
+        "observation",
+        "action",
+        *(("next", x) for x in ("observation", "reward", "terminated", "truncated", "done")),
+    )
     assert set(ours.keys(include_nested=True, leaves_only=True)) == set(keys)
     for key in keys:
         assert ours[key].dtype == theirs[key].dtype, key
@@ -76,7 +80,7 @@ def test_both_collectors_yield_the_same(env_id, discrete):
 
 
 def test_sync_and_async_envs_are_the_same():
-    data = [collect(make("vector", "Pendulum-v1", 2, 30, how)[1], 2) for how in ("sync", "async")]
+    data = [collect(make("vector", "Pendulum-v1", 2, 30, vectorization=how)[1], 2) for how in ("sync", "async")]
     assert torch.equal(data[0]["next", "observation"], data[1]["next", "observation"])
 
 

@@ -40,13 +40,18 @@ WRONG = [
     (["+trainer.gradient_clip_val=1"], "trainer.gradient_clip_val does not act here"),
     (["env=gym"], "env.id has no value"),
     (["algo"], "algo is not of the form key=value"),
-    (["env=cartpole", "env.action=none"], "SAC acts in box action spaces, but the action space of CartPole-v1 is discrete"),
+    (
+        ["env=cartpole", "env.action=none"],
+        "SAC acts in box action spaces, but the action space of CartPole-v1 is discrete",
+    ),
     (["env=gym", "env.id=HalfCheeta-v4"], "HalfCheetah"),
     (["env=gym", "env.id=no_such:Env-v0"], "no_such"),
 ]
 
 
-@pytest.mark.parametrize(("words", "sentence"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("words", "sentence"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_wrong_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", *words])

@@ -5,9 +5,9 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
-import toy_envs
 import torch
 
+import toy_envs
 from levin import config, envs
 from levin.errors import ConfigError
 from levin.normalization import ObservationNormalizer, RewardNormalizer

@@ -7,13 +7,13 @@ import imageio.v3
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import SMALL
 
 from levin import config
 from levin.loggers import CSVMetrics
 from levin.play import play
 from levin.provenance import git
 from levin.train import train
+from test_train import SMALL
 
 
 def wandb_records(file: Path):
@@ -44,7 +44,9 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            history.append(
+                {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            )
         elif kind in ("config", "run"):
             update = record.config.update if kind == "config" else record.run.config.update
             settings |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in update}

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-import checks
 import pytest
-import rows
 
+import checks
+import rows
 from levin import config
 from levin.algorithms import sac
 
@@ -49,7 +49,10 @@ def test_a_broken_toy_is_caught(toy, tmp_path):
         checks.truncation_bootstraps_and_termination_does_not: ('~after["terminated"]', '~after["done"]'),
         checks.optimizers_step_and_parameters_move: ("self.step(self.critic_optimizer, critic_loss)", "pass"),
         checks.losses_equal_the_oracle: (".amin(0)", ".mean(0)"),
-        checks.cadence_is_what_the_row_says: ("self.update_target()", "self.step(self.critic_optimizer, self.critic_loss(batch))"),
+        checks.cadence_is_what_the_row_says: (
+            "self.update_target()",
+            "self.step(self.critic_optimizer, self.critic_loss(batch))",
+        ),
     }
     for check, (good, bad) in broken.items():
         assert good in sound
@@ -58,4 +61,3 @@ def test_a_broken_toy_is_caught(toy, tmp_path):
         folder = tmp_path / check.__name__
         with pytest.raises(AssertionError):
             check(toy, folder)
-            print(f"{check.__name__} did not notice")

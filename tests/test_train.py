@@ -8,14 +8,15 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from checks import metrics, same
 from lightning import Callback
 
 import levin
+from checks import metrics, same
 from levin import config, evaluate, resume
 from levin.algorithms.sac import SAC
 from levin.train import build, train
@@ -29,7 +30,7 @@ SMALL = (
 class Recorder(Callback):
     """What happened in which order."""
 
-    instances: list["Recorder"] = []
+    instances: ClassVar[list["Recorder"]] = []
 
     def __init__(self) -> None:
         self.versions, self.rows = [], []
@@ -106,7 +107,9 @@ def test_evaluation_changes_nothing_of_the_run(tmp_path):
 
 
 def test_statistics_are_saved_and_sit_inside_the_policy(tmp_path):
-    recorder = run(tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96")
+    recorder = run(
+        tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96"
+    )
     policy = levin.load(tmp_path / "run")
     observation = np.array([0.3, -0.2, 0.5], np.float32)
     normal = recorder.algorithm.observation_normalizer(torch.from_numpy(observation))
@@ -117,7 +120,9 @@ def test_statistics_are_saved_and_sit_inside_the_policy(tmp_path):
 
 
 def test_normalisation_reaches_the_batch(tmp_path):
-    recorder = run(tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96")
+    recorder = run(
+        tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96"
+    )
     algorithm = recorder.algorithm
     algorithm.updates = 0
     batch = next(iter(algorithm.replay(learning_starts=0, replay_ratio=1, batch_size=4096)))
@@ -227,7 +232,8 @@ algorithm, loader, _ = build(config.compose(["env=halfcheetah"]))
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 def chunk(n):
-    after = {"observation": torch.zeros(n, 1, 17), "reward": torch.zeros(n, 1, 1), "terminated": torch.zeros(n, 1, 1).bool()}
+    flags = torch.zeros(n, 1, 1)
+    after = {"observation": torch.zeros(n, 1, 17), "reward": flags, "terminated": flags.bool()}
     return TensorDict({"observation": torch.zeros(n, 1, 17), "action": torch.zeros(n, 1, 6), "next": after}, (n, 1))
 algorithm.store(chunk(1000)); warm = resident()
 for _ in range(999):
@@ -270,8 +276,8 @@ def test_no_environment_and_no_object_is_pickled(tmp_path):
     for file in (tmp_path / "run" / "checkpoints" / "64").rglob("*"):
         if file.is_file() and file.suffix not in (".ckpt", ".memmap", ".json"):
             pytest.fail(f"{file.name} is of an unknown kind")
+    torch.save({"env": build}, tmp_path / "evil.ckpt")
     with pytest.raises(pickle.UnpicklingError):
-        torch.save({"env": build}, tmp_path / "evil.ckpt")
         torch.load(tmp_path / "evil.ckpt", weights_only=True)
 
 

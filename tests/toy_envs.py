@@ -1,5 +1,7 @@
 """Envs whose every transition can be predicted. Ids: `toy_envs:Counting-v0` and so on."""
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
@@ -62,7 +64,7 @@ class Recorder(gym.Env):
 
     observation_space = Box(-1, 1, (1,), np.float32)
     action_space = Box(-2.0, 4.0, (1,), np.float32)
-    actions: list[float] = []
+    actions: ClassVar[list[float]] = []
 
     def reset(self, *, seed=None, options=None):
         return np.array([0], np.float32), {}

@@ -1,7 +1,8 @@
 """What happens between iterations, on the clock of env steps.
 
 Lightning calls them in list order at the end of a batch: `Budget` decides whether this is the last iteration,
-`Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `Checkpointing` saves, `Progress` shows.
+`Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `Checkpointing` saves and
+`ProgressBar` shows.
 """
 
 import sys
@@ -133,9 +134,7 @@ class Evaluation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
-        self.vector_env = envs.make(
-            self.env, seed=self.seed, purpose=envs.EVALUATION, num_envs=min(self.episodes, 10)
-        )
+        self.vector_env = envs.make(self.env, seed=self.seed, purpose=envs.EVALUATION, num_envs=min(self.episodes, 10))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -243,7 +242,10 @@ class ProgressBar(Callback):
         if self.task is None or (now - wall < period and not trainer.should_stop):
             return
         last = "" if self.metrics.last_return is None else f" · return {self.metrics.last_return:.1f}"
-        steps_rate, updates_rate = (algorithm.env_steps - env_steps) / (now - wall), (algorithm.updates - updates) / (now - wall)
+        steps_rate, updates_rate = (
+            (algorithm.env_steps - env_steps) / (now - wall),
+            (algorithm.updates - updates) / (now - wall),
+        )
         rates = f"{steps_rate:,.0f} steps/s · {updates_rate:,.0f} updates/s{last}"
         self.seen = (now, algorithm.env_steps, algorithm.updates)
         self.bar.update(self.task, completed=algorithm.env_steps, rates=rates)

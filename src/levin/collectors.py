@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import BaseCollector, Collector
@@ -156,8 +156,12 @@ class VectorCollector(BaseCollector):
         shape = (self.env.num_envs, num, *(space.shape or ()))
         if isinstance(space, Discrete):
             return torch.randint(int(space.n), shape).numpy()
-        low, high = (-1, 1) if self.env.config.action == "rescale" else (space.low, space.high)
-        return (low + (torch.rand(shape).numpy() * (np.asarray(high) - low))).astype(np.float32)
+        assert isinstance(space, Box)
+        low, high = space.low, space.high
+        if self.env.config.action == "rescale":
+            low, high = np.full_like(low, -1), np.full_like(high, 1)
+        low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
+        return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
     def _remember(self, action: np.ndarray) -> None:
         self._history.append(action)
@@ -293,9 +297,9 @@ class CollectorLoader:
         version = self.version()
         rollout = next(self._iterator)
         rollout.set_non_tensor("policy_version", version)
-        after = rollout["next"]
-        reward, done = (after[key].squeeze(-1).cpu().numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
-        returns, lengths = self.statistics.update(reward, done)
+        after: TensorDict = rollout.get("next")
+        reward, done = after.get("reward").squeeze(-1), after.get("done").squeeze(-1)  # [N, T, 1] -> [N, T]
+        returns, lengths = self.statistics.update(reward.cpu().numpy(), done.cpu().numpy())
         self.returns += returns
         self.lengths += lengths
         self.seconds += perf_counter() - start

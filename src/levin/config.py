@@ -1,4 +1,4 @@
-"""From YAML files and overrides to one checked, resolved config. `python -m levin.config` prints where each value is from.
+"""From YAML files and overrides to one checked, resolved config. `python -m levin.config` prints each value's file.
 
 Hydra composes; what a value may be is said once, by the hints of the `__init__` that takes it.
 """
@@ -257,7 +257,11 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
         valid = list(flatten(plain(compose(groups, check_values=False))))
         for each in parsed:
             key = each.key_or_group
-            if key not in (*GROUPS, SEARCH_PATH) and not each.is_add() and not any(v == key or v.startswith(f"{key}.") for v in valid):
+            if (
+                key not in (*GROUPS, SEARCH_PATH)
+                and not each.is_add()
+                and not any(v == key or v.startswith(f"{key}.") for v in valid)
+            ):
                 return ConfigError(f"{key} is unknown; {valid_names(key, valid)}")
     return ConfigError(" ".join(str(error).split()))
 

@@ -32,7 +32,7 @@ class EnvConfig:
         family: The library behind the id.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
-        action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at the bounds, `none` does neither.
+        action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
         action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps.
         normalize_observation: Subtract the running mean and divide by the running deviation.
@@ -194,7 +194,7 @@ class SeededVectorEnv(VectorWrapper):
             self.episodes[i] += int(self._moved[i])
             self._moved[i] = False
             seeds[i] = self.seed_of(int(i), self.episodes[i])
-        return self.env.reset(seed=seeds, options=dict(options) if options else None)
+        return self.env.reset(seed=seeds, options=dict(options) if options else None)  # type: ignore[arg-type]
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         self._moved[:] = True
@@ -245,6 +245,7 @@ def describe(env: SeededVectorEnv) -> EnvSpec:
 
 
 def describe_space(space: gym.Space, name: str, valid: tuple[type[gym.Space], ...]) -> Space:
+    """A space in plain values. Raises ConfigError when it is not one of `valid`."""
     if not isinstance(space, valid):
         names = ", ".join(kind.__name__ for kind in valid)
         raise ConfigError(f"the env's {name} space is {type(space).__name__}; valid here: {names}")

@@ -14,9 +14,7 @@ from levin.hints import NonNegativeInt, PositiveInt
 
 
 @torch.inference_mode()
-def evaluate(
-    policy: TensorDictModule, env: envs.SeededVectorEnv, episodes: int
-) -> tuple[list[float], list[int]]:
+def evaluate(policy: TensorDictModule, env: envs.SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
     """The undiscounted returns and the lengths of `episodes` episodes.
 
     Each env plays a fixed number of episodes: counting the first to finish would favour short ones.

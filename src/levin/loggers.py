@@ -9,7 +9,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-def make(name: str | None, run: Path, config: dict[str, Any], git_sha: str, wandb_id: str | None = None) -> list[Logger]:
+def make(
+    name: str | None, run: Path, config: dict[str, Any], git_sha: str, wandb_id: str | None = None
+) -> list[Logger]:
     """`metrics.csv`, and the one the user asked for; by default Weights & Biases where there is a login.
 
     Args:

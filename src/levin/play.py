@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from levin import config
-from levin.errors import ConfigError, one_sentence
+from levin.errors import one_sentence
 from levin.hints import NonNegativeInt, PositiveInt
 
 
@@ -42,7 +42,9 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
             frames.append(env.render()[0])  # type: ignore[index]
         path = folder / f"{policy.algorithm.env_steps}_{episode}.mp4"
         fps = env.metadata.get("render_fps", 30)
-        imageio.mimwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-loglevel", "error"])  # type: ignore[arg-type]
+        imageio.mimwrite(
+            path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-loglevel", "error"]
+        )  # type: ignore[arg-type]
         paths.append(path)
     env.close()
     return paths

@@ -1,4 +1,4 @@
-"""What every algorithm needs and none should write again: counters, one optimiser step, replay, metrics. No mathematics."""
+"""What every algorithm needs: counters, optimiser steps, replay, metrics. No mathematics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +65,9 @@ class Algorithm(LightningModule):
         """`observation -> action`, raw observations in; shares the parameters of this module."""
         raise NotImplementedError
 
-    def transfer_batch_to_device(self, batch: TensorDictBase, device: torch.device, dataloader_idx: int) -> TensorDictBase:
+    def transfer_batch_to_device(
+        self, batch: TensorDictBase, device: torch.device, dataloader_idx: int
+    ) -> TensorDictBase:
         # Lightning's own walks through a TensorDict entry by entry, also when there is nothing to move.
         return batch if device.type == "cpu" else batch.to(device, non_blocking=True)
 
@@ -86,7 +88,7 @@ class Algorithm(LightningModule):
         optimizer.step()
 
     @contextmanager
-    def frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+    def frozen(self, parameters: list[Tensor]) -> Iterator[None]:
         """Gradients flow through these parameters, but none are computed for them."""
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -110,18 +112,11 @@ class Algorithm(LightningModule):
 
     def normalize(self, batch: TensorDictBase) -> TensorDictBase:
         """The batch with its observations and rewards normalised, where the env asks for it."""
-        after = batch["next"]
-        return batch.replace(
-            {
-                "observation": self.observation_normalizer(batch["observation"]),
-                "next": after.replace(
-                    {
-                        "observation": self.observation_normalizer(after["observation"]),
-                        "reward": self.reward_normalizer(after["reward"]),
-                    }
-                ),
-            }
-        )
+        batch = batch.copy()  # the tensors stay the same
+        for key in ("observation", ("next", "observation")):
+            batch[key] = self.observation_normalizer(batch[key])
+        batch["next", "reward"] = self.reward_normalizer(batch["next", "reward"])
+        return batch
 
     def make_buffer(self, size: int, storage: str) -> ReplayBuffer:
         """A replay buffer of `size` transitions, in memory (where the rollouts are) or in a memory-mapped file."""
@@ -157,7 +152,7 @@ class Algorithm(LightningModule):
         checkpoint["levin"] = {name: getattr(self, name) for name in COUNTERS}
         checkpoint["levin"] |= {"algorithm": type(self).__name__, "recorded": recorded}
         if self.buffer is not None and len(self.buffer):
-            checkpoint["buffer"] = {"cursor": self.buffer.writer._cursor, "data": self.buffer[:]}
+            checkpoint["buffer"] = {"writer": self.buffer.writer.state_dict(), "data": self.buffer[:]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["levin"]
@@ -171,5 +166,5 @@ class Algorithm(LightningModule):
         self._recorded = {name: [each.to(self.device) for each in values] for name, values in self._recorded.items()}
         if self.buffer is not None and self._saved_buffer is not None:
             self.buffer.extend(self._saved_buffer["data"].to(self.device))
-            self.buffer.writer._cursor = self._saved_buffer["cursor"]
+            self.buffer.writer.load_state_dict(self._saved_buffer["writer"])
             self._saved_buffer = None

@@ -105,8 +105,8 @@ class SAC(Algorithm):
         self.critic = EnsembleMLP(2, [num_observations + num_actions, *hidden_sizes, 1], activation)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once: walking the modules in every update takes as long as the update of the targets.
-        self.critic_parameters = list(self.critic.parameters())
-        self.target_parameters = list(self.target_critic.parameters())
+        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
         self.buffer = self.make_buffer(buffer_size, buffer_storage)
 
@@ -142,12 +142,12 @@ class SAC(Algorithm):
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:
         """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) (min_i Q'_i(s',a') - alpha log pi(a'|s'))."""
-        after = batch["next"]
+        observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
-            action, log_prob = self.actor(after["observation"]).sample_with_log_prob()
-            q_next = self.q_values(self.target_critic, after["observation"], action).amin(0)  # [2, B, 1] -> [B, 1]
+            action, log_prob = self.actor(observation).sample_with_log_prob()
+            q_next = self.q_values(self.target_critic, observation, action).amin(0)  # [2, B, 1] -> [B, 1]
             soft_value = q_next - self.log_alpha.exp() * log_prob
-            target = after["reward"] + self.gamma * ~after["terminated"] * soft_value  # a truncation still bootstraps
+            target = reward + self.gamma * ~terminated * soft_value  # a truncation still bootstraps
         q = self.q_values(self.critic, batch["observation"], batch["action"])  # [2, B, 1]
         self.record(q_value=q.mean())
         return (q - target).square().mean((1, 2)).sum()  # [2, B, 1] -> []
@@ -175,9 +175,7 @@ class SAC(Algorithm):
 class Actor(nn.Module):
     """pi(a|s): the squashed Gaussian `[B, A]` of an observation `[B, *S]`."""
 
-    def __init__(
-        self, num_observations: int, num_actions: int, hidden_sizes: Sequence[int], activation: str
-    ) -> None:
+    def __init__(self, num_observations: int, num_actions: int, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
         self.network = mlp([num_observations, *hidden_sizes, 2 * num_actions], activation)
 

@@ -30,7 +30,8 @@ class Worker:
         Raises:
             ConfigError: The process has ended.
         """
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -87,7 +88,9 @@ def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[peer], strict=True)]
         spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{name:<32} {statistics.median(values):>10,.0f} {unit}  {statistics.median(ratios):>5.2f} x {peer} {spread}")
+        print(
+            f"{name:<32} {statistics.median(values):>10,.0f} {unit}  {statistics.median(ratios):>5.2f} x {peer} {spread}"
+        )
 
 
 def bench(

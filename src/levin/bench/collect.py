@@ -46,7 +46,12 @@ class HandWritten:
         env, shape = self.env, self.env.single_observation_space.shape or ()
         observation, after = torch.empty(2, STEPS, env.num_envs, *shape)
         space = env.single_action_space
-        action = torch.empty(STEPS, env.num_envs, *(space.shape or ()), dtype=torch.int64 if isinstance(space, Discrete) else torch.float32)
+        action = torch.empty(
+            STEPS,
+            env.num_envs,
+            *(space.shape or ()),
+            dtype=torch.int64 if isinstance(space, Discrete) else torch.float32,
+        )
         reward = torch.empty(STEPS, env.num_envs)
         terminated, truncated = torch.empty(2, STEPS, env.num_envs, dtype=torch.bool)
         for t in range(STEPS):
