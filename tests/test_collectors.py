@@ -8,7 +8,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from levin import collectors, envs
-from levin.collectors import CollectorLoader, EpisodeStatistics
+from levin.collectors import CollectorLoader
+from levin.statistics import EpisodeStatistics
 
 
 class Linear(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import toy_envs
 from levin import config, envs
 from levin.errors import ConfigError
-from levin.normalization import ObservationNormalizer, RewardNormalizer
+from levin.statistics import ObservationNormalizer, RewardNormalizer
 
 
 def test_no_two_episodes_share_a_seed():

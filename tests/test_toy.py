@@ -46,7 +46,7 @@ def test_a_broken_toy_is_caught(toy, tmp_path):
     sound = file.read_text()
     broken = {
         checks.targets_follow_their_source: ("        self.update_target()\n", ""),
-        checks.truncation_bootstraps_and_termination_does_not: ('~after["terminated"]', '~after["done"]'),
+        checks.truncation_bootstraps_and_termination_does_not: ('"reward", "terminated")', '"reward", "done")'),
         checks.optimizers_step_and_parameters_move: ("self.step(self.critic_optimizer, critic_loss)", "pass"),
         checks.losses_equal_the_oracle: (".amin(0)", ".mean(0)"),
         checks.cadence_is_what_the_row_says: (

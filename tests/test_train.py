@@ -126,7 +126,7 @@ def test_normalisation_reaches_the_batch(tmp_path):
     algorithm = recorder.algorithm
     algorithm.updates = 0
     batch = next(iter(algorithm.replay(learning_starts=0, replay_ratio=1, batch_size=4096)))
-    raw = algorithm.buffer[:]
+    raw = algorithm.buffer.data
     torch.testing.assert_close(batch["observation"].mean(0), torch.zeros(3), atol=0.15, rtol=0)
     assert float(raw["observation"].std(0).max()) != pytest.approx(1, abs=0.1)
     assert float(batch["next", "reward"].std()) < float(raw["next", "reward"].std())
@@ -235,9 +235,9 @@ def chunk(n):
     flags = torch.zeros(n, 1, 1)
     after = {"observation": torch.zeros(n, 1, 17), "reward": flags, "terminated": flags.bool()}
     return TensorDict({"observation": torch.zeros(n, 1, 17), "action": torch.zeros(n, 1, 6), "next": after}, (n, 1))
-algorithm.store(chunk(1000)); warm = resident()
+algorithm.buffer.extend(chunk(1000)); warm = resident()
 for _ in range(999):
-    algorithm.store(chunk(1000))
+    algorithm.buffer.extend(chunk(1000))
 assert len(algorithm.buffer) == 1_000_000
 tensors = 1_000_000 * (17 * 4 + 17 * 4 + 6 * 4 + 4 + 1)
 print((resident() - warm) / (tensors * 0.999))

@@ -32,10 +32,9 @@ class FolderCheckpointIO(TorchCheckpointIO):
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        buffer = checkpoint.pop("buffer", None)
+        buffer = checkpoint.get("buffer")
         if buffer is not None:
             buffer.pop("data").cpu().memmap(partial / BUFFER, copy_existing=True)
-            checkpoint["buffer"] = buffer
         torch.save(checkpoint, partial / STATE)
         for file in [*(file for file in partial.rglob("*") if file.is_file()), partial]:
             _fsync(file)
@@ -48,7 +47,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "buffer" in checkpoint:
+        if checkpoint.get("buffer") is not None:
             checkpoint["buffer"]["data"] = TensorDict.load_memmap(Path(path).parent / BUFFER)
         return checkpoint
 

@@ -1,20 +1,19 @@
 """What every algorithm needs: counters, optimiser steps, replay, metrics. No mathematics."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
-from levin.normalization import ObservationNormalizer, RewardNormalizer
+from levin.replay import Replay
+from levin.statistics import ObservationNormalizer, RewardNormalizer
 
 COUNTERS = ("env_steps", "updates", "iterations")
 
@@ -48,7 +47,7 @@ class Algorithm(LightningModule):
         self.env_steps = 0  # env steps taken, over all envs and ranks
         self.updates = 0  # calls of `update`
         self.iterations = 0  # begun; while a rollout is collected, those finished: the version of the policy
-        self.buffer: ReplayBuffer | None = None
+        self.buffer: Replay | None = None
         self._saved_buffer: dict[str, Any] | None = None
         self.observation_normalizer: nn.Module = nn.Identity()
         self.reward_normalizer: nn.Module = nn.Identity()
@@ -87,17 +86,6 @@ class Algorithm(LightningModule):
         self.manual_backward(loss)
         optimizer.step()
 
-    @contextmanager
-    def frozen(self, parameters: list[Tensor]) -> Iterator[None]:
-        """Gradients flow through these parameters, but none are computed for them."""
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-
     def record(self, **metrics: Tensor) -> None:
         """Add to the means that the next row of metrics shows as `train/<name>`. Stays on the device."""
         for name, value in metrics.items():
@@ -118,17 +106,6 @@ class Algorithm(LightningModule):
         batch["next", "reward"] = self.reward_normalizer(batch["next", "reward"])
         return batch
 
-    def make_buffer(self, size: int, storage: str) -> ReplayBuffer:
-        """A replay buffer of `size` transitions, in memory (where the rollouts are) or in a memory-mapped file."""
-        lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
-        return ReplayBuffer(storage=lazy)
-
-    def store(self, rollout: TensorDictBase) -> None:
-        """D <- D + {(s, a, r, s', terminated)}; `[N, T]` transitions, stored flat."""
-        keys = ("observation", "action", *(("next", key) for key in ("observation", "reward", "terminated")))
-        assert self.buffer is not None
-        self.buffer.extend(rollout.select(*keys).reshape(-1))  # [N, T] -> [N * T]
-
     def replay(self, *, learning_starts: int, replay_ratio: float, batch_size: int) -> Iterator[TensorDictBase]:
         """The batches `[B]` of the updates now due: `replay_ratio` per env step after `learning_starts`.
 
@@ -139,8 +116,7 @@ class Algorithm(LightningModule):
         while due > 0:
             num = min(due, 128)  # drawn at once: a draw costs as much as a small update, whatever its size
             start = perf_counter()
-            sample: TensorDict = self.buffer.sample(num * batch_size)  # type: ignore[assignment]
-            batches = self.normalize(sample).reshape(num, batch_size).unbind(0)
+            batches = self.normalize(self.buffer.sample(num, batch_size)).unbind(0)
             self.sample_seconds += perf_counter() - start
             for batch in batches:
                 yield batch
@@ -151,8 +127,8 @@ class Algorithm(LightningModule):
         recorded = {name: torch.stack(values) for name, values in self._recorded.items()}
         checkpoint["levin"] = {name: getattr(self, name) for name in COUNTERS}
         checkpoint["levin"] |= {"algorithm": type(self).__name__, "recorded": recorded}
-        if self.buffer is not None and len(self.buffer):
-            checkpoint["buffer"] = {"writer": self.buffer.writer.state_dict(), "data": self.buffer[:]}
+        if self.buffer is not None:
+            checkpoint["buffer"] = self.buffer.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["levin"]
@@ -165,6 +141,5 @@ class Algorithm(LightningModule):
         # Only now is the device known, on which the buffer lives too.
         self._recorded = {name: [each.to(self.device) for each in values] for name, values in self._recorded.items()}
         if self.buffer is not None and self._saved_buffer is not None:
-            self.buffer.extend(self._saved_buffer["data"].to(self.device))
-            self.buffer.writer.load_state_dict(self._saved_buffer["writer"])
+            self.buffer.load_state_dict(self._saved_buffer, self.device)
             self._saved_buffer = None

@@ -44,7 +44,8 @@ from levin.algorithms.base import Algorithm
 from levin.distributions import SquashedNormal
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import EnsembleMLP, mlp
+from levin.networks import EnsembleMLP, frozen, mlp
+from levin.replay import Replay
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
 
@@ -72,6 +73,7 @@ class SAC(Algorithm):
     """
 
     actions: ClassVar = ("box",)
+    buffer: Replay
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class SAC(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = self.make_buffer(buffer_size, buffer_storage)
+        self.buffer = Replay(buffer_size, buffer_storage)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
@@ -123,7 +125,7 @@ class SAC(Algorithm):
         return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
-        self.store(rollout)
+        self.buffer.extend(rollout)
         for batch in self.replay(
             learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
         ):
@@ -132,7 +134,7 @@ class SAC(Algorithm):
     def update(self, batch: TensorDictBase) -> None:
         critic_loss = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss)
-        with self.frozen(self.critic_parameters):
+        with frozen(self.critic_parameters):
             actor_loss, log_prob = self.actor_loss(batch)
             alpha_loss = self.alpha_loss(log_prob)
             self.step(self.actor_optimizer, actor_loss + alpha_loss)

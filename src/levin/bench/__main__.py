@@ -87,10 +87,8 @@ def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
     print(f"\n{provenance.processor()}; medians of {len(rates[peer])} rounds, interleaved")
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[peer], strict=True)]
-        spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-        print(
-            f"{name:<32} {statistics.median(values):>10,.0f} {unit}  {statistics.median(ratios):>5.2f} x {peer} {spread}"
-        )
+        ratio = f"{statistics.median(ratios):.2f} x {peer} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:<32}{statistics.median(values):>9,.0f} {unit}   {ratio}")
 
 
 def bench(

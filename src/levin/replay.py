@@ -1,0 +1,50 @@
+"""Replay memory of single transitions, on TorchRL's `ReplayBuffer`."""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+
+KEYS = ("observation", "action", ("next", "observation"), ("next", "reward"), ("next", "terminated"))
+
+
+class Replay:
+    """The last `size` transitions (s, a, r, s', terminated), drawn uniformly with replacement.
+
+    Every call costs half a millisecond whatever its size, so a rollout is stored at once and the batches of all updates
+    that are due are drawn at once.
+
+    Args:
+        size: Transitions that are kept.
+        storage: `memory`, on the device of the rollouts, or `memmap`, a file.
+    """
+
+    def __init__(self, size: int, storage: str) -> None:
+        lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
+        self.buffer = ReplayBuffer(storage=lazy)
+
+    def __len__(self) -> int:
+        return len(self.buffer)
+
+    def extend(self, rollout: TensorDictBase) -> None:
+        """Store the transitions of a rollout `[N, T]`."""
+        self.buffer.extend(rollout.select(*KEYS).reshape(-1))  # [N, T] -> [N * T]
+
+    def sample(self, num: int, batch_size: int) -> TensorDictBase:
+        """`num` batches `[num, batch_size]`."""
+        return self.buffer.sample(num * batch_size).reshape(num, batch_size)  # type: ignore[union-attr]
+
+    @property
+    def data(self) -> TensorDict:
+        """All transitions that are stored, not a copy."""
+        return self.buffer[:]
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What is stored and where the next transition goes; None while nothing is."""
+        return {"writer": self.buffer.writer.state_dict(), "data": self.data} if len(self) else None
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Store what was stored, on the device on which the rollouts will be."""
+        self.buffer.extend(state["data"].to(device))
+        self.buffer.writer.load_state_dict(state["writer"])
