@@ -1,6 +1,9 @@
 """What is in the loggers when a run is over."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3
@@ -99,6 +102,16 @@ def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
     assert frames.max() > 100
     assert frames.std() > 5
     assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_a_machine_that_can_not_draw_says_what_it_needs(tmp_path):
+    train(config.compose([*SMALL, "env=inverted_pendulum", "total_env_steps=64"]), tmp_path / "run")
+    words = [sys.executable, "-m", "levin.play", f"run={tmp_path / 'run'}"]
+    environment = {**os.environ, "MUJOCO_GL": "nonsense"}
+    answer = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert "libegl1" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 def _steps(run: Path) -> int:

@@ -2,10 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from levin import config
 from levin.errors import one_sentence
 from levin.hints import NonNegativeInt, PositiveInt
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from levin.envs import SeededVectorEnv
 
 
 def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:
@@ -39,7 +45,7 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
             # The policy gives the env's units already, so the actions go past our own conversion.
             observation, _, terminated, truncated, _ = env.env.step(policy(observation))
             done = terminated | truncated
-            frames.append(env.render()[0])  # type: ignore[index]
+            frames.append(_frame(env))
         path = folder / f"{policy.algorithm.env_steps}_{episode}.mp4"
         fps = env.metadata.get("render_fps", 30)
         imageio.mimwrite(
@@ -48,6 +54,20 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
         paths.append(path)
     env.close()
     return paths
+
+
+def _frame(env: "SeededVectorEnv") -> "np.ndarray":
+    try:
+        frame = env.render()[0]  # type: ignore[index]
+    except Exception as error:  # each of the many backends fails in its own way
+        library = os.environ.get("MUJOCO_GL", "its default")
+        raise ConfigError(
+            f"{env.config.id} can't be drawn with MUJOCO_GL={library} ({str(error).splitlines()[0]}); "
+            "without a display, install libegl1 and leave MUJOCO_GL alone"
+        ) from error
+    if not hasattr(frame, "shape"):
+        raise ConfigError(f"{env.config.id} draws no rgb_array")
+    return frame
 
 
 def main() -> None:

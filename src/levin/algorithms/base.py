@@ -100,6 +100,8 @@ class Algorithm(LightningModule):
 
     def normalize(self, batch: TensorDictBase) -> TensorDictBase:
         """The batch with its observations and rewards normalised, where the env asks for it."""
+        if self.env["observation_clip"] is None and self.env["reward_clip"] is None:
+            return batch
         batch = batch.copy()  # the tensors stay the same
         for key in ("observation", ("next", "observation")):
             batch[key] = self.observation_normalizer(batch[key])
