@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from levin import config
-from levin.errors import one_sentence
+from levin.errors import ConfigError, one_sentence
 from levin.hints import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def _frame(env: "SeededVectorEnv") -> "np.ndarray":
             f"{env.config.id} can't be drawn with MUJOCO_GL={library} ({str(error).splitlines()[0]}); "
             "without a display, install libegl1 and leave MUJOCO_GL alone"
         ) from error
-    if not hasattr(frame, "shape"):
+    import numpy as np
+
+    if not isinstance(frame, np.ndarray):
         raise ConfigError(f"{env.config.id} draws no rgb_array")
     return frame
 
