@@ -3,13 +3,13 @@ VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 
 PYTHON ?= python3
-ALGO ?= sac
+algo := $(or $(ALGO),sac)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 # The env that the algorithm's YAML names, unless ENV does; and the extra that the env's YAML asks for.
-env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' configs/algo/$(ALGO).yaml 2>/dev/null))
+env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' configs/algo/$(algo).yaml 2>/dev/null))
 extra := $(shell sed -n 's/^\# needs the extra: *//p' configs/env/$(env_name).yaml 2>/dev/null)
-choices := algo=$(ALGO) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
+choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train resume config evaluate play plot bench bench-setup test test-slow lint format lock clean
@@ -30,7 +30,7 @@ setup: .venv/.dev ## Make .venv and install what is missing
 	@touch $@
 
 train: .venv/.core $(if $(extra),.venv/.$(extra)) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"]
-	@$(foreach seed,$(or $(SEEDS),$(or $(SEED),0)),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed)));)
+	@$(foreach seed,$(or $(SEEDS),$(or $(SEED),0)),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed))) || exit $$?;)
 
 resume: .venv/.core ## RUN=path [STEPS=n] continues a run; STEPS is the new total
 	$(BIN)/python -m levin.resume run=$(RUN) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from levin import config, envs
+from levin import config, envs, schema
 from levin.algorithms.base import Algorithm
 from levin.train import build, train
 from rows import LATE, Row
@@ -38,7 +38,7 @@ def run_row(row: Row, run: Path, *overrides: str, ckpt_path: Path | None = None)
 
 def build_row(row: Row, *overrides: str) -> Algorithm:
     words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides]
-    algorithm, _, _ = build(config.compose(words))
+    algorithm, _ = build(config.compose(words))
     algorithm.configure_optimizers()
     return algorithm
 
@@ -196,8 +196,8 @@ def learns_a_small_env(row: Row, tmp_path: Path) -> None:
 def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
     cfg = config.compose([f"algo={row.algo}"])
     signature_only = {"env"}
-    algorithm, _, _ = build(cfg)
+    algorithm, _ = build(cfg)
     parameters = set(inspect.signature(type(algorithm)).parameters)
     assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML shows every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
-    assert envs.EnvConfig(**config.plain(cfg.env)).id
+    assert envs.EnvConfig(**schema.plain(cfg.env)).id

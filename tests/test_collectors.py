@@ -97,6 +97,50 @@ def test_random_actions_end_where_they_should():
     env.close()
 
 
+@pytest.mark.parametrize("name", ["vector", "torchrl"])
+def test_random_actions_are_in_the_units_of_the_policy(name):
+    config = envs.EnvConfig(id="Pendulum-v1", num_envs=2, action="rescale")
+    env = envs.make(config, seed=0)
+    policy = TensorDictModule(Linear(), in_keys=["observation"], out_keys=["action"])
+    data = collect(collectors.make(name, env, policy, steps=100, random_env_steps=10_000), 5)
+    assert 0.9 < float(data["action"].abs().max()) <= 1.0
+
+
+@pytest.mark.parametrize("name", ["vector", "torchrl"])
+def test_a_loss_can_be_differentiated_on_a_rollout(name):
+    _, collector = make(name, "Pendulum-v1", 2, 10)
+    data = next(iter(collector.iterator()))
+    layer = nn.Linear(3, 1)
+    layer(data["observation"]).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_statistics_of_an_abandoned_episode_are_dropped():
+    def build():
+        env, collector = make("vector", "toy_envs:Drifting-v0", 2, 7)
+        return CollectorLoader(collector, env, lambda: 0)
+
+    first, second = build(), build()
+    next(first)
+    with pytest.warns(UserWarning, match="does not replay"):
+        second.load_state_dict(first.state_dict())
+    assert second.statistics.open_length.tolist() == [0, 0]
+    assert second.statistics.open_return.tolist() == [0, 0]
+
+
+def test_torchrl_collectors_go_on_with_new_episodes():
+    def build():
+        env, collector = make("torchrl", "toy_envs:Counting-v0", 2, 7)
+        return env, CollectorLoader(collector, env, lambda: 0)
+
+    (_, first), (env, second) = build(), build()
+    next(first)
+    episodes = first.state_dict()["episodes"]
+    second.load_state_dict(first.state_dict())
+    assert env.episodes == [episode + 1 for episode in episodes]
+    assert next(second)["observation"][:, 0, 1].tolist() == [0, 0]
+
+
 def test_statistics_of_episodes_of_length_3_and_7():
     statistics = EpisodeStatistics(2)
     reward, done = np.ones((2, 42)), np.zeros((2, 42), dtype=bool)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from levin import config, train
+from levin import config, evaluate, schema, train
 from levin.errors import ConfigError
 
 WRONG = [
@@ -38,7 +38,32 @@ WRONG = [
     (["trainer.precision=bf16-true"], "input should be '32-true' or 'bf16-mixed'"),
     (["+trainer.max_epochs=3"], "trainer.max_epochs does not act here; say total_env_steps instead"),
     (["+trainer.gradient_clip_val=1"], "trainer.gradient_clip_val does not act here"),
+    (["+trainer.plugins=x"], "trainer.plugins does not act here"),
+    (["trainer.devices=2"], "trainer.devices=2: input should be 1"),
+    (["trainer.strategy=ddp"], "trainer.strategy=ddp: input should be 'auto'"),
+    (["trainer.accelerator=foo"], "trainer.accelerator=foo: input should be 'auto', 'cpu'"),
+    (["trainer.accelerator=mps"], "the Trainer can't be made"),
+    (["+trainer.profiler=foo"], "the Trainer can't be made"),
+    (["trainer.profiler=simple"], "+trainer.profiler=simple"),
+    (["env.kwargs.foo=1"], "+env.kwargs.foo=1"),
+    (["+env.kwargs.foo=1", "env=pendulum"], "foo"),
+    (["+callbacks.x={_target_:nope.Nope}"], "nope"),
+    (["+callbacks.x=5"], "callbacks"),
+    (["callbacks=5"], "callbacks is a section"),
+    (["callbacks=null"], "callbacks is a section"),
+    (["~callbacks"], "callbacks is a section"),
+    (["eval=3"], "eval is a section"),
+    (["checkpoint=null"], "checkpoint is a section"),
+    (["trainer=null"], "trainer is a section"),
+    (["algo=null"], "algo=null"),
+    (["env=null"], "env=null"),
+    (["algo._target_=foo.Bar"], "foo.Bar"),
+    (["algo._target_=os.path.join"], "os.path.join"),
+    (["name=mine"], "name is unknown"),
     (["env=gym"], "env.id has no value"),
+    (["env=gym", "env.id=toy_envs:Image-v0"], "uint8"),
+    (["env=gym", "env.id=toy_envs:Matrix-v0"], "one dimension"),
+    (["env=gym", "env.id=toy_envs:Pair-v0"], "observation space is Dict"),
     (["algo"], "algo is not of the form key=value"),
     (
         ["env=cartpole", "env.action=none"],
@@ -120,6 +145,19 @@ def test_a_whole_float_is_an_integer():
     assert isinstance(cfg.total_env_steps, int)
 
 
+def test_no_debug_file_is_a_choice():
+    assert config.compose(["debug=null"]).name == "sac_halfcheetah"
+
+
+@pytest.mark.parametrize("word", ["run=123", "run=1e5", "run=[", "run=${x}", "run={x", "run=20260101_1"])
+def test_a_path_is_what_was_typed(word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", word])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2
+    assert f"{word} holds no checkpoint" in capsys.readouterr().err
+
+
 def test_seed_0_is_a_seed():
     assert config.compose(["seed=0"]).seed == 0
 
@@ -154,7 +192,7 @@ def test_every_tuned_file_names_an_algorithm_and_an_env(name):
     )
     cfg = config.compose([f"algo={algo}", f"env={env}"])
     text = OmegaConf.load(config.CONFIGS / "tuned" / f"{name}.yaml")
-    for key in config.flatten(config.plain(text)):
+    for key in schema.flatten(schema.plain(text)):
         assert OmegaConf.select(cfg, key) == OmegaConf.select(text, key)
 
 
@@ -170,7 +208,7 @@ def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
     assert origin["env.action"] == "configs/algo/sac.yaml"
     assert origin["seed"] == "configs/train.yaml"
     assert all(origin.values())
-    assert len(lines) == len(list(config.flatten(config.plain(config.compose(["env=pendulum"])))))
+    assert len(lines) == len(list(schema.flatten(schema.plain(config.compose(["env=pendulum"])))))
 
 
 def test_errors_name_the_nearest_first():

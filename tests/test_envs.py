@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import toy_envs
-from levin import config, envs
+from levin import config, envs, schema
 from levin.errors import ConfigError
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
@@ -79,7 +79,7 @@ def test_every_env_file_can_be_made_and_stepped(name):
     if name in ("cartpole", "acrobot"):
         overrides.append("env.action=none")
     cfg = config.compose(overrides)
-    env = envs.make(envs.EnvConfig(**config.plain(cfg.env)), seed=0)
+    env = envs.make(envs.EnvConfig(**schema.plain(cfg.env)), seed=0)
     spec = envs.describe(env)
     observation, _ = env.reset()
     assert list(observation.shape) == [1, *spec["observation"]["shape"]]

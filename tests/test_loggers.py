@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from levin import config
+from levin import config, schema
 from levin.loggers import CSVMetrics
 from levin.play import play
 from levin.provenance import git
@@ -61,7 +61,9 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     assert any("eval/return_mean" in row for row in rows)
     assert [row["env_steps"] for row in rows] == sorted({row["env_steps"] for row in rows})
     assert rows[-1]["env_steps"] == 320
-    assert settings["algo"]["gamma"] == 0.99
+    cfg = schema.plain(config.compose(words))
+    assert {key: settings[key] for key in cfg} == cfg
+    assert "gamma" not in settings
     assert settings["seed"] == 0
     assert settings["git_sha"] == git("rev-parse", "HEAD")
     assert set(axes.values()) <= {"env_steps", ""}

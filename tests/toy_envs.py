@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete
 
 
 class Counting(gym.Env):
@@ -74,6 +74,27 @@ class Recorder(gym.Env):
         return np.array([0], np.float32), 1.0, False, False, {}
 
 
+class Image(Point):
+    """Shows pixels."""
+
+    observation_space = Box(0, 255, (8, 8, 3), np.uint8)
+
+
+class Matrix(Point):
+    """Acts by a matrix."""
+
+    action_space = Box(-1, 1, (2, 2), np.float32)
+
+
+class Pair(Point):
+    """Shows two things."""
+
+    observation_space = Dict({"a": Box(-1, 1, (1,), np.float32), "b": Discrete(2)})
+
+
+gym.register("Image-v0", Image)
+gym.register("Matrix-v0", Matrix)
+gym.register("Pair-v0", Pair)
 gym.register("Counting-v0", Counting)
 gym.register("Point-v0", Point, max_episode_steps=20)
 gym.register("Drifting-v0", Drifting, max_episode_steps=20)

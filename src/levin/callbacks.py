@@ -46,7 +46,8 @@ class Budget(Callback):
         self.total_env_steps = total_env_steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        trainer.should_stop = cast(Algorithm, pl_module).env_steps >= self.total_env_steps
+        if cast(Algorithm, pl_module).env_steps >= self.total_env_steps:
+            trainer.should_stop = True
 
 
 class Metrics(Callback):
@@ -131,6 +132,7 @@ class Evaluation(Callback):
         self.episodes, self.seed, self.env, self.metrics = episodes, seed, env, metrics
         self.clock = Clock(every)
         self.return_mean: float | None = None  # of the last evaluation
+        self.env_steps = 0  # when it was
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
@@ -141,7 +143,7 @@ class Evaluation(Callback):
         if trainer.is_global_zero and (self.clock.rings(algorithm.env_steps) or trainer.should_stop):
             start = perf_counter()
             returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
-            self.return_mean = float(np.mean(returns))
+            self.return_mean, self.env_steps = float(np.mean(returns)), algorithm.env_steps
             self.metrics.row |= {
                 "eval/return_mean": self.return_mean,
                 "eval/return_std": float(np.std(returns)),
@@ -166,29 +168,41 @@ class Checkpointing(Callback):
         every: Env steps between two checkpoints. The last iteration is always saved.
         keep: How many of the newest to keep; the one that evaluated best is kept beside them.
         run: The run folder.
-        evaluation: Whose last result a checkpoint is judged by.
+        evaluation: Whose result a checkpoint of the same iteration is judged by.
     """
 
     def __init__(self, *, every: PositiveInt, keep: PositiveInt, run: Path, evaluation: Evaluation) -> None:
         self.keep, self.folder, self.evaluation = keep, run / "checkpoints", evaluation
         self.clock = Clock(every)
-        self.returns: dict[str, float] = {}  # folder name -> evaluation when it was saved
+        self.returns: dict[str, float] = {}  # folder name -> its evaluation
+        self.saved: int | None = None  # env steps of the newest
         self._rng: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
+        self.saved = cast(Algorithm, pl_module).env_steps
+        self.clock.rung = self.saved // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
         if self.clock.rings(algorithm.env_steps) or trainer.should_stop:
-            name = str(algorithm.env_steps)
-            if self.evaluation.return_mean is not None:
-                self.returns[name] = self.evaluation.return_mean
-            trainer.save_checkpoint(self.folder / name / STATE)
-            if trainer.is_global_zero:
-                self._prune()
+            self.save(trainer, algorithm)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Whoever stopped the run after our turn (`max_time`, a callback) left the last iteration unsaved.
+        if self.saved != cast(Algorithm, pl_module).env_steps:
+            self.save(trainer, cast(Algorithm, pl_module))
+
+    def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Save now, and remove what need not be kept."""
+        name = str(algorithm.env_steps)
+        if self.evaluation.env_steps == algorithm.env_steps and self.evaluation.return_mean is not None:
+            self.returns[name] = self.evaluation.return_mean
+        self.saved = algorithm.env_steps
+        trainer.save_checkpoint(self.folder / name / STATE)
+        if trainer.is_global_zero:
+            self._prune()
 
     def _prune(self) -> None:
         names = sorted((each.name for each in self.folder.iterdir() if each.name.isdigit()), key=int)

@@ -116,6 +116,11 @@ def wandb_id(path: Path) -> str | None:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("wandb_id")
 
 
+def env_steps(path: Path) -> int:
+    """How far a checkpoint is."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["levin"]["env_steps"]
+
+
 def load_algorithm(run: Path) -> Algorithm:
     """The algorithm of a run, with its newest weights, statistics and counters; on the CPU, without its buffer."""
     path = newest(run)

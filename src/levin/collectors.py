@@ -81,12 +81,12 @@ class VectorCollector(BaseCollector):
         self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which the open episode began
         self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: the actions since the oldest open episode began
         self._history_from = 0  # the vector step of the first of them
+        self.strayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode could not be resumed
 
     def iterator(self) -> Iterator[TensorDictBase]:
         while True:
             yield self.rollout()
 
-    @torch.inference_mode()
     def rollout(self) -> TensorDict:
         """The next `[N, T]` transitions."""
         env, num_envs, steps = self.env, self.env.num_envs, self.steps
@@ -107,20 +107,21 @@ class VectorCollector(BaseCollector):
         if num_random:
             action[:, :num_random] = self._random_actions(num_random)
         current = self._observation
-        for t in range(steps):
-            observation[:, t] = current
-            if t >= num_random:
-                chosen = act(views[t]) if on_cpu else act(views[t].to(device)).cpu()
-                action[:, t] = chosen.numpy()
-            current, rewards, ends, cuts, _ = env.step(action[:, t])
-            after[:, t] = current
-            reward[:, t] = rewards
-            terminated[:, t] = ends
-            truncated[:, t] = cuts
-            done = ends | cuts
-            if done.any():
-                current, _ = env.reset(options={"reset_mask": done})
-                self._opened[done] = self.vector_steps + t + 1
+        with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
+            for t in range(steps):
+                observation[:, t] = current
+                if t >= num_random:
+                    chosen = act(views[t]) if on_cpu else act(views[t].to(device)).cpu()
+                    action[:, t] = chosen.numpy()
+                current, rewards, ends, cuts, _ = env.step(action[:, t])
+                after[:, t] = current
+                reward[:, t] = rewards
+                terminated[:, t] = ends
+                truncated[:, t] = cuts
+                done = ends | cuts
+                if done.any():
+                    current, _ = env.reset(options={"reset_mask": done})
+                    self._opened[done] = self.vector_steps + t + 1
         self._observation = np.array(current, dtype=self.dtype)
         self.vector_steps += steps
         self._remember(action)
@@ -159,8 +160,6 @@ class VectorCollector(BaseCollector):
             return torch.randint(int(space.n), shape).numpy()
         assert isinstance(space, Box)
         low, high = space.low, space.high
-        if self.env.config.action == "rescale":
-            low, high = np.full_like(low, -1), np.full_like(high, 1)
         low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
         return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
@@ -203,7 +202,9 @@ class VectorCollector(BaseCollector):
         self._history_from = self.vector_steps - actions.shape[1]
         self._opened = self.vector_steps - lengths
         self._observation = self._replay(state_dict["episodes"], lengths, actions)
-        strayed = np.array([not np.array_equal(a, b) for a, b in zip(self._observation, saved, strict=True)])
+        self.strayed = strayed = np.array(
+            [not np.array_equal(a, b) for a, b in zip(self._observation, saved, strict=True)]
+        )
         if strayed.any():
             warnings.warn(
                 f"{self.env.config.id} does not replay: the open episode of {int(strayed.sum())} env(s) is given up "
@@ -249,9 +250,7 @@ class CollectorLoader:
     """
 
     def __init__(self, collector: BaseCollector, env: SeededVectorEnv, version: Callable[[], int]) -> None:
-        self.collector = collector
-        self.env_config = env.config
-        self.version = version
+        self.collector, self.env, self.version = collector, env, version
         self.statistics = EpisodeStatistics(env.num_envs)
         self.returns: list[float] = []  # of episodes that ended since `take`
         self.lengths: list[int] = []
@@ -290,6 +289,7 @@ class CollectorLoader:
     def state_dict(self) -> dict[str, Any]:
         return {
             "collector": self.collector.state_dict(),
+            "episodes": list(self.env.episodes),
             "open_return": self.statistics.open_return.tolist(),
             "open_length": self.statistics.open_length.tolist(),
             "returns": list(self.returns),
@@ -301,3 +301,11 @@ class CollectorLoader:
         self.statistics.open_return = np.array(state_dict["open_return"])
         self.statistics.open_length = np.array(state_dict["open_length"])
         self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
+        if isinstance(self.collector, VectorCollector):
+            strayed = self.collector.strayed
+        else:  # TorchRL's collectors save no open episode: the next one begins
+            strayed = np.ones(self.env.num_envs, dtype=bool)
+            self.env.begin([episode + 1 for episode in state_dict["episodes"]], strayed)
+            self.collector.reset()  # type: ignore[attr-defined]
+        self.statistics.open_return[strayed] = 0
+        self.statistics.open_length[strayed] = 0

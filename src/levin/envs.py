@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
 
 from levin.errors import ConfigError
 from levin.hints import PositiveFloat, PositiveInt
@@ -181,6 +182,9 @@ class SeededVectorEnv(VectorWrapper):
         self._moved = np.ones(self.num_envs, dtype=bool)
         self.action = describe_space(env.single_action_space, "action", (Box, Discrete))
         self._to_env = action_units(self.action, config.action)
+        if config.action == "rescale" and isinstance(env.single_action_space, Box):  # the space is the policy's too
+            self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
+            self.action_space = batch_space(self.single_action_space, self.num_envs)
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
@@ -253,6 +257,8 @@ def describe_space(space: gym.Space, name: str, valid: tuple[type[gym.Space], ..
         n, start = int(space.n), int(space.start)
         return {"type": "discrete", "shape": [], "dtype": "int64", "low": [], "high": [], "n": n, "start": start}
     assert isinstance(space, Box)
+    if name == "action" and len(space.shape) != 1:
+        raise ConfigError(f"the env's action space has the shape {space.shape}; valid here: one dimension")
     shape, dtype = list(space.shape), "uint8" if space.dtype == np.uint8 else "float32"
     low, high = ([float(x) for x in bound.ravel()] if name == "action" else [] for bound in (space.low, space.high))
     return {"type": "box", "shape": shape, "dtype": dtype, "low": low, "high": high, "n": 0, "start": 0}

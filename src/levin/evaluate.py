@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
 
-from levin import config, envs
+from levin import envs
 from levin.errors import one_sentence
 from levin.hints import NonNegativeInt, PositiveInt
 
@@ -51,6 +51,7 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
         episodes: How many; the envs' seeds are not those of the evaluations during training.
         seed: Root of the envs' seeds.
     """
+    from levin import config  # which checks values against the callbacks, which evaluate
     from levin.checkpoint import load_algorithm
 
     algorithm = load_algorithm(Path(run))
@@ -71,6 +72,8 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
 
 def main() -> None:
     """Print the mean return and its deviation."""
+    from levin import config
+
     with one_sentence():
         result = evaluate_run(**config.arguments(evaluate_run))
     print(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes")

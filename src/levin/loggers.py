@@ -30,7 +30,7 @@ def make(
             dir=run,
             id=wandb_id,
             resume="allow",
-            mode="online" if _wandb_login() else "offline",
+            mode=os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline"),  # type: ignore[arg-type]
         )
         experiment.define_metric("env_steps")
         experiment.define_metric("*", step_metric="env_steps")

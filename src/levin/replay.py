@@ -31,9 +31,12 @@ class Replay:
         """Store the transitions of a rollout `[N, T]`."""
         self.buffer.extend(rollout.select(*KEYS).reshape(-1))  # [N, T] -> [N * T]
 
-    def sample(self, num: int, batch_size: int) -> TensorDictBase:
-        """`num` batches `[num, batch_size]`."""
-        return self.buffer.sample(num * batch_size).reshape(num, batch_size)  # type: ignore[union-attr]
+    def sample(self, num: int, batch_size: int, device: torch.device) -> TensorDictBase:
+        """`num` batches `[num, batch_size]` on the device."""
+        sample: TensorDict = self.buffer.sample(num * batch_size)  # type: ignore[assignment]
+        if device.type != "cpu":  # what is on a CPU may have no device, and would be copied
+            sample = sample.to(device, non_blocking=True)
+        return sample.reshape(num, batch_size)
 
     @property
     def data(self) -> TensorDict:

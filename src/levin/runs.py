@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from levin.errors import ConfigError
@@ -37,6 +38,9 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        config = config.copy()
+        OmegaConf.set_readonly(config, False)
+        config.trainer.threads = torch.get_num_threads()  # results depend on it: a resumed run takes as many
         OmegaConf.save(config, run / "config.yaml")
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error

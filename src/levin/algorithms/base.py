@@ -27,7 +27,7 @@ class Algorithm(LightningModule):
         env: Spaces and normalisation of the env (`envs.describe`); plain values.
 
     Raises:
-        ConfigError: The algorithm can't act in that action space.
+        ConfigError: The algorithm can't act in that action space, or read that observation.
     """
 
     actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete"
@@ -41,8 +41,10 @@ class Algorithm(LightningModule):
                 f"{type(self).__name__} acts in {' and '.join(self.actions)} action spaces, "
                 f"but the action space of {env['id']} is {env['action']['type']}"
             )
+        if (dtype := env["observation"]["dtype"]) != "float32":
+            raise ConfigError(f"{type(self).__name__} reads vectors, but the observations of {env['id']} are {dtype}")
         self.automatic_optimization = False
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the loggers get the whole config
         self.env = env
         self.env_steps = 0  # env steps taken, over all envs and ranks
         self.updates = 0  # calls of `update`
@@ -57,7 +59,7 @@ class Algorithm(LightningModule):
             )
         if env["reward_clip"] is not None:
             self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
-        self._recorded: dict[str, list[Tensor]] = {}
+        self._recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum, count
         self.sample_seconds = 0.0
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
@@ -89,11 +91,12 @@ class Algorithm(LightningModule):
     def record(self, **metrics: Tensor) -> None:
         """Add to the means that the next row of metrics shows as `train/<name>`. Stays on the device."""
         for name, value in metrics.items():
-            self._recorded.setdefault(name, []).append(value.detach())
+            total, count = self._recorded.get(name, (0, 0))
+            self._recorded[name] = (total + value.detach(), count + 1)
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and the seconds spent. The one place that waits for the device."""
-        row = {f"train/{name}": float(torch.stack(values).mean()) for name, values in self._recorded.items()}
+        row = {f"train/{name}": float(total) / count for name, (total, count) in self._recorded.items()}
         row["time/sample"] = self.sample_seconds
         self._recorded, self.sample_seconds = {}, 0.0
         return row
@@ -118,7 +121,7 @@ class Algorithm(LightningModule):
         while due > 0:
             num = min(due, 128)  # drawn at once: a draw costs as much as a small update, whatever its size
             start = perf_counter()
-            batches = self.normalize(self.buffer.sample(num, batch_size)).unbind(0)
+            batches = self.normalize(self.buffer.sample(num, batch_size, self.device)).unbind(0)
             self.sample_seconds += perf_counter() - start
             for batch in batches:
                 yield batch
@@ -126,9 +129,8 @@ class Algorithm(LightningModule):
             due -= num
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        recorded = {name: torch.stack(values) for name, values in self._recorded.items()}
         checkpoint["levin"] = {name: getattr(self, name) for name in COUNTERS}
-        checkpoint["levin"] |= {"algorithm": type(self).__name__, "recorded": recorded}
+        checkpoint["levin"] |= {"algorithm": type(self).__name__, "recorded": self._recorded}
         if self.buffer is not None:
             checkpoint["buffer"] = self.buffer.state_dict()
 
@@ -136,12 +138,13 @@ class Algorithm(LightningModule):
         saved = checkpoint["levin"]
         for name in COUNTERS:
             setattr(self, name, saved[name])
-        self._recorded = {name: list(values.unbind()) for name, values in saved["recorded"].items()}
+        self._recorded = dict(saved["recorded"])
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:
         # Only now is the device known, on which the buffer lives too.
-        self._recorded = {name: [each.to(self.device) for each in values] for name, values in self._recorded.items()}
-        if self.buffer is not None and self._saved_buffer is not None:
+        self._recorded = {name: (total.to(self.device), count) for name, (total, count) in self._recorded.items()}
+        # Without its files (`load_from_checkpoint`) a buffer begins empty.
+        if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:
             self.buffer.load_state_dict(self._saved_buffer, self.device)
             self._saved_buffer = None

@@ -171,7 +171,7 @@ class SAC(Algorithm):
 
     def q_values(self, critic: nn.Module, observation: Tensor, action: Tensor) -> Tensor:
         """`[B, *S], [B, *A] -> [2, B, 1]`."""
-        return critic(torch.cat([observation.flatten(1), action.flatten(1)], -1))
+        return critic(torch.cat([observation.flatten(1), action], -1)).float()  # of mixed precision
 
 
 class Actor(nn.Module):
@@ -182,7 +182,8 @@ class Actor(nn.Module):
         self.network = mlp([num_observations, *hidden_sizes, 2 * num_actions], activation)
 
     def forward(self, observation: Tensor) -> SquashedNormal:
-        loc, log_std = self.network(observation.flatten(1)).chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
+        # Densities are float32, also when mixed precision runs the network in half of it.
+        loc, log_std = self.network(observation.flatten(1)).float().chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
         return SquashedNormal(loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))
 
 

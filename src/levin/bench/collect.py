@@ -35,7 +35,7 @@ class HandWritten:
 
     def __init__(self, config: envs.EnvConfig, policy: nn.Module) -> None:
         self.env = SyncVectorEnv(
-            [lambda: envs.make_one(config)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED
+            [lambda: envs.make_one(config)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False
         )
         self.policy = policy
         self.current, _ = self.env.reset(seed=0)
@@ -44,29 +44,24 @@ class HandWritten:
     def rollout(self) -> dict[str, Tensor]:
         """The tensors of `STEPS` vector steps, time first."""
         env, shape = self.env, self.env.single_observation_space.shape or ()
-        observation, after = torch.empty(2, STEPS, env.num_envs, *shape)
+        observation, after = np.empty((2, STEPS, env.num_envs, *shape), np.float32)
         space = env.single_action_space
-        action = torch.empty(
-            STEPS,
-            env.num_envs,
-            *(space.shape or ()),
-            dtype=torch.int64 if isinstance(space, Discrete) else torch.float32,
-        )
-        reward = torch.empty(STEPS, env.num_envs)
-        terminated, truncated = torch.empty(2, STEPS, env.num_envs, dtype=torch.bool)
+        dtype = np.int64 if isinstance(space, Discrete) else np.float32
+        action = np.empty((STEPS, env.num_envs, *(space.shape or ())), dtype)
+        reward = np.empty((STEPS, env.num_envs), np.float32)
+        terminated, truncated = np.empty((2, STEPS, env.num_envs), bool)
+        inputs = torch.from_numpy(observation)
         for t in range(STEPS):
-            observation[t] = torch.as_tensor(self.current, dtype=torch.float32)
-            action[t] = self.policy(observation[t])
-            self.current, r, ends, cuts, _ = env.step(action[t].numpy())
-            after[t] = torch.as_tensor(self.current, dtype=torch.float32)
-            reward[t] = torch.as_tensor(r)
-            terminated[t] = torch.as_tensor(ends)
-            truncated[t] = torch.as_tensor(cuts)
-            done = ends | cuts
+            observation[t] = self.current
+            action[t] = self.policy(inputs[t]).numpy()
+            self.current, reward[t], terminated[t], truncated[t], _ = env.step(action[t])
+            after[t] = self.current
+            done = terminated[t] | truncated[t]
             if done.any():
                 self.current, _ = env.reset(options={"reset_mask": done})
         names = ("observation", "action", "next_observation", "reward", "terminated", "truncated")
-        return dict(zip(names, (observation, action, after, reward, terminated, truncated), strict=True))
+        arrays = (observation, action, after, reward, terminated, truncated)
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
 def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
