@@ -64,7 +64,7 @@ lint: .venv/.dev .venv/.mujoco .venv/.report ## Ruff, codespell, pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/.dev ## Let ruff mend what it can
 	$(BIN)/ruff check --fix
