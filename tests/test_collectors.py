@@ -9,7 +9,7 @@ from torch import nn
 
 from levin import collectors, envs
 from levin.collectors import CollectorLoader
-from levin.statistics import EpisodeStatistics
+from levin.episodes import EpisodeStatistics
 
 
 class Linear(nn.Module):

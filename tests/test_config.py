@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -214,8 +213,3 @@ def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
 def test_errors_name_the_nearest_first():
     with pytest.raises(ConfigError, match="valid: halfcheetah, halfcheetah_v5"):
         config.compose(["env=halfcheeta"])
-
-
-def test_shared_files_are_not_read():
-    for file in Path(config.ROOT / "src").rglob("*.py"):
-        assert "../shared" not in file.read_text()

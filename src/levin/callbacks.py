@@ -20,7 +20,7 @@ from levin.algorithms.base import Algorithm
 from levin.checkpoint import STATE, FolderCheckpointIO, rng_state, set_rng_state
 from levin.collectors import CollectorLoader
 from levin.envs import EnvConfig
-from levin.evaluate import evaluate
+from levin.episodes import evaluate
 from levin.hints import NonNegativeInt, PositiveInt
 from levin.loggers import CSVMetrics
 

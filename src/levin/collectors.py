@@ -20,7 +20,7 @@ from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 
 from levin.algorithms.base import Algorithm
 from levin.envs import SeededVectorEnv
-from levin.statistics import EpisodeStatistics
+from levin.episodes import EpisodeStatistics
 
 
 def make_loader(name: str, env: SeededVectorEnv, algorithm: Algorithm) -> "CollectorLoader":

@@ -1,11 +1,10 @@
-"""Running statistics of observations, returns and episodes.
+"""Running statistics of observations and returns.
 
 Gymnasium's vector wrappers miscount when autoreset is disabled, so the statistics are ours. Normalisers are modules:
 they live in the algorithm, travel in its checkpoint and sit inside its policy. A rollout is collected with frozen
 statistics and updates them once, when it is complete; buffers keep raw values and are normalised when a batch is drawn.
 """
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,30 +87,3 @@ class RewardNormalizer(nn.Module):
         """`[..., 1] -> [..., 1]`, float32."""
         scale = (self.moments.var + EPSILON).rsqrt()
         return (reward * scale).float().clamp(-self.clip, self.clip)
-
-
-class EpisodeStatistics:
-    """Returns and lengths of the episodes that ended, summed over rollouts `[N, T]`.
-
-    Gymnasium's own wrapper miscounts when autoreset is disabled.
-    """
-
-    def __init__(self, num_envs: int) -> None:
-        self.open_return = np.zeros(num_envs)
-        self.open_length = np.zeros(num_envs, dtype=np.int64)
-
-    def update(self, reward: np.ndarray, done: np.ndarray) -> tuple[list[float], list[int]]:
-        """Take in `[N, T]` rewards and ends; give the returns and lengths of the episodes that ended, in time order."""
-        ended = []
-        totals = np.cumsum(reward, axis=1, dtype=np.float64)
-        for i in range(len(reward)):
-            start, before = 0, 0.0  # of the open episode, within this rollout
-            for end in np.flatnonzero(done[i]):
-                length = self.open_length[i] + end + 1 - start
-                ended.append((end, self.open_return[i] + totals[i, end] - before, int(length)))
-                self.open_return[i] = self.open_length[i] = 0
-                start, before = end + 1, totals[i, end]
-            self.open_return[i] += totals[i, -1] - before
-            self.open_length[i] += done.shape[1] - start
-        ended.sort(key=lambda episode: episode[0])
-        return [float(each[1]) for each in ended], [each[2] for each in ended]

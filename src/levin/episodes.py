@@ -1,0 +1,64 @@
+"""Whole episodes: the statistics of those that end during training, and those that are played to evaluate a policy."""
+
+import numpy as np
+import torch
+from tensordict.nn import TensorDictModule
+
+from levin import envs
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the episodes that ended, summed over rollouts `[N, T]`.
+
+    Gymnasium's own wrapper miscounts when autoreset is disabled.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        self.open_return = np.zeros(num_envs)
+        self.open_length = np.zeros(num_envs, dtype=np.int64)
+
+    def update(self, reward: np.ndarray, done: np.ndarray) -> tuple[list[float], list[int]]:
+        """Take in `[N, T]` rewards and ends; give the returns and lengths of the episodes that ended, in time order."""
+        ended = []
+        totals = np.cumsum(reward, axis=1, dtype=np.float64)
+        for i in range(len(reward)):
+            start, before = 0, 0.0  # of the open episode, within this rollout
+            for end in np.flatnonzero(done[i]):
+                length = self.open_length[i] + end + 1 - start
+                ended.append((end, self.open_return[i] + totals[i, end] - before, int(length)))
+                self.open_return[i] = self.open_length[i] = 0
+                start, before = end + 1, totals[i, end]
+            self.open_return[i] += totals[i, -1] - before
+            self.open_length[i] += done.shape[1] - start
+        ended.sort(key=lambda episode: episode[0])
+        return [float(each[1]) for each in ended], [each[2] for each in ended]
+
+
+@torch.inference_mode()
+def evaluate(policy: TensorDictModule, env: envs.SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
+    """The undiscounted returns and the lengths of `episodes` episodes.
+
+    Each env plays a fixed number of episodes: counting the first to finish would favour short ones.
+    """
+    num_envs = env.num_envs
+    device = next(iter(policy.parameters()), torch.empty(0)).device
+    dtype = np.dtype(envs.describe(env)["observation"]["dtype"])
+    quota = [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    lengths: list[list[int]] = [[] for _ in range(num_envs)]
+    total, length = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
+    observation = env.begin([0] * num_envs, np.ones(num_envs, dtype=bool))
+    while any(len(done) < wanted for done, wanted in zip(returns, quota, strict=True)):
+        batch = torch.as_tensor(np.asarray(observation, dtype=dtype), device=device)
+        observation, reward, terminated, truncated, _ = env.step(policy.module(batch).cpu().numpy())
+        total += reward
+        length += 1
+        done = terminated | truncated
+        if done.any():
+            for i in np.flatnonzero(done):
+                returns[i].append(float(total[i]))
+                lengths[i].append(int(length[i]))
+            total[done], length[done] = 0, 0
+            observation, _ = env.reset(options={"reset_mask": done})
+    pairs = list(zip(returns, lengths, quota, strict=True))
+    return [x for each, _, n in pairs for x in each[:n]], [x for _, each, n in pairs for x in each[:n]]
