@@ -27,6 +27,23 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+@torch.no_grad()
+def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
+    """Give every linear layer orthogonal weights times `gain`, and no bias; each member of an ensemble its own.
+
+    Source: Saxe et al. 2014; the gain keeps the scale of activations through ReLUs.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, gain)
+        elif isinstance(layer, EnsembleLinear):
+            for weight in layer.weight:  # [inputs, outputs]
+                nn.init.orthogonal_(weight, gain)
+        else:
+            continue
+        nn.init.zeros_(layer.bias)
+
+
 @contextmanager
 def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Gradients flow through these parameters, but none are computed for them."""

@@ -44,7 +44,7 @@ from levin.algorithms.base import Algorithm
 from levin.distributions import SquashedNormal
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import EnsembleMLP, frozen, mlp
+from levin.networks import EnsembleMLP, frozen, mlp, orthogonal_
 from levin.replay import Replay
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
@@ -105,6 +105,7 @@ class SAC(Algorithm):
         self.target_entropy = -num_actions / 2 if target_entropy is None else target_entropy
         self.actor = Actor(num_observations, num_actions, hidden_sizes, activation)
         self.critic = EnsembleMLP(2, [num_observations + num_actions, *hidden_sizes, 1], activation)
+        orthogonal_(self.critic)  # as in jaxrl
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once: walking the modules in every update takes as long as the update of the targets.
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
@@ -180,6 +181,8 @@ class Actor(nn.Module):
     def __init__(self, num_observations: int, num_actions: int, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
         self.network = mlp([num_observations, *hidden_sizes, 2 * num_actions], activation)
+        orthogonal_(self.network)
+        self.network[-1].weight.data[num_actions:] /= 2**0.5  # type: ignore[operator]  # the deviations: a gain of 1
 
     def forward(self, observation: Tensor) -> SquashedNormal:
         # Densities are float32, also when mixed precision runs the network in half of it.
