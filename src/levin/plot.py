@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
     """Draw the mean over seeds of `eval/return_mean`, and the range of the seeds around it.
 
     Args:
-        runs: Run folders, separated by spaces; `*` matches. Folders with the same parent are seeds of one curve.
+        runs: Run folders or results in experiments/, separated by spaces; `*` matches. Runs with the same parent are
+            seeds of one curve.
         out: The picture to write.
 
     Raises:
@@ -28,7 +30,8 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
     folders = sorted({Path(match) for pattern in runs.split() for match in glob.glob(pattern)})
     curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for folder in folders:
-        curves.setdefault(str(folder.parent), []).append(evaluations(folder))
+        is_result = (folder / "curves.csv.gz").is_file()
+        curves.setdefault(str(folder if is_result else folder.parent), []).extend(read(folder))
     if not curves:
         raise ConfigError(f"runs={runs} matches no folder")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -49,18 +52,30 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
     return Path(out)
 
 
-def evaluations(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The env steps and mean returns of a run's evaluations, both `[evaluations]`."""
-    file = run / "metrics.csv"
-    if not file.is_file():
-        raise ConfigError(f"{run} is no run folder: it has no metrics.csv")
-    with file.open() as rows:
-        pairs = [(int(row["env_steps"]), row.get("eval/return_mean")) for row in csv.DictReader(rows)]
-    found = [(steps, float(value)) for steps, value in pairs if value]
-    if not found:
-        raise ConfigError(f"{run} has no evaluation yet")
-    steps, returns = zip(*found, strict=True)
-    return np.array(steps), np.array(returns)
+def read(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Env steps and mean returns of the evaluations, both `[evaluations]`: of one run, or of each seed of a result.
+
+    Raises:
+        ConfigError: The folder is neither, or holds no evaluation.
+    """
+    result, run = folder / "curves.csv.gz", folder / "metrics.csv"
+    if result.is_file():
+        with gzip.open(result, "rt") as file:
+            rows = [(row["seed"], int(row["env_steps"]), row["return_mean"]) for row in csv.DictReader(file)]
+    elif run.is_file():
+        with run.open() as file:
+            rows = [("", int(row["env_steps"]), row.get("eval/return_mean")) for row in csv.DictReader(file)]
+    else:
+        raise ConfigError(f"{folder} is no run and no result: it has no metrics.csv and no curves.csv.gz")
+    seeds: dict[str, list[tuple[int, float]]] = {}
+    for seed, env_steps, value in rows:
+        if value:
+            seeds.setdefault(seed, []).append((env_steps, float(value)))
+    if not seeds:
+        raise ConfigError(f"{folder} has no evaluation yet")
+    return [
+        (np.array(steps), np.array(returns)) for steps, returns in (zip(*each, strict=True) for each in seeds.values())
+    ]
 
 
 def main() -> None:
