@@ -109,6 +109,15 @@ def test_a_missing_extra_is_one_sentence(monkeypatch):
         envs.make(envs.EnvConfig(id="HalfCheetah-v4"), seed=0)
 
 
+def test_the_camera_follows_a_runner_unless_told_otherwise():
+    def camera(**kwargs):
+        env = envs.make_one(envs.EnvConfig(id="HalfCheetah-v4", kwargs=kwargs), render=True)
+        return env.unwrapped.camera_name, env.unwrapped.camera_id
+
+    assert camera() == ("track", None)
+    assert camera(camera_id=0) == (None, 0)
+
+
 def test_observation_statistics_are_those_of_all_samples():
     normalizer = ObservationNormalizer((3,), clip=5.0)
     data = torch.randn(4, 60, 3, dtype=torch.float64) * 3 + 7

@@ -131,13 +131,16 @@ def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
     module, _, name = config.id.rpartition(":")
     if module:
         importlib.import_module(module)
+    view: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}  # not every env knows the word
     if "mujoco" in str(gym.spec(name).entry_point):
+        if render and not {"camera_name", "camera_id"} & config.kwargs.keys():
+            view["camera_name"] = "track"  # the default camera stays where the runner began
         importlib.import_module("mujoco").set_mju_user_warning(_mujoco_warning)
     env = gym.make(
         config.id,
         max_episode_steps=config.time_limit,
         disable_env_checker=True,  # one Python call less per step
-        **({"render_mode": "rgb_array"} if render else {}),  # not every env knows the word
+        **view,
         **config.kwargs,
     )
     return ActionRepeat(env, config.action_repeat) if config.action_repeat > 1 else env
