@@ -32,7 +32,7 @@ setup: .venv/.dev ## Make .venv and install what is missing
 train: .venv/.core $(if $(extra),.venv/.$(extra)) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"]
 	@$(foreach seed,$(or $(SEEDS),$(or $(SEED),0)),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed))) || exit $$?;)
 
-resume: .venv/.core ## RUN=path [STEPS=n] continues a run; STEPS is the new total
+resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS is the new total
 	$(BIN)/python -m levin.resume run=$(RUN) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 config: .venv/.core ## [ALGO=] [ENV=] prints every value and the file that set it

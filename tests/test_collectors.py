@@ -8,8 +8,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from levin import collectors, envs
-from levin.collectors import CollectorLoader
 from levin.episodes import EpisodeStatistics
+from levin.loader import CollectorLoader
 
 
 class Linear(nn.Module):

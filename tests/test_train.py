@@ -161,10 +161,12 @@ def test_targets_are_restored_and_not_copied_anew(tmp_path):
 def test_resume_continues_metrics_and_total(tmp_path, capsys):
     run(tmp_path / "run", "total_env_steps=320")
     before = metrics(tmp_path / "run")
+    assert before[-1]["env_steps"] == "320"
     resume.resume(run=str(tmp_path / "run"), total_env_steps=640)
     assert "320 -> 640" in capsys.readouterr().out
     after = metrics(tmp_path / "run")
-    assert after[: len(before)] == [{**dict.fromkeys(after[0], ""), **row} for row in before]
+    # The evaluation at the end of a run belongs to its end: a run that goes on has none there.
+    assert after[: len(before) - 1] == [{**dict.fromkeys(after[0], ""), **row} for row in before[:-1]]
     assert int(after[-1]["env_steps"]) == 640
     steps = [int(row["env_steps"]) for row in after]
     assert len(set(steps)) == len(steps)
@@ -174,7 +176,7 @@ def test_a_run_that_is_over_is_left_alone(tmp_path, capsys):
     run(tmp_path / "run", "total_env_steps=96")
     before = (tmp_path / "run" / "config.yaml").read_text()
     assert resume.resume(run=str(tmp_path / "run")) is None
-    assert "96 env steps already" in capsys.readouterr().out
+    assert "complete with 96 env steps" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="larger"):
         resume.resume(run=str(tmp_path / "run"), total_env_steps=64)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
@@ -313,8 +315,8 @@ def make_watch() -> Callback:
 def test_no_environment_and_no_object_is_pickled(tmp_path):
     run(tmp_path / "run", "total_env_steps=64")
     for file in (tmp_path / "run" / "checkpoints" / "64").rglob("*"):
-        if file.is_file() and file.suffix not in (".ckpt", ".memmap", ".json"):
-            pytest.fail(f"{file.name} is of an unknown kind")
+        if file.is_file() and file.name != "manifest.json":
+            torch.load(file, weights_only=True)
     torch.save({"env": build}, tmp_path / "evil.ckpt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "evil.ckpt", weights_only=True)

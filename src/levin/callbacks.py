@@ -2,27 +2,28 @@
 
 Lightning calls them in list order at the end of a batch: `Budget` decides whether this is the last iteration,
 `Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `Checkpointing` saves and
-`ProgressBar` shows.
+`ProgressBar` shows. A run that is stopped and continued writes what an uninterrupted one writes: a stop adds no
+evaluation and no row. A run that is complete adds both, after its last checkpoint.
 """
 
-import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import WandbLogger
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from levin import envs
+from levin import checkpoint, envs
 from levin.algorithms.base import Algorithm
-from levin.checkpoint import STATE, FolderCheckpointIO, rng_state, set_rng_state
-from levin.collectors import CollectorLoader
+from levin.checkpoint import STATE
 from levin.envs import EnvConfig
 from levin.episodes import evaluate
 from levin.hints import NonNegativeInt, PositiveInt
+from levin.loader import CollectorLoader
 from levin.loggers import CSVMetrics
+from levin.rng import rng_state, set_rng_state
 
 
 class Clock:
@@ -44,19 +45,25 @@ class Budget(Callback):
 
     def __init__(self, total_env_steps: int) -> None:
         self.total_env_steps = total_env_steps
+        self.spent = False  # whether the run is complete, or was stopped by something else
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that was killed in its last evaluation has nothing left to do but that.
+        self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if cast(Algorithm, pl_module).env_steps >= self.total_env_steps:
-            trainer.should_stop = True
+            trainer.should_stop = self.spent = True
 
 
 class Metrics(Callback):
-    """Collects one row of metrics and writes it to every logger each `every` env steps."""
+    """Collects one row of metrics and writes it to every logger each `every` env steps, and at the end of the run."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, budget: Budget) -> None:
+        self.every, self.budget = every, budget
         self.clock = Clock(every)
         self.row: dict[str, float] = {}
+        self.rows = 0  # written since the run began
         self.last_return: float | None = None
         self.log_seconds = 0.0
 
@@ -66,11 +73,16 @@ class Metrics(Callback):
         self._written = (perf_counter(), algorithm.env_steps, algorithm.updates)
         for logger in trainer.loggers:
             if isinstance(logger, CSVMetrics):
-                logger.truncate(algorithm.env_steps)
+                logger.truncate(self.rows)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.clock.rings(algorithm.env_steps) or trainer.should_stop or "eval/return_mean" in self.row:
+        if self.clock.rings(algorithm.env_steps) or "eval/return_mean" in self.row:
+            self.write(trainer, algorithm)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        algorithm = cast(Algorithm, pl_module)
+        if self.budget.spent and (algorithm.env_steps > self._written[1] or "eval/return_mean" in self.row):
             self.write(trainer, algorithm)
 
     def write(self, trainer: Trainer, algorithm: Algorithm) -> None:
@@ -82,8 +94,8 @@ class Metrics(Callback):
         row = {"env_steps": algorithm.env_steps, "updates": algorithm.updates}
         row |= {"env_frames": algorithm.env_steps * algorithm.env["action_repeat"]}
         row |= self.row | algorithm.take() | loader.take()
-        row["time/update"] = row["time/iteration"] - row["time/sample"]
-        del row["time/iteration"]
+        if "time/iteration" in row:
+            row["time/update"] = row.pop("time/iteration") - row["time/sample"]
         row["time/log"] = self.log_seconds
         row["time/env_steps_per_second"] = (algorithm.env_steps - env_steps) / seconds
         row["time/updates_per_second"] = (algorithm.updates - updates) / seconds
@@ -91,14 +103,15 @@ class Metrics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=algorithm.env_steps)
         self.row = {}
+        self.rows += 1
         self._written = (start, algorithm.env_steps, algorithm.updates)
         self.log_seconds = perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row}
+        return {"row": self.row, "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.row = dict(state_dict["row"])
+        self.row, self.rows = dict(state_dict["row"]), state_dict["rows"]
 
 
 class Throughput(Callback):
@@ -124,13 +137,22 @@ class Evaluation(Callback):
         seed: Of the evaluation's envs; apart from the run's own.
         env: The env of the run. Its statistics are only read.
         metrics: Where the results go.
+        budget: A run that has spent it is evaluated once more.
     """
 
     def __init__(
-        self, *, every: PositiveInt, episodes: PositiveInt, seed: NonNegativeInt, env: EnvConfig, metrics: Metrics
+        self,
+        *,
+        every: PositiveInt,
+        episodes: PositiveInt,
+        seed: NonNegativeInt,
+        env: EnvConfig,
+        metrics: Metrics,
+        budget: Budget,
     ) -> None:
-        self.episodes, self.seed, self.env, self.metrics = episodes, seed, env, metrics
+        self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
         self.clock = Clock(every)
+        self.vector_env: envs.SeededVectorEnv | None = None
         self.return_mean: float | None = None  # of the last evaluation
         self.env_steps = 0  # when it was
 
@@ -140,25 +162,41 @@ class Evaluation(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if trainer.is_global_zero and (self.clock.rings(algorithm.env_steps) or trainer.should_stop):
-            start = perf_counter()
-            returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
-            self.return_mean, self.env_steps = float(np.mean(returns)), algorithm.env_steps
-            self.metrics.row |= {
-                "eval/return_mean": self.return_mean,
-                "eval/return_std": float(np.std(returns)),
-                "eval/length_mean": float(np.mean(lengths)),
-                "time/evaluate": perf_counter() - start,
-            }
+        if trainer.is_global_zero and self.clock.rings(algorithm.env_steps):
+            self.evaluate(algorithm)
 
-    def on_train_end(self, *_: Any) -> None:
-        self.vector_env.close()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        algorithm = cast(Algorithm, pl_module)
+        if trainer.is_global_zero and self.budget.spent and self.env_steps != algorithm.env_steps:
+            self.evaluate(algorithm)
+        self.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the envs."""
+        if self.vector_env is not None:
+            self.vector_env.close()
+
+    def evaluate(self, algorithm: Algorithm) -> None:
+        """Add the results of the policy as it is now to the row."""
+        assert self.vector_env is not None
+        start = perf_counter()
+        returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
+        self.return_mean, self.env_steps = float(np.mean(returns)), algorithm.env_steps
+        self.metrics.row |= {
+            "eval/return_mean": self.return_mean,
+            "eval/return_std": float(np.std(returns)),
+            "eval/length_mean": float(np.mean(lengths)),
+            "time/evaluate": perf_counter() - start,
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"return_mean": self.return_mean}
+        return {"return_mean": self.return_mean, "env_steps": self.env_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.return_mean = state_dict["return_mean"]
+        self.return_mean, self.env_steps = state_dict["return_mean"], state_dict["env_steps"]
 
 
 class Checkpointing(Callback):
@@ -179,6 +217,8 @@ class Checkpointing(Callback):
         self._rng: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder.mkdir(exist_ok=True)
+        checkpoint.clean(self.folder)
         self.saved = cast(Algorithm, pl_module).env_steps
         self.clock.rung = self.saved // self.clock.every
         if self._rng is not None:
@@ -200,19 +240,26 @@ class Checkpointing(Callback):
         if self.evaluation.env_steps == algorithm.env_steps and self.evaluation.return_mean is not None:
             self.returns[name] = self.evaluation.return_mean
         self.saved = algorithm.env_steps
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVMetrics):
+                logger.sync()
         trainer.save_checkpoint(self.folder / name / STATE)
         if trainer.is_global_zero:
             self._prune()
 
     def _prune(self) -> None:
-        names = sorted((each.name for each in self.folder.iterdir() if each.name.isdigit()), key=int)
-        best = max((name for name in names if name in self.returns), key=lambda name: self.returns[name], default=None)
-        for name in names[: -self.keep]:
+        folders = {each.name: each for each in checkpoint.numbered(self.folder)}
+        best = max(
+            (name for name in folders if name in self.returns), key=lambda name: self.returns[name], default=None
+        )
+        for name in list(folders)[: -self.keep]:
             if name != best:
-                FolderCheckpointIO().remove_checkpoint(self.folder / name / STATE)
+                checkpoint.discard(folders[name])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng"] = rng_state()
+        for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
+            del checkpoint["callbacks"][key]  # `max_time` is that of one session: a run that used it up can go on
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 checkpoint["wandb_id"] = logger.experiment.id
@@ -226,48 +273,3 @@ class Checkpointing(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.returns = dict(state_dict["returns"])
-
-
-class ProgressBar(Callback):
-    """Env steps done and to go, rates, last return, time left; a line per row of metrics where there is no terminal."""
-
-    def __init__(self, total_env_steps: int, metrics: Metrics) -> None:
-        self.total, self.metrics = total_env_steps, metrics
-        self.bar = Progress(
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} env steps"),
-            BarColumn(),
-            TextColumn("{task.fields[rates]}"),
-            TimeRemainingColumn(),
-            disable=not sys.stdout.isatty(),
-        )
-        self.task: TaskID | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        env_steps = cast(Algorithm, pl_module).env_steps
-        self.seen = (perf_counter(), env_steps, cast(Algorithm, pl_module).updates)
-        if trainer.is_global_zero:
-            self.task = self.bar.add_task("", total=self.total, completed=env_steps, rates="")
-            self.bar.start()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        algorithm, now = cast(Algorithm, pl_module), perf_counter()
-        wall, env_steps, updates = self.seen
-        period = 0.5 if sys.stdout.isatty() else 10.0
-        if self.task is None or (now - wall < period and not trainer.should_stop):
-            return
-        last = "" if self.metrics.last_return is None else f" · return {self.metrics.last_return:.1f}"
-        steps_rate, updates_rate = (
-            (algorithm.env_steps - env_steps) / (now - wall),
-            (algorithm.updates - updates) / (now - wall),
-        )
-        rates = f"{steps_rate:,.0f} steps/s · {updates_rate:,.0f} updates/s{last}"
-        self.seen = (now, algorithm.env_steps, algorithm.updates)
-        self.bar.update(self.task, completed=algorithm.env_steps, rates=rates)
-        if self.bar.disable:
-            print(f"{algorithm.env_steps:,}/{self.total:,} env steps · {rates}", flush=True)
-
-    def on_train_end(self, *_: Any) -> None:
-        self.bar.stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self.bar.stop()

@@ -1,64 +1,76 @@
-"""Checkpoints are Lightning's, one folder each: `state.ckpt`, and the replay buffer as files beside it.
+"""Checkpoints are Lightning's, one folder each: `state.ckpt`, the replay buffer as files, and a manifest of them.
 
 A folder is written under a temporary name and renamed last, so a checkpoint is whole or absent. Nothing in it is
-pickled: everything loads with `weights_only=True`.
+pickled: everything loads with `weights_only=True`, after its size and checksum have been compared with the manifest's.
 """
 
-import os
-import random
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from hydra.utils import get_class
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from omegaconf import OmegaConf
-from tensordict import TensorDict
 
-from levin.algorithms.base import Algorithm
-from levin.envs import action_units
-from levin.errors import ConfigError
+from levin import files, segments
+from levin.errors import CheckpointError, ConfigError
 
-STATE, BUFFER, LAST = "state.ckpt", "buffer", "last"
+STATE, BUFFER, MANIFEST, LAST = "state.ckpt", "buffer", "manifest.json", "last"
+FORMAT = 1  # of the folder; another is refused
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
     """Writes `checkpoints/<env_steps>/` for the path `checkpoints/<env_steps>/state.ckpt`, and points `last` at it."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Path | None = None  # the checkpoint whose buffer files the next one takes over
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        buffer = checkpoint.get("buffer")
-        if buffer is not None:
-            buffer.pop("data").cpu().memmap(partial / BUFFER, copy_existing=True)
-        torch.save(checkpoint, partial / STATE)
-        for file in [*(file for file in partial.rglob("*") if file.is_file()), partial]:
-            _fsync(file)
-        shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir()
+        sums = {}
+        if checkpoint.get("buffer") is not None:
+            (partial / BUFFER).mkdir()
+            saved = _manifest(self.before)["files"] if self.before and self.before.exists() else {}
+            known = {name.removeprefix(f"{BUFFER}/"): of for name, of in saved.items() if name.startswith(BUFFER)}
+            rows, written = checkpoint["buffer"].pop("data"), checkpoint["buffer"]["written"]
+            before = (self.before or partial) / BUFFER
+            new = segments.save(rows, written, partial / BUFFER, before, known)
+            sums = {f"{BUFFER}/{name}": of for name, of in new.items()}
+        sums[STATE] = files.save(checkpoint, partial / STATE)
+        facts = {"algorithm": checkpoint["algorithm"], "env_steps": checkpoint["levin"]["env_steps"], "files": sums}
+        files.save_json({"format": FORMAT, **facts}, partial / MANIFEST)
+        files.sync(partial)
+        if folder.exists():  # not the one before: nothing is saved twice at the same count of env steps
+            discard(folder)
         partial.rename(folder)
         _point(folder.with_name(LAST), folder.name)
-        _fsync(folder.parent)
+        files.sync(folder.parent)
+        self.before = folder
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.get("buffer") is not None:
-            checkpoint["buffer"]["data"] = TensorDict.load_memmap(Path(path).parent / BUFFER)
+        checkpoint = files.load(Path(path))
+        buffer = checkpoint.get("buffer")
+        if buffer is not None:
+            buffer["data"] = segments.load(Path(path).parent / BUFFER, buffer["written"], buffer["length"])
+        self.before = Path(path).parent
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        shutil.rmtree(Path(path).parent)
+        discard(Path(path).parent)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def discard(folder: Path) -> None:
+    """Delete a folder. Its name goes first, so that no half of it is ever taken for a checkpoint."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def _point(link: Path, target: str) -> None:
@@ -68,90 +80,93 @@ def _point(link: Path, target: str) -> None:
     partial.replace(link)
 
 
-def seed_everything(seed: int, rank: int) -> None:
-    """Seed python, numpy and torch. The third stream beside training and evaluation episodes."""
-    python, numpy, pytorch = np.random.SeedSequence(seed, spawn_key=(2, rank)).generate_state(3).tolist()
-    random.seed(python)
-    np.random.seed(numpy)
-    torch.manual_seed(pytorch)
+def clean(folder: Path) -> None:
+    """Delete what a killed run left half-written or half-deleted in its `checkpoints/`."""
+    for pattern in (".*.partial", ".*.removed"):
+        for left in folder.glob(pattern):
+            left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of python's, numpy's and torch's generators, in tensors and plain values."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Undo everything that has been drawn since `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def newest(run: Path) -> Path:
-    """The newest `state.ckpt` of a run folder; a checkpoint folder or a file is taken as it is.
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
 
     Raises:
+        CheckpointError: There is none, or it is of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or not readable") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{folder} has format {found}, and this version reads format {FORMAT}")
+    return manifest
+
+
+def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
+    """Hold a checkpoint against its manifest.
+
+    Args:
+        folder: The checkpoint.
+        buffer: Whether the files of the replay buffer too.
+        algorithm: The class that it must be of.
+
+    Raises:
+        CheckpointError: It is not whole, or of another format or algorithm.
+    """
+    manifest = _manifest(folder)
+    if algorithm not in (None, manifest["algorithm"]):
+        raise CheckpointError(f"{folder} is of {manifest['algorithm']}, and the run is of {algorithm}")
+    for name, expected in manifest["files"].items():
+        if buffer or name == STATE:
+            files.verify(folder / name, expected)
+
+
+def newest(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> Path:
+    """The `state.ckpt` of a run's newest whole checkpoint; the folder or file of a checkpoint is taken as it is.
+
+    Whatever is damaged is named on stderr.
+
+    Args:
+        run: A run folder.
+        buffer: Whether its replay buffer must be whole too.
+        algorithm: The class that it must be of.
+
+    Raises:
+        CheckpointError: A checkpoint that was named is damaged, or every one of the run is.
         ConfigError: There is none.
     """
-    for path in (run / "checkpoints" / LAST / STATE, run / STATE, run):
-        if path.is_file():
-            return path
-    raise ConfigError(f"run={run} holds no checkpoint; a run folder has checkpoints/last/{STATE}")
+    path = run / STATE if (run / STATE).is_file() else run
+    if path.is_file():
+        verify(path.parent, buffer=buffer, algorithm=algorithm)
+        return path
+    folders = numbered(run / "checkpoints")
+    for folder in reversed(folders):
+        try:
+            verify(folder, buffer=buffer, algorithm=algorithm)
+        except CheckpointError as error:
+            print(f"levin: {error}; the checkpoint before it is tried", file=sys.stderr)
+            continue
+        return folder / STATE
+    if folders:
+        raise CheckpointError(f"run={run} holds no checkpoint that is whole")
+    raise ConfigError(f"run={run} holds no checkpoint; a run folder has checkpoints/{LAST}/{STATE}")
 
 
-def wandb_id(path: Path) -> str | None:
-    """The Weights & Biases run that a checkpoint belongs to."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("wandb_id")
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints/`, oldest first."""
+    return sorted((each for each in folder.glob("*") if each.name.isdigit()), key=lambda each: int(each.name))
 
 
-def env_steps(path: Path) -> int:
-    """How far a checkpoint is."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["levin"]["env_steps"]
+def set_aside_newer(folder: Path) -> None:
+    """Rename the checkpoints after this one, which are damaged: those that follow take their names."""
+    for newer in numbered(folder.parent):
+        if int(newer.name) > int(folder.name):
+            newer.rename(newer.with_name(f"{newer.name}.damaged"))
 
 
-def load_algorithm(run: Path) -> Algorithm:
-    """The algorithm of a run, with its newest weights, statistics and counters; on the CPU, without its buffer."""
-    path = newest(run)
-    config = path.resolve().parents[2] / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"run={run} has no config.yaml beside its checkpoints folder")
-    algorithm = get_class(OmegaConf.load(config).algo._target_)
-    return algorithm.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-
-
-class Policy:
-    """A trained policy with its normaliser inside: raw observation in, action in the env's own units out.
-
-    Observations are `[*S]` or `[N, *S]` arrays, and the actions then `[*A]` or `[N, *A]`. The policy is deterministic.
-    """
-
-    def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm = algorithm.eval()
-        self.env = algorithm.env
-        self.module = algorithm.policy(deterministic=True).module
-        self._to_env = action_units(self.env["action"], self.env["action_units"])
-
-    @classmethod
-    def load(cls, run: Path) -> "Policy":
-        """The newest policy of a run folder."""
-        return cls(load_algorithm(run))
-
-    @torch.inference_mode()
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        space = self.env["observation"]
-        batch = torch.as_tensor(np.asarray(observation, dtype=space["dtype"]))
-        single = batch.ndim == len(space["shape"])
-        action = self._to_env(self.module(batch.unsqueeze(0) if single else batch).numpy())  # [*S] -> [1, *S]
-        return action[0] if single else action
+def clock_and_wandb_id(path: Path) -> tuple[int, str | None]:
+    """How many env steps a checkpoint is at, and the Weights & Biases run that it belongs to."""
+    state = files.load(path, mmap=True)
+    return state["levin"]["env_steps"], state.get("wandb_id")

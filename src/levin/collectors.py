@@ -1,4 +1,4 @@
-"""Where rollouts come from, and the loader that hands them to Lightning's Trainer.
+"""Where rollouts come from.
 
 Every collector is a TorchRL `BaseCollector` and yields the same TensorDict `[N, T]`:
 `observation, action, next: {observation, reward, terminated, truncated, done}`, with reward and flags `[N, T, 1]`.
@@ -6,8 +6,7 @@ Every collector is a TorchRL `BaseCollector` and yields the same TensorDict `[N,
 
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from time import perf_counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,7 @@ from tensordict.nn import TensorDictModule
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 
-from levin.algorithms.base import Algorithm
 from levin.envs import SeededVectorEnv
-from levin.episodes import EpisodeStatistics
-
-
-def make_loader(name: str, env: SeededVectorEnv, algorithm: Algorithm) -> "CollectorLoader":
-    """The rollouts of an algorithm's policy in an env, as the Trainer takes them."""
-    collector = make(
-        name, env, algorithm.policy(), steps=algorithm.steps_per_iteration, random_env_steps=algorithm.random_env_steps
-    )
-    return CollectorLoader(collector, env, lambda: algorithm.iterations)
 
 
 def make(
@@ -207,8 +196,8 @@ class VectorCollector(BaseCollector):
         )
         if strayed.any():
             warnings.warn(
-                f"{self.env.config.id} does not replay: the open episode of {int(strayed.sum())} env(s) is given up "
-                "and a new one begins",
+                f"{self.env.config.id} does not replay: the open episode of {int(strayed.sum())} env(s) is truncated "
+                "and a new one begins; this run is not the uninterrupted one",
                 stacklevel=2,
             )
             self._opened[strayed] = self.vector_steps
@@ -235,77 +224,3 @@ class VectorCollector(BaseCollector):
         if (lengths == 0).any():
             current = self.env.begin(episodes, lengths == 0)
         return np.array(current, dtype=self.dtype)
-
-
-class CollectorLoader:
-    """What the Trainer iterates: one batch is one iteration's fresh rollout.
-
-    It has a length because Lightning prefetches from a loader without one, and a prefetched rollout is one update
-    stale. The length is out of reach: the run ends by its count of env steps, and a resumed run may go on for longer.
-
-    Args:
-        collector: Any TorchRL collector whose rollouts are `[N, T]`.
-        env: What it collects from, N envs.
-        version: The version of the policy; every rollout carries it as `policy_version`.
-    """
-
-    def __init__(self, collector: BaseCollector, env: SeededVectorEnv, version: Callable[[], int]) -> None:
-        self.collector, self.env, self.version = collector, env, version
-        self.statistics = EpisodeStatistics(env.num_envs)
-        self.returns: list[float] = []  # of episodes that ended since `take`
-        self.lengths: list[int] = []
-        self.seconds = 0.0
-        self._iterator: Iterator[TensorDictBase] | None = None
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def __iter__(self) -> "CollectorLoader":
-        return self
-
-    def __next__(self) -> TensorDictBase:
-        start = perf_counter()
-        # One iterator for the whole run: Lightning calls `iter` anew in every epoch.
-        self._iterator = self._iterator or iter(self.collector.iterator())
-        version = self.version()
-        rollout = next(self._iterator)
-        rollout.set_non_tensor("policy_version", version)
-        after: TensorDict = rollout.get("next")
-        reward, done = after.get("reward").squeeze(-1), after.get("done").squeeze(-1)  # [N, T, 1] -> [N, T]
-        returns, lengths = self.statistics.update(reward.cpu().numpy(), done.cpu().numpy())
-        self.returns += returns
-        self.lengths += lengths
-        self.seconds += perf_counter() - start
-        return rollout
-
-    def take(self) -> dict[str, float]:
-        """Means over the episodes that ended since the last call, and the seconds spent collecting."""
-        row = {"time/collect": self.seconds}
-        if self.returns:
-            row |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths))}
-        self.returns, self.lengths, self.seconds = [], [], 0.0
-        return row
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "collector": self.collector.state_dict(),
-            "episodes": list(self.env.episodes),
-            "open_return": self.statistics.open_return.tolist(),
-            "open_length": self.statistics.open_length.tolist(),
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.collector.load_state_dict(state_dict["collector"])
-        self.statistics.open_return = np.array(state_dict["open_return"])
-        self.statistics.open_length = np.array(state_dict["open_length"])
-        self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
-        if isinstance(self.collector, VectorCollector):
-            strayed = self.collector.strayed
-        else:  # TorchRL's collectors save no open episode: the next one begins
-            strayed = np.ones(self.env.num_envs, dtype=bool)
-            self.env.begin([episode + 1 for episode in state_dict["episodes"]], strayed)
-            self.collector.reset()  # type: ignore[attr-defined]
-        self.statistics.open_return[strayed] = 0
-        self.statistics.open_length[strayed] = 0

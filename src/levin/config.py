@@ -36,7 +36,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
         ConfigError: Anything in them is not valid.
     """
     overrides = _with_search_path(overrides)
-    _check_groups(_parse(overrides))
+    _check_groups(parse(overrides))
     overrides = [each for each in overrides if each != "debug=null"]  # the default, which Hydra does not take as a word
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
@@ -58,14 +58,31 @@ def arguments(command: Callable[..., Any]) -> dict[str, Any]:
         ConfigError: Unknown or missing key, wrong type, out of range.
     """
     hints = get_type_hints(command)
+    values = words(sys.argv[1:], as_typed=[key for key, hint in hints.items() if hint is str])
+    schema.bind(command, "", values)
+    return values
+
+
+def words(words: list[str], *, as_typed: list[str]) -> dict[str, Any]:
+    """`["a=1", "b.c=x"] -> {"a": 1, "b.c": "x"}`.
+
+    Args:
+        words: Of the command line.
+        as_typed: Keys, such as those of paths, whose values stay what was typed, whatever a parser would make of them.
+
+    Raises:
+        ConfigError: One is not of the form key=value.
+    """
     values: dict[str, Any] = {}
-    for word in sys.argv[1:]:
+    for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{word} is not of the form key=value")
-        # A path stays what was typed, whatever YAML would make of it.
-        values[key] = value if hints.get(key) is str else yaml.safe_load(value)
-    schema.bind(command, "", values)
+        if key in as_typed:
+            values[key] = value
+        else:
+            (override,) = parse([word])
+            values[override.key_or_group] = override.value()
     return values
 
 
@@ -97,7 +114,8 @@ def _without_hydra(config: DictConfig, name: str) -> DictConfig:
     return config
 
 
-def _parse(overrides: list[str]) -> list[Override]:
+def parse(overrides: list[str]) -> list[Override]:
+    """The words of a command line. Raises ConfigError when they are not of the form key=value."""
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
@@ -129,7 +147,7 @@ def _check_groups(overrides: list[Override]) -> None:
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     """Hydra says that a key is not in the struct; find which, and what it could have been."""
-    parsed = _parse(overrides)
+    parsed = parse(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     if len(groups) < len(parsed):
         valid = [key for key in schema.flatten(schema.plain(compose(groups, check_values=False))) if key != "name"]
@@ -149,7 +167,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
 def origins(overrides: list[str]) -> dict[str, str]:
     """Every key, and the file that set its value."""
     overrides = _with_search_path(overrides)
-    parsed = _parse(overrides)
+    parsed = parse(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         from hydra.core.global_hydra import GlobalHydra
 

@@ -5,6 +5,7 @@ that are done with `reset(options={"reset_mask": done})`.
 """
 
 import importlib
+import multiprocessing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from levin.errors import ConfigError
+from levin.errors import ConfigError, RunError
 from levin.hints import PositiveFloat, PositiveInt
 
 # The first word of an episode's seed: what the episode is for.
@@ -33,6 +34,7 @@ class EnvConfig:
         family: The library behind the id.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
+        timeout: Seconds that async envs may take for a step or a reset.
         action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
         action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps.
@@ -47,6 +49,7 @@ class EnvConfig:
     family: Literal["gymnasium"] = "gymnasium"
     num_envs: PositiveInt = 1
     vectorization: Literal["sync", "async"] = "sync"
+    timeout: PositiveFloat = 300.0
     action: Literal["rescale", "clip", "none"] = "none"
     time_limit: PositiveInt | None = None
     action_repeat: PositiveInt = 1
@@ -196,16 +199,39 @@ class SeededVectorEnv(VectorWrapper):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, of all without it. `seed` is ours."""
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
-        seeds = [0] * self.num_envs
+        seeds: list[int | None] = [0] * self.num_envs
         for i in np.flatnonzero(np.broadcast_to(mask, self.num_envs)):
             self.episodes[i] += int(self._moved[i])
             self._moved[i] = False
             seeds[i] = self.seed_of(int(i), self.episodes[i])
-        return self.env.reset(seed=seeds, options=dict(options) if options else None)  # type: ignore[arg-type]
+        options = dict(options) if options else None
+        try:
+            if isinstance(self.env, AsyncVectorEnv):
+                self.env.reset_async(seed=seeds, options=options)
+                return self.env.reset_wait(timeout=self.config.timeout)
+            return self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]
+        except Exception as error:
+            raise self._failure("reset", error) from error
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One step of all envs. Raises RunError when one raises, or an async one takes longer than the timeout."""
         self._moved[:] = True
-        return self.env.step(self._to_env(actions))
+        try:
+            if isinstance(self.env, AsyncVectorEnv):
+                self.env.step_async(self._to_env(actions))
+                return self.env.step_wait(timeout=self.config.timeout)
+            return self.env.step(self._to_env(actions))
+        except Exception as error:
+            raise self._failure("step", error) from error
+
+    def _failure(self, what: str, error: Exception) -> RunError:
+        if isinstance(self.env, AsyncVectorEnv):
+            self.env.close(terminate=True)  # a worker that hangs would be waited for
+        if isinstance(error, multiprocessing.TimeoutError):
+            said = f"did not come back within env.timeout={self.config.timeout:g} seconds"
+        else:
+            said = f"raised {type(error).__name__}: {error}"
+        return RunError(f"the {what} of {self.config.id} {said}; episodes {self.episodes}")
 
     def begin(self, episodes: list[int], mask: np.ndarray) -> Any:
         """Begin episode `episodes[i]` in every env of the mask `[N]`; returns the observations `[N, *shape]`."""

@@ -10,6 +10,14 @@ class ConfigError(ValueError):
     """Something the user said is not valid. The message says what is."""
 
 
+class CheckpointError(ConfigError):
+    """A checkpoint is damaged, or not one that this run can go on from."""
+
+
+class RunError(RuntimeError):
+    """A run can't go on: an env that fails, a number that is not finite, a disk that is full."""
+
+
 def valid_names(wrong: str, valid: Iterable[str]) -> str:
     """`valid: sac, ppo`: the nearest matches of the wrong name first."""
     names = sorted(valid)
@@ -19,10 +27,10 @@ def valid_names(wrong: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a `ConfigError` into its sentence and exit code 2."""
+    """Turn a `ConfigError` into its sentence and exit code 2, a `RunError` into its sentence and exit code 1."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         sys.stdout.flush()
         print(f"levin: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

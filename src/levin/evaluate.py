@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from levin import config, envs
-from levin.checkpoint import load_algorithm
 from levin.episodes import evaluate
 from levin.errors import one_sentence
 from levin.hints import NonNegativeInt, PositiveInt
+from levin.policy import load_algorithm
 
 
 def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt = 1) -> dict[str, Any]:

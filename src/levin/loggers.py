@@ -2,24 +2,28 @@
 
 import csv
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from levin import checkpoint, files
+
 
 def make(
-    name: str | None, run: Path, config: dict[str, Any], git_sha: str, wandb_id: str | None = None
+    name: str | None, run: Path, config: dict[str, Any], git_sha: str, ckpt_path: Path | None = None
 ) -> list[Logger]:
     """`metrics.csv`, and the one the user asked for; by default Weights & Biases where there is a login.
 
     Args:
-        wandb_id: The run to continue.
+        ckpt_path: The checkpoint that the run is continued from.
     """
+    env_steps, wandb_id = (-1, None) if ckpt_path is None else checkpoint.clock_and_wandb_id(ckpt_path)
     loggers: list[Logger] = [CSVMetrics(run)]
     if name == "tensorboard":
-        loggers.append(TensorBoardLogger(run, name="tensorboard", version=""))
+        loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=env_steps + 1))
     elif name != "csv" and (_wandb_login() or name == "wandb"):
         import wandb
 
@@ -108,10 +112,18 @@ class CSVMetrics(Logger):
         with self.path.open(newline="") as file:
             return list(csv.DictReader(file))
 
-    def truncate(self, env_steps: int) -> None:
-        """Drop what was logged after the checkpoint that a run is continued from."""
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` rows: those that the checkpoint knows, from which a run is continued."""
+        rows = self.rows()
+        if len(rows) < count:
+            warnings.warn(f"{self.path} has lost {count - len(rows)} of its {count} rows", stacklevel=2)
         if self.columns:
-            self._rewrite([row for row in self.rows() if int(row["env_steps"]) <= env_steps])
+            self._rewrite(rows[:count])
+
+    def sync(self) -> None:
+        """Force the rows onto the disk."""
+        if self.path.exists():
+            files.sync(self.path)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         partial = self.path.with_suffix(".partial")

@@ -32,7 +32,7 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     import numpy as np
 
     from levin import envs
-    from levin.checkpoint import Policy
+    from levin.policy import Policy
 
     policy = Policy.load(Path(run))
     env = envs.make(config.load_env(Path(run)), seed=seed, purpose=envs.EVALUATION, num_envs=1, render=True)

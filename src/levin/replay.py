@@ -22,6 +22,7 @@ class Replay:
 
     def __init__(self, size: int, storage: str) -> None:
         lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
+        self.size = size
         self.buffer = ReplayBuffer(storage=lazy)
 
     def __len__(self) -> int:
@@ -44,10 +45,19 @@ class Replay:
         return self.buffer[:]
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What is stored and where the next transition goes; None while nothing is."""
-        return {"writer": self.buffer.writer.state_dict(), "data": self.data} if len(self) else None
+        """How much was ever stored, and what is there, not a copy; None while nothing is."""
+        if not len(self):
+            return None
+        return {"written": self.buffer.writer.state_dict()["_write_count"], "length": len(self), "data": self.data}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Store what was stored, on the device on which the rollouts will be."""
-        self.buffer.extend(state["data"].to(device))
-        self.buffer.writer.load_state_dict(state["writer"])
+        """Store what was stored, in the same places, on the device on which the rollouts will be.
+
+        Args:
+            state: As `state_dict` gave it, `data` in pieces, oldest first.
+            device: Of the rollouts.
+        """
+        first = state["written"] - state["length"]
+        self.buffer.writer.load_state_dict({"_cursor": first % self.size, "_write_count": first})
+        for rows in state["data"]:
+            self.buffer.extend(rows.to(device))

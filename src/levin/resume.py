@@ -1,48 +1,110 @@
 """Continue a run from its newest checkpoint. `python -m levin.resume run=... [total_env_steps=...]`."""
 
+import inspect
+import sys
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from levin import checkpoint, config, schema
-from levin.errors import ConfigError, one_sentence
-from levin.hints import PositiveInt
+from levin import checkpoint, config, provenance, runs, schema
+from levin.errors import ConfigError, one_sentence, valid_names
+
+# What may differ from the saved config: nothing of it changes a number that was or will be computed.
+MAY_CHANGE = (
+    *("total_env_steps", "logger", "wandb_project", "upload", "checkpoint.every", "checkpoint.keep"),
+    *("trainer.accelerator", "trainer.devices", "trainer.max_time"),
+)
+# What the promise of equal numbers rests on, of all that provenance.json says.
+SAME = ("git_sha", "lock_sha256", "processor", "cpu_capability", "gpus")
 
 
-def resume(*, run: str, total_env_steps: PositiveInt | None = None) -> float | None:
-    """Train on, with the config that the run was made from.
+def resume(*, run: str, **changes: Any) -> float | None:
+    """Train on, with the config that the run was made from. A run without a checkpoint yet begins anew.
 
     Args:
         run: The run folder.
-        total_env_steps: A new total; null keeps the old one.
+        changes: Dotted keys of the config and their new values; `total_env_steps` is the new total.
 
     Raises:
-        ConfigError: There is no checkpoint, or it is beyond the new total.
+        ConfigError: A change is not allowed, or what is saved is not whole, or is beyond the new total.
     """
     from levin.train import train
 
-    path = checkpoint.newest(Path(run)).resolve()
-    cfg = config.load(Path(run))
-    env_steps = checkpoint.env_steps(path)
-    total = cfg.total_env_steps if total_env_steps is None else total_env_steps
-    if env_steps >= total:
-        sentence = f"run={run} has {env_steps} env steps already; to go on, say a larger total_env_steps"
-        if total_env_steps is not None:
-            raise ConfigError(sentence)
-        print(sentence)  # a job that resumes until it is done must see no failure
-        return None
-    if total != cfg.total_env_steps:
-        print(f"total_env_steps: {cfg.total_env_steps} -> {total}")
-        cfg.total_env_steps = total
+    folder = Path(run)
+    cfg = config.load(folder)
+    for line in change(cfg, changes):
+        print(line)
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
-    return train(cfg, Path(run), ckpt_path=path)
+    name = schema.algorithm_class(cfg).__name__
+    path, env_steps = None, 0
+    if checkpoint.numbered(folder / "checkpoints"):
+        path = checkpoint.newest(folder, buffer=True, algorithm=name)
+        env_steps, _ = checkpoint.clock_and_wandb_id(path)
+    else:
+        print(f"run={run} has no checkpoint yet: it begins anew")
+    if "total_env_steps" in changes and env_steps >= cfg.total_env_steps:
+        raise ConfigError(f"run={run} has {env_steps} env steps already; to go on, say a larger total_env_steps")
+    if (runs.sessions(folder).get("env_steps") or 0) >= cfg.total_env_steps:
+        # A job that resumes until it is done must see no failure.
+        print(f"run={run} is complete with {env_steps} env steps; to go on, say a larger total_env_steps")
+        return None
+    for line in differences(folder):
+        print(f"levin: {line}", file=sys.stderr)
+    if path is not None:
+        checkpoint.set_aside_newer(path.parent)
+    return train(cfg, folder, ckpt_path=path)
+
+
+def change(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
+    """Put the changes into the saved config; one line for each value that is now another.
+
+    Raises:
+        ConfigError: A key is unknown, or its value may not change within a run.
+    """
+    lines = []
+    OmegaConf.set_struct(cfg, False)
+    for key, value in changes.items():
+        known = [*schema.flatten(schema.plain(cfg)), *MAY_CHANGE]
+        if key not in known:
+            raise ConfigError(f"{key} is unknown; {valid_names(key, MAY_CHANGE)}")
+        old = OmegaConf.select(cfg, key)
+        if value == old:
+            continue
+        if key not in MAY_CHANGE:
+            raise ConfigError(
+                f"{key}={value} would change a run that was begun with {key}={old}; "
+                f"what may change: {', '.join(MAY_CHANGE)}"
+            )
+        OmegaConf.update(cfg, key, value)
+        lines.append(f"{key}: {old} -> {value}")
+    return lines
+
+
+def differences(run: Path) -> list[str]:
+    """One sentence for each fact of the last session that is another now: numbers may differ from here on."""
+    facts = runs.sessions(run)
+    if not facts:
+        return []
+    before, now = [facts, *facts["resumed"]][-1], provenance.collect()
+    return [
+        f"{key} was {before[key]} and is {now[key]} now: the numbers may not be those of an uninterrupted run"
+        for key in SAME
+        if before[key] != now[key]
+    ]
 
 
 def main() -> None:
     """Continue the run that the command line names."""
     with one_sentence():
-        resume(**config.arguments(resume))
+        words = config.words(sys.argv[1:], as_typed=["run"])
+        for key in words:  # what even no saved config can have
+            if "." not in key and key not in ("run", *inspect.signature(schema.top_level).parameters):
+                raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")
+        if "run" not in words:
+            raise ConfigError("run is missing")
+        resume(**words)
 
 
 if __name__ == "__main__":

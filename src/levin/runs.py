@@ -4,7 +4,10 @@ import ctypes
 import json
 import logging
 import sys
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from levin.errors import ConfigError
+from levin import checkpoint
+from levin.errors import ConfigError, RunError
 
+CONFIG, PROVENANCE = "config.yaml", "provenance.json"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -25,7 +30,7 @@ def folder(config: DictConfig) -> Path:
     """
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     run = Path(config.run or f"runs/{config.name}/s{config.seed}_{now}")
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and (not run.is_dir() or any(not each.name.startswith(".") for each in run.iterdir())):
         raise ConfigError(f"run={run} exists; name another folder, or continue that run with make resume RUN={run}")
     return run
 
@@ -41,25 +46,54 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         config = config.copy()
         OmegaConf.set_readonly(config, False)
         config.trainer.threads = torch.get_num_threads()  # results depend on it: a resumed run takes as many
-        OmegaConf.save(config, run / "config.yaml")
+        facts = sessions(run)
+        if resumed and facts:
+            facts["resumed"].append(provenance)
+        else:
+            facts = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
+        _write(run / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+        _write(run / CONFIG, OmegaConf.to_yaml(config))
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
-    file = run / "provenance.json"
-    before = json.loads(file.read_text()) if resumed and file.exists() else {"wall_seconds": 0.0, "resumed": []}
-    first = {key: value for key, value in before.items() if key not in ("wall_seconds", "resumed")}
-    sessions = [*before["resumed"], provenance] if resumed else []
-    _write(file, {**(first or provenance), "wall_seconds": before["wall_seconds"], "resumed": sessions})
 
 
-def finish(run: Path, seconds: float) -> None:
-    """Add the wall time of this session."""
-    file = run / "provenance.json"
-    facts = json.loads(file.read_text())
-    _write(file, {**facts, "wall_seconds": round(facts["wall_seconds"] + seconds, 1)})
+def finish(run: Path, seconds: float, env_steps: int | None) -> None:
+    """Add the wall time of this session, and the env steps of a run that is complete."""
+    facts = sessions(run)
+    facts |= {"env_steps": env_steps, "wall_seconds": round(facts["wall_seconds"] + seconds, 1)}
+    _write(run / PROVENANCE, json.dumps(facts, indent=2) + "\n")
 
 
-def _write(file: Path, facts: dict[str, Any]) -> None:
-    file.write_text(json.dumps(facts, indent=2) + "\n")
+def sessions(run: Path) -> dict[str, Any]:
+    """What provenance.json says: of the first session, and under `resumed` of each later one; empty without a file."""
+    file = run / PROVENANCE
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace a file at once: a kill leaves the old one or the new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+@contextmanager
+def survivable(run: Path) -> Iterator[None]:
+    """Say in one sentence what ended a run and where it can be taken up again.
+
+    Raises:
+        RunError: An env failed, a number was not finite, or the run folder can't be written any more.
+    """
+    try:
+        yield
+    except (RunError, OSError) as error:
+        said = str(error) if isinstance(error, RunError) else f"run={run} can't be written: {error.strerror or error}"
+        if error.__cause__ is not None:  # an env's own error: whoever wrote the env wants to see where
+            (run / "traceback.txt").write_text(traceback.format_exc())
+            said += f" (see {run}/traceback.txt)"
+        whole = checkpoint.numbered(run / "checkpoints")
+        left = f"checkpoint {whole[-1].name} is whole: make resume RUN={run}" if whole else "it has no checkpoint yet"
+        raise RunError(f"{said}; {left}") from error
 
 
 def keep_freed_memory() -> None:

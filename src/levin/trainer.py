@@ -1,30 +1,43 @@
 """Lightning's Trainer, as a run needs it."""
 
+from pathlib import Path
+
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from levin import checkpoint, schema
+from levin.callbacks import Budget, Checkpointing, Evaluation, Metrics, Throughput
+from levin.envs import EnvConfig
 from levin.errors import ConfigError
+from levin.guards import FiniteGuard, Preemption
+from levin.progress import ProgressBar
 
 
-def build(cfg: DictConfig, ours: list[Callback]) -> Trainer:
+def build(cfg: DictConfig, run: Path, env: EnvConfig) -> tuple[Trainer, Budget, Evaluation]:
     """Lightning's Trainer with our callbacks and the user's; its loggers come when the run folder is there.
 
     Raises:
         ConfigError: The Trainer refuses an argument, or a callback can't be made.
     """
+    budget = Budget(cfg.total_env_steps)
+    metrics = Metrics(cfg.log_every, budget)
+    evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget)
+    ours = [
+        *(budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
+        *(Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation), ProgressBar(run, budget, metrics)),
+    ]
     options = {key: value for key, value in schema.plain(cfg.trainer).items() if key != "threads"}
     fixed = {"max_epochs": -1, "enable_checkpointing": False, "enable_progress_bar": False, "logger": False}
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     plugins = checkpoint.FolderCheckpointIO()
     try:
         theirs = [instantiate(each) for each in cfg.callbacks.values()]
-        trainer = Trainer(**{**fixed, **quiet, **options}, plugins=plugins, callbacks=[*ours, *theirs])
+        trainer = Trainer(**{**fixed, **quiet, **options}, plugins=plugins, callbacks=[*ours, *theirs])  # type: ignore[arg-type]
     except (HydraException, MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"the Trainer can't be made: {' '.join(str(error).split())}") from error
     if cfg.collector == "torchrl" and trainer.strategy.root_device.type != "cpu":
         raise ConfigError("collector=torchrl runs on the CPU: add trainer.accelerator=cpu, or take collector=vector")
-    return trainer
+    return trainer, budget, evaluation

@@ -15,7 +15,7 @@ from levin.errors import ConfigError
 from levin.replay import Replay
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
-COUNTERS = ("env_steps", "updates", "iterations")
+PROGRESS = ("env_steps", "updates", "iterations", "recorded")
 
 
 class Algorithm(LightningModule):
@@ -59,7 +59,7 @@ class Algorithm(LightningModule):
             )
         if env["reward_clip"] is not None:
             self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
-        self._recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum, count
+        self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum, count: since the last row of metrics
         self.sample_seconds = 0.0
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
@@ -91,14 +91,14 @@ class Algorithm(LightningModule):
     def record(self, **metrics: Tensor) -> None:
         """Add to the means that the next row of metrics shows as `train/<name>`. Stays on the device."""
         for name, value in metrics.items():
-            total, count = self._recorded.get(name, (0, 0))
-            self._recorded[name] = (total + value.detach(), count + 1)
+            total, count = self.recorded.get(name, (0, 0))
+            self.recorded[name] = (total + value.detach(), count + 1)
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and the seconds spent. The one place that waits for the device."""
-        row = {f"train/{name}": float(total) / count for name, (total, count) in self._recorded.items()}
+        row = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
         row["time/sample"] = self.sample_seconds
-        self._recorded, self.sample_seconds = {}, 0.0
+        self.recorded, self.sample_seconds = {}, 0.0
         return row
 
     def normalize(self, batch: TensorDictBase) -> TensorDictBase:
@@ -129,22 +129,22 @@ class Algorithm(LightningModule):
             due -= num
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["levin"] = {name: getattr(self, name) for name in COUNTERS}
-        checkpoint["levin"] |= {"algorithm": type(self).__name__, "recorded": self._recorded}
+        checkpoint["algorithm"] = type(self).__name__
+        checkpoint["levin"] = {name: getattr(self, name) for name in PROGRESS}
         if self.buffer is not None:
             checkpoint["buffer"] = self.buffer.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["levin"]
-        for name in COUNTERS:
-            setattr(self, name, saved[name])
-        self._recorded = dict(saved["recorded"])
+        for name in PROGRESS:
+            setattr(self, name, checkpoint["levin"][name])
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:
-        # Only now is the device known, on which the buffer lives too.
-        self._recorded = {name: (total.to(self.device), count) for name, (total, count) in self._recorded.items()}
-        # Without its files (`load_from_checkpoint`) a buffer begins empty.
+        # Only now is the device known, on which the buffer lives too. Without its files (`load_from_checkpoint`) it is empty.
+        self.recorded = {name: (total.to(self.device), count) for name, (total, count) in self.recorded.items()}
+        if isinstance(self.reward_normalizer, RewardNormalizer):  # an episode that did not replay is over
+            strayed = torch.as_tensor(self.trainer.train_dataloader.strayed)  # type: ignore[union-attr]
+            self.reward_normalizer.running_return[strayed] = 0
         if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:
             self.buffer.load_state_dict(self._saved_buffer, self.device)
             self._saved_buffer = None

@@ -1,0 +1,74 @@
+"""What ends a run before its time: a signal, or a number that is not finite."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from levin.algorithms.base import Algorithm
+from levin.errors import RunError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: SLURM's warning before the time is over
+
+
+class Preemption(Callback):
+    """Ends the run at the end of the iteration when a signal asks for it. The second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, *_: Any) -> None:
+        # Lightning has set handlers of its own by now, which would leave without saving, or requeue the job themselves.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._receive) for each in SIGNALS}
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.received = signal.Signals(number)
+        again = ", Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+        # Not `print`, which can't be entered twice.
+        os.write(2, f"levin: {self.received.name}, the run is saved and ends with this iteration{again}\n".encode())
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.received is not None:
+            trainer.should_stop = True
+
+    def on_train_end(self, *_: Any) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
+
+
+class FiniteGuard(Callback):
+    """Refuses to go on, and so to save, once a loss, a metric or a gradient is not finite.
+
+    One look per iteration: a gradient that is not finite makes its parameters so, and then every later loss. Rollouts
+    are looked at where they are collected.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.parameters = [(name, each) for name, each in pl_module.named_parameters() if each.requires_grad]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        algorithm = cast(Algorithm, pl_module)
+        gradients = {f"the gradient of {name}": each.grad for name, each in self.parameters if each.grad is not None}
+        values = {f"train/{name}": total for name, (total, _) in algorithm.recorded.items()}
+        if not gradients and not values:
+            return
+        # A sum is finite only if every term is, and far cheaper than looking at each.
+        sums = [each.sum() for each in (values | gradients).values()]
+        if not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
+            for name, value in (values | gradients).items():
+                if not value.isfinite().all():
+                    raise RunError(
+                        f"{name} is not finite after {algorithm.env_steps} env steps and {algorithm.updates} updates"
+                    )

@@ -1,0 +1,110 @@
+"""The loader that hands rollouts to Lightning's Trainer, and what it knows of the episodes in them."""
+
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from tensordict import TensorDict, TensorDictBase
+from torchrl.collectors import BaseCollector
+
+from levin import collectors
+from levin.algorithms.base import Algorithm
+from levin.collectors import VectorCollector
+from levin.envs import SeededVectorEnv
+from levin.episodes import EpisodeStatistics
+from levin.errors import RunError
+
+
+class CollectorLoader:
+    """What the Trainer iterates: one batch is one iteration's fresh rollout.
+
+    It has a length because Lightning prefetches from a loader without one, and a prefetched rollout is one update
+    stale. The length is out of reach: the run ends by its count of env steps, and a resumed run may go on for longer.
+
+    Args:
+        collector: Any TorchRL collector whose rollouts are `[N, T]`.
+        env: What it collects from, N envs.
+        version: The version of the policy; every rollout carries it as `policy_version`.
+    """
+
+    def __init__(self, collector: BaseCollector, env: SeededVectorEnv, version: Callable[[], int]) -> None:
+        self.collector, self.env, self.version = collector, env, version
+        self.statistics = EpisodeStatistics(env.num_envs)
+        self.returns: list[float] = []  # of episodes that ended since `take`
+        self.lengths: list[int] = []
+        self.seconds = 0.0
+        self.strayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode was truncated when the run resumed
+        self._iterator: Iterator[TensorDictBase] | None = None
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __iter__(self) -> "CollectorLoader":
+        return self
+
+    def __next__(self) -> TensorDictBase:
+        start = perf_counter()
+        # One iterator for the whole run: Lightning calls `iter` anew in every epoch.
+        self._iterator = self._iterator or iter(self.collector.iterator())
+        version = self.version()
+        rollout = next(self._iterator)
+        rollout.set_non_tensor("policy_version", version)
+        after: TensorDict = rollout.get("next")
+        reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
+        for what in (rollout.get("observation"), after.get("observation"), reward):
+            self._check_finite(np.asarray(what), done)
+        returns, lengths = self.statistics.update(reward, done)
+        self.returns += returns
+        self.lengths += lengths
+        self.seconds += perf_counter() - start
+        return rollout
+
+    def _check_finite(self, values: np.ndarray, done: np.ndarray) -> None:
+        if values.dtype != np.uint8 and not np.isfinite(values).all():  # [N, T, *]
+            env, step = (int(each[0]) for each in np.nonzero(~np.isfinite(values))[:2])
+            episode = self.env.episodes[env] - int(done[env, step:].sum())
+            raise RunError(
+                f"{self.env.config.id} gave {values[env, step]}, not finite, in iteration {self.version() + 1}: "
+                f"env {env}, episode {episode}, begun with seed {self.env.seed_of(env, episode)}"
+            )
+
+    def take(self) -> dict[str, float]:
+        """Means over the episodes that ended since the last call, and the seconds spent collecting."""
+        row = {"time/collect": self.seconds}
+        if self.returns:
+            row |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths))}
+        self.returns, self.lengths, self.seconds = [], [], 0.0
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "collector": self.collector.state_dict(),
+            "episodes": list(self.env.episodes),
+            "open_return": self.statistics.open_return.tolist(),
+            "open_length": self.statistics.open_length.tolist(),
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.collector.load_state_dict(state_dict["collector"])
+        self.statistics.open_return = np.array(state_dict["open_return"])
+        self.statistics.open_length = np.array(state_dict["open_length"])
+        self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
+        if isinstance(self.collector, VectorCollector):
+            self.strayed = self.collector.strayed
+        else:  # TorchRL's collectors save no open episode: the next one begins
+            self.strayed = np.ones(self.env.num_envs, dtype=bool)
+            self.env.begin([episode + 1 for episode in state_dict["episodes"]], self.strayed)
+            self.collector.reset()  # type: ignore[attr-defined]
+        self.statistics.open_return[self.strayed] = 0
+        self.statistics.open_length[self.strayed] = 0
+
+
+def make(name: str, env: SeededVectorEnv, algorithm: Algorithm) -> CollectorLoader:
+    """The rollouts of an algorithm's policy in an env, as the Trainer takes them."""
+    collector = collectors.make(
+        name, env, algorithm.policy(), steps=algorithm.steps_per_iteration, random_env_steps=algorithm.random_env_steps
+    )
+    return CollectorLoader(collector, env, lambda: algorithm.iterations)
