@@ -38,6 +38,7 @@ def saved(run: Path) -> dict[str, Any]:
     state = FolderCheckpointIO().load_checkpoint(run / "checkpoints" / "last" / "state.ckpt")
     if state.get("buffer"):
         state["buffer"]["data"] = torch.cat(list(state["buffer"]["data"])).flatten_keys().to_dict()
+    del state["callbacks"]["Checkpointing"]  # which checkpoints there are: a stop adds one
     row = state["callbacks"]["Metrics"]["row"]
     state["callbacks"]["Metrics"]["row"] = {key: value for key, value in row.items() if not key.startswith("time/")}
     return state

@@ -1,9 +1,9 @@
 """What happens between iterations, on the clock of env steps.
 
 Lightning calls them in list order at the end of a batch: `Budget` decides whether this is the last iteration,
-`Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `Checkpointing` saves and
-`ProgressBar` shows. A run that is stopped and continued writes what an uninterrupted one writes: a stop adds no
-evaluation and no row. A run that is complete adds both, after its last checkpoint.
+`Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `ProgressBar` shows, then the user's
+own come, and `Checkpointing` saves. A run that is stopped and continued writes what an uninterrupted one writes: a stop
+adds no evaluation and no row. A run that is complete adds both, after its last checkpoint.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import WandbLogger
 
 from levin import checkpoint, envs
@@ -199,8 +199,11 @@ class Evaluation(Callback):
         self.return_mean, self.env_steps = state_dict["return_mean"], state_dict["env_steps"]
 
 
-class Checkpointing(Callback):
+class Checkpointing(Checkpoint):
     """Saves `checkpoints/<env_steps>/` at the end of an iteration, and keeps the newest and the best.
+
+    Being a `Checkpoint`, it comes after all other callbacks, and so knows of every wish to stop (`max_time`). Only here
+    a state can be continued exactly: from one of a closed epoch, Lightning resumes with a batch less.
 
     Args:
         every: Env steps between two checkpoints. The last iteration is always saved.
@@ -213,14 +216,12 @@ class Checkpointing(Callback):
         self.keep, self.folder, self.evaluation = keep, run / "checkpoints", evaluation
         self.clock = Clock(every)
         self.returns: dict[str, float] = {}  # folder name -> its evaluation
-        self.saved: int | None = None  # env steps of the newest
         self._rng: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder.mkdir(exist_ok=True)
         checkpoint.clean(self.folder)
-        self.saved = cast(Algorithm, pl_module).env_steps
-        self.clock.rung = self.saved // self.clock.every
+        self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
 
@@ -229,17 +230,11 @@ class Checkpointing(Callback):
         if self.clock.rings(algorithm.env_steps) or trainer.should_stop:
             self.save(trainer, algorithm)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Whoever stopped the run after our turn (`max_time`, a callback) left the last iteration unsaved.
-        if self.saved != cast(Algorithm, pl_module).env_steps:
-            self.save(trainer, cast(Algorithm, pl_module))
-
     def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Save now, and remove what need not be kept."""
         name = str(algorithm.env_steps)
         if self.evaluation.env_steps == algorithm.env_steps and self.evaluation.return_mean is not None:
             self.returns[name] = self.evaluation.return_mean
-        self.saved = algorithm.env_steps
         for logger in trainer.loggers:
             if isinstance(logger, CSVMetrics):
                 logger.sync()
@@ -249,9 +244,8 @@ class Checkpointing(Callback):
 
     def _prune(self) -> None:
         folders = {each.name: each for each in checkpoint.numbered(self.folder)}
-        best = max(
-            (name for name in folders if name in self.returns), key=lambda name: self.returns[name], default=None
-        )
+        self.returns = {name: self.returns[name] for name in folders if name in self.returns}
+        best = max(self.returns, key=lambda name: self.returns[name], default=None)
         for name in list(folders)[: -self.keep]:
             if name != best:
                 checkpoint.discard(folders[name])

@@ -137,8 +137,8 @@ def newest(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> 
         CheckpointError: A checkpoint that was named is damaged, or every one of the run is.
         ConfigError: There is none.
     """
-    path = run / STATE if (run / STATE).is_file() else run
-    if path.is_file():
+    path = run / STATE if run.name.isdigit() and run.is_dir() else run
+    if path.name == STATE:
         verify(path.parent, buffer=buffer, algorithm=algorithm)
         return path
     folders = numbered(run / "checkpoints")

@@ -30,7 +30,7 @@ def build(cfg: DictConfig, run: Path, env: EnvConfig) -> tuple[Trainer, Budget, 
         *(Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation), ProgressBar(run, budget, metrics)),
     ]
     options = {key: value for key, value in schema.plain(cfg.trainer).items() if key != "threads"}
-    fixed = {"max_epochs": -1, "enable_checkpointing": False, "enable_progress_bar": False, "logger": False}
+    fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     plugins = checkpoint.FolderCheckpointIO()
     try:

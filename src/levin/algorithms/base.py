@@ -140,7 +140,7 @@ class Algorithm(LightningModule):
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:
-        # Only now is the device known, on which the buffer lives too. Without its files (`load_from_checkpoint`) it is empty.
+        # Only now is the device of the buffer known. Without its files (`load_from_checkpoint`) it is empty.
         self.recorded = {name: (total.to(self.device), count) for name, (total, count) in self.recorded.items()}
         if isinstance(self.reward_normalizer, RewardNormalizer):  # an episode that did not replay is over
             strayed = torch.as_tensor(self.trainer.train_dataloader.strayed)  # type: ignore[union-attr]
