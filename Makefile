@@ -12,7 +12,7 @@ extra := $(shell sed -n 's/^\# needs the extra: *//p' configs/env/$(env_name).ya
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot bench bench-setup test test-slow lint format lock clean
+.PHONY: help setup train resume config evaluate play plot bench bench-setup test test-slow drill lint format lock clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ test: .venv/.dev .venv/.mujoco ## Tests, in minutes
 
 test-slow: .venv/.dev .venv/.mujoco ## Tests that train for minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills runs, resumes them and compares; minutes
+	$(BIN)/python tests/drill.py $(ARGS)
 
 lint: .venv/.dev .venv/.mujoco .venv/.report ## Ruff, codespell, pyright
 	$(BIN)/ruff check

@@ -1,0 +1,159 @@
+"""Kill runs at random moments, resume them, and compare with the run that was left alone. `make drill`.
+
+Words: kills=50 terms=20 seed=0 jobs=2
+"""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from checks import metrics, same, saved
+from levin import checkpoint, config
+
+EVERY, STEPS_PER_ITERATION = 150, 32
+WORDS = (
+    *("algo=sac", "env=pendulum", "logger=csv", "trainer.threads=1", "total_env_steps=3200", "log_every=50"),
+    *("eval.episodes=2", "eval.every=470", f"checkpoint.every={EVERY}", "algo.learning_starts=40"),
+    *("algo.batch_size=16", "algo.hidden_sizes=[16,16]", "algo.buffer_size=2000"),
+)
+
+
+def start(command: str, *words: str, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", f"levin.{command}", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+def last_step(run: Path) -> int:
+    """The newest env step that the run has told of."""
+    file = run / "metrics.csv"
+    lines = file.read_text().splitlines()[1:] if file.exists() else []
+    return int(lines[-1].split(",")[0]) if lines else 0
+
+
+def compare(straight: Path, run: Path) -> None:
+    expected, got = saved(straight), saved(run)
+    different = [key for key in {*expected, *got} if not same(expected.get(key), got.get(key))]
+    assert not different, different
+    assert metrics(straight) == metrics(run)
+
+
+def kill(trial: int, folder: Path, straight: Path, seconds: float) -> str:
+    """Even trials die at any moment, odd ones while a checkpoint is being written."""
+    moment, run = random.Random(trial), folder / f"kill{trial}"
+    process = start("train", *WORDS, f"run={run}")
+    if trial % 2:
+        number = moment.randrange(1, 3200 // EVERY)  # which of its checkpoints
+        seen: set[str] = set()
+        while process.poll() is None and len(seen) < number:
+            seen |= {path.name for path in (run / "checkpoints").glob(".[0-9]*.partial")}
+        time.sleep(moment.random() * 0.01)
+    else:
+        time.sleep(moment.random() * seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    partial = bool(list((run / "checkpoints").glob(".*.partial")))
+    told, whole = last_step(run), checkpoint.numbered(run / "checkpoints")
+    for each in whole:
+        checkpoint.verify(each, buffer=True)
+    at = int(whole[-1].name) if whole else 0
+    assert told - at <= EVERY + STEPS_PER_ITERATION, (told, at)
+    said = finish(start("resume", f"run={run}")) if (run / "config.yaml").exists() else ""
+    if not said:  # killed before the run had begun
+        finish(start("train", *WORDS, f"run={run}"))
+    assert "is tried" not in said, said
+    compare(straight, run)
+    return f"told of {told:>4}, resumed from {at:>4}{', half a checkpoint beside it' if partial else ''}"
+
+
+def terminate(trial: int, folder: Path, straight: Path, seconds: float) -> str:
+    """SIGTERM once training goes on: saved, exit 0, resumed."""
+    moment, run = random.Random(1000 + trial), folder / f"term{trial}"
+    process = start("train", *WORDS, f"run={run}")
+    while process.poll() is None and not (run / "metrics.csv").exists():
+        time.sleep(0.01)
+    time.sleep(moment.random() * seconds / 2)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    at = int(checkpoint.numbered(run / "checkpoints")[-1].name)
+    finish(start("resume", f"run={run}"))
+    compare(straight, run)
+    return f"saved at {at:>4}"
+
+
+def fill(folder: Path, straight: Path) -> str:
+    """A disk that is full: one sentence, exit 1, the checkpoint before is whole; with room again the run goes on."""
+    run, disk = folder / "full", folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True, check=False
+    ).returncode
+    if mounted == 0:
+        run, how = disk / "run", "a tmpfs of 200 KiB"
+        process = start("train", *WORDS, f"run={run}")
+    else:
+        how = "a limit on the size of files"  # not allowed to mount
+        limit = (40_000, 40_000)  # bytes
+        process = start(
+            "train", *WORDS, f"run={run}", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        )
+    try:
+        said, _ = process.communicate()
+        lines = [line for line in said.splitlines() if line.startswith("levin: ")]
+        assert process.returncode == 1, said
+        assert "Traceback" not in said, said
+        assert len(lines) == 1, said
+        for each in checkpoint.numbered(run / "checkpoints"):
+            checkpoint.verify(each, buffer=True)
+        if mounted == 0:
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        finish(start("resume", f"run={run}"))
+        compare(straight, run)
+    finally:
+        if mounted == 0:
+            subprocess.run(["umount", disk], check=True)
+    return f"{how}: {lines[0]}"
+
+
+def main(*, kills: int = 50, terms: int = 20, seed: int = 0, jobs: int = os.cpu_count() or 1) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        begin = time.monotonic()
+        finish(start("train", *WORDS, f"run={folder / 'straight'}"))
+        seconds = time.monotonic() - begin
+        print(f"the run that is left alone takes {seconds:.1f} s", flush=True)
+        print(fill(folder, folder / "straight"), flush=True)
+        failed = 0
+        with ThreadPoolExecutor(jobs) as pool:
+            for what, drill, count in (("kill -9", kill, kills), ("SIGTERM", terminate, terms)):
+                trials = range(seed * 10_000, seed * 10_000 + count)
+                waiting = [pool.submit(drill, trial, folder, folder / "straight", seconds) for trial in trials]
+                good = 0
+                for trial, each in zip(trials, waiting, strict=True):
+                    error = each.exception()
+                    good += error is None
+                    print(f"{what} {trial}: {each.result() if error is None else f'FAILED {error!r}'}", flush=True)
+                print(f"{what}: {good} of {count} identical", flush=True)
+                failed += count - good
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main(**config.words(sys.argv[1:], as_typed=[]))
