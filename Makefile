@@ -47,7 +47,7 @@ play: .venv/.core ## RUN=path [EPISODES=1] [SEED=1] writes videos/*.mp4
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws evaluation curves
 	$(BIN)/python -m levin.plot "runs=$(RUNS)" $(ARGS)
 
-bench: .venv/.core .venv/.mujoco ## [WHAT=sac|collect] speed beside the peers, interleaved
+bench: .venv/.core .venv/.mujoco ## [WHAT=sac|collect|checkpoint] speed beside the peers, interleaved
 	$(BIN)/python -m levin.bench what=$(or $(WHAT),sac) $(ARGS)
 
 bench-setup: ## Install the peers into an environment of their own

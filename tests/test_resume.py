@@ -43,6 +43,10 @@ def assert_same_run(straight: Path, resumed: Path) -> None:
     assert metrics(straight) == metrics(resumed)
 
 
+def loader_state(state: dict) -> dict:
+    return state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+
+
 def in_two_halves(tmp_path: Path, words: tuple[str, ...], total: int) -> None:
     train(config.compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
     train(config.compose([*words, f"total_env_steps={total // 2}"]), tmp_path / "halves")
@@ -71,6 +75,23 @@ VARIANTS = {
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS.keys())
 def test_two_halves_are_the_whole(words, tmp_path):
     in_two_halves(tmp_path, (*TINY, *words), 448)
+
+
+def test_two_halves_are_the_whole_on_any_gymnasium_id(tmp_path):
+    in_two_halves(tmp_path, (*TINY, "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale"), 448)
+
+
+def test_torchrl_s_collector_begins_new_episodes(tmp_path):
+    train(config.compose([*TINY, "collector=torchrl", "total_env_steps=224"]), tmp_path / "run")
+    before = saved(tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=225)
+    after = saved(tmp_path / "run")
+    loader, earlier = loader_state(after), loader_state(before)
+    assert loader["episodes"] == [earlier["episodes"][0] + 1]
+    assert loader["open_length"] == [32]
+    old, new = (each["buffer"]["data"] for each in (before, after))
+    assert same({key: value[:224] for key, value in new.items()}, old)
+    assert after["levin"]["updates"] == before["levin"]["updates"] + 32
 
 
 MUJOCO = ("halfcheetah", "ant", "humanoid")
@@ -498,13 +519,13 @@ def test_rows_that_were_logged_after_the_checkpoint_are_written_once(tmp_path):
 def test_an_env_that_does_not_replay_is_truncated_and_says_so_once(tmp_path):
     words = [*TINY, "env=gym", "env.id=toy_envs:Drifting-v0", "env.action=rescale", "env.normalize_reward=true"]
     train(config.compose([*words, "total_env_steps=352"]), tmp_path / "run")
-    episodes = saved(tmp_path / "run")["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["episodes"]
+    episodes = loader_state(saved(tmp_path / "run"))["episodes"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resume.resume(run=str(tmp_path / "run"), total_env_steps=384)
     (said,) = [str(each.message) for each in caught if "does not replay" in str(each.message)]
     assert "is truncated" in said
-    after = saved(tmp_path / "run")["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+    after = loader_state(saved(tmp_path / "run"))
     assert after["episodes"] == [episodes[0] + 1 + 32 // 20]  # a new episode of 20 steps began at 352
     assert after["open_length"] == [32 % 20]
     running = saved(tmp_path / "run")["state_dict"]["reward_normalizer.running_return"]

@@ -1,5 +1,6 @@
 """Envs whose every transition can be predicted. Ids: `toy_envs:Counting-v0` and so on."""
 
+import time
 from typing import ClassVar
 
 import gymnasium as gym
@@ -50,6 +51,25 @@ class Point(gym.Env):
         return self.position, -float(np.abs(self.position[0])), False, False, {}
 
 
+class Failing(Point):
+    """A Point that fails in its `after`-th step: `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`."""
+
+    def __init__(self, how: str, after: int = 100) -> None:
+        self.how, self.left = how, after
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        self.left -= 1
+        if self.left == 0:
+            if self.how == "raise":
+                raise ZeroDivisionError("the cart has left the track")
+            if self.how == "hang":
+                time.sleep(1000)
+            observation = observation * np.nan if self.how == "blind" else observation
+            reward = np.inf if self.how == "boundless" else reward
+        return observation, reward, *rest
+
+
 class Drifting(Point):
     """A Point that does not replay: its noise comes from outside."""
 
@@ -98,4 +118,5 @@ gym.register("Pair-v0", Pair)
 gym.register("Counting-v0", Counting)
 gym.register("Point-v0", Point, max_episode_steps=20)
 gym.register("Drifting-v0", Drifting, max_episode_steps=20)
+gym.register("Failing-v0", Failing, max_episode_steps=20)
 gym.register("Recorder-v0", Recorder)

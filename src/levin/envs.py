@@ -231,6 +231,7 @@ class SeededVectorEnv(VectorWrapper):
             said = f"did not come back within env.timeout={self.config.timeout:g} seconds"
         else:
             said = f"raised {type(error).__name__}: {error}"
+            said += " (env.vectorization=sync shows where)" if isinstance(self.env, AsyncVectorEnv) else ""
         return RunError(f"the {what} of {self.config.id} {said}; episodes {self.episodes}")
 
     def begin(self, episodes: list[int], mask: np.ndarray) -> Any:

@@ -60,15 +60,15 @@ class FiniteGuard(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        gradients = {f"the gradient of {name}": each.grad for name, each in self.parameters if each.grad is not None}
+        gradients = {name: each.grad for name, each in self.parameters if each.grad is not None}
         values = {f"train/{name}": total for name, (total, _) in algorithm.recorded.items()}
         if not gradients and not values:
             return
         # A sum is finite only if every term is, and far cheaper than looking at each.
         sums = [each.sum() for each in (values | gradients).values()]
         if not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
-            for name, value in (values | gradients).items():
-                if not value.isfinite().all():
-                    raise RunError(
-                        f"{name} is not finite after {algorithm.env_steps} env steps and {algorithm.updates} updates"
-                    )
+            bad = [name for name, value in values.items() if not value.isfinite()]
+            of = dict.fromkeys(name.split(".")[0] for name, value in gradients.items() if not value.isfinite().all())
+            bad += [f"the gradient of {module}" for module in of]
+            when = f"after {algorithm.env_steps} env steps and {algorithm.updates} updates"
+            raise RunError(f"not finite {when}: {', '.join(bad)}")

@@ -112,5 +112,11 @@ def quiet() -> None:
     # Lightning's profilers report through the same logger as its greetings.
     spoken = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     spoken.addFilter(lambda record: record.levelno >= logging.WARNING or "Report" in record.getMessage())
-    for message in (".*is out of date.*", ".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*"):
+    # What a worker raises is said once, and not by Gymnasium in three warnings.
+    for message in (
+        ".*ERROR: (Traceback|Received|Raising).*",
+        ".*is out of date.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+    ):
         warnings.filterwarnings("ignore", message=message)

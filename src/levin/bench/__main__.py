@@ -1,4 +1,4 @@
-"""`python -m levin.bench what=sac|collect`: prints medians and ratios."""
+"""`python -m levin.bench what=sac|collect|checkpoint`: prints medians and ratios."""
 
 import statistics
 import subprocess
@@ -82,6 +82,15 @@ def sac(*, segments: int, segment: int, threads: int) -> None:
     table(rates, "Stable-Baselines3", "env steps/s")
 
 
+def checkpoint(*, rounds: int, segment: int, threads: int) -> None:
+    """SAC on HalfCheetah-v4 with a buffer of a million transitions, full, saved every 10,000 env steps."""
+    print(provenance.processor(), flush=True)
+    probe = f"{{_target_:levin.bench.checkpoint.Probe,start:{WARM_UP},segment:{segment},rounds:{rounds}}}"
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that runs are on
+        words = [*ours(Path(folder), 32, threads, segment)[:-1], f"+callbacks.probe={probe}"]
+        subprocess.run(words, check=True)
+
+
 def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
     """Median rate of each, and the median over rounds of its ratio to the peer in the same round."""
     print(f"\n{provenance.processor()}; medians of {len(rates[peer])} rounds, interleaved")
@@ -92,18 +101,24 @@ def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
 
 
 def bench(
-    *, what: Literal["sac", "collect"], segments: PositiveInt = 10, segment: PositiveInt = 512, threads: PositiveInt = 2
+    *,
+    what: Literal["sac", "collect", "checkpoint"],
+    segments: PositiveInt = 10,
+    segment: PositiveInt = 512,
+    threads: PositiveInt = 2,
 ) -> None:
     """Run one comparison.
 
     Args:
-        what: `sac`: a training run; `collect`: rollouts alone.
+        what: `sac`: a training run; `collect`: rollouts alone; `checkpoint`: what saving costs a run.
         segments: Rounds, each one segment of every side.
         segment: Env steps per segment of training.
         threads: Torch threads of each side.
     """
     if what == "sac":
         sac(segments=segments, segment=segment, threads=threads)
+    elif what == "checkpoint":
+        checkpoint(rounds=segments, segment=segment, threads=threads)
     else:
         from levin.bench.collect import collect
 
