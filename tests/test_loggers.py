@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from levin import config, schema
+from levin import checkpoint, config, resume, schema
 from levin.loggers import CSVMetrics
 from levin.play import play
 from levin.provenance import git
@@ -129,3 +129,24 @@ def _steps(run: Path) -> int:
         if terminated[0] or truncated[0]:
             return step
     raise AssertionError
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path):
+    words = [*SMALL, "logger=wandb", "wandb_project=test", "checkpoint.every=100"]
+    train(config.compose([*words, "total_env_steps=160"]), tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=320)
+    files = sorted((tmp_path / "run").rglob("*.wandb"))
+    runs = [record.run for file in files for record in wandb_records(file) if record.WhichOneof("record_type") == "run"]
+    assert len(files) == 2
+    assert len({each.run_id for each in runs}) == 1
+
+
+def test_a_resumed_run_hides_what_tensorboard_had_after_its_checkpoint(tmp_path):
+    words = [*SMALL, "logger=tensorboard", "eval.every=32", "checkpoint.every=96"]
+    train(config.compose([*words, "total_env_steps=256"]), tmp_path / "run")
+    checkpoint.discard(tmp_path / "run" / "checkpoints" / "256")
+    facts = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps({**facts, "env_steps": None}))
+    resume.resume(run=str(tmp_path / "run"))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("eval/return_mean")] == list(range(32, 257, 32))

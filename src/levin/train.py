@@ -36,7 +36,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             play.play(run=str(run))
             loggers.upload(trainer.loggers, run)
         loggers.close(trainer.loggers)
-    print(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
+    if evaluation.return_mean is not None:
+        print(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
     return evaluation.return_mean
 
 
