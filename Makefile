@@ -1,5 +1,5 @@
 # `make` prints this help. Variables come from the command line only.
-VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT
+VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 
 PYTHON ?= python3
@@ -8,11 +8,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 # The env that the algorithm's YAML names, unless ENV does; and the extra that the env's YAML asks for.
 env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' configs/algo/$(algo).yaml 2>/dev/null))
-extra := $(shell sed -n 's/^\# needs the extra: *//p' configs/env/$(env_name).yaml 2>/dev/null)
+# A pinned config says it again.
+extra := $(shell sed -n 's/^\# needs the extra: *//p' $(or $(wildcard experiments/$(EXP)/config.yaml),configs/env/$(env_name).yaml) 2>/dev/null)
+needs := .venv/.core $(if $(extra),.venv/.$(extra))
+run = run=$(if $(EXP),experiments/$(EXP),$(RUN))
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot bench bench-setup test test-slow drill lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report fork bench bench-setup test test-slow drill lint format lock clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,7 +32,7 @@ setup: .venv/.dev ## Make .venv and install what is missing
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-train: .venv/.core $(if $(extra),.venv/.$(extra)) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"]
+train: $(needs) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"]
 	@$(foreach seed,$(or $(SEEDS),$(or $(SEED),0)),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed))) || exit $$?;)
 
 resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS is the new total
@@ -38,14 +41,23 @@ resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS is the 
 config: .venv/.core ## [ALGO=] [ENV=] prints every value and the file that set it
 	@$(BIN)/python -m levin.config $(choices)
 
-evaluate: .venv/.core ## RUN=path [EPISODES=100] [SEED=1] writes evaluation.json
-	$(BIN)/python -m levin.evaluate run=$(RUN) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
+evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] writes evaluation.json
+	$(BIN)/python -m levin.evaluate $(run) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
 
-play: .venv/.core ## RUN=path [EPISODES=1] [SEED=1] writes videos/*.mp4
-	$(BIN)/python -m levin.play run=$(RUN) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
+play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] writes videos/*.mp4
+	$(BIN)/python -m levin.play $(run) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws evaluation curves
 	$(BIN)/python -m levin.plot "runs=$(RUNS)" $(ARGS)
+
+reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] runs it anew, compares, judges
+	$(BIN)/python -m levin.reproduce exp=$(EXP) $(if $(SEEDS),seeds="$(SEEDS)") $(if $(STEPS),total_env_steps=$(STEPS)) $(if $(JOBS),jobs=$(JOBS)) $(if $(STORE),store=true)
+
+pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] begins a new result in experiments/
+	$(BIN)/python -m levin.pin exp=$(EXP) $(choices)
+
+report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
+	$(BIN)/python -m levin.report $(if $(CHECK),check=true)
 
 bench: .venv/.core .venv/.mujoco ## [WHAT=sac|collect|checkpoint] speed beside the peers, interleaved
 	$(BIN)/python -m levin.bench what=$(or $(WHAT),sac) $(ARGS)

@@ -4,7 +4,7 @@ import pytest
 
 import checks
 import rows
-from levin import config
+from levin import paths
 
 
 @pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.algo)
@@ -14,6 +14,6 @@ def test_row(check, row, tmp_path):
 
 
 def test_every_algorithm_has_a_row_a_yaml_and_a_file():
-    files = {file.stem for file in (config.ROOT / "src/levin/algorithms").glob("*.py")} - {"__init__", "base"}
-    yamls = {file.stem for file in (config.CONFIGS / "algo").glob("*.yaml")}
+    files = {file.stem for file in (paths.ROOT / "src/levin/algorithms").glob("*.py")} - {"__init__", "base"}
+    yamls = {file.stem for file in (paths.CONFIGS / "algo").glob("*.yaml")}
     assert {file for file in files if not file.endswith("_networks")} == yamls == {row.algo for row in rows.ROWS}

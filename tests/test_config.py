@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from levin import config, evaluate, schema, train
+from levin import config, evaluate, paths, schema, train
 from levin.errors import ConfigError
 
 WRONG = [
@@ -176,21 +176,21 @@ def test_a_composed_config_is_read_only():
         config.compose([]).seed = 1
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (config.CONFIGS / "debug").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "debug").glob("*.yaml")))
 def test_every_debug_file_composes(name):
     config.compose([f"debug={name}", "env=pendulum"])
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (config.CONFIGS / "tuned").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "tuned").glob("*.yaml")))
 def test_every_tuned_file_names_an_algorithm_and_an_env(name):
     algo, env = next(
         (algo.stem, env.stem)
-        for algo in (config.CONFIGS / "algo").glob("*.yaml")
-        for env in (config.CONFIGS / "env").glob("*.yaml")
+        for algo in (paths.CONFIGS / "algo").glob("*.yaml")
+        for env in (paths.CONFIGS / "env").glob("*.yaml")
         if f"{algo.stem}_{env.stem}" == name
     )
     cfg = config.compose([f"algo={algo}", f"env={env}"])
-    text = OmegaConf.load(config.CONFIGS / "tuned" / f"{name}.yaml")
+    text = OmegaConf.load(paths.CONFIGS / "tuned" / f"{name}.yaml")
     for key in schema.flatten(schema.plain(text)):
         assert OmegaConf.select(cfg, key) == OmegaConf.select(text, key)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import toy_envs
-from levin import config, envs, schema
+from levin import config, envs, paths, schema
 from levin.errors import ConfigError
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
@@ -73,7 +73,7 @@ def test_time_limit_truncates():
     assert not any(end[0] for end, _ in flags)
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (config.CONFIGS / "env").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "env").glob("*.yaml")))
 def test_every_env_file_can_be_made_and_stepped(name):
     overrides = [f"env={name}"] + (["env.id=toy_envs:Point-v0"] if name == "gym" else [])
     if name in ("cartpole", "acrobot"):

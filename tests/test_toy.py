@@ -7,7 +7,7 @@ import pytest
 
 import checks
 import rows
-from levin import config
+from levin import config, paths
 from levin.algorithms import sac
 
 ROW = """
@@ -24,7 +24,7 @@ def toy(tmp_path, monkeypatch) -> rows.Row:
     source = Path(sac.__file__).read_text().replace("class SAC(", "class ToySAC(")
     (tmp_path / "toy_sac.py").write_text(source)
     (tmp_path / "algo").mkdir()
-    yaml = (config.CONFIGS / "algo" / "sac.yaml").read_text().replace("levin.algorithms.sac.SAC", "toy_sac.ToySAC")
+    yaml = (paths.CONFIGS / "algo" / "sac.yaml").read_text().replace("levin.algorithms.sac.SAC", "toy_sac.ToySAC")
     (tmp_path / "algo" / "toy_sac.yaml").write_text(yaml)
     (tmp_path / "toy_row.py").write_text(ROW)
     monkeypatch.syspath_prepend(tmp_path)

@@ -22,9 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from levin import schema
 from levin.envs import EnvConfig
 from levin.errors import ConfigError, one_sentence, valid_names
+from levin.paths import CONFIGS, EXPERIMENTS, ROOT
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
 SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "tuned")
 
@@ -126,7 +125,7 @@ def _with_search_path(overrides: list[str]) -> list[str]:
     """Add the forks, so that `algo=my_idea` finds `experiments/my_idea/algo/my_idea.yaml`."""
     if any(each.startswith(SEARCH_PATH) for each in overrides):
         return overrides
-    folders = sorted({file.parents[1] for file in ROOT.glob("experiments/*/algo/*.yaml")})
+    folders = sorted({file.parents[1] for file in EXPERIMENTS.glob("*/algo/*.yaml")})
     return [*overrides, f"{SEARCH_PATH}=[{','.join(map(str, folders))}]"] if folders else overrides
 
 
@@ -176,7 +175,7 @@ def origins(overrides: list[str]) -> dict[str, str]:
         files = loader.compute_defaults_list("train", overrides, RunMode.RUN).defaults
     origin = {"name": "configs/algo, configs/env"}
     for file in files:
-        found = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *ROOT.glob("experiments/*"))]
+        found = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *EXPERIMENTS.glob("*"))]
         for path in filter(Path.exists, found):
             values = yaml.safe_load(path.read_text()) or {}
             values.pop("defaults", None)

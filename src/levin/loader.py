@@ -70,10 +70,11 @@ class CollectorLoader:
             )
 
     def take(self) -> dict[str, float]:
-        """Means over the episodes that ended since the last call, and the seconds spent collecting."""
+        """Means over the episodes that ended since the last call, their count, and the seconds spent collecting."""
         row = {"time/collect": self.seconds}
         if self.returns:
             row |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths))}
+            row["episode/count"] = len(self.returns)
         self.returns, self.lengths, self.seconds = [], [], 0.0
         return row
 

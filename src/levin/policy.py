@@ -4,23 +4,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.utils import get_class
-from omegaconf import OmegaConf
 
-from levin import checkpoint
+from levin import checkpoint, config, files, schema
 from levin.algorithms.base import Algorithm
 from levin.envs import action_units
 from levin.errors import ConfigError
 
+POLICY = "policy.ckpt"  # of a result in experiments/: the policy alone
+
 
 def load_algorithm(run: Path) -> Algorithm:
-    """The algorithm of a run, with its newest weights, statistics and counters; on the CPU, without its buffer."""
+    """The algorithm of a run, with its newest weights, statistics and counters; on the CPU, without its buffer.
+
+    Of a result in experiments/, only what its policy needs has been kept: the rest is as it was initialised.
+    """
+    if (run / POLICY).is_file():
+        saved = files.load(run / POLICY)
+        algorithm = _class_of(run)(**saved["hyper_parameters"])
+        algorithm.policy(deterministic=True).load_state_dict(saved["policy"])
+        algorithm.env_steps = saved["env_steps"]
+        return algorithm
     path = checkpoint.newest(run)
-    config = path.resolve().parents[2] / "config.yaml"
-    if not config.is_file():
+    return _class_of(path.resolve().parents[2]).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+
+
+def export(run: Path, path: Path) -> None:
+    """Write the newest policy of a run, and nothing else of its algorithm, to a file that `load_algorithm` reads."""
+    algorithm = load_algorithm(run)
+    policy = algorithm.policy(deterministic=True).state_dict()
+    files.save({"hyper_parameters": dict(algorithm.hparams), "env_steps": algorithm.env_steps, "policy": policy}, path)
+
+
+def _class_of(run: Path) -> type[Algorithm]:
+    if not (run / "config.yaml").is_file():
         raise ConfigError(f"run={run} has no config.yaml beside its checkpoints folder")
-    algorithm = get_class(OmegaConf.load(config).algo._target_)
-    return algorithm.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    return schema.algorithm_class(config.load(run))
 
 
 class Policy:

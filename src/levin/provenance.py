@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
-from levin.config import ROOT
+from levin.paths import ROOT
 
 PACKAGES = ("levin", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco", "numpy", "hydra-core")
+CODE = ("src", "configs", "requirements.lock", "experiments/*/*.py", "experiments/*/algo")
 
 
 def collect() -> dict[str, Any]:
-    """Plain values, for `provenance.json`. `git_dirty` says that the code is not the commit's."""
+    """Plain values, for `provenance.json`. `git_dirty` says that the code or its configs are not the commit's."""
     lock = ROOT / "requirements.lock"
     return {
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_sha": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},

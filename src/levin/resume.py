@@ -38,6 +38,8 @@ def resume(*, run: str, **changes: Any) -> float | None:
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     name = schema.algorithm_class(cfg).__name__
+    with runs.lock(folder):
+        pass  # a process that still trains here must not lose its checkpoints to this one
     path, env_steps = None, 0
     if checkpoint.numbered(folder / "checkpoints"):
         path = checkpoint.newest(folder, buffer=True, algorithm=name)

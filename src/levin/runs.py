@@ -1,6 +1,7 @@
 """The run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
 
 import ctypes
+import fcntl
 import json
 import logging
 import sys
@@ -75,6 +76,26 @@ def _write(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text)
     partial.replace(file)
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Let no second process train in the folder. The lock goes with the process, however that ends.
+
+    Raises:
+        ConfigError: Another process does, or the folder can't be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run={run} is being trained by another process") from error
+        yield
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a config may hold: every value is checked against the hints of the code that takes it."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_type_hints
 
@@ -14,6 +15,7 @@ from levin.callbacks import Checkpointing, Evaluation
 from levin.envs import EnvConfig
 from levin.errors import ConfigError, valid_names
 from levin.hints import NonNegativeInt, PositiveInt
+from levin.paths import ROOT
 
 # Lightning's arguments that would act on the wrong clock, or not at all under manual optimisation.
 OURS = {
@@ -73,6 +75,8 @@ def algorithm_class(config: DictConfig) -> type[Algorithm]:
         ConfigError: It names no algorithm.
     """
     target = config.algo.get("_target_")
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # a fork is experiments.<name>.algorithm, from whatever folder it is called
     try:
         found = get_class(target)
     except (ImportError, ValueError, TypeError) as error:

@@ -25,9 +25,9 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     algorithm, rollouts = build(cfg)
     trainer, budget, evaluation = lightning_trainer.build(cfg, run, rollouts.env.config)
     facts = provenance.collect()
-    runs.create(run, cfg, facts, resumed=ckpt_path is not None)
-    print(f"{cfg.name}, seed {cfg.seed}: {run}", flush=True)
-    with runs.survivable(run):
+    with runs.lock(run), runs.survivable(run):
+        runs.create(run, cfg, facts, resumed=ckpt_path is not None)
+        print(f"{cfg.name}, seed {cfg.seed}: {run}", flush=True)
         trainer.loggers = loggers.make(cfg.logger, run, schema.plain(cfg), facts["git_sha"], ckpt_path)
         trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
         rollouts.collector.shutdown()

@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from levin import config, provenance
+from levin import config, paths, provenance
 from levin.bench.pace import REPORT
 from levin.errors import ConfigError, one_sentence
 from levin.hints import PositiveInt
 
-PEERS = config.ROOT / ".venv-bench" / "bin" / "python"
+PEERS = paths.ROOT / ".venv-bench" / "bin" / "python"
 WARM_UP, LEARNING_STARTS = 640, 320
 
 

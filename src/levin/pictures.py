@@ -1,0 +1,128 @@
+"""The pictures in experiments/: each result with the published numbers drawn in, and all of them together."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from levin import aggregates, cells, plot
+from levin.cells import FINAL, Result
+from levin.paths import EXPERIMENTS
+
+AGGREGATE = EXPERIMENTS / "aggregate.png"
+DRAWING = "1"  # change it when the pictures are drawn in another way
+
+
+def expected(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], None]]]:
+    """Every picture: its path, what its description should say, and how to draw it."""
+    done = [result for result in results if result.evaluations]
+    for result in done:
+        yield result.cell / cells.PICTURE, _source(result), lambda result=result: draw_result(result)
+    if done:
+        yield AGGREGATE, _source(*done), lambda: draw_aggregate(done)
+
+
+def _source(*results: Result) -> str:
+    """A fingerprint of all that a picture shows."""
+    digest = hashlib.sha256(DRAWING.encode())
+    for result in results:
+        digest.update(result.name.encode())
+        digest.update(cells.fingerprints(result.cell)[cells.CURVES].encode())
+        digest.update(cells.fingerprints(result.cell)[cells.TRAINING].encode())
+        digest.update(result.reference.model_dump_json().encode())
+    return digest.hexdigest()
+
+
+def description(path: Path) -> str | None:
+    """The fingerprint that a picture carries."""
+    if not path.is_file():
+        return None
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get("Description")
+
+
+def draw_result(result: Result) -> None:
+    """The curve of a result, with the published numbers drawn in."""
+    figure, axes = plot.new_figure()
+    curves = result.evaluations if result.reference.metric == "evaluations" else result.training
+    plot.draw(axes, f"{result.algorithm}, {len(curves)} seeds", list(curves.values()))
+    if result.reference.metric != "evaluations":
+        axes.set_ylabel("training return")
+    for published, color in zip(
+        result.reference.published, ("black", "tab:red", "tab:green", "tab:purple"), strict=False
+    ):
+        axes.errorbar(
+            *([result.reference.env_steps], [published.mean], [published.std or 0]),
+            fmt="o", color=color, capsize=4, label=f"{published.family}: {published.number}", clip_on=False, zorder=3,
+        )  # fmt: skip
+    axes.axhline(
+        result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"gate: {result.reference.gate:g}"
+    )
+    axes.set_title(f"{result.config.env.id}: {cells.verdict(result.reference, result.scores)[0]}")
+    axes.legend(frameon=False, loc="lower right")
+    plot.save(figure, result.cell / cells.PICTURE, _source(result))
+
+
+def draw_aggregate(results: list[Result]) -> None:
+    """All results of each algorithm as one: efficiency, the end, and who is better where two share their tasks."""
+    by_algorithm: dict[str, list[Result]] = {}
+    for result in results:
+        by_algorithm.setdefault(result.algorithm, []).append(result)
+    pairs = list(_pairs(by_algorithm))
+    figure, axes = plot.new_figure(3 if pairs else 2)
+    efficiency, end, *improvement = axes  # type: ignore[misc]
+    share = np.linspace(0.05, 1, 20)
+    for i, (name, those) in enumerate(by_algorithm.items()):
+        curves = _aligned([_normalised(result, share) for result in those])  # [seeds, tasks, 20]
+        iqm, interval = aggregates.iqm_with_interval(curves)
+        (line,) = efficiency.plot(share, iqm, linewidth=2, label=f"{name} ({len(those)} results)")
+        efficiency.fill_between(share, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
+        scores = _aligned([result.reference.normalise(result.scores)[:, None] for result in those])
+        iqm, interval = aggregates.iqm_with_interval(scores)
+        end.barh(i, interval[1] - interval[0], left=interval[0], color=line.get_color(), alpha=0.4, height=0.5)
+        end.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
+    efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of all results")
+    efficiency.legend(frameon=False, loc="lower right")
+    end.set(xlabel="0: uniform actions, 1: published", title="At the end: IQM, 95% interval")
+    end.set_yticks(range(len(by_algorithm)), by_algorithm)
+    end.set_ylim(-0.6, len(by_algorithm) - 0.4)
+    for axis in improvement:
+        for i, (_, probability, interval) in enumerate(pairs):
+            axis.barh(i, interval[1] - interval[0], left=interval[0], alpha=0.4, height=0.5)
+            axis.plot([probability] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
+            axis.set_yticks(range(len(pairs)), [pair[0] for pair in pairs])
+        axis.axvline(0.5, color="gray", linestyle=":")
+        axis.set(xlim=(0, 1), title="P(the first is better)")
+    plot.save(figure, AGGREGATE, _source(*results))
+
+
+def _normalised(result: Result, share: np.ndarray) -> np.ndarray:
+    """Evaluation curves on shares of the budget: `[seeds, shares]`."""
+    grid, returns = plot.on_one_grid(list(result.evaluations.values()))
+    at = share * result.config.total_env_steps
+    return result.reference.normalise(np.stack([np.interp(at, grid, each) for each in returns]))
+
+
+def _aligned(tasks: list[np.ndarray]) -> np.ndarray:
+    """`[seeds, tasks, frames]` of as many seeds as every task has."""
+    seeds = min(len(each) for each in tasks)
+    return np.stack([each[:seeds] for each in tasks], axis=1)
+
+
+def _pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
+    """Each two algorithms that share tasks: the probability that the first is better, by the last evaluations."""
+    names = list(by_algorithm)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            theirs = {result.task: result for result in by_algorithm[second]}
+            shared = [(result, theirs[result.task]) for result in by_algorithm[first] if result.task in theirs]
+            if shared:
+                ours, others = (_aligned([_finals(pair[k]) for pair in shared])[..., 0] for k in (0, 1))
+                yield f"{first} > {second}", *aggregates.probability_of_improvement(ours, others)
+
+
+def _finals(result: Result) -> np.ndarray:
+    return np.array([[curve.return_mean[-FINAL:].mean()] for curve in result.evaluations.values()])  # [seeds, 1]

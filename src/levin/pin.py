@@ -1,0 +1,78 @@
+"""Begin a result: `python -m levin.pin exp=sac_hopper algo=sac env=hopper total_env_steps=1_000_000`.
+
+Writes `experiments/<exp>/config.yaml`, the composed config on one thread of the CPU unless told otherwise, and
+`reference.yaml`, in which the published number and its source are left to be said.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from levin import cells, config, envs, schema
+from levin.episodes import evaluate
+from levin.errors import ConfigError, one_sentence
+from levin.paths import EXPERIMENTS
+
+DEFAULTS = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv")
+EPISODES = 100
+
+
+def pin(exp: str, overrides: list[str]) -> Path:
+    """Write the folder of a result that is not run yet.
+
+    Raises:
+        ConfigError: It is there already, or the overrides are not valid.
+    """
+    folder = EXPERIMENTS / exp
+    if (folder / cells.CONFIG).exists():
+        raise ConfigError(f"exp={exp} is pinned already, in {folder / cells.CONFIG}")
+    cfg = config.compose([*DEFAULTS, *overrides])
+    folder.mkdir(exist_ok=True)
+    (folder / cells.CONFIG).write_text(OmegaConf.to_yaml(cfg))
+    if not (folder / cells.REFERENCE).exists():
+        published = dict.fromkeys(("family", "env", "mean", "std", "seeds", "metric", "source"))
+        reference = {"env_steps": cfg.total_env_steps, "metric": "evaluations", "last": 1, "gate": None}
+        reference |= {"gate_from": None, "random_return": random_return(cfg), "published": [published]}
+        (folder / cells.REFERENCE).write_text(yaml.safe_dump(reference, sort_keys=False))
+    return folder
+
+
+def random_return(cfg: DictConfig) -> float:
+    """The mean return of uniform actions over 100 episodes, rounded to what their number can tell."""
+    env = envs.make(envs.EnvConfig(**schema.plain(cfg.env)), seed=cfg.eval.seed, purpose=envs.EVALUATION, num_envs=10)
+    policy = TensorDictModule(Uniform(env), in_keys=["observation"], out_keys=["action"])
+    returns, _ = evaluate(policy, env, EPISODES)
+    env.close()
+    return round(float(np.mean(returns)), 1)
+
+
+class Uniform(nn.Module):
+    """Uniform actions in the units of a policy, `[N, *S] -> [N, *A]`."""
+
+    def __init__(self, env: envs.SeededVectorEnv) -> None:
+        super().__init__()
+        self.space = env.single_action_space
+        self.space.seed(0)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return torch.as_tensor(np.stack([self.space.sample() for _ in observation]))
+
+
+def main() -> None:
+    """Say what to do next."""
+    with one_sentence():
+        names, overrides = [each for each in sys.argv[1:] if each.startswith("exp=")], sys.argv[1:]
+        if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):
+            raise ConfigError("exp is missing: exp=sac_hopper")
+        folder = pin(exp, [each for each in overrides if each not in names])
+    print(f"{folder}: fill in {cells.REFERENCE}, commit, then make reproduce EXP={exp} STORE=1")
+
+
+if __name__ == "__main__":
+    main()
