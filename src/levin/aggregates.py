@@ -1,5 +1,6 @@
 """Statistics over few seeds, by rliable (Agarwal et al. 2021, arXiv:2108.13264)."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -37,6 +38,9 @@ def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> tuple[fl
 def _estimate(
     scores: np.ndarray | list[np.ndarray], statistic: Callable[..., np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
+    warnings.filterwarnings(
+        "ignore", message="random_state is deprecated", module="arch"
+    )  # rliable's way of calling it
     points, intervals = library.get_interval_estimates(
         {"": scores},  # type: ignore[dict-item]
         statistic,

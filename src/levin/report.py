@@ -5,6 +5,7 @@ and `README.md`, and `experiments/aggregate.png`.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _extra(result: Result) -> str | None:
 
 
 COLUMNS = ("result", "env steps", "seeds", "ours", "95% interval", "measured by", "published", "gate", "verdict")
-SHORT = ("result", "env steps", "seeds", "ours", "published", "verdict")
+SHORT = ("result", "env steps", "seeds", "ours", "published, nearest", "verdict")
 
 
 def row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
@@ -178,6 +179,7 @@ def row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
         "95% interval": f"{ours['interval'][0]:.1f} to {ours['interval'][1]:.1f}" if ours else "",
         "measured by": _measured(result),
         "published": "; ".join(map(_cited, result.reference.published)),
+        "published, nearest": _cited(result.reference.published[0]),
         "gate": f"{result.reference.gate:g}: {result.reference.gate_from}",
         "verdict": summary.get("verdict", "not run"),
     }
@@ -187,11 +189,12 @@ def _cited(published: cells.Published) -> str:
     runs = "one run" if published.seeds == 1 else f"{published.seeds} seeds"
     repository, at, rest = published.source.partition("@")
     commit, _, path = rest.partition(":")
+    path = re.sub(r":(\d+).*$", r"#L\1", path.split(" ")[0])
     name = f"{published.family}, {published.env}, {runs}"
     if published.source.startswith("https://"):
         return f"{published.number} ([{name}]({published.source}))"
     if at and "/" in repository:
-        return f"{published.number} ([{name}](https://github.com/{repository}/blob/{commit}/{path.split(' ')[0]}))"
+        return f"{published.number} ([{name}](https://github.com/{repository}/blob/{commit}/{path}))"
     return f"{published.number} ({name}: {published.source})"
 
 

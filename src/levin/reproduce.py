@@ -72,9 +72,9 @@ def reproduce(
     folders = _prepare(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
     _run(folders, cfg, jobs or max(1, (os.cpu_count() or 1) // (cfg.trainer.threads or os.cpu_count() or 1)))
+    outcome = judge(cell, reference, folders)
     if store:
         _store(cell, folders)
-    outcome = judge(cell, reference, folders)
     said = {"exp": exp, "seeds": chosen, "env_steps": cfg.total_env_steps, **outcome.__dict__}
     (batch / DONE).write_text(json.dumps(said, indent=2) + "\n")
     return outcome
