@@ -7,11 +7,14 @@ algo := $(or $(ALGO),sac)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 # The env that the algorithm's YAML names, unless ENV does; and the extra that the env's YAML asks for.
-env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' configs/algo/$(algo).yaml 2>/dev/null))
+algo_yaml := $(wildcard configs/algo/$(algo).yaml experiments/*/algo/$(algo).yaml)
+env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' $(algo_yaml) /dev/null))
 # A pinned config says it again.
 extra := $(shell sed -n 's/^\# needs the extra: *//p' $(or $(wildcard experiments/$(EXP)/config.yaml),configs/env/$(env_name).yaml) 2>/dev/null)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
 run = run=$(if $(EXP),experiments/$(EXP),$(RUN))
+comma := ,
+space := $() $()
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
@@ -32,8 +35,12 @@ setup: .venv/.dev ## Make .venv and install what is missing
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-train: $(needs) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"]
-	@$(foreach seed,$(or $(SEEDS),$(or $(SEED),0)),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed))) || exit $$?;)
+train: $(needs) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"] or [ARGS="-m algo.tau=.005,.01"]
+ifneq ($(filter -m --multirun,$(ARGS)),)
+	$(BIN)/python -m levin.train $(choices) seed=$(subst $(space),$(comma),$(strip $(or $(SEEDS),$(SEED),0)))
+else
+	@$(foreach seed,$(or $(SEEDS),$(SEED),0),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed))) || exit $$?;)
+endif
 
 resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS is the new total
 	$(BIN)/python -m levin.resume run=$(RUN) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
@@ -52,6 +59,9 @@ plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.pn
 
 reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] runs it anew, compares, judges
 	$(BIN)/python -m levin.reproduce exp=$(EXP) $(if $(SEEDS),seeds="$(SEEDS)") $(if $(STEPS),total_env_steps=$(STEPS)) $(if $(JOBS),jobs=$(JOBS)) $(if $(STORE),store=true)
+
+fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/my_idea/
+	$(BIN)/python -m levin.fork algo=$(algo) name=$(NAME)
 
 pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] begins a new result in experiments/
 	$(BIN)/python -m levin.pin exp=$(EXP) $(choices)

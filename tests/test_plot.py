@@ -1,38 +1,53 @@
 """The picture of curves."""
 
-import csv
 import gzip
 
 import imageio.v3
 import numpy as np
 import pytest
 
+pytest.importorskip("rliable", reason="the extra `report` draws")
+
 from levin.errors import ConfigError
-from levin.plot import plot, read
+from levin.plot import collect, plot
 
 
-def test_seeds_of_one_folder_are_one_curve(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra `report` draws")
-    for seed in range(3):
-        folder = tmp_path / "sac_point" / f"s{seed}"
-        folder.mkdir(parents=True)
-        with (folder / "metrics.csv").open("w") as file:
-            writer = csv.DictWriter(file, ["env_steps", "eval/return_mean"])
-            writer.writeheader()
-            writer.writerows({"env_steps": x, "eval/return_mean": x + seed} for x in range(0, 1000, 100))
-            writer.writerow({"env_steps": 1000})  # a row without an evaluation
-    picture = imageio.v3.imread(plot(runs=f"{tmp_path}/sac_point/*", out=str(tmp_path / "plot.png")))
+def write_run(folder, returns):
+    folder.mkdir(parents=True)
+    rows = "".join(f"{100 * i},{value},0.0\n" for i, value in enumerate(returns))
+    (folder / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n" + rows + "1000,,\n")
+
+
+@pytest.fixture
+def two_algorithms(tmp_path):
+    for i, name in enumerate(("sac_point", "my_idea_point")):
+        for seed in range(3):
+            write_run(tmp_path / name / f"s{seed}", np.arange(10) + seed + 5 * i)
+    return tmp_path
+
+
+def test_two_algorithms_are_two_curves(two_algorithms):
+    out = two_algorithms / "plot.png"
+    picture = imageio.v3.imread(plot(runs=f"{two_algorithms}/sac_* {two_algorithms}/my_idea_*", out=str(out)))
     assert picture.shape[:2] == (600, 1050)
-    assert picture.std() > 10
-    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
+    colors = {tuple(color) for color in np.unique(picture[..., :3].reshape(-1, 3), axis=0)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors  # a line each
+
+
+def test_seeds_are_found_in_runs_and_in_folders_of_runs(two_algorithms):
+    whole = collect(f"{two_algorithms}/sac_point")
+    each = collect(f"{two_algorithms}/sac_point/*")
+    assert list(whole) == list(each) == [f"{two_algorithms}/sac_point"]
+    for curves in (whole, each):
+        (seeds,) = curves.values()
+        assert [curve.return_mean.tolist() for curve in seeds] == [[*range(i, i + 10)] for i in range(3)]
 
 
 def test_a_result_in_git_can_be_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra `report` draws")
     with gzip.open(tmp_path / "curves.csv.gz", "wt") as file:
         file.write("seed,env_steps,return_mean,return_std\n0,100,1,0\n0,200,3,0\n1,100,2,0\n1,200,4,0\n")
-    curves = read(tmp_path)
-    assert [(steps.tolist(), returns.tolist()) for steps, returns in curves] == [
+    (curves,) = collect(str(tmp_path)).values()
+    assert [(curve.env_steps.tolist(), curve.return_mean.tolist()) for curve in curves] == [
         ([100, 200], [1.0, 3.0]),
         ([100, 200], [2.0, 4.0]),
     ]
@@ -40,9 +55,14 @@ def test_a_result_in_git_can_be_drawn(tmp_path):
 
 
 def test_nothing_to_draw_is_one_sentence(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra `report` draws")
     with pytest.raises(ConfigError, match="matches no folder"):
         plot(runs=f"{tmp_path}/none/*")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no run and no result"):
         plot(runs=str(tmp_path / "empty"))
+    write_run(tmp_path / "sac_point" / "s0", [])
+    with pytest.raises(ConfigError, match="no evaluation yet"):
+        plot(runs=str(tmp_path / "sac_point" / "s0"))
+    write_run(tmp_path / "sac_point" / "s1", [1.0])
+    with pytest.raises(ConfigError, match="can't be written"):
+        plot(runs=str(tmp_path / "sac_point"), out=str(tmp_path / "no_such_folder" / "plot.png"))

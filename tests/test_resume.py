@@ -89,6 +89,7 @@ def test_torchrl_s_collector_begins_new_episodes(tmp_path):
     loader, earlier = loader_state(after), loader_state(before)
     assert loader["episodes"] == [earlier["episodes"][0] + 1]
     assert loader["open_length"] == [32]
+    assert loader["open_return"] == pytest.approx([float(after["buffer"]["data"]["next.reward"][224:256].sum())])
     old, new = (each["buffer"]["data"] for each in (before, after))
     assert same({key: value[:224] for key, value in new.items()}, old)
     assert after["levin"]["updates"] == before["levin"]["updates"] + 32
@@ -109,7 +110,7 @@ def test_longer_halves_are_the_whole(env, tmp_path):
     in_two_halves(tmp_path, (*SMALL, *words, "checkpoint.every=900", "algo.learning_starts=1000"), 6016)
 
 
-def start(command: str, *words: str) -> subprocess.Popen:
+def start(command: str, *words: str, start_new_session: bool = False) -> subprocess.Popen:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", f"levin.{command}", *words],
@@ -117,6 +118,7 @@ def start(command: str, *words: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
+        start_new_session=start_new_session,
     )
 
 
@@ -143,13 +145,20 @@ def test_a_new_process_continues_a_killed_one(env, tmp_path):
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_saves_and_exits_with_0(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "listeners"),
+    [("SIGTERM", "alone"), ("SIGUSR1", "alone"), ("SIGINT", "alone"), ("SIGINT", "group"), ("SIGTERM", "group")],
+)
+def test_a_signal_saves_and_exits_with_0(name, listeners, tmp_path):
     words = (*TINY, "trainer.threads=1", "total_env_steps=1280", "checkpoint.every=100_000")
+    if listeners == "group":  # a terminal and SLURM signal the workers of async envs too
+        words += ("env.num_envs=2", "env.vectorization=async")
     train(config.compose([*words]), tmp_path / "straight")
-    process = start("train", *words, f"run={tmp_path / 'stopped'}", "total_env_steps=1_000_000_000")
+    group = listeners == "group"
+    long = "total_env_steps=1_000_000_000"
+    process = start("train", *words, f"run={tmp_path / 'stopped'}", long, start_new_session=group)
     until((tmp_path / "stopped" / "metrics.csv").exists, process)
-    process.send_signal(getattr(signal, name))
+    (os.killpg if group else os.kill)(process.pid, getattr(signal, name))
     said = process.communicate()
     assert process.returncode == 0, said
     assert f"levin: {name}" in said[1]
@@ -161,6 +170,43 @@ def test_a_signal_saves_and_exits_with_0(name, tmp_path):
         train(config.compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
     resume.resume(run=str(tmp_path / "stopped"), total_env_steps=total)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_ctrl_c_that_also_ends_the_pipe_saves(tmp_path):
+    """As in `python -m levin.train ... | tee log`."""
+    words = (*TINY, "trainer.threads=1", "total_env_steps=1_000_000_000", "checkpoint.every=100_000")
+    process = start("train", *words, f"run={tmp_path / 'run'}")
+    until((tmp_path / "run" / "metrics.csv").exists, process)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+    assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
+
+
+def test_no_second_process_trains_in_the_same_folder(tmp_path):
+    words = (*TINY, "trainer.threads=1", "total_env_steps=1_000_000_000", "checkpoint.every=64")
+    process = start("train", *words, f"run={tmp_path / 'run'}")
+    until(lambda: checkpoint.numbered(tmp_path / "run" / "checkpoints"), process)
+    second = start("resume", f"run={tmp_path / 'run'}")
+    _, said = second.communicate()
+    assert second.returncode == 2
+    assert "is being trained by another process" in said
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 0
+
+
+def test_a_signal_in_the_last_evaluation_exits_with_0(tmp_path):
+    words = (*TINY, "env=gym", "env.id=signal_env:Slow-v0", "env.action=rescale", "total_env_steps=64", "log_every=64")
+    process = start("train", *words, f"run={tmp_path / 'run'}", "eval.every=1_000_000", "checkpoint.every=64")
+    until(lambda: checkpoint.numbered(tmp_path / "run" / "checkpoints"), process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate()
+    assert process.returncode == 0, said
+    assert "eval/return_mean" in said[0]
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
@@ -374,8 +420,18 @@ def damage(path: Path, how: str) -> None:
 def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what, finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
+    for folder in checkpoint.numbered(run / "checkpoints"):
+        for file in (folder / "buffer").iterdir():  # a copy has lost the links between the checkpoints
+            first = next(run.glob(f"checkpoints/*/buffer/{file.name}"))
+            if not first.samefile(file):
+                file.unlink()
+                file.hardlink_to(first)
     newest, before = checkpoint.numbered(run / "checkpoints")[::-1][:2]
-    path = newest / what if what != "buffer" else sorted((newest / "buffer").iterdir())[-1]
+    path = (
+        newest / what
+        if what != "buffer"
+        else max((newest / "buffer").iterdir(), key=lambda file: int(file.name.split("_")[0]))
+    )
     damage(path, how)
     if (what, how) == ("manifest.json", "bit-flipped"):
         try:
@@ -397,6 +453,58 @@ def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what,
     train(config.compose([*TINY, "total_env_steps=384"]), tmp_path / "straight")
     assert before.name in {"288", "256"}
     assert_same_run(tmp_path / "straight", run)
+
+
+def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    newest = checkpoint.numbered(run / "checkpoints")[-1]
+    shutil.copytree(newest, newest.with_name(f"{newest.name}.damaged"))
+    damage(newest / "state.ckpt", "empty")
+    resume.resume(run=str(run), total_env_steps=352)
+    assert saved(run)["levin"]["env_steps"] == 352
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("provenance.json", b"", "provenance.json is damaged; the run can be continued without it"),
+        ("config.yaml", b"algo: {gamma: ", "config.yaml is damaged"),
+        ("config.yaml", b"", "config.yaml is damaged: it holds no keys"),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_one_sentence(name, content, sentence, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=sentence):
+        resume.resume(run=str(run), total_env_steps=384)
+
+
+def test_damaged_metrics_are_a_warning(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / "metrics.csv").write_bytes(b"")
+    with pytest.warns(UserWarning, match="has lost"):
+        resume.resume(run=str(run), total_env_steps=384)
+    assert metrics(run)[-1]["env_steps"] == "384"
+
+
+def test_a_run_may_have_a_number_for_a_name(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "7", symlinks=True)
+    resume.resume(run=str(tmp_path / "7"), total_env_steps=352)
+    assert saved(tmp_path / "7")["levin"]["env_steps"] == 352
+
+
+def test_what_must_survive_a_power_cut_is_forced_onto_the_disk(tmp_path, monkeypatch):
+    forced, fsync = set(), os.fsync
+    monkeypatch.setattr("os.fsync", lambda file: (forced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    run = tmp_path / "run"
+    train(config.compose([*TINY, "total_env_steps=64"]), run)
+    partial = run / "checkpoints" / ".64.partial"
+    expected = {run, run / ".config.yaml.partial", run / ".provenance.json.partial", run / "metrics.csv"}
+    expected |= {run / "checkpoints", partial, partial / "state.ckpt", partial / "manifest.json"}
+    assert {str(path) for path in expected} <= forced
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(finished, tmp_path, capsys):
@@ -444,24 +552,28 @@ def _crc32(file: Path) -> int:
 @pytest.mark.parametrize(
     ("key", "value", "sentence"), [("format", 99, "has format 99"), ("algorithm", "PPO", "is of PPO")]
 )
-def test_another_format_or_algorithm_is_refused(key, value, sentence, finished, tmp_path, capsys):  # noqa: PLR0917
+def test_another_format_or_algorithm_is_refused_and_not_taken_for_damage(key, value, sentence, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
-    for folder in checkpoint.numbered(run / "checkpoints"):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps({**manifest, key: value}))
-    with pytest.raises(ConfigError):
+    newest = checkpoint.numbered(run / "checkpoints")[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+    with pytest.raises(ConfigError, match=sentence):
         resume.resume(run=str(run), total_env_steps=384)
-    assert sentence in capsys.readouterr().err
+    assert newest.exists()
 
 
-def test_another_commit_is_a_warning(finished, tmp_path, capsys):
+def test_another_commit_or_version_is_a_warning(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     facts = json.loads((run / "provenance.json").read_text())
-    (run / "provenance.json").write_text(json.dumps({**facts, "git_sha": "0123abc"}))
+    (run / "provenance.json").write_text(
+        json.dumps({**facts, "git_sha": "0123abc", "versions": {**facts["versions"], "torch": "1.0"}})
+    )
     resume.resume(run=str(run), total_env_steps=352)
-    assert "git_sha was 0123abc" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "git_sha was 0123abc" in said
+    assert "torch was 1.0" in said
     assert saved(run)["levin"]["env_steps"] == 352
 
 
@@ -518,15 +630,38 @@ def test_rows_that_were_logged_after_the_checkpoint_are_written_once(tmp_path):
 
 def test_an_env_that_does_not_replay_is_truncated_and_says_so_once(tmp_path):
     words = [*TINY, "env=gym", "env.id=toy_envs:Drifting-v0", "env.action=rescale", "env.normalize_reward=true"]
-    train(config.compose([*words, "total_env_steps=352"]), tmp_path / "run")
+    train(config.compose([*words, "env.time_limit=100", "total_env_steps=352"]), tmp_path / "run")
     episodes = loader_state(saved(tmp_path / "run"))["episodes"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resume.resume(run=str(tmp_path / "run"), total_env_steps=384)
     (said,) = [str(each.message) for each in caught if "does not replay" in str(each.message)]
     assert "is truncated" in said
-    after = loader_state(saved(tmp_path / "run"))
-    assert after["episodes"] == [episodes[0] + 1 + 32 // 20]  # a new episode of 20 steps began at 352
-    assert after["open_length"] == [32 % 20]
-    running = saved(tmp_path / "run")["state_dict"]["reward_normalizer.running_return"]
-    assert torch.isfinite(running).all()
+    state = saved(tmp_path / "run")
+    loader, rewards = loader_state(state), state["buffer"]["data"]["next.reward"][352:384, 0]
+    assert loader["episodes"] == [episodes[0] + 1]  # a new episode began at 352, and it alone is counted
+    assert loader["open_length"] == [32]
+    assert loader["open_return"] == pytest.approx([float(rewards.sum())])
+    discounted = sum(float(reward) * 0.99**k for k, reward in enumerate(reversed(rewards)))
+    assert state["state_dict"]["reward_normalizer.running_return"].tolist() == pytest.approx([discounted], rel=1e-5)
+
+
+def test_a_killed_start_leaves_a_folder_that_can_be_continued(tmp_path, monkeypatch):
+    """Whichever file of a new run was the last to be written."""
+    replace = Path.replace
+    for count in (1, 2):
+        left = [count]
+
+        def dying(self, target, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return replace(self, target)
+
+        run = tmp_path / f"run{count}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dying)
+            with pytest.raises(Killed):
+                train(config.compose([*TINY, "total_env_steps=64"]), run)
+        resume.resume(run=str(run))
+        assert saved(run)["levin"]["env_steps"] == 64

@@ -20,8 +20,8 @@ import pydantic
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from levin import paths
 from levin.errors import ConfigError, valid_names
-from levin.paths import EXPERIMENTS
 
 CONFIG, CURVES, TRAINING, POLICY = "config.yaml", "curves.csv.gz", "training.csv.gz", "policy.ckpt"
 MAX_POLICY_BYTES = 1 << 20
@@ -104,7 +104,7 @@ def folder(exp: str) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    found = EXPERIMENTS / exp
+    found = paths.EXPERIMENTS / exp
     if not (found / CONFIG).is_file():
         names = [each.name for each in folders()]
         raise ConfigError(f"exp={exp} is no result in experiments/; {valid_names(exp, names)}; a new one: make pin")
@@ -113,7 +113,7 @@ def folder(exp: str) -> Path:
 
 def folders() -> list[Path]:
     """All of them, by name."""
-    return sorted(each.parent for each in EXPERIMENTS.glob(f"*/{CONFIG}"))
+    return sorted(each.parent for each in paths.EXPERIMENTS.glob(f"*/{CONFIG}"))
 
 
 def read_config(cell: Path) -> DictConfig:

@@ -91,7 +91,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
     Raises:
-        CheckpointError: There is none, or it is of another format.
+        CheckpointError: There is none.
+        ConfigError: It is of another format.
     """
     path = folder / MANIFEST
     try:
@@ -100,7 +101,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is missing or not readable") from error
     if found != FORMAT:
-        raise CheckpointError(f"{folder} has format {found}, and this version reads format {FORMAT}")
+        raise ConfigError(f"{folder} has format {found}, and this version reads format {FORMAT}")
     return manifest
 
 
@@ -113,11 +114,12 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
         algorithm: The class that it must be of.
 
     Raises:
-        CheckpointError: It is not whole, or of another format or algorithm.
+        CheckpointError: It is not whole.
+        ConfigError: It is of another format or algorithm.
     """
     manifest = _manifest(folder)
     if algorithm not in (None, manifest["algorithm"]):
-        raise CheckpointError(f"{folder} is of {manifest['algorithm']}, and the run is of {algorithm}")
+        raise ConfigError(f"{folder} is of {manifest['algorithm']}, and the run is of {algorithm}")
     for name, expected in manifest["files"].items():
         if buffer or name == STATE:
             files.verify(folder / name, expected)
@@ -135,9 +137,9 @@ def newest(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> 
 
     Raises:
         CheckpointError: A checkpoint that was named is damaged, or every one of the run is.
-        ConfigError: There is none.
+        ConfigError: There is none, or it is of another format or algorithm.
     """
-    path = run / STATE if run.name.isdigit() and run.is_dir() else run
+    path = run / STATE if (run / MANIFEST).exists() or run.parent.name == "checkpoints" else run
     if path.name == STATE:
         verify(path.parent, buffer=buffer, algorithm=algorithm)
         return path
@@ -163,7 +165,9 @@ def set_aside_newer(folder: Path) -> None:
     """Rename the checkpoints after this one, which are damaged: those that follow take their names."""
     for newer in numbered(folder.parent):
         if int(newer.name) > int(folder.name):
-            newer.rename(newer.with_name(f"{newer.name}.damaged"))
+            aside = newer.with_name(f"{newer.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
 
 
 def clock_and_wandb_id(path: Path) -> tuple[int, str | None]:

@@ -4,7 +4,7 @@ Hydra composes; what a value may be is said once, by the hints of the `__init__`
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -34,16 +34,32 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     Raises:
         ConfigError: Anything in them is not valid.
     """
-    overrides = _with_search_path(overrides)
+    overrides = with_search_path(overrides)
     _check_groups(parse(overrides))
     overrides = [each for each in overrides if each != "debug=null"]  # the default, which Hydra does not take as a word
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             config = hydra_compose("train", overrides, return_hydra_config=True)
             choices = config.hydra.runtime.choices
-            config = _without_hydra(config, name=f"{choices.algo}_{choices.env}")
+            OmegaConf.set_struct(config, False)
+            del config["hydra"]
+            return complete(config, choices, check_values=check_values)
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explain(error, overrides) from error
+
+
+def complete(config: DictConfig, choices: Mapping[str, str], *, check_values: bool = True) -> DictConfig:
+    """Name, resolve, check and freeze what Hydra has composed.
+
+    Raises:
+        ConfigError: A value is not valid.
+    """
+    OmegaConf.set_struct(config, False)
+    config.name = f"{choices['algo']}_{choices['env']}"
+    OmegaConf.resolve(config)
+    OmegaConf.set_struct(config, True)
     if check_values:
         schema.check(config)
     OmegaConf.set_readonly(config, True)
@@ -89,28 +105,23 @@ def load(run: Path) -> DictConfig:
     """The config that a run was made from.
 
     Raises:
-        ConfigError: The folder has none.
+        ConfigError: The folder has none, or it is damaged.
     """
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"run={run} is no run folder: it has no config.yaml")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    if not config or not isinstance(config, DictConfig):
+        raise ConfigError(f"{path} is damaged: it holds no keys")
     return config
 
 
 def load_env(run: Path) -> EnvConfig:
     """The env that a run was made in."""
     return EnvConfig(**schema.plain(load(run).env))
-
-
-def _without_hydra(config: DictConfig, name: str) -> DictConfig:
-    OmegaConf.set_struct(config, False)
-    del config["hydra"]
-    config.name = name
-    OmegaConf.resolve(config)
-    OmegaConf.set_struct(config, True)
-    return config
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -121,7 +132,7 @@ def parse(overrides: list[str]) -> list[Override]:
         raise ConfigError(f"{' '.join(overrides)} is not of the form key=value") from error
 
 
-def _with_search_path(overrides: list[str]) -> list[str]:
+def with_search_path(overrides: list[str]) -> list[str]:
     """Add the forks, so that `algo=my_idea` finds `experiments/my_idea/algo/my_idea.yaml`."""
     if any(each.startswith(SEARCH_PATH) for each in overrides):
         return overrides
@@ -165,7 +176,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
 
 def origins(overrides: list[str]) -> dict[str, str]:
     """Every key, and the file that set its value."""
-    overrides = _with_search_path(overrides)
+    overrides = with_search_path(overrides)
     parsed = parse(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         from hydra.core.global_hydra import GlobalHydra

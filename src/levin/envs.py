@@ -6,6 +6,7 @@ that are done with `reset(options={"reset_mask": done})`.
 
 import importlib
 import multiprocessing
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -119,6 +120,9 @@ def make(
         env = vectors[config.vectorization](
             [one] * (num_envs or config.num_envs), autoreset_mode=AutoresetMode.DISABLED
         )
+        if isinstance(env, AsyncVectorEnv):
+            for process in env.processes:  # `make_one` made them deaf to what `terminate` sends
+                process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise ConfigError(
             f"env.id={config.id} needs a package that is missing ({error}); "
@@ -131,6 +135,10 @@ def make(
 
 def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
     """One copy, without the vector around it."""
+    if multiprocessing.parent_process() is not None:
+        # Ctrl-C and SLURM signal every process of the run: its own is to save, and the workers live until it is done.
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(each, signal.SIG_IGN)
     module, _, name = config.id.rpartition(":")
     if module:
         importlib.import_module(module)

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any, cast
 
@@ -34,18 +35,23 @@ class Preemption(Callback):
         self.received = signal.Signals(number)
         again = ", Ctrl-C again ends it at once" if number == signal.SIGINT else ""
         # Not `print`, which can't be entered twice.
-        os.write(2, f"levin: {self.received.name}, the run is saved and ends with this iteration{again}\n".encode())
+        said = f"levin: {self.received.name}, the run is saved and ends with this iteration{again}\n"
+        with suppress(OSError):  # nobody may listen any more: the same Ctrl-C ends a `| tee`
+            os.write(2, said.encode())
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.received is not None:
             trainer.should_stop = True
 
-    def on_train_end(self, *_: Any) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+    def teardown(self, *_: Any, **__: Any) -> None:  # after the last evaluation, which is made in `on_train_end`
+        self._restore()
 
     def on_exception(self, *_: Any) -> None:
-        self.on_train_end()
+        self._restore()
+
+    def _restore(self) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
 
 
 class FiniteGuard(Callback):

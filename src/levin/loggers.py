@@ -1,6 +1,7 @@
 """Where metrics go. The x-axis is `env_steps` in all of them; CSV is always written."""
 
 import csv
+import io
 import os
 import warnings
 from pathlib import Path
@@ -80,7 +81,8 @@ class CSVMetrics(Logger):
         self.path = run / "metrics.csv"
         self.columns: list[str] = []
         if self.path.exists():
-            self.columns = self.path.read_text().splitlines()[0].split(",")
+            header = self._read().partition("\n")[0]
+            self.columns = header.split(",") if header else []
 
     @property
     def name(self) -> str:
@@ -109,8 +111,10 @@ class CSVMetrics(Logger):
         """What has been written so far."""
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(io.StringIO(self._read(), newline="")))
+
+    def _read(self) -> str:
+        return self.path.read_text(errors="replace")  # a crash may leave anything after the last row that counts
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` rows: those that the checkpoint knows, from which a run is continued."""
@@ -131,4 +135,5 @@ class CSVMetrics(Logger):
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        files.sync(partial)
         partial.replace(self.path)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from levin import aggregates, cells, plot
+from levin import aggregates, cells, paths, plot
 from levin.cells import FINAL, Result
-from levin.paths import EXPERIMENTS
 
-AGGREGATE = EXPERIMENTS / "aggregate.png"
+AGGREGATE = "aggregate.png"
 DRAWING = "1"  # change it when the pictures are drawn in another way
 
 
@@ -20,7 +19,7 @@ def expected(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], No
     for result in done:
         yield result.cell / cells.PICTURE, _source(result), lambda result=result: draw_result(result)
     if done:
-        yield AGGREGATE, _source(*done), lambda: draw_aggregate(done)
+        yield paths.EXPERIMENTS / AGGREGATE, _source(*done), lambda: draw_aggregate(done)
 
 
 def _source(*results: Result) -> str:
@@ -96,7 +95,7 @@ def draw_aggregate(results: list[Result]) -> None:
             axis.set_yticks(range(len(pairs)), [pair[0] for pair in pairs])
         axis.axvline(0.5, color="gray", linestyle=":")
         axis.set(xlim=(0, 1), title="P(the first is better)")
-    plot.save(figure, AGGREGATE, _source(*results))
+    plot.save(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
 
 
 def _normalised(result: Result, share: np.ndarray) -> np.ndarray:

@@ -14,10 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from levin import cells, config, envs, schema
+from levin import cells, config, envs, paths, schema
 from levin.episodes import evaluate
 from levin.errors import ConfigError, one_sentence
-from levin.paths import EXPERIMENTS
 
 DEFAULTS = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv")
 EPISODES = 100
@@ -29,7 +28,7 @@ def pin(exp: str, overrides: list[str]) -> Path:
     Raises:
         ConfigError: It is there already, or the overrides are not valid.
     """
-    folder = EXPERIMENTS / exp
+    folder = paths.EXPERIMENTS / exp
     if (folder / cells.CONFIG).exists():
         raise ConfigError(f"exp={exp} is pinned already, in {folder / cells.CONFIG}")
     cfg = config.compose([*DEFAULTS, *overrides])

@@ -44,7 +44,8 @@ def collect(runs: str) -> dict[str, list[cells.Curve]]:
     Raises:
         ConfigError: A folder is no run, no folder of runs and no result, or there is nothing in it to draw yet.
     """
-    folders = sorted({Path(match) for pattern in runs.split() for match in glob.glob(pattern)})
+    matches = {Path(match) for pattern in runs.split() for match in glob.glob(pattern)}
+    folders = sorted(each for each in matches if each.is_dir())
     if not folders:
         raise ConfigError(f"runs={runs} matches no folder")
     curves: dict[str, list[cells.Curve]] = {}

@@ -8,6 +8,7 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from levin import runs
 from levin.algorithms.base import Algorithm
 from levin.callbacks import Budget, Metrics
 
@@ -48,13 +49,14 @@ class ProgressBar(Callback):
         self.seen = (now, algorithm.env_steps, algorithm.updates)
         self.bar.update(self.task, completed=algorithm.env_steps, rates=rates)
         if self.bar.disable:
-            print(f"{algorithm.env_steps:,}/{self.total:,} env steps · {rates}", flush=True)
+            runs.say(f"{algorithm.env_steps:,}/{self.total:,} env steps · {rates}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.bar.stop()
         if trainer.is_global_zero and not self.budget.spent:
             env_steps = cast(Algorithm, pl_module).env_steps
-            print(f"stopped and saved at {env_steps} of {self.total} env steps; to go on: make resume RUN={self.run}")
+            at = f"stopped and saved at {env_steps} of {self.total} env steps"
+            runs.say(f"{at}; to go on: make resume RUN={self.run}")
 
     def on_exception(self, *_: Any) -> None:
         self.bar.stop()

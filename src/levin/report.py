@@ -14,10 +14,9 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from levin import aggregates, cells, config, pictures
+from levin import aggregates, cells, config, paths, pictures
 from levin.cells import FINAL, Result
 from levin.errors import ConfigError, one_sentence
-from levin.paths import CONFIGS, EXPERIMENTS, ROOT
 
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
 
@@ -41,12 +40,12 @@ def report(*, check: bool = False) -> list[str]:
     texts = dict(expected_texts([result for result in results if not _is_broken(result, wrong)]))
     for path, text in texts.items():
         if not path.is_file() or path.read_text() != text:
-            wrong.append(f"{path.relative_to(ROOT)} does not follow from the curves")
+            wrong.append(f"{path.relative_to(paths.ROOT)} does not follow from the curves")
             if not check:
                 path.write_text(text)
     for path, source, draw in pictures.expected(results):
         if pictures.description(path) != source:
-            wrong.append(f"{path.relative_to(ROOT)} was not drawn from these curves")
+            wrong.append(f"{path.relative_to(paths.ROOT)} was not drawn from these curves")
             if not check:
                 draw()
     return wrong
@@ -85,7 +84,7 @@ def expected_texts(results: list[Result]) -> Iterator[tuple[Path, str]]:
         yield result.cell / cells.CONFIG, header(result, summary) + OmegaConf.to_yaml(result.config)
         if summary:
             yield result.cell / cells.SUMMARY, json.dumps(summary, indent=2) + "\n"
-    for path, columns in ((EXPERIMENTS / "README.md", COLUMNS), (ROOT / "README.md", SHORT)):
+    for path, columns in ((paths.EXPERIMENTS / "README.md", COLUMNS), (paths.ROOT / "README.md", SHORT)):
         yield path, _between_marks(path, table(rows, columns))
 
 
@@ -157,7 +156,7 @@ def _measured(result: Result) -> str:
 def _extra(result: Result) -> str | None:
     """What the env's YAML says must be installed."""
     mark = "# needs the extra:"
-    for file in sorted((CONFIGS / "env").glob("*.yaml")):
+    for file in sorted((paths.CONFIGS / "env").glob("*.yaml")):
         text = file.read_text()
         if (yaml.safe_load(text) or {}).get("id") == result.config.env.id and mark in text:
             return text.split(mark)[1].splitlines()[0].strip()
@@ -209,8 +208,8 @@ def _between_marks(path: Path, text: str) -> str:
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ConfigError(f"{path.relative_to(ROOT)} has lost its marks {BEGIN} and {END}")
-    if path.parent == EXPERIMENTS:
+        raise ConfigError(f"{path.relative_to(paths.ROOT)} has lost its marks {BEGIN} and {END}")
+    if path.parent == paths.EXPERIMENTS:
         text = text.replace("](experiments/", "](")
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 

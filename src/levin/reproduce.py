@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from levin import aggregates, cells, config, policy, provenance, report, runs, schema
+from levin import aggregates, cells, config, paths, policy, provenance, report, runs, schema
 from levin.cells import TRAINING
 from levin.errors import ConfigError, RunError, one_sentence
 from levin.hints import PositiveInt
-from levin.paths import ROOT
 
 RUNS = Path("runs/reproduce")
 DONE = "verdict.json"
@@ -261,7 +260,7 @@ def _store(cell: Path, folders: dict[int, Path]) -> None:
 def main() -> None:
     """Print the verdict; exit 1 on a miss."""
     with one_sentence():
-        os.chdir(ROOT)
+        os.chdir(paths.ROOT)
         outcome = reproduce(**config.arguments(reproduce))
     print(f"stored: {outcome.stored}")
     print(f"published: {outcome.published}")

@@ -16,7 +16,7 @@ MAY_CHANGE = (
     *("trainer.accelerator", "trainer.devices", "trainer.max_time"),
 )
 # What the promise of equal numbers rests on, of all that provenance.json says.
-SAME = ("git_sha", "lock_sha256", "processor", "cpu_capability", "gpus")
+SAME = ("git_sha", "git_dirty", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
 
 
 def resume(*, run: str, **changes: Any) -> float | None:
@@ -33,6 +33,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
 
     folder = Path(run)
     cfg = config.load(folder)
+    total = cfg.total_env_steps
     for line in change(cfg, changes):
         print(line)
     schema.check(cfg)
@@ -46,7 +47,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
         env_steps, _ = checkpoint.clock_and_wandb_id(path)
     else:
         print(f"run={run} has no checkpoint yet: it begins anew")
-    if "total_env_steps" in changes and env_steps >= cfg.total_env_steps:
+    if cfg.total_env_steps != total and env_steps >= cfg.total_env_steps:
         raise ConfigError(f"run={run} has {env_steps} env steps already; to go on, say a larger total_env_steps")
     if (runs.sessions(folder).get("env_steps") or 0) >= cfg.total_env_steps:
         # A job that resumes until it is done must see no failure.
@@ -89,11 +90,11 @@ def differences(run: Path) -> list[str]:
     facts = runs.sessions(run)
     if not facts:
         return []
-    before, now = [facts, *facts["resumed"]][-1], provenance.collect()
+    before, now = ({**each, **each["versions"]} for each in ([facts, *facts["resumed"]][-1], provenance.collect()))
     return [
-        f"{key} was {before[key]} and is {now[key]} now: the numbers may not be those of an uninterrupted run"
-        for key in SAME
-        if before[key] != now[key]
+        f"{key} was {before.get(key)} and is {now.get(key)} now: the numbers may not be those of an uninterrupted run"
+        for key in dict.fromkeys([*SAME, *before["versions"], *now["versions"]])
+        if before.get(key) != now.get(key)
     ]
 
 

@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from levin import checkpoint
+from levin import checkpoint, files
 from levin.errors import ConfigError, RunError
 
 CONFIG, PROVENANCE = "config.yaml", "provenance.json"
@@ -52,8 +53,9 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
             facts["resumed"].append(provenance)
         else:
             facts = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
-        _write(run / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+        # In this order: a run can be continued without provenance, and not without its config.
         _write(run / CONFIG, OmegaConf.to_yaml(config))
+        _write(run / PROVENANCE, json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
 
@@ -66,16 +68,33 @@ def finish(run: Path, seconds: float, env_steps: int | None) -> None:
 
 
 def sessions(run: Path) -> dict[str, Any]:
-    """What provenance.json says: of the first session, and under `resumed` of each later one; empty without a file."""
+    """What provenance.json says: of the first session, and under `resumed` of each later one; empty without a file.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
     file = run / PROVENANCE
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged; the run can be continued without it") from error
 
 
 def _write(file: Path, text: str) -> None:
-    """Replace a file at once: a kill leaves the old one or the new one."""
+    """Replace a file at once: a kill or a power cut leaves the old one or the new one."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text)
+    files.sync(partial)
     partial.replace(file)
+    files.sync(file.parent)
+
+
+def say(text: str) -> None:
+    """Print a line, for whoever still listens: Ctrl-C also ends the `tee` behind a pipe, and the run must be saved."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -87,13 +106,13 @@ def lock(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w")
+        file = (run / ".lock").open("a")
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, which env workers would inherit
+        except (BlockingIOError, PermissionError) as error:
             raise ConfigError(f"run={run} is being trained by another process") from error
         yield
 

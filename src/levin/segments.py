@@ -1,8 +1,8 @@
 """The rows of a ring buffer as files that are written once.
 
 `<start>_<end>.pt` holds the rows that were stored start-th to end-th since the run began. A checkpoint writes what is
-new since the one before it and takes over the older files by hard links: every checkpoint is whole by itself, and
-deleting one frees what no other needs.
+new since the one before it and takes over the older files by hard links: a checkpoint is a whole folder, and deleting
+one frees what no other needs. The price: a disk that spoils an old file spoils it for every checkpoint that shares it.
 """
 
 import errno

@@ -27,7 +27,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     facts = provenance.collect()
     with runs.lock(run), runs.survivable(run):
         runs.create(run, cfg, facts, resumed=ckpt_path is not None)
-        print(f"{cfg.name}, seed {cfg.seed}: {run}", flush=True)
+        runs.say(f"{cfg.name}, seed {cfg.seed}: {run}")
         trainer.loggers = loggers.make(cfg.logger, run, schema.plain(cfg), facts["git_sha"], ckpt_path)
         trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
         rollouts.collector.shutdown()
@@ -37,7 +37,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             loggers.upload(trainer.loggers, run)
         loggers.close(trainer.loggers)
     if evaluation.return_mean is not None:
-        print(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
+        runs.say(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
     return evaluation.return_mean
 
 
@@ -53,9 +53,15 @@ def build(cfg: DictConfig) -> tuple[Algorithm, loader.CollectorLoader]:
 
 
 def main() -> None:
-    """Compose the config from the command line and train."""
+    """Compose the config from the command line and train; many of them with `-m`."""
     with one_sentence():
-        cfg = config.compose(sys.argv[1:])
+        words = sys.argv[1:]
+        if "-m" in words or "--multirun" in words:
+            from levin.sweep import sweep
+
+            sweep(words)
+            return
+        cfg = config.compose(words)
         train(cfg, runs.folder(cfg))
 
 

@@ -1,0 +1,93 @@
+"""Begin an idea: `python -m levin.fork algo=sac name=my_idea`.
+
+Copies the algorithm, its config and what is tuned of it into `experiments/my_idea/`. Nothing outside that folder
+changes, so what comes from upstream merges without a conflict.
+"""
+
+import io
+import keyword
+import tokenize
+from pathlib import Path
+
+import yaml
+
+from levin import config, paths, provenance
+from levin.errors import ConfigError, one_sentence, valid_names
+
+README = """# {name}
+
+A fork of `{algo}` at {commit}. Say here what differs, and why.
+
+```sh
+make train ALGO={name} ENV=pendulum SEEDS="0 1 2"
+make plot RUNS="runs/{algo}_pendulum runs/{name}_pendulum"
+git diff --no-index {source} experiments/{name}/algorithm.py
+```
+
+`algorithm.py` is the algorithm, `algo/{name}.yaml` its hyper-parameters, `tuned/` what differs for one env.
+A new hyper-parameter is a keyword of `__init__` and a line of the YAML. Keep it as a result:
+`make pin EXP={name}_pendulum ALGO={name} ENV=pendulum`.
+"""
+
+
+def fork(*, algo: str, name: str) -> Path:
+    """Write `experiments/<name>/`: algorithm.py, algo/<name>.yaml, tuned/<name>_<env>.yaml, README.md.
+
+    Args:
+        algo: What to begin from; another fork will do.
+        name: A Python name in lower case.
+
+    Raises:
+        ConfigError: There is no such algorithm, or the name is taken or is none.
+    """
+    yamls = {file.stem: file for file in (*paths.CONFIGS.glob("algo/*.yaml"), *paths.EXPERIMENTS.glob("*/algo/*.yaml"))}
+    folder = paths.EXPERIMENTS / name
+    if algo not in yamls:
+        raise ConfigError(f"algo={algo} is unknown; {valid_names(algo, yamls)}")
+    if not name.isidentifier() or not name.isascii() or keyword.iskeyword(name) or name != name.lower():
+        raise ConfigError(f"name={name} is no Python name in lower case, such as my_idea")
+    if name in yamls or folder.exists():
+        raise ConfigError(f"name={name} is taken")
+
+    text = yamls[algo].read_text()
+    target = yaml.safe_load(text)["algo"]["_target_"]
+    module, _, parent_class = target.rpartition(".")
+    source = (
+        paths.ROOT if module.startswith("experiments.") else paths.ROOT / "src"
+    ) / f"{module.replace('.', '/')}.py"
+    child_class = "".join(word.capitalize() for word in name.split("_"))
+    (folder / "algo").mkdir(parents=True)
+    (folder / "algorithm.py").write_text(_rename(source.read_text(), parent_class, child_class))
+    (folder / "algo" / f"{name}.yaml").write_text(text.replace(target, f"experiments.{name}.algorithm.{child_class}"))
+    for file in (yamls[algo].parents[1] / "tuned").glob(f"{algo}_*.yaml"):
+        env = file.stem.removeprefix(f"{algo}_")
+        if (paths.CONFIGS / "env" / f"{env}.yaml").exists():  # sac_discrete_cartpole is not sac's
+            (folder / "tuned").mkdir(exist_ok=True)
+            (folder / "tuned" / f"{name}_{env}.yaml").write_text(file.read_text())
+    commit = provenance.git("rev-parse", "--short", "HEAD") or "an unknown commit"
+    readme = README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT))
+    (folder / "README.md").write_text(readme)
+    return folder
+
+
+def _rename(code: str, old: str, new: str) -> str:
+    """Rename a class wherever the code names it; what strings and comments say of it stays."""
+    lines = code.splitlines(keepends=True)
+    tokens = [each for each in tokenize.generate_tokens(io.StringIO(code).readline) if each.string == old]
+    for token in reversed([each for each in tokens if each.type == tokenize.NAME]):
+        row, column = token.start
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + new + line[column + len(old) :]
+    return "".join(lines)
+
+
+def main() -> None:
+    """Say where it is."""
+    with one_sentence():
+        folder = fork(**config.arguments(fork))
+    name = folder.name
+    print(f"experiments/{name}/algorithm.py is yours: change it, then make train ALGO={name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Forks: `experiments/<name>/` holds all of an idea."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from levin import paths
+from levin.errors import ConfigError
+from levin.fork import fork
+
+SMALL = (
+    *("env=pendulum", "total_env_steps=64", "algo.learning_starts=16", "algo.batch_size=4", "algo.hidden_sizes=[4]"),
+    *("eval.episodes=1", "trainer.threads=1", "trainer.accelerator=cpu", "logger=csv"),
+)
+
+
+def run(folder, *words):
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A copy of the repository with two commits to come: the user's fork and an update of the template."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for name in ("src", "configs", "experiments"):
+        shutil.copytree(paths.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(paths.ROOT / "README.md", folder)
+    run(folder, "git", "init", "--quiet", "--initial-branch=main")
+    run(folder, "git", "config", "user.email", "a@b.c")
+    run(folder, "git", "config", "user.name", "a")
+    commit(folder, "template")
+    monkeypatch.setenv("PYTHONPATH", str(folder / "src"))
+    return folder
+
+
+def commit(folder, message):
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "--quiet", "--message", message)
+
+
+def test_a_fork_trains_with_its_own_loss_and_merges_with_upstream(clone, tmp_path):
+    python = sys.executable
+    run(clone, python, "-m", "levin.fork", "algo=sac", "name=my_idea")
+    made = {str(file.relative_to(clone)) for file in clone.glob("experiments/my_idea/**/*") if file.is_file()}
+    assert {f"experiments/my_idea/{each}" for each in ("algorithm.py", "algo/my_idea.yaml", "README.md")} <= made
+    assert set(run(clone, "git", "status", "--porcelain").split()) == {"??", "experiments/my_idea/"}
+    tuned = (clone / "experiments/my_idea/tuned/my_idea_pendulum.yaml").read_text()
+    assert tuned == (paths.CONFIGS / "tuned" / "sac_pendulum.yaml").read_text()
+
+    results = {}
+    for algo in ("sac", "my_idea"):
+        run(clone, python, "-m", "levin.train", f"algo={algo}", *SMALL, f"run={tmp_path}/{algo}")
+        results[algo] = untimed(tmp_path / algo / "metrics.csv")
+    assert results["sac"] == results["my_idea"]  # nothing is changed yet
+
+    file = clone / "experiments/my_idea/algorithm.py"
+    code = file.read_text()
+    assert "class MyIdea(Algorithm)" in code
+    file.write_text(code.replace(".amin(0)", ".mean(0)"))
+    run(clone, python, "-m", "levin.train", "algo=my_idea", *SMALL, f"run={tmp_path}/changed")
+    assert untimed(tmp_path / "changed" / "metrics.csv") != results["sac"]
+    script = f"import levin, numpy; print(levin.load('{tmp_path}/changed')(numpy.zeros(3)).shape)"
+    assert run(tmp_path, python, "-c", script) == "(1,)\n"  # from any folder
+
+    run(clone, "git", "switch", "--quiet", "--create", "mine")
+    commit(clone, "my idea")
+    run(clone, "git", "switch", "--quiet", "main")
+    upstream = clone / "src/levin/algorithms/sac.py"
+    upstream.write_text(
+        upstream.read_text().replace("LOG_STD_MIN, LOG_STD_MAX = -20, 2", "LOG_STD_MIN, LOG_STD_MAX = -5, 2")
+    )
+    (clone / "experiments/README.md").write_text("another\n")
+    commit(clone, "update")
+    run(clone, "git", "switch", "--quiet", "mine")
+    run(clone, "git", "merge", "--quiet", "main")  # fails on a conflict
+    assert "-5, 2" in upstream.read_text()
+    assert file.exists()
+
+
+def untimed(metrics):
+    header, *rows = [line.split(",") for line in metrics.read_text().splitlines()]
+    return [[value for name, value in zip(header, row, strict=True) if not name.startswith("time/")] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("algo", "name", "sentence"),
+    [
+        ("sacc", "my_idea", "algo=sacc is unknown; valid: sac"),
+        ("sac", "sac", "name=sac is taken"),
+        ("sac", "MyIdea", "no Python name in lower case"),
+        ("sac", "my-idea", "no Python name in lower case"),
+        ("sac", "class", "no Python name in lower case"),
+        ("sac", "", "no Python name in lower case"),
+    ],
+)
+def test_a_wrong_fork_is_one_sentence(tmp_path, monkeypatch, algo, name, sentence):
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        fork(algo=algo, name=name)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,62 @@
+"""Hydra's multirun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+SMALL = (
+    *("env=gym", "env.id=toy_envs:Point-v0", "total_env_steps=64", "algo.learning_starts=16", "algo.batch_size=4"),
+    *("algo.hidden_sizes=[4]", "eval.episodes=1", "trainer.threads=1", "trainer.accelerator=cpu", "logger=csv"),
+)
+
+
+RECORDER = """
+from pathlib import Path
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+
+class Recorder(BasicSweeper):
+    def sweep(self, arguments):
+        results = super().sweep(arguments)
+        (batch,) = results
+        Path("returned.txt").write_text(" ".join(str(job.return_value) for job in batch))
+        return results
+"""
+
+
+def train(folder, *words):
+    path = os.pathsep.join([str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "levin.train", *SMALL, *words]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
+    (tmp_path / "hydra_plugins").mkdir()  # where Hydra wants every plugin, such as those of Optuna and submitit
+    (tmp_path / "hydra_plugins" / "recorder.py").write_text(RECORDER)
+    sweeper = "hydra.sweeper._target_=hydra_plugins.recorder.Recorder"
+    answer = train(tmp_path, "-m", "algo.tau=.005,.01", "seed=0,1", sweeper)
+    assert answer.returncode == 0, answer.stderr
+    configs = [OmegaConf.load(file) for file in sorted(tmp_path.glob("runs/sweep_*/*/*/config.yaml"))]
+    assert [(cfg.algo.tau, cfg.seed) for cfg in configs] == [(0.005, 0), (0.005, 1), (0.01, 0), (0.01, 1)]
+    folders = sorted(each.parent.relative_to(tmp_path).parts[2:] for each in tmp_path.glob("runs/*/*/*/config.yaml"))
+    assert folders[0] == ("algo.tau=0.005", "s0")
+    said = [line.split()[1] for line in answer.stdout.splitlines() if line.startswith("eval/return_mean")]
+    assert (tmp_path / "returned.txt").read_text().split() == said
+    assert len(set(said)) == 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [("algo.tau=.005,2", "algo.tau=2: input should be less"), ("algo.tua=.005,.01", "algo.tua is unknown")],
+)
+def test_a_wrong_value_is_one_sentence_and_nothing_runs(tmp_path, wrong, sentence):
+    answer = train(tmp_path, "--multirun", wrong)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith(f"levin: {sentence}")
+    assert not list(tmp_path.iterdir())
