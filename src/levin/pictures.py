@@ -70,8 +70,8 @@ def draw_aggregate(results: list[Result]) -> None:
     by_algorithm: dict[str, list[Result]] = {}
     for result in results:
         by_algorithm.setdefault(result.algorithm, []).append(result)
-    pairs = list(_pairs(by_algorithm))
-    figure, axes = plot.new_figure(3 if pairs else 2)
+    compared = list(pairs(by_algorithm))
+    figure, axes = plot.new_figure(3 if compared else 2)
     efficiency, end, *improvement = axes  # type: ignore[misc]
     share = np.linspace(0.05, 1, 20)
     for i, (name, those) in enumerate(by_algorithm.items()):
@@ -89,10 +89,10 @@ def draw_aggregate(results: list[Result]) -> None:
     end.set_yticks(range(len(by_algorithm)), by_algorithm)
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
     for axis in improvement:
-        for i, (_, probability, interval) in enumerate(pairs):
+        for i, (_, probability, interval) in enumerate(compared):
             axis.barh(i, interval[1] - interval[0], left=interval[0], alpha=0.4, height=0.5)
             axis.plot([probability] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
-            axis.set_yticks(range(len(pairs)), [pair[0] for pair in pairs])
+            axis.set_yticks(range(len(compared)), [each[0] for each in compared])
         axis.axvline(0.5, color="gray", linestyle=":")
         axis.set(xlim=(0, 1), title="P(the first is better)")
     plot.save(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
@@ -111,7 +111,7 @@ def _aligned(tasks: list[np.ndarray]) -> np.ndarray:
     return np.stack([each[:seeds] for each in tasks], axis=1)
 
 
-def _pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
+def pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
     """Each two algorithms that share tasks: the probability that the first is better, by the last evaluations."""
     names = list(by_algorithm)
     for i, first in enumerate(names):

@@ -1,0 +1,245 @@
+"""A pinned config, run anew and compared."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
+
+from levin import cells, paths, runs
+from levin.errors import ConfigError
+from levin.pin import pin
+from levin.report import BEGIN, END, report
+from levin.reproduce import _store, judge, reproduce
+
+WORDS = (
+    *("algo=sac", "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale", "total_env_steps=320"),
+    *("algo.learning_starts=64", "algo.batch_size=8", "algo.hidden_sizes=[8]", "eval.every=64", "eval.episodes=2"),
+)
+REFERENCE = {
+    "env_steps": 320,
+    "metric": "evaluations",
+    "last": 2,
+    "gate": -1000.0,
+    "gate_from": "far below",
+    "random_return": -30.0,
+    "published": [
+        {"family": "x", "env": "y", "mean": -20.0, "std": 1.0, "seeds": 5, "metric": "z", "source": "a/b@1234567:c"}
+    ],
+}
+
+
+def results(folder, monkeypatch):
+    """An empty experiments/ in a working folder of its own."""
+    (folder / "experiments").mkdir()
+    for page in (folder / "README.md", folder / "experiments" / "README.md"):
+        page.write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(paths, "ROOT", folder)
+    monkeypatch.setattr(paths, "EXPERIMENTS", folder / "experiments")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    cell = pin("toy", list(WORDS))
+    (cell / cells.REFERENCE).write_text(yaml.safe_dump(REFERENCE))
+    return cell
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A result that was run once, before anything was stored, and its runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        cell = results(tmp_path_factory.mktemp("made"), patch)
+        outcome = reproduce(exp="toy", seeds="0 1 2")
+        (batch,) = cell.parents[1].glob("runs/reproduce/*/toy")
+        return cell, batch, outcome
+
+
+@pytest.fixture(scope="module")
+def stored_once(made, tmp_path_factory):
+    """The same result, stored as from a commit without changes."""
+    folder = tmp_path_factory.mktemp("stored") / "copy"
+    with pytest.MonkeyPatch.context() as patch:
+        cell, folders = work_in_a_copy(made[0].parents[1], folder, patch)
+        for run in folders.values():
+            say(run, git_dirty=False)
+        _store(cell, folders)
+    return folder
+
+
+@pytest.fixture
+def stored(stored_once, tmp_path, monkeypatch):
+    """A stored result to spoil, and the folders of its runs by seed."""
+    return work_in_a_copy(stored_once, tmp_path / "copy", monkeypatch)
+
+
+def work_in_a_copy(original, folder, patch):
+    shutil.copytree(original, folder, symlinks=True)
+    patch.setattr(paths, "ROOT", folder)
+    patch.setattr(paths, "EXPERIMENTS", folder / "experiments")
+    patch.chdir(folder)
+    patch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    return folder / "experiments" / "toy", {seed: next(folder.glob(f"runs/*/*/toy/s{seed}")) for seed in range(3)}
+
+
+def say(run, **facts):
+    (run / "provenance.json").write_text(json.dumps({**runs.sessions(run), **facts}))
+
+
+def judged(cell, folders):
+    return judge(cell, cells.read_reference(cell), folders)
+
+
+def test_a_first_run_is_judged_by_the_published_number(made):
+    cell, batch, outcome = made
+    assert (outcome.verdict, outcome.good) == ("reproduced", True)
+    assert outcome.stored == "there are no stored curves yet"
+    assert sorted(each.name for each in batch.iterdir()) == ["s0", "s1", "s2", "verdict.json"]
+    assert json.loads((batch / "verdict.json").read_text())["verdict"] == "reproduced"
+    assert not (cell / cells.CURVES).exists()  # only STORE=1 writes
+    assert runs.sessions(batch / "s0")["threads"] == 1
+
+
+def test_what_is_stored_is_whole_and_the_same_run_is_identical(stored):
+    cell, folders = stored
+    assert report(check=True) == []
+    outcome = judged(cell, folders)
+    assert outcome.stored == "3 of 3 curves are identical to the stored ones"
+    assert outcome.good
+    assert [*cells.read_curves(cell)] == [0, 1, 2]
+    assert cells.read_curves(cell)[1].equals(cells.read_run(folders[1]))
+
+
+def test_a_fresh_run_gives_the_stored_curves_and_a_shorter_one_their_beginning(stored):
+    again = reproduce(exp="toy", seeds="1")
+    assert again.stored == "1 of 1 curves are identical to the stored ones"
+    assert (again.verdict, again.good) == ("partial", True)  # one seed of three
+    shorter = reproduce(exp="toy", seeds="0 2", total_env_steps=150)
+    assert shorter.stored == "2 of 2 curves are identical to the stored ones"
+    assert (shorter.verdict, shorter.good) == ("not run", True)
+
+
+def test_another_number_in_a_curve_is_a_miss(stored):
+    cell, folders = stored
+    curves = cells.read_curves(cell)
+    curves[1].return_mean[0] = np.nextafter(curves[1].return_mean[0], 0)
+    cells.write_curves(cell, curves)
+    outcome = judged(cell, folders)
+    assert outcome.stored == "2 of 3 curves are identical to the stored ones"
+    assert not outcome.good
+
+
+def test_a_missed_gate_is_a_miss(stored):
+    cell, folders = stored
+    (cell / cells.REFERENCE).write_text(yaml.safe_dump({**REFERENCE, "gate": 0.0}))
+    outcome = judged(cell, folders)
+    assert (outcome.verdict, outcome.good) == ("partial", False)
+    assert "below" in outcome.published
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"processor": "Other 9000"}, "another CPU vendor"),
+        ({"lock_sha256": "0"}, "another lock_sha256"),
+        ({"cpu_capability": "AVX1"}, "another cpu_capability"),
+        ({"threads": 7}, "another threads"),
+        ({"gpus": ["H200"]}, "another GPU"),
+    ],
+)
+def test_elsewhere_the_mean_must_lie_in_the_interval(facts, why, stored):
+    cell, folders = stored
+    for run in folders.values():
+        say(run, **facts)
+    outcome = judged(cell, folders)
+    assert outcome.good
+    assert outcome.stored.endswith(f"where 95% of such means lie ({why})")
+    far = {seed: cells.Curve(each.env_steps, each.return_mean + 100, each.second) for seed, each in evaluations(cell)}
+    cells.write_curves(cell, far)
+    outcome = judged(cell, folders)
+    assert not outcome.good
+    assert "outside" in outcome.stored
+
+
+def evaluations(cell):
+    return cells.read_curves(cell).items()
+
+
+@pytest.mark.parametrize("facts", [{"git_dirty": True}, {"git_sha": "another"}])
+def test_what_is_not_of_one_commit_is_not_stored(facts, stored):
+    cell, folders = stored
+    before = {path: path.read_bytes() for path in cell.iterdir()}
+    say(folders[1], **facts)
+    with pytest.raises(ConfigError, match="what one commit gives"):
+        _store(cell, folders)
+    assert before == {path: path.read_bytes() for path in cell.iterdir()}
+
+
+def test_what_is_stopped_goes_on(stored, tmp_path):
+    """The verdict of an interrupted reproduction is that of one that was left alone."""
+    cell, _ = stored
+    folder = cell.parents[1]
+    script = f"""
+import sys
+from pathlib import Path
+from levin import paths, reproduce
+paths.ROOT, paths.EXPERIMENTS = Path({str(folder)!r}), Path({str(folder / "experiments")!r})
+sys.argv = ["reproduce", "exp=toy", "seeds=0 1", "jobs=1"]
+reproduce.main()
+"""
+    batches = set(folder.glob("runs/reproduce/*/toy"))
+    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not any((batch / "s0" / "provenance.json").exists() for batch in new(folder, batches)):
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (batch,) = new(folder, batches)
+    first.send_signal(signal.SIGINT)
+    said = first.communicate()
+    assert first.returncode == 1
+    assert said[1].startswith("levin: stopped; the runs are saved, and the same command goes on")
+    assert not (batch / "verdict.json").exists()
+    second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second
+    assert f"{batch.relative_to(folder)}: goes on" in second.stdout
+    assert "2 of 2 curves are identical to the stored ones" in second.stdout
+    assert "verdict: partial" in second.stdout
+
+
+def new(folder, before):
+    return set(folder.glob("runs/reproduce/*/toy")) - before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"exp": "toyy"}, "exp=toyy is no result in experiments/; valid: toy"),
+        ({"exp": "toy", "seeds": "0 x"}, "seeds=0 x: whole numbers"),
+        ({"exp": "toy", "store": True, "total_env_steps": 64}, "keeps whole runs only"),
+    ],
+)
+def test_wrong_words_are_one_sentence(words, sentence, stored):
+    with pytest.raises(ConfigError, match=sentence):
+        reproduce(**words)
+
+
+def test_pin_writes_a_config_that_leaves_nothing_open_and_refuses_a_second(tmp_path, monkeypatch):
+    cell = results(tmp_path, monkeypatch)
+    cfg = cells.read_config(cell)
+    assert (cfg.trainer.threads, cfg.trainer.accelerator, cfg.algo.gamma) == (1, "cpu", 0.99)
+    with pytest.raises(ConfigError, match="is pinned already"):
+        pin("toy", list(WORDS))
+    (cell / cells.REFERENCE).unlink()
+    (cell / cells.CONFIG).unlink()
+    pin("toy", list(WORDS))
+    written = yaml.safe_load((cell / cells.REFERENCE).read_text())
+    assert -100 < written["random_return"] < 0
+    with pytest.raises(ConfigError, match=r"toy/reference\.yaml"):  # what was published is still to be said
+        cells.read_reference(cell)
