@@ -76,10 +76,10 @@ bench-setup: ## Install the peers into an environment of their own
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
 
-test: .venv/.dev .venv/.mujoco ## Tests, in minutes
+test: .venv/.dev .venv/.mujoco .venv/.report ## Tests, in minutes
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: .venv/.dev .venv/.mujoco ## Tests that train for minutes
+test-slow: .venv/.dev .venv/.mujoco .venv/.report ## Tests that train for minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills runs, resumes them and compares; minutes
