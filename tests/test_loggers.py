@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3
@@ -42,7 +43,10 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     words = [*SMALL, "logger=wandb", "total_env_steps=320", "wandb_project=test", "upload=true"]
     train(config.compose(words), tmp_path / "run")
     (file,) = (tmp_path / "run").rglob("*.wandb")
-    records = list(wandb_records(file))
+    end = time.monotonic() + 60
+    while not (records := list(wandb_records(file))) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < end
+        time.sleep(0.1)  # wandb's own process writes the file, and may lag behind `finish`
     history, settings, axes = [], {}, {}
     for record in records:
         kind = record.WhichOneof("record_type")
