@@ -26,14 +26,31 @@ def test_every_number_in_git_follows_from_its_curves():
     assert report(check=True) == []
 
 
+@pytest.fixture(scope="module")
+def two_results(tmp_path_factory):
+    """A repository with two results only: the time of these tests is not to grow with their number."""
+    folder = tmp_path_factory.mktemp("two_results")
+    for name in ("sac_pendulum", "sac_halfcheetah"):
+        shutil.copytree(paths.EXPERIMENTS / name, folder / "experiments" / name)
+    shutil.copy(paths.EXPERIMENTS / "README.md", folder / "experiments")
+    shutil.copy(paths.ROOT / "README.md", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        work_in(folder, patch)
+        report()
+    return folder
+
+
 @pytest.fixture
-def copy(tmp_path, monkeypatch):
-    """The results and the pages that tell of them, free to be spoiled."""
-    shutil.copytree(paths.EXPERIMENTS, tmp_path / "experiments")
-    shutil.copy(paths.ROOT / "README.md", tmp_path)
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path / "experiments")
-    return tmp_path
+def copy(two_results, tmp_path, monkeypatch):
+    """The two results and the pages that tell of them, free to be spoiled."""
+    shutil.copytree(two_results, tmp_path / "copy")
+    return work_in(tmp_path / "copy", monkeypatch)
+
+
+def work_in(folder, patch):
+    patch.setattr(paths, "ROOT", folder)
+    patch.setattr(paths, "EXPERIMENTS", folder / "experiments")
+    return folder
 
 
 def edit(path, old, new):

@@ -1,6 +1,5 @@
 """Statistics over few seeds, by rliable (Agarwal et al. 2021, arXiv:2108.13264)."""
 
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -38,15 +37,12 @@ def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> tuple[fl
 def _estimate(
     scores: np.ndarray | list[np.ndarray], statistic: Callable[..., np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    warnings.filterwarnings(
-        "ignore", message="random_state is deprecated", module="arch"
-    )  # rliable's way of calling it
-    points, intervals = library.get_interval_estimates(
-        {"": scores},  # type: ignore[dict-item]
-        statistic,
-        reps=REPETITIONS,
-        random_state=np.random.RandomState(0),
-    )
+    before = np.random.get_state()
+    np.random.seed(0)  # rliable draws from the global generator, whatever `random_state` it is given
+    try:
+        points, intervals = library.get_interval_estimates({"": scores}, statistic, reps=REPETITIONS)  # type: ignore[dict-item]
+    finally:
+        np.random.set_state(before)
     return points[""], intervals[""]
 
 

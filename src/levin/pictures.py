@@ -77,7 +77,8 @@ def draw_aggregate(results: list[Result]) -> None:
     for i, (name, those) in enumerate(by_algorithm.items()):
         curves = _aligned([_normalised(result, share) for result in those])  # [seeds, tasks, 20]
         iqm, interval = aggregates.iqm_with_interval(curves)
-        (line,) = efficiency.plot(share, iqm, linewidth=2, label=f"{name} ({len(those)} results)")
+        many = f"{len(those)} result{'s' if len(those) > 1 else ''}"
+        (line,) = efficiency.plot(share, iqm, linewidth=2, label=f"{name} ({many})")
         efficiency.fill_between(share, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
         scores = _aligned([result.reference.normalise(result.scores)[:, None] for result in those])
         iqm, interval = aggregates.iqm_with_interval(scores)
@@ -85,7 +86,9 @@ def draw_aggregate(results: list[Result]) -> None:
         end.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
     efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of all results")
     efficiency.legend(frameon=False, loc="lower right")
+    end.axvline(1, color="gray", linestyle=":")
     end.set(xlabel="0: uniform actions, 1: published", title="At the end: IQM, 95% interval")
+    end.set_xlim(left=min(0, end.get_xlim()[0]))
     end.set_yticks(range(len(by_algorithm)), by_algorithm)
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
     for axis in improvement:
