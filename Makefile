@@ -77,7 +77,7 @@ bench-setup: ## Install the peers into an environment of their own
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
 
 test: .venv/.dev .venv/.mujoco .venv/.report ## Tests, in minutes
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: .venv/.dev .venv/.mujoco .venv/.report ## Tests that train for minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -50,18 +50,19 @@ def test_a_fork_trains_with_its_own_loss_and_merges_with_upstream(clone, tmp_pat
     tuned = (clone / "experiments/my_idea/tuned/my_idea_pendulum.yaml").read_text()
     assert tuned == (paths.CONFIGS / "tuned" / "sac_pendulum.yaml").read_text()
 
-    results = {}
-    for algo in ("sac", "my_idea"):
-        run(clone, python, "-m", "levin.train", f"algo={algo}", *SMALL, f"run={tmp_path}/{algo}")
-        results[algo] = untimed(tmp_path / algo / "metrics.csv")
-    assert results["sac"] == results["my_idea"]  # nothing is changed yet
+    train = "from levin import config, train; from pathlib import Path; import sys\n"
+    train += "for algo, run in [each.split('=') for each in sys.argv[1:]]:\n"
+    train += f"    train.train(config.compose(['algo=' + algo, *{SMALL}]), Path(run))"
+    run(clone, python, "-c", train, f"sac={tmp_path}/sac", f"my_idea={tmp_path}/my_idea")
+    before = untimed(tmp_path / "sac" / "metrics.csv")
+    assert before == untimed(tmp_path / "my_idea" / "metrics.csv")  # nothing is changed yet
 
     file = clone / "experiments/my_idea/algorithm.py"
     code = file.read_text()
     assert "class MyIdea(Algorithm)" in code
     file.write_text(code.replace(".amin(0)", ".mean(0)"))
     run(clone, python, "-m", "levin.train", "algo=my_idea", *SMALL, f"run={tmp_path}/changed")
-    assert untimed(tmp_path / "changed" / "metrics.csv") != results["sac"]
+    assert untimed(tmp_path / "changed" / "metrics.csv") != before
     script = f"import levin, numpy; print(levin.load('{tmp_path}/changed')(numpy.zeros(3)).shape)"
     assert run(tmp_path, python, "-c", script) == "(1,)\n"  # from any folder
 

@@ -170,7 +170,7 @@ def test_a_stored_policy_earns_what_its_summary_says():
     returns, _ = evaluate(algorithm.policy(deterministic=True), env, cfg.eval.episodes)
     env.close()
     facts, here = cells.read_provenance(cell), provenance.collect()
-    same = all(facts[key] == here[key] for key in ("processor", "cpu_capability", "lock_sha256"))
+    same = all(facts[key] == here[key] for key in ("processor", "cpu_capability", "versions"))
     assert np.mean(returns) == pytest.approx(stored.return_mean[-1], rel=1e-9 if same else 0.05)
     summary = json.loads((cell / cells.SUMMARY).read_text())
     assert summary["as_the_source_measures"]["per_seed"][0] == round(stored.return_mean[-1], 2)

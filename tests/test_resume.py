@@ -145,20 +145,13 @@ def test_a_new_process_continues_a_killed_one(env, tmp_path):
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
-@pytest.mark.parametrize(
-    ("name", "listeners"),
-    [("SIGTERM", "alone"), ("SIGUSR1", "alone"), ("SIGINT", "alone"), ("SIGINT", "group"), ("SIGTERM", "group")],
-)
-def test_a_signal_saves_and_exits_with_0(name, listeners, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_saves_and_exits_with_0(name, tmp_path):
     words = (*TINY, "trainer.threads=1", "total_env_steps=1280", "checkpoint.every=100_000")
-    if listeners == "group":  # a terminal and SLURM signal the workers of async envs too
-        words += ("env.num_envs=2", "env.vectorization=async")
     train(config.compose([*words]), tmp_path / "straight")
-    group = listeners == "group"
-    long = "total_env_steps=1_000_000_000"
-    process = start("train", *words, f"run={tmp_path / 'stopped'}", long, start_new_session=group)
+    process = start("train", *words, f"run={tmp_path / 'stopped'}", "total_env_steps=1_000_000_000")
     until((tmp_path / "stopped" / "metrics.csv").exists, process)
-    (os.killpg if group else os.kill)(process.pid, getattr(signal, name))
+    process.send_signal(getattr(signal, name))
     said = process.communicate()
     assert process.returncode == 0, said
     assert f"levin: {name}" in said[1]
@@ -170,6 +163,19 @@ def test_a_signal_saves_and_exits_with_0(name, listeners, tmp_path):
         train(config.compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
     resume.resume(run=str(tmp_path / "stopped"), total_env_steps=total)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_every_process_of_an_async_run_saves(name, tmp_path):
+    """As a terminal and SLURM send it: to the workers too."""
+    words = (*TINY, "env.num_envs=2", "env.vectorization=async", "total_env_steps=1_000_000_000")
+    process = start("train", *words, "checkpoint.every=100_000", f"run={tmp_path / 'run'}", start_new_session=True)
+    until((tmp_path / "run" / "metrics.csv").exists, process)
+    os.killpg(process.pid, getattr(signal, name))
+    said = process.communicate()
+    assert process.returncode == 0, said
+    assert "to go on: make resume" in said[0]
+    assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
 
 
 def test_ctrl_c_that_also_ends_the_pipe_saves(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from levin import config, envs
+from levin import config, envs, runs
 from levin.episodes import evaluate
 from levin.errors import one_sentence
 from levin.hints import NonNegativeInt, PositiveInt
@@ -21,6 +21,7 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
         episodes: How many; the envs' seeds are not those of the evaluations during training.
         seed: Root of the envs' seeds.
     """
+    runs.quiet()
     algorithm = load_algorithm(Path(run))
     env_config = config.load_env(Path(run))
     env = envs.make(env_config, seed=seed, purpose=envs.EVALUATION, num_envs=min(episodes, 10))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from levin import cells, config, envs, paths, schema
+from levin import cells, config, envs, paths, runs, schema
 from levin.episodes import evaluate
 from levin.errors import ConfigError, one_sentence
 
@@ -44,6 +44,7 @@ def pin(exp: str, overrides: list[str]) -> Path:
 
 def random_return(cfg: DictConfig) -> float:
     """The mean return of uniform actions over 100 episodes, rounded to what their number can tell."""
+    runs.quiet()
     env = envs.make(envs.EnvConfig(**schema.plain(cfg.env)), seed=cfg.eval.seed, purpose=envs.EVALUATION, num_envs=10)
     policy = TensorDictModule(Uniform(env), in_keys=["observation"], out_keys=["action"])
     returns, _ = evaluate(policy, env, EPISODES)

@@ -31,9 +31,10 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     import imageio
     import numpy as np
 
-    from levin import envs
+    from levin import envs, runs
     from levin.policy import Policy
 
+    runs.quiet()
     policy = Policy.load(Path(run))
     env = envs.make(config.load_env(Path(run)), seed=seed, purpose=envs.EVALUATION, num_envs=1, render=True)
     folder = Path(run) / "videos"

@@ -27,7 +27,8 @@ from levin.hints import PositiveInt
 
 RUNS = Path("runs/reproduce")
 DONE = "verdict.json"
-SAME = ("lock_sha256", "cpu_capability", "threads")  # with the CPU's vendor: what equal numbers rest on
+# With the CPU's vendor, what equal numbers rest on. The packages that compute, not the lock: it holds tools too.
+SAME = ("versions", "cpu_capability", "threads")
 
 
 @dataclass(frozen=True)
