@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from checks import metrics, same, saved
 from levin import checkpoint, config, files, resume, segments
 from levin.checkpoint import FolderCheckpointIO
 from levin.errors import CheckpointError, ConfigError
+from levin.guards import Preemption
 from levin.replay import Replay
 from levin.train import train
 from test_train import SMALL
@@ -146,16 +148,23 @@ def test_a_new_process_continues_a_killed_one(env, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_saves_and_exits_with_0(name, tmp_path):
+def test_a_signal_saves_and_the_run_goes_on_where_it_was(name, tmp_path, capfd):
     words = (*TINY, "trainer.threads=1", "total_env_steps=1280", "checkpoint.every=100_000")
     train(config.compose([*words]), tmp_path / "straight")
-    process = start("train", *words, f"run={tmp_path / 'stopped'}", "total_env_steps=1_000_000_000")
-    until((tmp_path / "stopped" / "metrics.csv").exists, process)
-    process.send_signal(getattr(signal, name))
-    said = process.communicate()
-    assert process.returncode == 0, said
-    assert f"levin: {name}" in said[1]
-    assert "to go on: make resume" in said[0]
+
+    def send() -> None:
+        while not (tmp_path / "stopped" / "metrics.csv").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    train(config.compose([*words, "total_env_steps=1_000_000_000"]), tmp_path / "stopped")
+    sender.join()
+    assert not isinstance(getattr(signal.getsignal(getattr(signal, name)), "__self__", None), Preemption)
+    said = capfd.readouterr()
+    assert f"levin: {name}" in said.err
+    assert "to go on: make resume" in said.out
     (only,) = checkpoint.numbered(tmp_path / "stopped" / "checkpoints")
     total = max(1280, int(only.name) + 64)
     if total > 1280:  # a fast machine: compare with as long a run
@@ -166,7 +175,7 @@ def test_a_signal_saves_and_exits_with_0(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_to_every_process_of_an_async_run_saves(name, tmp_path):
+def test_a_signal_to_every_process_of_an_async_run_saves_and_exits_with_0(name, tmp_path):
     """As a terminal and SLURM send it: to the workers too."""
     words = (*TINY, "env.num_envs=2", "env.vectorization=async", "total_env_steps=1_000_000_000")
     process = start("train", *words, "checkpoint.every=100_000", f"run={tmp_path / 'run'}", start_new_session=True)

@@ -7,6 +7,7 @@ that are done with `reset(options={"reset_mask": done})`.
 import importlib
 import multiprocessing
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,7 +113,9 @@ def make(
     Raises:
         ConfigError: The id is unknown, or a package behind it is missing.
     """
-    vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy)}
+    # TorchRL makes `spawn` the default, and every worker would import all of this for seconds.
+    start = "fork" if sys.platform == "linux" else None
+    vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy, context=start)}
     one = partial(make_one, config, render)
     try:
         if config.vectorization == "async":
