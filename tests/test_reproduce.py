@@ -195,7 +195,7 @@ reproduce.main()
 """
     batches = set(folder.glob("runs/reproduce/*/toy"))
     first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not any((batch / "s0" / "provenance.json").exists() for batch in new(folder, batches)):
         assert first.poll() is None, first.communicate()
         assert time.monotonic() < end

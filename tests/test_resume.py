@@ -124,7 +124,7 @@ def start(command: str, *words: str, start_new_session: bool = False) -> subproc
     )
 
 
-def until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+def until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -234,11 +234,9 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     before = [each.name for each in checkpoint.numbered(tmp_path / "run" / "checkpoints")]
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
-    begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate()
-    assert process.returncode == -signal.SIGINT
-    assert time.monotonic() - begin < 2  # an iteration takes three seconds
+    assert process.returncode == -signal.SIGINT  # and not 0, as after the three seconds of this iteration
     assert [each.name for each in checkpoint.numbered(tmp_path / "run" / "checkpoints")] == before
     assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
 
