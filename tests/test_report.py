@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
 
-from levin import aggregates, cells, envs, paths, pictures, policy, provenance, schema
+from levin import aggregates, cells, config, envs, paths, pictures, policy, provenance, schema
 from levin.cells import Curve, Published, Reference
 from levin.envs import EnvConfig
 from levin.episodes import evaluate
@@ -164,7 +164,7 @@ def test_every_result_is_whole(cell):
 
 def test_a_stored_policy_earns_what_its_summary_says():
     cell = paths.EXPERIMENTS / "sac_pendulum"
-    cfg, stored = cells.read_config(cell), cells.read_curves(cell)[0]
+    cfg, stored = config.load(cell), cells.read_curves(cell)[0]
     env = envs.make(EnvConfig(**schema.plain(cfg.env)), seed=cfg.eval.seed, purpose=envs.EVALUATION, num_envs=10)
     algorithm = policy.load_algorithm(cell)
     returns, _ = evaluate(algorithm.policy(deterministic=True), env, cfg.eval.episodes)

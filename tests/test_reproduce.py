@@ -14,7 +14,7 @@ import yaml
 
 pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
 
-from levin import cells, paths, runs
+from levin import cells, config, paths, runs
 from levin.errors import ConfigError
 from levin.pin import pin
 from levin.report import BEGIN, END, report
@@ -232,7 +232,7 @@ def test_wrong_words_are_one_sentence(words, sentence, stored):
 
 def test_pin_writes_a_config_that_leaves_nothing_open_and_refuses_a_second(tmp_path, monkeypatch):
     cell = results(tmp_path, monkeypatch)
-    cfg = cells.read_config(cell)
+    cfg = config.load(cell)
     assert (cfg.trainer.threads, cfg.trainer.accelerator, cfg.algo.gamma) == (1, "cpu", 0.99)
     with pytest.raises(ConfigError, match="is pinned already"):
         pin("toy", list(WORDS))

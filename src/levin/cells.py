@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from levin import paths
+from levin import config, paths
 from levin.errors import ConfigError, valid_names
 
 CONFIG, CURVES, TRAINING, POLICY = "config.yaml", "curves.csv.gz", "training.csv.gz", "policy.ckpt"
@@ -114,13 +114,6 @@ def folder(exp: str) -> Path:
 def folders() -> list[Path]:
     """All of them, by name."""
     return sorted(each.parent for each in paths.EXPERIMENTS.glob(f"*/{CONFIG}"))
-
-
-def read_config(cell: Path) -> DictConfig:
-    """The pinned config."""
-    config = OmegaConf.load(cell / CONFIG)
-    assert isinstance(config, DictConfig)
-    return config
 
 
 def read_reference(cell: Path) -> Reference:
@@ -251,7 +244,7 @@ class Result:
         """Read a folder in experiments/."""
         return cls(
             cell,
-            read_config(cell),
+            config.load(cell),
             read_reference(cell),
             read_provenance(cell),
             read_curves(cell),
@@ -277,3 +270,8 @@ class Result:
     def scores(self) -> np.ndarray:
         """`[seeds]`, measured as the source does."""
         return scores(self.evaluations, self.training, self.reference)
+
+    @property
+    def finals(self) -> np.ndarray:
+        """`[seeds]`: the mean of the last evaluations of each."""
+        return np.array([curve.return_mean[-FINAL:].mean() for curve in self.evaluations.values()])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from levin import aggregates, cells, paths, plot
-from levin.cells import FINAL, Result
+from levin.cells import Result
 
 AGGREGATE = "aggregate.png"
 DRAWING = "1"  # change it when the pictures are drawn in another way
@@ -27,8 +27,9 @@ def _source(*results: Result) -> str:
     digest = hashlib.sha256(DRAWING.encode())
     for result in results:
         digest.update(result.name.encode())
-        digest.update(cells.fingerprints(result.cell)[cells.CURVES].encode())
-        digest.update(cells.fingerprints(result.cell)[cells.TRAINING].encode())
+        files = cells.fingerprints(result.cell)
+        digest.update(files[cells.CURVES].encode())
+        digest.update(files[cells.TRAINING].encode())
         digest.update(result.reference.model_dump_json().encode())
     return digest.hexdigest()
 
@@ -122,9 +123,5 @@ def pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, n
             theirs = {result.task: result for result in by_algorithm[second]}
             shared = [(result, theirs[result.task]) for result in by_algorithm[first] if result.task in theirs]
             if shared:
-                ours, others = (_aligned([_finals(pair[k]) for pair in shared])[..., 0] for k in (0, 1))
+                ours, others = (_aligned([pair[k].finals[:, None] for pair in shared])[..., 0] for k in (0, 1))
                 yield f"{first} > {second}", *aggregates.probability_of_improvement(ours, others)
-
-
-def _finals(result: Result) -> np.ndarray:
-    return np.array([[curve.return_mean[-FINAL:].mean()] for curve in result.evaluations.values()])  # [seeds, 1]

@@ -7,10 +7,9 @@ import torch
 
 from levin import checkpoint, config, files, schema
 from levin.algorithms.base import Algorithm
+from levin.cells import POLICY
 from levin.envs import action_units
 from levin.errors import ConfigError
-
-POLICY = "policy.ckpt"  # of a result in experiments/: the policy alone
 
 
 def load_algorithm(run: Path) -> Algorithm:

@@ -34,10 +34,11 @@ def report(*, check: bool = False) -> list[str]:
         ConfigError: A result lacks its reference or a source in it.
     """
     results = [Result.read(cell) for cell in cells.folders()]
-    wrong = [f"{result.name}: {each}" for result in results for each in broken(result)]
+    faults = {result.name: list(broken(result)) for result in results}
+    wrong = [f"{name}: {each}" for name, found in faults.items() for each in found]
     if wrong and not check:
         raise ConfigError("; ".join(wrong))
-    texts = dict(expected_texts([result for result in results if not _is_broken(result, wrong)]))
+    texts = dict(expected_texts([result for result in results if not faults[result.name]]))
     for path, text in texts.items():
         if not path.is_file() or path.read_text() != text:
             wrong.append(f"{path.relative_to(paths.ROOT)} does not follow from the curves")
@@ -71,10 +72,6 @@ def broken(result: Result) -> Iterator[str]:
         yield f"{cells.POLICY} is larger than {cells.MAX_POLICY_BYTES} bytes"
 
 
-def _is_broken(result: Result, wrong: list[str]) -> bool:
-    return any(each.startswith(f"{result.name}: ") for each in wrong)
-
-
 def expected_texts(results: list[Result]) -> Iterator[tuple[Path, str]]:
     """Every text file that is made here, as it should be."""
     rows = []
@@ -92,14 +89,13 @@ def summarise(result: Result) -> dict[str, Any]:
     """The numbers of a result; empty before the first run."""
     if not result.evaluations:
         return {}
-    finals = np.array([curve.return_mean[-FINAL:].mean() for curve in result.evaluations.values()])
     verdict, said = cells.verdict(result.reference, result.scores)
     wall = [each["wall_seconds"] for each in result.provenance["seeds"].values()]
     env_steps = int(min(curve.env_steps[-1] for curve in result.evaluations.values()))
     return {
         "env_steps": env_steps,
         "seeds": list(result.evaluations),
-        f"mean_of_last_{FINAL}_evaluations": _statistics(finals),
+        f"mean_of_last_{FINAL}_evaluations": _statistics(result.finals),
         "as_the_source_measures": {
             "metric": result.reference.metric,
             "last": result.reference.last,

@@ -63,7 +63,7 @@ def reproduce(
         RunError: It was stopped, or a run failed. The same command goes on.
     """
     cell = cells.folder(exp)
-    cfg, reference = cells.read_config(cell), cells.read_reference(cell)
+    cfg, reference = config.load(cell), cells.read_reference(cell)
     chosen = _seeds(seeds) or sorted(cells.read_curves(cell)) or [0, 1, 2]
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true keeps whole runs only: leave total_env_steps alone")
@@ -246,7 +246,7 @@ def _store(cell: Path, folders: dict[int, Path]) -> None:
         )
     cells.write_curves(cell, {seed: cells.read_run(run) for seed, run in folders.items()})
     cells.write_curves(cell, {seed: cells.read_run(run, TRAINING) for seed, run in folders.items()}, TRAINING)
-    policy.export(folders[min(folders)], cell / policy.POLICY)
+    policy.export(folders[min(folders)], cell / cells.POLICY)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty")
     origin = {
         "command": f'make reproduce EXP={cell.name} SEEDS="{" ".join(map(str, folders))}" STORE=1',
