@@ -1,8 +1,8 @@
 """What happens between iterations, on the clock of env steps.
 
-Lightning calls them in list order at the end of a batch: `Budget` decides whether this is the last iteration,
-`Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `ProgressBar` shows, then the user's
-own come, and `Checkpointing` saves. A run that is stopped and continued writes what an uninterrupted one writes: a stop
+Lightning calls them in list order at the end of a batch: `Statistics` takes in the rollout, `Budget` decides whether
+this is the last iteration, `Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `ProgressBar`
+shows, then the user's own come, and `Checkpointing` saves. A run that is stopped and continued writes what an uninterrupted one writes: a stop
 adds no evaluation and no row. A run that is complete adds both, after its last checkpoint.
 """
 
@@ -24,6 +24,7 @@ from levin.hints import NonNegativeInt, PositiveInt
 from levin.loader import CollectorLoader
 from levin.loggers import CSVMetrics
 from levin.rng import rng_state, set_rng_state
+from levin.statistics import ObservationNormalizer
 
 
 class Clock:
@@ -54,6 +55,15 @@ class Budget(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if cast(Algorithm, pl_module).env_steps >= self.total_env_steps:
             trainer.should_stop = self.spent = True
+
+
+class Statistics(Callback):
+    """Lets the observation normaliser take in a rollout, when the iteration that it was collected for is over."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int) -> None:
+        normalizer = cast(Algorithm, pl_module).observation_normalizer
+        if isinstance(normalizer, ObservationNormalizer):
+            normalizer.update(batch["observation"])
 
 
 class Metrics(Callback):

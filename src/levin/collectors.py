@@ -7,6 +7,7 @@ Every collector is a TorchRL `BaseCollector` and yields the same TensorDict `[N,
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,43 @@ from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 
 from levin.envs import SeededVectorEnv
+from levin.errors import ConfigError
+
+CHUNK = 256  # vector steps at a time, while the length of a rollout is not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeEpisodes:
+    """Rollouts `[1, T]` of complete episodes only, with as many as it takes.
+
+    Args:
+        transitions: At least so many of them.
+        episodes: At least so many of them.
+    """
+
+    transitions: int = 1
+    episodes: int = 1
 
 
 def make(
-    name: str, env: SeededVectorEnv, policy: TensorDictModule, *, steps: int, random_env_steps: int
+    name: str, env: SeededVectorEnv, policy: TensorDictModule, *, steps: int | WholeEpisodes, random_env_steps: int = 0
 ) -> BaseCollector:
     """`vector` is ours, `torchrl` is TorchRL's over the same env.
 
     Args:
-        steps: Vector steps per rollout (T).
+        steps: Vector steps per rollout (T), or whole episodes.
         random_env_steps: Env steps with uniformly random actions before the policy is asked.
+
+    Raises:
+        ConfigError: Whole episodes of several envs, or by TorchRL's collector.
     """
+    if isinstance(steps, WholeEpisodes) and env.num_envs > 1:
+        # Of several envs the first to finish would be taken: short episodes would count too often.
+        raise ConfigError(f"whole episodes are collected one after the other: env.num_envs={env.num_envs} must be 1")
     if name == "vector":
         return VectorCollector(env, policy, steps=steps, random_env_steps=random_env_steps)
+    if isinstance(steps, WholeEpisodes):
+        raise ConfigError(f"collector={name} has rollouts of one length; whole episodes need collector=vector")
     wrapped = GymWrapper(env, categorical_action_encoding=True)
     if wrapped.observation_spec["observation"].dtype == torch.float64:
         wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
@@ -57,7 +82,12 @@ class VectorCollector(BaseCollector):
     """
 
     def __init__(
-        self, env: SeededVectorEnv, policy: TensorDictModule, *, steps: int, random_env_steps: int = 0
+        self,
+        env: SeededVectorEnv,
+        policy: TensorDictModule,
+        *,
+        steps: int | WholeEpisodes,
+        random_env_steps: int = 0,
     ) -> None:
         super().__init__()
         self.env, self.policy, self.steps = env, policy, steps
@@ -78,7 +108,22 @@ class VectorCollector(BaseCollector):
 
     def rollout(self) -> TensorDict:
         """The next `[N, T]` transitions."""
-        env, num_envs, steps = self.env, self.env.num_envs, self.steps
+        if isinstance(self.steps, int):
+            return self._collect(self.steps)
+        chunks: list[TensorDict] = []
+        episodes = transitions = 0
+        while episodes < self.steps.episodes or transitions < self.steps.transitions:
+            done = False
+            while not done:
+                chunks.append(self._collect(CHUNK, until_done=True))
+                transitions += chunks[-1].shape[1]
+                done = bool(chunks[-1]["next", "done"][0, -1])
+            episodes += 1
+        return torch.cat(chunks, 1)
+
+    def _collect(self, steps: int, *, until_done: bool = False) -> TensorDict:
+        """The next `steps` transitions of every env; fewer with `until_done`, when the first episode ends."""
+        env, num_envs = self.env, self.env.num_envs
         if self._observation is None:
             self._observation = np.array(env.reset()[0], dtype=self.dtype)
         # Allocated per rollout, not reused: whoever holds the last rollout keeps what it was given.
@@ -92,7 +137,7 @@ class VectorCollector(BaseCollector):
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
         on_cpu = device.type == "cpu"
         views = torch.from_numpy(observation).unbind(1)  # T x [N, *shape]
-        num_random = self._num_random()
+        num_random = self._num_random(steps)
         if num_random:
             action[:, :num_random] = self._random_actions(num_random)
         current = self._observation
@@ -111,16 +156,19 @@ class VectorCollector(BaseCollector):
                 if done.any():
                     current, _ = env.reset(options={"reset_mask": done})
                     self._opened[done] = self.vector_steps + t + 1
+                    if until_done:
+                        steps = t + 1
+                        break
         self._observation = np.array(current, dtype=self.dtype)
         self.vector_steps += steps
-        self._remember(action)
-        tensors = [torch.from_numpy(x).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T] -> [N, T, 1]
+        self._remember(action[:, :steps])
+        tensors = [torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T, 1]
         return TensorDict(
             {
-                "observation": torch.from_numpy(observation),
-                "action": torch.from_numpy(action),
+                "observation": torch.from_numpy(observation[:, :steps]),
+                "action": torch.from_numpy(action[:, :steps]),
                 "next": {
-                    "observation": torch.from_numpy(after),
+                    "observation": torch.from_numpy(after[:, :steps]),
                     "reward": tensors[0],
                     "terminated": tensors[1],
                     "truncated": tensors[2],
@@ -136,10 +184,10 @@ class VectorCollector(BaseCollector):
         dtype = np.int64 if isinstance(space, Discrete) else np.float32
         return np.empty((self.env.num_envs, num, *(space.shape or ())), dtype)
 
-    def _num_random(self) -> int:
-        """Vector steps of this rollout that lie before `random_env_steps`."""
+    def _num_random(self, steps: int) -> int:
+        """How many of the next `steps` vector steps lie before `random_env_steps`."""
         left = self.random_env_steps - self.vector_steps * self.env.num_envs
-        return max(0, min(self.steps, -(-left // self.env.num_envs)))
+        return max(0, min(steps, -(-left // self.env.num_envs)))
 
     def _random_actions(self, num: int) -> np.ndarray:
         """Uniform actions `[N, num, *A]`, in the policy's units."""

@@ -34,6 +34,19 @@ class EpisodeStatistics:
         return [float(each[1]) for each in ended], [each[2] for each in ended]
 
 
+def step_count(done: np.ndarray, begun: np.ndarray) -> np.ndarray:
+    """The number of each step in its episode, from 0: `[N, T]`.
+
+    Args:
+        done: `[N, T]`, ends of episodes.
+        begun: `[N]`, steps that each open episode already had.
+    """
+    steps = np.arange(done.shape[1])
+    ends = np.where(done, steps, -1)[:, :-1]
+    last = np.maximum.accumulate(np.concatenate([-1 - begun[:, None], ends], axis=1), axis=1)  # [N, T]: before each step
+    return steps - last - 1
+
+
 @torch.inference_mode()
 def evaluate(policy: TensorDictModule, env: envs.SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
     """The undiscounted returns and the lengths of `episodes` episodes.

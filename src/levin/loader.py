@@ -5,6 +5,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import BaseCollector
 
@@ -12,7 +13,7 @@ from levin import collectors
 from levin.algorithms.base import Algorithm
 from levin.collectors import VectorCollector
 from levin.envs import SeededVectorEnv
-from levin.episodes import EpisodeStatistics
+from levin.episodes import EpisodeStatistics, step_count
 from levin.errors import RunError
 
 
@@ -26,10 +27,13 @@ class CollectorLoader:
         collector: Any TorchRL collector whose rollouts are `[N, T]`.
         env: What it collects from, N envs.
         version: The version of the policy; every rollout carries it as `policy_version`.
+        step_count: Whether rollouts carry `step_count` `[N, T, 1]`, the number of each step in its episode, from 0.
     """
 
-    def __init__(self, collector: BaseCollector, env: SeededVectorEnv, version: Callable[[], int]) -> None:
-        self.collector, self.env, self.version = collector, env, version
+    def __init__(
+        self, collector: BaseCollector, env: SeededVectorEnv, version: Callable[[], int], *, step_count: bool = False
+    ) -> None:
+        self.collector, self.env, self.version, self.step_count = collector, env, version, step_count
         self.statistics = EpisodeStatistics(env.num_envs)
         self.returns: list[float] = []  # of episodes that ended since `take`
         self.lengths: list[int] = []
@@ -54,6 +58,9 @@ class CollectorLoader:
         reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
         for what in (rollout.get("observation"), after.get("observation"), reward):
             self._check_finite(np.asarray(what), done)
+        if self.step_count:
+            count = step_count(done, self.statistics.open_length)
+            rollout["step_count"] = torch.from_numpy(count).unsqueeze(-1)  # [N, T] -> [N, T, 1]
         returns, lengths = self.statistics.update(reward, done)
         self.returns += returns
         self.lengths += lengths
@@ -108,4 +115,4 @@ def make(name: str, env: SeededVectorEnv, algorithm: Algorithm) -> CollectorLoad
     collector = collectors.make(
         name, env, algorithm.policy(), steps=algorithm.steps_per_iteration, random_env_steps=algorithm.random_env_steps
     )
-    return CollectorLoader(collector, env, lambda: algorithm.iterations)
+    return CollectorLoader(collector, env, lambda: algorithm.iterations, step_count=algorithm.step_count)

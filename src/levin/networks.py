@@ -1,5 +1,6 @@
 """Networks that more than one algorithm uses."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -7,6 +8,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from levin.distributions import Categorical, Normal
+from levin.envs import EnvSpec
+from levin.errors import ConfigError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),  # a linear layer does not need its own output to differentiate
@@ -29,12 +34,12 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
 
 @torch.no_grad()
 def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
-    """Give every linear layer orthogonal weights times `gain`, and no bias; each member of an ensemble its own.
+    """Give every linear layer and convolution orthogonal weights times `gain`, and no bias; each member of an ensemble its own.
 
     Source: Saxe et al. 2014; the gain keeps the scale of activations through ReLUs.
     """
     for layer in network.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.orthogonal_(layer.weight, gain)
         elif isinstance(layer, EnsembleLinear):
             for weight in layer.weight:  # [inputs, outputs]
@@ -90,3 +95,87 @@ class EnsembleMLP(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layers(inputs.expand(self.num, *inputs.shape))  # [B, D] -> [num, B, D]
+
+
+class NatureCNN(nn.Module):
+    """Three convolutions and a linear layer: `[B, C, 84, 84]` uint8 `-> [B, 512]`.
+
+    Source: Mnih et al. 2015 (doi:10.1038/nature14236), methods.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(shape[0], 32, 8, stride=4), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(inplace=True), nn.Flatten()),
+        )
+        features = self.layers(torch.zeros(1, *shape)).shape[1]
+        self.layers.extend([nn.Linear(features, 512), nn.ReLU(inplace=True)])
+        orthogonal_(self)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.layers(observation / 255)
+
+
+def trunk(env: EnvSpec) -> tuple[nn.Module, int]:
+    """What reads an observation, and how many features `[B, F]` it gives: the Nature CNN for pixels, else nothing.
+
+    Raises:
+        ConfigError: Pixels that are not `[C, H, W]`, or too few for the convolutions.
+    """
+    shape = env["observation"]["shape"]
+    if env["observation"]["dtype"] != "uint8":
+        return nn.Flatten(), math.prod(shape)
+    if len(shape) != 3 or min(shape[1:]) < 36:
+        raise ConfigError(f"the Nature CNN reads [C, H, W] of 36 x 36 pixels or more; those of {env['id']} are {shape}")
+    return NatureCNN(shape), 512
+
+
+class Actor(nn.Module):
+    """pi(a|s): features `[B, F]` -> categorical `[B]` of a discrete space, or Gaussian `[B, A]` of a box.
+
+    The deviation of the Gaussian is a parameter of its own and does not depend on s.
+    The first actions hardly depend on s: the last layer has a gain of 0.01 (Andrychowicz et al. 2021, arXiv:2006.05990).
+    """
+
+    def __init__(
+        self, num_features: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str, initial_log_std: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.discrete = env["action"]["type"] == "discrete"
+        outputs = env["action"]["n"] if self.discrete else math.prod(env["action"]["shape"])
+        self.network = mlp([num_features, *hidden_sizes, outputs], activation)
+        orthogonal_(self.network)
+        orthogonal_(self.network[-1], gain=0.01)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((outputs,), initial_log_std))
+
+    def forward(self, features: Tensor) -> Categorical | Normal:
+        outputs = self.network(features).float()  # of mixed precision
+        return Categorical(outputs) if self.discrete else Normal(outputs, self.log_std)
+
+
+class Critic(nn.Module):
+    """V(s): features `[B, F] -> [B, 1]`. With more `outputs`, one value for each of them."""
+
+    def __init__(self, num_features: int, hidden_sizes: Sequence[int], activation: str, outputs: int = 1) -> None:
+        super().__init__()
+        self.network = mlp([num_features, *hidden_sizes, outputs], activation)
+        orthogonal_(self.network)
+        orthogonal_(self.network[-1], gain=1.0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.network(features).float()  # of mixed precision
+
+
+class StochasticPolicy(nn.Module):
+    """What the collector asks for an action: `[N, *S] -> [N, *A]`, a draw or the mode."""
+
+    def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: Actor, *, deterministic: bool) -> None:
+        super().__init__()
+        self.normalizer, self.trunk, self.actor, self.deterministic = normalizer, trunk, actor, deterministic
+
+    def forward(self, observation: Tensor) -> Tensor:
+        distribution = self.actor(self.trunk(self.normalizer(observation)))
+        return distribution.mode if self.deterministic else distribution.sample()

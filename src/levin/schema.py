@@ -66,6 +66,7 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"trainer.{name} does not act here; say {ours} instead")
     bind(trainer_options, "trainer.", config.trainer, ignore_unknown=True)
     _check_trainer_keys(config.trainer)
+    _check_workers(config)
 
 
 def algorithm_class(config: DictConfig) -> type[Algorithm]:
@@ -106,7 +107,8 @@ def trainer_options(
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"],
     # One device only, until the seeds, the statistics and the counts of several ranks are proven right.
     devices: Literal[1],
-    strategy: Literal["auto"],
+    strategy: Literal["auto", "hogwild"],
+    workers: PositiveInt,
     # Half "true" precisions cast the batch and lose its shape; 16-mixed needs a gradient scaler per optimiser.
     precision: Literal["32-true", "bf16-mixed"],
     threads: PositiveInt | None,
@@ -115,10 +117,28 @@ def trainer_options(
 
 
 def _check_trainer_keys(trainer: DictConfig) -> None:
-    valid = {"threads", *inspect.signature(Trainer.__init__).parameters} - {"self", *OURS}
+    valid = {"threads", "workers", *inspect.signature(Trainer.__init__).parameters} - {"self", *OURS}
     for key in map(str, trainer):
         if key not in valid:
             raise ConfigError(f"trainer.{key} is unknown; {valid_names(key, valid)}")
+
+
+def _check_workers(config: DictConfig) -> None:
+    trainer, workers = config.trainer, config.trainer.workers
+    if trainer.strategy != "hogwild":
+        if workers > 1:
+            raise ConfigError(f"trainer.workers={workers} are processes of trainer.strategy=hogwild")
+        return
+    if trainer.accelerator not in ("auto", "cpu"):
+        raise ConfigError(f"trainer.strategy=hogwild shares the memory of the CPU, not of {trainer.accelerator}")
+    if workers > 1:
+        name = algorithm_class(config).__name__
+        if not algorithm_class(config).lock_free:
+            raise ConfigError(f"{name} keeps what workers can't share without a lock: trainer.strategy=hogwild is for A3C")
+        if trainer.threads != 1:
+            raise ConfigError("threads do not survive the fork of trainer.strategy=hogwild: trainer.threads=1")
+        if config.env.normalize_observation or config.env.normalize_reward:
+            raise ConfigError("running statistics can't be shared without a lock: env.normalize_*=false, or one worker")
 
 
 def bind(

@@ -1,6 +1,7 @@
 """Train an algorithm: compose -> seed -> build -> `Trainer.fit`. `python -m levin.train algo=sac env=pendulum`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -23,7 +24,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     runs.quiet()
     runs.keep_freed_memory()
     algorithm, rollouts = build(cfg)
-    trainer, budget, evaluation = lightning_trainer.build(cfg, run, rollouts.env.config)
+    others = partial(make_rollouts, cfg, algorithm)
+    trainer, budget, evaluation = lightning_trainer.build(cfg, run, rollouts.env.config, others)
     facts = provenance.collect()
     with runs.lock(run), runs.survivable(run):
         runs.create(run, cfg, facts, resumed=ckpt_path is not None)
@@ -46,10 +48,22 @@ def build(cfg: DictConfig) -> tuple[Algorithm, loader.CollectorLoader]:
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     rng.seed_everything(cfg.seed, rank=0)
-    env = envs.make(envs.EnvConfig(**schema.plain(cfg.env)), seed=cfg.seed, copy=cfg.collector != "vector")
+    env = make_env(cfg, rank=0)
     values = {key: value for key, value in schema.plain(cfg.algo).items() if key != "_target_"}
     algorithm = schema.algorithm_class(cfg)(env=envs.describe(env), **values)
     return algorithm, loader.make(cfg.collector, env, algorithm)
+
+
+def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int) -> loader.CollectorLoader:
+    """Seed this process as one of a run's workers, and make what collects for it."""
+    rng.seed_everything(cfg.seed, rank=rank)
+    return loader.make(cfg.collector, make_env(cfg, rank), algorithm)
+
+
+def make_env(cfg: DictConfig, rank: int) -> envs.SeededVectorEnv:
+    """The vector env of one process of a run."""
+    config = envs.EnvConfig(**schema.plain(cfg.env))
+    return envs.make(config, seed=cfg.seed, rank=rank, copy=cfg.collector != "vector")
 
 
 def main() -> None:

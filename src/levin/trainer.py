@@ -1,5 +1,6 @@
 """Lightning's Trainer, as a run needs it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -9,15 +10,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from levin import checkpoint, schema
-from levin.callbacks import Budget, Checkpointing, Evaluation, Metrics, Throughput
+from levin.callbacks import Budget, Checkpointing, Evaluation, Metrics, Statistics, Throughput
 from levin.envs import EnvConfig
 from levin.errors import ConfigError
 from levin.guards import FiniteGuard, Preemption
+from levin.loader import CollectorLoader
 from levin.progress import ProgressBar
+from levin.strategies import Hogwild, Workers
 
 
-def build(cfg: DictConfig, run: Path, env: EnvConfig) -> tuple[Trainer, Budget, Evaluation]:
+def build(
+    cfg: DictConfig, run: Path, env: EnvConfig, rollouts: Callable[[int], CollectorLoader]
+) -> tuple[Trainer, Budget, Evaluation]:
     """Lightning's Trainer with our callbacks and the user's; its loggers come when the run folder is there.
+
+    Args:
+        rollouts: Makes the rollouts of another process of the same run: rank -> loader.
 
     Raises:
         ConfigError: The Trainer refuses an argument, or a callback can't be made.
@@ -26,10 +34,13 @@ def build(cfg: DictConfig, run: Path, env: EnvConfig) -> tuple[Trainer, Budget, 
     metrics = Metrics(cfg.log_every, budget)
     evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget)
     ours = [
-        *(budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
+        *(Statistics(), budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
         *(Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation), ProgressBar(run, budget, metrics)),
     ]
-    options = {key: value for key, value in schema.plain(cfg.trainer).items() if key != "threads"}
+    options = {key: value for key, value in schema.plain(cfg.trainer).items() if key not in ("threads", "workers")}
+    if cfg.trainer.strategy == "hogwild":
+        options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, rollouts)), "accelerator": "cpu"}
+        ours.insert(ours.index(evaluation), Workers(strategy))
     fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     plugins = checkpoint.FolderCheckpointIO()

@@ -1,6 +1,6 @@
 """What every algorithm needs: counters, optimiser steps, replay, metrics. No mathematics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -9,9 +9,12 @@ from lightning import LightningModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer, RMSprop
 
+from levin.collectors import WholeEpisodes
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
+from levin.hints import OptimizerName
 from levin.replay import Replay
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
@@ -31,7 +34,10 @@ class Algorithm(LightningModule):
     """
 
     actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete"
-    steps_per_iteration: int
+    observations: ClassVar[tuple[str, ...]] = ("float32",)  # and "uint8": pixels
+    lock_free: ClassVar[bool] = False  # whether several processes may train it at once (strategies.Hogwild)
+    steps_per_iteration: int | WholeEpisodes  # vector steps of a rollout
+    step_count: bool = False  # whether rollouts carry the number of each step in its episode
     random_env_steps: int = 0  # env steps with uniformly random actions before the policy is asked
 
     def __init__(self, env: EnvSpec, gamma: float) -> None:
@@ -41,13 +47,14 @@ class Algorithm(LightningModule):
                 f"{type(self).__name__} acts in {' and '.join(self.actions)} action spaces, "
                 f"but the action space of {env['id']} is {env['action']['type']}"
             )
-        if (dtype := env["observation"]["dtype"]) != "float32":
+        if (dtype := env["observation"]["dtype"]) not in self.observations:
             raise ConfigError(f"{type(self).__name__} reads vectors, but the observations of {env['id']} are {dtype}")
         self.automatic_optimization = False
         self.save_hyperparameters(logger=False)  # the loggers get the whole config
         self.env = env
         self.env_steps = 0  # env steps taken, over all envs and ranks
         self.updates = 0  # calls of `update`
+        self.iteration_begun = 0  # env steps before the rollout of this iteration
         self.iterations = 0  # begun; while a rollout is collected, those finished: the version of the policy
         self.buffer: Replay | None = None
         self._saved_buffer: dict[str, Any] | None = None
@@ -73,19 +80,34 @@ class Algorithm(LightningModule):
         return batch if device.type == "cpu" else batch.to(device, non_blocking=True)
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
+        self.iteration_begun = self.env_steps
         self.env_steps += batch.numel() * self.trainer.world_size
         self.iterations += 1
-        if isinstance(self.observation_normalizer, ObservationNormalizer):
-            self.observation_normalizer.update(batch["observation"])
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        """One step of one optimiser. Raises ValueError when the loss is no scalar."""
+    def remaining(self, schedule_env_steps: int | None) -> float:
+        """What a linear schedule is at: 1 in the first iteration, 0 from `schedule_env_steps` on; always 1 without."""
+        return max(0.0, 1 - self.iteration_begun / schedule_env_steps) if schedule_env_steps else 1.0
+
+    def make_optimizer(self, name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Adam and RMSprop with the epsilon that on-policy codebases give them (1e-5), or plain SGD."""
+        parameters = list(parameters)
+        if name == "adam":
+            return Adam(parameters, lr=lr, eps=1e-5, fused=True)
+        if name == "rmsprop":
+            return RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-5, foreach=True)
+        return SGD(parameters, lr=lr, fused=True)
+
+    def step(self, optimizer: Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
+        """One step of one optimiser, the norm of its gradient clipped. Raises ValueError when the loss is no scalar."""
         if loss.ndim:
             raise ValueError(f"a loss is a scalar, got shape {tuple(loss.shape)}")
         optimizer.zero_grad()
         self.manual_backward(loss)
+        if max_grad_norm is not None:
+            parameters = [each for group in optimizer.param_groups for each in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
         optimizer.step()
 
     def record(self, **metrics: Tensor) -> None:

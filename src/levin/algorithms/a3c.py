@@ -1,0 +1,208 @@
+"""Asynchronous advantage actor-critic (A3C; Mnih et al. 2016, arXiv:1602.01783), lecture row 15.
+
+A global network, and workers with copies of it and envs of their own. None waits for another: the policies that collect
+differ, and so do what they see, which takes the place of a replay buffer.
+
+    theta <- theta + lr grad( log pi(a_t|s_t; theta') (R_t - V(s_t; theta')) - c_1 (R_t - V(s_t))^2 + c_2 H(pi(.|s_t)) )
+
+Pseudocode (Algorithm S3), of each worker:
+
+    repeat:
+        theta' <- theta                                               pull
+        take t_max steps with pi(.|s; theta')
+        R_t <- r_{t+1} + gamma R_{t+1}, from R = V(s; theta') or 0
+        g <- gradient at theta'
+        apply g to theta, without a lock                              push
+
+The optimiser's statistics are shared as well: `trainer.strategy=hogwild trainer.workers=4` shares the buffers below.
+
+Deviations:
+    - Actor and critic share no layers. The lock-free steps are on one flat vector.
+    - GAE may take the place of the n-step return (`gae_lambda`).
+
+Metrics:
+    train/actor_loss: -E[A log pi].
+    train/critic_loss: squared error of V.
+    train/entropy: H(pi), nats.
+    train/staleness: updates by others between pull and push; of worker 0, as all of the above.
+    train/stale_pushes: share of all workers' pushes with a staleness of 1 or more.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+
+from levin import returns
+from levin.algorithms.base import Algorithm
+from levin.envs import EnvSpec
+from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
+from levin.networks import Actor, Critic, StochasticPolicy, trunk
+
+MAX_WORKERS, MAX_STALENESS = 256, 16
+
+
+class A3C(Algorithm):
+    """Asynchronous advantage actor-critic.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. The paper: 0.99.
+        gae_lambda: Decay of GAE; 1.0 is the paper's n-step return.
+        optimizer: With shared statistics: `rmsprop` or `adam`. The paper: RMSprop, by far the most robust.
+        lr: The paper draws it from 1e-4 to 1e-2.
+        lr_schedule: `linear` takes it to 0, as in the paper.
+        schedule_env_steps: Env steps of all workers after which a linear schedule is at 0.
+        rmsprop_decay: alpha of the mean square. The paper: 0.99.
+        eps: Added to the mean square.
+        steps_per_iteration: Vector steps of a rollout, t_max. The paper: 5.
+        entropy_coef: c_2. The paper: 0.01.
+        value_coef: c_1. The paper's code: 0.5.
+        max_grad_norm: Of actor and critic together.
+        hidden_sizes: Widths of the hidden layers of actor and critic.
+        activation: Between the layers.
+        initial_log_std: Of a Gaussian policy.
+    """
+
+    actions: ClassVar = ("box", "discrete")
+    observations: ClassVar = ("float32", "uint8")
+    lock_free: ClassVar = True
+    theta: Tensor
+    mean_square: Tensor
+    momentum: Tensor
+    pushes: Tensor
+    staleness: Tensor
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        gae_lambda: Fraction = 1.0,
+        optimizer: Literal["rmsprop", "adam"] = "rmsprop",
+        lr: PositiveFloat = 7e-4,
+        lr_schedule: Schedule = "linear",
+        schedule_env_steps: PositiveInt = 500_000,
+        rmsprop_decay: Fraction = 0.99,
+        eps: PositiveFloat = 1e-5,
+        steps_per_iteration: PositiveInt = 5,
+        entropy_coef: NonNegativeFloat = 0.0,
+        value_coef: NonNegativeFloat = 0.5,
+        max_grad_norm: PositiveFloat = 0.5,
+        hidden_sizes: Sequence[PositiveInt] = (64, 64),
+        activation: Activation = "tanh",
+        initial_log_std: float = 0.0,
+    ) -> None:
+        super().__init__(env, gamma)
+        self.gamma, self.gae_lambda, self.optimizer_name = gamma, gae_lambda, optimizer
+        self.lr, self.lr_schedule, self.schedule_env_steps = lr, lr_schedule, schedule_env_steps
+        self.rmsprop_decay, self.eps, self.steps_per_iteration = rmsprop_decay, eps, steps_per_iteration
+        self.entropy_coef, self.value_coef, self.max_grad_norm = entropy_coef, value_coef, max_grad_norm
+
+        # theta', the copy of this worker
+        self.trunk, features = trunk(env)
+        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
+        self.critic = Critic(features, hidden_sizes, activation)
+        self.local_parameters = list(self.parameters())
+        # theta and the statistics, which all workers share
+        self.register_buffer("theta", parameters_to_vector(self.local_parameters).detach())  # [P]
+        self.register_buffer("mean_square", torch.zeros_like(self.theta))
+        self.register_buffer("momentum", torch.zeros_like(self.theta) if optimizer == "adam" else None)
+        # Each worker writes its own row only: counted without a lock, and without a loss.
+        self.register_buffer("pushes", torch.zeros(MAX_WORKERS, dtype=torch.int64), persistent=False)
+        self.register_buffer("staleness", torch.zeros(MAX_WORKERS, MAX_STALENESS, dtype=torch.int64), persistent=False)
+
+    def configure_optimizers(self) -> None:
+        """None: `push` is the optimiser."""
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        with torch.no_grad():
+            for parameter in self.local_parameters:
+                parameter.data = parameter.data.clone()  # out of the memory that is shared
+        if self.trainer.is_global_zero:
+            self.pushes[0] = self.updates
+        self.pull()
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        """That of theta as it is now."""
+        self.pull()
+        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
+        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        self.update(self.normalize(rollout))
+        self.updates = int(self.pushes.sum())
+        self.pull()  # for the next rollout
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """theta' <- theta."""
+        self.version = int(self.pushes.sum())
+        start = 0
+        for parameter in self.local_parameters:
+            parameter.copy_(self.theta[start : start + parameter.numel()].view_as(parameter))
+            start += parameter.numel()
+
+    def update(self, rollout: TensorDictBase) -> None:
+        """The gradient at theta' of all transitions `[N, T]` of a rollout, applied to theta."""
+        actor_loss, critic_loss, entropy = self.losses(rollout)
+        loss = actor_loss + self.value_coef * critic_loss - self.entropy_coef * entropy
+        self.zero_grad()
+        self.manual_backward(loss)
+        clip_grad_norm_(self.local_parameters, self.max_grad_norm, foreach=True)
+        self.push()
+        self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)
+
+    def losses(self, rollout: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """-E[(R - V) log pi(a|s)], E[(R - V(s))^2], and the entropy."""
+        features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
+        distribution, value = self.actor(features), self.critic(features)
+        target = self.value_target(rollout).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
+        log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
+        actor_loss = -((target - value.detach()) * log_prob).mean()
+        return actor_loss, (target - value).square().mean(), distribution.entropy().mean()
+
+    @torch.no_grad()
+    def value_target(self, rollout: TensorDictBase) -> Tensor:
+        """R_t, `[N, T, 1]`; the TD(lambda) return, which is the n-step one for lambda = 1."""
+        after = rollout["next"]
+        next_value = self.critic(self.trunk(after["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, 1]
+        return returns.lambda_return(
+            reward=after["reward"],
+            terminated=after["terminated"],
+            done=after["done"],
+            next_value=next_value.view_as(after["reward"]),
+            gamma=self.gamma,
+            lambda_=self.gae_lambda,
+        )
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """g <- alpha g + (1 - alpha) dtheta^2, theta <- theta - lr dtheta / sqrt(g + eps)   (Eq. S2, S3); or Adam."""
+        rank = self.trainer.global_rank
+        gradient = torch.cat([each.grad.flatten() for each in self.local_parameters])  # type: ignore[union-attr]  # [P]
+        lr = self.lr * self.remaining(self.schedule_env_steps) if self.lr_schedule == "linear" else self.lr
+        total = int(self.pushes.sum())
+        decay = self.rmsprop_decay if self.optimizer_name == "rmsprop" else 0.999
+        self.mean_square.mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
+        mean_square = self.mean_square
+        if self.optimizer_name == "adam":
+            self.momentum.lerp_(gradient, 1 - 0.9)
+            gradient, mean_square = self.momentum / (1 - 0.9 ** (total + 1)), mean_square / (1 - decay ** (total + 1))
+        self.theta.addcdiv_(gradient, (mean_square + self.eps).sqrt(), value=-lr)
+        stale = total - self.version
+        self.pushes[rank] += 1
+        self.staleness[rank, min(stale, MAX_STALENESS - 1)] += 1
+        counts = self.staleness.sum(0)
+        self.record(staleness=torch.tensor(float(stale)), stale_pushes=counts[1:].sum() / counts.sum())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.pull()
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["staleness"] = self.staleness.sum(0).tolist()  # how many pushes were 0, 1, ... updates late
+

@@ -1,0 +1,203 @@
+"""REINFORCE (Williams 1992, doi:10.1007/BF00992696), lecture rows 2 to 9.
+
+The gradient of the expected return needs no derivative of the environment: only the policy depends on theta.
+
+    grad J = E[ R sum_t grad log pi(a_t|s_t) ],  R = sum_t gamma^t r_{t+1}      `advantage: return`       (row 4)
+           = E[ sum_t gamma^t G_t grad log pi(a_t|s_t) ]                        `advantage: reward_to_go` (row 5)
+           = E[ sum_t gamma^t (G_t - V(s_t)) grad log pi(a_t|s_t) ]             `advantage: baseline`     (rows 7 to 9)
+
+with G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1}. All three are unbiased. An action can't change what was earned before it,
+and a baseline that does not depend on a_t has expectation 0: each takes variance out.
+
+Pseudocode:
+
+    for each iteration:
+        collect whole episodes with pi
+        weight_t <- R, G_t or G_t - V(s_t)
+        baseline: V <- V - lr grad E[(V(s_t) - target_t)^2],  target G_t (rollout) or r_{t+1} + gamma V(s_{t+1}) (bootstrap)
+        theta <- theta + lr grad E[ weight_t log pi(a_t|s_t) ]
+
+Deviations:
+    - gamma^t is dropped, as in practice: see `discount_state_weighting`.
+    - The mean is over transitions, not episodes: see `average_over`.
+    - An episode that a time limit cuts counts as over, except with a baseline: V(s') then stands for what would follow.
+
+Metrics:
+    train/actor_loss: -E[weight log pi].
+    train/critic_loss: E[(V - target)^2] (`baseline`).
+    train/entropy: H(pi), nats.
+    train/weight_std: deviation of the weights, before they are normalised.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from levin import returns
+from levin.algorithms.base import Algorithm
+from levin.collectors import WholeEpisodes
+from levin.envs import EnvSpec
+from levin.hints import (
+    Activation,
+    Fraction,
+    NonNegativeFloat,
+    OptimizerName,
+    PositiveFloat,
+    PositiveInt,
+    Schedule,
+)
+from levin.networks import Actor, Critic, StochasticPolicy, trunk
+
+
+class REINFORCE(Algorithm):
+    """Monte-Carlo policy gradient on whole episodes.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. SLM-Lab: 0.99, as for all that follows.
+        advantage: What weighs an action: the `return` of the episode, the `reward_to_go`, or that minus a `baseline`.
+        value_target: What the baseline learns: the `rollout`'s G_t, or the `bootstrap` r + gamma V(s').
+        discount_state_weighting: Weigh step t by gamma^t, as the gradient of J has it. Without, the gradient is that of
+            no objective, but late steps count as much as early ones. No effect on `advantage: return`.
+        average_over: `transitions`, or `episodes`: the gradient of J exactly, longer episodes weigh more.
+        normalize_advantage: To mean 0 and deviation 1 over the transitions of an update.
+        transitions_per_update: At least so many, in complete episodes: 2048.
+        episodes_per_update: At least so many.
+        optimizer: Adam.
+        lr: Of the policy: 2e-3.
+        lr_schedule: `linear` takes it to 0.
+        critic_lr: Of the baseline.
+        critic_updates: Steps of the baseline per update of the policy.
+        schedule_env_steps: Env steps after which a linear schedule is at 0.
+        entropy_coef: Weight of the policy's entropy: 1e-3.
+        entropy_schedule: `linear` takes it to 0.
+        max_grad_norm: 0.5.
+        hidden_sizes: Widths of the hidden layers: 128, 128.
+        activation: Between the layers: tanh.
+        initial_log_std: Of a Gaussian policy: 0.
+    """
+
+    actions: ClassVar = ("box", "discrete")
+    step_count = True
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        advantage: Literal["return", "reward_to_go", "baseline"] = "reward_to_go",
+        value_target: Literal["rollout", "bootstrap"] = "rollout",
+        discount_state_weighting: bool = False,
+        average_over: Literal["transitions", "episodes"] = "transitions",
+        normalize_advantage: bool = True,
+        transitions_per_update: PositiveInt = 2048,
+        episodes_per_update: PositiveInt = 1,
+        optimizer: OptimizerName = "adam",
+        lr: PositiveFloat = 2e-3,
+        lr_schedule: Schedule = "constant",
+        critic_lr: PositiveFloat = 1e-3,
+        critic_updates: PositiveInt = 10,
+        schedule_env_steps: PositiveInt = 200_000,
+        entropy_coef: NonNegativeFloat = 1e-3,
+        entropy_schedule: Schedule = "linear",
+        max_grad_norm: PositiveFloat | None = 0.5,
+        hidden_sizes: Sequence[PositiveInt] = (128, 128),
+        activation: Activation = "tanh",
+        initial_log_std: float = 0.0,
+    ) -> None:
+        super().__init__(env, gamma)
+        self.gamma, self.advantage, self.value_target = gamma, advantage, value_target
+        self.discount_state_weighting, self.average_over = discount_state_weighting, average_over
+        self.normalize_advantage, self.max_grad_norm = normalize_advantage, max_grad_norm
+        self.optimizer_name, self.lr, self.lr_schedule = optimizer, lr, lr_schedule
+        self.critic_lr, self.critic_updates = critic_lr, critic_updates
+        self.schedule_env_steps = schedule_env_steps
+        self.entropy_coef, self.entropy_schedule = entropy_coef, entropy_schedule
+        self.steps_per_iteration = WholeEpisodes(transitions=transitions_per_update, episodes=episodes_per_update)
+
+        self.trunk, features = trunk(env)
+        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
+        self.critic = Critic(features, hidden_sizes, activation) if advantage == "baseline" else None
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self.optimizer = self.make_optimizer(self.optimizer_name, self.actor.parameters(), self.lr)
+        if self.critic is None:
+            return [self.optimizer]
+        self.critic_optimizer = self.make_optimizer(self.optimizer_name, self.critic.parameters(), self.critic_lr)
+        return [self.optimizer, self.critic_optimizer]
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
+        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        if self.lr_schedule == "linear":
+            self.optimizer.param_groups[0]["lr"] = self.lr * self.remaining(self.schedule_env_steps)
+        self.update(self.normalize(rollout))
+        self.updates += 1
+
+    def update(self, rollout: TensorDictBase) -> None:
+        """One gradient step of the policy on whole episodes `[N, T]`, and those of the baseline."""
+        weight = self.weight(rollout)  # before V has seen these episodes: a baseline must not know them
+        if self.critic is not None:
+            for _ in range(self.critic_updates):
+                critic_loss = self.critic_loss(rollout)
+                self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
+            self.record(critic_loss=critic_loss)
+        self.record(weight_std=weight.std())
+        if self.normalize_advantage:
+            weight = (weight - weight.mean()) / (weight.std() + 1e-8)
+        actor_loss, entropy = self.actor_loss(rollout, weight)
+        linear = self.entropy_schedule == "linear"
+        entropy_coef = self.entropy_coef * (self.remaining(self.schedule_env_steps) if linear else 1.0)
+        self.step(self.optimizer, actor_loss - entropy_coef * entropy, self.max_grad_norm)
+        self.record(actor_loss=actor_loss, entropy=entropy)
+
+    @torch.no_grad()
+    def weight(self, rollout: TensorDictBase) -> Tensor:
+        """R, G_t or G_t - V(s_t): `[N, T, 1]`."""
+        reward_to_go = self.reward_to_go(rollout)
+        if self.advantage == "return":  # G at the first step of the same episode
+            steps = torch.arange(rollout.shape[1], device=reward_to_go.device).view(1, -1, 1)  # [1, T, 1]
+            return reward_to_go.gather(1, steps - rollout["step_count"])
+        return reward_to_go - self.value(rollout["observation"]) if self.critic else reward_to_go
+
+    def reward_to_go(self, rollout: TensorDictBase) -> Tensor:
+        """G_t = r_{t+1} + gamma G_{t+1}: `[N, T, 1]`; gamma V(s') for what a time limit has cut off."""
+        after = rollout["next"]
+        return returns.reward_to_go(
+            reward=after["reward"],
+            terminated=after["terminated"],
+            done=after["done"],
+            next_value=self.value(after["observation"]) if self.critic else torch.zeros_like(after["reward"]),
+            gamma=self.gamma,
+        )
+
+    def value(self, observation: Tensor) -> Tensor:
+        """V(s): `[N, T, *S] -> [N, T, 1]`."""
+        assert self.critic is not None
+        return self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, observation.shape[:2])
+
+    def actor_loss(self, rollout: TensorDictBase, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """-E[gamma^t weight_t log pi(a_t|s_t)], weight `[N, T, 1]`; and the mean entropy."""
+        if self.discount_state_weighting and self.advantage != "return":  # R is discounted from the start already
+            weight = weight * self.gamma ** rollout["step_count"]
+        distribution = self.actor(self.trunk(rollout["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, F]
+        log_prob = distribution.log_prob(rollout["action"].flatten(0, 1)).view_as(weight)
+        count = rollout["next", "done"].sum() if self.average_over == "episodes" else weight.numel()
+        return -(weight * log_prob).sum() / count, distribution.entropy().mean()
+
+    def critic_loss(self, rollout: TensorDictBase) -> Tensor:
+        """E[(V(s_t) - G_t)^2], or E[(V(s_t) - (r_{t+1} + gamma V(s_{t+1})))^2]."""
+        with torch.no_grad():
+            if self.value_target == "rollout":
+                target = self.reward_to_go(rollout)
+            else:
+                after = rollout["next"]
+                target = after["reward"] + self.gamma * ~after["terminated"] * self.value(after["observation"])
+        return (self.value(rollout["observation"]) - target).square().mean()

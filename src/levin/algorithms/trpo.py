@@ -1,0 +1,226 @@
+"""Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477), lecture rows 16 and 17.
+
+The largest improvement within a ball in the space of policies, not of parameters:
+
+    max_theta E[ rho A ]  subject to  E[ KL(pi_k || pi_theta) ] <= delta,   rho = pi_theta(a|s) / pi_k(a|s)    Eq. 14
+
+To first order in the objective and second in the constraint, the step is the natural gradient:
+
+    x = F^-1 g,  theta = theta_k + sqrt(2 delta / x'Fx) x,   g = grad E[ rho A ],  F = grad^2 E[ KL ] at theta_k
+
+Pseudocode (appendix C):
+
+    for each iteration k:
+        collect T steps of N envs with pi_k; advantages A by GAE from V
+        g <- gradient of the surrogate
+        x <- conjugate gradient of F x = g, with products F v alone
+        for shrink = 1, 0.8, 0.8^2, ...: take theta = theta_k + shrink sqrt(2 delta / x'Fx) x
+            if it improves the surrogate within KL <= delta; if none does, stay
+        V <- V - lr grad E[(V(s) - (A + V_k))^2], over epochs of minibatches
+
+Deviations:
+    - Advantages are normalised over the rollout, as in Stable-Baselines3.
+    - F is damped: F + damping I (appendix C; the authors' code: 0.1).
+
+Metrics:
+    train/surrogate: improvement of E[rho A] by the step taken.
+    train/kl: KL(pi_k || pi) after the step, nats.
+    train/cg_residual: ||F x - g|| / ||g||.
+    train/line_search_steps: candidates tried; one more than there are if none was taken.
+    train/critic_loss: squared error of V.
+    train/entropy: H(pi_k), nats.
+    train/explained_variance: 1 - Var[target - V_k] / Var[target].
+"""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim import Adam, Optimizer
+
+from levin import returns
+from levin.algorithms.base import Algorithm
+from levin.distributions import Categorical, Normal
+from levin.envs import EnvSpec
+from levin.errors import ConfigError
+from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from levin.networks import Actor, Critic, StochasticPolicy, trunk
+
+
+class TRPO(Algorithm):
+    """Natural policy gradient with a line search.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. RL Baselines3 Zoo, MuJoCo: 0.99, as for all that follows.
+        gae_lambda: Decay of GAE: 0.95.
+        target_kl: delta, the radius of the trust region in nats: 0.01.
+        cg_iterations: Steps of conjugate gradient: 25.
+        cg_damping: Added to the diagonal of F: 0.1.
+        line_search_shrink: Factor between two candidates: 0.8.
+        line_search_steps: Candidates: 10.
+        critic_lr: Adam: 1e-3.
+        critic_epochs: Passes over a rollout: 20.
+        batch_size: Transitions per minibatch of the critic: 128.
+        steps_per_iteration: Vector steps of a rollout: 1024, of two envs.
+        normalize_advantage: To mean 0 and deviation 1 over the rollout.
+        hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
+        activation: Between the layers: tanh.
+        initial_log_std: Of a Gaussian policy: 0.
+    """
+
+    actions: ClassVar = ("box", "discrete")
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        gae_lambda: Fraction = 0.95,
+        target_kl: PositiveFloat = 0.01,
+        cg_iterations: PositiveInt = 25,
+        cg_damping: NonNegativeFloat = 0.1,
+        line_search_shrink: Fraction = 0.8,
+        line_search_steps: PositiveInt = 10,
+        critic_lr: PositiveFloat = 1e-3,
+        critic_epochs: PositiveInt = 20,
+        batch_size: PositiveInt = 128,
+        steps_per_iteration: PositiveInt = 1024,
+        normalize_advantage: bool = True,
+        hidden_sizes: Sequence[PositiveInt] = (64, 64),
+        activation: Activation = "tanh",
+        initial_log_std: float = 0.0,
+    ) -> None:
+        super().__init__(env, gamma)
+        if steps_per_iteration * env["num_envs"] % batch_size:
+            raise ConfigError(
+                f"algo.batch_size={batch_size} does not divide the rollout of algo.steps_per_iteration="
+                f"{steps_per_iteration} times env.num_envs={env['num_envs']} transitions"
+            )
+        self.gamma, self.gae_lambda, self.target_kl = gamma, gae_lambda, target_kl
+        self.cg_iterations, self.cg_damping = cg_iterations, cg_damping
+        self.line_search_shrink, self.line_search_steps = line_search_shrink, line_search_steps
+        self.critic_lr, self.critic_epochs, self.batch_size = critic_lr, critic_epochs, batch_size
+        self.steps_per_iteration, self.normalize_advantage = steps_per_iteration, normalize_advantage
+
+        self.trunk, features = trunk(env)
+        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
+        self.critic = Critic(features, hidden_sizes, activation)
+        self.actor_parameters = list(self.actor.parameters())
+
+    def configure_optimizers(self) -> Optimizer:
+        self.critic_optimizer = Adam(self.critic.parameters(), lr=self.critic_lr, fused=True)
+        return self.critic_optimizer
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
+        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        data = self.advantages(self.normalize(rollout))
+        self.update(data)
+        for _ in range(self.critic_epochs):
+            order = torch.randperm(len(data), device=data.device)
+            for batch in data.select("observation", "value_target")[order].split(self.batch_size):
+                critic_loss = self.critic_loss(batch)
+                self.step(self.critic_optimizer, critic_loss)
+                self.record(critic_loss=critic_loss)
+        self.updates += 1
+
+    @torch.no_grad()
+    def advantages(self, rollout: TensorDictBase) -> TensorDictBase:
+        """The transitions `[N T]` of a rollout `[N, T]` with advantage (GAE) and target A + V, each `[N T, 1]`."""
+        after = rollout["next"]
+        value, next_value = (
+            self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, rollout.shape)  # [N, T, *S] -> [N, T, 1]
+            for observation in (rollout["observation"], after["observation"])
+        )
+        advantage = returns.gae(
+            reward=after["reward"],
+            terminated=after["terminated"],
+            done=after["done"],
+            value=value,
+            next_value=next_value,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+        )
+        target = advantage + value
+        self.record(explained_variance=1 - advantage.var() / target.var())
+        if self.normalize_advantage:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        each = {"observation": rollout["observation"], "action": rollout["action"]}
+        each |= {"advantage": advantage, "value_target": target}
+        return TensorDict(each, batch_size=rollout.shape).flatten(0, 1)  # [N, T] -> [N T]
+
+    def update(self, batch: TensorDictBase) -> None:
+        """The step of the policy on all transitions `[B]`."""
+        features = self.trunk(batch["observation"])
+        new = self.actor(features)
+        old = new.detach()
+        gradient = self.flat_gradient(self.surrogate(batch, new, old))
+        product = self.fisher_vector_product(old.kl(new).mean())
+        direction, residual = conjugate_gradient(product, gradient, self.cg_iterations)
+        step = (2 * self.target_kl / (direction @ product(direction))).sqrt() * direction
+        improvement, kl, tried = self.line_search(batch, features, old, step)
+        self.record(surrogate=improvement, kl=kl, line_search_steps=tried, entropy=old.entropy().mean())
+        self.record(cg_residual=residual / gradient.norm())
+
+    def surrogate(self, batch: TensorDictBase, new: Categorical | Normal, old: Categorical | Normal) -> Tensor:
+        """E[rho A]."""
+        ratio = (new.log_prob(batch["action"]) - old.log_prob(batch["action"])).exp()  # [B, 1]
+        return (ratio * batch["advantage"]).mean()
+
+    def flat_gradient(self, objective: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Gradient of a scalar for all parameters of the actor, as one vector `[P]`."""
+        gradients = torch.autograd.grad(objective, self.actor_parameters, create_graph=create_graph, retain_graph=True)
+        return torch.cat([each.flatten() for each in gradients])
+
+    def fisher_vector_product(self, kl: Tensor) -> Callable[[Tensor], Tensor]:
+        """v -> (F + damping I) v, `[P] -> [P]`: F is the Hessian of the mean KL(pi_k || pi) where both are the same."""
+        gradient = self.flat_gradient(kl, create_graph=True)
+        return lambda v: self.flat_gradient(gradient @ v) + self.cg_damping * v
+
+    @torch.no_grad()
+    def line_search(
+        self, batch: TensorDictBase, features: Tensor, old: Categorical | Normal, step: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the longest of the shrinking steps that improves the surrogate within the trust region.
+
+        Returns the improvement, the KL divergence and the number of candidates tried. Each one waits for the device.
+        """
+        start = parameters_to_vector(self.actor_parameters)
+        before = self.surrogate(batch, old, old)
+        for tried in range(self.line_search_steps):
+            vector_to_parameters(start + self.line_search_shrink**tried * step, self.actor_parameters)
+            new = self.actor(features)
+            improvement, kl = self.surrogate(batch, new, old) - before, old.kl(new).mean()
+            if improvement > 0 and kl <= self.target_kl:
+                return improvement, kl, torch.tensor(tried + 1.0)
+        vector_to_parameters(start, self.actor_parameters)
+        return torch.zeros_like(before), torch.zeros_like(before), torch.tensor(self.line_search_steps + 1.0)
+
+    def critic_loss(self, batch: TensorDictBase) -> Tensor:
+        """E[(V(s) - target)^2]."""
+        return (self.critic(self.trunk(batch["observation"])) - batch["value_target"]).square().mean()
+
+
+def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Solve A x = b for a positive definite A that is known by its products. Returns x `[P]` and ||A x - b||.
+
+    Source: Hestenes and Stiefel 1952. A fixed number of iterations: to look at the residual is to wait for the device.
+    """
+    x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
+    square = residual @ residual
+    tiny = torch.finfo(b.dtype).tiny
+    for _ in range(iterations):
+        a_direction = product(direction)
+        alpha = square / (direction @ a_direction).clamp(min=tiny)
+        x = x + alpha * direction
+        residual = residual - alpha * a_direction
+        previous, square = square, residual @ residual
+        direction = residual + square / previous.clamp(min=tiny) * direction
+    return x, square.sqrt()
