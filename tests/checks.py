@@ -104,8 +104,9 @@ def cadence_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
     state = run_row(row, tmp_path / "run")
     updates = state["levin"]["updates"]
     assert updates >= 8
-    assert len(state["optimizer_states"]) == len(row.optimizers)
-    for optimizer, per_update in zip(state["optimizer_states"], row.optimizers.values(), strict=True):
+    optimizers = [each for each in state["optimizer_states"] if each]  # Lightning puts an empty one where there is none
+    assert len(optimizers) == len(row.optimizers)
+    for optimizer, per_update in zip(optimizers, row.optimizers.values(), strict=True):
         steps = {int(each["step"]) for each in optimizer["state"].values()}
         assert steps == {int(updates * per_update)}
 
@@ -135,16 +136,18 @@ def same_seed_same_run(row: Row, tmp_path: Path) -> None:
     other = run_row(row, tmp_path / "c", "seed=1")
     assert same(first["state_dict"], again["state_dict"])
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    differing = [
-        name for name, value in first["state_dict"].items() if not torch.equal(value, other["state_dict"][name])
-    ]
-    assert len(differing) >= len(first["state_dict"]) - len(row.targets) * 4
+    drawn = [name for name in first["state_dict"] if not name.endswith(".count")]
+    differing = [name for name in drawn if not torch.equal(first["state_dict"][name], other["state_dict"][name])]
+    assert len(differing) >= len(drawn) - len(row.targets) * 4
 
 
 @check
 def resume_is_exact(row: Row, tmp_path: Path) -> None:
-    straight = run_row(row, tmp_path / "straight")
-    run_row(row, tmp_path / "halves", f"total_env_steps={row.env_steps // 2}")
+    words = [f"algo={row.algo}", f"env={row.env}"]
+    annealed = "schedule_env_steps" in config.compose(words).algo  # one schedule for the whole, also in its first half
+    whole = [f"algo.schedule_env_steps={row.env_steps}"] if annealed else []
+    straight = run_row(row, tmp_path / "straight", *whole)
+    run_row(row, tmp_path / "halves", *whole, f"total_env_steps={row.env_steps // 2}")
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=row.env_steps)
     resumed = saved(tmp_path / "halves")
@@ -180,7 +183,7 @@ def losses_equal_the_oracle(row: Row, tmp_path: Path) -> None:
         for parameter in getattr(algorithm, target).parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     batch = make_batch(algorithm)
-    batch["next", "terminated"][:2] = True
+    batch["next", "terminated"][:2] = batch["next", "done"][:2] = True
     ours, theirs = row.losses(algorithm, batch), row.oracle(algorithm, batch)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

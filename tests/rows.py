@@ -4,15 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
-from torchrl.data import Bounded
-from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import SACLoss
+from torch import Tensor
 
-from levin.algorithms.sac import SAC
+import oracles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,76 +43,6 @@ POINT = "env=gym", "env.id=toy_envs:Point-v0"
 LATE = ("eval.every=100_000", "eval.episodes=5", "checkpoint.every=100_000", "logger=csv")
 
 
-def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
-    torch.manual_seed(0)
-    critic_loss = algorithm.critic_loss(batch)
-    torch.manual_seed(0)
-    actor_loss, log_prob = algorithm.actor_loss(batch)
-    (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(log_prob), algorithm.log_alpha)
-    return [critic_loss, actor_loss, alpha_gradient]
-
-
-def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
-    """TorchRL's SACLoss with the same weights and the same noise.
-
-    Its temperature loss has log alpha where the paper has alpha; their gradients agree at alpha = 1.
-    """
-
-    class Parameters(nn.Module):
-        def __init__(self, actor: nn.Module) -> None:
-            super().__init__()
-            self.actor = actor
-
-        def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-            distribution = self.actor(observation)
-            return distribution.loc, distribution.log_std.exp()
-
-    class Critic(nn.Module):
-        def __init__(self, ensemble: nn.Module, index: int) -> None:
-            super().__init__()
-            layers = [layer for layer in ensemble.layers if hasattr(layer, "weight")]
-            self.weights = nn.ParameterList(layer.weight[index].detach().clone() for layer in layers)
-            self.biases = nn.ParameterList(layer.bias[index].detach().clone() for layer in layers)
-
-        def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-            x = torch.cat([observation, action], -1)
-            for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-                x = x @ weight + bias
-                x = torch.relu(x) if i + 1 < len(self.weights) else x
-            return x
-
-    actor = ProbabilisticActor(
-        TensorDictModule(Parameters(algorithm.actor), in_keys=["observation"], out_keys=["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        distribution_class=TanhNormal,
-        return_log_prob=True,
-    )
-    critics, targets = (
-        [ValueOperator(Critic(ensemble, i), in_keys=["observation", "action"]) for i in range(2)]
-        for ensemble in (algorithm.critic, algorithm.target_critic)
-    )
-    space = algorithm.env["action"]
-    loss = SACLoss(
-        actor,
-        critics,
-        num_qvalue_nets=2,
-        loss_function="l2",
-        delay_qvalue=True,
-        reduction="mean",
-        target_entropy=algorithm.target_entropy,
-        action_spec=Bounded(torch.tensor(space["low"]), torch.tensor(space["high"])),
-    )
-    loss.make_value_estimator(gamma=algorithm.gamma)
-    for name, target in TensorDict.from_modules(*targets, as_module=False).flatten_keys().items():
-        loss.target_qvalue_network_params.flatten_keys()[name].data.copy_(target.data)
-    torch.manual_seed(0)
-    critic_loss = loss.qvalue_v2_loss(batch.clone())[0].sum()
-    torch.manual_seed(0)
-    actor_loss, metadata = loss.actor_loss(batch.clone())
-    (alpha_gradient,) = torch.autograd.grad(loss._alpha_loss(metadata["log_prob"]).mean(), loss.log_alpha)
-    return [critic_loss, actor_loss.mean(), alpha_gradient]
-
-
 ROWS = [
     Row(
         algo="sac",
@@ -126,8 +51,8 @@ ROWS = [
         env_steps=256,
         optimizers={"critic_optimizer": 1, "actor_optimizer": 1},
         targets={"target_critic": ("critic", 0.005, 1)},
-        losses=sac_losses,
-        oracle=sac_oracle,
+        losses=oracles.sac_losses,
+        oracle=oracles.sac_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
         learns=(
             (
@@ -143,5 +68,79 @@ ROWS = [
             ),
             -1.5,
         ),
-    )
+    ),
+    Row(
+        algo="reinforce",
+        env="cartpole",
+        small=("algo.advantage=baseline", "algo.normalize_advantage=false", "algo.transitions_per_update=20"),
+        env_steps=400,
+        optimizers={"optimizer": 1, "critic_optimizer": 10},
+        losses=oracles.reinforce_losses,
+        oracle=oracles.reinforce_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch.unsqueeze(1)),
+        learns=((*POINT, "total_env_steps=8000", "algo.transitions_per_update=200", "algo.lr=1e-2"), -6.0),
+    ),
+    Row(
+        algo="actor_critic",
+        env="cartpole",
+        small=("env.num_envs=2", "algo.steps_per_iteration=4", "algo.normalize_advantage=false"),
+        env_steps=128,
+        optimizers={"critic_optimizer": 5, "actor_optimizer": 1},
+        losses=oracles.actor_critic_losses,
+        oracle=oracles.actor_critic_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        learns=((*POINT, "total_env_steps=10000", "algo.actor_lr=3e-3", "algo.gamma=0.9"), -6.0),
+    ),
+    Row(
+        algo="a2c",
+        env="cartpole",
+        small=("env.num_envs=2", "algo.gae_lambda=0.9"),
+        env_steps=120,
+        optimizers={"optimizer": 1},
+        losses=oracles.a2c_losses,
+        oracle=oracles.a2c_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.losses(batch.unsqueeze(1))[1],
+        learns=((*POINT, "total_env_steps=20000", "algo.lr=3e-3", "algo.gamma=0.9"), -6.0),
+    ),
+    Row(
+        algo="a3c",
+        env="cartpole",
+        small=("algo.gae_lambda=0.9", "trainer.workers=1"),
+        env_steps=80,
+        optimizers={},
+        losses=oracles.a2c_losses,
+        oracle=oracles.a2c_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.losses(batch.unsqueeze(1))[1],
+        learns=((*POINT, "total_env_steps=20000", "algo.lr=3e-3", "algo.gamma=0.9", "env.num_envs=8"), -6.0),
+    ),
+    Row(
+        algo="trpo",
+        env="pendulum",
+        small=("algo.steps_per_iteration=8", "algo.batch_size=8", "algo.critic_epochs=3"),
+        env_steps=160,
+        optimizers={"critic_optimizer": 6},
+        losses=oracles.trpo_losses,
+        oracle=oracles.trpo_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(algorithm.advantages(batch.unsqueeze(1))),
+        learns=(
+            (*POINT, "total_env_steps=8000", "algo.steps_per_iteration=200", "algo.batch_size=100", "algo.gamma=0.9"),
+            -6.0,
+        ),
+    ),
+    Row(
+        algo="ppo",
+        env="pendulum",
+        small=("algo.steps_per_iteration=16", "algo.batch_size=8", "algo.epochs=2"),
+        env_steps=64,
+        optimizers={"optimizer": 1},
+        losses=oracles.ppo_losses,
+        oracle=oracles.ppo_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(
+            (data := algorithm.evaluate(batch.unsqueeze(1))[0]), data["value"], 0.2
+        ),
+        learns=(
+            (*POINT, "total_env_steps=8000", "algo.steps_per_iteration=200", "algo.batch_size=50", "algo.lr=3e-3"),
+            -6.0,
+        ),
+    ),
 ]

@@ -1,9 +1,10 @@
 """What happens between iterations, on the clock of env steps.
 
 Lightning calls them in list order at the end of a batch: `Statistics` takes in the rollout, `Budget` decides whether
-this is the last iteration, `Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it, `ProgressBar`
-shows, then the user's own come, and `Checkpointing` saves. A run that is stopped and continued writes what an uninterrupted one writes: a stop
-adds no evaluation and no row. A run that is complete adds both, after its last checkpoint.
+this is the last iteration, `Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it,
+`ProgressBar` shows, then the user's own come, and `Checkpointing` saves. A run that is stopped and continued writes
+what an uninterrupted one writes: a stop adds no evaluation and no row. A run that is complete adds both, after its last
+checkpoint.
 """
 
 from pathlib import Path
@@ -60,7 +61,9 @@ class Budget(Callback):
 class Statistics(Callback):
     """Lets the observation normaliser take in a rollout, when the iteration that it was collected for is over."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
+    ) -> None:
         normalizer = cast(Algorithm, pl_module).observation_normalizer
         if isinstance(normalizer, ObservationNormalizer):
             normalizer.update(batch["observation"])

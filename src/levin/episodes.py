@@ -43,7 +43,8 @@ def step_count(done: np.ndarray, begun: np.ndarray) -> np.ndarray:
     """
     steps = np.arange(done.shape[1])
     ends = np.where(done, steps, -1)[:, :-1]
-    last = np.maximum.accumulate(np.concatenate([-1 - begun[:, None], ends], axis=1), axis=1)  # [N, T]: before each step
+    # [N, T]: where the last episode ended before each step
+    last = np.maximum.accumulate(np.concatenate([-1 - begun[:, None], ends], axis=1), axis=1)
     return steps - last - 1
 
 

@@ -9,4 +9,13 @@ Schedule = Literal["constant", "linear"]
 OptimizerName = Literal["adam", "rmsprop", "sgd"]
 Activation = Literal["relu", "tanh", "elu", "silu"]
 
-__all__ = ["Activation", "Fraction", "NonNegativeFloat", "NonNegativeInt", "OptimizerName", "PositiveFloat", "PositiveInt", "Schedule"]
+__all__ = [
+    "Activation",
+    "Fraction",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "OptimizerName",
+    "PositiveFloat",
+    "PositiveInt",
+    "Schedule",
+]

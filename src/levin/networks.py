@@ -34,7 +34,7 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
 
 @torch.no_grad()
 def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
-    """Give every linear layer and convolution orthogonal weights times `gain`, and no bias; each member of an ensemble its own.
+    """Give every linear layer orthogonal weights times `gain`, and no bias; also convolutions, and each of an ensemble.
 
     Source: Saxe et al. 2014; the gain keeps the scale of activations through ReLUs.
     """
@@ -49,6 +49,11 @@ def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def single(outputs: Tensor) -> Tensor:
+    """Densities, values and losses are float32, also where mixed precision runs a network in half of it."""
+    return outputs.float() if outputs.dtype.itemsize < 4 else outputs
+
+
 @contextmanager
 def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Gradients flow through these parameters, but none are computed for them."""
@@ -60,6 +65,18 @@ def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def assign(parameters: Iterable[Tensor], vector: Tensor) -> None:
+    """Copy the parts of a vector `[P]` into parameters.
+
+    PyTorch's own `vector_to_parameters` makes them views of it. Products of what is aligned in another way round in
+    another way, and a resumed run, whose parameters are no views, would not be the uninterrupted one.
+    """
+    parameters = list(parameters)
+    for parameter, part in zip(parameters, vector.split([each.numel() for each in parameters]), strict=True):
+        parameter.copy_(part.view_as(parameter))
 
 
 class EnsembleLinear(nn.Module):
@@ -136,11 +153,16 @@ class Actor(nn.Module):
     """pi(a|s): features `[B, F]` -> categorical `[B]` of a discrete space, or Gaussian `[B, A]` of a box.
 
     The deviation of the Gaussian is a parameter of its own and does not depend on s.
-    The first actions hardly depend on s: the last layer has a gain of 0.01 (Andrychowicz et al. 2021, arXiv:2006.05990).
+    The first actions hardly depend on s: the last layer's gain is 0.01 (Andrychowicz et al. 2021, arXiv:2006.05990).
     """
 
     def __init__(
-        self, num_features: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str, initial_log_std: float = 0.0
+        self,
+        num_features: int,
+        env: EnvSpec,
+        hidden_sizes: Sequence[int],
+        activation: str,
+        initial_log_std: float = 0.0,
     ) -> None:
         super().__init__()
         self.discrete = env["action"]["type"] == "discrete"
@@ -152,7 +174,7 @@ class Actor(nn.Module):
             self.log_std = nn.Parameter(torch.full((outputs,), initial_log_std))
 
     def forward(self, features: Tensor) -> Categorical | Normal:
-        outputs = self.network(features).float()  # of mixed precision
+        outputs = single(self.network(features))
         return Categorical(outputs) if self.discrete else Normal(outputs, self.log_std)
 
 
@@ -166,7 +188,7 @@ class Critic(nn.Module):
         orthogonal_(self.network[-1], gain=1.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.network(features).float()  # of mixed precision
+        return single(self.network(features))
 
 
 class StochasticPolicy(nn.Module):

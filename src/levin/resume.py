@@ -36,6 +36,9 @@ def resume(*, run: str, **changes: Any) -> float | None:
     total = cfg.total_env_steps
     for line in change(cfg, changes):
         print(line)
+    if cfg.total_env_steps != total and cfg.algo.get("schedule_env_steps") == total:
+        cfg.algo.schedule_env_steps = cfg.total_env_steps
+        print(f"algo.schedule_env_steps: {total} -> {cfg.total_env_steps}; annealed schedules change from here on")
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     name = schema.algorithm_class(cfg).__name__

@@ -158,5 +158,6 @@ def quiet() -> None:
         ".*is out of date.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*does not have many workers.*",
+        ".*fit will run with no optimizer.*",  # A3C applies its gradients itself
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -134,7 +134,9 @@ def _check_workers(config: DictConfig) -> None:
     if workers > 1:
         name = algorithm_class(config).__name__
         if not algorithm_class(config).lock_free:
-            raise ConfigError(f"{name} keeps what workers can't share without a lock: trainer.strategy=hogwild is for A3C")
+            raise ConfigError(
+                f"{name} keeps what workers can't share without a lock: trainer.strategy=hogwild is for A3C"
+            )
         if trainer.threads != 1:
             raise ConfigError("threads do not survive the fork of trainer.strategy=hogwild: trainer.threads=1")
         if config.env.normalize_observation or config.env.normalize_reward:

@@ -2,9 +2,9 @@
 
 Gymnasium's vector wrappers miscount when autoreset is disabled, so the statistics are ours. Normalisers are modules:
 they live in the algorithm, travel in its checkpoint and sit inside its policy. A rollout is collected with frozen
-statistics and updates them once. Those of rewards take it in before it is learned from: the first would be far too large
-or small. Those of observations do so after that: a policy is improved on the observations that it acted on. Buffers keep
-raw values and are normalised when a batch is drawn.
+statistics and updates them once. Those of rewards take it in before it is learned from: the first would be far too
+large or small. Those of observations do so after that: a policy is improved on the observations that it acted on.
+Buffers keep raw values and are normalised when a batch is drawn.
 """
 
 import torch

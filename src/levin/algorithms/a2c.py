@@ -1,7 +1,7 @@
 """Advantage actor-critic (A2C): the synchronous form of Mnih et al. 2016 (arXiv:1602.01783), lecture row 14.
 
-A single online agent learns from samples that are correlated in time. N of them, each in an env of its own, take T steps
-with the same policy, and one update learns from all:
+A single online agent learns from samples that are correlated in time. N of them, each in an env of its own, take T
+steps with the same policy, and one update learns from all:
 
     grad J = E[ A_t grad log pi(a_t|s_t) ],  A_t = r_{t+1} + ... + gamma^(n-1) r_{t+n} + gamma^n V(s_{t+n}) - V(s_t)
 
@@ -14,8 +14,8 @@ Pseudocode:
         R_t <- r_{t+1} + gamma R_{t+1}, from R_T = V(s_T)
         theta <- theta + lr grad( log pi(a_t|s_t) (R_t - V(s_t)) - c_1 (R_t - V(s_t))^2 + c_2 H(pi(.|s_t)) )
 
-The lecture's form, one step of each agent, is `steps_per_iteration: 1`; `debug=lecture` selects it. With one env it is the
-online actor-critic of `actor_critic.py`.
+The lecture's form, one step of each agent, is `steps_per_iteration: 1`; `debug=lecture` selects it. With one env it is
+the online actor-critic of `actor_critic.py`.
 
 Deviations:
     - Actor and critic share no layers, except for pixels.
@@ -63,7 +63,7 @@ class A2C(Algorithm):
         lr_schedule: `linear` takes it to 0.
         schedule_env_steps: Env steps after which a linear schedule is at 0.
         steps_per_iteration: Vector steps of a rollout, T: 5.
-        discount_state_weighting: Weigh step t of an episode by gamma^t, as the gradient of the discounted return has it.
+        discount_state_weighting: Weigh step t of an episode by gamma^t, as the gradient of J has it.
         normalize_advantage: To mean 0 and deviation 1, in each rollout: no.
         entropy_coef: c_2: 0.
         value_coef: c_1: 0.5.
@@ -137,7 +137,7 @@ class A2C(Algorithm):
         if self.normalize_advantage:
             weight = (weight - weight.mean()) / (weight.std() + 1e-8)
         if self.step_count:
-            weight = weight * self.gamma ** rollout["step_count"].flatten(0, 1)
+            weight = weight * self.gamma ** rollout["step_count"].flatten(0, 1).to(weight)
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
         return self.actor_loss(log_prob, weight), self.critic_loss(value, target), distribution.entropy().mean()
 

@@ -41,7 +41,7 @@ from levin import returns
 from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, StochasticPolicy, trunk
+from levin.networks import Actor, Critic, StochasticPolicy, assign, trunk
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
 
@@ -143,10 +143,7 @@ class A3C(Algorithm):
     def pull(self) -> None:
         """theta' <- theta."""
         self.version = int(self.pushes.sum())
-        start = 0
-        for parameter in self.local_parameters:
-            parameter.copy_(self.theta[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
+        assign(self.local_parameters, self.theta)
 
     def update(self, rollout: TensorDictBase) -> None:
         """The gradient at theta' of all transitions `[N, T]` of a rollout, applied to theta."""
@@ -204,5 +201,9 @@ class A3C(Algorithm):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.pull()
         super().on_save_checkpoint(checkpoint)
-        checkpoint["staleness"] = self.staleness.sum(0).tolist()  # how many pushes were 0, 1, ... updates late
+        # How many pushes were 0, 1, ... updates late.
+        checkpoint["staleness"] = self.staleness.sum(0).tolist()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.staleness[0] = torch.tensor(checkpoint["staleness"])

@@ -2,9 +2,11 @@
 
 The return that weighs an action is replaced by what a learned critic says of it: less variance, some bias.
 
-    grad J = E[ sum_t gamma^t Q(s_t,a_t) grad log pi(a_t|s_t) ]                                `critic: q`          (row 10)
-    grad J = E[ sum_t gamma^t A_t grad log pi(a_t|s_t) ],  A_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t)   `critic: advantage`
-                                                                                                               (row 12)
+    grad J = E[ sum_t gamma^t Q(s_t,a_t) grad log pi(a_t|s_t) ]            `critic: q`          (row 10)
+           = E[ sum_t gamma^t A_t grad log pi(a_t|s_t) ]                   `critic: advantage`  (row 12)
+
+with A_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t).
+
 Pseudocode:
 
     for each iteration:
@@ -17,9 +19,9 @@ Pseudocode:
 
 Online (row 13), the same without a batch: act, observe, update the critic, update the actor, s <- s'.
 
-The a' of the target says what Q is learned (`q_target`): drawn from pi it is that of Q^pi (`sarsa`); its mean over pi is
-the same with less variance (`expected`); the best (`max`, row 11, deep Q-learning's) is that of Q*, NOT of Q^pi: the
-policy gradient with it is biased even where Q is exact.
+The a' of the target says which Q is learned (`q_target`). Drawn from pi it is Q^pi (`sarsa`); with the mean over pi it
+is the same with less variance (`expected`); with the best (`max`, row 11, deep Q-learning's) it is Q*, NOT Q^pi: the
+policy gradient with it is biased even where it is exact.
 
 Deviations:
     - gamma^t is dropped, as in practice: see `discount_state_weighting`.
@@ -173,7 +175,7 @@ class ActorCritic(Algorithm):
     def actor_loss(self, batch: TensorDictBase, weight: Tensor) -> tuple[Tensor, Tensor]:
         """-E[gamma^t weight log pi(a|s)], weight `[B, 1]`; and the mean entropy."""
         if self.discount_state_weighting:
-            weight = weight * self.gamma ** batch["step_count"]
+            weight = weight * self.gamma ** batch["step_count"].to(weight)
         distribution = self.actor(self.trunk(batch["observation"]))
         log_prob = distribution.log_prob(batch["action"])  # [B, 1]
         count = batch["next", "done"].sum().clamp(min=1) if self.average_over == "episodes" else len(weight)
@@ -200,10 +202,12 @@ class ActorCritic(Algorithm):
         elif self.q_target == "expected":
             distribution = self.actor(features)
             assert isinstance(distribution, Categorical)
-            next_value = (distribution.log_probs.exp() * self.critic(features)).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
+            next_value = (distribution.log_probs.exp() * self.critic(features)).sum(
+                -1, keepdim=True
+            )  # [B, A] -> [B, 1]
         else:
             next_value = self.critic(features).amax(-1, keepdim=True)  # [B, A] -> [B, 1]
-        return after["reward"] + self.gamma * ~after["terminated"] * next_value
+        return after["reward"] + self.gamma * next_value * ~after["terminated"]
 
     def q_value(self, features: Tensor, action: Tensor) -> Tensor:
         """Q(s,a): `[B, F], [B, *A] -> [B, 1]`."""

@@ -19,7 +19,7 @@ Pseudocode (Algorithm 1):
         penalty: beta <- beta / 2 if KL < target_kl / 1.5, 2 beta if KL > 1.5 target_kl
 
 Deviations, all of the authors' code (Huang et al. 2022, "The 37 implementation details of PPO"):
-    - Advantages are normalised in each minibatch; V moves at most `clip_epsilon` per iteration; the gradient is clipped.
+    - Advantages are normalised in each minibatch; the critic is clipped like the policy; so is the gradient's norm.
     - The critic's loss has a factor of 1/2.
     - With `penalty: clip`, a `target_kl` ends the epochs once KL exceeds it.
 

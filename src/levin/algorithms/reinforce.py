@@ -6,15 +6,16 @@ The gradient of the expected return needs no derivative of the environment: only
            = E[ sum_t gamma^t G_t grad log pi(a_t|s_t) ]                        `advantage: reward_to_go` (row 5)
            = E[ sum_t gamma^t (G_t - V(s_t)) grad log pi(a_t|s_t) ]             `advantage: baseline`     (rows 7 to 9)
 
-with G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1}. All three are unbiased. An action can't change what was earned before it,
-and a baseline that does not depend on a_t has expectation 0: each takes variance out.
+with G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1}. All three are unbiased. An action can't change what was earned before,
+and a baseline that does not depend on a_t has expectation 0: as a rule, each takes variance out.
 
 Pseudocode:
 
     for each iteration:
         collect whole episodes with pi
         weight_t <- R, G_t or G_t - V(s_t)
-        baseline: V <- V - lr grad E[(V(s_t) - target_t)^2],  target G_t (rollout) or r_{t+1} + gamma V(s_{t+1}) (bootstrap)
+        baseline: V <- V - lr grad E[(V(s_t) - target_t)^2], the target G_t (`value_target: rollout`) or
+            r_{t+1} + gamma V(s_{t+1}) (`bootstrap`)
         theta <- theta + lr grad E[ weight_t log pi(a_t|s_t) ]
 
 Deviations:
@@ -186,7 +187,7 @@ class REINFORCE(Algorithm):
     def actor_loss(self, rollout: TensorDictBase, weight: Tensor) -> tuple[Tensor, Tensor]:
         """-E[gamma^t weight_t log pi(a_t|s_t)], weight `[N, T, 1]`; and the mean entropy."""
         if self.discount_state_weighting and self.advantage != "return":  # R is discounted from the start already
-            weight = weight * self.gamma ** rollout["step_count"]
+            weight = weight * self.gamma ** rollout["step_count"].to(weight)
         distribution = self.actor(self.trunk(rollout["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, F]
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1)).view_as(weight)
         count = rollout["next", "done"].sum() if self.average_over == "episodes" else weight.numel()
@@ -199,5 +200,5 @@ class REINFORCE(Algorithm):
                 target = self.reward_to_go(rollout)
             else:
                 after = rollout["next"]
-                target = after["reward"] + self.gamma * ~after["terminated"] * self.value(after["observation"])
+                target = after["reward"] + self.gamma * self.value(after["observation"]) * ~after["terminated"]
         return (self.value(rollout["observation"]) - target).square().mean()

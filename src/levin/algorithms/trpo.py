@@ -39,7 +39,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam, Optimizer
 
 from levin import returns
@@ -48,7 +48,7 @@ from levin.distributions import Categorical, Normal
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from levin.networks import Actor, Critic, StochasticPolicy, trunk
+from levin.networks import Actor, Critic, StochasticPolicy, assign, trunk
 
 
 class TRPO(Algorithm):
@@ -195,12 +195,12 @@ class TRPO(Algorithm):
         start = parameters_to_vector(self.actor_parameters)
         before = self.surrogate(batch, old, old)
         for tried in range(self.line_search_steps):
-            vector_to_parameters(start + self.line_search_shrink**tried * step, self.actor_parameters)
+            assign(self.actor_parameters, start + self.line_search_shrink**tried * step)
             new = self.actor(features)
             improvement, kl = self.surrogate(batch, new, old) - before, old.kl(new).mean()
             if improvement > 0 and kl <= self.target_kl:
                 return improvement, kl, torch.tensor(tried + 1.0)
-        vector_to_parameters(start, self.actor_parameters)
+        assign(self.actor_parameters, start)
         return torch.zeros_like(before), torch.zeros_like(before), torch.tensor(self.line_search_steps + 1.0)
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:

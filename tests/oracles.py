@@ -1,0 +1,249 @@
+"""The losses of the algorithms on a batch, and the same by TorchRL, which the project does not otherwise train with.
+
+On-policy algorithms learn from rollouts: a batch `[8]` is read as two envs and four steps.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import Bounded
+from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import A2CLoss, ClipPPOLoss, KLPENPPOLoss, PPOLoss, ReinforceLoss, SACLoss
+from torchrl.objectives.value import GAE, TD0Estimator, TDLambdaEstimator
+
+from levin.algorithms.a2c import A2C
+from levin.algorithms.a3c import A3C
+from levin.algorithms.actor_critic import ActorCritic
+from levin.algorithms.base import Algorithm
+from levin.algorithms.ppo import PPO
+from levin.algorithms.reinforce import REINFORCE
+from levin.algorithms.sac import SAC
+from levin.algorithms.trpo import TRPO
+
+
+def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
+    torch.manual_seed(0)
+    critic_loss = algorithm.critic_loss(batch)
+    torch.manual_seed(0)
+    actor_loss, log_prob = algorithm.actor_loss(batch)
+    (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(log_prob), algorithm.log_alpha)
+    return [critic_loss, actor_loss, alpha_gradient]
+
+
+def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
+    """TorchRL's SACLoss with the same weights and the same noise.
+
+    Its temperature loss has log alpha where the paper has alpha; their gradients agree at alpha = 1.
+    """
+
+    class Parameters(nn.Module):
+        def __init__(self, actor: nn.Module) -> None:
+            super().__init__()
+            self.actor = actor
+
+        def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+            distribution = self.actor(observation)
+            return distribution.loc, distribution.log_std.exp()
+
+    class Critic(nn.Module):
+        def __init__(self, ensemble: nn.Module, index: int) -> None:
+            super().__init__()
+            layers = [layer for layer in ensemble.layers if hasattr(layer, "weight")]
+            self.weights = nn.ParameterList(layer.weight[index].detach().clone() for layer in layers)
+            self.biases = nn.ParameterList(layer.bias[index].detach().clone() for layer in layers)
+
+        def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+            x = torch.cat([observation, action], -1)
+            for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+                x = x @ weight + bias
+                x = torch.relu(x) if i + 1 < len(self.weights) else x
+            return x
+
+    actor = ProbabilisticActor(
+        TensorDictModule(Parameters(algorithm.actor), in_keys=["observation"], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        return_log_prob=True,
+    )
+    critics, targets = (
+        [ValueOperator(Critic(ensemble, i), in_keys=["observation", "action"]) for i in range(2)]
+        for ensemble in (algorithm.critic, algorithm.target_critic)
+    )
+    space = algorithm.env["action"]
+    loss = SACLoss(
+        actor,
+        critics,
+        num_qvalue_nets=2,
+        loss_function="l2",
+        delay_qvalue=True,
+        reduction="mean",
+        target_entropy=algorithm.target_entropy,
+        action_spec=Bounded(torch.tensor(space["low"]), torch.tensor(space["high"])),
+    )
+    loss.make_value_estimator(gamma=algorithm.gamma)
+    for name, target in TensorDict.from_modules(*targets, as_module=False).flatten_keys().items():
+        loss.target_qvalue_network_params.flatten_keys()[name].data.copy_(target.data)
+    torch.manual_seed(0)
+    critic_loss = loss.qvalue_v2_loss(batch.clone())[0].sum()
+    torch.manual_seed(0)
+    actor_loss, metadata = loss.actor_loss(batch.clone())
+    (alpha_gradient,) = torch.autograd.grad(loss._alpha_loss(metadata["log_prob"]).mean(), loss.log_alpha)
+    return [critic_loss, actor_loss.mean(), alpha_gradient]
+
+
+def as_rollout(batch: TensorDict) -> TensorDict:
+    """`[8] -> [2, 4]`, as a collector would have it: an observation is the next one of the step before."""
+    rollout = batch.reshape(2, -1).clone()
+    goes_on = ~rollout["next", "done"][:, :-1]
+    after = rollout["next", "observation"]
+    after[:, :-1] = torch.where(goes_on, rollout["observation"][:, 1:], after[:, :-1])
+    rollout["step_count"] = torch.arange(rollout.shape[1]).expand(2, -1).unsqueeze(-1)
+    return rollout
+
+
+def torchrl_actor(algorithm: Any) -> ProbabilisticActor:
+    """The policy as TorchRL has it, on the same parameters."""
+
+    class Parameters(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.actor = algorithm.trunk, algorithm.actor
+
+        def forward(self, observation: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            features = self.trunk(observation.flatten(0, -2)).unflatten(0, observation.shape[:-1])
+            distribution = self.actor(features)
+            if self.actor.discrete:
+                return distribution.logits
+            return distribution.loc, distribution.log_std.exp().expand_as(distribution.loc)
+
+    keys = ["logits"] if algorithm.actor.discrete else ["loc", "scale"]
+    return ProbabilisticActor(
+        TensorDictModule(Parameters(), in_keys=["observation"], out_keys=keys),
+        in_keys=keys,
+        distribution_class=torch.distributions.Categorical if algorithm.actor.discrete else IndependentNormal,
+        distribution_kwargs={} if algorithm.actor.discrete else {"upscale": 1.0, "tanh_loc": False},
+        return_log_prob=True,
+    )
+
+
+def torchrl_critic(algorithm: Any) -> ValueOperator:
+    return ValueOperator(algorithm.critic, in_keys=["observation"])
+
+
+def weight_and_critic_loss(algorithm: Any, rollout: TensorDict) -> tuple[Tensor, Tensor]:
+    return algorithm.weight(rollout), algorithm.critic_loss(rollout)
+
+
+def moved(algorithm: Algorithm) -> Any:
+    """A copy whose policy is another."""
+    algorithm = copy.deepcopy(algorithm)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in algorithm.actor.parameters():  # type: ignore[union-attr]
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return algorithm
+
+
+def reinforce_losses(algorithm: REINFORCE, batch: TensorDict) -> list[Tensor]:
+    rollout = as_rollout(batch)
+    return [algorithm.actor_loss(rollout, algorithm.weight(rollout))[0], algorithm.critic_loss(rollout)]
+
+
+def reinforce_oracle(algorithm: REINFORCE, batch: TensorDict) -> list[Tensor]:
+    rollout, critic = as_rollout(batch), torchrl_critic(algorithm)
+    TDLambdaEstimator(gamma=algorithm.gamma, lmbda=1.0, value_network=critic)(rollout)
+    loss = ReinforceLoss(torchrl_actor(algorithm), critic, loss_critic_type="l2")(rollout)
+    return [loss["loss_actor"], loss["loss_value"]]
+
+
+def actor_critic_losses(algorithm: ActorCritic, batch: TensorDict) -> list[Tensor]:
+    batch = as_rollout(batch).flatten(0, 1)
+    actor_loss, entropy = algorithm.actor_loss(batch, algorithm.weight(batch))
+    return [actor_loss, algorithm.critic_loss(batch), entropy]
+
+
+def a2c_loss(algorithm: Any, rollout: TensorDict, estimator: nn.Module) -> list[Tensor]:
+    estimator(rollout)
+    critic = torchrl_critic(algorithm)
+    loss = A2CLoss(torchrl_actor(algorithm), critic, loss_critic_type="l2", entropy_coeff=1.0)(rollout)
+    return [loss["loss_objective"], loss["loss_critic"], -loss["loss_entropy"]]
+
+
+def actor_critic_oracle(algorithm: ActorCritic, batch: TensorDict) -> list[Tensor]:
+    return a2c_loss(
+        algorithm, as_rollout(batch), TD0Estimator(gamma=algorithm.gamma, value_network=torchrl_critic(algorithm))
+    )
+
+
+def a2c_losses(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:
+    return list(algorithm.losses(as_rollout(batch)))
+
+
+def a2c_oracle(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:
+    estimator = GAE(gamma=algorithm.gamma, lmbda=algorithm.gae_lambda, value_network=torchrl_critic(algorithm))
+    return a2c_loss(algorithm, as_rollout(batch), estimator)
+
+
+def ppo_losses(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
+    data, old = algorithm.evaluate(as_rollout(batch))
+    after = moved(algorithm)
+    distribution = after.actor(data["observation"])
+    actor_loss, _ = after.actor_loss(data, distribution, old, algorithm.clip_epsilon)
+    value = algorithm.critic(data["observation"]) + torch.linspace(-1, 1, len(data)).unsqueeze(-1)
+    return [actor_loss, 2 * algorithm.critic_loss(data, value, algorithm.clip_epsilon), distribution.entropy().mean()]
+
+
+def ppo_oracle(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
+    """ClipPPOLoss, or KLPENPPOLoss. Its critic's loss has no factor of 1/2."""
+    rollout = as_rollout(batch)
+    GAE(gamma=algorithm.gamma, lmbda=algorithm.gae_lambda, value_network=torchrl_critic(algorithm))(rollout)
+    data = rollout.flatten(0, 1)
+    old = torchrl_actor(algorithm)
+    with torch.no_grad():
+        data["action_log_prob"] = old.get_dist(data).log_prob(data["action"])
+        data.update(old.module[0](data.select("observation")))
+    after, shifted = moved(algorithm), copy.deepcopy(algorithm.critic)
+    # a value that has moved by as much as in `ppo_losses`
+    moves = dict(zip(map(tuple, data["observation"].tolist()), torch.linspace(-1, 1, len(data)), strict=True))
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.critic = shifted
+
+        def forward(self, observation: Tensor) -> Tensor:
+            return (
+                self.critic(observation) + torch.stack([moves[tuple(each)] for each in observation.tolist()])[:, None]
+            )
+
+    critic = ValueOperator(Shifted(), in_keys=["observation"])
+    common = {"loss_critic_type": "l2", "normalize_advantage": algorithm.normalize_advantage, "entropy_coeff": 1.0}
+    if algorithm.penalty == "kl":
+        assert algorithm.target_kl is not None
+        loss = KLPENPPOLoss(
+            torchrl_actor(after), critic, dtarg=algorithm.target_kl, beta=float(algorithm.beta), **common
+        )(data)
+    else:
+        epsilon = algorithm.clip_epsilon
+        loss = ClipPPOLoss(torchrl_actor(after), critic, clip_epsilon=epsilon, clip_value=epsilon, **common)(data)
+    return [loss["loss_objective"], loss["loss_critic"], -loss["loss_entropy"]]
+
+
+def trpo_losses(algorithm: TRPO, batch: TensorDict) -> list[Tensor]:
+    data = algorithm.advantages(as_rollout(batch))
+    old = algorithm.actor(data["observation"]).detach()
+    return [algorithm.surrogate(data, moved(algorithm).actor(data["observation"]), old), algorithm.critic_loss(data)]
+
+
+def trpo_oracle(algorithm: TRPO, batch: TensorDict) -> list[Tensor]:
+    rollout = as_rollout(batch)
+    GAE(gamma=algorithm.gamma, lmbda=algorithm.gae_lambda, value_network=torchrl_critic(algorithm))(rollout)
+    data = rollout.flatten(0, 1)
+    data["action_log_prob"] = torchrl_actor(algorithm).get_dist(data).log_prob(data["action"]).detach()
+    loss = PPOLoss(
+        torchrl_actor(moved(algorithm)), torchrl_critic(algorithm), loss_critic_type="l2", normalize_advantage=True
+    )(data)
+    return [-loss["loss_objective"], loss["loss_critic"]]

@@ -1,0 +1,304 @@
+"""The lecture's derivation, exact: every trajectory of a small MDP goes through the losses that train.
+
+Three states, two actions, four steps, transitions of chance; 512 trajectories with their probabilities, in float64. A
+state is shown together with the time, on which values depend where the horizon is finite.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from levin.algorithms.a2c import A2C
+from levin.algorithms.actor_critic import ActorCritic
+from levin.algorithms.reinforce import REINFORCE
+
+STATES, ACTIONS, STEPS, GAMMA = 3, 2, 4, 0.8
+START = torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64)
+# P[s, a, s']: quarters, so that four rows can stand for a distribution
+TRANSITION = torch.tensor(
+    [
+        [[0.25, 0.75, 0.0], [0.0, 0.5, 0.5]],
+        [[0.5, 0.0, 0.5], [0.75, 0.25, 0.0]],
+        [[0.0, 0.25, 0.75], [0.25, 0.0, 0.75]],
+    ],
+    dtype=torch.float64,
+)
+REWARD = torch.tensor(  # r[s, a, s']
+    [
+        [[2.0, 1.0, 0.0], [0.0, 3.0, 1.5]],
+        [[2.0, 0.0, 1.0], [1.5, 1.0, 0.0]],
+        [[0.0, 1.0, 2.0], [3.0, 0.0, 0.5]],
+    ],
+    dtype=torch.float64,
+)
+SPEC = {
+    "id": "three states",
+    "num_envs": 1,
+    "observation": {
+        "type": "box",
+        "shape": [STATES + STEPS + 1],
+        "dtype": "float32",
+        "low": [],
+        "high": [],
+        "n": 0,
+        "start": 0,
+    },
+    "action": {"type": "discrete", "shape": [], "dtype": "int64", "low": [], "high": [], "n": ACTIONS, "start": 0},
+    "action_units": "none",
+    "action_repeat": 1,
+    "observation_clip": None,
+    "reward_clip": None,
+}
+LETTER = {"gamma": GAMMA, "discount_state_weighting": True, "normalize_advantage": False, "hidden_sizes": (5,)}
+EPISODES = {"average_over": "episodes"}
+
+
+def observation(state: Tensor, time: Tensor) -> Tensor:
+    """`[...] -> [..., STATES + STEPS + 1]`."""
+    one_hot = nn.functional.one_hot
+    return torch.cat([one_hot(state, STATES), one_hot(time, STEPS + 1)], -1).double()
+
+
+def every_state() -> Tensor:
+    """`[STEPS + 1, STATES, *]`."""
+    time, state = torch.meshgrid(torch.arange(STEPS + 1), torch.arange(STATES), indexing="ij")
+    return observation(state, time)
+
+
+class Table(nn.Module):
+    """A critic that knows a value of every state and time: `[B, F] -> [B, outputs]`."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values.clone())  # [STEPS + 1, STATES, outputs]
+
+    def forward(self, features: Tensor) -> Tensor:
+        state, time = features.split([STATES, STEPS + 1], -1)
+        return self.values[time.argmax(-1), state.argmax(-1)]
+
+
+@cache
+def trajectories() -> tuple[Tensor, Tensor]:
+    """All states `[512, STEPS + 1]` and actions `[512, STEPS]` that have a probability."""
+    paths = [([int(s)], []) for s in START.nonzero()]
+    for _ in range(STEPS):
+        paths = [
+            ([*states, int(after)], [*actions, action])
+            for states, actions in paths
+            for action in range(ACTIONS)
+            for after in TRANSITION[states[-1], action].nonzero()
+        ]
+    states, actions = zip(*paths, strict=True)
+    return torch.tensor(states), torch.tensor(actions)
+
+
+def log_policy(algorithm) -> Tensor:
+    """log pi(a|s) of every time and state: `[STEPS + 1, STATES, ACTIONS]`."""
+    return algorithm.actor(every_state().flatten(0, 1)).log_probs.view(STEPS + 1, STATES, ACTIONS)
+
+
+def log_probability(algorithm) -> tuple[Tensor, Tensor]:
+    """Of every trajectory `[512]`: the policy's part of log p(tau), and the environment's."""
+    states, actions = trajectories()
+    time = torch.arange(STEPS).expand_as(actions)
+    policy = log_policy(algorithm)[time, states[:, :-1], actions].sum(1)
+    world = START[states[:, 0]].log() + TRANSITION[states[:, :-1], actions, states[:, 1:]].log().sum(1)
+    return policy, world
+
+
+def rewards() -> Tensor:
+    """`[512, STEPS]`."""
+    states, actions = trajectories()
+    return REWARD[states[:, :-1], actions, states[:, 1:]]
+
+
+def returns() -> Tensor:
+    """R = sum_t gamma^t r_{t+1} of every trajectory `[512]`."""
+    return (rewards() * GAMMA ** torch.arange(STEPS).double()).sum(1)
+
+
+def exact_values(algorithm) -> tuple[Tensor, Tensor]:
+    """V^pi `[STEPS + 1, STATES, 1]` and Q^pi `[STEPS + 1, STATES, ACTIONS]`, by dynamic programming."""
+    policy = log_policy(algorithm).exp().detach()
+    value, q = torch.zeros(STEPS + 1, STATES, dtype=torch.float64), torch.zeros_like(policy)
+    for time in reversed(range(STEPS)):
+        q[time] = (TRANSITION * (REWARD + GAMMA * value[time + 1])).sum(-1)
+        value[time] = (policy[time] * q[time]).sum(-1)
+    return value.unsqueeze(-1), q
+
+
+def rollout(i: int) -> TensorDict:
+    """Trajectory i as a collector would have it: `[1, STEPS]`."""
+    states, actions = (each[i : i + 1] for each in trajectories())
+    time = torch.arange(STEPS).unsqueeze(0)
+    done = (time == STEPS - 1).unsqueeze(-1)
+    after = {"observation": observation(states[:, 1:], time + 1), "reward": rewards()[i : i + 1].unsqueeze(-1)}
+    after |= {"terminated": done, "truncated": torch.zeros_like(done), "done": done}
+    content = {"observation": observation(states[:, :-1], time), "action": actions, "step_count": time.unsqueeze(-1)}
+    return TensorDict({**content, "next": after}, batch_size=(1, STEPS))
+
+
+def build(kind, **options):
+    """An algorithm in float64 with a policy that is far from uniform; a critic, where it has one, that is exact."""
+    torch.manual_seed(0)
+    algorithm = kind(env=SPEC, **options).double()
+    for layer in algorithm.actor.network:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.7)
+    value, q = exact_values(algorithm)
+    if getattr(algorithm, "critic", None) is not None:
+        algorithm.critic = Table(q if options.get("critic") == "q" else value)
+    return algorithm
+
+
+def gradient(algorithm, objective: Tensor, **options) -> Tensor:
+    """`[P]`."""
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(objective, list(algorithm.actor.parameters()), **options)]
+    )
+
+
+def loss(algorithm, data: TensorDict) -> Tensor:
+    """The actor's loss of one trajectory, by the code that trains."""
+    if isinstance(algorithm, A2C):
+        return algorithm.losses(data)[0] * STEPS  # its mean is over transitions, and every episode has four
+    if isinstance(algorithm, ActorCritic):
+        data = data.flatten(0, 1)
+    return algorithm.actor_loss(data, algorithm.weight(data))[0]
+
+
+def moments(algorithm) -> tuple[Tensor, float]:
+    """Exact mean `[P]` and total variance of the estimator -grad loss of one trajectory."""
+    probability = sum(log_probability(algorithm)).exp().detach()
+    each = torch.stack([-gradient(algorithm, loss(algorithm, rollout(i))) for i in range(len(probability))])
+    mean = probability @ each
+    return mean, float(probability @ (each - mean).square().sum(1))
+
+
+FORMS = {
+    "simple": lambda **o: build(REINFORCE, advantage="return", **LETTER | EPISODES | o),
+    "reward-to-go": lambda **o: build(REINFORCE, advantage="reward_to_go", **LETTER | EPISODES | o),
+    "value baseline": lambda **o: build(REINFORCE, advantage="baseline", **LETTER | EPISODES | o),
+    "Q critic": lambda **o: build(ActorCritic, critic="q", **LETTER | EPISODES | o),
+    "advantage": lambda **o: build(ActorCritic, critic="advantage", **LETTER | EPISODES | o),
+    "A2C, n-step": lambda **o: build(A2C, **LETTER | o),
+    "A2C, GAE": lambda **o: build(A2C, gae_lambda=0.9, **LETTER | o),
+}
+
+
+def true_gradient(algorithm) -> Tensor:
+    """Of J = sum_tau p(tau) R, by differentiating the enumeration."""
+    return gradient(algorithm, (sum(log_probability(algorithm)).exp() * returns()).sum())
+
+
+def test_all_trajectories_are_there():
+    probability = sum(log_probability(FORMS["simple"]())).exp().detach()
+    assert len(probability) == 512
+    torch.testing.assert_close(float(probability.sum()), 1.0, rtol=0, atol=1e-12)
+    value, _ = exact_values(FORMS["simple"]())
+    torch.testing.assert_close(START @ value[0, :, 0], (probability * returns()).sum())
+
+
+def test_score_function_and_the_environment_that_drops_out():
+    """grad J = sum_tau p(tau) R grad log p(tau), and the same without the terms of the environment."""
+    algorithm = FORMS["simple"]()
+    policy, world = log_probability(algorithm)
+    weight = (policy + world).exp().detach() * returns()
+    exact = true_gradient(algorithm)
+    assert float(exact.norm()) > 0.1
+    whole = gradient(algorithm, (weight * (policy + world)).sum(), retain_graph=True)
+    torch.testing.assert_close(whole, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(algorithm, (weight * policy).sum()), exact, rtol=0, atol=1e-12)
+
+
+def test_a_baseline_has_expectation_zero():
+    """E_pi[b grad log pi(a|s)] = 0 for every state."""
+    algorithm = FORMS["simple"]()
+    log_probs = log_policy(algorithm)
+    for row in log_probs[:STEPS].flatten(0, 1):
+        zero = gradient(algorithm, 7.0 * (row.exp().detach() * row).sum(), retain_graph=True)
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def exact() -> dict[str, tuple[Tensor, float]]:
+    return {name: moments(form()) for name, form in FORMS.items()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_unbiased(exact, name):
+    torch.testing.assert_close(exact[name][0], true_gradient(FORMS[name]()), rtol=0, atol=1e-10)
+
+
+def test_each_step_of_the_lecture_takes_variance_out(exact, capsys):
+    variance = {name: of for name, (_, of) in exact.items()}
+    with capsys.disabled():
+        print("\n\nexact variance of one trajectory's gradient")
+        for name, of in variance.items():
+            print(f"  {name:<16}{of:>8.3f}{of / variance['simple']:>8.2f} x simple")
+    assert variance["simple"] > variance["reward-to-go"] > variance["value baseline"] > variance["advantage"]
+    # Q for G lowers the variance of every term, not always that of their sum: terms of one trajectory go together
+    assert variance["simple"] > variance["Q critic"]
+    torch.testing.assert_close(variance["A2C, n-step"], variance["value baseline"])  # the same estimator
+    assert variance["advantage"] < variance["A2C, GAE"] < variance["A2C, n-step"]
+
+
+def test_bias_of_what_practice_does(exact, capsys):
+    """Dropping gamma^t, and bootstrapping from a wrong value, are biased; a wrong baseline is not."""
+
+    def bias(algorithm) -> float:
+        target = true_gradient(algorithm)
+        return float((moments(algorithm)[0] - target).norm() / target.norm())
+
+    found = {f"{name}, gamma^t dropped": bias(FORMS[name](discount_state_weighting=False)) for name in list(FORMS)[1:]}
+    for name in ("value baseline", "advantage", "A2C, n-step", "A2C, GAE"):
+        algorithm = FORMS[name]()
+        algorithm.critic.values.data += torch.randn(STEPS + 1, STATES, 1, dtype=torch.float64)
+        found[f"{name}, wrong V"] = bias(algorithm)
+    with capsys.disabled():
+        print("\n\nbias, relative to the gradient")
+        for name, value in found.items():
+            print(f"  {name:<34}{value:>10.1e}")
+    for name, value in found.items():
+        if name in ("value baseline, wrong V", "A2C, n-step, wrong V"):  # V(s') of the end counts for nothing
+            assert value < 1e-10, name
+        else:
+            assert value > 1e-2, name
+
+
+def transitions(copies: int) -> TensorDict:
+    """Every (time, state, action) with its successors in their proportions, `copies` times four rows of each."""
+    rows = [
+        (time, state, action, after)
+        for time in range(STEPS)
+        for state in range(STATES)
+        for action in range(ACTIONS)
+        for after in range(STATES)
+        for _ in range(copies * int(4 * TRANSITION[state, action, after]))
+    ]
+    time, state, action, after = torch.tensor(rows).T
+    done = (time == STEPS - 1).unsqueeze(-1)
+    reward = REWARD[state, action, after].unsqueeze(-1)
+    nxt = {"observation": observation(after, time + 1), "reward": reward, "terminated": done, "done": done}
+    return TensorDict({"observation": observation(state, time), "action": action, "next": nxt}, batch_size=len(rows))
+
+
+def test_sarsa_and_expected_learn_q_of_the_policy_and_max_does_not():
+    error = {}
+    for target, copies in (("sarsa", 2000), ("expected", 1), ("max", 1)):
+        algorithm = build(ActorCritic, critic="q", q_target=target, **LETTER)
+        q = algorithm.critic.values.data[:STEPS].clone()
+        algorithm.critic.values.data.zero_()
+        batch = transitions(copies)
+        optimizer = torch.optim.SGD(algorithm.critic.parameters(), lr=0.4 * STEPS * STATES * ACTIONS)
+        for _ in range(60):
+            optimizer.zero_grad()
+            algorithm.critic_loss(batch).backward()
+            optimizer.step()
+        error[target] = float((algorithm.critic.values.data[:STEPS] - q).abs().max())
+    assert error["expected"] < 1e-8
+    assert error["sarsa"] < 0.05
+    assert error["max"] > 0.5
