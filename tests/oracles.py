@@ -189,11 +189,11 @@ def a2c_oracle(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:
 
 def ppo_losses(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
     data, old = algorithm.evaluate(as_rollout(batch))
-    after = moved(algorithm)
+    after, epsilon = moved(algorithm), torch.tensor(algorithm.clip_epsilon)
     distribution = after.actor(data["observation"])
-    actor_loss, _ = after.actor_loss(data, distribution, old, algorithm.clip_epsilon)
+    actor_loss, _ = after.actor_loss(data, distribution, old if algorithm.penalty == "kl" else None, epsilon)
     value = algorithm.critic(data["observation"]) + torch.linspace(-1, 1, len(data)).unsqueeze(-1)
-    return [actor_loss, 2 * algorithm.critic_loss(data, value, algorithm.clip_epsilon), distribution.entropy().mean()]
+    return [actor_loss, 2 * algorithm.critic_loss(data, value, epsilon), distribution.entropy().mean()]
 
 
 def ppo_oracle(algorithm: PPO, batch: TensorDict) -> list[Tensor]:

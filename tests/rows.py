@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -136,7 +137,7 @@ ROWS = [
         losses=oracles.ppo_losses,
         oracle=oracles.ppo_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(
-            (data := algorithm.evaluate(batch.unsqueeze(1))[0]), data["value"], 0.2
+            (data := algorithm.evaluate(batch.unsqueeze(1))[0]), data["value"], torch.tensor(0.2)
         ),
         learns=(
             (*POINT, "total_env_steps=8000", "algo.steps_per_iteration=200", "algo.batch_size=50", "algo.lr=3e-3"),

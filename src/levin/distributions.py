@@ -75,11 +75,13 @@ class Normal:
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-density `[..., 1]`."""
         standard = (action - self.loc) * (-self.log_std).exp()
-        return -(0.5 * standard.square() + (self.log_std + 0.5 * LOG_2PI)).sum(-1, keepdim=True)  # [..., A] -> [..., 1]
+        # Sums first: what does not depend on the action is added to one number, not to A.
+        return -0.5 * standard.square().sum(-1, keepdim=True) - (self.log_std + 0.5 * LOG_2PI).sum(-1, keepdim=True)
 
     def entropy(self) -> Tensor:
         """In nats, `[..., 1]`."""
-        return (self.log_std + 0.5 * (1 + LOG_2PI)).expand_as(self.loc).sum(-1, keepdim=True)  # [..., A] -> [..., 1]
+        each = (self.log_std + 0.5 * (1 + LOG_2PI)).sum(-1, keepdim=True)  # [A] or [..., A] -> [1] or [..., 1]
+        return each.expand(*self.loc.shape[:-1], 1)
 
     def kl(self, other: "Normal") -> Tensor:
         """KL(self || other) in nats, `[..., 1]`."""

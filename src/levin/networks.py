@@ -13,9 +13,17 @@ from levin.distributions import Categorical, Normal
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
 
+
+class InPlaceTanh(nn.Module):
+    """tanh, whose own output is all that it is differentiated by."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.tanh_()
+
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),  # a linear layer does not need its own output to differentiate
-    "tanh": nn.Tanh,
+    "tanh": InPlaceTanh,
     "elu": nn.ELU,
     "silu": nn.SiLU,
 }
@@ -65,6 +73,25 @@ def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+class FlatParameter(nn.Parameter):
+    """A vector `[P]` that parameters are views of, and its gradient one that theirs are views of."""
+
+
+def flatten(parameters: Iterable[nn.Parameter]) -> FlatParameter:
+    """Turn parameters into views of one vector, for an optimiser that then steps on that alone.
+
+    To clip, to zero and to step on a dozen small tensors one by one takes as long as a quarter of a small update. Call
+    it where parameters have reached their device, and let nothing replace their gradients.
+    """
+    parameters = list(parameters)
+    flat = FlatParameter(torch.cat([each.detach().flatten() for each in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [each.numel() for each in parameters]
+    for each, data, gradient in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+        each.data, each.grad = data.view_as(each), gradient.view_as(each)
+    return flat
 
 
 @torch.no_grad()

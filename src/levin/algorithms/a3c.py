@@ -35,13 +35,12 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 from levin import returns
 from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, StochasticPolicy, assign, trunk
+from levin.networks import Actor, Critic, StochasticPolicy, flatten, trunk
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
 
@@ -108,8 +107,9 @@ class A3C(Algorithm):
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
         self.local_parameters = list(self.parameters())
+        self.separate()
         # theta and the statistics, which all workers share
-        self.register_buffer("theta", parameters_to_vector(self.local_parameters).detach())  # [P]
+        self.register_buffer("theta", self.local.clone())  # [P]
         self.register_buffer("mean_square", torch.zeros_like(self.theta))
         self.register_buffer("momentum", torch.zeros_like(self.theta) if optimizer == "adam" else None)
         # Each worker writes its own row only: counted without a lock, and without a loss.
@@ -121,12 +121,15 @@ class A3C(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        with torch.no_grad():
-            for parameter in self.local_parameters:
-                parameter.data = parameter.data.clone()  # out of the memory that is shared
+        self.separate()
         if self.trainer.is_global_zero:
             self.pushes[0] = self.updates
         self.pull()
+
+    def separate(self) -> None:
+        """Give theta' memory of its own, which no other worker sees: one vector `[P]`, and its gradient."""
+        flat = flatten(self.local_parameters)
+        self.local, self.local_gradient = flat.data, flat.grad
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         """That of theta as it is now."""
@@ -143,7 +146,7 @@ class A3C(Algorithm):
     def pull(self) -> None:
         """theta' <- theta."""
         self.version = int(self.pushes.sum())
-        assign(self.local_parameters, self.theta)
+        self.local.copy_(self.theta)
 
     def update(self, rollout: TensorDictBase) -> None:
         """The gradient at theta' of all transitions `[N, T]` of a rollout, applied to theta."""
@@ -151,7 +154,8 @@ class A3C(Algorithm):
         loss = actor_loss + self.value_coef * critic_loss - self.entropy_coef * entropy
         self.zero_grad()
         self.manual_backward(loss)
-        clip_grad_norm_(self.local_parameters, self.max_grad_norm, foreach=True)
+        norm = self.local_gradient.norm()
+        self.local_gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         self.push()
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)
 
@@ -182,7 +186,7 @@ class A3C(Algorithm):
     def push(self) -> None:
         """g <- alpha g + (1 - alpha) dtheta^2, theta <- theta - lr dtheta / sqrt(g + eps)   (Eq. S2, S3); or Adam."""
         rank = self.trainer.global_rank
-        gradient = torch.cat([each.grad.flatten() for each in self.local_parameters])  # type: ignore[union-attr]  # [P]
+        gradient = self.local_gradient
         lr = self.lr * self.remaining(self.schedule_env_steps) if self.lr_schedule == "linear" else self.lr
         total = int(self.pushes.sum())
         decay = self.rmsprop_decay if self.optimizer_name == "rmsprop" else 0.999

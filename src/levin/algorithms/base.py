@@ -1,6 +1,8 @@
 """What every algorithm needs: counters, optimiser steps, replay, metrics. No mathematics."""
 
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -15,10 +17,23 @@ from levin.collectors import WholeEpisodes
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import OptimizerName
+from levin.networks import FlatParameter, flatten
 from levin.replay import Replay
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
 PROGRESS = ("env_steps", "updates", "iterations", "recorded")
+
+
+def compiled(function: Callable) -> Callable:
+    """`torch.compile`, for a function that is called with tensors of the same shapes again and again.
+
+    Raises:
+        ConfigError: There is no C++ compiler to do it with.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(f"algo.compile=true needs a C++ compiler, and {compiler} is not there")
+    return torch.compile(function, dynamic=False)
 
 
 class Algorithm(LightningModule):
@@ -86,13 +101,17 @@ class Algorithm(LightningModule):
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
 
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """To zero, and not to None: gradients may be views of one vector. The Trainer calls it when a run begins."""
+        super().zero_grad(set_to_none)
+
     def remaining(self, schedule_env_steps: int | None) -> float:
         """What a linear schedule is at: 1 in the first iteration, 0 from `schedule_env_steps` on; always 1 without."""
         return max(0.0, 1 - self.iteration_begun / schedule_env_steps) if schedule_env_steps else 1.0
 
     def make_optimizer(self, name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
-        """Adam and RMSprop with the epsilon that on-policy codebases give them (1e-5), or plain SGD."""
-        parameters = list(parameters)
+        """Adam and RMSprop with the epsilon that on-policy codebases give them (1e-5), or plain SGD; on one vector."""
+        parameters = [flatten(parameters)]
         if name == "adam":
             return Adam(parameters, lr=lr, eps=1e-5, fused=True)
         if name == "rmsprop":
@@ -103,10 +122,10 @@ class Algorithm(LightningModule):
         """One step of one optimiser, the norm of its gradient clipped. Raises ValueError when the loss is no scalar."""
         if loss.ndim:
             raise ValueError(f"a loss is a scalar, got shape {tuple(loss.shape)}")
-        optimizer.zero_grad()
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        optimizer.zero_grad(set_to_none=not isinstance(parameters[0], FlatParameter))
         self.manual_backward(loss)
         if max_grad_norm is not None:
-            parameters = [each for group in optimizer.param_groups for each in group["params"]]
             nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
         optimizer.step()
 

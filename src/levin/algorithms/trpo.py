@@ -40,7 +40,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from levin import returns
 from levin.algorithms.base import Algorithm
@@ -113,7 +113,7 @@ class TRPO(Algorithm):
         self.actor_parameters = list(self.actor.parameters())
 
     def configure_optimizers(self) -> Optimizer:
-        self.critic_optimizer = Adam(self.critic.parameters(), lr=self.critic_lr, fused=True)
+        self.critic_optimizer = self.make_optimizer("adam", self.critic.parameters(), self.critic_lr)
         return self.critic_optimizer
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:

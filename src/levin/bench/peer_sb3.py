@@ -1,18 +1,20 @@
-"""Stable-Baselines3's SAC as a peer. Runs in the peers' environment; imports nothing of this project.
+"""Stable-Baselines3 and sb3-contrib as peers. Runs in the peers' environment; imports nothing of this project.
 
-Words: env id, threads, learning starts, env steps of warm-up, env steps per segment.
+Words: algorithm, env id, number of envs, threads, env steps of warm-up, env steps per segment, arguments as JSON.
 """
 
+import json
 import sys
 from time import perf_counter
 
 import torch
-from stable_baselines3 import SAC
+from stable_baselines3 import A2C, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 
 
 class Pace(BaseCallback):
-    """The turn-taking of `levin.bench.pace`, once per env step."""
+    """The turn-taking of `levin.bench.pace`, once per vector step."""
 
     def __init__(self, start: int, segment: int) -> None:
         super().__init__()
@@ -31,8 +33,14 @@ class Pace(BaseCallback):
 
 
 if __name__ == "__main__":
-    env_id, (threads, learning_starts, start, segment) = sys.argv[1], map(int, sys.argv[2:])
+    name, env_id = sys.argv[1:3]
+    num_envs, threads, start, segment = map(int, sys.argv[3:7])
     torch.set_num_threads(threads)
-    # Its defaults are batch 256, one update per step, buffer 1M, 256-256: what ours is given.
-    model = SAC("MlpPolicy", env_id, learning_starts=learning_starts, seed=0, device="cpu")
+    algorithms = {"sac": SAC, "ppo": PPO, "a2c": A2C}
+    if name == "trpo":
+        from sb3_contrib import TRPO
+
+        algorithms["trpo"] = TRPO
+    env = make_vec_env(env_id, n_envs=num_envs, seed=0)
+    model = algorithms[name]("MlpPolicy", env, seed=0, device="cpu", **json.loads(sys.argv[7]))
     model.learn(10**9, callback=Pace(start, segment), log_interval=None)

@@ -1,0 +1,193 @@
+"""Whole training runs beside those of Stable-Baselines3: same work, same envs, same threads, in turns."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from levin import paths, provenance
+from levin.bench.pace import REPORT
+from levin.errors import ConfigError
+
+PYTHON = paths.ROOT / ".venv-bench" / "bin" / "python"
+NEVER = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One task, by the peer and by one or more variants of ours.
+
+    Args:
+        algo: The algorithm.
+        env: Ours.
+        env_id: The peer's.
+        num_envs: Of both.
+        warm_up: Env steps before the first segment; a multiple of the rollout, as is the segment.
+        segment: Env steps per turn.
+        peer: Arguments of the peer's algorithm, where its defaults are others.
+        ours: Overrides that make ours the same work.
+        variants: Name -> further overrides.
+    """
+
+    algo: str
+    env: str
+    env_id: str
+    num_envs: int
+    warm_up: int
+    segment: int
+    peer: dict[str, Any] = field(default_factory=dict)
+    ours: tuple[str, ...] = ()
+    variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"levin": ()})
+
+
+RAW = ("env.normalize_observation=false", "env.normalize_reward=false")
+COMPARISONS = {
+    "sac": [
+        # The peer's defaults are batch 256, one update per step, buffer 1M, 256-256: what ours is given.
+        Comparison(
+            algo="sac",
+            env="halfcheetah",
+            env_id="HalfCheetah-v4",
+            num_envs=1,
+            warm_up=640,
+            segment=512,
+            peer={"learning_starts": 320},
+            ours=("algo.learning_starts=320",),
+            variants={
+                "levin, 32 steps per iteration": ("algo.steps_per_iteration=32",),
+                "levin, 1 step per iteration": ("algo.steps_per_iteration=1",),
+            },
+        )
+    ],
+    "ppo": [
+        Comparison(
+            algo="ppo",
+            env="cartpole",
+            env_id="CartPole-v1",
+            num_envs=8,
+            warm_up=4096,
+            segment=16384,
+            peer={"n_steps": 128, "batch_size": 256, "n_epochs": 4},
+            ours=(
+                *("algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", "algo.lr=3e-4"),
+                *("algo.gamma=0.99", "algo.gae_lambda=0.95", "algo.clip_schedule=constant"),
+            ),
+        ),
+        Comparison(
+            algo="ppo",
+            env="halfcheetah",
+            env_id="HalfCheetah-v4",
+            num_envs=1,
+            warm_up=4096,
+            segment=4096,
+            peer={"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
+            ours=("algo.clip_value=false", *RAW),
+            variants={"levin": (), "levin, compiled": ("algo.compile=true",)},
+        ),
+    ],
+    "a2c": [
+        Comparison(algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, ours=RAW)
+    ],
+    "trpo": [
+        Comparison(
+            algo="trpo",
+            env="halfcheetah",
+            env_id="HalfCheetah-v4",
+            num_envs=2,
+            warm_up=4096,
+            segment=8192,
+            peer={
+                "n_steps": 1024,
+                "batch_size": 128,
+                "n_critic_updates": 20,
+                "cg_max_steps": 25,
+                "cg_damping": 0.1,
+                "target_kl": 0.04,
+                "learning_rate": 1e-3,
+            },
+            ours=("algo.target_kl=0.04", *RAW),
+        )
+    ],
+}
+
+
+class Worker:
+    """A process that works when it is told to."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def segment(self) -> float:
+        """Env steps per second over one segment.
+
+        Raises:
+            ConfigError: The process has ended.
+        """
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(REPORT):
+                steps, seconds = line.removeprefix(REPORT).split()
+                return int(steps) / float(seconds)
+        raise ConfigError(f"{' '.join(map(str, self.process.args))} ended with {self.process.wait()}")  # type: ignore[arg-type]
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+
+
+def ours(task: Comparison, variant: tuple[str, ...], folder: Path, threads: int) -> list[str]:
+    """The real command, with everything but evaluation and checkpoints, which the peer does not do either."""
+    pace = f"{{_target_:levin.bench.pace.Pace,start:{task.warm_up},segment:{task.segment}}}"
+    return [
+        *(sys.executable, "-m", "levin.train", f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}"),
+        *(*task.ours, *variant, "logger=csv", f"run={folder}", f"total_env_steps={NEVER}"),
+        *("trainer.accelerator=cpu", f"trainer.threads={threads}", f"+callbacks.pace={pace}"),
+        *(f"eval.every={NEVER}", f"checkpoint.every={NEVER}"),
+    ]
+
+
+def compare(task: Comparison, *, segments: int, threads: int) -> None:
+    """Run the peer and ours in turns, and print medians, ratios and our share of the floor.
+
+    Raises:
+        ConfigError: The peers are not installed, or one of them ends.
+    """
+    if not PYTHON.exists():
+        raise ConfigError("the peers are not installed: make bench-setup")
+    script = Path(__file__).with_name("peer_sb3.py")
+    words = (task.num_envs, threads, task.warm_up, task.segment, json.dumps(task.peer))
+    print(f"\n{task.algo} {task.env_id} x {task.num_envs}, {threads} threads", end="", flush=True)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        commands = {"Stable-Baselines3": [str(PYTHON), str(script), task.algo, task.env_id, *map(str, words)]}
+        for i, (name, variant) in enumerate(task.variants.items()):
+            commands[name] = ours(task, variant, Path(folder) / str(i), threads)
+        workers = {name: Worker(command) for name, command in commands.items()}
+        for worker in workers.values():
+            stack.callback(worker.stop)
+        for worker in workers.values():
+            worker.segment()  # warm-up and the first segment
+        rates = {name: [] for name in workers}
+        for _ in range(segments):
+            for name, worker in workers.items():
+                rates[name].append(worker.segment())
+    table(rates, "Stable-Baselines3", "env steps/s")
+
+
+def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
+    """Median rate of each, and the median over rounds of its ratio to the peer in the same round."""
+    print(f"\n{provenance.processor()}; medians of {len(rates[peer])} rounds, interleaved")
+    for name, values in rates.items():
+        ratios = [a / b for a, b in zip(values, rates[peer], strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} x {peer} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:<32}{statistics.median(values):>9,.0f} {unit}   {ratio}")
