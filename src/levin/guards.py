@@ -62,19 +62,21 @@ class FiniteGuard(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.parameters = [(name, each) for name, each in pl_module.named_parameters() if each.requires_grad]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.stepped = [each for group in groups for each in group["params"]]  # few, where they are one vector
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        gradients = {name: each.grad for name, each in self.parameters if each.grad is not None}
+        gradients = [each.grad for each in self.stepped if each.grad is not None]
         values = {f"train/{name}": total for name, (total, _) in algorithm.recorded.items()}
         if not gradients and not values:
             return
         # A sum is finite only if every term is, and far cheaper than looking at each.
-        sums = [each.sum() for each in (values | gradients).values()]
+        sums = [each.sum() for each in (*values.values(), *gradients)]
         if not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
             bad = [name for name, value in values.items() if not value.isfinite()]
-            of = dict.fromkeys(name.split(".")[0] for name, value in gradients.items() if not value.isfinite().all())
+            named = [(name, each.grad) for name, each in algorithm.named_parameters() if each.grad is not None]
+            of = dict.fromkeys(name.split(".")[0] for name, gradient in named if not gradient.isfinite().all())
             bad += [f"the gradient of {module}" for module in of]
             when = f"after {algorithm.env_steps} env steps and {algorithm.updates} updates"
             raise RunError(f"not finite {when}: {', '.join(bad)}")

@@ -78,6 +78,23 @@ def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
 class FlatParameter(nn.Parameter):
     """A vector `[P]` that parameters are views of, and its gradient one that theirs are views of."""
 
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Set the gradient to zero, where it is."""
+        assert self.grad is not None
+        self.grad.zero_()
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> None:
+    """Scale the gradients so that their common norm is at most `max_norm`; as `torch.nn.utils.clip_grad_norm_`."""
+    if len(parameters) > 1:
+        nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    else:  # which takes many times as long for one vector
+        gradient = parameters[0].grad
+        assert gradient is not None
+        gradient.mul_((max_norm / (gradient.norm() + 1e-6)).clamp_(max=1.0))
+
 
 def flatten(parameters: Iterable[nn.Parameter]) -> FlatParameter:
     """Turn parameters into views of one vector, for an optimiser that then steps on that alone.

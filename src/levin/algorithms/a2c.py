@@ -124,15 +124,21 @@ class A2C(Algorithm):
     def update(self, rollout: TensorDictBase) -> None:
         """One gradient step on all transitions `[N, T]` of a rollout."""
         actor_loss, critic_loss, entropy = self.losses(rollout)
-        loss = actor_loss + self.value_coef * critic_loss - self.entropy_coef * entropy
+        loss = actor_loss + self.value_coef * critic_loss
+        if self.entropy_coef:  # what is not wanted is not differentiated
+            loss = loss - self.entropy_coef * entropy
         self.step(self.optimizer, loss, self.max_grad_norm)
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)
 
     def losses(self, rollout: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of actor and critic, and the entropy: all three read the same features."""
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
-        distribution, value = self.actor(features), self.critic(features)
-        target = self.value_target(rollout).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
+        after = self.trunk(rollout["next", "observation"].flatten(0, 1))
+        distribution = self.actor(features)
+        value, next_value = self.critic(torch.cat([features, after])).chunk(
+            2
+        )  # [2 N T, 1] -> 2 x [N T, 1]
+        target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         weight = target - value.detach()
         if self.normalize_advantage:
             weight = (weight - weight.mean()) / (weight.std() + 1e-8)
@@ -142,10 +148,9 @@ class A2C(Algorithm):
         return self.actor_loss(log_prob, weight), self.critic_loss(value, target), distribution.entropy().mean()
 
     @torch.no_grad()
-    def value_target(self, rollout: TensorDictBase) -> Tensor:
+    def value_target(self, rollout: TensorDictBase, next_value: Tensor) -> Tensor:
         """R_t, `[N, T, 1]`: the TD(lambda) return, which is V(s_t) plus the advantage by GAE."""
         after = rollout["next"]
-        next_value = self.critic(self.trunk(after["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, 1]
         return returns.lambda_return(
             reward=after["reward"],
             terminated=after["terminated"],

@@ -40,7 +40,7 @@ from levin import returns
 from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, StochasticPolicy, flatten, trunk
+from levin.networks import Actor, Critic, StochasticPolicy, clip_grad_norm, flatten, trunk
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
 
@@ -129,7 +129,8 @@ class A3C(Algorithm):
     def separate(self) -> None:
         """Give theta' memory of its own, which no other worker sees: one vector `[P]`, and its gradient."""
         flat = flatten(self.local_parameters)
-        self.local, self.local_gradient = flat.data, flat.grad
+        self.local = flat.data
+        self.local.grad = flat.grad
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         """That of theta as it is now."""
@@ -151,28 +152,32 @@ class A3C(Algorithm):
     def update(self, rollout: TensorDictBase) -> None:
         """The gradient at theta' of all transitions `[N, T]` of a rollout, applied to theta."""
         actor_loss, critic_loss, entropy = self.losses(rollout)
-        loss = actor_loss + self.value_coef * critic_loss - self.entropy_coef * entropy
+        loss = actor_loss + self.value_coef * critic_loss
+        if self.entropy_coef:  # what is not wanted is not differentiated
+            loss = loss - self.entropy_coef * entropy
         self.zero_grad()
         self.manual_backward(loss)
-        norm = self.local_gradient.norm()
-        self.local_gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        clip_grad_norm([self.local], self.max_grad_norm)
         self.push()
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)
 
     def losses(self, rollout: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """-E[(R - V) log pi(a|s)], E[(R - V(s))^2], and the entropy."""
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
-        distribution, value = self.actor(features), self.critic(features)
-        target = self.value_target(rollout).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
+        after = self.trunk(rollout["next", "observation"].flatten(0, 1))
+        distribution = self.actor(features)
+        value, next_value = self.critic(torch.cat([features, after])).chunk(
+            2
+        )  # [2 N T, 1] -> 2 x [N T, 1]
+        target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
         actor_loss = -((target - value.detach()) * log_prob).mean()
         return actor_loss, (target - value).square().mean(), distribution.entropy().mean()
 
     @torch.no_grad()
-    def value_target(self, rollout: TensorDictBase) -> Tensor:
+    def value_target(self, rollout: TensorDictBase, next_value: Tensor) -> Tensor:
         """R_t, `[N, T, 1]`; the TD(lambda) return, which is the n-step one for lambda = 1."""
         after = rollout["next"]
-        next_value = self.critic(self.trunk(after["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, 1]
         return returns.lambda_return(
             reward=after["reward"],
             terminated=after["terminated"],
@@ -186,7 +191,8 @@ class A3C(Algorithm):
     def push(self) -> None:
         """g <- alpha g + (1 - alpha) dtheta^2, theta <- theta - lr dtheta / sqrt(g + eps)   (Eq. S2, S3); or Adam."""
         rank = self.trainer.global_rank
-        gradient = self.local_gradient
+        gradient = self.local.grad  # [P]
+        assert gradient is not None
         lr = self.lr * self.remaining(self.schedule_env_steps) if self.lr_schedule == "linear" else self.lr
         total = int(self.pushes.sum())
         decay = self.rmsprop_decay if self.optimizer_name == "rmsprop" else 0.999

@@ -17,7 +17,7 @@ from levin.collectors import WholeEpisodes
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import OptimizerName
-from levin.networks import FlatParameter, flatten
+from levin.networks import FlatParameter, clip_grad_norm, flatten
 from levin.replay import Replay
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
@@ -115,7 +115,7 @@ class Algorithm(LightningModule):
         if name == "adam":
             return Adam(parameters, lr=lr, eps=1e-5, fused=True)
         if name == "rmsprop":
-            return RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-5, foreach=True)
+            return RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-5, foreach=False)
         return SGD(parameters, lr=lr, fused=True)
 
     def step(self, optimizer: Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
@@ -123,10 +123,13 @@ class Algorithm(LightningModule):
         if loss.ndim:
             raise ValueError(f"a loss is a scalar, got shape {tuple(loss.shape)}")
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        optimizer.zero_grad(set_to_none=not isinstance(parameters[0], FlatParameter))
+        if isinstance(parameters[0], FlatParameter):
+            parameters[0].zero()
+        else:
+            optimizer.zero_grad()
         self.manual_backward(loss)
         if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
+            clip_grad_norm(parameters, max_grad_norm)
         optimizer.step()
 
     def record(self, **metrics: Tensor) -> None:

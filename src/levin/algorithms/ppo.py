@@ -222,7 +222,9 @@ class PPO(Algorithm):
         actor_loss, metrics = self.actor_loss(batch, distribution, old, clip_epsilon)
         critic_loss = self.critic_loss(batch, self.critic(features), clip_epsilon)
         entropy = distribution.entropy().mean()
-        loss = actor_loss + self.value_coef * critic_loss - self.entropy_coef * entropy
+        loss = actor_loss + self.value_coef * critic_loss
+        if self.entropy_coef:  # what is not wanted is not differentiated
+            loss = loss - self.entropy_coef * entropy
         metrics |= {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy": entropy}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
