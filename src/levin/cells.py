@@ -63,16 +63,18 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     gate: float
     gate_from: str
     random_return: float  # of uniform actions: where the normalised score is 0
-    published: list[Published] = pydantic.Field(min_length=1)
+    published: list[Published]  # empty where nobody has reported one
 
     @property
     def has_spread(self) -> bool:
         """Whether the source has the seeds and the deviation that a reproduction can be held against."""
-        return self.published[0].seeds >= SEEDS_OF_A_REPRODUCTION and self.published[0].std is not None
+        first = next(iter(self.published), None)
+        return first is not None and first.seeds >= SEEDS_OF_A_REPRODUCTION and first.std is not None
 
     def normalise(self, returns: np.ndarray) -> np.ndarray:
-        """0 is what uniform actions get, 1 the published number."""
-        return (returns - self.random_return) / (self.published[0].mean - self.random_return)
+        """0 is what uniform actions get, 1 the published number, or the gate where there is none."""
+        one = self.published[0].mean if self.published else self.gate
+        return (returns - self.random_return) / (one - self.random_return)
 
 
 @dataclass(frozen=True, eq=False)

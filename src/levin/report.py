@@ -126,8 +126,9 @@ def header(result: Result, summary: dict[str, Any]) -> str:
         lines = [facts["command"], f"{_hardware(facts)}: {minutes:.0f} minutes a seed"]
         score = summary["as_the_source_measures"]
         lines.append(f"expected: {score['mean']:.1f} at {summary['env_steps']:,} env steps, {_measured(result)}")
-    first = result.reference.published[0]
-    lines.append(f"published: {first.number} ({first.family}, {first.env}); {summary.get('verdict', 'not run')}")
+    first = next(iter(result.reference.published), None)
+    number = f"published: {first.number} ({first.family}, {first.env})" if first else "no published number"
+    lines.append(f"{number}; {summary.get('verdict', 'not run')}")
     if extra := _extra(result):
         lines.append(f"needs the extra: {extra}")
     return "".join(f"# {line}\n" for line in lines)
@@ -173,8 +174,8 @@ def row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
         "ours": f"{ours['mean']:.1f}" if ours else "",
         "95% interval": f"{ours['interval'][0]:.1f} to {ours['interval'][1]:.1f}" if ours else "",
         "measured by": _measured(result),
-        "published": "; ".join(map(_cited, result.reference.published)),
-        "published, nearest": _cited(result.reference.published[0]),
+        "published": "; ".join(map(_cited, result.reference.published)) or "none",
+        "published, nearest": next(map(_cited, result.reference.published), "none"),
         "gate": f"{result.reference.gate:g}: {result.reference.gate_from}",
         "verdict": summary.get("verdict", "not run"),
     }

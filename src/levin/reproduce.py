@@ -71,7 +71,8 @@ def reproduce(
     schema.check(cfg)
     folders = _prepare(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
-    _run(folders, cfg, jobs or max(1, (os.cpu_count() or 1) // (cfg.trainer.threads or os.cpu_count() or 1)))
+    cores = os.cpu_count() or 1
+    _run(folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1))))
     outcome = judge(cell, reference, folders)
     if store:
         _store(cell, folders)
@@ -107,6 +108,8 @@ def _compare(
     known, known_training = cells.read_curves(cell), cells.read_curves(cell, TRAINING)
     common = sorted(set(known) & set(evaluations))
     others = [key for run in folders.values() for key in _differences(before, runs.sessions(run))]
+    if config.load(cell).trainer.get("workers", 1) > 1:
+        others.append("order in which the workers came")
     if common and not others:
         identical = [
             seed

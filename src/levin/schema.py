@@ -108,7 +108,7 @@ def trainer_options(
     # One device only, until the seeds, the statistics and the counts of several ranks are proven right.
     devices: Literal[1],
     strategy: Literal["auto", "hogwild"],
-    workers: PositiveInt,
+    workers: PositiveInt = 1,
     # Half "true" precisions cast the batch and lose its shape; 16-mixed needs a gradient scaler per optimiser.
     precision: Literal["32-true", "bf16-mixed"],
     threads: PositiveInt | None,
@@ -124,7 +124,7 @@ def _check_trainer_keys(trainer: DictConfig) -> None:
 
 
 def _check_workers(config: DictConfig) -> None:
-    trainer, workers = config.trainer, config.trainer.workers
+    trainer, workers = config.trainer, config.trainer.get("workers", 1)
     if trainer.strategy != "hogwild":
         if workers > 1:
             raise ConfigError(f"trainer.workers={workers} are processes of trainer.strategy=hogwild")
