@@ -86,11 +86,11 @@ ROWS = [
         env="cartpole",
         small=("env.num_envs=2", "algo.steps_per_iteration=4", "algo.normalize_advantage=false"),
         env_steps=128,
-        optimizers={"critic_optimizer": 5, "actor_optimizer": 1},
+        optimizers={"critic_optimizer": 10, "actor_optimizer": 1},
         losses=oracles.actor_critic_losses,
         oracle=oracles.actor_critic_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
-        learns=((*POINT, "total_env_steps=10000", "algo.actor_lr=3e-3", "algo.gamma=0.9"), -6.0),
+        learns=((*POINT, "total_env_steps=10000", "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.gamma=0.9"), -6.0),
     ),
     Row(
         algo="a2c",

@@ -1,5 +1,6 @@
 """Envs whose every transition can be predicted. Ids: `toy_envs:Counting-v0` and so on."""
 
+import multiprocessing
 import time
 from typing import ClassVar
 
@@ -70,6 +71,13 @@ class Failing(Point):
         return observation, reward, *rest
 
 
+class FailingRank(Failing):
+    """A Point that fails soon in a process that was forked from the run's own."""
+
+    def __init__(self) -> None:
+        super().__init__("raise", 100 if multiprocessing.parent_process() else 1_000_000)
+
+
 class Drifting(Point):
     """A Point that does not replay: its noise comes from outside."""
 
@@ -100,6 +108,22 @@ class Image(Point):
     observation_space = Box(0, 255, (8, 8, 3), np.uint8)
 
 
+class Frames(Point):
+    """Shows four frames of pixels, as Atari does."""
+
+    observation_space = Box(0, 255, (4, 84, 84), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        return self._show(super().reset(seed=seed)[0]), {}
+
+    def step(self, action):
+        position, *rest = super().step(action)
+        return self._show(position), *rest
+
+    def _show(self, position):
+        return np.full((4, 84, 84), np.clip(100 + 50 * position[0], 0, 255), np.uint8)
+
+
 class Matrix(Point):
     """Acts by a matrix."""
 
@@ -113,10 +137,12 @@ class Pair(Point):
 
 
 gym.register("Image-v0", Image)
+gym.register("Frames-v0", Frames, max_episode_steps=5)
 gym.register("Matrix-v0", Matrix)
 gym.register("Pair-v0", Pair)
 gym.register("Counting-v0", Counting)
 gym.register("Point-v0", Point, max_episode_steps=20)
 gym.register("Drifting-v0", Drifting, max_episode_steps=20)
 gym.register("Failing-v0", Failing, max_episode_steps=20)
+gym.register("FailingRank-v0", FailingRank, max_episode_steps=20)
 gym.register("Recorder-v0", Recorder)

@@ -58,6 +58,7 @@ def complete(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
     """
     OmegaConf.set_struct(config, False)
     config.name = f"{choices['algo']}_{choices['env']}"
+    _check_debug(str(choices.get("debug")), str(choices["algo"]))
     OmegaConf.resolve(config)
     OmegaConf.set_struct(config, True)
     if check_values:
@@ -153,6 +154,13 @@ def _check_groups(overrides: list[Override]) -> None:
             valid = [file.stem for folder in folders for file in (folder / group).glob("*.yaml")]
             if choice not in valid:
                 raise ConfigError(f"{group}={choice} is unknown; {valid_names(str(choice), valid)}")
+
+
+def _check_debug(debug: str, algo: str) -> None:
+    """Some presets are nothing but what they say of single algorithms."""
+    told = sorted(file.stem.removeprefix(f"{debug}_") for file in (CONFIGS / "debug_algo").glob(f"{debug}_*.yaml"))
+    if debug in ("lecture", "overfit") and algo not in told:
+        raise ConfigError(f"debug={debug} is for {', '.join(told)}; of {algo} it says nothing")
 
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:

@@ -42,7 +42,7 @@ def step_count(done: np.ndarray, begun: np.ndarray) -> np.ndarray:
         begun: `[N]`, steps that each open episode already had.
     """
     steps = np.arange(done.shape[1])
-    ends = np.where(done, steps, -1)[:, :-1]
+    ends = np.where(done, steps, np.iinfo(np.int64).min)[:, :-1]
     # [N, T]: where the last episode ended before each step
     last = np.maximum.accumulate(np.concatenate([-1 - begun[:, None], ends], axis=1), axis=1)
     return steps - last - 1

@@ -98,8 +98,7 @@ class HogwildLauncher(_Launcher):
             process.join()
 
     def _work(self, rank: int, function: Callable, algorithm: Algorithm, trainer: Trainer) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, signal.SIG_IGN)  # worker 0 saves, and then says when it is over
+        ignore_signals()
         try:
             self.strategy.global_rank = rank
             trainer.callbacks = [Workers(self.strategy), FiniteGuard()]  # type: ignore[attr-defined]
@@ -114,6 +113,12 @@ class HogwildLauncher(_Launcher):
         os._exit(0)  # nothing of worker 0, whose copy this is, is to be closed
 
 
+def ignore_signals() -> None:
+    """What is sent to all processes of a run is for worker 0: it saves, and then says that it is over."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
+
+
 class Workers(Callback):
     """Keeps the clock of all workers, and ends each when another has."""
 
@@ -121,7 +126,9 @@ class Workers(Callback):
         self.strategy = strategy
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            ignore_signals()  # again: the Trainer has handlers of its own
+        else:
             self.strategy.env_steps[0] = cast(Algorithm, pl_module).env_steps
             self.strategy.restored.fill_(True)
         while not self.strategy.restored:  # worker 0 reads the checkpoint into the memory that all share
@@ -135,12 +142,13 @@ class Workers(Callback):
         cast(Algorithm, pl_module).env_steps = int(self.strategy.env_steps.sum())
         self.strategy.env_steps[self.strategy.global_rank] += batch.numel()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not trainer.is_global_zero:
             self._leave_orphan()
             trainer.should_stop = bool(self.strategy.stopping)
         elif trainer.should_stop:  # before the last evaluation and the last checkpoint
             self.strategy.join()
+            cast(Algorithm, pl_module).env_steps = int(self.strategy.env_steps.sum())
         else:
             self.strategy.check()
 

@@ -135,9 +135,7 @@ class A2C(Algorithm):
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
         after = self.trunk(rollout["next", "observation"].flatten(0, 1))
         distribution = self.actor(features)
-        value, next_value = self.critic(torch.cat([features, after])).chunk(
-            2
-        )  # [2 N T, 1] -> 2 x [N T, 1]
+        value, next_value = self.critic(torch.cat([features, after])).chunk(2)  # [2 N T, 1] -> 2 x [N T, 1]
         target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         weight = target - value.detach()
         if self.normalize_advantage:

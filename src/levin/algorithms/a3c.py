@@ -166,9 +166,7 @@ class A3C(Algorithm):
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
         after = self.trunk(rollout["next", "observation"].flatten(0, 1))
         distribution = self.actor(features)
-        value, next_value = self.critic(torch.cat([features, after])).chunk(
-            2
-        )  # [2 N T, 1] -> 2 x [N T, 1]
+        value, next_value = self.critic(torch.cat([features, after])).chunk(2)  # [2 N T, 1] -> 2 x [N T, 1]
         target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
         actor_loss = -((target - value.detach()) * log_prob).mean()
@@ -210,6 +208,7 @@ class A3C(Algorithm):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.pull()
+        self.updates = int(self.pushes.sum())
         super().on_save_checkpoint(checkpoint)
         # How many pushes were 0, 1, ... updates late.
         checkpoint["staleness"] = self.staleness.sum(0).tolist()

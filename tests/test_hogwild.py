@@ -1,0 +1,140 @@
+"""Asynchronous workers: they are asynchronous, and however a run ends, it ends for all of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from checks import metrics, saved
+from levin import config, resume
+from levin.errors import RunError
+from levin.train import train
+
+TESTS = Path(__file__).parent
+WORDS = ["algo=a3c", "env=cartpole", "logger=csv", "eval.every=1_000_000", "eval.episodes=2", "trainer.workers=2"]
+LONG = [*WORDS, "total_env_steps=100_000_000", "checkpoint.every=2000", "log_every=500"]
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is no more, or only waits for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A run of two workers in processes of its own, that has begun; and the pid of the second worker."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "levin.train", *LONG, f"run={run}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS, start_new_session=True
+    )
+    try:
+        wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists())
+        assert process.poll() is None, process.communicate()[0]
+        (worker,) = children(process.pid)
+        yield process, run, worker
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_killed_worker_ends_the_run(running):
+    process, run, worker = running
+    os.kill(worker, signal.SIGKILL)
+    said, _ = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "worker 1 of 2 ended with exit code -9" in said
+    assert f"make resume RUN={run}" in said
+    assert "Traceback" not in said
+    assert gone(worker)
+
+
+def test_a_killed_run_takes_its_workers_with_it(running):
+    process, _, worker = running
+    process.kill()
+    process.wait()
+    wait_until(lambda: gone(worker), 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_saves_and_leaves_nobody(running, number):
+    """Ctrl-C and SLURM send it to every process of the run."""
+    process, run, worker = running
+    os.killpg(process.pid, number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert gone(worker)
+    state = saved(run)
+    assert state["levin"]["env_steps"] > 0
+
+
+def test_an_error_in_a_worker_is_that_of_the_run(tmp_path):
+    """Its env raises; that of worker 0 would do so only after as many steps more."""
+    words = ["env=gym", "env.id=toy_envs:FailingRank-v0", "eval.episodes=1", "total_env_steps=100_000"]
+    with pytest.raises(RunError, match=r"worker 1 of 2 .*the cart has left the track"):
+        train(config.compose([*WORDS, *words, "checkpoint.every=100_000"]), tmp_path / "run")
+
+
+def test_workers_do_not_wait_for_each_other(tmp_path):
+    """Updates by others lie between pull and push, and everything is counted."""
+    words = [*WORDS, "total_env_steps=6000", "checkpoint.every=100_000", "log_every=100"]
+    train(config.compose(words), tmp_path / "run")
+    state = saved(tmp_path / "run")
+    histogram = np.array(state["staleness"])
+    assert histogram.sum() == state["levin"]["updates"]  # of both
+    assert state["levin"]["env_steps"] == 5 * state["levin"]["updates"] >= 6000
+    assert histogram[1:].sum() > 0.05 * histogram.sum(), histogram
+    rows = metrics(tmp_path / "run")
+    assert any(float(row["train/staleness"] or 0) > 0 for row in rows)
+
+
+def test_all_workers_share_one_network(tmp_path):
+    """What is saved is what all of them made of it, and the policy is that of the global network."""
+    words = [*WORDS, "total_env_steps=2000", "checkpoint.every=100_000"]
+    train(config.compose(words), tmp_path / "run")
+    state = saved(tmp_path / "run")["state_dict"]
+    local = torch.cat([value.flatten() for name, value in state.items() if name.split(".")[0] in ("actor", "critic")])
+    assert torch.equal(local, state["theta"])
+    assert bool((state["mean_square"] > 0).any())
+
+
+def test_two_workers_resume(tmp_path):
+    words = [*WORDS, "total_env_steps=1000", "checkpoint.every=100_000"]
+    train(config.compose(words), tmp_path / "run")
+    before = saved(tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=2000)
+    after = saved(tmp_path / "run")
+    assert after["levin"]["env_steps"] >= 2000
+    assert 5 * after["levin"]["updates"] == after["levin"]["env_steps"]
+    assert sum(after["staleness"]) == after["levin"]["updates"]
+    moved = (after["state_dict"]["theta"] - before["state_dict"]["theta"]).abs().max()
+    assert 0 < float(moved) < 0.3  # it went on from where it was
+
+
+def test_adam_shares_its_statistics_too(tmp_path):
+    words = [*WORDS, "total_env_steps=1000", "checkpoint.every=100_000", "algo.optimizer=adam", "algo.lr=1e-4"]
+    train(config.compose(words), tmp_path / "run")
+    state = saved(tmp_path / "run")["state_dict"]
+    assert bool((state["momentum"] != 0).any())

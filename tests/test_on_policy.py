@@ -1,0 +1,365 @@
+"""What is particular to the policy-gradient line: collection of whole episodes, trust regions, presets, schedules."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+import oracles
+from checks import make_batch, metrics, saved
+from levin import collectors, config, envs, resume
+from levin.algorithms.trpo import conjugate_gradient
+from levin.collectors import WholeEpisodes
+from levin.distributions import Categorical, Normal
+from levin.episodes import step_count
+from levin.errors import ConfigError
+from levin.train import build, train
+from rows import LATE, POINT
+
+
+def make(*words: str):
+    """An algorithm with its optimisers, without a Trainer."""
+    algorithm, _ = build(config.compose([*LATE, *words]))
+    algorithm.configure_optimizers()
+    algorithm.manual_backward = lambda loss: loss.backward()
+    return algorithm
+
+
+# --- collection
+
+
+class Zero(nn.Module):
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(observation), 1)
+
+
+def collector(env_id: str, steps, num_envs: int = 1, name: str = "vector", **kwargs):
+    env = envs.make(envs.EnvConfig(id=env_id, num_envs=num_envs, kwargs=kwargs), seed=0, copy=False)
+    policy = TensorDictModule(Zero(), in_keys=["observation"], out_keys=["action"])
+    return collectors.make(name, env, policy, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("transitions", "episodes", "length", "expected"), [(1, 1, 5, 5), (12, 1, 5, 15), (1, 3, 5, 15), (1, 1, 600, 600)]
+)
+def test_whole_episodes(transitions, episodes, length, expected):
+    """At least as many as were asked for, and never a part of one; also those longer than a chunk."""
+    rollouts = collector(
+        "toy_envs:Counting-v0", WholeEpisodes(transitions=transitions, episodes=episodes), length=length
+    )
+    for number in range(3):
+        rollout = rollouts.rollout()
+        assert rollout.shape == (1, expected)
+        assert rollout["observation"][0, :, 1].tolist() == [t % length for t in range(expected)]
+        assert rollout["observation"][0, 0, 0] == number * expected // length  # none is left out
+        assert rollout["next", "done"].sum() == expected // length
+        assert bool(rollout["next", "done"][0, -1])
+
+
+def test_whole_episodes_are_of_one_env_and_of_our_collector():
+    with pytest.raises(ConfigError, match=r"env\.num_envs=2 must be 1"):
+        collector("toy_envs:Counting-v0", WholeEpisodes(), num_envs=2)
+    with pytest.raises(ConfigError, match="collector=vector"):
+        collector("toy_envs:Counting-v0", WholeEpisodes(), name="torchrl")
+
+
+def test_step_count_runs_on_from_the_last_rollout():
+    done = np.array([[0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=bool)
+    assert step_count(done, np.array([4, 0])).tolist() == [[4, 5, 6, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
+
+
+def test_rollouts_carry_step_counts_where_they_are_asked_for():
+    words = ["algo=a2c", *POINT, "env.num_envs=3", "algo.steps_per_iteration=7"]
+    _, loader = build(config.compose([*LATE, *words, "algo.discount_state_weighting=true"]))
+    counts = torch.cat([next(loader)["step_count"] for _ in range(7)], 1)  # episodes have twenty steps
+    assert counts.squeeze(-1).tolist() == [[t % 20 for t in range(49)]] * 3
+    _, loader = build(config.compose([*LATE, *words]))
+    assert "step_count" not in next(loader)
+
+
+# --- distributions
+
+
+@pytest.mark.parametrize("kind", ["categorical", "normal", "normal with a deviation of its own"])
+def test_distributions_are_those_of_torch(kind):
+    torch.manual_seed(0)
+    if kind == "categorical":
+        (ours, theirs), (other, their_other) = (
+            (Categorical(logits), torch.distributions.Categorical(logits=logits)) for logits in torch.randn(2, 7, 4)
+        )
+    else:
+        shape = (7, 3) if "own" in kind else (3,)
+        pairs = []
+        for _ in range(2):
+            loc, log_std = torch.randn(7, 3), 0.3 * torch.randn(shape)
+            normal = torch.distributions.Normal(loc, log_std.exp().expand(7, 3))
+            pairs.append((Normal(loc, log_std), torch.distributions.Independent(normal, 1)))
+        (ours, theirs), (other, their_other) = pairs
+    action = theirs.sample()
+    for a, b in (
+        (ours.log_prob(action), theirs.log_prob(action)),
+        (ours.entropy(), theirs.entropy()),
+        (ours.kl(other), torch.distributions.kl_divergence(theirs, their_other)),
+    ):
+        assert a.shape == (7, 1)
+        torch.testing.assert_close(a.squeeze(-1), b, rtol=1e-5, atol=1e-6)
+    rows = torch.tensor([4, 1])
+    torch.testing.assert_close(ours[rows].log_prob(action[rows]), ours.log_prob(action)[rows])
+
+
+def test_samples_have_the_frequencies_they_should():
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(40_000, 3)
+    counts = Categorical(logits).sample().bincount(minlength=3) / 40_000
+    torch.testing.assert_close(counts, logits[0].softmax(-1), rtol=0, atol=0.01)
+    draws = Normal(torch.full((40_000, 2), 3.0), torch.tensor([0.0, -1.0])).sample()
+    torch.testing.assert_close(draws.mean(0), torch.tensor([3.0, 3.0]), rtol=0, atol=0.03)
+    torch.testing.assert_close(draws.std(0), torch.tensor([1.0, 0.3679]), rtol=0.03, atol=0)
+
+
+# --- A2C and the online actor-critic
+
+
+def test_with_one_env_a2c_is_the_online_actor_critic(tmp_path):
+    """The lecture's form of both: the same parameters over 100 steps, but for how products of other shapes round."""
+    common = [*LATE, "env=cartpole", "env.num_envs=1", "total_env_steps=100", "debug=lecture", "algo.hidden_sizes=[16]"]
+    train(config.compose(["algo=a2c", *common, "algo.lr=0.01"]), tmp_path / "a2c")
+    online = ["algo.online=true", "algo.episodes_per_update=0", "algo.average_over=transitions"]
+    words = ["algo=actor_critic", *common, *online, "algo.actor_lr=0.01", "algo.critic_lr=0.01"]
+    train(config.compose(words), tmp_path / "online")
+    a2c, actor_critic = (saved(tmp_path / name)["state_dict"] for name in ("a2c", "online"))
+    before = make("algo=a2c", *common[len(LATE) :]).state_dict()
+    assert a2c.keys() == actor_critic.keys()
+    for name, value in a2c.items():
+        torch.testing.assert_close(value, actor_critic[name], rtol=0, atol=1e-6)
+        assert float((value - before[name]).abs().max()) > 1e-4
+
+
+def test_the_lecture_takes_one_trajectory_per_update(tmp_path):
+    for algo in ("reinforce", "actor_critic"):
+        words = [f"algo={algo}", "debug=lecture", *LATE, "env=cartpole", "total_env_steps=200", "log_every=1"]
+        train(config.compose(words), tmp_path / algo)
+        rows = [row for row in metrics(tmp_path / algo) if row["episode/count"]]  # without that of the last evaluation
+        assert len(rows) > 5
+        assert all(float(row["episode/count"]) == 1 for row in rows)
+        lengths = np.diff([0, *(int(row["env_steps"]) for row in rows)])
+        assert [float(row["episode/length"]) for row in rows] == lengths.tolist()
+
+
+# --- TRPO
+
+
+def trpo_batch(algorithm, size: int = 64) -> TensorDict:
+    batch = make_batch(algorithm, size)
+    batch["advantage"] = torch.randn(size, 1, generator=torch.Generator().manual_seed(2))
+    return batch
+
+
+@pytest.mark.parametrize("env", ["pendulum", "cartpole"])
+def test_fisher_vector_product_is_that_of_the_fisher_matrix(env):
+    """F = E_s E_a[grad log pi(a|s) grad log pi(a|s)'], with the inner expectation exact or from many draws."""
+    damping = 0.1
+    algorithm = make("algo=trpo", f"env={env}", "algo.hidden_sizes=[5]", f"algo.cg_damping={damping}").double()
+    algorithm.actor.network[-1].weight.data.normal_()  # away from the nearly constant policy of the start
+    observation = make_batch(algorithm, 12)["observation"].double()
+    policy = algorithm.actor(observation)
+    product = algorithm.fisher_vector_product(policy.detach().kl(policy).mean())
+    size = sum(each.numel() for each in algorithm.actor_parameters)
+    matrix = torch.stack([product(row) for row in torch.eye(size, dtype=torch.float64)]) - damping * torch.eye(
+        size, dtype=torch.float64
+    )
+
+    def scores(index: int, action: torch.Tensor) -> torch.Tensor:
+        one = algorithm.actor(observation[index : index + 1])
+        return algorithm.flat_gradient(one.log_prob(action).sum())
+
+    fisher = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(len(observation)):
+        if env == "cartpole":
+            for a, probability in enumerate(policy.log_probs[i].exp()):
+                score = scores(i, torch.tensor([a]))
+                fisher += float(probability) * torch.outer(score, score) / len(observation)
+        else:  # five points of Gauss-Hermite quadrature integrate the polynomial of degree 4 exactly
+            points, weights = np.polynomial.hermite_e.hermegauss(5)
+            for x, weight in zip(points, weights / weights.sum(), strict=True):
+                score = scores(i, (policy.loc[i] + x * policy.log_std.exp()).detach().unsqueeze(0))
+                fisher += float(weight) * torch.outer(score, score) / len(observation)
+    assert float(fisher.abs().max()) > 0.01
+    torch.testing.assert_close(matrix, fisher, rtol=1e-8, atol=1e-10)
+
+
+def test_conjugate_gradient_solves():
+    torch.manual_seed(0)
+    root = torch.randn(30, 30, dtype=torch.float64)
+    matrix, b = root @ root.T + torch.eye(30), torch.randn(30, dtype=torch.float64)
+    x, residual = conjugate_gradient(lambda v: matrix @ v, b, iterations=60)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(residual, (matrix @ x - b).norm(), rtol=0, atol=1e-6)
+    early, much = conjugate_gradient(lambda v: matrix @ v, b, iterations=3)
+    torch.testing.assert_close(much, (matrix @ early - b).norm())
+    assert much > residual
+    zero, none = conjugate_gradient(lambda v: matrix @ v, torch.zeros(30, dtype=torch.float64), iterations=3)
+    assert not zero.any()
+    assert none == 0
+
+
+@pytest.mark.parametrize("env", ["pendulum", "cartpole"])
+@pytest.mark.parametrize("target_kl", [0.001, 0.05])
+def test_the_step_stays_within_the_trust_region(env, target_kl):
+    algorithm = make("algo=trpo", f"env={env}", f"algo.target_kl={target_kl}")
+    batch = trpo_batch(algorithm)
+    old = algorithm.actor(batch["observation"]).detach()
+    for _ in range(3):
+        before = algorithm.actor(batch["observation"]).detach()
+        algorithm.recorded.clear()
+        algorithm.update(batch)
+        kl = before.kl(algorithm.actor(batch["observation"])).mean()
+        assert 0.2 * target_kl < kl <= target_kl
+        torch.testing.assert_close(algorithm.recorded["kl"][0], kl.detach())
+        assert algorithm.recorded["surrogate"][0] > 0
+    assert old.kl(algorithm.actor(batch["observation"])).mean() > target_kl
+
+
+def test_a_step_that_does_not_improve_is_not_taken():
+    algorithm = make("algo=trpo", "env=pendulum")
+    batch = trpo_batch(algorithm)
+    before = copy.deepcopy(algorithm.actor.state_dict())
+    features, old = batch["observation"], algorithm.actor(batch["observation"]).detach()
+    gradient = algorithm.flat_gradient(algorithm.surrogate(batch, algorithm.actor(features), old))
+    _, _, tried = algorithm.line_search(batch, features, old, -gradient)
+    assert tried == algorithm.line_search_steps + 1
+    assert all(torch.equal(value, before[name]) for name, value in algorithm.actor.state_dict().items())
+
+
+# --- PPO
+
+
+def test_penalty_is_that_of_torchrl():
+    algorithm = make("algo=ppo", "env=pendulum", "algo.penalty=kl", "algo.target_kl=0.01", "algo.initial_beta=0.7")
+    batch = make_batch(algorithm)
+    ours, theirs = (losses(algorithm, batch.clone()) for losses in (oracles.ppo_losses, oracles.ppo_oracle))
+    # TorchRL clips no critic here
+    for i in (0, 2):
+        torch.testing.assert_close(ours[i], theirs[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.005, 0.5), (0.01, 1.0), (0.016, 2.0)])
+def test_the_penalty_adapts(kl, factor):
+    algorithm = make("algo=ppo", "env=pendulum", "algo.penalty=kl", "algo.target_kl=0.01")
+    algorithm.update_beta(torch.tensor(kl))
+    assert algorithm.beta == factor
+
+
+def test_penalty_keeps_the_policy_near(tmp_path):
+    words = ["algo=ppo", *POINT, *LATE, "total_env_steps=2000", "algo.steps_per_iteration=200", "algo.lr=3e-3"]
+    words += ["algo.batch_size=50", "algo.penalty=kl", "algo.target_kl=0.003", "algo.initial_beta=0.1"]
+    train(config.compose([*words, "log_every=200"]), tmp_path / "run")
+    rows = [row for row in metrics(tmp_path / "run") if row["train/kl"]]
+    assert float(rows[-1]["train/beta"]) > 0.1
+    assert np.mean([float(row["train/kl"]) for row in rows[5:]]) < 0.03
+
+
+def test_target_kl_ends_the_epochs(tmp_path):
+    words = ["algo=ppo", *POINT, *LATE, "total_env_steps=200", "algo.steps_per_iteration=200", "algo.batch_size=50"]
+    updates = {}
+    for target in ("null", "1e-9", "1e9"):
+        train(config.compose([*words, f"algo.target_kl={target}"]), tmp_path / target)
+        updates[target] = saved(tmp_path / target)["levin"]["updates"]
+    assert updates == {"null": 40, "1e-9": 4, "1e9": 40}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_and_eager_are_the_same(tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    words = ["algo=ppo", "env=pendulum", *LATE, "total_env_steps=64", "algo.steps_per_iteration=32"]
+    words += ["algo.batch_size=16", "algo.epochs=2", "algo.clip_schedule=linear"]
+    states = []
+    for compile_ in ("false", "true"):
+        train(config.compose([*words, f"algo.compile={compile_}"]), tmp_path / compile_)
+        states.append(saved(tmp_path / compile_)["state_dict"])
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="no-such-compiler is not there"):
+        make("algo=ppo", "env=pendulum", "algo.compile=true")
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "a3c"])
+def test_pixels(algo, tmp_path):
+    """The Nature CNN reads them, and is trained."""
+    words = [f"algo={algo}", "env=gym", "env.id=toy_envs:Frames-v0", *LATE, "total_env_steps=16", "eval.episodes=1"]
+    words += ["algo.steps_per_iteration=8", "env.num_envs=1", "env.normalize_observation=false"]
+    words += ["trainer.workers=1"] if algo == "a3c" else ["env.normalize_reward=false"]
+    words += ["algo.batch_size=8", "algo.epochs=1"] if algo == "ppo" else []
+    train(config.compose(words), tmp_path / "run")
+    before = make(*words).state_dict()
+    after = saved(tmp_path / "run")["state_dict"]
+    assert not torch.equal(before["trunk.layers.0.weight"], after["trunk.layers.0.weight"])
+    with pytest.raises(ConfigError, match="36 x 36 pixels or more"):
+        make(f"algo={algo}", "env=gym", "env.id=toy_envs:Image-v0", *words[3:])
+
+
+# --- schedules
+
+
+def test_schedules_reach_zero(tmp_path):
+    """The first iteration has the whole rate; the value at the end is what is left for one more."""
+    words = ["algo=ppo", *POINT, *LATE, "algo.steps_per_iteration=50", "algo.batch_size=50", "algo.epochs=1"]
+    algorithm = make(*words, "total_env_steps=200")
+    seen = []
+    for begun in (0, 50, 150, 200, 400):
+        algorithm.iteration_begun = begun
+        seen.append(algorithm.remaining(algorithm.schedule_env_steps))
+    assert seen == [1.0, 0.75, 0.25, 0.0, 0.0]
+    rates = {}
+    for schedule in ("constant", "linear"):
+        train(config.compose([*words, "total_env_steps=200", f"algo.lr_schedule={schedule}"]), tmp_path / schedule)
+        (optimizer,) = saved(tmp_path / schedule)["optimizer_states"]
+        rates[schedule] = optimizer["param_groups"][0]["lr"]
+    assert rates == pytest.approx({"constant": 3e-4, "linear": 3e-4 * 0.25})
+
+
+def test_a_longer_total_stretches_the_schedule_and_says_so(tmp_path, capsys):
+    words = ["algo=ppo", *POINT, *LATE, "algo.steps_per_iteration=50", "algo.batch_size=50", "algo.epochs=1"]
+    train(config.compose([*words, "total_env_steps=100"]), tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=400)
+    assert "algo.schedule_env_steps: 100 -> 400; annealed schedules change" in capsys.readouterr().out
+    (optimizer,) = saved(tmp_path / "run")["optimizer_states"]
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(3e-4 * 50 / 400)
+
+
+# --- bad input
+
+WRONG = {
+    "algo=actor_critic env=pendulum algo.critic=q algo.q_target=max": "algo.q_target=max goes through all actions",
+    "algo=actor_critic algo.online=true": "algo.online=true learns from one step of one env",
+    "algo=ppo env=pendulum algo.batch_size=60": "algo.batch_size=60 does not divide",
+    "algo=trpo env=pendulum algo.batch_size=60": "algo.batch_size=60 does not divide",
+    "algo=ppo env=pendulum algo.penalty=kl": "algo.penalty=kl needs an algo.target_kl",
+    "algo=a3c algo.steps_per_iteration=0": "algo.steps_per_iteration=0: input should be greater than 0",
+    "algo=a3c algo.t_max=0": "algo.t_max is unknown",
+    "algo=reinforce env.num_envs=2": "env.num_envs=2 must be 1",
+    "algo=reinforce algo.advantage=none": "algo.advantage=none",
+    "algo=a2c trainer.workers=2": "trainer.workers=2 are processes of trainer.strategy=hogwild",
+    "algo=a2c trainer.strategy=hogwild trainer.workers=2 trainer.threads=1": "trainer.strategy=hogwild is for A3C",
+    "algo=a3c trainer.threads=2": "trainer.threads=1",
+    "algo=a3c env.normalize_observation=true": "running statistics can't be shared",
+    "algo=a3c trainer.accelerator=gpu": "trainer.strategy=hogwild shares the memory of the CPU",
+    "algo=trpo debug=lecture": "debug=lecture is for a2c, actor_critic, reinforce",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_input_is_one_sentence(words):
+    with pytest.raises(ConfigError) as error:
+        build(config.compose(words.split()))
+    assert WRONG[words] in str(error.value)
+    assert "\n" not in str(error.value)
