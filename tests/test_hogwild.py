@@ -17,7 +17,15 @@ from levin.errors import RunError
 from levin.train import train
 
 TESTS = Path(__file__).parent
-WORDS = ["algo=a3c", "env=cartpole", "logger=csv", "eval.every=1_000_000", "eval.episodes=2", "trainer.workers=2"]
+WORDS = [
+    "algo=a3c",
+    "env=cartpole",
+    "logger=csv",
+    "eval.every=1_000_000",
+    "eval.episodes=2",
+    "trainer.workers=2",
+    "env.num_envs=1",
+]
 LONG = [*WORDS, "total_env_steps=100_000_000", "checkpoint.every=2000", "log_every=500"]
 
 
