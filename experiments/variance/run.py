@@ -183,7 +183,7 @@ The lecture's claim, measured on CartPole-v1 by `make variance`, which writes ev
 Var[g] = E sum_i (g_i - E g_i)^2 of the gradient by one trajectory: one half-trained policy, the same {samples:,}
 trajectories for all forms, gamma^t in the sum, critics that were fitted to this policy. The first three forms have the
 same expectation; that of the last two is off by what their critics get wrong, which the norm of the mean shows. The
-return is the mean of {seeds} seeds after {env_steps:,} env steps, at the same learning rate and with as many transitions
+return is the mean of {seeds} seeds after {env_steps:,} env steps, at the same learning rate, with as many transitions
 per update.
 
 ![Variance and learning](variance.png)

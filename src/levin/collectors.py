@@ -119,7 +119,7 @@ class VectorCollector(BaseCollector):
                 transitions += chunks[-1].shape[1]
                 done = bool(chunks[-1]["next", "done"][0, -1])
             episodes += 1
-        return torch.cat(chunks, 1)
+        return torch.cat(chunks, 1)  # type: ignore[arg-type, return-value]
 
     def _collect(self, steps: int, *, until_done: bool = False) -> TensorDict:
         """The next `steps` transitions of every env; fewer with `until_done`, when the first episode ends."""

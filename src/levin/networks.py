@@ -54,7 +54,7 @@ def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
                 nn.init.orthogonal_(weight, gain)
         else:
             continue
-        nn.init.zeros_(layer.bias)
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
 def single(outputs: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How a run is spread over processes, where Lightning has no strategy for it."""
 
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import traceback

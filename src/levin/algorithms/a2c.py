@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
@@ -75,6 +75,7 @@ class A2C(Algorithm):
 
     actions: ClassVar = ("box", "discrete")
     observations: ClassVar = ("float32", "uint8")
+    optimizer_name: OptimizerName
 
     def __init__(
         self,
@@ -141,14 +142,14 @@ class A2C(Algorithm):
         if self.normalize_advantage:
             weight = (weight - weight.mean()) / (weight.std() + 1e-8)
         if self.step_count:
-            weight = weight * self.gamma ** rollout["step_count"].flatten(0, 1).to(weight)
+            weight = weight * self.gamma ** rollout["step_count"].view_as(weight).to(weight)
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
         return self.actor_loss(log_prob, weight), self.critic_loss(value, target), distribution.entropy().mean()
 
     @torch.no_grad()
     def value_target(self, rollout: TensorDictBase, next_value: Tensor) -> Tensor:
         """R_t, `[N, T, 1]`: the TD(lambda) return, which is V(s_t) plus the advantage by GAE."""
-        after = rollout["next"]
+        after: TensorDict = rollout.get("next")
         return returns.lambda_return(
             reward=after["reward"],
             terminated=after["terminated"],

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
@@ -175,7 +175,7 @@ class A3C(Algorithm):
     @torch.no_grad()
     def value_target(self, rollout: TensorDictBase, next_value: Tensor) -> Tensor:
         """R_t, `[N, T, 1]`; the TD(lambda) return, which is the n-step one for lambda = 1."""
-        after = rollout["next"]
+        after: TensorDict = rollout.get("next")
         return returns.lambda_return(
             reward=after["reward"],
             terminated=after["terminated"],

@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
@@ -89,6 +89,7 @@ class ActorCritic(Algorithm):
     """
 
     actions: ClassVar = ("box", "discrete")
+    optimizer_name: OptimizerName
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class ActorCritic(Algorithm):
     @torch.no_grad()
     def value_target(self, batch: TensorDictBase) -> Tensor:
         """r + gamma (1 - terminated) times V(s'), Q(s',a'), E_pi Q(s',a') or max_a' Q(s',a'): `[B, 1]`."""
-        after = batch["next"]
+        after: TensorDict = batch.get("next")
         features = self.trunk(after["observation"])
         if self.critic_form == "advantage":
             next_value = self.critic(features)

@@ -166,8 +166,9 @@ class PPO(Algorithm):
     def epoch(self, data: TensorDictBase, old: Categorical | Normal, clip_epsilon: Tensor) -> Tensor:
         """One pass over the rollout `[B]` in shuffled minibatches. Returns the mean KL divergence."""
         order = torch.randperm(len(data), device=data.device)
+        batches: Sequence[TensorDictBase] = data[order].split(self.batch_size)
         kls = []
-        for batch, rows in zip(data[order].split(self.batch_size), order.split(self.batch_size), strict=True):
+        for batch, rows in zip(batches, order.split(self.batch_size), strict=True):
             kls.append(self.update(batch, old[rows] if self.penalty == "kl" else None, clip_epsilon))
             self.updates += 1
         return torch.stack(kls).mean()
@@ -180,14 +181,14 @@ class PPO(Algorithm):
         data["observation"] = rollout["observation"].flatten(0, 1)
         data["action"] = rollout["action"].flatten(0, 1)
         data["log_prob"] = old.log_prob(data["action"])
-        unexplained = (data["value_target"] - data["value"]).var() / data["value_target"].var()
-        self.record(explained_variance=1 - unexplained)
+        variance, error = data["value_target"].var(correction=0), data["advantage"].var(correction=0)
+        self.record(explained_variance=(variance - error) / variance.clamp(min=1e-8))
         return data, old
 
     @torch.no_grad()
     def advantages(self, rollout: TensorDictBase) -> TensorDict:
         """GAE of a rollout `[N, T]`, the critic's targets A + V, and V: each `[N T, 1]`."""
-        after = rollout["next"]
+        after: TensorDict = rollout.get("next")
         value = self.value(rollout["observation"])
         next_value = self.value(after["observation"])
         advantage = returns.gae(

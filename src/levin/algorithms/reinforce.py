@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
@@ -84,6 +84,7 @@ class REINFORCE(Algorithm):
     """
 
     actions: ClassVar = ("box", "discrete")
+    optimizer_name: OptimizerName
     step_count = True
 
     def __init__(
@@ -170,7 +171,7 @@ class REINFORCE(Algorithm):
 
     def reward_to_go(self, rollout: TensorDictBase) -> Tensor:
         """G_t = r_{t+1} + gamma G_{t+1}: `[N, T, 1]`; gamma V(s') for what a time limit has cut off."""
-        after = rollout["next"]
+        after: TensorDict = rollout.get("next")
         return returns.reward_to_go(
             reward=after["reward"],
             terminated=after["terminated"],
@@ -199,6 +200,6 @@ class REINFORCE(Algorithm):
             if self.value_target == "rollout":
                 target = self.reward_to_go(rollout)
             else:
-                after = rollout["next"]
+                after: TensorDict = rollout.get("next")
                 target = after["reward"] + self.gamma * self.value(after["observation"]) * ~after["terminated"]
         return (self.value(rollout["observation"]) - target).square().mean()

@@ -125,7 +125,8 @@ class TRPO(Algorithm):
         self.update(data)
         for _ in range(self.critic_epochs):
             order = torch.randperm(len(data), device=data.device)
-            for batch in data.select("observation", "value_target")[order].split(self.batch_size):
+            batches: Sequence[TensorDictBase] = data.select("observation", "value_target")[order].split(self.batch_size)
+            for batch in batches:
                 critic_loss = self.critic_loss(batch)
                 self.step(self.critic_optimizer, critic_loss)
                 self.record(critic_loss=critic_loss)
@@ -134,7 +135,7 @@ class TRPO(Algorithm):
     @torch.no_grad()
     def advantages(self, rollout: TensorDictBase) -> TensorDictBase:
         """The transitions `[N T]` of a rollout `[N, T]` with advantage (GAE) and target A + V, each `[N T, 1]`."""
-        after = rollout["next"]
+        after: TensorDict = rollout.get("next")
         value, next_value = (
             self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, rollout.shape)  # [N, T, *S] -> [N, T, 1]
             for observation in (rollout["observation"], after["observation"])
@@ -149,7 +150,8 @@ class TRPO(Algorithm):
             gae_lambda=self.gae_lambda,
         )
         target = advantage + value
-        self.record(explained_variance=1 - advantage.var() / target.var())
+        variance, error = target.var(correction=0), advantage.var(correction=0)
+        self.record(explained_variance=(variance - error) / variance.clamp(min=1e-8))
         if self.normalize_advantage:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         each = {"observation": rollout["observation"], "action": rollout["action"]}
