@@ -34,7 +34,7 @@ Metrics:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -166,7 +166,7 @@ class PPO(Algorithm):
     def epoch(self, data: TensorDictBase, old: Categorical | Normal, clip_epsilon: Tensor) -> Tensor:
         """One pass over the rollout `[B]` in shuffled minibatches. Returns the mean KL divergence."""
         order = torch.randperm(len(data), device=data.device)
-        batches: Sequence[TensorDictBase] = data[order].split(self.batch_size)
+        batches = cast(Sequence[TensorDictBase], data[order].split(self.batch_size))
         kls = []
         for batch, rows in zip(batches, order.split(self.batch_size), strict=True):
             kls.append(self.update(batch, old[rows] if self.penalty == "kl" else None, clip_epsilon))

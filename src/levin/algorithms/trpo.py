@@ -33,7 +33,7 @@ Metrics:
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -125,8 +125,8 @@ class TRPO(Algorithm):
         self.update(data)
         for _ in range(self.critic_epochs):
             order = torch.randperm(len(data), device=data.device)
-            batches: Sequence[TensorDictBase] = data.select("observation", "value_target")[order].split(self.batch_size)
-            for batch in batches:
+            shuffled = data.select("observation", "value_target")[order]
+            for batch in cast(Sequence[TensorDictBase], shuffled.split(self.batch_size)):
                 critic_loss = self.critic_loss(batch)
                 self.step(self.critic_optimizer, critic_loss)
                 self.record(critic_loss=critic_loss)

@@ -8,14 +8,19 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-from levin import paths, provenance
+import torch
+
+from levin import config, paths, provenance, runs
 from levin.bench.pace import REPORT
 from levin.errors import ConfigError
+from levin.train import build
 
 PYTHON = paths.ROOT / ".venv-bench" / "bin" / "python"
 NEVER = 1_000_000_000
+FLOOR = "envs and updates alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,40 @@ class Worker:
         self.process.wait()
 
 
+class Floor:
+    """What no run of ours can be faster than: its envs, stepped alone, and its updates, without a Trainer."""
+
+    def __init__(self, task: Comparison, threads: int) -> None:
+        words = [f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}", *task.ours]
+        runs.keep_freed_memory()
+        self.algorithm, self.loader = build(config.compose([*words, f"trainer.threads={threads}"]))
+        self.algorithm.configure_optimizers()
+        self.algorithm.manual_backward = torch.Tensor.backward  # type: ignore[method-assign]
+        self.steps = 0
+
+    def segment(self) -> float:
+        """Env steps per second, over half a second or more."""
+        env, steps, seconds = self.loader.env, 0, 0.0
+        while seconds < 0.5:
+            rollout = next(self.loader)
+            actions = rollout["action"].transpose(0, 1).numpy()  # [N, T, *A] -> [T, N, *A]
+            start = perf_counter()
+            for action in actions:
+                *_, terminated, truncated, _ = env.env.step(action)
+                done = terminated | truncated
+                if done.any():
+                    env.env.reset(options={"reset_mask": done})
+            self.algorithm.env_steps += rollout.numel()
+            self.algorithm.training_step(rollout, 0)
+            seconds += perf_counter() - start
+            steps += rollout.numel()
+        return steps / seconds
+
+    def stop(self) -> None:
+        """Close its envs."""
+        self.loader.collector.shutdown()
+
+
 def ours(task: Comparison, variant: tuple[str, ...], folder: Path, threads: int) -> list[str]:
     """The real command, with everything but evaluation and checkpoints, which the peer does not do either."""
     pace = f"{{_target_:levin.bench.pace.Pace,start:{task.warm_up},segment:{task.segment}}}"
@@ -172,7 +211,8 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
         commands = {"Stable-Baselines3": [str(PYTHON), str(script), task.algo, task.env_id, *map(str, words)]}
         for i, (name, variant) in enumerate(task.variants.items()):
             commands[name] = ours(task, variant, Path(folder) / str(i), threads)
-        workers = {name: Worker(command) for name, command in commands.items()}
+        workers: dict[str, Worker | Floor] = {name: Worker(command) for name, command in commands.items()}
+        workers[FLOOR] = Floor(task, threads)
         for worker in workers.values():
             stack.callback(worker.stop)
         for worker in workers.values():
@@ -182,6 +222,9 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
             for name, worker in workers.items():
                 rates[name].append(worker.segment())
     table(rates, "Stable-Baselines3", "env steps/s")
+    for name in task.variants:
+        share = statistics.median(a / b for a, b in zip(rates[name], rates[FLOOR], strict=True))
+        print(f"{name} runs at {share:.0%} of {FLOOR}")
 
 
 def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
