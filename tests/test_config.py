@@ -178,7 +178,18 @@ def test_a_composed_config_is_read_only():
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "debug").glob("*.yaml")))
 def test_every_debug_file_composes(name):
-    config.compose([f"debug={name}", "env=pendulum"])
+    config.compose([f"debug={name}", "env=pendulum", *(["algo=a2c"] if name == "lecture" else [])])
+
+
+def test_presets_say_what_they_change_of_single_algorithms():
+    files = sorted((paths.CONFIGS / "debug_algo").glob("*.yaml"))
+    assert files
+    for file in files:
+        debug, _, algo = file.stem.partition("_")
+        with_preset, without = (config.compose([f"algo={algo}", *words]).algo for words in ([f"debug={debug}"], []))
+        assert with_preset != without, file.name
+    with pytest.raises(ConfigError, match="debug=overfit is for sac; of ppo it says nothing"):
+        config.compose(["algo=ppo", "debug=overfit"])
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "tuned").glob("*.yaml")))

@@ -91,7 +91,10 @@ COMPARISONS = {
             warm_up=4096,
             segment=4096,
             peer={"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
-            ours=("algo.clip_value=false", *RAW),
+            ours=(
+                *("algo.steps_per_iteration=2048", "algo.recompute_advantage=false", "algo.normalize_advantage=true"),
+                *("algo.clip_value=false", "algo.value_coef=0.5", "algo.initial_log_std=0.0", *RAW),
+            ),
             variants={"levin": (), "levin, compiled": ("algo.compile=true",)},
         ),
     ],
