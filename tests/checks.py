@@ -4,6 +4,7 @@ import csv
 import inspect
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from levin import config, envs, resume, schema
+from levin import cells, config, envs, policy, resume, schema
 from levin.algorithms.base import Algorithm
 from levin.checkpoint import FolderCheckpointIO
 from levin.train import build, train
@@ -207,3 +208,20 @@ def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
     assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML shows every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
     assert envs.EnvConfig(**schema.plain(cfg.env)).id
+
+
+@check
+def exported_policy_acts_alike(row: Row, tmp_path: Path) -> None:
+    """What `experiments/` keeps of a run is its policy."""
+    run_row(row, tmp_path / "run")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    shutil.copy(tmp_path / "run" / "config.yaml", kept)
+    policy.export(tmp_path / "run", kept / cells.POLICY)
+    whole, exported = policy.Policy.load(tmp_path / "run"), policy.Policy.load(kept)
+    observation = make_batch(whole.algorithm)["observation"].numpy()
+    before = policy.Policy(build_row(row))
+    assert np.array_equal(whole(observation), exported(observation))
+    ours, theirs, fresh = (each.module.state_dict() for each in (whole, exported, before))
+    assert same(dict(ours), dict(theirs))
+    assert not same(dict(ours), dict(fresh))

@@ -307,6 +307,13 @@ def test_pixels(algo, tmp_path):
         make(f"algo={algo}", "env=gym", "env.id=toy_envs:Image-v0", *words[3:])
 
 
+@pytest.mark.parametrize("algo", ["actor_critic", "a2c"])
+def test_one_transition_per_update_can_be_learned_from(algo, tmp_path):
+    """One number has no deviation to be divided by."""
+    words = [f"algo={algo}", *LATE, "env=cartpole", "env.num_envs=1", "total_env_steps=5", "algo.steps_per_iteration=1"]
+    train(config.compose([*words, "algo.normalize_advantage=true", "eval.episodes=1"]), tmp_path / "run")
+
+
 # --- schedules
 
 
@@ -340,6 +347,7 @@ def test_a_longer_total_stretches_the_schedule_and_says_so(tmp_path, capsys):
 
 WRONG = {
     "algo=actor_critic env=pendulum algo.critic=q algo.q_target=max": "algo.q_target=max goes through all actions",
+    "algo=actor_critic algo.average_over=episodes": "algo.average_over=episodes is for whole ones",
     "algo=actor_critic algo.online=true": "algo.online=true learns from one step of one env",
     "algo=ppo env=pendulum algo.batch_size=60": "algo.batch_size=60 does not divide",
     "algo=trpo env=pendulum algo.batch_size=60": "algo.batch_size=60 does not divide",

@@ -53,7 +53,7 @@ SPEC = {
     "reward_clip": None,
 }
 LETTER = {"gamma": GAMMA, "discount_state_weighting": True, "normalize_advantage": False, "hidden_sizes": (5,)}
-EPISODES = {"average_over": "episodes"}
+EPISODES, WHOLE = {"average_over": "episodes"}, {"episodes_per_update": 1}
 
 
 def observation(state: Tensor, time: Tensor) -> Tensor:
@@ -182,8 +182,8 @@ FORMS = {
     "simple": lambda **o: build(REINFORCE, advantage="return", **LETTER | EPISODES | o),
     "reward-to-go": lambda **o: build(REINFORCE, advantage="reward_to_go", **LETTER | EPISODES | o),
     "value baseline": lambda **o: build(REINFORCE, advantage="baseline", **LETTER | EPISODES | o),
-    "Q critic": lambda **o: build(ActorCritic, critic="q", **LETTER | EPISODES | o),
-    "advantage": lambda **o: build(ActorCritic, critic="advantage", **LETTER | EPISODES | o),
+    "Q critic": lambda **o: build(ActorCritic, critic="q", **LETTER | EPISODES | WHOLE | o),
+    "advantage": lambda **o: build(ActorCritic, critic="advantage", **LETTER | EPISODES | WHOLE | o),
     "A2C, n-step": lambda **o: build(A2C, **LETTER | o),
     "A2C, GAE": lambda **o: build(A2C, gae_lambda=0.9, **LETTER | o),
 }

@@ -86,7 +86,8 @@ def gradients(policy: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Form -> `[SAMPLES, P]`: the gradient of J by each trajectory, the same trajectories for all forms."""
     algorithms: dict[str, Algorithm] = {}
     for name, words in FORMS.items():
-        algorithm, loader = make([*words, *EXACT])
+        whole = ["algo.episodes_per_update=1"] if words[0] == ACTOR_CRITIC[0] else []
+        algorithm, loader = make([*words, *EXACT, *whole])
         algorithm.actor.load_state_dict(policy)
         fit(algorithm, episodes(loader, FIT_EPISODES))
         algorithms[name] = algorithm
@@ -182,9 +183,9 @@ The lecture's claim, measured on CartPole-v1 by `make variance`, which writes ev
 
 Var[g] = E sum_i (g_i - E g_i)^2 of the gradient by one trajectory: one half-trained policy, the same {samples:,}
 trajectories for all forms, gamma^t in the sum, critics that were fitted to this policy. The first three forms have the
-same expectation; that of the last two is off by what their critics get wrong, which the norm of the mean shows. The
-return is the mean of {seeds} seeds after {env_steps:,} env steps, at the same learning rate, with as many transitions
-per update.
+same expectation, but for episodes that the time limit cuts; that of the last two is off by the errors of their critics.
+The return is the mean of {seeds} seeds after {env_steps:,} env steps, with the same learning rate and as many
+transitions per update.
 
 ![Variance and learning](variance.png)
 """

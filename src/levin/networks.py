@@ -187,7 +187,7 @@ def trunk(env: EnvSpec) -> tuple[nn.Module, int]:
     """
     shape = env["observation"]["shape"]
     if env["observation"]["dtype"] != "uint8":
-        return nn.Flatten(), math.prod(shape)
+        return (nn.Identity() if len(shape) == 1 else nn.Flatten()), math.prod(shape)
     if len(shape) != 3 or min(shape[1:]) < 36:
         raise ConfigError(f"the Nature CNN reads [C, H, W] of 36 x 36 pixels or more; those of {env['id']} are {shape}")
     return NatureCNN(shape), 512

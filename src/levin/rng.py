@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 
-def seed_everything(seed: int, rank: int) -> None:
+def seed_everything(seed: int, rank: int, env_steps: int = 0) -> None:
     """Seed python, numpy and torch. The third stream beside training and evaluation episodes."""
-    python, numpy, pytorch = np.random.SeedSequence(seed, spawn_key=(2, rank)).generate_state(3).tolist()
+    key = (2, rank, env_steps) if env_steps else (2, rank)
+    python, numpy, pytorch = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()
     random.seed(python)
     np.random.seed(numpy)
     torch.manual_seed(pytorch)

@@ -31,12 +31,12 @@ class Hogwild(SingleDeviceStrategy):
 
     Args:
         workers: Processes, this one included.
-        rollouts: Makes the rollouts of a worker, in its process: rank -> loader.
+        rollouts: Makes the rollouts of another worker, in its process: rank, env steps of the run so far -> loader.
     """
 
     strategy_name = "hogwild"
 
-    def __init__(self, workers: int, rollouts: Callable[[int], CollectorLoader]) -> None:
+    def __init__(self, workers: int, rollouts: Callable[[int, int], CollectorLoader]) -> None:
         super().__init__(device="cpu")
         self.workers, self.rollouts = workers, rollouts
         self.env_steps = torch.zeros(workers, dtype=torch.int64).share_memory_()  # each writes its own: no lock
@@ -83,11 +83,11 @@ class HogwildLauncher(_Launcher):
         strategy, algorithm = self.strategy, cast(Algorithm, args[0])
         algorithm.share_memory()
         context = multiprocessing.get_context("fork")
-        for rank in range(1, strategy.workers):
-            target = context.Process(target=self._work, args=(rank, function, algorithm, trainer))
-            target.start()
-            strategy.processes.append(target)
         try:
+            for rank in range(1, strategy.workers):
+                process = context.Process(target=self._work, args=(rank, function, algorithm, trainer))
+                process.start()
+                strategy.processes.append(process)
             return function(*args, **kwargs)
         finally:
             self.kill(signal.SIGKILL)
@@ -104,9 +104,13 @@ class HogwildLauncher(_Launcher):
             self.strategy.global_rank = rank
             trainer.callbacks = [Workers(self.strategy), FiniteGuard()]  # type: ignore[attr-defined]
             trainer.loggers = []
-            rollouts = self.strategy.rollouts(rank)
-            function(algorithm, rollouts)
-            rollouts.collector.shutdown()
+            while not self.strategy.restored:  # worker 0 reads the checkpoint into the memory that all share
+                leave_orphan()
+                sleep(0.005)
+            if not self.strategy.stopping:
+                rollouts = self.strategy.rollouts(rank, int(self.strategy.env_steps[0]))
+                function(algorithm, rollouts)
+                rollouts.collector.shutdown()
         except BaseException as error:
             said = str(error) if isinstance(error, RunError) else f"raised {traceback.format_exc()}"
             self.strategy.errors.put(said)
@@ -120,6 +124,13 @@ def ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
+def leave_orphan() -> None:
+    """End this worker if worker 0 is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
+
+
 class Workers(Callback):
     """Keeps the clock of all workers, and ends each when another has."""
 
@@ -127,14 +138,12 @@ class Workers(Callback):
         self.strategy = strategy
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            ignore_signals()  # again: the Trainer has handlers of its own
-        else:
+        if trainer.is_global_zero:
             self.strategy.env_steps[0] = cast(Algorithm, pl_module).env_steps
+            self.strategy.stopping.fill_(trainer.should_stop)  # a run that has nothing left to do but to evaluate
             self.strategy.restored.fill_(True)
-        while not self.strategy.restored:  # worker 0 reads the checkpoint into the memory that all share
-            self._leave_orphan()
-            sleep(0.005)
+        else:
+            ignore_signals()  # again: the Trainer has handlers of its own
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TensorDictBase, batch_idx: int
@@ -145,15 +154,11 @@ class Workers(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not trainer.is_global_zero:
-            self._leave_orphan()
+            leave_orphan()
             trainer.should_stop = bool(self.strategy.stopping)
         elif trainer.should_stop:  # before the last evaluation and the last checkpoint
             self.strategy.join()
             cast(Algorithm, pl_module).env_steps = int(self.strategy.env_steps.sum())
+            cast(Algorithm, pl_module).pull()
         else:
             self.strategy.check()
-
-    def _leave_orphan(self) -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:
-            os._exit(1)

@@ -54,10 +54,16 @@ def build(cfg: DictConfig) -> tuple[Algorithm, loader.CollectorLoader]:
     return algorithm, loader.make(cfg.collector, env, algorithm)
 
 
-def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int) -> loader.CollectorLoader:
-    """Seed this process as one of a run's workers, and make what collects for it."""
-    rng.seed_everything(cfg.seed, rank=rank)
-    return loader.make(cfg.collector, make_env(cfg, rank), algorithm)
+def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: int) -> loader.CollectorLoader:
+    """Seed this process as one of a run's workers, and make what collects for it.
+
+    Nothing is drawn again when the run resumes: the numbers of episodes begin at `env_steps`, of which each takes one
+    or more.
+    """
+    rng.seed_everything(cfg.seed, rank=rank, env_steps=env_steps)
+    env = make_env(cfg, rank)
+    env.episodes = [env_steps - 1] * env.num_envs
+    return loader.make(cfg.collector, env, algorithm)
 
 
 def make_env(cfg: DictConfig, rank: int) -> envs.SeededVectorEnv:

@@ -20,12 +20,12 @@ from levin.strategies import Hogwild, Workers
 
 
 def build(
-    cfg: DictConfig, run: Path, env: EnvConfig, rollouts: Callable[[int], CollectorLoader]
+    cfg: DictConfig, run: Path, env: EnvConfig, rollouts: Callable[[int, int], CollectorLoader]
 ) -> tuple[Trainer, Budget, Evaluation]:
     """Lightning's Trainer with our callbacks and the user's; its loggers come when the run folder is there.
 
     Args:
-        rollouts: Makes the rollouts of another process of the same run: rank -> loader.
+        rollouts: Makes the rollouts of another process of the same run: rank, env steps so far -> loader.
 
     Raises:
         ConfigError: The Trainer refuses an argument, or a callback can't be made.

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from levin import returns
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, standardize
 from levin.envs import EnvSpec
 from levin.hints import (
     Activation,
@@ -140,7 +140,7 @@ class A2C(Algorithm):
         target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         weight = target - value.detach()
         if self.normalize_advantage:
-            weight = (weight - weight.mean()) / (weight.std() + 1e-8)
+            weight = standardize(weight)
         if self.step_count:
             weight = weight * self.gamma ** rollout["step_count"].view_as(weight).to(weight)
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))

@@ -17,7 +17,8 @@ Pseudocode (Algorithm S3), of each worker:
 The optimiser's statistics are shared as well: `trainer.strategy=hogwild trainer.workers=4` shares the buffers below.
 
 Deviations:
-    - Actor and critic share no layers. The lock-free steps are on one flat vector.
+    - Actor and critic share no layers, except for pixels. The lock-free steps are on one flat vector.
+    - The loss is a mean over the transitions of a rollout, not their sum.
     - GAE may take the place of the n-step return (`gae_lambda`).
 
 Metrics:
@@ -39,6 +40,7 @@ from torch import Tensor
 from levin import returns
 from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
+from levin.errors import RunError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.networks import Actor, Critic, StochasticPolicy, clip_grad_norm, flatten, trunk
 
@@ -57,9 +59,9 @@ class A3C(Algorithm):
         lr_schedule: `linear` takes it to 0, as in the paper.
         schedule_env_steps: Env steps of all workers after which a linear schedule is at 0.
         rmsprop_decay: alpha of the mean square. The paper: 0.99.
-        eps: Added to the mean square.
+        eps: Added to the mean square (RMSprop), or to its root (Adam).
         steps_per_iteration: Vector steps of a rollout, t_max. The paper: 5.
-        entropy_coef: c_2. The paper: 0.01.
+        entropy_coef: c_2. The paper: 0.01, for Atari.
         value_coef: c_1. The paper's code: 0.5.
         max_grad_norm: Of actor and critic together.
         hidden_sizes: Widths of the hidden layers of actor and critic.
@@ -122,8 +124,6 @@ class A3C(Algorithm):
     def on_train_start(self) -> None:
         super().on_train_start()
         self.separate()
-        if self.trainer.is_global_zero:
-            self.pushes[0] = self.updates
         self.pull()
 
     def separate(self) -> None:
@@ -133,20 +133,18 @@ class A3C(Algorithm):
         self.local.grad = flat.grad
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        """That of theta as it is now."""
-        self.pull()
+        """That of theta'. Between two iterations it is what theta was at the last pull."""
         chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
         return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.update(self.normalize(rollout))
-        self.updates = int(self.pushes.sum())
         self.pull()  # for the next rollout
 
     @torch.no_grad()
     def pull(self) -> None:
         """theta' <- theta."""
-        self.version = int(self.pushes.sum())
+        self.updates = int(self.pushes.sum())
         self.local.copy_(self.theta)
 
     def update(self, rollout: TensorDictBase) -> None:
@@ -155,7 +153,7 @@ class A3C(Algorithm):
         loss = actor_loss + self.value_coef * critic_loss
         if self.entropy_coef:  # what is not wanted is not differentiated
             loss = loss - self.entropy_coef * entropy
-        self.zero_grad()
+        self.local.grad.zero_()  # type: ignore[union-attr]
         self.manual_backward(loss)
         clip_grad_norm([self.local], self.max_grad_norm)
         self.push()
@@ -191,28 +189,32 @@ class A3C(Algorithm):
         rank = self.trainer.global_rank
         gradient = self.local.grad  # [P]
         assert gradient is not None
+        if not gradient.sum().isfinite():  # before it is everybody's
+            raise RunError(f"not finite after {self.env_steps} env steps: the gradient")
         lr = self.lr * self.remaining(self.schedule_env_steps) if self.lr_schedule == "linear" else self.lr
         total = int(self.pushes.sum())
         decay = self.rmsprop_decay if self.optimizer_name == "rmsprop" else 0.999
         self.mean_square.mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
-        mean_square = self.mean_square
-        if self.optimizer_name == "adam":
+        if self.optimizer_name == "rmsprop":
+            self.theta.addcdiv_(gradient, (self.mean_square + self.eps).sqrt(), value=-lr)
+        else:
             self.momentum.lerp_(gradient, 1 - 0.9)
-            gradient, mean_square = self.momentum / (1 - 0.9 ** (total + 1)), mean_square / (1 - decay ** (total + 1))
-        self.theta.addcdiv_(gradient, (mean_square + self.eps).sqrt(), value=-lr)
-        stale = total - self.version
+            root = (self.mean_square / (1 - decay ** (total + 1))).sqrt() + self.eps
+            self.theta.addcdiv_(self.momentum / (1 - 0.9 ** (total + 1)), root, value=-lr)
+        stale = total - self.updates
         self.pushes[rank] += 1
         self.staleness[rank, min(stale, MAX_STALENESS - 1)] += 1
         counts = self.staleness.sum(0)
         self.record(staleness=torch.tensor(float(stale)), stale_pushes=counts[1:].sum() / counts.sum())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.pull()
-        self.updates = int(self.pushes.sum())
         super().on_save_checkpoint(checkpoint)
+        # What worker 0 has pulled, and maybe evaluated: others may have pushed since.
+        checkpoint["state_dict"]["theta"] = self.local.clone()
         # How many pushes were 0, 1, ... updates late.
         checkpoint["staleness"] = self.staleness.sum(0).tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.staleness[0] = torch.tensor(checkpoint["staleness"])
+        self.pushes[0] = self.updates

@@ -43,7 +43,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, standardize
 from levin.collectors import WholeEpisodes
 from levin.distributions import Categorical
 from levin.envs import EnvSpec
@@ -122,6 +122,8 @@ class ActorCritic(Algorithm):
                 "algo.online=true learns from one step of one env: "
                 "env.num_envs=1, algo.episodes_per_update=0 and algo.critic_updates=1 go with it"
             )
+        if average_over == "episodes" and not episodes_per_update:
+            raise ConfigError("algo.average_over=episodes is for whole ones: algo.episodes_per_update=1 or more")
         self.gamma, self.critic_form, self.online, self.q_target = gamma, critic, online, q_target
         self.discount_state_weighting = self.step_count = discount_state_weighting
         self.average_over, self.normalize_advantage = average_over, normalize_advantage and not online
@@ -160,8 +162,8 @@ class ActorCritic(Algorithm):
             critic_loss = self.critic_loss(batch)
             self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
         if self.normalize_advantage:
-            self.record(weight_std=weight.std())
-            weight = (weight - weight.mean()) / (weight.std() + 1e-8)
+            self.record(weight_std=weight.std(correction=0))
+            weight = standardize(weight)
         actor_loss, entropy = self.actor_loss(batch, weight)
         self.step(self.actor_optimizer, actor_loss - self.entropy_coef * entropy, self.max_grad_norm)
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)
@@ -179,7 +181,7 @@ class ActorCritic(Algorithm):
             weight = weight * self.gamma ** batch["step_count"].to(weight)
         distribution = self.actor(self.trunk(batch["observation"]))
         log_prob = distribution.log_prob(batch["action"])  # [B, 1]
-        count = batch["next", "done"].sum().clamp(min=1) if self.average_over == "episodes" else len(weight)
+        count = batch["next", "done"].sum() if self.average_over == "episodes" else len(weight)
         return -(weight * log_prob).sum() / count, distribution.entropy().mean()
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:

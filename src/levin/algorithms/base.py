@@ -36,6 +36,11 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def standardize(values: Tensor) -> Tensor:
+    """To mean 0 and deviation 1; a single one, which has no deviation, stays what it is."""
+    return (values - values.mean()) / (values.std() + 1e-8) if values.numel() > 1 else values
+
+
 class Algorithm(LightningModule):
     """A LightningModule whose `training_step` is one iteration of the algorithm's outer loop.
 
@@ -117,6 +122,9 @@ class Algorithm(LightningModule):
         if name == "rmsprop":
             return RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-5, foreach=False)
         return SGD(parameters, lr=lr, fused=True)
+
+    def pull(self) -> None:
+        """Take over what other processes have made of the parameters, where they are not simply shared."""
 
     def step(self, optimizer: Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
         """One step of one optimiser, the norm of its gradient clipped. Raises ValueError when the loss is no scalar."""

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from levin import returns
-from levin.algorithms.base import Algorithm, compiled
+from levin.algorithms.base import Algorithm, compiled, standardize
 from levin.distributions import Categorical, Normal
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
@@ -148,7 +148,8 @@ class PPO(Algorithm):
         remaining = self.remaining(self.schedule_env_steps)
         lr = self.lr * remaining if self.lr_schedule == "linear" else self.lr
         # A tensor: what is compiled would be compiled anew for every other number.
-        clip_epsilon = torch.tensor(self.clip_epsilon * (remaining if self.clip_schedule == "linear" else 1.0))
+        epsilon = self.clip_epsilon * remaining if self.clip_schedule == "linear" else self.clip_epsilon
+        clip_epsilon = torch.tensor(epsilon, device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rollout = self.normalize(rollout)
@@ -161,7 +162,9 @@ class PPO(Algorithm):
             if self.penalty == "clip" and self.target_kl is not None and kl > self.target_kl:
                 break
         if self.penalty == "kl":
-            self.update_beta(kl)
+            with torch.no_grad():
+                new = self.actor(self.trunk(data["observation"]))
+            self.update_beta(old.kl(new).mean())  # type: ignore[arg-type]
 
     def epoch(self, data: TensorDictBase, old: Categorical | Normal, clip_epsilon: Tensor) -> Tensor:
         """One pass over the rollout `[B]` in shuffled minibatches. Returns the mean KL divergence."""
@@ -235,7 +238,7 @@ class PPO(Algorithm):
         """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], or -E[rho A - beta KL(pi_k || pi)]; and the KL divergence."""
         advantage = batch["advantage"]  # [B, 1]
         if self.normalize_advantage:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            advantage = standardize(advantage)
         log_ratio = new.log_prob(batch["action"]) - batch["log_prob"]
         ratio = log_ratio.exp()
         if old is not None:

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from levin import returns
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, standardize
 from levin.collectors import WholeEpisodes
 from levin.envs import EnvSpec
 from levin.hints import (
@@ -151,9 +151,9 @@ class REINFORCE(Algorithm):
                 critic_loss = self.critic_loss(rollout)
                 self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
             self.record(critic_loss=critic_loss)
-        self.record(weight_std=weight.std())
+        self.record(weight_std=weight.std(correction=0))
         if self.normalize_advantage:
-            weight = (weight - weight.mean()) / (weight.std() + 1e-8)
+            weight = standardize(weight)
         actor_loss, entropy = self.actor_loss(rollout, weight)
         linear = self.entropy_schedule == "linear"
         entropy_coef = self.entropy_coef * (self.remaining(self.schedule_env_steps) if linear else 1.0)

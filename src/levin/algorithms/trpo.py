@@ -43,7 +43,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
 from levin import returns
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, standardize
 from levin.distributions import Categorical, Normal
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
@@ -153,7 +153,7 @@ class TRPO(Algorithm):
         variance, error = target.var(correction=0), advantage.var(correction=0)
         self.record(explained_variance=(variance - error) / variance.clamp(min=1e-8))
         if self.normalize_advantage:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            advantage = standardize(advantage)
         each = {"observation": rollout["observation"], "action": rollout["action"]}
         each |= {"advantage": advantage, "value_target": target}
         return TensorDict(each, batch_size=rollout.shape).flatten(0, 1)  # [N, T] -> [N T]
@@ -169,7 +169,7 @@ class TRPO(Algorithm):
         step = (2 * self.target_kl / (direction @ product(direction))).sqrt() * direction
         improvement, kl, tried = self.line_search(batch, features, old, step)
         self.record(surrogate=improvement, kl=kl, line_search_steps=tried, entropy=old.entropy().mean())
-        self.record(cg_residual=residual / gradient.norm())
+        self.record(cg_residual=residual / gradient.norm().clamp(min=1e-8))
 
     def surrogate(self, batch: TensorDictBase, new: Categorical | Normal, old: Categorical | Normal) -> Tensor:
         """E[rho A]."""

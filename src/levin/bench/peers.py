@@ -93,7 +93,7 @@ COMPARISONS = {
             peer={"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
             ours=(
                 *("algo.steps_per_iteration=2048", "algo.recompute_advantage=false", "algo.normalize_advantage=true"),
-                *("algo.clip_value=false", "algo.value_coef=0.5", "algo.initial_log_std=0.0", *RAW),
+                *("algo.clip_value=false", "algo.value_coef=1.0", "algo.initial_log_std=0.0", *RAW),
             ),
             variants={"levin": (), "levin, compiled": ("algo.compile=true",)},
         ),
