@@ -72,9 +72,8 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
         return first is not None and first.seeds >= SEEDS_OF_A_REPRODUCTION and first.std is not None
 
     def normalise(self, returns: np.ndarray) -> np.ndarray:
-        """0 is what uniform actions get, 1 the published number, or the gate where there is none."""
-        one = self.published[0].mean if self.published else self.gate
-        return (returns - self.random_return) / (one - self.random_return)
+        """0 is what uniform actions get, 1 the published number."""
+        return (returns - self.random_return) / (self.published[0].mean - self.random_return)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +261,13 @@ class Result:
     def algorithm(self) -> str:
         """The name of its class."""
         return self.config.algo._target_.rpartition(".")[2]
+
+    @property
+    def variant(self) -> str:
+        """What its folder's name says beyond algorithm and env, in brackets: ` (online)`; mostly nothing."""
+        usual = self.config.name.split("_")
+        more = [word for word in self.name.split("_") if word not in usual]
+        return f" ({' '.join(more)})" if more else ""
 
     @property
     def task(self) -> tuple[str, int]:

@@ -18,8 +18,9 @@ def expected(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], No
     done = [result for result in results if result.evaluations]
     for result in done:
         yield result.cell / cells.PICTURE, _source(result), lambda result=result: draw_result(result)
-    if done:
-        yield paths.EXPERIMENTS / AGGREGATE, _source(*done), lambda: draw_aggregate(done)
+    comparable = [result for result in done if result.reference.published]  # 1 is the published number
+    if comparable:
+        yield paths.EXPERIMENTS / AGGREGATE, _source(*comparable), lambda: draw_aggregate(comparable)
 
 
 def _source(*results: Result) -> str:
@@ -85,10 +86,11 @@ def draw_aggregate(results: list[Result]) -> None:
         iqm, interval = aggregates.iqm_with_interval(scores)
         end.barh(i, interval[1] - interval[0], left=interval[0], color=line.get_color(), alpha=0.4, height=0.5)
         end.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
-    efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of all results")
+    efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of published tasks")
     efficiency.legend(frameon=False, loc="lower right")
     end.axvline(1, color="gray", linestyle=":")
     end.set(xlabel="0: uniform actions, 1: published", title="At the end: IQM, 95% interval")
+    end.margins(x=0.05)
     end.set_xlim(left=min(0, end.get_xlim()[0]))
     end.set_yticks(range(len(by_algorithm)), by_algorithm)
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
