@@ -106,7 +106,7 @@ ROWS = [
     Row(
         algo="a3c",
         env="cartpole",
-        small=("algo.gae_lambda=0.9", "trainer.workers=1"),
+        small=("algo.gae_lambda=0.9", "trainer.workers=1", "env.num_envs=1"),
         env_steps=80,
         optimizers={},
         losses=oracles.a2c_losses,
@@ -130,7 +130,7 @@ ROWS = [
     ),
     Row(
         algo="ppo",
-        env="pendulum",
+        env="mountaincar_continuous",
         small=("algo.steps_per_iteration=16", "algo.batch_size=8", "algo.epochs=2"),
         env_steps=64,
         optimizers={"optimizer": 1},
