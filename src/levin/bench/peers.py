@@ -82,6 +82,7 @@ COMPARISONS = {
                 *("algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", "algo.lr=3e-4"),
                 *("algo.gamma=0.99", "algo.gae_lambda=0.95", "algo.clip_schedule=constant"),
             ),
+            variants={"levin": (), "levin, compiled": ("algo.compile=true",)},
         ),
         Comparison(
             algo="ppo",
