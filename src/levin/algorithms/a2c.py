@@ -32,7 +32,6 @@ from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -48,7 +47,7 @@ from levin.hints import (
     PositiveInt,
     Schedule,
 )
-from levin.networks import Actor, Critic, StochasticPolicy, trunk
+from levin.networks import Actor, Critic, trunk
 
 
 class A2C(Algorithm):
@@ -111,10 +110,6 @@ class A2C(Algorithm):
     def configure_optimizers(self) -> Optimizer:
         self.optimizer = self.make_optimizer(self.optimizer_name, self.parameters(), self.lr)
         return self.optimizer
-
-    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         if self.lr_schedule == "linear":

@@ -34,7 +34,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from levin import returns
@@ -42,7 +41,7 @@ from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
 from levin.errors import RunError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, StochasticPolicy, clip_grad_norm, flatten, trunk
+from levin.networks import Actor, Critic, clip_grad_norm, flatten, trunk
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
 
@@ -127,15 +126,13 @@ class A3C(Algorithm):
         self.pull()
 
     def separate(self) -> None:
-        """Give theta' memory of its own, which no other worker sees: one vector `[P]`, and its gradient."""
+        """Give theta' memory of its own, which no other worker sees: one vector `[P]`, and its gradient.
+
+        The policy acts and is evaluated by theta': between two iterations it is what theta was at the last pull.
+        """
         flat = flatten(self.local_parameters)
         self.local = flat.data
         self.local.grad = flat.grad
-
-    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        """That of theta'. Between two iterations it is what theta was at the last pull."""
-        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.update(self.normalize(rollout))

@@ -39,7 +39,6 @@ from typing import ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -57,7 +56,7 @@ from levin.hints import (
     PositiveFloat,
     PositiveInt,
 )
-from levin.networks import Actor, Critic, StochasticPolicy, trunk
+from levin.networks import Actor, Critic, trunk
 
 
 class ActorCritic(Algorithm):
@@ -146,10 +145,6 @@ class ActorCritic(Algorithm):
         self.critic_optimizer = self.make_optimizer(self.optimizer_name, self.critic.parameters(), self.critic_lr)
         self.actor_optimizer = self.make_optimizer(self.optimizer_name, self.actor.parameters(), self.actor_lr)
         return [self.critic_optimizer, self.actor_optimizer]
-
-    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.update(self.normalize(rollout).flatten(0, 1))  # [N, T] -> [B]

@@ -17,7 +17,7 @@ from levin.collectors import WholeEpisodes
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import OptimizerName
-from levin.networks import FlatParameter, clip_grad_norm, flatten
+from levin.networks import FlatParameter, StochasticPolicy, clip_grad_norm, flatten
 from levin.replay import Replay
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
@@ -90,8 +90,17 @@ class Algorithm(LightningModule):
         self.sample_seconds = 0.0
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        """`observation -> action`, raw observations in; shares the parameters of this module."""
-        raise NotImplementedError
+        """`observation -> action`, raw observations in; shares the parameters of this module.
+
+        That of a stochastic `actor` behind a `trunk`; an algorithm whose networks are others overrides it.
+        """
+        chooser = StochasticPolicy(
+            self.observation_normalizer,
+            self.trunk,  # type: ignore[arg-type]
+            self.actor,  # type: ignore[arg-type]
+            deterministic=deterministic,
+        )
+        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def transfer_batch_to_device(
         self, batch: TensorDictBase, device: torch.device, dataloader_idx: int

@@ -38,7 +38,6 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -48,7 +47,7 @@ from levin.distributions import Categorical, Normal
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, StochasticPolicy, trunk
+from levin.networks import Actor, Critic, trunk
 
 Batch = Mapping[str, Tensor]
 
@@ -139,10 +138,6 @@ class PPO(Algorithm):
     def configure_optimizers(self) -> Optimizer:
         self.optimizer = self.make_optimizer("adam", self.parameters(), self.lr)
         return self.optimizer
-
-    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         remaining = self.remaining(self.schedule_env_steps)

@@ -35,7 +35,6 @@ from typing import ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -52,7 +51,7 @@ from levin.hints import (
     PositiveInt,
     Schedule,
 )
-from levin.networks import Actor, Critic, StochasticPolicy, trunk
+from levin.networks import Actor, Critic, trunk
 
 
 class REINFORCE(Algorithm):
@@ -132,10 +131,6 @@ class REINFORCE(Algorithm):
             return [self.optimizer]
         self.critic_optimizer = self.make_optimizer(self.optimizer_name, self.critic.parameters(), self.critic_lr)
         return [self.optimizer, self.critic_optimizer]
-
-    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         if self.lr_schedule == "linear":

@@ -37,7 +37,6 @@ from typing import ClassVar, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
@@ -48,7 +47,7 @@ from levin.distributions import Categorical, Normal
 from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from levin.networks import Actor, Critic, StochasticPolicy, assign, trunk
+from levin.networks import Actor, Critic, assign, trunk
 
 
 class TRPO(Algorithm):
@@ -115,10 +114,6 @@ class TRPO(Algorithm):
     def configure_optimizers(self) -> Optimizer:
         self.critic_optimizer = self.make_optimizer("adam", self.critic.parameters(), self.critic_lr)
         return self.critic_optimizer
-
-    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = StochasticPolicy(self.observation_normalizer, self.trunk, self.actor, deterministic=deterministic)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         data = self.advantages(self.normalize(rollout))

@@ -17,9 +17,8 @@ def checkpoint(*, rounds: int, threads: int) -> None:
     (task,) = COMPARISONS["sac"]
     probe = f"{{_target_:levin.bench.checkpoint.Probe,start:{task.warm_up},segment:{task.segment},rounds:{rounds}}}"
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that runs are on
-        words = ours(task, (), Path(folder) / "run", threads)
-        words = [each for each in words if not each.startswith("+callbacks.pace")]
-        subprocess.run([*words, f"+callbacks.probe={probe}"], check=True)
+        words = ours(task, (), Path(folder) / "run", threads, f"+callbacks.probe={probe}")
+        subprocess.run(words, check=True)
 
 
 def bench(

@@ -189,13 +189,17 @@ class Floor:
         self.loader.collector.shutdown()
 
 
-def ours(task: Comparison, variant: tuple[str, ...], folder: Path, threads: int) -> list[str]:
+def pace(task: Comparison) -> str:
+    """The callback that takes turns."""
+    return f"+callbacks.pace={{_target_:levin.bench.pace.Pace,start:{task.warm_up},segment:{task.segment}}}"
+
+
+def ours(task: Comparison, variant: tuple[str, ...], folder: Path, threads: int, callback: str) -> list[str]:
     """The real command, with everything but evaluation and checkpoints, which the peer does not do either."""
-    pace = f"{{_target_:levin.bench.pace.Pace,start:{task.warm_up},segment:{task.segment}}}"
     return [
         *(sys.executable, "-m", "levin.train", f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}"),
         *(*task.ours, *variant, "logger=csv", f"run={folder}", f"total_env_steps={NEVER}"),
-        *("trainer.accelerator=cpu", f"trainer.threads={threads}", f"+callbacks.pace={pace}"),
+        *("trainer.accelerator=cpu", f"trainer.threads={threads}", callback),
         *(f"eval.every={NEVER}", f"checkpoint.every={NEVER}"),
     ]
 
@@ -214,7 +218,7 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         commands = {"Stable-Baselines3": [str(PYTHON), str(script), task.algo, task.env_id, *map(str, words)]}
         for i, (name, variant) in enumerate(task.variants.items()):
-            commands[name] = ours(task, variant, Path(folder) / str(i), threads)
+            commands[name] = ours(task, variant, Path(folder) / str(i), threads, pace(task))
         workers: dict[str, Worker | Floor] = {name: Worker(command) for name, command in commands.items()}
         workers[FLOOR] = Floor(task, threads)
         for worker in workers.values():
