@@ -52,7 +52,7 @@ def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
     class Critic(nn.Module):
         def __init__(self, ensemble: nn.Module, index: int) -> None:
             super().__init__()
-            layers = [layer for layer in ensemble.layers if hasattr(layer, "weight")]
+            layers = [layer for layer in ensemble.ensemble.layers if hasattr(layer, "weight")]
             self.weights = nn.ParameterList(layer.weight[index].detach().clone() for layer in layers)
             self.biases = nn.ParameterList(layer.bias[index].detach().clone() for layer in layers)
 

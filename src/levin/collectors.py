@@ -16,11 +16,12 @@ from gymnasium.spaces import Box, Discrete
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
+from torchrl.envs import DoubleToFloat, GymWrapper, InitTracker, TransformedEnv
 
 from levin.envs import SeededVectorEnv
 from levin.errors import ConfigError
 
+IS_FIRST = "is_first"  # [N, 1], for policies that ask for it: whether an observation begins an episode
 CHUNK = 256  # vector steps at a time, while the length of a rollout is not known
 
 
@@ -59,6 +60,8 @@ def make(
     wrapped = GymWrapper(env, categorical_action_encoding=True)
     if wrapped.observation_spec["observation"].dtype == torch.float64:
         wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
+    if IS_FIRST in policy.in_keys:
+        wrapped = TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST))
     return Collector(
         wrapped,
         policy,
@@ -75,7 +78,8 @@ class VectorCollector(BaseCollector):
     """A tight loop over a gymnasium `VectorEnv` that writes into preallocated tensors.
 
     TorchRL's `Collector` over the same env costs several times as much per vector step; this one runs only what
-    chooses the action, and calls the policy's module without a TensorDict in between.
+    chooses the action, and calls the policy's module without a TensorDict in between: with the observation, and with
+    `is_first` `[N, 1]` when that is the policy's second key.
 
     An episode that is still open when the state is saved resumes by replay: its seed is known, its actions are in the
     state, and the observation they lead to is compared with the saved one.
@@ -91,6 +95,7 @@ class VectorCollector(BaseCollector):
     ) -> None:
         super().__init__()
         self.env, self.policy, self.steps = env, policy, steps
+        self.takes_is_first = IS_FIRST in policy.in_keys
         self.random_env_steps = random_env_steps
         self.vector_steps = 0
         space = env.single_observation_space
@@ -145,7 +150,10 @@ class VectorCollector(BaseCollector):
             for t in range(steps):
                 observation[:, t] = current
                 if t >= num_random:
-                    chosen = act(views[t]) if on_cpu else act(views[t].to(device)).cpu()
+                    inputs = [views[t]]
+                    if self.takes_is_first:
+                        inputs.append(torch.from_numpy(self._opened == self.vector_steps + t).unsqueeze(-1))  # [N, 1]
+                    chosen = act(*inputs) if on_cpu else act(*(each.to(device) for each in inputs)).cpu()
                     action[:, t] = chosen.numpy()
                 current, rewards, ends, cuts, _ = env.step(action[:, t])
                 after[:, t] = current

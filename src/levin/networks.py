@@ -138,6 +138,10 @@ class EnsembleLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, inputs, self.weight)
 
+    def first(self, inputs: Tensor) -> Tensor:
+        """The first layer alone: `[B, inputs] -> [B, outputs]`."""
+        return torch.addmm(self.bias[0], inputs, self.weight[0])
+
 
 class EnsembleMLP(nn.Module):
     """`num` independent networks of the same shape over the same input, as batched products.
@@ -156,6 +160,12 @@ class EnsembleMLP(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layers(inputs.expand(self.num, *inputs.shape))  # [B, D] -> [num, B, D]
+
+    def first(self, inputs: Tensor) -> Tensor:
+        """The first network alone, at its own cost: `[B, sizes[0]] -> [B, sizes[-1]]`."""
+        for layer in self.layers:
+            inputs = layer.first(inputs) if isinstance(layer, EnsembleLinear) else layer(inputs)
+        return inputs
 
 
 class NatureCNN(nn.Module):
@@ -245,3 +255,44 @@ class StochasticPolicy(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         distribution = self.actor(self.trunk(self.normalizer(observation)))
         return distribution.mode if self.deterministic else distribution.sample()
+
+
+class DeterministicActor(nn.Module):
+    """mu(s): the action `[B, A]` in [-1, 1] of an observation `[B, *S]`."""
+
+    def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
+        super().__init__()
+        self.trunk, num_features = trunk(env)
+        self.network = mlp([num_features, *hidden_sizes, math.prod(env["action"]["shape"])], activation)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return single(self.network(self.trunk(observation))).tanh()
+
+
+class DeterministicPolicy(nn.Module):
+    """What an evaluation asks for an action: `[N, *S] -> [N, A]`."""
+
+    def __init__(self, normalizer: nn.Module, actor: nn.Module) -> None:
+        super().__init__()
+        self.normalizer, self.actor = normalizer, actor
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.actor(self.normalizer(observation))
+
+
+class ActionCritic(nn.Module):
+    """Q_i(s, a) of `num` critics: `[B, *S], [B, A] -> [num, B, 1]`. Pixels are read by one trunk for all of them."""
+
+    def __init__(self, num: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
+        super().__init__()
+        self.trunk, num_features = trunk(env)
+        self.ensemble = EnsembleMLP(
+            num, [num_features + math.prod(env["action"]["shape"]), *hidden_sizes, 1], activation
+        )
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return single(self.ensemble(torch.cat([self.trunk(observation), action], -1)))
+
+    def first(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Q_1(s, a) alone, at its own cost: `[B, 1]`."""
+        return single(self.ensemble.first(torch.cat([self.trunk(observation), action], -1)))

@@ -44,7 +44,7 @@ from levin.algorithms.base import Algorithm
 from levin.distributions import SquashedNormal
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import EnsembleMLP, frozen, mlp, orthogonal_
+from levin.networks import ActionCritic, frozen, mlp, orthogonal_, single, trunk
 from levin.replay import Replay
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
@@ -59,7 +59,7 @@ class SAC(Algorithm):
         tau: Step of the target critics towards the critics. Table 1: 0.005.
         actor_lr: Adam. Table 1: 3e-4, as for the next two.
         critic_lr: Adam.
-        alpha_lr: Adam.
+        alpha_lr: Adam; 0 leaves the temperature what it is at the start.
         initial_alpha: The temperature at the start; jaxrl: 1.0.
         target_entropy: What the temperature steers the entropy to, in nats; null: -|A|/2 as in jaxrl (the paper: -|A|).
         batch_size: Transitions per update. Table 1: 256.
@@ -73,6 +73,7 @@ class SAC(Algorithm):
     """
 
     actions: ClassVar = ("box",)
+    observations: ClassVar = ("float32", "uint8")
     buffer: Replay
 
     def __init__(
@@ -83,7 +84,7 @@ class SAC(Algorithm):
         tau: Fraction = 0.005,
         actor_lr: PositiveFloat = 3e-4,
         critic_lr: PositiveFloat = 3e-4,
-        alpha_lr: PositiveFloat = 3e-4,
+        alpha_lr: NonNegativeFloat = 3e-4,
         initial_alpha: PositiveFloat = 1.0,
         target_entropy: float | None = None,
         batch_size: PositiveInt = 256,
@@ -101,10 +102,9 @@ class SAC(Algorithm):
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
         self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
 
-        num_observations, num_actions = math.prod(env["observation"]["shape"]), math.prod(env["action"]["shape"])
-        self.target_entropy = -num_actions / 2 if target_entropy is None else target_entropy
-        self.actor = Actor(num_observations, num_actions, hidden_sizes, activation)
-        self.critic = EnsembleMLP(2, [num_observations + num_actions, *hidden_sizes, 1], activation)
+        self.target_entropy = -math.prod(env["action"]["shape"]) / 2 if target_entropy is None else target_entropy
+        self.actor = Actor(env, hidden_sizes, activation)
+        self.critic = ActionCritic(2, env, hidden_sizes, activation)
         orthogonal_(self.critic)  # as in jaxrl
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once: walking the modules in every update takes as long as the update of the targets.
@@ -148,17 +148,17 @@ class SAC(Algorithm):
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
             action, log_prob = self.actor(observation).sample_with_log_prob()
-            q_next = self.q_values(self.target_critic, observation, action).amin(0)  # [2, B, 1] -> [B, 1]
+            q_next = self.target_critic(observation, action).amin(0)  # [2, B, 1] -> [B, 1]
             soft_value = q_next - self.log_alpha.exp() * log_prob
             target = reward + self.gamma * ~terminated * soft_value  # a truncation still bootstraps
-        q = self.q_values(self.critic, batch["observation"], batch["action"])  # [2, B, 1]
+        q = self.critic(batch["observation"], batch["action"])  # [2, B, 1]
         self.record(q_value=q.mean())
         return (q - target).square().mean((1, 2)).sum()  # [2, B, 1] -> []
 
     def actor_loss(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
         """J_pi = E[alpha log pi(a|s) - min_i Q_i(s,a)], a reparameterised. Also gives log pi(a|s) `[B, 1]`."""
         action, log_prob = self.actor(batch["observation"]).sample_with_log_prob()
-        q = self.q_values(self.critic, batch["observation"], action).amin(0)  # [2, B, 1] -> [B, 1]
+        q = self.critic(batch["observation"], action).amin(0)  # [2, B, 1] -> [B, 1]
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), log_prob.detach()
 
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
@@ -170,23 +170,20 @@ class SAC(Algorithm):
         """Q'_i <- tau Q_i + (1 - tau) Q'_i."""
         torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.tau)
 
-    def q_values(self, critic: nn.Module, observation: Tensor, action: Tensor) -> Tensor:
-        """`[B, *S], [B, *A] -> [2, B, 1]`."""
-        return critic(torch.cat([observation.flatten(1), action], -1)).float()  # of mixed precision
-
 
 class Actor(nn.Module):
     """pi(a|s): the squashed Gaussian `[B, A]` of an observation `[B, *S]`."""
 
-    def __init__(self, num_observations: int, num_actions: int, hidden_sizes: Sequence[int], activation: str) -> None:
+    def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
-        self.network = mlp([num_observations, *hidden_sizes, 2 * num_actions], activation)
+        num_actions = math.prod(env["action"]["shape"])
+        self.trunk, num_features = trunk(env)
+        self.network = mlp([num_features, *hidden_sizes, 2 * num_actions], activation)
         orthogonal_(self.network)
         self.network[-1].weight.data[num_actions:] /= 2**0.5  # type: ignore[operator]  # the deviations: a gain of 1
 
     def forward(self, observation: Tensor) -> SquashedNormal:
-        # Densities are float32, also when mixed precision runs the network in half of it.
-        loc, log_std = self.network(observation.flatten(1)).float().chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
+        loc, log_std = single(self.network(self.trunk(observation))).chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
         return SquashedNormal(loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))
 
 

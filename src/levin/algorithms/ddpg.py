@@ -1,0 +1,161 @@
+"""Deep deterministic policy gradient (Lillicrap et al. 2016, arXiv:1509.02971), lecture rows 21 and 24.
+
+There is no derivative of the environment, so the actor follows that of a learned critic: the pathwise derivative
+
+    grad J(mu) = E[ grad_a Q(s, a)|a=mu(s) grad mu(s) ]                     Eq. 6
+
+Pseudocode (Algorithm 1):
+
+    initialise Q, mu; targets Q' <- Q, mu' <- mu; replay D <- {}
+    for each environment step:
+        a = mu(s) + noise; observe r, s'; D <- D + {(s, a, r, s', terminated)}
+        draw a batch from D
+        y = r + gamma (1 - terminated) Q'(s', mu'(s'))
+        Q  <- argmin E[(Q(s, a) - y)^2]                                     Eq. 4
+        mu <- mu + lr grad E[Q(s, mu(s))]                                   Eq. 6
+        Q' <- tau Q + (1 - tau) Q';  mu' <- tau mu + (1 - tau) mu'
+
+Deviations:
+    - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
+    - Values and networks are those of Tianshou's benchmark. The paper has 400-300, batches of 64, learning rates of
+      1e-4 and 1e-3, tau 0.001, weight decay of 0.01 on Q, batch normalisation, the action at the second layer of Q, and
+      last layers that begin within 3e-3.
+    - The first `learning_starts` actions are uniform.
+
+Metrics:
+    train/critic_loss: E[(Q - y)^2].
+    train/actor_loss: -E[Q(s, mu(s))].
+    train/q_value: Q(s, a), averaged over the batch.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from levin.algorithms.base import Algorithm
+from levin.collectors import IS_FIRST
+from levin.envs import EnvSpec
+from levin.exploration import GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
+from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy, frozen
+from levin.replay import Replay
+
+
+class DDPG(Algorithm):
+    """DDPG: a deterministic actor that is trained through its critic.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. Paper, section 7: 0.99.
+        tau: Step of the targets towards actor and critic. Tianshou: 0.005. Paper: 0.001.
+        actor_lr: Adam. Tianshou: 1e-3. Paper: 1e-4.
+        critic_lr: Adam. Tianshou and paper: 1e-3.
+        noise: `gaussian`, independent in each step, or the paper's `ornstein_uhlenbeck`, which remembers itself.
+        exploration_noise: Deviation of what a step adds to it, with actions in [-1, 1]. Tianshou: 0.1. Paper: 0.2.
+        batch_size: Transitions per update. Tianshou: 256. Paper: 64.
+        replay_ratio: Updates per env step. Paper: 1.
+        learning_starts: Env steps with random actions before the first update. Tianshou: 25000.
+        buffer_size: Transitions that replay keeps. Paper: 1e6.
+        buffer_storage: `memory`, or `memmap` for a file.
+        steps_per_iteration: Vector steps between two rounds of updates.
+        hidden_sizes: Widths of the hidden layers of actor and critic. Tianshou: 256, 256.
+        activation: Between the layers. Paper: relu.
+    """
+
+    actions: ClassVar = ("box",)
+    observations: ClassVar = ("float32", "uint8")
+    buffer: Replay
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        tau: Fraction = 0.005,
+        actor_lr: PositiveFloat = 1e-3,
+        critic_lr: PositiveFloat = 1e-3,
+        noise: Literal["gaussian", "ornstein_uhlenbeck"] = "gaussian",
+        exploration_noise: NonNegativeFloat = 0.1,
+        batch_size: PositiveInt = 256,
+        replay_ratio: NonNegativeFloat = 1.0,
+        learning_starts: NonNegativeInt = 25_000,
+        buffer_size: PositiveInt = 1_000_000,
+        buffer_storage: Literal["memory", "memmap"] = "memory",
+        steps_per_iteration: PositiveInt = 32,
+        hidden_sizes: Sequence[PositiveInt] = (256, 256),
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__(env, gamma)
+        self.gamma, self.tau = gamma, tau
+        self.actor_lr, self.critic_lr = actor_lr, critic_lr
+        self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
+        self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
+
+        self.actor = DeterministicActor(env, hidden_sizes, activation)
+        self.critic = ActionCritic(1, env, hidden_sizes, activation)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        # Listed once: walking the modules in every update takes as long as the update of the targets.
+        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        self.online_parameters: list[Tensor] = [*self.critic_parameters, *self.actor.parameters()]
+        self.target_parameters: list[Tensor] = [*self.target_critic.parameters(), *self.target_actor.parameters()]
+        self.noise = (
+            GaussianNoise(exploration_noise)
+            if noise == "gaussian"
+            else OrnsteinUhlenbeckNoise(exploration_noise, [env["num_envs"], *env["action"]["shape"]])
+        )
+        self.buffer = Replay(buffer_size, buffer_storage)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
+        self.actor_optimizer = Adam(self.actor.parameters(), lr=self.actor_lr, fused=True)
+        return [self.critic_optimizer, self.actor_optimizer]
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        mean = DeterministicPolicy(self.observation_normalizer, self.actor)
+        chooser = mean if deterministic else NoisyPolicy(mean, self.noise)
+        remembers = not deterministic and isinstance(self.noise, OrnsteinUhlenbeckNoise)
+        keys: list[NestedKey] = ["observation", IS_FIRST] if remembers else ["observation"]
+        return TensorDictModule(chooser, in_keys=keys, out_keys=["action"])
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        self.buffer.extend(rollout)
+        for batch in self.replay(
+            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
+        ):
+            self.update(batch)
+
+    def update(self, batch: TensorDictBase) -> None:
+        critic_loss = self.critic_loss(batch)
+        self.step(self.critic_optimizer, critic_loss)
+        with frozen(self.critic_parameters):
+            actor_loss = self.actor_loss(batch)
+            self.step(self.actor_optimizer, actor_loss)
+        self.update_targets()
+        self.record(critic_loss=critic_loss, actor_loss=actor_loss)
+
+    def critic_loss(self, batch: TensorDictBase) -> Tensor:
+        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) Q'(s', mu'(s'))."""
+        observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
+        with torch.no_grad():
+            q_next = self.target_critic.first(observation, self.target_actor(observation))  # [B, 1]
+            target = reward + self.gamma * ~terminated * q_next  # a truncation still bootstraps
+        q = self.critic.first(batch["observation"], batch["action"])  # [B, 1]
+        self.record(q_value=q.mean())
+        return (q - target).square().mean()
+
+    def actor_loss(self, batch: TensorDictBase) -> Tensor:
+        """J_mu = -E[Q(s, mu(s))]."""
+        observation = batch["observation"]
+        return -self.critic.first(observation, self.actor(observation)).mean()
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """Q' <- tau Q + (1 - tau) Q',  mu' <- tau mu + (1 - tau) mu'."""
+        torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.tau)
