@@ -81,3 +81,10 @@ class EpsilonGreedy(nn.Module):
         uniform = torch.randint(num_actions, (num,), device=values.device)
         explores = torch.rand(num, device=values.device) < self.epsilon
         return torch.where(explores, uniform, values.argmax(-1))
+
+
+class Greedy(nn.Module):
+    """The action of the highest value: `[N, A] -> [N]`."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.argmax(-1)

@@ -1,0 +1,164 @@
+"""Deep Q-learning (Mnih et al. 2015, doi:10.1038/nature14236), lecture row 11.
+
+A network regressed on its own bootstrap, with the max over actions inside:
+
+    min E[ (Q(s, a) - (r + gamma max_a' Q'(s', a')))^2 ]
+
+Pseudocode (Algorithm 1):
+
+    initialise Q; target Q' <- Q; replay D <- {}
+    for each environment step:
+        a = a uniform action with probability epsilon, else argmax_a Q(s, a)
+        observe r, s'; D <- D + {(s, a, r, s', terminated)}
+        `replay_ratio` times:
+            draw a batch from D
+            y = r + gamma (1 - terminated) max_a' Q'(s', a')
+            Q <- argmin E[(Q(s, a) - y)^2]
+            every `target_update_every` updates: Q' <- Q
+
+With `double_q` the action of y is chosen by Q and valued by Q' (van Hasselt et al. 2016, arXiv:1509.06461, Eq. 4).
+
+Deviations:
+    - An iteration is 32 vector steps, with one epsilon, and then the updates they owe; `steps_per_iteration=1` is the
+      paper's.
+    - Values are CleanRL's for CartPole. The paper's are for Atari: RMSprop, errors clipped (`huber`), a CNN, which
+      pixels get here too.
+
+Metrics:
+    train/critic_loss: E[(Q - y)^2].
+    train/q_value: Q(s, a), averaged over the batch.
+    train/epsilon: the probability of a uniform action.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.nn.functional import huber_loss
+from torch.optim import Adam, Optimizer
+
+from levin.algorithms.base import Algorithm
+from levin.envs import EnvSpec
+from levin.exploration import EpsilonGreedy, Greedy
+from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.networks import flatten, mlp, single, trunk
+from levin.replay import Replay
+
+
+class DQN(Algorithm):
+    """Deep Q-network with a target network, experience replay and epsilon-greedy exploration.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. Paper, extended data table 1: 0.99.
+        lr: Adam. CleanRL: 2.5e-4, as the paper's RMSprop.
+        tau: Step of the target towards Q. Paper: 1, a copy.
+        target_update_every: Updates from one step of the target to the next. CleanRL: 50. Paper: 10000.
+        double_q: Choose the next action by Q and not by the target.
+        huber: Errors beyond 1 count linearly, as the paper's clipped ones.
+        initial_epsilon: Probability of a uniform action, at the start. Paper: 1.
+        final_epsilon: The same, at the end. CleanRL: 0.05. Paper: 0.1.
+        epsilon_fraction: Of `schedule_env_steps`, in which epsilon falls linearly from one to the other. CleanRL: 0.5.
+        schedule_env_steps: Env steps of the whole.
+        batch_size: Transitions per update. CleanRL: 128. Paper: 32.
+        replay_ratio: Updates per env step. CleanRL: 0.1. Paper: 0.25.
+        learning_starts: Env steps before the first update. CleanRL: 10000. Paper: 50000.
+        buffer_size: Transitions that replay keeps. CleanRL: 10000. Paper: 1e6.
+        buffer_storage: `memory`, or `memmap` for a file.
+        steps_per_iteration: Vector steps between two rounds of updates.
+        hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, which the Nature CNN ends with.
+        activation: Between the layers. Paper: relu.
+    """
+
+    actions: ClassVar = ("discrete",)
+    observations: ClassVar = ("float32", "uint8")
+    buffer: Replay
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        lr: PositiveFloat = 2.5e-4,
+        tau: Fraction = 1.0,
+        target_update_every: PositiveInt = 50,
+        double_q: bool = False,
+        huber: bool = False,
+        initial_epsilon: Fraction = 1.0,
+        final_epsilon: Fraction = 0.05,
+        epsilon_fraction: PositiveFloat = 0.5,
+        schedule_env_steps: PositiveInt = 500_000,
+        batch_size: PositiveInt = 128,
+        replay_ratio: NonNegativeFloat = 0.1,
+        learning_starts: NonNegativeInt = 10_000,
+        buffer_size: PositiveInt = 10_000,
+        buffer_storage: Literal["memory", "memmap"] = "memory",
+        steps_per_iteration: PositiveInt = 32,
+        hidden_sizes: Sequence[PositiveInt] = (120, 84),
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__(env, gamma)
+        self.gamma, self.lr, self.tau, self.target_update_every = gamma, lr, tau, target_update_every
+        self.double_q, self.huber = double_q, huber
+        self.initial_epsilon, self.final_epsilon = initial_epsilon, final_epsilon
+        self.epsilon_env_steps = epsilon_fraction * schedule_env_steps
+        self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
+        self.steps_per_iteration = steps_per_iteration
+
+        features, num_features = trunk(env)
+        self.critic = nn.Sequential(features, mlp([num_features, *hidden_sizes, env["action"]["n"]], activation))
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
+        self.exploration = EpsilonGreedy(initial_epsilon)
+        self.buffer = Replay(buffer_size, buffer_storage)
+
+    def configure_optimizers(self) -> Optimizer:
+        self.optimizer = Adam([flatten(self.critic.parameters())], lr=self.lr, fused=True)
+        return self.optimizer
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        chooser = Greedy() if deterministic else self.exploration
+        network = nn.Sequential(self.observation_normalizer, self.critic, chooser)
+        return TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        self.buffer.extend(rollout)
+        for batch in self.replay(
+            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
+        ):
+            self.update(batch)
+        self.record(epsilon=self.exploration.epsilon)
+        self.exploration.epsilon.fill_(self.epsilon())
+
+    def update(self, batch: TensorDictBase) -> None:
+        critic_loss = self.critic_loss(batch)
+        self.step(self.optimizer, critic_loss)
+        if (self.updates + 1) % self.target_update_every == 0:
+            self.update_target()
+        self.record(critic_loss=critic_loss)
+
+    def critic_loss(self, batch: TensorDictBase) -> Tensor:
+        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) max_a' Q'(s', a')."""
+        observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
+        with torch.no_grad():
+            q_next = single(self.target_critic(observation))  # [B, A]
+            action = (self.critic(observation) if self.double_q else q_next).argmax(-1, keepdim=True)  # [B, 1]
+            target = reward + self.gamma * ~terminated * q_next.gather(-1, action)  # a truncation still bootstraps
+        q = single(self.critic(batch["observation"])).gather(-1, batch["action"].unsqueeze(-1))  # [B, A] -> [B, 1]
+        self.record(q_value=q.mean())
+        return huber_loss(q, target) if self.huber else (q - target).square().mean()
+
+    def epsilon(self) -> float:
+        """The probability of a uniform action in the next rollout."""
+        progress = min(1.0, self.env_steps / self.epsilon_env_steps)
+        return self.initial_epsilon + progress * (self.final_epsilon - self.initial_epsilon)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Q' <- tau Q + (1 - tau) Q'."""
+        torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.tau)

@@ -1,0 +1,178 @@
+"""Soft actor-critic for discrete actions (Christodoulou 2019, arXiv:1910.07207), lecture rows 22 and 24.
+
+Of finitely many actions every one is valued, so the expectations over actions that SAC samples are sums here, and the
+gradient of the actor needs no reparameterisation.
+
+Pseudocode (Algorithm 1):
+
+    initialise Q_1, Q_2: S -> R^A and pi: S -> [0, 1]^A; targets Q'_i <- Q_i; replay D <- {}
+    for each iteration:
+        for each environment step:
+            a ~ pi(.|s); observe r, s'; D <- D + {(s, a, r, s', terminated)}
+        for each gradient step:
+            Q_i   <- Q_i   - lr grad J_Q(Q_i)          Eq. 4 with the soft value of Eq. 10
+            pi    <- pi    - lr grad J_pi(pi)          Eq. 12
+            alpha <- alpha - lr grad J(alpha)          Eq. 11
+            Q'_i  <- tau Q_i + (1 - tau) Q'_i
+
+Deviations:
+    - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
+    - Values are SLM-Lab's. The paper's are for Atari: batches of 64, a replay ratio of 0.25, 20000 random steps, and
+      targets copied every 8000 steps.
+
+Metrics:
+    train/critic_loss: J_Q, summed over the two critics.
+    train/actor_loss: J_pi.
+    train/alpha_loss: J(alpha).
+    train/alpha: the temperature.
+    train/entropy: of pi(.|s), averaged over the batch; approaches `target_entropy`.
+    train/q_value: Q_i(s, a), averaged over the batch and the critics.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.nn.functional import huber_loss, mse_loss
+from torch.optim import Adam, Optimizer
+
+from levin.algorithms.base import Algorithm
+from levin.envs import EnvSpec
+from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.networks import Actor, EnsembleMLP, single, trunk
+from levin.replay import Replay
+
+
+class SACDiscrete(Algorithm):
+    """Soft actor-critic with exact expectations over the actions, twin critics and a learned temperature.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. Paper, table 2: 0.99.
+        tau: Step of the target critics towards the critics. SLM-Lab: 0.005.
+        actor_lr: Adam. Paper: 3e-4, as for the next two.
+        critic_lr: Adam.
+        alpha_lr: Adam; 0 leaves the temperature what it is at the start.
+        initial_alpha: The temperature at the start: 1.0.
+        target_entropy: What the temperature steers the entropy to, in nats; null: 0.98 log A, as in the paper.
+        huber: Errors of the critics beyond 1 count linearly.
+        max_grad_norm: Of the actor, and of both critics together; null: unbounded.
+        batch_size: Transitions per update. SLM-Lab: 256.
+        replay_ratio: Updates per env step. SLM-Lab: 1.
+        learning_starts: Env steps with random actions before the first update. SLM-Lab: 1000.
+        buffer_size: Transitions that replay keeps. SLM-Lab: 1e5. Paper: 1e6.
+        buffer_storage: `memory`, or `memmap` for a file.
+        steps_per_iteration: Vector steps between two rounds of updates.
+        hidden_sizes: Widths of the hidden layers of actor and critics. SLM-Lab: 256, 256.
+        activation: Between the layers: relu.
+    """
+
+    actions: ClassVar = ("discrete",)
+    observations: ClassVar = ("float32", "uint8")
+    buffer: Replay
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        tau: Fraction = 0.005,
+        actor_lr: PositiveFloat = 3e-4,
+        critic_lr: PositiveFloat = 3e-4,
+        alpha_lr: NonNegativeFloat = 3e-4,
+        initial_alpha: PositiveFloat = 1.0,
+        target_entropy: float | None = None,
+        huber: bool = False,
+        max_grad_norm: PositiveFloat | None = None,
+        batch_size: PositiveInt = 256,
+        replay_ratio: NonNegativeFloat = 1.0,
+        learning_starts: NonNegativeInt = 1000,
+        buffer_size: PositiveInt = 100_000,
+        buffer_storage: Literal["memory", "memmap"] = "memory",
+        steps_per_iteration: PositiveInt = 32,
+        hidden_sizes: Sequence[PositiveInt] = (256, 256),
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__(env, gamma)
+        self.gamma, self.tau = gamma, tau
+        self.actor_lr, self.critic_lr, self.alpha_lr = actor_lr, critic_lr, alpha_lr
+        self.max_grad_norm, self.regression = max_grad_norm, huber_loss if huber else mse_loss
+        self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
+        self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
+
+        num_actions = env["action"]["n"]
+        self.target_entropy = 0.98 * math.log(num_actions) if target_entropy is None else target_entropy
+        self.trunk, num_features = trunk(env)
+        self.actor = Actor(num_features, env, hidden_sizes, activation)
+        self.critic = nn.Sequential(
+            trunk(env)[0], EnsembleMLP(2, [num_features, *hidden_sizes, num_actions], activation)
+        )
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
+        self.buffer = Replay(buffer_size, buffer_storage)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
+        self.actor_optimizer = Adam([*self.trunk.parameters(), *self.actor.parameters()], lr=self.actor_lr, fused=True)
+        self.alpha_optimizer = Adam([self.log_alpha], lr=self.alpha_lr, fused=True)
+        return [self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer]
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        self.buffer.extend(rollout)
+        for batch in self.replay(
+            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
+        ):
+            self.update(batch)
+
+    def update(self, batch: TensorDictBase) -> None:
+        critic_loss = self.critic_loss(batch)
+        self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
+        actor_loss, entropy = self.actor_loss(batch)
+        self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
+        alpha_loss = self.alpha_loss(entropy)
+        self.step(self.alpha_optimizer, alpha_loss)
+        self.update_target()
+        self.record(critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)
+        self.record(alpha=self.log_alpha.exp(), entropy=entropy.mean())
+
+    def critic_loss(self, batch: TensorDictBase) -> Tensor:
+        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) V(s').
+
+        V(s') = sum_a' pi(a'|s') (min_i Q'_i(s',a') - alpha log pi(a'|s'))      Eq. 10
+        """
+        observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
+        with torch.no_grad():
+            log_probs = self.actor(self.trunk(observation)).log_probs  # [B, A]
+            q_next = single(self.target_critic(observation)).amin(0)  # [2, B, A] -> [B, A]
+            soft_value = log_probs.exp() * (q_next - self.log_alpha.exp() * log_probs)
+            soft_value = soft_value.sum(-1, keepdim=True)  # [B, A] -> [B, 1]
+            target = reward + self.gamma * ~terminated * soft_value  # a truncation still bootstraps
+        action = batch["action"].expand(2, -1).unsqueeze(-1)  # [B] -> [2, B, 1]
+        q = single(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
+        self.record(q_value=q.mean())
+        return 2 * self.regression(q, target.expand_as(q))  # the mean over both critics, twice: their sum
+
+    def actor_loss(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """J_pi = E[sum_a pi(a|s) (alpha log pi(a|s) - min_i Q_i(s,a))]. Also gives the entropy `[B, 1]`."""
+        observation = batch["observation"]
+        policy = self.actor(self.trunk(observation))
+        with torch.no_grad():
+            q = single(self.critic(observation)).amin(0)  # [2, B, A] -> [B, A]
+        value = (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
+        entropy = policy.entropy()
+        return -(value + self.log_alpha.exp().detach() * entropy).mean(), entropy.detach()
+
+    def alpha_loss(self, entropy: Tensor) -> Tensor:
+        """J(alpha) = E[alpha (H(pi(.|s)) - target entropy)]."""
+        return (self.log_alpha.exp() * (entropy - self.target_entropy)).mean()
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Q'_i <- tau Q_i + (1 - tau) Q'_i."""
+        torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.tau)
