@@ -124,6 +124,7 @@ def targets_follow_their_source(row: Row, tmp_path: Path) -> None:
         for update in range(1, 2 * every + 1):
             before = [parameter.clone() for parameter in target.parameters()]
             algorithm.update(make_batch(algorithm))
+            algorithm.updates = update
             for old, new, of in zip(before, target.parameters(), online.parameters(), strict=True):
                 expected = old + tau * (of - old) if update % every == 0 else old
                 torch.testing.assert_close(new, expected, rtol=1e-6, atol=1e-6)

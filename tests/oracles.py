@@ -11,18 +11,65 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import Bounded
-from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import A2CLoss, ClipPPOLoss, KLPENPPOLoss, PPOLoss, ReinforceLoss, SACLoss
+from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueActor, TanhNormal, ValueOperator
+from torchrl.objectives import (
+    A2CLoss,
+    ClipPPOLoss,
+    DDPGLoss,
+    DiscreteSACLoss,
+    DQNLoss,
+    KLPENPPOLoss,
+    LossModule,
+    PPOLoss,
+    ReinforceLoss,
+    SACLoss,
+    TD3Loss,
+)
 from torchrl.objectives.value import GAE, TD0Estimator, TDLambdaEstimator
 
 from levin.algorithms.a2c import A2C
 from levin.algorithms.a3c import A3C
 from levin.algorithms.actor_critic import ActorCritic
 from levin.algorithms.base import Algorithm
+from levin.algorithms.ddpg import DDPG
+from levin.algorithms.dqn import DQN
 from levin.algorithms.ppo import PPO
 from levin.algorithms.reinforce import REINFORCE
 from levin.algorithms.sac import SAC
+from levin.algorithms.sac_discrete import SACDiscrete
+from levin.algorithms.td3 import TD3
 from levin.algorithms.trpo import TRPO
+
+
+class Member(nn.Module):
+    """One network of an ensemble, as TorchRL wants its critics: one by one."""
+
+    def __init__(self, ensemble: nn.Module, index: int) -> None:
+        super().__init__()
+        layers = [layer for layer in ensemble.layers if hasattr(layer, "weight")]
+        self.weights = nn.ParameterList(layer.weight[index].detach().clone() for layer in layers)
+        self.biases = nn.ParameterList(layer.bias[index].detach().clone() for layer in layers)
+
+    def forward(self, observation: Tensor, *action: Tensor) -> Tensor:
+        x = torch.cat([observation, *action], -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = x @ weight + bias
+            x = torch.relu(x) if i + 1 < len(self.weights) else x
+        return x
+
+
+def members(critic: Any, num: int) -> list[ValueOperator]:
+    return [ValueOperator(Member(critic.ensemble, i), in_keys=["observation", "action"]) for i in range(num)]
+
+
+def copy_targets(loss: LossModule, name: str, *modules: nn.Module) -> None:
+    """Give a TorchRL loss the targets of ours: its own begin as copies of its networks."""
+    targets = getattr(loss, name).flatten_keys()
+    values = (
+        TensorDict.from_modules(*modules, as_module=False) if len(modules) > 1 else TensorDict.from_module(*modules)
+    )
+    for key, value in values.flatten_keys().items():
+        targets[key].data.copy_(value.data)
 
 
 def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
@@ -49,34 +96,16 @@ def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
             distribution = self.actor(observation)
             return distribution.loc, distribution.log_std.exp()
 
-    class Critic(nn.Module):
-        def __init__(self, ensemble: nn.Module, index: int) -> None:
-            super().__init__()
-            layers = [layer for layer in ensemble.ensemble.layers if hasattr(layer, "weight")]
-            self.weights = nn.ParameterList(layer.weight[index].detach().clone() for layer in layers)
-            self.biases = nn.ParameterList(layer.bias[index].detach().clone() for layer in layers)
-
-        def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-            x = torch.cat([observation, action], -1)
-            for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-                x = x @ weight + bias
-                x = torch.relu(x) if i + 1 < len(self.weights) else x
-            return x
-
     actor = ProbabilisticActor(
         TensorDictModule(Parameters(algorithm.actor), in_keys=["observation"], out_keys=["loc", "scale"]),
         in_keys=["loc", "scale"],
         distribution_class=TanhNormal,
         return_log_prob=True,
     )
-    critics, targets = (
-        [ValueOperator(Critic(ensemble, i), in_keys=["observation", "action"]) for i in range(2)]
-        for ensemble in (algorithm.critic, algorithm.target_critic)
-    )
     space = algorithm.env["action"]
     loss = SACLoss(
         actor,
-        critics,
+        members(algorithm.critic, 2),
         num_qvalue_nets=2,
         loss_function="l2",
         delay_qvalue=True,
@@ -85,14 +114,115 @@ def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
         action_spec=Bounded(torch.tensor(space["low"]), torch.tensor(space["high"])),
     )
     loss.make_value_estimator(gamma=algorithm.gamma)
-    for name, target in TensorDict.from_modules(*targets, as_module=False).flatten_keys().items():
-        loss.target_qvalue_network_params.flatten_keys()[name].data.copy_(target.data)
+    copy_targets(loss, "target_qvalue_network_params", *members(algorithm.target_critic, 2))
     torch.manual_seed(0)
     critic_loss = loss.qvalue_v2_loss(batch.clone())[0].sum()
     torch.manual_seed(0)
     actor_loss, metadata = loss.actor_loss(batch.clone())
     (alpha_gradient,) = torch.autograd.grad(loss._alpha_loss(metadata["log_prob"]).mean(), loss.log_alpha)
     return [critic_loss, actor_loss.mean(), alpha_gradient]
+
+
+def deterministic(actor: nn.Module) -> TensorDictModule:
+    return TensorDictModule(actor, in_keys=["observation"], out_keys=["action"])
+
+
+def td3_losses(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [algorithm.critic_loss(batch), algorithm.actor_loss(batch)]
+
+
+def td3_oracle(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
+    loss = TD3Loss(
+        deterministic(algorithm.actor),
+        members(algorithm.critic, 2),
+        bounds=(-1.0, 1.0),
+        policy_noise=algorithm.target_noise,
+        noise_clip=algorithm.target_noise_clip,
+        loss_function="l2",
+        reduction="mean",
+    )
+    loss.make_value_estimator(gamma=algorithm.gamma)
+    copy_targets(loss, "target_qvalue_network_params", *members(algorithm.target_critic, 2))
+    copy_targets(loss, "target_actor_network_params", deterministic(algorithm.target_actor))
+    torch.manual_seed(0)
+    return [loss.value_loss(batch.clone())[0], loss.actor_loss(batch.clone())[0]]
+
+
+def ddpg_losses(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
+    return [algorithm.critic_loss(batch), algorithm.actor_loss(batch)]
+
+
+def ddpg_oracle(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
+    (critic,), (target,) = members(algorithm.critic, 1), members(algorithm.target_critic, 1)
+    loss = DDPGLoss(deterministic(algorithm.actor), critic, delay_actor=True, delay_value=True)
+    loss.make_value_estimator(gamma=algorithm.gamma)
+    copy_targets(loss, "target_value_network_params", target)
+    copy_targets(loss, "target_actor_network_params", deterministic(algorithm.target_actor))
+    return [loss.loss_value(batch.clone())[0], loss.loss_actor(batch.clone())[0]]
+
+
+def dqn_losses(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
+    return [algorithm.critic_loss(batch)]
+
+
+def dqn_oracle(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
+    """Its smooth L1 has a factor of 1/2 below 1, as Huber's loss of ours."""
+
+    def values(network: nn.Module) -> QValueActor:
+        return QValueActor(network, in_keys=["observation"], action_space="categorical")
+
+    loss = DQNLoss(
+        values(algorithm.critic),
+        loss_function="smooth_l1" if algorithm.huber else "l2",
+        double_dqn=algorithm.double_q,
+        action_space="categorical",
+    )
+    loss.make_value_estimator(gamma=algorithm.gamma)
+    copy_targets(loss, "target_value_network_params", values(algorithm.target_critic))
+    return [loss(batch.clone())["loss"]]
+
+
+def sac_discrete_losses(algorithm: SACDiscrete, batch: TensorDict) -> list[Tensor]:
+    actor_loss, entropy = algorithm.actor_loss(batch)
+    (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(entropy), algorithm.log_alpha)
+    return [algorithm.critic_loss(batch), actor_loss, alpha_gradient]
+
+
+def sac_discrete_oracle(algorithm: SACDiscrete, batch: TensorDict) -> list[Tensor]:
+    """TorchRL's DiscreteSACLoss. Its temperature loss has log alpha where the paper has alpha, as in SACLoss."""
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.actor = algorithm.trunk, algorithm.actor
+
+        def forward(self, observation: Tensor) -> Tensor:
+            return self.actor(self.trunk(observation)).logits
+
+    def values(critic: Any) -> list[TensorDictModule]:
+        networks = [Member(critic[1], i) for i in range(2)]
+        return [TensorDictModule(each, in_keys=["observation"], out_keys=["action_value"]) for each in networks]
+
+    actor = ProbabilisticActor(
+        TensorDictModule(Logits(), in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        distribution_class=torch.distributions.Categorical,
+    )
+    loss = DiscreteSACLoss(
+        actor,
+        values(algorithm.critic),  # type: ignore[arg-type]
+        action_space="categorical",
+        num_actions=algorithm.env["action"]["n"],
+        loss_function="smooth_l1" if algorithm.huber else "l2",
+        target_entropy=algorithm.target_entropy,
+        reduction="mean",
+    )
+    loss.make_value_estimator(gamma=algorithm.gamma)
+    copy_targets(loss, "target_qvalue_network_params", *values(algorithm.target_critic))
+    actor_loss, metadata = loss.actor_loss(batch.clone())
+    (alpha_gradient,) = torch.autograd.grad(loss._alpha_loss(metadata["log_prob"]).mean(), loss.log_alpha)
+    return [loss.qvalue_loss(batch.clone())[0], actor_loss, alpha_gradient]
 
 
 def as_rollout(batch: TensorDict) -> TensorDict:

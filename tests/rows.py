@@ -42,6 +42,14 @@ class Row:
 
 POINT = "env=gym", "env.id=toy_envs:Point-v0"
 LATE = ("eval.every=100_000", "eval.episodes=5", "checkpoint.every=100_000", "logger=csv")
+OFF_POLICY = (
+    *(*POINT, "env.action=rescale", "total_env_steps=1200"),
+    *("algo.learning_starts=100", "algo.batch_size=64", "algo.hidden_sizes=[64,64]"),
+)
+DISCRETE = (
+    *("env=gym", "env.id=toy_envs:Steps-v0", "algo.learning_starts=100", "algo.batch_size=64"),
+    "algo.hidden_sizes=[64,64]",
+)
 
 
 ROWS = [
@@ -55,19 +63,69 @@ ROWS = [
         losses=oracles.sac_losses,
         oracle=oracles.sac_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"), -1.5),
+    ),
+    Row(
+        algo="td3",
+        env="pendulum",
+        small=("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+        env_steps=256,
+        optimizers={"critic_optimizer": 1, "actor_optimizer": 0.5},
+        targets={"target_critic": ("critic", 0.005, 2), "target_actor": ("actor", 0.005, 2)},
+        losses=oracles.td3_losses,
+        oracle=oracles.td3_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3"), -1.5),
+    ),
+    Row(
+        algo="ddpg",
+        env="pendulum",
+        small=(
+            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+            *("algo.noise=ornstein_uhlenbeck", "env.num_envs=2"),
+        ),
+        env_steps=256,
+        optimizers={"critic_optimizer": 1, "actor_optimizer": 1},
+        targets={"target_critic": ("critic", 0.005, 1), "target_actor": ("actor", 0.005, 1)},
+        losses=oracles.ddpg_losses,
+        oracle=oracles.ddpg_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3"), -1.5),
+    ),
+    Row(
+        algo="dqn",
+        env="acrobot",
+        small=(
+            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+            *("algo.replay_ratio=0.25", "algo.target_update_every=3", "algo.double_q=true", "algo.huber=true"),
+        ),
+        env_steps=256,
+        optimizers={"optimizer": 1},
+        targets={"target_critic": ("critic", 1.0, 3)},
+        losses=oracles.dqn_losses,
+        oracle=oracles.dqn_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        learns=(
+            (*DISCRETE, "total_env_steps=3000", "algo.replay_ratio=0.5", "algo.lr=3e-3", "algo.gamma=0.9"),
+            -4.5,
+        ),
+    ),
+    Row(
+        algo="sac_discrete",
+        env="acrobot",
+        small=("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+        env_steps=256,
+        optimizers={"critic_optimizer": 1, "actor_optimizer": 1, "alpha_optimizer": 1},
+        targets={"target_critic": ("critic", 0.005, 1)},
+        losses=oracles.sac_discrete_losses,
+        oracle=oracles.sac_discrete_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
         learns=(
             (
-                *POINT,
-                "env.action=rescale",
-                "total_env_steps=1200",
-                "algo.learning_starts=100",
-                "algo.batch_size=64",
-                "algo.hidden_sizes=[64,64]",
-                "algo.actor_lr=3e-3",
-                "algo.critic_lr=3e-3",
-                "algo.alpha_lr=3e-3",
+                *(*DISCRETE, "total_env_steps=1500", "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"),
+                *("algo.gamma=0.9", "algo.target_entropy=0.3"),
             ),
-            -1.5,
+            -4.5,
         ),
     ),
     Row(

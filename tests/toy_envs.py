@@ -52,6 +52,15 @@ class Point(gym.Env):
         return self.position, -float(np.abs(self.position[0])), False, False, {}
 
 
+class Steps(Point):
+    """A Point that goes left, nowhere or right."""
+
+    action_space = Discrete(3)
+
+    def step(self, action):
+        return super().step(0.5 * (np.array([action], np.float32) - 1))
+
+
 class Failing(Point):
     """A Point that fails in its `after`-th step: `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`."""
 
@@ -142,6 +151,7 @@ gym.register("Matrix-v0", Matrix)
 gym.register("Pair-v0", Pair)
 gym.register("Counting-v0", Counting)
 gym.register("Point-v0", Point, max_episode_steps=20)
+gym.register("Steps-v0", Steps, max_episode_steps=20)
 gym.register("Drifting-v0", Drifting, max_episode_steps=20)
 gym.register("Failing-v0", Failing, max_episode_steps=20)
 gym.register("FailingRank-v0", FailingRank, max_episode_steps=20)

@@ -100,7 +100,7 @@ class SACDiscrete(Algorithm):
         super().__init__(env, gamma)
         self.gamma, self.tau = gamma, tau
         self.actor_lr, self.critic_lr, self.alpha_lr = actor_lr, critic_lr, alpha_lr
-        self.max_grad_norm, self.regression = max_grad_norm, huber_loss if huber else mse_loss
+        self.huber, self.max_grad_norm = huber, max_grad_norm
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
         self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
 
@@ -156,7 +156,8 @@ class SACDiscrete(Algorithm):
         action = batch["action"].expand(2, -1).unsqueeze(-1)  # [B] -> [2, B, 1]
         q = single(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
         self.record(q_value=q.mean())
-        return 2 * self.regression(q, target.expand_as(q))  # the mean over both critics, twice: their sum
+        regression = huber_loss if self.huber else mse_loss
+        return 2 * regression(q, target.expand_as(q))  # the mean over both critics, twice: their sum
 
     def actor_loss(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
         """J_pi = E[sum_a pi(a|s) (alpha log pi(a|s) - min_i Q_i(s,a))]. Also gives the entropy `[B, 1]`."""
