@@ -133,6 +133,33 @@ class Frames(Point):
         return np.full((4, 84, 84), np.clip(100 + 50 * position[0], 0, 255), np.uint8)
 
 
+class Frame(Point):
+    """Shows one frame: a bright line where the point is."""
+
+    observation_space = Box(0, 255, (1, 36, 36), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        return self._show(super().reset(seed=seed)[0]), {}
+
+    def step(self, action):
+        position, *rest = super().step(action)
+        return self._show(position), *rest
+
+    def _show(self, position):
+        frame = np.zeros((1, 36, 36), np.uint8)
+        frame[..., round(8 * (position.item() + 2))] = 255
+        return frame
+
+
+class FrameSteps(Frame):
+    """A Frame of a point that goes left, nowhere or right."""
+
+    action_space = Discrete(3)
+
+    def step(self, action):
+        return super().step(0.5 * (np.array([action], np.float32) - 1))
+
+
 class Matrix(Point):
     """Acts by a matrix."""
 
@@ -147,6 +174,8 @@ class Pair(Point):
 
 gym.register("Image-v0", Image)
 gym.register("Frames-v0", Frames, max_episode_steps=5)
+gym.register("Frame-v0", Frame, max_episode_steps=20)
+gym.register("FrameSteps-v0", FrameSteps, max_episode_steps=20)
 gym.register("Matrix-v0", Matrix)
 gym.register("Pair-v0", Pair)
 gym.register("Counting-v0", Counting)

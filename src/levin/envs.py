@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import FrameStackObservation, ReshapeObservation
 
 from levin.errors import ConfigError, RunError
 from levin.hints import PositiveFloat, PositiveInt
@@ -40,6 +41,8 @@ class EnvConfig:
         action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
         action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps.
+        frame_stack: The newest observations, shown together along the first axis, oldest first; `[C, H, W]` or `[H, W]`
+            pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
         normalize_observation: Subtract the running mean and divide by the running deviation.
         observation_clip: Bound on a normalised observation.
         normalize_reward: Divide by the running deviation of the discounted return.
@@ -55,6 +58,7 @@ class EnvConfig:
     action: Literal["rescale", "clip", "none"] = "none"
     time_limit: PositiveInt | None = None
     action_repeat: PositiveInt = 1
+    frame_stack: PositiveInt = 1
     normalize_observation: bool = False
     observation_clip: PositiveFloat = 10.0
     normalize_reward: bool = False
@@ -83,6 +87,7 @@ class EnvSpec(TypedDict):
     action: Space
     action_units: Literal["rescale", "clip", "none"]
     action_repeat: int
+    frame_stack: NotRequired[int]  # policies that were kept before it came are of 1
     observation_clip: float | None  # None: not normalised
     reward_clip: float | None  # None: not normalised
 
@@ -157,7 +162,17 @@ def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
         **view,
         **config.kwargs,
     )
-    return ActionRepeat(env, config.action_repeat) if config.action_repeat > 1 else env
+    if config.action_repeat > 1:
+        env = ActionRepeat(env, config.action_repeat)
+    return stack_frames(env, config.frame_stack) if config.frame_stack > 1 else env
+
+
+def stack_frames(env: gym.Env, num: int) -> gym.Env:
+    """Show the last `num` observations: `[C, H, W] -> [num * C, H, W]`, `[H, W] -> [num, H, W]`."""
+    stacked = FrameStackObservation(env, num)  # [num, ...]
+    shape = stacked.observation_space.shape
+    assert shape is not None
+    return stacked if len(shape) == 3 else ReshapeObservation(stacked, (shape[0] * shape[1], *shape[2:]))
 
 
 def _mujoco_warning(message: str) -> None:
@@ -284,6 +299,7 @@ def describe(env: SeededVectorEnv) -> EnvSpec:
         "action": env.action,
         "action_units": config.action,
         "action_repeat": config.action_repeat,
+        "frame_stack": config.frame_stack,
         "observation_clip": config.observation_clip if config.normalize_observation else None,
         "reward_clip": config.reward_clip if config.normalize_reward else None,
     }

@@ -180,7 +180,7 @@ class Algorithm(LightningModule):
         assert self.buffer is not None
         due = int(replay_ratio * max(0, self.env_steps - learning_starts)) - self.updates
         while due > 0:
-            num = min(due, 128)  # drawn at once: a draw costs as much as a small update, whatever its size
+            num = min(due, self.buffer.at_once(batch_size))
             start = perf_counter()
             batches = self.normalize(self.buffer.sample(num, batch_size, self.device)).unbind(0)
             self.sample_seconds += perf_counter() - start

@@ -38,6 +38,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.collectors import IS_FIRST
 from levin.envs import EnvSpec
@@ -110,7 +111,7 @@ class DDPG(Algorithm):
             if noise == "gaussian"
             else OrnsteinUhlenbeckNoise(exploration_noise, [env["num_envs"], *env["action"]["shape"]])
         )
-        self.buffer = Replay(buffer_size, buffer_storage)
+        self.buffer = replay.make(env, buffer_size, buffer_storage)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)

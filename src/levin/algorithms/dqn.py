@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 from torch.optim import Adam, Optimizer
 
+from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
 from levin.exploration import EpsilonGreedy, Greedy
@@ -115,7 +116,7 @@ class DQN(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.exploration = EpsilonGreedy(initial_epsilon)
-        self.buffer = Replay(buffer_size, buffer_storage)
+        self.buffer = replay.make(env, buffer_size, buffer_storage)
 
     def configure_optimizers(self) -> Optimizer:
         self.optimizer = Adam([flatten(self.critic.parameters())], lr=self.lr, fused=True)

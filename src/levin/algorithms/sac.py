@@ -40,6 +40,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.distributions import SquashedNormal
 from levin.envs import EnvSpec
@@ -111,7 +112,7 @@ class SAC(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = Replay(buffer_size, buffer_storage)
+        self.buffer = replay.make(env, buffer_size, buffer_storage)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)

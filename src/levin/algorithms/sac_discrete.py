@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn.functional import huber_loss, mse_loss
 from torch.optim import Adam, Optimizer
 
+from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -115,7 +116,7 @@ class SACDiscrete(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = Replay(buffer_size, buffer_storage)
+        self.buffer = replay.make(env, buffer_size, buffer_storage)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)

@@ -36,6 +36,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.envs import EnvSpec
 from levin.exploration import GaussianNoise, NoisyPolicy
@@ -108,7 +109,7 @@ class TD3(Algorithm):
         self.online_parameters: list[Tensor] = [*self.critic_parameters, *self.actor.parameters()]
         self.target_parameters: list[Tensor] = [*self.target_critic.parameters(), *self.target_actor.parameters()]
         self.noise = GaussianNoise(exploration_noise)
-        self.buffer = Replay(buffer_size, buffer_storage)
+        self.buffer = replay.make(env, buffer_size, buffer_storage)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)

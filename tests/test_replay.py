@@ -1,0 +1,125 @@
+"""Frames stored once give the transitions that were seen."""
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from checks import same
+from levin import replay
+from levin.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+class Camera:
+    """Rollouts `[N, T]` of stacks of frames that are all different, by the rule of a frame stack."""
+
+    def __init__(self, num_envs: int, stack: int, channels: int = 1, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.stack, self.channels = stack, channels
+        self.shown = [self.begin() for _ in range(num_envs)]
+
+    def frame(self) -> np.ndarray:
+        return self.random.integers(0, 256, (self.channels, 4, 4), dtype=np.uint8)
+
+    def begin(self) -> np.ndarray:
+        return np.concatenate([self.frame()] * self.stack)
+
+    def rollout(self, steps: int, ends: float = 0.2) -> TensorDict:
+        rows = []
+        for env in range(len(self.shown)):
+            for _ in range(steps):
+                shown = self.shown[env]
+                after = np.concatenate([shown[self.channels :], self.frame()])
+                terminated, truncated = self.random.random(2) < ends / 2
+                rows.append((shown, self.random.integers(5), after, self.random.normal(), terminated, truncated))
+                self.shown[env] = self.begin() if terminated or truncated else after
+        observation, action, after, reward, terminated, truncated = (np.stack(each) for each in zip(*rows, strict=True))
+        flags = {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
+        following = {"observation": torch.from_numpy(after), "reward": torch.from_numpy(reward).float().unsqueeze(-1)}
+        following |= {key: torch.from_numpy(value).unsqueeze(-1) for key, value in flags.items()}
+        flat = {"observation": torch.from_numpy(observation), "action": torch.from_numpy(action), "next": following}
+        return TensorDict(flat, batch_size=[len(rows)]).reshape(len(self.shown), steps)
+
+
+def key(transition: TensorDict) -> bytes:
+    """A transition as something that can be looked up; its frames are drawn at random and never meet again."""
+    flat = transition.select(*replay.KEYS).flatten_keys().items()
+    return b"".join(value.numpy().tobytes() for _, value in sorted(flat))
+
+
+@pytest.mark.parametrize(("num_envs", "steps", "stack", "channels"), [(1, 1, 4, 1), (3, 7, 4, 1), (2, 5, 1, 3)])
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_what_is_drawn_was_seen(num_envs, steps, stack, channels, storage):
+    camera, buffer = Camera(num_envs, stack, channels), replay.FrameReplay(200, storage, stack)
+    seen: list[bytes] = []
+    for _ in range(120 // steps):
+        rollout = camera.rollout(steps)
+        buffer.extend(rollout)
+        seen += [key(each) for each in rollout.reshape(-1)]
+    drawn = [key(each) for each in buffer.sample(20, 100, CPU).reshape(-1)]
+    assert set(drawn) <= set(seen), "nothing that was not seen, across ends of episodes and of the ring"
+    oldest = min(seen.index(each) for each in set(drawn))
+    lost = len(seen) - len(set(drawn))
+    assert oldest > 0, "the ring has wrapped"
+    assert set(seen[-num_envs * steps :]) <= set(drawn), "the newest rollout is there"
+    assert lost - oldest <= 2 * num_envs * (steps + stack), "and all between, but for stacks that lost a frame"
+
+
+def test_frames_are_stored_once():
+    camera, buffer = Camera(2, 4), replay.FrameReplay(1000, "memory", 4)
+    for _ in range(10):
+        buffer.extend(camera.rollout(20, ends=0))
+    assert buffer.written == 2 * (4 + 10 * 20), "a stack for each episode, then a frame for each step"
+    assert buffer.data["frame"].shape[1:] == (1, 4, 4)
+
+
+def test_an_env_that_begins_anew_unannounced_is_noticed():
+    """As after a resume in which it did not replay."""
+    first, second, buffer = Camera(1, 4), Camera(1, 4, seed=1), replay.FrameReplay(1000, "memory", 4)
+    rollouts = [first.rollout(5, ends=0), second.rollout(5, ends=0)]
+    for rollout in rollouts:
+        buffer.extend(rollout)
+    seen = {key(each) for rollout in rollouts for each in rollout.reshape(-1)}
+    assert {key(each) for each in buffer.sample(1, 200, CPU).reshape(-1)} == seen
+
+
+def test_draws_are_uniform():
+    camera, buffer = Camera(2, 4), replay.FrameReplay(1000, "memory", 4)
+    buffer.extend(camera.rollout(50))
+    torch.manual_seed(0)
+    drawn = [key(each) for each in buffer.sample(1, 10_000, CPU).reshape(-1)]
+    counts = np.array([drawn.count(each) for each in set(drawn)])
+    assert len(counts) == 100
+    assert ((counts - 100) ** 2 / 100).sum() < 149  # chi squared of 99 degrees: p = 0.001
+
+
+def test_a_restored_buffer_goes_on_as_if_nothing_had_happened():
+    camera, buffer, restored = Camera(2, 4), *(replay.FrameReplay(100, "memory", 4) for _ in range(2))
+    for _ in range(6):
+        buffer.extend(camera.rollout(10))
+    state = buffer.state_dict()
+    assert state
+    oldest = state["written"] % 100  # a ring: where its oldest row lies
+    restored.load_state_dict({**state, "data": [buffer.data[oldest:], buffer.data[:oldest]]}, CPU)
+    rollout = camera.rollout(10)
+    for each in (buffer, restored):
+        each.extend(rollout)
+    assert same(buffer.data.to_dict(), restored.data.to_dict())
+    assert buffer.written == restored.written
+
+
+def test_a_buffer_too_small_for_a_rollout_says_so():
+    with pytest.raises(ConfigError, match="buffer_size=20 is less than"):
+        replay.FrameReplay(20, "memory", 4).extend(Camera(2, 4).rollout(10))
+
+
+def test_pixels_are_drawn_in_small_portions():
+    vectors, pixels = replay.Replay(100, "memory"), replay.FrameReplay(1000, "memory", 4)
+    pixels.extend(Camera(1, 4).rollout(50))
+    assert pixels.transition_bytes == 5 * (16 + 4 * 8 + 8 + 4 + 1 + 1)
+    assert pixels.at_once(256) == 128
+    assert pixels.at_once(2**20) == 1
+    vectors.extend(Camera(1, 4).rollout(50))
+    assert vectors.at_once(256) == 128
