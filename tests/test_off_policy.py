@@ -1,0 +1,341 @@
+"""What is particular to the off-policy line: every hyper-parameter does what its name says, exploration, pixels."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+import oracles
+from checks import make_batch, metrics, same, saved
+from levin import collectors, config, envs, resume
+from levin.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
+from levin.replay import FrameReplay
+from levin.train import build, train
+from rows import LATE
+
+CONTINUOUS, DISCRETE = ("ddpg", "td3", "sac"), ("dqn", "sac_discrete")
+SMALL = (
+    *LATE,
+    "env.num_envs=1",
+    "algo.learning_starts=20",
+    "algo.batch_size=8",
+    "algo.hidden_sizes=[8]",
+    "log_every=10",
+)
+
+
+def small_env(algo: str) -> str:
+    return "env=pendulum" if algo in CONTINUOUS else "env=cartpole"
+
+
+def make(algo: str, *words: str):
+    """An algorithm with its optimisers, without a Trainer."""
+    algorithm, _ = build(config.compose([f"algo={algo}", small_env(algo), *SMALL, *words]))
+    algorithm.configure_optimizers()
+    algorithm.manual_backward = lambda loss: loss.backward()
+    return algorithm
+
+
+def steps_of(optimizer: torch.optim.Optimizer) -> int:
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
+def updated(algorithm, num: int):
+    """The algorithm after `num` updates."""
+    for update in range(num):
+        algorithm.updates = update
+        algorithm.update(make_batch(algorithm))
+    return algorithm
+
+
+# --- hyper-parameters
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_policy_delay(delay):
+    """Actor and targets wait for it; the critics do not."""
+    algorithm = make("td3", f"algo.policy_delay={delay}")
+    before = [each.clone() for each in algorithm.target_parameters]
+    updated(algorithm, delay - 1)
+    assert all(map(torch.equal, before, algorithm.target_parameters))
+    updated(algorithm, 7 * delay)
+    assert steps_of(algorithm.critic_optimizer) == 8 * delay - 1
+    assert steps_of(algorithm.actor_optimizer) == 7
+    assert not any(map(torch.equal, before, algorithm.target_parameters))
+
+
+def test_target_noise_and_its_clip():
+    """Both act on the target's action alone."""
+    observation = torch.randn(20_000, 3)
+
+    def offsets(**words: float) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        algorithm = make("td3", *(f"algo.{key}={value}" for key, value in words.items()))
+        algorithm.target_actor.network[-1].weight.data /= 100  # far from -1 and 1, where the sum is cut
+        batch = make_batch(algorithm)
+        return algorithm.target_action(observation) - algorithm.target_actor(observation), algorithm.actor_loss(batch)
+
+    none, actor_loss = offsets(target_noise=0)
+    assert not none.any()
+    usual, same_actor_loss = offsets(target_noise=0.1, target_noise_clip=9)
+    assert usual.std() == pytest.approx(0.1, rel=0.05)
+    assert torch.equal(actor_loss, same_actor_loss)
+    clipped, _ = offsets(target_noise=0.1, target_noise_clip=0.15)
+    assert clipped.abs().max() == pytest.approx(0.15)
+    torch.testing.assert_close(clipped, usual.clamp(-0.15, 0.15))
+    wide, _ = offsets(target_noise=9, target_noise_clip=9)
+    assert wide.abs().max() < 2, "a target action is an action"
+
+
+@pytest.mark.parametrize("algo", [*CONTINUOUS, *DISCRETE])
+@pytest.mark.parametrize("tau", [0.0, 0.25, 1.0])
+def test_tau(algo, tau):
+    every = {"td3": ("algo.policy_delay=1",), "dqn": ("algo.target_update_every=1",)}
+    algorithm = make(algo, f"algo.tau={tau}", *every.get(algo, ()))
+    for each in algorithm.target_parameters:
+        each.data += torch.randn_like(each)
+    before = [each.clone() for each in algorithm.target_parameters]
+    updated(algorithm, 1)
+    online = [*algorithm.critic_parameters, *(algorithm.actor.parameters() if algo in ("ddpg", "td3") else ())]
+    for old, new, of in zip(before, algorithm.target_parameters, online, strict=True):
+        torch.testing.assert_close(new, (1 - tau) * old + tau * of, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_target_update_every(every):
+    algorithm = make("dqn", f"algo.target_update_every={every}")
+    before = [each.clone() for each in algorithm.target_parameters]
+    updated(algorithm, every)
+    assert all(map(torch.equal, algorithm.target_parameters, algorithm.critic_parameters))
+    algorithm.updates = every
+    algorithm.update(make_batch(algorithm))
+    agrees = all(map(torch.equal, algorithm.target_parameters, algorithm.critic_parameters))
+    assert agrees == (every == 1)
+    assert not all(map(torch.equal, before, algorithm.target_parameters))
+
+
+@pytest.mark.parametrize("algo", [*CONTINUOUS, *DISCRETE])
+@pytest.mark.parametrize(("train_every", "updates_per_step"), [(1, 1.0), (8, 1.0), (8, 0.25), (8, 0.3), (4, 2.0)])
+def test_train_every_and_updates_per_step(algo, train_every, updates_per_step, tmp_path, monkeypatch):
+    """Which here are `steps_per_iteration` and `replay_ratio`: how often it trains, and how much."""
+    words = [f"algo={algo}", small_env(algo), *SMALL, "total_env_steps=40", "eval.episodes=1"]
+    words += [f"algo.steps_per_iteration={train_every}", f"algo.replay_ratio={updates_per_step}"]
+    cfg = config.compose(words)
+    cls = type(build(cfg)[0])
+    done: list[tuple[int, int]] = []
+    step = cls.training_step
+
+    def spied(self, rollout: TensorDict, index: int) -> None:
+        step(self, rollout, index)
+        done.append((self.env_steps, self.updates))
+
+    monkeypatch.setattr(cls, "training_step", spied)
+    train(cfg, tmp_path / "run")
+    assert done == [
+        (env_steps, int(updates_per_step * max(0, env_steps - 20))) for env_steps in range(train_every, 41, train_every)
+    ]
+
+
+@pytest.mark.parametrize(("double_q", "huber"), [(False, False), (True, False), (False, True)])
+def test_double_q_and_huber_are_those_of_torchrl(double_q, huber):
+    """The fourth combination is the row's."""
+    algorithm = make("dqn", f"algo.double_q={double_q}", f"algo.huber={huber}", "algo.hidden_sizes=[]")
+    for each in algorithm.target_parameters:
+        each.data += torch.randn_like(each)
+    batch = make_batch(algorithm, 32)
+    batch["next", "reward"] *= 3  # errors below and beyond 1
+    (ours,), (theirs,) = oracles.dqn_losses(algorithm, batch), oracles.dqn_oracle(algorithm, batch)
+    torch.testing.assert_close(ours, theirs)
+    other = make("dqn", f"algo.double_q={not double_q}", f"algo.huber={huber}", "algo.hidden_sizes=[]")
+    other.load_state_dict(algorithm.state_dict())
+    assert not torch.isclose(ours, other.critic_loss(batch))
+
+
+def test_huber_of_discrete_sac_is_that_of_torchrl():
+    algorithm = make("sac_discrete", "algo.huber=true")
+    batch = make_batch(algorithm, 32)
+    batch["next", "reward"] *= 3
+    ours, theirs = oracles.sac_discrete_losses(algorithm, batch), oracles.sac_discrete_oracle(algorithm, batch)
+    torch.testing.assert_close(ours, theirs)
+    squared = make("sac_discrete")
+    squared.load_state_dict(algorithm.state_dict())
+    assert not torch.isclose(ours[0], squared.critic_loss(batch))
+
+
+def test_the_exact_expectation_is_the_mean_of_samples():
+    """What discrete SAC sums over its actions, SAC would sample."""
+    algorithm = make("sac_discrete")
+    algorithm.actor.network[-1].weight.data *= 100  # far from uniform
+    batch = make_batch(algorithm, 1)
+    policy = algorithm.actor(batch["observation"])
+    value = algorithm.critic(batch["observation"]).amin(0)
+    torch.manual_seed(0)
+    actions = policy[torch.zeros(100_000, dtype=torch.int64)].sample().unsqueeze(-1)  # [B, 1]
+    alpha = algorithm.log_alpha.exp()
+    samples = alpha * policy.log_probs.expand(100_000, -1).gather(1, actions) - value.expand(100_000, -1).gather(
+        1, actions
+    )
+    error = samples.std() / 100_000**0.5
+    assert abs(samples.mean() - algorithm.actor_loss(batch)[0]) < 4 * error
+
+
+@pytest.mark.parametrize("algo", ["sac", "sac_discrete"])
+def test_a_learning_rate_of_zero_keeps_the_temperature(algo):
+    words = ("algo.initial_alpha=0.2",)
+    assert updated(make(algo, *words, "algo.alpha_lr=0"), 3).log_alpha.exp().item() == pytest.approx(0.2)
+    assert updated(make(algo, *words), 3).log_alpha.exp().item() != pytest.approx(0.2)
+
+
+def test_max_grad_norm_of_discrete_sac():
+    def moves(norm: str) -> float:
+        torch.manual_seed(0)
+        algorithm = make("sac_discrete", f"algo.max_grad_norm={norm}")
+        algorithm.update(make_batch(algorithm))
+        return float(torch.stack([each.grad.norm() for each in algorithm.critic_parameters]).norm())
+
+    assert moves("1e-3") == pytest.approx(1e-3, rel=1e-3)
+    assert moves("null") > 1e-2
+
+
+def test_target_entropy_of_discrete_sac():
+    assert make("sac_discrete").target_entropy == pytest.approx(0.98 * math.log(2))  # Christodoulou 2019
+    assert make("sac_discrete", "algo.target_entropy=0.1").target_entropy == 0.1
+
+
+# --- exploration
+
+
+@pytest.mark.parametrize("algo", ["ddpg", "td3"])
+def test_exploration_noise(algo):
+    algorithm = make(algo, "algo.exploration_noise=0.1")
+    algorithm.actor.network[-1].weight.data /= 100
+    observation = torch.randn(20_000, 3)
+    noisy, mean = (algorithm.policy(deterministic=each).module(observation).detach() for each in (False, True))
+    assert (noisy - mean).std() == pytest.approx(0.1, rel=0.05)
+    assert torch.equal(mean, algorithm.policy(deterministic=True).module(observation))
+    wild = make(algo, "algo.exploration_noise=5").policy().module(observation)
+    assert wild.abs().max() == 1
+
+
+def test_ornstein_uhlenbeck_noise_remembers_until_the_episode_ends():
+    torch.manual_seed(0)
+    noise, zero, on = (
+        OrnsteinUhlenbeckNoise(0.2, [1000, 1]),
+        torch.zeros(1000, 1),
+        torch.zeros(1000, 1, dtype=torch.bool),
+    )
+    x = torch.stack([noise(zero, on).clone() for _ in range(100)])  # [T, N, 1]
+    assert x[-1].std() == pytest.approx(0.2 / (0.15 * 1.85) ** 0.5, rel=0.1)
+    assert (x[-1] * x[-2]).mean() / (x[-1] * x[-1]).mean() == pytest.approx(0.85, abs=0.05)
+    assert x[0].std() == pytest.approx(0.2, rel=0.1)
+    first = on.clone()
+    first[:500] = True
+    after = noise(zero, first)
+    assert after[:500].std() == pytest.approx(0.2, rel=0.1)
+    assert (after[500:] * x[-1, 500:]).mean() > 0.5 * x[-1].var()
+    assert abs((after[:500] * x[-1, :500]).mean()) < 0.1 * x[-1].var()
+
+
+def test_gaussian_noise_does_not_remember():
+    torch.manual_seed(0)
+    policy = NoisyPolicy(nn.Identity(), GaussianNoise(0.2))
+    x, y = policy(torch.zeros(10_000, 1)), policy(torch.zeros(10_000, 1))
+    assert abs((x * y).mean()) < 4 * 0.04 / 100
+
+
+@pytest.mark.parametrize("name", ["vector", "torchrl"])
+def test_collectors_say_where_episodes_begin(name):
+    class Spy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[list[bool]] = []
+
+        def forward(self, observation: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+            self.seen.append(is_first.flatten().tolist())
+            return torch.zeros(len(observation), 1)
+
+    env = envs.make(envs.EnvConfig(id="toy_envs:Counting-v0", num_envs=2, kwargs={"length": 3}), seed=0, copy=False)
+    policy = TensorDictModule(Spy(), in_keys=["observation", collectors.IS_FIRST], out_keys=["action"])
+    collector = collectors.make(name, env, policy, steps=4)
+    batches = iter(collector)
+    rollouts = torch.cat([next(batches) for _ in range(2)], 1)
+    seen = torch.tensor(policy.module.seen[-8:]).T
+    assert torch.equal(seen, rollouts["observation"][..., 1] == 0)
+    collector.shutdown()
+
+
+def test_epsilon_greedy():
+    torch.manual_seed(0)
+    values = torch.tensor([0.0, 2.0, 1.0, -1.0]).expand(40_000, 4)
+    for epsilon in (0.0, 0.4, 1.0):
+        share = torch.bincount(EpsilonGreedy(epsilon)(values), minlength=4) / 40_000
+        expected = epsilon / 4 + torch.tensor([0.0, 1 - epsilon, 0.0, 0.0])
+        torch.testing.assert_close(share, expected, atol=0.01, rtol=0)
+
+
+def test_epsilon_falls_to_its_end_and_stays(tmp_path):
+    words = ["algo=dqn", *SMALL, "total_env_steps=160", "algo.steps_per_iteration=10", "eval.episodes=1"]
+    words += ["algo.initial_epsilon=0.9", "algo.final_epsilon=0.1", "algo.epsilon_fraction=0.5", "algo.replay_ratio=1"]
+    train(config.compose(words), tmp_path / "run")
+    rows = [float(row["train/epsilon"]) for row in metrics(tmp_path / "run") if row["train/epsilon"]]
+    assert rows[:9] == pytest.approx([0.9 - 0.1 * i for i in range(9)])
+    assert rows[8:] == pytest.approx([0.1] * 8)
+
+
+# --- pixels
+
+
+@pytest.mark.parametrize("algo", [*CONTINUOUS, *DISCRETE])
+def test_pixels(algo, tmp_path):
+    """Stacked frames are stored once, everything that reads them learns, and a resumed run is the uninterrupted one."""
+    name = "Frame-v0" if algo in CONTINUOUS else "FrameSteps-v0"
+    words = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", "env.num_envs=2", *SMALL]
+    words += ["algo.replay_ratio=0.25", "eval.episodes=1", "algo.buffer_size=60"]
+    if algo == "dqn":
+        words += ["algo.schedule_env_steps=96"]
+    before, _ = build(config.compose(words))
+    assert isinstance(before.buffer, FrameReplay)
+    train(config.compose([*words, "algo.steps_per_iteration=8", "total_env_steps=96"]), tmp_path / "straight")
+    train(config.compose([*words, "algo.steps_per_iteration=8", "total_env_steps=48"]), tmp_path / "halves")
+    resume.resume(run=str(tmp_path / "halves"), total_env_steps=96)
+    straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "halves")
+    for key in straight:
+        assert same(straight[key], resumed[key]), key
+    assert straight["levin"]["updates"] == 19
+    frames = straight["buffer"]["data"]["frame"]
+    assert frames.shape == (60, 1, 36, 36)
+    assert frames.dtype == torch.uint8
+    convolutions = [key for key in straight["state_dict"] if key.endswith("layers.0.weight") and "target" not in key]
+    convolutions = [key for key in convolutions if straight["state_dict"][key].ndim == 4]
+    assert len(convolutions) == (1 if algo == "dqn" else 2), "actor and critic read for themselves"
+    for key in convolutions:
+        assert not torch.equal(before.state_dict()[key], straight["state_dict"][key]), key
+
+
+def test_frames_are_stacked_as_gymnasium_says():
+    env = envs.make_one(envs.EnvConfig(id="toy_envs:Frame-v0", frame_stack=3))
+    plain = envs.make_one(envs.EnvConfig(id="toy_envs:Frame-v0"))
+    assert env.observation_space.shape == (3, 36, 36)
+    seen = [plain.reset(seed=1)[0]] * 3
+    observation, _ = env.reset(seed=1)
+    for action in (0.3, -0.2, 0.1, 0.5):
+        assert (observation == torch.cat([torch.from_numpy(each) for each in seen[-3:]]).numpy()).all()
+        observation = env.step([action])[0]
+        seen.append(plain.step([action])[0])
+
+
+def test_a_pixel_batch_is_a_view_of_its_frames():
+    """s and s' share their frames in what is drawn, too."""
+    algorithm = make("dqn", "env=gym", "env.id=toy_envs:FrameSteps-v0", "env.frame_stack=4")
+    frames = torch.randint(256, (1, 6, 4, 36, 36), dtype=torch.uint8)
+    flags = torch.zeros(1, 6, 1, dtype=torch.bool)
+    after = {"observation": frames.roll(-1, 1), "reward": torch.zeros(1, 6, 1), "terminated": flags, "done": flags}
+    actions = torch.zeros(1, 6, dtype=torch.int64)
+    algorithm.buffer.extend(TensorDict({"observation": frames, "action": actions, "next": after}, batch_size=[1, 6]))
+    batch = algorithm.buffer.draw(5)
+    assert (
+        batch["observation"].untyped_storage().data_ptr() == batch["next", "observation"].untyped_storage().data_ptr()
+    )
