@@ -72,7 +72,7 @@ variance: .venv/.core .venv/.report ## Measures the variance of the policy gradi
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
 	$(BIN)/python -m levin.report $(if $(CHECK),check=true)
 
-bench: .venv/.core .venv/.mujoco ## [WHAT=ppo|a2c|trpo|sac|collect|checkpoint] speed beside the peers, interleaved
+bench: .venv/.core .venv/.mujoco ## [WHAT=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint] speed beside the peers, interleaved
 	$(BIN)/python -m levin.bench what=$(or $(WHAT),sac) $(ARGS)
 
 bench-setup: ## Install the peers into an environment of their own

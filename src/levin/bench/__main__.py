@@ -1,4 +1,4 @@
-"""`python -m levin.bench what=sac|ppo|a2c|trpo|collect|checkpoint`: prints medians and ratios."""
+"""`python -m levin.bench what=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint`: prints medians and ratios."""
 
 import subprocess
 import tempfile
@@ -23,19 +23,24 @@ def checkpoint(*, rounds: int, threads: int) -> None:
 
 def bench(
     *,
-    what: Literal["sac", "ppo", "a2c", "trpo", "collect", "checkpoint"],
+    what: Literal["sac", "td3", "ddpg", "dqn", "ppo", "a2c", "trpo", "collect", "memory", "checkpoint"],
     segments: PositiveInt = 10,
     threads: PositiveInt = 2,
 ) -> None:
     """Run one comparison.
 
     Args:
-        what: An algorithm: training runs; `collect`: rollouts alone; `checkpoint`: what saving costs a run.
+        what: An algorithm: training runs; `collect`: rollouts alone; `memory`: replay, full; `checkpoint`: what saving
+            costs a run.
         segments: Rounds, each one segment of every side.
         threads: Torch threads of each side.
     """
     if what == "checkpoint":
         checkpoint(rounds=segments, threads=threads)
+    elif what == "memory":
+        from levin.bench.memory import memory
+
+        memory(rounds=segments, threads=threads)
     elif what == "collect":
         from levin.bench.collect import collect
 

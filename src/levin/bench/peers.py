@@ -51,6 +51,11 @@ class Comparison:
 
 
 RAW = ("env.normalize_observation=false", "env.normalize_reward=false")
+EQUAL_NETS = {"policy_kwargs": {"net_arch": [256, 256]}}  # the peer's default is 400-300
+CHUNKS = {
+    "levin, 32 steps per iteration": ("algo.steps_per_iteration=32",),
+    "levin, 1 step per iteration": ("algo.steps_per_iteration=1",),
+}
 COMPARISONS = {
     "sac": [
         # The peer's defaults are batch 256, one update per step, buffer 1M, 256-256: what ours is given.
@@ -63,10 +68,48 @@ COMPARISONS = {
             segment=512,
             peer={"learning_starts": 320},
             ours=("algo.learning_starts=320",),
-            variants={
-                "levin, 32 steps per iteration": ("algo.steps_per_iteration=32",),
-                "levin, 1 step per iteration": ("algo.steps_per_iteration=1",),
+            variants=CHUNKS,
+        )
+    ],
+    # The peer's defaults are batch 256, learning rate 1e-3, one update per step, buffer 1M.
+    **{
+        algo: [
+            Comparison(
+                algo=algo,
+                env="halfcheetah",
+                env_id="HalfCheetah-v4",
+                num_envs=1,
+                warm_up=640,
+                segment=512,
+                peer={"learning_starts": 320} | EQUAL_NETS,
+                ours=("algo.learning_starts=320",),
+                variants=CHUNKS,
+            )
+        ]
+        for algo in ("td3", "ddpg")
+    },
+    "dqn": [
+        # Both at the final epsilon: the peer does not ask its network for what it then draws at random.
+        Comparison(
+            algo="dqn",
+            env="cartpole",
+            env_id="CartPole-v1",
+            num_envs=1,
+            warm_up=3200,
+            segment=9600,
+            peer={
+                "learning_rate": 2.5e-4,
+                "buffer_size": 10_000,
+                "batch_size": 128,
+                "learning_starts": 1000,
+                "train_freq": 10,
+                "target_update_interval": 500,
+                "exploration_initial_eps": 0.05,
+                "exploration_final_eps": 0.05,
+                "policy_kwargs": {"net_arch": [120, 84]},
             },
+            ours=("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
+            variants=CHUNKS | {"levin, 160 steps per iteration": ("algo.steps_per_iteration=160",)},
         )
     ],
     "ppo": [

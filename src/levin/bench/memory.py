@@ -1,0 +1,60 @@
+"""What a full replay buffer takes of the memory, and what a draw takes of the time."""
+
+import resource
+import statistics
+from time import perf_counter
+
+import torch
+from tensordict import TensorDict
+
+from levin import provenance, replay
+
+CPU = torch.device("cpu")
+BATCH = 256
+
+
+def vectors(num: int) -> TensorDict:
+    """Transitions `[1, num]` of HalfCheetah's shapes."""
+    flags = torch.zeros(1, num, 1, dtype=torch.bool)
+    after = {"observation": torch.randn(1, num, 17), "reward": torch.randn(1, num, 1), "terminated": flags}
+    first = {"observation": torch.randn(1, num, 17), "action": torch.randn(1, num, 6)}
+    return TensorDict({**first, "next": {**after, "done": flags}}, batch_size=[1, num])
+
+
+def frames(num: int) -> TensorDict:
+    """Transitions `[1, num]` of Atari's shapes, four frames at a time, in episodes of 500 steps."""
+    stream = torch.randint(256, (1, num + 4, 84, 84), dtype=torch.uint8)
+    observation = stream.unfold(1, 4, 1).movedim(-1, 2)  # [1, num + 1, 4, 84, 84]
+    flags = torch.zeros(1, num, 1, dtype=torch.bool)
+    flags[:, 499::500] = True
+    after = {"observation": observation[:, 1:], "reward": torch.randn(1, num, 1), "terminated": flags, "done": flags}
+    action = torch.zeros(1, num, dtype=torch.int64)
+    return TensorDict({"observation": observation[:, :-1], "action": action, "next": after}, batch_size=[1, num])
+
+
+def resident() -> float:
+    """Of this process, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def memory(*, rounds: int, threads: int) -> None:
+    """Fill buffers and print their size and the medians of the time per draw."""
+    torch.set_num_threads(threads)
+    print(f"{provenance.processor()}, {threads} threads; medians of {rounds} x 100 draws of {BATCH}")
+    filled = (
+        ("HalfCheetah, 1,000,000 transitions", replay.Replay(1_000_000, "memory"), vectors, 1_000_000),
+        ("Atari, 100,000 frames", replay.FrameReplay(100_000, "memory", 4), frames, 100_000),
+    )
+    for name, buffer, rollout, size in filled:
+        before = resident()
+        while len(buffer) < size:
+            buffer.extend(rollout(1000))
+        after = resident()
+        times = []
+        for _ in range(rounds):
+            start = perf_counter()
+            for _ in range(100):
+                buffer.sample(1, BATCH, CPU)
+            times.append((perf_counter() - start) * 10)
+        print(f"{name:<36}{after - before:>9,.0f} MB   {statistics.median(times):.2f} ms per draw")
