@@ -77,10 +77,11 @@ class EpsilonGreedy(nn.Module):
         self.register_buffer("epsilon", torch.tensor(epsilon))
 
     def forward(self, values: Tensor) -> Tensor:
-        num, num_actions = values.shape
-        uniform = torch.randint(num_actions, (num,), device=values.device)
-        explores = torch.rand(num, device=values.device) < self.epsilon
-        return torch.where(explores, uniform, values.argmax(-1))
+        explores = torch.rand(len(values), device=values.device) < self.epsilon  # [N]
+        best = values.argmax(-1)
+        if not explores.any():  # as a rule, once epsilon is small
+            return best
+        return torch.where(explores, torch.randint_like(best, values.shape[1]), best)
 
 
 class Greedy(nn.Module):

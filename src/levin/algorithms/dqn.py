@@ -19,7 +19,7 @@ Pseudocode (Algorithm 1):
 With `double_q` the action of y is chosen by Q and valued by Q' (van Hasselt et al. 2016, arXiv:1509.06461, Eq. 4).
 
 Deviations:
-    - An iteration is 32 vector steps, with one epsilon, and then the updates they owe; `steps_per_iteration=1` is the
+    - An iteration is 100 vector steps, with one epsilon, and then the updates they owe; `steps_per_iteration=1` is the
       paper's.
     - Values are CleanRL's for CartPole. The paper's are for Atari: RMSprop, errors clipped (`huber`), a CNN, which
       pixels get here too.
@@ -98,7 +98,7 @@ class DQN(Algorithm):
         learning_starts: NonNegativeInt = 10_000,
         buffer_size: PositiveInt = 10_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
-        steps_per_iteration: PositiveInt = 32,
+        steps_per_iteration: PositiveInt = 100,
         hidden_sizes: Sequence[PositiveInt] = (120, 84),
         activation: Activation = "relu",
     ) -> None:
@@ -124,7 +124,7 @@ class DQN(Algorithm):
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         chooser = Greedy() if deterministic else self.exploration
-        network = nn.Sequential(self.observation_normalizer, self.critic, chooser)
+        network = nn.Sequential(self.observation_normalizer, *self.critic, chooser)
         return TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:

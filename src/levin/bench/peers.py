@@ -95,8 +95,8 @@ COMPARISONS = {
             env="cartpole",
             env_id="CartPole-v1",
             num_envs=1,
-            warm_up=3200,
-            segment=9600,
+            warm_up=3000,
+            segment=10_000,
             peer={
                 "learning_rate": 2.5e-4,
                 "buffer_size": 10_000,
@@ -109,7 +109,10 @@ COMPARISONS = {
                 "policy_kwargs": {"net_arch": [120, 84]},
             },
             ours=("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
-            variants=CHUNKS | {"levin, 160 steps per iteration": ("algo.steps_per_iteration=160",)},
+            variants={
+                "levin, 100 steps per iteration": ("algo.steps_per_iteration=100",),
+                "levin, 10 steps per iteration": ("algo.steps_per_iteration=10",),
+            },
         )
     ],
     "ppo": [
