@@ -60,7 +60,8 @@ WRONG = [
     (["algo._target_=os.path.join"], "os.path.join"),
     (["name=mine"], "name is unknown"),
     (["env=gym"], "env.id has no value"),
-    (["env=gym", "env.id=toy_envs:Image-v0"], "uint8"),
+    (["env=gym", "env.id=toy_envs:Image-v0"], "36 x 36 pixels"),
+    (["algo=trpo", "env=gym", "env.id=toy_envs:Image-v0"], "uint8"),
     (["env=gym", "env.id=toy_envs:Matrix-v0"], "one dimension"),
     (["env=gym", "env.id=toy_envs:Pair-v0"], "observation space is Dict"),
     (["algo"], "algo is not of the form key=value"),
@@ -188,7 +189,9 @@ def test_presets_say_what_they_change_of_single_algorithms():
         debug, _, algo = file.stem.partition("_")
         with_preset, without = (config.compose([f"algo={algo}", *words]).algo for words in ([f"debug={debug}"], []))
         assert with_preset != without, file.name
-    with pytest.raises(ConfigError, match="debug=overfit is for sac; of ppo it says nothing"):
+    with pytest.raises(
+        ConfigError, match="debug=overfit is for ddpg, dqn, sac, sac_discrete, td3; of ppo it says nothing"
+    ):
         config.compose(["algo=ppo", "debug=overfit"])
 
 
