@@ -49,7 +49,7 @@ def key(transition: TensorDict) -> bytes:
     return b"".join(value.numpy().tobytes() for _, value in sorted(flat))
 
 
-@pytest.mark.parametrize(("num_envs", "steps", "stack", "channels"), [(1, 1, 4, 1), (3, 7, 4, 1), (2, 5, 1, 3)])
+@pytest.mark.parametrize(("num_envs", "steps", "stack", "channels"), [(1, 1, 4, 1), (3, 6, 4, 1), (2, 5, 1, 3)])
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
 def test_what_is_drawn_was_seen(num_envs, steps, stack, channels, storage):
     camera, buffer = Camera(num_envs, stack, channels), replay.FrameReplay(200, storage, stack)
@@ -96,12 +96,13 @@ def test_draws_are_uniform():
 
 
 def test_a_restored_buffer_goes_on_as_if_nothing_had_happened():
-    camera, buffer, restored = Camera(2, 4), *(replay.FrameReplay(100, "memory", 4) for _ in range(2))
-    for _ in range(6):
+    camera, buffer, restored = Camera(2, 4), *(replay.FrameReplay(200, "memory", 4) for _ in range(2))
+    for _ in range(12):
         buffer.extend(camera.rollout(10))
     state = buffer.state_dict()
     assert state
-    oldest = state["written"] % 100  # a ring: where its oldest row lies
+    assert state["written"] > 200
+    oldest = state["written"] % 200  # a ring: where its oldest row lies
     restored.load_state_dict({**state, "data": [buffer.data[oldest:], buffer.data[:oldest]]}, CPU)
     rollout = camera.rollout(10)
     for each in (buffer, restored):
@@ -111,8 +112,12 @@ def test_a_restored_buffer_goes_on_as_if_nothing_had_happened():
 
 
 def test_a_buffer_too_small_for_a_rollout_says_so():
-    with pytest.raises(ConfigError, match="buffer_size=20 is less than"):
-        replay.FrameReplay(20, "memory", 4).extend(Camera(2, 4).rollout(10))
+    with pytest.raises(ConfigError, match="buffer_size=199 is less than 200"):
+        replay.FrameReplay(199, "memory", 4).extend(Camera(2, 4).rollout(10))
+    camera, smallest = Camera(2, 4), replay.FrameReplay(200, "memory", 4)
+    for ends in (0.0, 0.5, 1.9) * 5:  # never one that ends a run in its middle, or has nothing to draw
+        smallest.extend(camera.rollout(10, ends=ends))
+        assert smallest.sample(1, 10, CPU).shape == (1, 10)
 
 
 def test_pixels_are_drawn_in_small_portions():

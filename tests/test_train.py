@@ -126,7 +126,8 @@ def test_normalisation_reaches_the_batch(tmp_path):
     )
     algorithm = recorder.algorithm
     algorithm.updates = 0
-    batch = next(iter(algorithm.replay(learning_starts=0, replay_ratio=1, batch_size=4096)))
+    algorithm.learning_starts, algorithm.batch_size = 0, 4096
+    batch = next(iter(algorithm.replay()))
     raw = algorithm.buffer.data
     torch.testing.assert_close(batch["observation"].mean(0), torch.zeros(3), atol=0.15, rtol=0)
     assert float(raw["observation"].std(0).max()) != pytest.approx(1, abs=0.1)

@@ -74,7 +74,7 @@ class EpsilonGreedy(nn.Module):
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
-        self.register_buffer("epsilon", torch.tensor(epsilon))
+        self.register_buffer("epsilon", torch.tensor(float(epsilon)))
 
     def forward(self, values: Tensor) -> Tensor:
         explores = torch.rand(len(values), device=values.device) < self.epsilon  # [N]

@@ -248,7 +248,7 @@ class Critic(nn.Module):
 class StochasticPolicy(nn.Module):
     """What the collector asks for an action: `[N, *S] -> [N, *A]`, a draw or the mode."""
 
-    def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: Actor, *, deterministic: bool) -> None:
+    def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: nn.Module, *, deterministic: bool) -> None:
         super().__init__()
         self.normalizer, self.trunk, self.actor, self.deterministic = normalizer, trunk, actor, deterministic
 

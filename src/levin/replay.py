@@ -1,5 +1,6 @@
 """Replay memory of single transitions, on TorchRL's `ReplayBuffer`."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ def make(env: EnvSpec, size: int, storage: str) -> "Replay":
     return Replay(size, storage)
 
 
+def moved(sample: TensorDict, device: torch.device) -> TensorDict:
+    """On the device; what is on a CPU may have no device, and would be copied."""
+    return sample if device.type == "cpu" else sample.to(device, non_blocking=True)
+
+
 class Replay:
     """The last `size` transitions (s, a, r, s', terminated), drawn uniformly with replacement.
 
@@ -34,7 +40,7 @@ class Replay:
 
     def __init__(self, size: int, storage: str) -> None:
         lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
-        self.size = size
+        self.size, self.storage = size, storage
         self.buffer = ReplayBuffer(storage=lazy)
 
     def __len__(self) -> int:
@@ -50,7 +56,7 @@ class Replay:
         """All rows that are stored, not a copy."""
         return self.buffer[:]
 
-    @property
+    @cached_property
     def transition_bytes(self) -> int:
         """Of one that is drawn."""
         return self.data.bytes() // len(self)
@@ -65,14 +71,11 @@ class Replay:
 
     def sample(self, num: int, batch_size: int, device: torch.device) -> TensorDictBase:
         """`num` batches `[num, batch_size]` on the device."""
-        sample = self.draw(num * batch_size)
-        if device.type != "cpu":  # what is on a CPU may have no device, and would be copied
-            sample = sample.to(device, non_blocking=True)
-        return sample.reshape(num, batch_size)
+        return self.draw(num * batch_size, device).reshape(num, batch_size)
 
-    def draw(self, num: int) -> TensorDict:
-        """`num` transitions `[num]`, where they are stored."""
-        return self.buffer.sample(num)  # type: ignore[return-value]
+    def draw(self, num: int, device: torch.device) -> TensorDict:
+        """`num` transitions `[num]` on the device."""
+        return moved(self.buffer.sample(num), device)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any] | None:
         """How much was ever stored, and what is there, not a copy; None while nothing is."""
@@ -117,6 +120,12 @@ class FrameReplay(Replay):
     def extend(self, rollout: TensorDictBase) -> None:
         """Store the transitions of a rollout `[N, T]`."""
         (num_envs, steps), stack = rollout.shape, self.stack
+        if self.size < (least := 2 * num_envs * steps * (1 + stack)):  # so that something can always be drawn
+            raise ConfigError(
+                f"algo.buffer_size={self.size} is less than {least}: two rollouts in which every step begins an episode"
+            )
+        if self.storage == "memmap":
+            rollout = rollout.cpu()
         observation, after = rollout["observation"], rollout["next", "observation"]  # [N, T, K * C, H, W]
         begins = torch.zeros(num_envs, steps, dtype=torch.bool, device=rollout.device)
         begins[:, 1:] = rollout["next", "done"][:, :-1, 0]
@@ -125,10 +134,6 @@ class FrameReplay(Replay):
         end = rows.flatten().cumsum(0)  # [N * T]
         to = end - 1  # [N * T]: the row of each transition, counted from the first of this rollout
         num_rows = int(end[-1])
-        if num_rows + num_envs * stack > self.size:  # what the newest transitions start from must be there
-            raise ConfigError(
-                f"algo.buffer_size={self.size} is less than {num_rows + num_envs * stack}, the frames of one rollout"
-            )
 
         first = self.written
         frames = observation.shape[2] // stack  # C
@@ -153,16 +158,15 @@ class FrameReplay(Replay):
         row |= {"action": flat["action"], "reward": flat["next", "reward"], "terminated": flat["next", "terminated"]}
         self.buffer.extend(TensorDict(row, batch_size=[num_rows]))
 
-    @property
+    @cached_property
     def transition_bytes(self) -> int:
-        return (1 + self.stack) * super().transition_bytes
+        return (1 + self.stack) * self.data.bytes() // len(self)
 
     def shows(self, observation: Tensor, rows: Tensor) -> Tensor:
         """`[N]`: whether an observation `[N, K * C, H, W]` is the stack in the rows `[N, K]`."""
         return (self.data["frame"][rows % self.size].flatten(1, 2) == observation).flatten(1).all(1)
 
-    def draw(self, num: int) -> TensorDict:
-        """`num` transitions `[num]`, where they are stored."""
+    def draw(self, num: int, device: torch.device) -> TensorDict:
         data, oldest = self.data, self.written - len(self)
         starts, leads_on = data["starts"], data["leads_on"]
 
@@ -176,10 +180,11 @@ class FrameReplay(Replay):
         at = row % self.size
         rows = torch.cat([starts[at], row.unsqueeze(1)], 1) % self.size  # [num, K + 1]
         frames = data["frame"].index_select(0, rows.flatten()).unflatten(0, rows.shape)  # by brackets it takes 5 times
+        frames = frames.to(device, non_blocking=True)
         after = {"observation": frames[:, 1:].flatten(1, 2)}  # views: one copy serves both
         after |= {key: data[key][at] for key in ("reward", "terminated")}
         sample = {"observation": frames[:, :-1].flatten(1, 2), "action": data["action"][at], "next": after}
-        return TensorDict(sample, batch_size=[num])
+        return moved(TensorDict(sample, batch_size=[num]), device)
 
     def state_dict(self) -> dict[str, Any] | None:
         state = super().state_dict()
@@ -187,4 +192,4 @@ class FrameReplay(Replay):
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         super().load_state_dict(state, device)
-        self.current = state["current"].to(device)
+        self.current = state["current"].to("cpu" if self.storage == "memmap" else device)

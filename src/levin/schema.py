@@ -173,13 +173,13 @@ def bind(
 def _validate(key: str, hint: Any, value: Any) -> Any:
     adapter = pydantic.TypeAdapter(hint)
     try:
-        adapter.validate_python(value, strict=True)
+        valid = adapter.validate_python(value, strict=True)
     except pydantic.ValidationError as error:
         if isinstance(value, float) and value.is_integer():  # 1e5 env steps
             return _validate(key, hint, int(value))
         first = error.errors()[0]
         raise ConfigError(f"{key}={value}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-    return value
+    return valid if isinstance(valid, float) else value  # 1, where 1.0 is meant
 
 
 def plain(section: DictConfig) -> dict[str, Any]:

@@ -56,9 +56,14 @@ class Algorithm(LightningModule):
     actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # and "uint8": pixels
     lock_free: ClassVar[bool] = False  # whether several processes may train it at once (strategies.Hogwild)
+    trunk: nn.Module  # of a stochastic actor, and
+    actor: nn.Module  # itself: what `policy` is made of
     steps_per_iteration: int | WholeEpisodes  # vector steps of a rollout
     step_count: bool = False  # whether rollouts carry the number of each step in its episode
     random_env_steps: int = 0  # env steps with uniformly random actions before the policy is asked
+    learning_starts: int  # env steps before the first update from replay
+    replay_ratio: float  # updates from replay per env step
+    batch_size: int  # transitions per update
 
     def __init__(self, env: EnvSpec, gamma: float) -> None:
         super().__init__()
@@ -96,8 +101,8 @@ class Algorithm(LightningModule):
         """
         chooser = StochasticPolicy(
             self.observation_normalizer,
-            self.trunk,  # type: ignore[arg-type]
-            self.actor,  # type: ignore[arg-type]
+            self.trunk,
+            self.actor,
             deterministic=deterministic,
         )
         return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
@@ -172,17 +177,17 @@ class Algorithm(LightningModule):
         batch["next", "reward"] = self.reward_normalizer(batch["next", "reward"])
         return batch
 
-    def replay(self, *, learning_starts: int, replay_ratio: float, batch_size: int) -> Iterator[TensorDictBase]:
+    def replay(self) -> Iterator[TensorDictBase]:
         """The batches `[B]` of the updates now due: `replay_ratio` per env step after `learning_starts`.
 
         Counted from the start of the run, so that the remainder of a fraction is carried and survives a checkpoint.
         """
         assert self.buffer is not None
-        due = int(replay_ratio * max(0, self.env_steps - learning_starts)) - self.updates
+        due = int(self.replay_ratio * max(0, self.env_steps - self.learning_starts)) - self.updates
         while due > 0:
-            num = min(due, self.buffer.at_once(batch_size))
+            num = min(due, self.buffer.at_once(self.batch_size))
             start = perf_counter()
-            batches = self.normalize(self.buffer.sample(num, batch_size, self.device)).unbind(0)
+            batches = self.normalize(self.buffer.sample(num, self.batch_size, self.device)).unbind(0)
             self.sample_seconds += perf_counter() - start
             for batch in batches:
                 yield batch

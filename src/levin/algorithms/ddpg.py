@@ -62,7 +62,7 @@ class DDPG(Algorithm):
         batch_size: Transitions per update. Tianshou: 256. Paper: 64.
         replay_ratio: Updates per env step. Paper: 1.
         learning_starts: Env steps with random actions before the first update. Tianshou: 25000.
-        buffer_size: Transitions that replay keeps. Paper: 1e6.
+        buffer_size: Transitions that replay keeps; of pixels, frames. Paper: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critic. Tianshou: 256, 256.
@@ -127,9 +127,7 @@ class DDPG(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
-        for batch in self.replay(
-            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
-        ):
+        for batch in self.replay():
             self.update(batch)
 
     def update(self, batch: TensorDictBase) -> None:
@@ -138,7 +136,7 @@ class DDPG(Algorithm):
         with frozen(self.critic_parameters):
             actor_loss = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss)
-        self.update_targets()
+        self.update_target()
         self.record(critic_loss=critic_loss, actor_loss=actor_loss)
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:
@@ -157,6 +155,6 @@ class DDPG(Algorithm):
         return -self.critic.first(observation, self.actor(observation)).mean()
 
     @torch.no_grad()
-    def update_targets(self) -> None:
+    def update_target(self) -> None:
         """Q' <- tau Q + (1 - tau) Q',  mu' <- tau mu + (1 - tau) mu'."""
         torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.tau)

@@ -25,7 +25,7 @@ Deviations:
       pixels get here too.
 
 Metrics:
-    train/critic_loss: E[(Q - y)^2].
+    train/critic_loss: J_Q.
     train/q_value: Q(s, a), averaged over the batch.
     train/epsilon: the probability of a uniform action.
 """
@@ -61,6 +61,7 @@ class DQN(Algorithm):
         target_update_every: Updates from one step of the target to the next. CleanRL: 50. Paper: 10000.
         double_q: Choose the next action by Q and not by the target.
         huber: Errors beyond 1 count linearly, as the paper's clipped ones.
+        max_grad_norm: Of the gradient; null: unbounded.
         initial_epsilon: Probability of a uniform action, at the start. Paper: 1.
         final_epsilon: The same, at the end. CleanRL: 0.05. Paper: 0.1.
         epsilon_fraction: Of `schedule_env_steps`, in which epsilon falls linearly from one to the other. CleanRL: 0.5.
@@ -68,7 +69,7 @@ class DQN(Algorithm):
         batch_size: Transitions per update. CleanRL: 128. Paper: 32.
         replay_ratio: Updates per env step. CleanRL: 0.1. Paper: 0.25.
         learning_starts: Env steps before the first update. CleanRL: 10000. Paper: 50000.
-        buffer_size: Transitions that replay keeps. CleanRL: 10000. Paper: 1e6.
+        buffer_size: Transitions that replay keeps; of pixels, frames. CleanRL: 10000. Paper: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, which the Nature CNN ends with.
@@ -89,6 +90,7 @@ class DQN(Algorithm):
         target_update_every: PositiveInt = 50,
         double_q: bool = False,
         huber: bool = False,
+        max_grad_norm: PositiveFloat | None = None,
         initial_epsilon: Fraction = 1.0,
         final_epsilon: Fraction = 0.05,
         epsilon_fraction: PositiveFloat = 0.5,
@@ -104,7 +106,7 @@ class DQN(Algorithm):
     ) -> None:
         super().__init__(env, gamma)
         self.gamma, self.lr, self.tau, self.target_update_every = gamma, lr, tau, target_update_every
-        self.double_q, self.huber = double_q, huber
+        self.double_q, self.huber, self.max_grad_norm = double_q, huber, max_grad_norm
         self.initial_epsilon, self.final_epsilon = initial_epsilon, final_epsilon
         self.epsilon_env_steps = epsilon_fraction * schedule_env_steps
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
@@ -129,22 +131,20 @@ class DQN(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
-        for batch in self.replay(
-            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
-        ):
+        for batch in self.replay():
             self.update(batch)
         self.record(epsilon=self.exploration.epsilon)
-        self.exploration.epsilon.fill_(self.epsilon())
+        self.exploration.epsilon.fill_(self.scheduled_epsilon())
 
     def update(self, batch: TensorDictBase) -> None:
         critic_loss = self.critic_loss(batch)
-        self.step(self.optimizer, critic_loss)
+        self.step(self.optimizer, critic_loss, self.max_grad_norm)
         if (self.updates + 1) % self.target_update_every == 0:
             self.update_target()
         self.record(critic_loss=critic_loss)
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:
-        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) max_a' Q'(s', a')."""
+        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) max_a' Q'(s', a'); with `huber`, Huber's loss."""
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
             q_next = single(self.target_critic(observation))  # [B, A]
@@ -154,7 +154,7 @@ class DQN(Algorithm):
         self.record(q_value=q.mean())
         return huber_loss(q, target) if self.huber else (q - target).square().mean()
 
-    def epsilon(self) -> float:
+    def scheduled_epsilon(self) -> float:
         """The probability of a uniform action in the next rollout."""
         progress = min(1.0, self.env_steps / self.epsilon_env_steps)
         return self.initial_epsilon + progress * (self.final_epsilon - self.initial_epsilon)

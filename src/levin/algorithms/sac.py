@@ -45,7 +45,7 @@ from levin.algorithms.base import Algorithm
 from levin.distributions import SquashedNormal
 from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import ActionCritic, frozen, mlp, orthogonal_, single, trunk
+from levin.networks import ActionCritic, StochasticPolicy, frozen, mlp, orthogonal_, single, trunk
 from levin.replay import Replay
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
@@ -66,7 +66,7 @@ class SAC(Algorithm):
         batch_size: Transitions per update. Table 1: 256.
         replay_ratio: Updates per env step. Table 1: 1.
         learning_starts: Env steps with random actions before the first update; jaxrl: 10000.
-        buffer_size: Transitions that replay keeps. Table 1: 1e6.
+        buffer_size: Transitions that replay keeps; of pixels, frames. Table 1: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. Table 1: 256, 256.
@@ -123,14 +123,12 @@ class SAC(Algorithm):
         return [self.critic_optimizer, self.actor_optimizer]
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = ActorPolicy(self.observation_normalizer, self.actor, deterministic)
+        chooser = StochasticPolicy(self.observation_normalizer, nn.Identity(), self.actor, deterministic=deterministic)
         return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
-        for batch in self.replay(
-            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
-        ):
+        for batch in self.replay():
             self.update(batch)
 
     def update(self, batch: TensorDictBase) -> None:
@@ -186,15 +184,3 @@ class Actor(nn.Module):
     def forward(self, observation: Tensor) -> SquashedNormal:
         loc, log_std = single(self.network(self.trunk(observation))).chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
         return SquashedNormal(loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))
-
-
-class ActorPolicy(nn.Module):
-    """What the collector asks for an action: `[N, *S] -> [N, A]`."""
-
-    def __init__(self, normalizer: nn.Module, actor: Actor, deterministic: bool) -> None:
-        super().__init__()
-        self.normalizer, self.actor, self.deterministic = normalizer, actor, deterministic
-
-    def forward(self, observation: Tensor) -> Tensor:
-        distribution = self.actor(self.normalizer(observation))
-        return distribution.mode if self.deterministic else distribution.sample()

@@ -65,7 +65,7 @@ class SACDiscrete(Algorithm):
         batch_size: Transitions per update. SLM-Lab: 256.
         replay_ratio: Updates per env step. SLM-Lab: 1.
         learning_starts: Env steps with random actions before the first update. SLM-Lab: 1000.
-        buffer_size: Transitions that replay keeps. SLM-Lab: 1e5. Paper: 1e6.
+        buffer_size: Transitions that replay keeps; of pixels, frames. SLM-Lab: 1e5. Paper: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. SLM-Lab: 256, 256.
@@ -126,9 +126,7 @@ class SACDiscrete(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
-        for batch in self.replay(
-            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
-        ):
+        for batch in self.replay():
             self.update(batch)
 
     def update(self, batch: TensorDictBase) -> None:
@@ -143,7 +141,7 @@ class SACDiscrete(Algorithm):
         self.record(alpha=self.log_alpha.exp(), entropy=entropy.mean())
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:
-        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) V(s').
+        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) V(s'); with `huber`, Huber's loss.
 
         V(s') = sum_a' pi(a'|s') (min_i Q'_i(s',a') - alpha log pi(a'|s'))      Eq. 10
         """

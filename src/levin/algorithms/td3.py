@@ -10,15 +10,16 @@ Pseudocode (Algorithm 1):
         a = mu(s) + N(0, exploration_noise); observe r, s'; D <- D + {(s, a, r, s', terminated)}
         draw a batch from D
         a' = mu'(s') + clip(N(0, target_noise), -c, c)
-        y = r + gamma (1 - terminated) min_i Q'_i(s', a')                   Eq. 10, 14
+        y = r + gamma (1 - terminated) min_i Q'_i(s', a')                   Sec. 4.2, 5.3
         Q_i <- argmin E[(Q_i(s, a) - y)^2]
         every `policy_delay` updates:
-            mu <- mu + lr grad E[Q_1(s, mu(s))]                             Eq. 5
+            mu <- mu + lr grad E[Q_1(s, mu(s))]                             Sec. 5.2
             Q'_i <- tau Q_i + (1 - tau) Q'_i;  mu' <- tau mu + (1 - tau) mu'
 
 Deviations:
     - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
-    - Networks are 256-256 and the batch is 256, as in the authors' later code; the paper has 400-300 and 100.
+    - Values are those of the authors' later code. The paper has networks of 400-300, batches of 100, learning rates of
+      1e-3, and 10000 random steps on HalfCheetah and Ant, 1000 elsewhere.
 
 Metrics:
     train/critic_loss: E[(Q_i - y)^2], summed over the two critics.
@@ -61,7 +62,7 @@ class TD3(Algorithm):
         batch_size: Transitions per update. The authors' code: 256.
         replay_ratio: Updates per env step. Paper: 1.
         learning_starts: Env steps with random actions before the first update. The authors' code: 25000.
-        buffer_size: Transitions that replay keeps. Paper: 1e6.
+        buffer_size: Transitions that replay keeps; of pixels, frames. Paper: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. The authors' code: 256, 256.
@@ -123,9 +124,7 @@ class TD3(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
-        for batch in self.replay(
-            learning_starts=self.learning_starts, replay_ratio=self.replay_ratio, batch_size=self.batch_size
-        ):
+        for batch in self.replay():
             self.update(batch)
 
     def update(self, batch: TensorDictBase) -> None:
@@ -136,7 +135,7 @@ class TD3(Algorithm):
             with frozen(self.critic_parameters):
                 actor_loss = self.actor_loss(batch)
                 self.step(self.actor_optimizer, actor_loss)
-            self.update_targets()
+            self.update_target()
             self.record(actor_loss=actor_loss)
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:
@@ -161,6 +160,6 @@ class TD3(Algorithm):
         return -self.critic.first(observation, self.actor(observation)).mean()
 
     @torch.no_grad()
-    def update_targets(self) -> None:
+    def update_target(self) -> None:
         """Q'_i <- tau Q_i + (1 - tau) Q'_i,  mu' <- tau mu + (1 - tau) mu'."""
         torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.tau)

@@ -89,7 +89,8 @@ COMPARISONS = {
         for algo in ("td3", "ddpg")
     },
     "dqn": [
-        # Both at the final epsilon: the peer does not ask its network for what it then draws at random.
+        # Both at the final epsilon: the peer does not ask its network for what it then draws at random. Its loss is
+        # Huber's, and it clips the gradient.
         Comparison(
             algo="dqn",
             env="cartpole",
@@ -108,7 +109,10 @@ COMPARISONS = {
                 "exploration_final_eps": 0.05,
                 "policy_kwargs": {"net_arch": [120, 84]},
             },
-            ours=("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
+            ours=(
+                *("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
+                *("algo.huber=true", "algo.max_grad_norm=10"),
+            ),
             variants={
                 "levin, 100 steps per iteration": ("algo.steps_per_iteration=100",),
                 "levin, 10 steps per iteration": ("algo.steps_per_iteration=10",),
