@@ -141,6 +141,15 @@ def test_train_every_and_updates_per_step(algo, train_every, updates_per_step, u
     assert done == updates
 
 
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac", "sac_discrete"])
+def test_random_env_steps_and_learning_starts(algo):
+    """One says until when actions are random, the other from when on updates are made; both alike without a word."""
+    assert make(algo).random_env_steps == 20
+    algorithm, loader = build(config.compose([f"algo={algo}", small_env(algo), *SMALL, "algo.random_env_steps=70"]))
+    assert (algorithm.random_env_steps, algorithm.learning_starts) == (70, 20)
+    assert loader.collector.random_env_steps == 70
+
+
 @pytest.mark.parametrize(("double_q", "huber"), [(False, False), (True, False), (False, True)])
 def test_double_q_and_huber_are_those_of_torchrl(double_q, huber):
     """The fourth combination is the row's."""
@@ -224,6 +233,7 @@ CHANGES = {
     "batch_size": 4,
     "replay_ratio": 0.5,
     "learning_starts": 10,
+    "random_env_steps": 50,
     "buffer_size": 30,
     "steps_per_iteration": 8,
     "hidden_sizes": "[8,4]",
@@ -257,6 +267,8 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
     words += ["algo.steps_per_iteration=16", "algo.replay_ratio=0.25", "algo.gamma=0.9", "log_every=96"]
     words += ["algo.target_update_every=5", "algo.schedule_env_steps=96", "algo.lr=0.1"] if algo == "dqn" else []
     changes = {**CHANGES, **OWN[algo]}
+    if algo == "dqn":
+        del changes["random_env_steps"]  # epsilon is what it has instead
     assert changes.keys() == set(config.compose(words).algo) - {"_target_", "buffer_storage"}
 
     def result(name: str, *change: str) -> dict[str, torch.Tensor]:

@@ -244,6 +244,7 @@ def test_hyper_parameters_do_what_they_say(tmp_path):
         "batch_size": 8,
         "replay_ratio": 0.5,
         "learning_starts": 20,
+        "random_env_steps": 80,
         "buffer_size": 50,
         "steps_per_iteration": 8,
         "hidden_sizes": "[16,8]",

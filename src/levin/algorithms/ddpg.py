@@ -20,7 +20,7 @@ Deviations:
     - Values and networks are those of Tianshou's benchmark. The paper has 400-300, batches of 64, learning rates of
       1e-4 and 1e-3, tau 0.001, weight decay of 0.01 on Q, batch normalisation, the action at the second layer of Q, and
       last layers that begin within 3e-3.
-    - The first `learning_starts` actions are uniform.
+    - The first `random_env_steps` actions are uniform.
 
 Metrics:
     train/critic_loss: E[(Q - y)^2].
@@ -61,7 +61,8 @@ class DDPG(Algorithm):
         exploration_noise: Deviation of what a step adds to it, with actions in [-1, 1]. Tianshou: 0.1. Paper: 0.2.
         batch_size: Transitions per update. Tianshou: 256. Paper: 64.
         replay_ratio: Updates per env step. Paper: 1.
-        learning_starts: Env steps with random actions before the first update. Tianshou: 25000.
+        learning_starts: Env steps before the first update. Tianshou: 25000.
+        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
         buffer_size: Transitions that replay keeps; of pixels, frames. Paper: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
@@ -86,6 +87,7 @@ class DDPG(Algorithm):
         batch_size: PositiveInt = 256,
         replay_ratio: NonNegativeFloat = 1.0,
         learning_starts: NonNegativeInt = 25_000,
+        random_env_steps: NonNegativeInt | None = None,
         buffer_size: PositiveInt = 1_000_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
         steps_per_iteration: PositiveInt = 32,
@@ -96,7 +98,8 @@ class DDPG(Algorithm):
         self.gamma, self.tau = gamma, tau
         self.actor_lr, self.critic_lr = actor_lr, critic_lr
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
-        self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
+        self.steps_per_iteration = steps_per_iteration
+        self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
         self.actor = DeterministicActor(env, hidden_sizes, activation)
         self.critic = ActionCritic(1, env, hidden_sizes, activation)

@@ -18,7 +18,7 @@ Pseudocode (Algorithm 1):
 
 Deviations:
     - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
-    - The first `learning_starts` actions are uniform, as in the authors' code.
+    - The first `random_env_steps` actions are uniform, as in the authors' code.
 
 Metrics:
     train/critic_loss: J_Q, summed over the two critics.
@@ -65,7 +65,8 @@ class SAC(Algorithm):
         target_entropy: What the temperature steers the entropy to, in nats; null: -|A|/2 as in jaxrl (the paper: -|A|).
         batch_size: Transitions per update. Table 1: 256.
         replay_ratio: Updates per env step. Table 1: 1.
-        learning_starts: Env steps with random actions before the first update; jaxrl: 10000.
+        learning_starts: Env steps before the first update; jaxrl: 10000.
+        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
         buffer_size: Transitions that replay keeps; of pixels, frames. Table 1: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
@@ -91,6 +92,7 @@ class SAC(Algorithm):
         batch_size: PositiveInt = 256,
         replay_ratio: NonNegativeFloat = 1.0,
         learning_starts: NonNegativeInt = 10_000,
+        random_env_steps: NonNegativeInt | None = None,
         buffer_size: PositiveInt = 1_000_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
         steps_per_iteration: PositiveInt = 32,
@@ -101,7 +103,8 @@ class SAC(Algorithm):
         self.gamma, self.tau = gamma, tau
         self.actor_lr, self.critic_lr, self.alpha_lr = actor_lr, critic_lr, alpha_lr
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
-        self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
+        self.steps_per_iteration = steps_per_iteration
+        self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
         self.target_entropy = -math.prod(env["action"]["shape"]) / 2 if target_entropy is None else target_entropy
         self.actor = Actor(env, hidden_sizes, activation)

@@ -64,7 +64,8 @@ class SACDiscrete(Algorithm):
         max_grad_norm: Of the actor, and of both critics together; null: unbounded.
         batch_size: Transitions per update. SLM-Lab: 256.
         replay_ratio: Updates per env step. SLM-Lab: 1.
-        learning_starts: Env steps with random actions before the first update. SLM-Lab: 1000.
+        learning_starts: Env steps before the first update. SLM-Lab: 1000.
+        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
         buffer_size: Transitions that replay keeps; of pixels, frames. SLM-Lab: 1e5. Paper: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
@@ -92,6 +93,7 @@ class SACDiscrete(Algorithm):
         batch_size: PositiveInt = 256,
         replay_ratio: NonNegativeFloat = 1.0,
         learning_starts: NonNegativeInt = 1000,
+        random_env_steps: NonNegativeInt | None = None,
         buffer_size: PositiveInt = 100_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
         steps_per_iteration: PositiveInt = 32,
@@ -103,7 +105,8 @@ class SACDiscrete(Algorithm):
         self.actor_lr, self.critic_lr, self.alpha_lr = actor_lr, critic_lr, alpha_lr
         self.huber, self.max_grad_norm = huber, max_grad_norm
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
-        self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
+        self.steps_per_iteration = steps_per_iteration
+        self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
         num_actions = env["action"]["n"]
         self.target_entropy = 0.98 * math.log(num_actions) if target_entropy is None else target_entropy

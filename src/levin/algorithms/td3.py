@@ -61,7 +61,8 @@ class TD3(Algorithm):
         policy_delay: Updates of the critics per update of actor and targets. Paper: 2.
         batch_size: Transitions per update. The authors' code: 256.
         replay_ratio: Updates per env step. Paper: 1.
-        learning_starts: Env steps with random actions before the first update. The authors' code: 25000.
+        learning_starts: Env steps before the first update. The authors' code: 25000.
+        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
         buffer_size: Transitions that replay keeps; of pixels, frames. Paper: 1e6.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
@@ -88,6 +89,7 @@ class TD3(Algorithm):
         batch_size: PositiveInt = 256,
         replay_ratio: NonNegativeFloat = 1.0,
         learning_starts: NonNegativeInt = 25_000,
+        random_env_steps: NonNegativeInt | None = None,
         buffer_size: PositiveInt = 1_000_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
         steps_per_iteration: PositiveInt = 32,
@@ -99,7 +101,8 @@ class TD3(Algorithm):
         self.actor_lr, self.critic_lr = actor_lr, critic_lr
         self.target_noise, self.target_noise_clip, self.policy_delay = target_noise, target_noise_clip, policy_delay
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
-        self.steps_per_iteration, self.random_env_steps = steps_per_iteration, learning_starts
+        self.steps_per_iteration = steps_per_iteration
+        self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
         self.actor = DeterministicActor(env, hidden_sizes, activation)
         self.critic = ActionCritic(2, env, hidden_sizes, activation)
