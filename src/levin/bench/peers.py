@@ -82,7 +82,7 @@ COMPARISONS = {
                 warm_up=640,
                 segment=512,
                 peer={"learning_starts": 320} | EQUAL_NETS,
-                ours=("algo.learning_starts=320",),
+                ours=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
                 variants=CHUNKS,
             )
         ]
