@@ -370,7 +370,7 @@ def test_epsilon_falls_to_its_end_and_stays(tmp_path):
 def test_pixels(algo, storage, tmp_path):
     """Stacked frames are stored once, everything that reads them learns, and a resumed run is the uninterrupted one."""
     name = "Frame-v0" if algo in CONTINUOUS else "FrameSteps-v0"
-    words = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", "env.num_envs=2", *SMALL]
+    words = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", *SMALL, "env.num_envs=2"]
     words += ["algo.replay_ratio=0.25", "eval.episodes=1", "algo.buffer_size=80", "algo.steps_per_iteration=4"]
     words += [f"algo.buffer_storage={storage}", *(["algo.schedule_env_steps=96"] if algo == "dqn" else [])]
     before, _ = build(config.compose(words))

@@ -133,17 +133,10 @@ class Frames(Point):
         return np.full((4, 84, 84), np.clip(100 + 50 * position[0], 0, 255), np.uint8)
 
 
-class Frame(Point):
+class Frame(Frames):
     """Shows one frame: a bright line where the point is."""
 
     observation_space = Box(0, 255, (1, 36, 36), np.uint8)
-
-    def reset(self, *, seed=None, options=None):
-        return self._show(super().reset(seed=seed)[0]), {}
-
-    def step(self, action):
-        position, *rest = super().step(action)
-        return self._show(position), *rest
 
     def _show(self, position):
         frame = np.zeros((1, 36, 36), np.uint8)
@@ -151,13 +144,8 @@ class Frame(Point):
         return frame
 
 
-class FrameSteps(Frame):
+class FrameSteps(Steps, Frame):
     """A Frame of a point that goes left, nowhere or right."""
-
-    action_space = Discrete(3)
-
-    def step(self, action):
-        return super().step(0.5 * (np.array([action], np.float32) - 1))
 
 
 class Matrix(Point):

@@ -26,7 +26,7 @@ class GaussianNoise(nn.Module):
 class OrnsteinUhlenbeckNoise(nn.Module):
     """Noise that remembers itself, so that a body with inertia gets somewhere: `[N, *A] -> [N, *A]`.
 
-    x <- x - theta x + scale N(0, 1), from 0 at the begin of an episode.
+    x <- x - theta x + scale N(0, 1), from 0 at the beginning of an episode.
 
     Source: Uhlenbeck and Ornstein 1930; Lillicrap et al. 2016 (arXiv:1509.02971), section 7, with a time step of 1.
 

@@ -192,4 +192,4 @@ class FrameReplay(Replay):
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         super().load_state_dict(state, device)
-        self.current = state["current"].to("cpu" if self.storage == "memmap" else device)
+        self.current = state["current"].to(self.data["frame"].device)
