@@ -9,20 +9,20 @@ import multiprocessing
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
-from gymnasium.wrappers import FrameStackObservation, ReshapeObservation
 
 from levin.errors import ConfigError, RunError
 from levin.hints import PositiveFloat, PositiveInt
+from levin.spaces import EnvSpec, action_units, describe_space
+from levin.wrappers import ActionRepeat, stack_frames
 
 # The first word of an episode's seed: what the episode is for.
 TRAINING, EVALUATION = 0, 1
@@ -64,32 +64,6 @@ class EnvConfig:
     normalize_reward: bool = False
     reward_clip: PositiveFloat = 10.0
     kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-class Space(TypedDict):
-    """A gymnasium space in plain values, as a checkpoint can hold it (`weights_only`)."""
-
-    type: Literal["box", "discrete"]
-    shape: list[int]
-    dtype: str
-    low: list[float]  # box: flat bounds
-    high: list[float]
-    n: int  # discrete: number of actions; else 0
-    start: int  # discrete: the env's first action; ours is 0
-
-
-class EnvSpec(TypedDict):
-    """All that an algorithm knows of its env, in plain values."""
-
-    id: str
-    num_envs: int
-    observation: Space
-    action: Space
-    action_units: Literal["rescale", "clip", "none"]
-    action_repeat: int
-    frame_stack: NotRequired[int]  # policies that were kept before it came are of 1
-    observation_clip: float | None  # None: not normalised
-    reward_clip: float | None  # None: not normalised
 
 
 def episode_seed(seed: int, purpose: int, rank: int, env: int, episode: int) -> int:
@@ -167,36 +141,10 @@ def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
     return stack_frames(env, config.frame_stack) if config.frame_stack > 1 else env
 
 
-def stack_frames(env: gym.Env, num: int) -> gym.Env:
-    """Show the last `num` observations: `[C, H, W] -> [num * C, H, W]`, `[H, W] -> [num, H, W]`."""
-    stacked = FrameStackObservation(env, num)  # [num, ...]
-    shape = stacked.observation_space.shape
-    assert shape is not None
-    return stacked if len(shape) == 3 else ReshapeObservation(stacked, (shape[0] * shape[1], *shape[2:]))
-
-
 def _mujoco_warning(message: str) -> None:
     """MuJoCo prints warnings and writes them into a file where one stands; let python's filters see them instead."""
     if "settotalmass" not in message:  # in the XML of the v4 envs, whoever makes them
         warnings.warn(f"MuJoCo: {message}", stacklevel=2)
-
-
-class ActionRepeat(gym.Wrapper):
-    """Apply each action `times` times, or until the episode ends; rewards are summed."""
-
-    def __init__(self, env: gym.Env, times: int) -> None:
-        super().__init__(env)
-        self.times = times
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        total = 0.0
-        for _ in range(self.times - 1):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                return observation, total, terminated, truncated, info
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, total + float(reward), terminated, truncated, info
 
 
 class SeededVectorEnv(VectorWrapper):
@@ -267,24 +215,6 @@ class SeededVectorEnv(VectorWrapper):
         return self.reset(options={"reset_mask": mask})[0]
 
 
-def action_units(space: Space, units: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The map from the policy's actions `[N, *A]` to those of the env."""
-    if space["type"] == "discrete":
-        return (lambda actions: actions + space["start"]) if space["start"] else (lambda actions: actions)
-    low, high = (np.array(bound, np.float32).reshape(space["shape"]) for bound in (space["low"], space["high"]))
-    if units == "none":
-        return lambda actions: actions
-    if units == "clip":
-        return lambda actions: np.clip(actions, low, high)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ConfigError("env.action=rescale needs finite action bounds; valid here: clip, none")
-    if (low == -1).all() and (high == 1).all():
-        return lambda actions: actions
-    scale, middle = (high - low) / 2, (high + low) / 2
-    # float32 rounding may step over the bound by one unit in the last place
-    return lambda actions: np.clip(actions * scale + middle, low, high)
-
-
 def describe(env: SeededVectorEnv) -> EnvSpec:
     """What the algorithm needs to know of the env.
 
@@ -303,19 +233,3 @@ def describe(env: SeededVectorEnv) -> EnvSpec:
         "observation_clip": config.observation_clip if config.normalize_observation else None,
         "reward_clip": config.reward_clip if config.normalize_reward else None,
     }
-
-
-def describe_space(space: gym.Space, name: str, valid: tuple[type[gym.Space], ...]) -> Space:
-    """A space in plain values. Raises ConfigError when it is not one of `valid`."""
-    if not isinstance(space, valid):
-        names = ", ".join(kind.__name__ for kind in valid)
-        raise ConfigError(f"the env's {name} space is {type(space).__name__}; valid here: {names}")
-    if isinstance(space, Discrete):
-        n, start = int(space.n), int(space.start)
-        return {"type": "discrete", "shape": [], "dtype": "int64", "low": [], "high": [], "n": n, "start": start}
-    assert isinstance(space, Box)
-    if name == "action" and len(space.shape) != 1:
-        raise ConfigError(f"the env's action space has the shape {space.shape}; valid here: one dimension")
-    shape, dtype = list(space.shape), "uint8" if space.dtype == np.uint8 else "float32"
-    low, high = ([float(x) for x in bound.ravel()] if name == "action" else [] for bound in (space.low, space.high))
-    return {"type": "box", "shape": shape, "dtype": dtype, "low": low, "high": high, "n": 0, "start": 0}

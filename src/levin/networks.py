@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from levin.distributions import Categorical, Normal
-from levin.envs import EnvSpec
 from levin.errors import ConfigError
+from levin.spaces import EnvSpec
 
 
 class InPlaceTanh(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from levin import checkpoint, config, files, schema
 from levin.algorithms.base import Algorithm
 from levin.cells import POLICY
-from levin.envs import action_units
 from levin.errors import ConfigError
+from levin.spaces import action_units
 
 
 def load_algorithm(run: Path) -> Algorithm:

@@ -8,8 +8,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
-from levin.envs import EnvSpec
 from levin.errors import ConfigError
+from levin.spaces import EnvSpec
 
 KEYS = ("observation", "action", ("next", "observation"), ("next", "reward"), ("next", "terminated"))
 DRAW_BYTES = 64 << 20  # at most, however many batches are due

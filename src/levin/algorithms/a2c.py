@@ -37,7 +37,6 @@ from torch.optim import Optimizer
 
 from levin import returns
 from levin.algorithms.base import Algorithm, standardize
-from levin.envs import EnvSpec
 from levin.hints import (
     Activation,
     Fraction,
@@ -48,6 +47,7 @@ from levin.hints import (
     Schedule,
 )
 from levin.networks import Actor, Critic, trunk
+from levin.spaces import EnvSpec
 
 
 class A2C(Algorithm):

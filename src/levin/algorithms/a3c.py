@@ -38,10 +38,10 @@ from torch import Tensor
 
 from levin import returns
 from levin.algorithms.base import Algorithm
-from levin.envs import EnvSpec
 from levin.errors import RunError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.networks import Actor, Critic, clip_grad_norm, flatten, trunk
+from levin.spaces import EnvSpec
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
 

@@ -45,7 +45,6 @@ from torch.optim import Optimizer
 from levin.algorithms.base import Algorithm, standardize
 from levin.collectors import WholeEpisodes
 from levin.distributions import Categorical
-from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import (
     Activation,
@@ -57,6 +56,7 @@ from levin.hints import (
     PositiveInt,
 )
 from levin.networks import Actor, Critic, trunk
+from levin.spaces import EnvSpec
 
 
 class ActorCritic(Algorithm):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from levin.collectors import WholeEpisodes
-from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import OptimizerName
 from levin.networks import FlatParameter, StochasticPolicy, clip_grad_norm, flatten
 from levin.replay import Replay
+from levin.spaces import EnvSpec
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
 PROGRESS = ("env_steps", "updates", "iterations", "recorded")

@@ -43,11 +43,11 @@ from torch.optim import Adam, Optimizer
 
 from levin import replay
 from levin.algorithms.base import Algorithm
-from levin.envs import EnvSpec
 from levin.exploration import EpsilonGreedy, Greedy
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import flatten, mlp, single, trunk
 from levin.replay import Replay
+from levin.spaces import EnvSpec
 
 
 class DQN(Algorithm):

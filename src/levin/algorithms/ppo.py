@@ -44,10 +44,10 @@ from torch.optim import Optimizer
 from levin import returns
 from levin.algorithms.base import Algorithm, compiled, standardize
 from levin.distributions import Categorical, Normal
-from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.networks import Actor, Critic, trunk
+from levin.spaces import EnvSpec
 
 Batch = Mapping[str, Tensor]
 

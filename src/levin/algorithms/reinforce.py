@@ -41,7 +41,6 @@ from torch.optim import Optimizer
 from levin import returns
 from levin.algorithms.base import Algorithm, standardize
 from levin.collectors import WholeEpisodes
-from levin.envs import EnvSpec
 from levin.hints import (
     Activation,
     Fraction,
@@ -52,6 +51,7 @@ from levin.hints import (
     Schedule,
 )
 from levin.networks import Actor, Critic, trunk
+from levin.spaces import EnvSpec
 
 
 class REINFORCE(Algorithm):

@@ -43,10 +43,10 @@ from torch.optim import Adam, Optimizer
 from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.distributions import SquashedNormal
-from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import ActionCritic, StochasticPolicy, frozen, mlp, orthogonal_, single, trunk
 from levin.replay import Replay
+from levin.spaces import EnvSpec
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
 

@@ -42,10 +42,10 @@ from torch.optim import Adam, Optimizer
 
 from levin import replay
 from levin.algorithms.base import Algorithm
-from levin.envs import EnvSpec
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import Actor, EnsembleMLP, single, trunk
 from levin.replay import Replay
+from levin.spaces import EnvSpec
 
 
 class SACDiscrete(Algorithm):

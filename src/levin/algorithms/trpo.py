@@ -44,10 +44,10 @@ from torch.optim import Optimizer
 from levin import returns
 from levin.algorithms.base import Algorithm, standardize
 from levin.distributions import Categorical, Normal
-from levin.envs import EnvSpec
 from levin.errors import ConfigError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from levin.networks import Actor, Critic, assign, trunk
+from levin.spaces import EnvSpec
 
 
 class TRPO(Algorithm):
