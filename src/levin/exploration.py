@@ -77,7 +77,7 @@ class EpsilonGreedy(nn.Module):
         self.register_buffer("epsilon", torch.tensor(float(epsilon)))
 
     def forward(self, values: Tensor) -> Tensor:
-        explores = torch.rand(len(values), device=values.device) < self.epsilon  # [N]
+        explores = torch.rand(values.shape[0], device=values.device) < self.epsilon  # [N]
         best = values.argmax(-1)
         if not explores.any():  # as a rule, once epsilon is small
             return best
