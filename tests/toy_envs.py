@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text
 
 
 class Counting(gym.Env):
@@ -154,10 +154,56 @@ class Matrix(Point):
     action_space = Box(-1, 1, (2, 2), np.float32)
 
 
-class Pair(Point):
-    """Shows two things."""
+class Colour(Frames):
+    """Shows a picture in colour."""
 
-    observation_space = Dict({"a": Box(-1, 1, (1,), np.float32), "b": Discrete(2)})
+    observation_space = Box(0, 255, (36, 36, 3), np.uint8)
+
+    def _show(self, position):
+        return np.full((36, 36, 3), np.clip([100 + 50 * position[0], 90 + 40 * position[0], 7], 0, 255), np.uint8)
+
+
+class Words(Point):
+    """Shows what nothing reads."""
+
+    observation_space = Text(5)
+
+
+class Robot(Point):
+    """Shows a picture and some numbers; ends at 0 by termination, else by truncation."""
+
+    observation_space = Dict(
+        {
+            "camera": Box(0, 255, (36, 36, 3), np.uint8),
+            "position": Box(-np.inf, np.inf, (1,), np.float64),
+            "side": Discrete(2, start=-1),
+            "near": MultiBinary(2),
+        }
+    )
+
+    def reset(self, *, seed=None, options=None):
+        return self._show(super().reset(seed=seed)[0]), {}
+
+    def step(self, action):
+        position, reward, _, cut, info = super().step(action)
+        return self._show(position), reward, bool(abs(position[0]) < 0.05), cut, info
+
+    def _show(self, position):
+        camera = np.zeros((36, 36, 3), np.uint8)
+        camera[:, round(8 * (position.item() + 2)), 0] = 255
+        near = np.array([position[0] > -0.5, position[0] < 0.5], np.int8)
+        return {"camera": camera, "position": position.astype(float), "side": int(position[0] > 0) - 1, "near": near}
+
+
+class Buttons(Point):
+    """Left and right are buttons, and so is the speed."""
+
+    action_space = MultiDiscrete([2, 2, 3])
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        left, right, speed = action
+        return super().step(np.array([0.25 * speed * (float(right) - float(left))], np.float32))
 
 
 gym.register("Image-v0", Image)
@@ -165,7 +211,10 @@ gym.register("Frames-v0", Frames, max_episode_steps=5)
 gym.register("Frame-v0", Frame, max_episode_steps=20)
 gym.register("FrameSteps-v0", FrameSteps, max_episode_steps=20)
 gym.register("Matrix-v0", Matrix)
-gym.register("Pair-v0", Pair)
+gym.register("Colour-v0", Colour, max_episode_steps=20)
+gym.register("Words-v0", Words)
+gym.register("Robot-v0", Robot, max_episode_steps=20)
+gym.register("Buttons-v0", Buttons, max_episode_steps=20)
 gym.register("Counting-v0", Counting)
 gym.register("Point-v0", Point, max_episode_steps=20)
 gym.register("Steps-v0", Steps, max_episode_steps=20)

@@ -6,17 +6,18 @@ Every collector is a TorchRL `BaseCollector` and yields the same TensorDict `[N,
 
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import DoubleToFloat, GymWrapper, InitTracker, TransformedEnv
+from torchrl.envs import DoubleToFloat, GymWrapper, InitTracker, RenameTransform, TransformedEnv
 
 from levin.envs import SeededVectorEnv
 from levin.errors import ConfigError
@@ -58,7 +59,10 @@ def make(
     if isinstance(steps, WholeEpisodes):
         raise ConfigError(f"collector={name} has rollouts of one length; whole episodes need collector=vector")
     wrapped = GymWrapper(env, categorical_action_encoding=True)
-    if wrapped.observation_spec["observation"].dtype == torch.float64:
+    if parts := list(env.observation.get("spaces", {})):
+        nested: list[NestedKey] = [("observation", part) for part in parts]
+        wrapped = TransformedEnv(wrapped, RenameTransform(in_keys=parts, out_keys=nested))
+    elif wrapped.observation_spec["observation"].dtype == torch.float64:
         wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
     if IS_FIRST in policy.in_keys:
         wrapped = TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST))
@@ -71,6 +75,13 @@ def make(
         trust_policy=True,
         auto_register_policy_transforms=False,
         track_traj_ids=False,
+    )
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """What a policy takes, on its device: a tensor, or one for each part of an observation."""
+    return (
+        {name: moved(part, device) for name, part in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
     )
 
 
@@ -98,10 +109,8 @@ class VectorCollector(BaseCollector):
         self.takes_is_first = IS_FIRST in policy.in_keys
         self.random_env_steps = random_env_steps
         self.vector_steps = 0
-        space = env.single_observation_space
-        self.shape = space.shape or ()
-        self.dtype = np.uint8 if space.dtype == np.uint8 else np.float32
-        self._observation: np.ndarray | None = None  # [N, *shape]: what the envs show now
+        self.parts = list(env.observation.get("spaces", {}))  # the names of an observation that is a dict
+        self._observation: list[np.ndarray] | None = None  # [N, *S] of each part: what the envs show now
         self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which the open episode began
         self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: the actions since the oldest open episode began
         self._history_from = 0  # the vector step of the first of them
@@ -130,10 +139,10 @@ class VectorCollector(BaseCollector):
         """The next `steps` transitions of every env; fewer with `until_done`, when the first episode ends."""
         env, num_envs = self.env, self.env.num_envs
         if self._observation is None:
-            self._observation = np.array(env.reset()[0], dtype=self.dtype)
+            self._observation = self._copy(env.reset()[0])
         # Allocated per rollout, not reused: whoever holds the last rollout keeps what it was given.
-        observation = np.empty((num_envs, steps, *self.shape), self.dtype)
-        after = np.empty_like(observation)
+        observation = [np.empty((num_envs, steps, *part.shape[1:]), part.dtype) for part in self._observation]
+        after = [np.empty_like(part) for part in observation]
         reward = np.empty((num_envs, steps), np.float32)
         terminated, truncated = np.empty((2, num_envs, steps), bool)
         action = self._actions(steps)
@@ -141,42 +150,45 @@ class VectorCollector(BaseCollector):
         act = self.policy.module
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
         on_cpu = device.type == "cpu"
-        views = torch.from_numpy(observation).unbind(1)  # T x [N, *shape]
+        views = list(zip(*(torch.from_numpy(part).unbind(1) for part in observation), strict=True))  # T x parts
         num_random = self._num_random(steps)
         if num_random:
             action[:, :num_random] = self._random_actions(num_random)
         current = self._observation
         with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
             for t in range(steps):
-                observation[:, t] = current
+                for part, value in zip(observation, current, strict=True):
+                    part[:, t] = value
                 if t >= num_random:
-                    inputs = [views[t]]
+                    inputs = [self._joined(views[t])]
                     if self.takes_is_first:
                         inputs.append(torch.from_numpy(self._opened == self.vector_steps + t).unsqueeze(-1))  # [N, 1]
-                    chosen = act(*inputs) if on_cpu else act(*(each.to(device) for each in inputs)).cpu()
+                    chosen = act(*inputs) if on_cpu else act(*(moved(each, device) for each in inputs)).cpu()
                     action[:, t] = chosen.numpy()
-                current, rewards, ends, cuts, _ = env.step(action[:, t])
-                after[:, t] = current
+                shown, rewards, ends, cuts, _ = env.step(action[:, t])
+                current = self._split(shown)
+                for part, value in zip(after, current, strict=True):
+                    part[:, t] = value
                 reward[:, t] = rewards
                 terminated[:, t] = ends
                 truncated[:, t] = cuts
                 done = ends | cuts
                 if done.any():
-                    current, _ = env.reset(options={"reset_mask": done})
+                    current = self._split(env.reset(options={"reset_mask": done})[0])
                     self._opened[done] = self.vector_steps + t + 1
                     if until_done:
                         steps = t + 1
                         break
-        self._observation = np.array(current, dtype=self.dtype)
+        self._observation = [np.array(value, dtype=part.dtype) for value, part in zip(current, after, strict=True)]
         self.vector_steps += steps
         self._remember(action[:, :steps])
         tensors = [torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T, 1]
         return TensorDict(
             {
-                "observation": torch.from_numpy(observation[:, :steps]),
+                "observation": self._joined([torch.from_numpy(part[:, :steps]) for part in observation]),
                 "action": torch.from_numpy(action[:, :steps]),
                 "next": {
-                    "observation": torch.from_numpy(after[:, :steps]),
+                    "observation": self._joined([torch.from_numpy(part[:, :steps]) for part in after]),
                     "reward": tensors[0],
                     "terminated": tensors[1],
                     "truncated": tensors[2],
@@ -186,10 +198,24 @@ class VectorCollector(BaseCollector):
             batch_size=(num_envs, steps),
         )
 
+    def _split(self, observation: Any) -> list[Any]:
+        """The parts of what the envs show."""
+        return [observation[name] for name in self.parts] if self.parts else [observation]
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        """An observation of its parts."""
+        return dict(zip(self.parts, parts, strict=True)) if self.parts else parts[0]
+
+    def _copy(self, observation: Any) -> list[np.ndarray]:
+        """The parts of what the envs show, in the dtypes of rollouts."""
+        spaces = self.env.observation.get("spaces", {"": self.env.observation}).values()
+        parts = zip(self._split(observation), spaces, strict=True)
+        return [np.array(part, dtype=space["dtype"]) for part, space in parts]
+
     def _actions(self, num: int) -> np.ndarray:
         """Room for `num` vector steps of actions `[N, num, *A]`."""
         space = self.env.single_action_space
-        dtype = np.int64 if isinstance(space, Discrete) else np.float32
+        dtype = np.float32 if isinstance(space, Box) else np.int64
         return np.empty((self.env.num_envs, num, *(space.shape or ())), dtype)
 
     def _num_random(self, steps: int) -> int:
@@ -203,6 +229,8 @@ class VectorCollector(BaseCollector):
         shape = (self.env.num_envs, num, *(space.shape or ()))
         if isinstance(space, Discrete):
             return torch.randint(int(space.n), shape).numpy()
+        if isinstance(space, MultiDiscrete):
+            return (torch.rand(shape, dtype=torch.float64).numpy() * space.nvec).astype(np.int64)
         assert isinstance(space, Box)
         low, high = space.low, space.high
         low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
@@ -232,7 +260,7 @@ class VectorCollector(BaseCollector):
             vector_steps=self.vector_steps,
             episodes=list(self.env.episodes),
             lengths=lengths.tolist(),
-            observation=torch.from_numpy(self._observation.copy()),
+            observation=self._joined([torch.from_numpy(part.copy()) for part in self._observation]),
             actions=torch.from_numpy(history[:, start:].copy()),
         )
 
@@ -242,13 +270,16 @@ class VectorCollector(BaseCollector):
             return
         self.vector_steps = state_dict["vector_steps"]
         lengths, actions = np.array(state_dict["lengths"]), state_dict["actions"].numpy()
-        saved = state_dict["observation"].numpy()
+        saved = self._copy(state_dict["observation"])
         self._history = deque([actions])
         self._history_from = self.vector_steps - actions.shape[1]
         self._opened = self.vector_steps - lengths
         self._observation = self._replay(state_dict["episodes"], lengths, actions)
         self.strayed = strayed = np.array(
-            [not np.array_equal(a, b) for a, b in zip(self._observation, saved, strict=True)]
+            [
+                any(not np.array_equal(part[i], was[i]) for part, was in zip(self._observation, saved, strict=True))
+                for i in range(self.env.num_envs)
+            ]
         )
         if strayed.any():
             warnings.warn(
@@ -257,9 +288,9 @@ class VectorCollector(BaseCollector):
                 stacklevel=2,
             )
             self._opened[strayed] = self.vector_steps
-            self._observation = np.array(self.env.reset(options={"reset_mask": strayed})[0], dtype=self.dtype)
+            self._observation = self._copy(self.env.reset(options={"reset_mask": strayed})[0])
 
-    def _replay(self, episodes: list[int], lengths: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    def _replay(self, episodes: list[int], lengths: np.ndarray, actions: np.ndarray) -> list[np.ndarray]:
         """Lead every env to where it was. All envs step together, so a shorter episode begins later.
 
         Args:
@@ -279,4 +310,4 @@ class VectorCollector(BaseCollector):
                 current = self.env.begin(episodes, ends | cuts)
         if (lengths == 0).any():
             current = self.env.begin(episodes, lengths == 0)
-        return np.array(current, dtype=self.dtype)
+        return self._copy(current)

@@ -6,6 +6,7 @@ that are done with `reset(options={"reset_mask": done})`.
 
 import importlib
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
@@ -15,13 +16,14 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import AddRenderObservation
 
 from levin.errors import ConfigError, RunError
 from levin.hints import PositiveFloat, PositiveInt
-from levin.spaces import EnvSpec, action_units, describe_space
+from levin.spaces import EnvSpec, action_units, describe_action, describe_space, dtypes, readable, to_gym
 from levin.wrappers import ActionRepeat, stack_frames
 
 # The first word of an episode's seed: what the episode is for.
@@ -34,13 +36,14 @@ class EnvConfig:
 
     Args:
         id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first.
-        family: The library behind the id.
+        family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
         timeout: Seconds that async envs may take for a step or a reset.
         action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
         action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps.
+        pixels: Show a picture of the scene, `[3, pixels, pixels]`, instead of the state (MuJoCo and dm_control).
         frame_stack: The newest observations, shown together along the first axis, oldest first; `[C, H, W]` or `[H, W]`
             pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
         normalize_observation: Subtract the running mean and divide by the running deviation.
@@ -51,13 +54,14 @@ class EnvConfig:
     """
 
     id: str
-    family: Literal["gymnasium"] = "gymnasium"
+    family: Literal["gymnasium", "dm_control"] = "gymnasium"
     num_envs: PositiveInt = 1
     vectorization: Literal["sync", "async"] = "sync"
     timeout: PositiveFloat = 300.0
     action: Literal["rescale", "clip", "none"] = "none"
     time_limit: PositiveInt | None = None
     action_repeat: PositiveInt = 1
+    pixels: PositiveInt | None = None
     frame_stack: PositiveInt = 1
     normalize_observation: bool = False
     observation_clip: PositiveFloat = 10.0
@@ -92,8 +96,9 @@ def make(
     Raises:
         ConfigError: The id is unknown, or a package behind it is missing.
     """
-    # TorchRL makes `spawn` the default, and every worker would import all of this for seconds.
-    start = "fork" if sys.platform == "linux" else None
+    # TorchRL makes `spawn` the default, and every worker would import all of this for seconds. OpenGL, which has drawn
+    # here already, does not survive a fork.
+    start = "fork" if sys.platform == "linux" and not config.pixels else None
     vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy, context=start)}
     one = partial(make_one, config, render)
     try:
@@ -124,21 +129,38 @@ def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
     module, _, name = config.id.rpartition(":")
     if module:
         importlib.import_module(module)
-    view: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}  # not every env knows the word
-    if "mujoco" in str(gym.spec(name).entry_point):
-        if render and not {"camera_name", "camera_id"} & config.kwargs.keys():
-            view["camera_name"] = "track"  # the default camera stays where the runner began
-        importlib.import_module("mujoco").set_mju_user_warning(_mujoco_warning)
     env = gym.make(
         config.id,
         max_episode_steps=config.time_limit,
         disable_env_checker=True,  # one Python call less per step
-        **view,
+        **_view(config, name, render),
         **config.kwargs,
     )
+    if config.pixels:
+        env = AddRenderObservation(env, render_only=True)
     if config.action_repeat > 1:
         env = ActionRepeat(env, config.action_repeat)
     return stack_frames(env, config.frame_stack) if config.frame_stack > 1 else env
+
+
+def _view(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:
+    """What `gymnasium.make` must be told of the picture, if there is to be one: not every env knows the words."""
+    side = config.pixels
+    view: dict[str, Any] = {"render_mode": "rgb_array"} if render or side else {}
+    if view and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if config.family == "dm_control":
+        gym.register_envs(importlib.import_module("shimmy"))
+        return view | ({"render_kwargs": {"height": side, "width": side, "camera_id": 0}} if side else {})
+    if "mujoco" in str(gym.spec(name).entry_point):
+        if view and not {"camera_name", "camera_id"} & config.kwargs.keys():
+            view["camera_name"] = "track"  # the default camera stays where the runner began
+        importlib.import_module("mujoco").set_mju_user_warning(_mujoco_warning)
+        return view | ({"height": side, "width": side} if side else {})
+    if side:
+        raise ConfigError(f"env.pixels={side} is for MuJoCo and dm_control: {config.id} draws at one size only")
+    return view
 
 
 def _mujoco_warning(message: str) -> None:
@@ -160,11 +182,17 @@ class SeededVectorEnv(VectorWrapper):
         self.seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
         self._moved = np.ones(self.num_envs, dtype=bool)
-        self.action = describe_space(env.single_action_space, "action", (Box, Discrete))
+        self.action = describe_action(env.single_action_space)
         self._to_env = action_units(self.action, config.action)
         if config.action == "rescale" and isinstance(env.single_action_space, Box):  # the space is the policy's too
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
             self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.shown = describe_space(env.single_observation_space)
+        self.observation, read = readable(self.shown)
+        self.read = read or (lambda observation: observation)
+        if read is not None:
+            self.single_observation_space = to_gym(self.observation)
+            self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
@@ -182,8 +210,10 @@ class SeededVectorEnv(VectorWrapper):
         try:
             if isinstance(self.env, AsyncVectorEnv):
                 self.env.reset_async(seed=seeds, options=options)
-                return self.env.reset_wait(timeout=self.config.timeout)
-            return self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]
+                observation, info = self.env.reset_wait(timeout=self.config.timeout)
+            else:
+                observation, info = self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]
+            return self.read(observation), info
         except Exception as error:
             raise self._failure("reset", error) from error
 
@@ -193,8 +223,10 @@ class SeededVectorEnv(VectorWrapper):
         try:
             if isinstance(self.env, AsyncVectorEnv):
                 self.env.step_async(self._to_env(actions))
-                return self.env.step_wait(timeout=self.config.timeout)
-            return self.env.step(self._to_env(actions))
+                observation, *rest = self.env.step_wait(timeout=self.config.timeout)
+            else:
+                observation, *rest = self.env.step(self._to_env(actions))
+            return self.read(observation), *rest  # type: ignore[return-value]
         except Exception as error:
             raise self._failure("step", error) from error
 
@@ -219,13 +251,16 @@ def describe(env: SeededVectorEnv) -> EnvSpec:
     """What the algorithm needs to know of the env.
 
     Raises:
-        ConfigError: A space that no network here reads.
+        ConfigError: Pixels are to be normalised.
     """
     config = env.config
+    if config.normalize_observation and (dtypes(env.observation) != {"float32"} or "spaces" in env.observation):
+        raise ConfigError(f"{config.id} shows pixels, which are not normalised: env.normalize_observation=false")
     return {
         "id": config.id,
         "num_envs": env.num_envs,
-        "observation": describe_space(env.single_observation_space, "observation", (Box,)),
+        "observation": env.observation,
+        "shown": env.shown,
         "action": env.action,
         "action_units": config.action,
         "action_repeat": config.action_repeat,

@@ -5,6 +5,7 @@ import torch
 from tensordict.nn import TensorDictModule
 
 from levin import envs
+from levin.spaces import tensors
 
 
 class EpisodeStatistics:
@@ -56,14 +57,13 @@ def evaluate(policy: TensorDictModule, env: envs.SeededVectorEnv, episodes: int)
     """
     num_envs = env.num_envs
     device = next(iter(policy.parameters()), torch.empty(0)).device
-    dtype = np.dtype(envs.describe(env)["observation"]["dtype"])
     quota = [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
     total, length = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
     observation = env.begin([0] * num_envs, np.ones(num_envs, dtype=bool))
     while any(len(done) < wanted for done, wanted in zip(returns, quota, strict=True)):
-        batch = torch.as_tensor(np.asarray(observation, dtype=dtype), device=device)
+        batch = tensors(env.observation, observation, device)
         observation, reward, terminated, truncated, _ = env.step(policy.module(batch).cpu().numpy())
         total += reward
         length += 1

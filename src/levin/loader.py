@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.collectors import BaseCollector
 
 from levin import collectors
@@ -56,7 +57,7 @@ class CollectorLoader:
         rollout.set_non_tensor("policy_version", version)
         after: TensorDict = rollout.get("next")
         reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
-        for what in (rollout.get("observation"), after.get("observation"), reward):
+        for what in (*parts(rollout.get("observation")), *parts(after.get("observation")), reward):
             self._check_finite(np.asarray(what), done)
         if self.step_count:
             count = step_count(done, self.statistics.open_length)
@@ -108,6 +109,11 @@ class CollectorLoader:
             self.collector.reset()  # type: ignore[attr-defined]
         self.statistics.open_return[self.strayed] = 0
         self.statistics.open_length[self.strayed] = 0
+
+
+def parts(observation: Tensor | TensorDictBase) -> list[Tensor]:
+    """The tensors of an observation: one, unless it is a dict."""
+    return [observation] if isinstance(observation, Tensor) else list(observation.values())
 
 
 def make(name: str, env: SeededVectorEnv, algorithm: Algorithm) -> CollectorLoader:

@@ -1,7 +1,7 @@
 """Networks that more than one algorithm uses."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from levin.distributions import Categorical, Normal
+from levin.distributions import Categorical, MultiCategorical, Normal
 from levin.errors import ConfigError
-from levin.spaces import EnvSpec
+from levin.spaces import EnvSpec, Space
 
 
 class InPlaceTanh(nn.Module):
@@ -189,22 +189,48 @@ class NatureCNN(nn.Module):
         return self.layers(observation / 255)
 
 
+class Encoder(nn.Module):
+    """Pixels and numbers side by side: `{"vector": [B, D], name: [B, C, H, W] uint8, ...} -> [B, F]`.
+
+    Each image has a Nature CNN of its own, whose features stand beside the vector.
+    """
+
+    def __init__(self, parts: Mapping[str, Space], env_id: str) -> None:
+        super().__init__()
+        trunks = {name: box_trunk(part, env_id) for name, part in parts.items()}
+        self.parts = nn.ModuleDict({name: part for name, (part, _) in trunks.items()})
+        self.num_features = sum(num_features for _, num_features in trunks.values())
+
+    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
+
+
 def trunk(env: EnvSpec) -> tuple[nn.Module, int]:
     """What reads an observation, and how many features `[B, F]` it gives: the Nature CNN for pixels, else nothing.
 
     Raises:
         ConfigError: Pixels that are not `[C, H, W]`, or too few for the convolutions.
     """
-    shape = env["observation"]["shape"]
-    if env["observation"]["dtype"] != "uint8":
+    if "spaces" not in env["observation"]:
+        return box_trunk(env["observation"], env["id"])
+    encoder = Encoder(env["observation"]["spaces"], env["id"])
+    return encoder, encoder.num_features
+
+
+def box_trunk(space: Space, env_id: str) -> tuple[nn.Module, int]:
+    """`trunk` of one box."""
+    shape = space["shape"]
+    if space["dtype"] != "uint8":
         return (nn.Identity() if len(shape) == 1 else nn.Flatten()), math.prod(shape)
     if len(shape) != 3 or min(shape[1:]) < 36:
-        raise ConfigError(f"the Nature CNN reads [C, H, W] of 36 x 36 pixels or more; those of {env['id']} are {shape}")
+        raise ConfigError(f"the Nature CNN reads [C, H, W] of 36 x 36 pixels or more; those of {env_id} are {shape}")
     return NatureCNN(shape), 512
 
 
 class Actor(nn.Module):
     """pi(a|s): features `[B, F]` -> categorical `[B]` of a discrete space, or Gaussian `[B, A]` of a box.
+
+    Of a multi-discrete space, one categorical for each of its actions, `[B, K]`.
 
     The deviation of the Gaussian is a parameter of its own and does not depend on s.
     The first actions hardly depend on s: the last layer's gain is 0.01 (Andrychowicz et al. 2021, arXiv:2006.05990).
@@ -220,15 +246,18 @@ class Actor(nn.Module):
     ) -> None:
         super().__init__()
         self.discrete = env["action"]["type"] == "discrete"
-        outputs = env["action"]["n"] if self.discrete else math.prod(env["action"]["shape"])
+        self.sizes = env["action"].get("nvec")
+        outputs = sum(self.sizes) if self.sizes else env["action"]["n"] or math.prod(env["action"]["shape"])
         self.network = mlp([num_features, *hidden_sizes, outputs], activation)
         orthogonal_(self.network)
         orthogonal_(self.network[-1], gain=0.01)
-        if not self.discrete:
+        if env["action"]["type"] == "box":
             self.log_std = nn.Parameter(torch.full((outputs,), initial_log_std))
 
-    def forward(self, features: Tensor) -> Categorical | Normal:
+    def forward(self, features: Tensor) -> Categorical | MultiCategorical | Normal:
         outputs = single(self.network(features))
+        if self.sizes:
+            return MultiCategorical(outputs, self.sizes)
         return Categorical(outputs) if self.discrete else Normal(outputs, self.log_std)
 
 

@@ -25,14 +25,13 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     Raises:
         ConfigError: The env can't be drawn here.
     """
-    if "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     import imageio
     import numpy as np
+    import torch
 
     from levin import envs, runs
     from levin.policy import Policy
+    from levin.spaces import tensors
 
     runs.quiet()
     policy = Policy.load(Path(run))
@@ -43,8 +42,9 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     for episode in range(episodes):
         observation, done, frames = env.begin([episode], np.ones(1, dtype=bool)), np.zeros(1, dtype=bool), []
         while not done.any():
-            # The policy gives the env's units already, so the actions go past our own conversion.
-            observation, _, terminated, truncated, _ = env.env.step(policy(observation))
+            with torch.inference_mode():
+                action = policy.module(tensors(env.observation, observation)).numpy()
+            observation, _, terminated, truncated, _ = env.step(action)
             done = terminated | truncated
             frames.append(_frame(env))
         path = folder / f"{policy.algorithm.env_steps}_{episode}.mp4"

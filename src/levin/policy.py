@@ -1,6 +1,7 @@
 """What is left of a run when training is over: observation in, action out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from levin import checkpoint, config, files, schema
 from levin.algorithms.base import Algorithm
 from levin.cells import POLICY
 from levin.errors import ConfigError
-from levin.spaces import action_units
+from levin.spaces import action_units, is_single, readable, tensors, unsqueeze
 
 
 def load_algorithm(run: Path) -> Algorithm:
@@ -43,13 +44,16 @@ def _class_of(run: Path) -> type[Algorithm]:
 class Policy:
     """A trained policy with its normaliser inside: raw observation in, action in the env's own units out.
 
-    Observations are `[*S]` or `[N, *S]` arrays, and the actions then `[*A]` or `[N, *A]`. The policy is deterministic.
+    Observations are what the env shows, `[*S]` or a batch `[N, *S]`, and the actions then `[*A]` or `[N, *A]`. Stacks
+    of frames are the caller's to keep. The policy is deterministic.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm.eval()
         self.env = algorithm.env
         self.module = algorithm.policy(deterministic=True).module
+        self.shown = self.env.get("shown", self.env["observation"])
+        self._read = readable(self.shown)[1]
         self._to_env = action_units(self.env["action"], self.env["action_units"])
 
     @classmethod
@@ -58,9 +62,9 @@ class Policy:
         return cls(load_algorithm(run))
 
     @torch.inference_mode()
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        space = self.env["observation"]
-        batch = torch.as_tensor(np.asarray(observation, dtype=space["dtype"]))
-        single = batch.ndim == len(space["shape"])
-        action = self._to_env(self.module(batch.unsqueeze(0) if single else batch).numpy())  # [*S] -> [1, *S]
+    def __call__(self, observation: Any) -> np.ndarray:
+        single = is_single(self.shown, observation)
+        batch = unsqueeze(observation) if single else observation
+        batch = tensors(self.env["observation"], self._read(batch) if self._read else batch)
+        action = self._to_env(self.module(batch).numpy())
         return action[0] if single else action

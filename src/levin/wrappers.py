@@ -3,7 +3,12 @@
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.wrappers import FrameStackObservation, ReshapeObservation
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, TransformObservation
+
+from levin.errors import ConfigError
+from levin.spaces import is_channel_last, is_image
 
 
 class ActionRepeat(gym.Wrapper):
@@ -25,8 +30,20 @@ class ActionRepeat(gym.Wrapper):
 
 
 def stack_frames(env: gym.Env, num: int) -> gym.Env:
-    """Show the last `num` observations: `[C, H, W] -> [num * C, H, W]`, `[H, W] -> [num, H, W]`."""
-    stacked = FrameStackObservation(env, num)  # [num, ...]
+    """Show the last `num` observations along the first axis, oldest first; pixels are `[num * C, H, W]` then.
+
+    Raises:
+        ConfigError: There is more than a box to stack.
+    """
+    if not isinstance(env.observation_space, Box):
+        raise ConfigError(f"env.frame_stack={num} stacks a Box, not a {type(env.observation_space).__name__}")
+    stacked = FrameStackObservation(env, num)  # [num, *S]
     shape = stacked.observation_space.shape
     assert shape is not None
-    return stacked if len(shape) == 3 else ReshapeObservation(stacked, (shape[0] * shape[1], *shape[2:]))
+    if len(shape) == 3:
+        return stacked
+    if is_image(env.observation_space.dtype, list(shape[1:])) and is_channel_last(list(shape[1:])):
+        num_frames, height, width, channels = shape
+        space = Box(0, 255, (num_frames * channels, height, width), np.uint8)
+        return TransformObservation(stacked, lambda frames: np.moveaxis(frames, -1, 1).reshape(space.shape), space)
+    return ReshapeObservation(stacked, (shape[0] * shape[1], *shape[2:]))

@@ -72,7 +72,7 @@ class A2C(Algorithm):
         initial_log_std: Of a Gaussian policy: 0.
     """
 
-    actions: ClassVar = ("box", "discrete")
+    actions: ClassVar = ("box", "discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
     optimizer_name: OptimizerName
 

@@ -68,7 +68,7 @@ class A3C(Algorithm):
         initial_log_std: Of a Gaussian policy.
     """
 
-    actions: ClassVar = ("box", "discrete")
+    actions: ClassVar = ("box", "discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
     lock_free: ClassVar = True
     theta: Tensor

@@ -87,7 +87,7 @@ class ActorCritic(Algorithm):
         initial_log_std: Of a Gaussian policy.
     """
 
-    actions: ClassVar = ("box", "discrete")
+    actions: ClassVar = ("box", "discrete", "multi_discrete")
     optimizer_name: OptimizerName
 
     def __init__(
@@ -114,6 +114,8 @@ class ActorCritic(Algorithm):
         initial_log_std: float = 0.0,
     ) -> None:
         super().__init__(env, gamma)
+        if critic == "q" and env["action"]["type"] == "multi_discrete":
+            raise ConfigError(f"algo.critic=q has one value per action, and those of {env['id']} are combinations")
         if critic == "q" and q_target != "sarsa" and env["action"]["type"] != "discrete":
             raise ConfigError(f"algo.q_target={q_target} goes through all actions, and those of {env['id']} are a box")
         if online and (env["num_envs"] > 1 or episodes_per_update or critic_updates > 1):

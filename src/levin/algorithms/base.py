@@ -18,7 +18,7 @@ from levin.errors import ConfigError
 from levin.hints import OptimizerName
 from levin.networks import FlatParameter, StochasticPolicy, clip_grad_norm, flatten
 from levin.replay import Replay
-from levin.spaces import EnvSpec
+from levin.spaces import EnvSpec, dtypes
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
 PROGRESS = ("env_steps", "updates", "iterations", "recorded")
@@ -53,7 +53,7 @@ class Algorithm(LightningModule):
         ConfigError: The algorithm can't act in that action space, or read that observation.
     """
 
-    actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete"
+    actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # and "uint8": pixels
     lock_free: ClassVar[bool] = False  # whether several processes may train it at once (strategies.Hogwild)
     trunk: nn.Module  # of a stochastic actor, and
@@ -72,8 +72,8 @@ class Algorithm(LightningModule):
                 f"{type(self).__name__} acts in {' and '.join(self.actions)} action spaces, "
                 f"but the action space of {env['id']} is {env['action']['type']}"
             )
-        if (dtype := env["observation"]["dtype"]) not in self.observations:
-            raise ConfigError(f"{type(self).__name__} reads vectors, but the observations of {env['id']} are {dtype}")
+        if not dtypes(env["observation"]) <= set(self.observations):
+            raise ConfigError(f"{type(self).__name__} reads vectors, but the observations of {env['id']} have pixels")
         self.automatic_optimization = False
         self.save_hyperparameters(logger=False)  # the loggers get the whole config
         self.env = env

@@ -82,7 +82,7 @@ class PPO(Algorithm):
         compile: The loss, for tens of seconds at the start of a run; then an update takes about half the time.
     """
 
-    actions: ClassVar = ("box", "discrete")
+    actions: ClassVar = ("box", "discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
 
     def __init__(

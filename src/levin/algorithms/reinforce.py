@@ -82,7 +82,7 @@ class REINFORCE(Algorithm):
         initial_log_std: Of a Gaussian policy: 0.
     """
 
-    actions: ClassVar = ("box", "discrete")
+    actions: ClassVar = ("box", "discrete", "multi_discrete")
     optimizer_name: OptimizerName
     step_count = True
 

@@ -72,7 +72,7 @@ class TRPO(Algorithm):
         initial_log_std: Of a Gaussian policy: 0.
     """
 
-    actions: ClassVar = ("box", "discrete")
+    actions: ClassVar = ("box", "discrete", "multi_discrete")
 
     def __init__(
         self,

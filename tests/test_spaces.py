@@ -1,0 +1,245 @@
+"""Whatever an env shows becomes a vector, pixels, or both; and actions may be several choices at once."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+import levin
+import toy_envs
+from checks import same, saved
+from levin import collectors, config, envs
+from levin.distributions import MultiCategorical
+from levin.errors import ConfigError
+from levin.spaces import describe_space, readable, to_gym
+from levin.train import build, train
+from test_resume import in_two_halves
+from test_train import SMALL
+
+NUMBERS = {
+    "discrete": Discrete(4, start=2),
+    "multi discrete": MultiDiscrete([3, 2]),
+    "multi discrete, later start": MultiDiscrete([3, 2], start=[1, -1]),
+    "dict": Dict({"b": Box(-1, 1, (2, 3)), "a": Discrete(3), "scalar": Box(-1, 1, ()), "on": MultiBinary(3)}),
+    "tuple": Tuple([Box(-1, 1, (2,)), MultiDiscrete([2, 4])]),
+    "nested": Dict({"arm": Dict({"q": Box(-1, 1, (2,)), "grip": Discrete(2)}), "base": Tuple([Box(0, 1, (1,))])}),
+    "a dict of bytes": Dict({"memory": Box(0, 255, (5,), np.uint8)}),
+}
+
+
+def batch_of(space: gym.Space, num: int):
+    space.seed(0)
+    samples = [space.sample() for _ in range(num)]
+    return samples, concatenate(space, samples, create_empty_array(space, num))
+
+
+@pytest.mark.parametrize("space", NUMBERS.values(), ids=NUMBERS.keys())
+def test_numbers_become_the_vector_that_gymnasium_makes_of_them(space):
+    samples, batch = batch_of(space, 7)
+    observation, read = readable(describe_space(space))
+    expected = np.stack([gym.spaces.flatten(space, sample) for sample in samples]).astype(np.float32)
+    assert observation["shape"] == list(expected.shape[1:])
+    assert read(batch).dtype == np.float32
+    np.testing.assert_array_equal(read(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((5, 6, 3), (3, 5, 6)), ((3, 5, 6), (3, 5, 6)), ((5, 6), (1, 5, 6)), ((4, 84, 84), (4, 84, 84))],
+)
+def test_pixels_become_channel_first(shape, expected):
+    space = Box(0, 255, shape, np.uint8)
+    samples, batch = batch_of(space, 3)
+    observation, read = readable(describe_space(space))
+    assert tuple(observation["shape"]) == expected
+    assert observation["dtype"] == "uint8"
+    seen = read(batch) if read else batch
+    assert seen.shape == (3, *expected)
+    channel = samples[1][..., 0] if shape[-1] == 3 else samples[1].reshape(expected)[0]
+    np.testing.assert_array_equal(seen[1][0], channel)
+
+
+def test_bytes_in_a_row_are_a_vector():
+    assert describe_space(Box(0, 255, (128,), np.uint8))["dtype"] == "float32"
+
+
+def test_pixels_and_numbers_stand_side_by_side():
+    space = Dict({"eye": Dict({"left": Box(0, 255, (5, 6, 1), np.uint8)}), "x": Box(-1, 1, (2,)), "n": Discrete(3)})
+    samples, batch = batch_of(space, 4)
+    observation, read = readable(describe_space(space))
+    seen = read(batch)
+    assert {name: part["shape"] for name, part in observation["spaces"].items()} == {
+        "eye_left": [1, 5, 6],
+        "vector": [5],
+    }
+    np.testing.assert_array_equal(seen["eye_left"][2, 0], samples[2]["eye"]["left"][..., 0])
+    np.testing.assert_array_equal(seen["vector"][2], [*np.eye(3)[samples[2]["n"]], *samples[2]["x"]])
+    assert batch_space(to_gym(observation), 4).contains(seen)
+
+
+def test_two_parts_of_one_name_are_refused():
+    space = Dict({"vector": Box(0, 255, (5, 6, 1), np.uint8), "x": Box(-1, 1, (2,))})
+    with pytest.raises(ConfigError, match="same name"):
+        readable(describe_space(space))
+
+
+@pytest.mark.parametrize("space", [Box(-1, 1, (3,)), Box(-1, 1, (3, 4)), MultiBinary(4)])
+def test_a_box_of_numbers_stays_what_it_is(space):
+    assert readable(describe_space(space)) == (describe_space(space), None)
+
+
+class Seer(nn.Module):
+    """Acts by the pixels and the numbers, and keeps no secrets about how."""
+
+    def forward(self, observation):
+        bright = observation["camera"].float().mean((1, 2, 3)) / 255
+        return (observation["vector"].sum(-1) - bright).sin().mul(0.5).unsqueeze(-1)
+
+
+def test_both_collectors_yield_the_same_parts():
+    data = {}
+    for name in ("vector", "torchrl"):
+        env = envs.make(envs.EnvConfig(id="toy_envs:Robot-v0", num_envs=2), seed=0, copy=name != "vector")
+        policy = TensorDictModule(Seer(), in_keys=["observation"], out_keys=["action"])
+        collector = collectors.make(name, env, policy, steps=60)
+        iterator = iter(collector.iterator())
+        data[name] = torch.cat([next(iterator).clone() for _ in range(2)], 1)
+        collector.shutdown()
+    ours, theirs = data["vector"], data["torchrl"]
+    assert bool(ours["next", "terminated"].any())
+    assert bool(ours["next", "truncated"].any())
+    assert ours["observation", "camera"].shape == (2, 120, 3, 36, 36)
+    assert ours["observation", "camera"].dtype == torch.uint8
+    assert ours["observation", "vector"].shape == (2, 120, 5)
+    for key in ours.keys(include_nested=True, leaves_only=True):
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+ROBOT = ("env=gym", "env.id=toy_envs:Robot-v0")
+TINY = ("algo.batch_size=8", "algo.replay_ratio=0.25", "algo.steps_per_iteration=8")
+
+
+@pytest.mark.parametrize(
+    "words", [TINY, (*TINY, "algo.buffer_storage=memmap", "env.num_envs=2")], ids=["one", "memmap"]
+)
+def test_sac_reads_a_dict_and_resumes_exactly(words, tmp_path):
+    in_two_halves(tmp_path, (*SMALL, *ROBOT, "env.action=rescale", "eval.every=50", "checkpoint.every=60", *words), 128)
+
+
+@pytest.mark.parametrize("algo", ["td3", "ddpg", "ppo", "a2c"])
+def test_others_read_a_dict(algo, tmp_path):
+    words = [f"algo={algo}", *ROBOT, "total_env_steps=64", "eval.every=64", "eval.episodes=1", "checkpoint.every=64"]
+    words += ["algo.hidden_sizes=[8]", "logger=csv", "env.num_envs=1", "algo.steps_per_iteration=16"]
+    words += ["env.normalize_observation=false"] if algo == "ppo" else []
+    words += [] if algo == "a2c" else ["algo.batch_size=16"]
+    if algo in ("td3", "ddpg"):
+        words += ["algo.learning_starts=16", "algo.buffer_size=100", "algo.replay_ratio=0.25"]
+    before, _ = build(config.compose(words))
+    start = {key: value.clone() for key, value in before.state_dict().items()}
+    train(config.compose(words), tmp_path / "run")
+    after = saved(tmp_path / "run")["state_dict"]
+    parts = [key for key in start if "parts.camera" in key and key.endswith("0.weight") and "target" not in key]
+    assert parts
+    assert not any(torch.equal(start[key], after[key]) for key in parts)
+
+
+def test_a_loaded_policy_takes_what_the_env_shows(tmp_path):
+    words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=32", "eval.every=32"]
+    train(config.compose(words), tmp_path / "run")
+    policy = levin.load(tmp_path / "run")
+    env = gym.make("toy_envs:Robot-v0")
+    shown, _ = env.reset(seed=0)
+    action = policy(shown)
+    assert env.action_space.contains(action)
+    again = {name: np.stack([part, part]) for name, part in shown.items()}
+    np.testing.assert_allclose(policy(again), [action, action], atol=1e-6)
+
+
+def test_several_choices_are_independent():
+    torch.manual_seed(0)
+    sizes, logits, other = [2, 3, 4], torch.randn(5, 9), torch.randn(5, 9)
+    ours, theirs = MultiCategorical(logits, sizes), MultiCategorical(other, sizes)
+    action = ours.sample()
+    peers = [torch.distributions.Categorical(logits=part) for part in logits.split(sizes, -1)]
+    others = [torch.distributions.Categorical(logits=part) for part in other.split(sizes, -1)]
+    assert action.shape == (5, 3)
+    expected = sum(peer.log_prob(action[:, i]) for i, peer in enumerate(peers))
+    torch.testing.assert_close(ours.log_prob(action), expected.unsqueeze(-1))
+    torch.testing.assert_close(ours.entropy(), sum(peer.entropy() for peer in peers).unsqueeze(-1))
+    kl = sum(torch.distributions.kl_divergence(a, b) for a, b in zip(peers, others, strict=True))
+    torch.testing.assert_close(ours.kl(theirs), kl.unsqueeze(-1))
+    assert torch.equal(ours.mode, torch.stack([part.argmax(-1) for part in logits.split(sizes, -1)], -1))
+    assert torch.equal(ours[torch.tensor([3, 1])].logits, logits[[3, 1]])
+    many = MultiCategorical(logits[:1].expand(20_000, 9), sizes).sample()
+    for i, peer in enumerate(peers):
+        share = torch.bincount(many[:, i], minlength=sizes[i]) / 20_000
+        torch.testing.assert_close(share, peer.probs[0], atol=0.02, rtol=0)
+
+
+BUTTONS = ("env=gym", "env.id=toy_envs:Buttons-v0", "logger=csv", "eval.episodes=5")
+
+
+ON_POLICY = ("reinforce", "actor_critic", "a2c", "a3c", "trpo", "ppo")
+
+
+@pytest.mark.parametrize("algo", ON_POLICY)
+def test_several_choices_are_learned_from(algo, tmp_path):
+    words = [f"algo={algo}", *BUTTONS, "total_env_steps=64", "eval.every=64", "checkpoint.every=64", "env.num_envs=1"]
+    words += [] if algo == "reinforce" else ["algo.steps_per_iteration=32"]
+    words += ["algo.batch_size=32"] if algo in ("ppo", "trpo") else []
+    before, _ = build(config.compose(words))
+    start = {key: value.clone() for key, value in before.state_dict().items()}
+    train(config.compose(words), tmp_path / "run")
+    after = saved(tmp_path / "run")["state_dict"]
+    assert not torch.equal(start["actor.network.0.weight"], after["actor.network.0.weight"])
+
+
+@pytest.mark.parametrize(
+    "algo", [pytest.param(each, marks=[] if each == "a2c" else pytest.mark.slow) for each in ON_POLICY]
+)
+def test_several_choices_are_learned(algo, tmp_path):
+    """Standing still gives -10 on average, the best about -0.6; a policy that draws all buttons uniformly gives -12."""
+    words = [f"algo={algo}", *BUTTONS, "total_env_steps=12_000", "eval.every=12_000", "checkpoint.every=12_000"]
+    words += {"ppo": ["algo.steps_per_iteration=64", "env.num_envs=4", "algo.batch_size=64"]}.get(algo, [])
+    words += {"trpo": ["algo.steps_per_iteration=256"]}.get(algo, [])
+    assert train(config.compose(words), tmp_path / "run") > -5
+
+
+def test_random_buttons_are_uniform():
+    env = envs.make(envs.EnvConfig(id="toy_envs:Buttons-v0"), seed=0, copy=False)
+    policy = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
+    collector = collectors.make("vector", env, policy, steps=3000, random_env_steps=3000)
+    action = next(iter(collector.iterator()))["action"][0]
+    for i, size in enumerate(toy_envs.Buttons.action_space.nvec):
+        share = torch.bincount(action[:, i], minlength=int(size)) / 3000
+        torch.testing.assert_close(share, torch.full((int(size),), 1 / int(size)), atol=0.04, rtol=0)
+
+
+def test_images_are_stacked_channel_first():
+    plain, stacked = (envs.make_one(envs.EnvConfig(id="toy_envs:Image-v0", frame_stack=n)) for n in (1, 3))
+    assert plain.observation_space.shape == (8, 8, 3)
+    assert stacked.observation_space.shape == (9, 8, 8)
+
+
+def test_a_stack_of_pictures_is_the_last_pictures():
+    env = envs.make_one(envs.EnvConfig(id="toy_envs:Colour-v0", frame_stack=2))
+    plain = envs.make_one(envs.EnvConfig(id="toy_envs:Colour-v0"))
+    before, _ = plain.reset(seed=0)
+    stack, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(stack, np.concatenate([before.transpose(2, 0, 1)] * 2))
+    for action in (0.3, -0.2):
+        now = plain.step(np.array([action], np.float32))[0]
+        stack = env.step(np.array([action], np.float32))[0]
+        np.testing.assert_array_equal(stack, np.concatenate([before.transpose(2, 0, 1), now.transpose(2, 0, 1)]))
+        before = now
+
+
+def test_the_same_seed_gives_the_same_run_on_a_dict(tmp_path):
+    words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=64", "eval.every=64"]
+    for name in "ab":
+        train(config.compose(words), tmp_path / name)
+    assert same(saved(tmp_path / "a")["state_dict"], saved(tmp_path / "b")["state_dict"])
