@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import DoubleToFloat, GymWrapper, InitTracker, TransformedEnv
+from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, InitTracker, TransformedEnv
 
 from levin.envs import SeededVectorEnv
 from levin.errors import ConfigError
@@ -57,13 +58,8 @@ def make(
         return VectorCollector(env, policy, steps=steps, random_env_steps=random_env_steps)
     if isinstance(steps, WholeEpisodes):
         raise ConfigError(f"collector={name} has rollouts of one length; whole episodes need collector=vector")
-    wrapped = GymWrapper(env, categorical_action_encoding=True)
-    if wrapped.observation_spec["observation"].dtype == torch.float64:
-        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
-    if IS_FIRST in policy.in_keys:
-        wrapped = TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST))
     return Collector(
-        wrapped,
+        wrap(env, is_first=IS_FIRST in policy.in_keys),
         policy,
         frames_per_batch=steps * env.num_envs,
         total_frames=-1,
@@ -72,6 +68,25 @@ def make(
         auto_register_policy_transforms=False,
         track_traj_ids=False,
     )
+
+
+def wrap(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
+    """The vector env as TorchRL's collectors take it, with the keys of ours."""
+    wrapped = GymWrapper(env, categorical_action_encoding=True)
+    if wrapped.observation_spec["observation"].dtype == torch.float64:
+        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
+    return TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST)) if is_first else wrapped
+
+
+def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
+    """Uniform actions `[*shape, *A]`, in the policy's units."""
+    shape = (*shape, *(space.shape or ()))
+    if isinstance(space, Discrete):
+        return torch.randint(int(space.n), shape).numpy()
+    assert isinstance(space, Box)
+    low, high = space.low, space.high
+    low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
+    return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
 
 class VectorCollector(BaseCollector):
@@ -144,7 +159,7 @@ class VectorCollector(BaseCollector):
         views = torch.from_numpy(observation).unbind(1)  # T x [N, *shape]
         num_random = self._num_random(steps)
         if num_random:
-            action[:, :num_random] = self._random_actions(num_random)
+            action[:, :num_random] = random_actions(env.single_action_space, num_envs, num_random)
         current = self._observation
         with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
             for t in range(steps):
@@ -196,17 +211,6 @@ class VectorCollector(BaseCollector):
         """How many of the next `steps` vector steps lie before `random_env_steps`."""
         left = self.random_env_steps - self.vector_steps * self.env.num_envs
         return max(0, min(steps, -(-left // self.env.num_envs)))
-
-    def _random_actions(self, num: int) -> np.ndarray:
-        """Uniform actions `[N, num, *A]`, in the policy's units."""
-        space = self.env.single_action_space
-        shape = (self.env.num_envs, num, *(space.shape or ()))
-        if isinstance(space, Discrete):
-            return torch.randint(int(space.n), shape).numpy()
-        assert isinstance(space, Box)
-        low, high = space.low, space.high
-        low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
-        return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
     def _remember(self, action: np.ndarray) -> None:
         self._history.append(action)

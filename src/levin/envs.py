@@ -78,6 +78,7 @@ def make(
     purpose: int = TRAINING,
     rank: int = 0,
     num_envs: int | None = None,
+    first: int = 0,
     render: bool = False,
     copy: bool = True,
 ) -> "SeededVectorEnv":
@@ -86,6 +87,7 @@ def make(
     Args:
         seed: Together with `purpose` and `rank`, the root of all episode seeds.
         num_envs: Instead of `config.num_envs`.
+        first: The number of the first env, where they are a part of a run's.
         render: Whether `env.render()` gives frames.
         copy: Whether observations are copies. Without it the next step overwrites them.
 
@@ -112,7 +114,7 @@ def make(
         ) from error
     except (gym.error.Error, TypeError) as error:
         raise ConfigError(f"env.id={config.id} can't be made: {error}") from error
-    return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank)
+    return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
 
 
 def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
@@ -154,9 +156,11 @@ class SeededVectorEnv(VectorWrapper):
     reset begins the same episode again, so that a library which resets twice at the start changes nothing.
     """
 
-    def __init__(self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int) -> None:
+    def __init__(
+        self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int, first: int = 0
+    ) -> None:
         super().__init__(env)
-        self.config = config
+        self.config, self.first = config, first
         self.seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
         self._moved = np.ones(self.num_envs, dtype=bool)
@@ -177,7 +181,7 @@ class SeededVectorEnv(VectorWrapper):
         for i in np.flatnonzero(np.broadcast_to(mask, self.num_envs)):
             self.episodes[i] += int(self._moved[i])
             self._moved[i] = False
-            seeds[i] = self.seed_of(int(i), self.episodes[i])
+            seeds[i] = self.seed_of(self.first + int(i), self.episodes[i])
         options = dict(options) if options else None
         try:
             if isinstance(self.env, AsyncVectorEnv):
