@@ -22,6 +22,7 @@ from gymnasium.vector.utils import batch_space
 from levin.errors import ConfigError, RunError
 from levin.hints import PositiveFloat, PositiveInt
 from levin.spaces import EnvSpec, action_units, describe_space
+from levin.torchrl_envs import TorchRLVectorEnv, target
 from levin.wrappers import ActionRepeat, stack_frames
 
 # The first word of an episode's seed: what the episode is for.
@@ -34,7 +35,8 @@ class EnvConfig:
 
     Args:
         id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first.
-        family: The library behind the id.
+        family: The library behind the id; of `torchrl` the id is only a name.
+        target: `my_module:make_env`, what makes a `torchrl.envs.EnvBase`, of one env or a batch of them.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
         timeout: Seconds that async envs may take for a step or a reset.
@@ -47,11 +49,12 @@ class EnvConfig:
         observation_clip: Bound on a normalised observation.
         normalize_reward: Divide by the running deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
-        kwargs: Passed on to `gymnasium.make`.
+        kwargs: Passed on to `gymnasium.make`, or to the target.
     """
 
     id: str
-    family: Literal["gymnasium"] = "gymnasium"
+    family: Literal["gymnasium", "torchrl"] = "gymnasium"
+    target: str | None = None
     num_envs: PositiveInt = 1
     vectorization: Literal["sync", "async"] = "sync"
     timeout: PositiveFloat = 300.0
@@ -94,6 +97,11 @@ def make(
     Raises:
         ConfigError: The id is unknown, or a package behind it is missing.
     """
+    if config.family == "torchrl":
+        env = _make_torchrl(config, num_envs, render)
+        return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
+    if config.target is not None:
+        raise ConfigError(f"env.target={config.target} is for env.family=torchrl, not for {config.family}")
     # TorchRL makes `spawn` the default, and every worker would import all of this for seconds.
     start = "fork" if sys.platform == "linux" else None
     vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy, context=start)}
@@ -115,6 +123,23 @@ def make(
     except (gym.error.Error, TypeError) as error:
         raise ConfigError(f"env.id={config.id} can't be made: {error}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
+
+
+def _make_torchrl(config: EnvConfig, num_envs: int | None, render: bool) -> TorchRLVectorEnv:
+    if config.target is None:
+        raise ConfigError("env.family=torchrl needs env.target=my_module:make_env")
+    refused = {
+        "vectorization=async": (config.vectorization == "async", "take collector=torchrl-process"),
+        "time_limit": (config.time_limit is not None, "let env.target add a StepCounter"),
+        "action_repeat": (config.action_repeat > 1, "let env.target add a FrameSkipTransform"),
+        "frame_stack": (config.frame_stack > 1, "let env.target add a CatFrames"),
+        "render": (render, "let env.target make its own pictures"),
+    }
+    for name, (wanted, instead) in refused.items():
+        if wanted:
+            raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
+    one = partial(target(config.target), **config.kwargs)
+    return TorchRLVectorEnv(one, num_envs or config.num_envs, round_up=num_envs is not None)
 
 
 def make_one(config: EnvConfig, render: bool = False) -> gym.Env:

@@ -123,9 +123,7 @@ class CollectorLoader:
         self.statistics.open_length[self.strayed] = 0
 
 
-def make(
-    name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int = 0, workers: int = 1
-) -> CollectorLoader:
+def make(name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int = 0, workers: int = 1) -> CollectorLoader:
     """The rollouts of an algorithm's policy in an env, as the Trainer takes them.
 
     Args:

@@ -8,9 +8,8 @@ middle of a rollout. Their version travels with them and is written into the rol
 
 import copy
 import ctypes
-from torch import multiprocessing
+import json
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -29,7 +28,7 @@ import torch
 from gymnasium.spaces import Space
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torchrl.collectors import BaseCollector, Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.collectors.distributed import RayCollector
 from torchrl.envs import EnvBase
@@ -44,9 +43,9 @@ from levin.guards import SIGNALS
 
 NAMES = ("torchrl-process", "torchrl-async", "ray")
 ENV_INDEX, POLICY_VERSION = "env_index", "policy_version"
-AFTER = tuple(("next", key) for key in ("observation", "reward", "terminated", "truncated", "done"))
-KEYS = ("observation", "action", *AFTER, POLICY_VERSION)
+AFTER = ("observation", "reward", "terminated", "truncated", "done")
 PR_SET_PDEATHSIG = 1  # prctl.h
+START = 60.0  # seconds in which a worker makes its envs
 RAY = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
 
 
@@ -75,7 +74,7 @@ def make_env(share: Share) -> EnvBase:
         signal.signal(each, signal.SIG_IGN)
     if sys.platform == "linux" and multiprocessing.parent_process() is not None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and no longer than that, however it ends
-    signal.setitimer(signal.ITIMER_REAL, share.config.timeout)  # until the first reset is over: see `Worker`
+    signal.setitimer(signal.ITIMER_REAL, START + share.config.timeout)  # until the first reset is over: see `Worker`
     torch.set_num_threads(1)
     rng.seed_everything(share.seed, rank=1 + share.worker, env_steps=share.env_steps)
     env = envs.make(share.config, seed=share.seed, num_envs=share.num_envs, first=share.first)
@@ -102,7 +101,8 @@ class Acting(TensorDictModuleBase):
     def __init__(self, policy: TensorDictModule, space: Space, timeout: float) -> None:
         super().__init__()
         self.policy, self.space, self.timeout = policy, space, timeout
-        self.in_keys, self.out_keys = policy.in_keys, ["action", POLICY_VERSION]
+        self.in_keys = policy.in_keys  # type: ignore[assignment]
+        self.out_keys = ["action", POLICY_VERSION]
         self.register_buffer("version", torch.zeros((), dtype=torch.int64))
         self.random_steps = 0  # vector steps until the policy is asked
 
@@ -161,11 +161,16 @@ class Worker(Collector):
         except Exception as error:
             if self.reports is None:
                 raise
-            said = str(error) if isinstance(error, RunError) else f"raised {type(error).__name__}: {error}"
-            (Path(self.reports) / str(self.worker_idx)).write_bytes(pickle.dumps((said, traceback.format_exc())))
+            report = Path(self.reports) / str(self.worker_idx)
+            report.write_text(json.dumps([_said(error), traceback.format_exc()]))
             os._exit(1)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _said(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, RunError) else f"raised {type(error).__name__}: {first}"
 
 
 class AsyncCollector(MultiAsyncCollector):
@@ -176,7 +181,9 @@ class AsyncCollector(MultiAsyncCollector):
 
     @property
     def _queue_len(self) -> int:
-        return self.num_workers  # of TorchRL's 1, a worker that can't deliver for a second throws its rollout away
+        return len(
+            self.create_env_fn
+        )  # of TorchRL's 1, a worker that can't deliver for a second throws its rollout away
 
     def _get_from_queue(self, timeout: float | None = None) -> tuple[int, int, TensorDictBase]:
         self.worker, number, rollout = super()._get_from_queue(timeout)
@@ -225,7 +232,8 @@ class WorkersCollector(BaseCollector):
         self.num_envs = env.num_envs // workers  # of each
         self.vector_steps = [0] * workers  # that have come from each
         self.collector: MultiSyncCollector | AsyncCollector | RayCollector | None = None
-        self.reports = Path()
+        self.reports: Path | None = None  # the folder in which workers leave word of what ended them
+        self._owns_ray = False
 
     def iterator(self) -> Iterator[TensorDictBase]:
         try:
@@ -300,7 +308,7 @@ class WorkersCollector(BaseCollector):
                 total_frames=sys.maxsize,  # with -1 it would end at once
                 sync=True,
                 weight_sync_schemes={},
-                collector_class=Worker,
+                collector_class=Worker,  # type: ignore[arg-type]
                 collector_kwargs={"auto_register_policy_transforms": False},
                 remote_configs={"num_cpus": 1},
                 **common,
@@ -328,43 +336,38 @@ class WorkersCollector(BaseCollector):
 
     def _finish(self, rollout: TensorDictBase) -> TensorDict:
         """What TorchRL collected `[W, n, T]` or `[n, T]`, in the order of the envs and nothing beside it."""
-        asynchronous = isinstance(self.collector, AsyncCollector)
-        rollout = rollout.flatten(0, -2) if rollout.ndim > 2 else rollout  # [W, n, T] -> [N, T]
-        each = {key: rollout[key] for key in KEYS}
-        data = TensorDict({}, batch_size=rollout.shape)
-        for key, value in each.items():
-            data[key] = value
-        first = self.collector.worker * self.num_envs if asynchronous else 0  # type: ignore[union-attr]
-        index = torch.arange(first, first + len(data))
-        data[ENV_INDEX] = index.view(-1, 1, 1).expand(*data.shape, 1)
-        for worker in {self.collector.worker} if asynchronous else range(self.workers):  # type: ignore[union-attr]
+        if rollout.ndim > 2:
+            rollout = rollout.flatten(0, -2)  # type: ignore[assignment]  # [W, n, T] -> [N, T]
+        one = [self.collector.worker] if isinstance(self.collector, AsyncCollector) else None
+        for worker in one or range(self.workers):
             self.vector_steps[worker] += self.steps
-        for env, ends in zip(index.tolist(), data["next", "done"].sum((1, 2)).tolist(), strict=True):
+        index = one[0] * self.num_envs + torch.arange(self.num_envs) if one else torch.arange(self.env.num_envs)
+        done: Tensor = rollout["next", "done"]
+        for env, ends in zip(index.tolist(), done.sum((1, 2)).tolist(), strict=True):
             self.env.episodes[env] += ends
-        return data
+        data: dict[str, Any] = {key: rollout[key] for key in ("observation", "action", POLICY_VERSION)}
+        data["next"] = {key: rollout["next", key] for key in AFTER}
+        data[ENV_INDEX] = index.view(-1, 1, 1).expand(*rollout.shape, 1)
+        return TensorDict(data, batch_size=rollout.shape)
 
     def _failure(self, error: Exception) -> RunError:
         """What is known of the end of a worker, in one sentence."""
         if isinstance(error, RunError) and not hasattr(error, "cause"):
             return error
-        where = f"of {self.workers} (collector={self.name}, {self.env.config.id})"
-        for report in sorted(self.reports.glob("*")) if self.reports != Path() else []:
-            said, trace = pickle.loads(report.read_bytes())
-            error.add_note(trace)
-            return RunError(f"worker {report.name} {where}: {said}")
-        timeout = f"env.timeout={self.env.config.timeout:g} seconds"
-        for worker, process in enumerate(getattr(self.collector, "procs", ())):
-            if not process._closed and process.exitcode == -signal.SIGALRM:
-                return RunError(f"worker {worker} {where} did not come back within {timeout}")
-            if not process._closed and process.exitcode:
-                return RunError(f"worker {worker} {where} ended with exit code {process.exitcode}")
-        cause = getattr(error, "cause", None)  # what Ray was told by a worker that raised
-        if isinstance(cause, RunError):
-            return RunError(f"a worker {where}: {cause}")
+        late = f"did not come back within env.timeout={self.env.config.timeout:g} seconds"
+        cause = getattr(error, "cause", None) or error  # of Ray's: what a worker raised
+        who, said = "a worker", _said(cause)
         if "ActorDied" in type(error).__name__:
-            return RunError(f"a worker {where} died, or did not come back within {timeout}")
-        cause = cause or error
-        return RunError(f"a worker {where} raised {type(cause).__name__}: {str(cause).splitlines()[0]}")
+            said = f"died, or {late}"
+        for worker, process in enumerate(getattr(self.collector, "procs", ())):
+            if not process._closed and process.exitcode:
+                who, code = f"worker {worker}", process.exitcode
+                said = late if code == -signal.SIGALRM else f"ended with exit code {code}"
+        for report in sorted(self.reports.glob("*")) if self.reports else []:
+            who = f"worker {report.name}"
+            said, trace = json.loads(report.read_text())
+            error.add_note(trace)
+        return RunError(f"{who} of {self.workers} (collector={self.name}, {self.env.config.id}): {said}")
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
         """End the workers."""
@@ -380,12 +383,10 @@ class WorkersCollector(BaseCollector):
 
             ray.shutdown()
             self._owns_ray = False
-        if self.reports != Path():
+        if self.reports:
             shutil.rmtree(self.reports, ignore_errors=True)
         if close_env:
             self.env.close()
-
-    _owns_ray = False
 
     def reset(self) -> None:
         """Nothing: the workers of a run that is resumed begin with the episodes that `env` is in."""
