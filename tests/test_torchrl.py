@@ -280,13 +280,14 @@ ENDS = [
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(("how", "words", "said"), ENDS)
-def test_the_end_of_a_worker_ends_the_run_in_one_sentence(name, how, words, said, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("end", ENDS, ids=[how for how, _, _ in ENDS])
+def test_the_end_of_a_worker_ends_the_run_in_one_sentence(name, end, tmp_path, monkeypatch, capfd):
+    how, words, said = end
     before, begin = children(), time.monotonic()
     words = (*SMALL, *FAILING, *TWO, f"collector={name}", f"+env.kwargs.how={how}", *words)
     heard = run_and_fail(words, tmp_path / "run", monkeypatch, capfd)
     if name == "ray" and how != "raise":
-        assert "a worker of 2 (collector=ray, toy_envs:Failing-v0) died, or did not come back" in heard
+        assert "a worker of 2 (collector=ray, toy_envs:Failing-v0): died, or did not come back" in heard
     else:
         assert said in heard
         assert f"of 2 (collector={name}, toy_envs:Failing-v0)" in heard
@@ -295,6 +296,12 @@ def test_the_end_of_a_worker_ends_the_run_in_one_sentence(name, how, words, said
     assert whole(tmp_path / "run")
     assert children() <= before
     assert time.monotonic() - begin < 60
+
+
+def session(leader: int) -> list[str]:
+    """State of every process in the session of one."""
+    words = ["ps", "-o", "stat=", "-s", str(leader)]
+    return subprocess.run(words, check=False, capture_output=True, text=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -322,8 +329,7 @@ def test_a_signal_to_everyone_leaves_nobody(name, signum, tmp_path):
     assert process.wait(60) == (-signum if signum == signal.SIGKILL else 0)
     assert whole(run)
     for _ in range(100):
-        left = subprocess.run(["ps", "-o", "pid=,stat=", "-g", str(process.pid)], capture_output=True, text=True)
-        alive = [line for line in left.stdout.splitlines() if "Z" not in line]
+        alive = [each for each in session(process.pid) if "Z" not in each]
         if not alive:
             break
         time.sleep(0.1)

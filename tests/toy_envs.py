@@ -64,7 +64,10 @@ class Steps(Point):
 
 
 class Failing(Point):
-    """A Point that fails in its `after`-th step: `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`, `die`."""
+    """A Point that fails in its `after`-th step.
+
+    `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`, `die`.
+    """
 
     def __init__(self, how: str, after: int = 100) -> None:
         self.how, self.left = how, after

@@ -181,9 +181,8 @@ class AsyncCollector(MultiAsyncCollector):
 
     @property
     def _queue_len(self) -> int:
-        return len(
-            self.create_env_fn
-        )  # of TorchRL's 1, a worker that can't deliver for a second throws its rollout away
+        # With TorchRL's 1, a worker that can't deliver for a second throws its rollout away.
+        return len(self.create_env_fn)
 
     def _get_from_queue(self, timeout: float | None = None) -> tuple[int, int, TensorDictBase]:
         self.worker, number, rollout = super()._get_from_queue(timeout)
@@ -296,7 +295,8 @@ class WorkersCollector(BaseCollector):
         import ray
 
         if not ray.is_initialized():
-            ray.init(**RAY)
+            paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # else workers don't find a user's modules
+            ray.init(**RAY, runtime_env={"env_vars": paths})
             self._owns_ray = True
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus < self.workers:  # Ray would wait for more to join
@@ -334,16 +334,15 @@ class WorkersCollector(BaseCollector):
         taken = self.vector_steps[worker] + begun * self.steps
         return weights_of(self.policy), self.version(), max(0, -(-self.random_env_steps // self.env.num_envs) - taken)
 
-    def _finish(self, rollout: TensorDictBase) -> TensorDict:
+    def _finish(self, rollout: Any) -> TensorDict:
         """What TorchRL collected `[W, n, T]` or `[n, T]`, in the order of the envs and nothing beside it."""
         if rollout.ndim > 2:
-            rollout = rollout.flatten(0, -2)  # type: ignore[assignment]  # [W, n, T] -> [N, T]
+            rollout = rollout.flatten(0, -2)  # [W, n, T] -> [N, T]
         one = [self.collector.worker] if isinstance(self.collector, AsyncCollector) else None
         for worker in one or range(self.workers):
             self.vector_steps[worker] += self.steps
         index = one[0] * self.num_envs + torch.arange(self.num_envs) if one else torch.arange(self.env.num_envs)
-        done: Tensor = rollout["next", "done"]
-        for env, ends in zip(index.tolist(), done.sum((1, 2)).tolist(), strict=True):
+        for env, ends in zip(index.tolist(), rollout["next", "done"].sum((1, 2)).tolist(), strict=True):
             self.env.episodes[env] += ends
         data: dict[str, Any] = {key: rollout[key] for key in ("observation", "action", POLICY_VERSION)}
         data["next"] = {key: rollout["next", key] for key in AFTER}
