@@ -94,7 +94,7 @@ def top_level(
     total_env_steps: PositiveInt,
     run: str | None,
     collector: Literal["vector", "torchrl", "torchrl-process", "torchrl-async", "ray"],
-    collector_workers: PositiveInt,
+    collector_workers: PositiveInt = 2,  # runs that were begun before it came have none
     logger: Literal["csv", "tensorboard", "wandb"] | None,
     log_every: PositiveInt,
     wandb_project: str,

@@ -70,7 +70,7 @@ def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: i
 
 def make_loader(cfg: DictConfig, env: envs.SeededVectorEnv, algorithm: Algorithm) -> loader.CollectorLoader:
     """What collects for an algorithm."""
-    return loader.make(cfg.collector, env, algorithm, seed=cfg.seed, workers=cfg.collector_workers)
+    return loader.make(cfg.collector, env, algorithm, seed=cfg.seed, workers=cfg.get("collector_workers", 2))
 
 
 def make_env(cfg: DictConfig, rank: int) -> envs.SeededVectorEnv:
