@@ -149,6 +149,9 @@ class Worker(Collector):
         super().__init__(*args, track_traj_ids=reports is not None, **kwargs)  # TorchRL's multi-collectors read them
         signal.setitimer(signal.ITIMER_REAL, 0)
 
+    def __bool__(self) -> bool:
+        return True  # Ray asks before it passes an error on, and a collector without an end has no length to go by
+
     def load(self, weights: list[np.ndarray], version: int, random_steps: int) -> None:
         """What the next rollout is collected with. Called between two of them."""
         assert isinstance(self.policy, Acting)
