@@ -312,7 +312,6 @@ def session(leader: int) -> list[str]:
         pytest.param("torchrl-process", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("torchrl-async", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("ray", signal.SIGINT, marks=[needs_ray, pytest.mark.slow]),
-        pytest.param("ray", signal.SIGKILL, marks=[needs_ray, pytest.mark.slow]),
     ],
 )
 def test_a_signal_to_everyone_leaves_nobody(name, signum, tmp_path):
