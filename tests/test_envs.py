@@ -75,7 +75,8 @@ def test_time_limit_truncates():
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "env").glob("*.yaml")))
 def test_every_env_file_can_be_made_and_stepped(name):
-    overrides = [f"env={name}"] + (["env.id=toy_envs:Point-v0"] if name == "gym" else [])
+    needed = {"gym": ["env.id=toy_envs:Point-v0"], "torchrl": ["env.target=toy_torchrl:line"]}
+    overrides = [f"env={name}", *needed.get(name, [])]
     if name in ("cartpole", "acrobot"):
         overrides.append("env.action=none")
     cfg = config.compose(overrides)

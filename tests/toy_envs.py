@@ -1,6 +1,8 @@
 """Envs whose every transition can be predicted. Ids: `toy_envs:Counting-v0` and so on."""
 
 import multiprocessing
+import os
+import signal
 import time
 from typing import ClassVar
 
@@ -62,7 +64,10 @@ class Steps(Point):
 
 
 class Failing(Point):
-    """A Point that fails in its `after`-th step: `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`."""
+    """A Point that fails in its `after`-th step.
+
+    `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`, `die`.
+    """
 
     def __init__(self, how: str, after: int = 100) -> None:
         self.how, self.left = how, after
@@ -73,6 +78,8 @@ class Failing(Point):
         if self.left == 0:
             if self.how == "raise":
                 raise ZeroDivisionError("the cart has left the track")
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "hang":
                 time.sleep(1000)
             observation = observation * np.nan if self.how == "blind" else observation

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
@@ -17,7 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import DoubleToFloat, GymWrapper, InitTracker, RenameTransform, TransformedEnv
+from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, InitTracker, RenameTransform, TransformedEnv
 
 from levin.envs import SeededVectorEnv
 from levin.errors import ConfigError
@@ -58,16 +59,8 @@ def make(
         return VectorCollector(env, policy, steps=steps, random_env_steps=random_env_steps)
     if isinstance(steps, WholeEpisodes):
         raise ConfigError(f"collector={name} has rollouts of one length; whole episodes need collector=vector")
-    wrapped = GymWrapper(env, categorical_action_encoding=True)
-    if parts := list(env.observation.get("spaces", {})):
-        nested: list[NestedKey] = [("observation", part) for part in parts]
-        wrapped = TransformedEnv(wrapped, RenameTransform(in_keys=parts, out_keys=nested))
-    elif wrapped.observation_spec["observation"].dtype == torch.float64:
-        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
-    if IS_FIRST in policy.in_keys:
-        wrapped = TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST))
     return Collector(
-        wrapped,
+        wrap(env, is_first=IS_FIRST in policy.in_keys),
         policy,
         frames_per_batch=steps * env.num_envs,
         total_frames=-1,
@@ -80,9 +73,33 @@ def make(
 
 def moved(inputs: Any, device: torch.device) -> Any:
     """What a policy takes, on its device: a tensor, or one for each part of an observation."""
-    return (
-        {name: moved(part, device) for name, part in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
-    )
+    if isinstance(inputs, dict):
+        return {name: part.to(device) for name, part in inputs.items()}
+    return inputs.to(device)
+
+
+def wrap(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
+    """The vector env as TorchRL's collectors take it, with the keys of ours."""
+    wrapped = GymWrapper(env, categorical_action_encoding=True)
+    if parts := list(env.observation.get("spaces", {})):
+        nested: list[NestedKey] = [("observation", part) for part in parts]
+        wrapped = TransformedEnv(wrapped, RenameTransform(in_keys=parts, out_keys=nested))
+    elif wrapped.observation_spec["observation"].dtype == torch.float64:
+        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
+    return TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST)) if is_first else wrapped
+
+
+def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
+    """Uniform actions `[*shape, *A]`, in the policy's units."""
+    shape = (*shape, *(space.shape or ()))
+    if isinstance(space, Discrete):
+        return torch.randint(int(space.n), shape).numpy()
+    if isinstance(space, MultiDiscrete):
+        return (torch.rand(shape, dtype=torch.float64).numpy() * space.nvec).astype(np.int64)
+    assert isinstance(space, Box)
+    low, high = space.low, space.high
+    low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
+    return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
 
 class VectorCollector(BaseCollector):
@@ -153,7 +170,7 @@ class VectorCollector(BaseCollector):
         views = list(zip(*(torch.from_numpy(part).unbind(1) for part in observation), strict=True))  # T x parts
         num_random = self._num_random(steps)
         if num_random:
-            action[:, :num_random] = self._random_actions(num_random)
+            action[:, :num_random] = random_actions(env.single_action_space, num_envs, num_random)
         current = self._observation
         with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
             for t in range(steps):
@@ -222,19 +239,6 @@ class VectorCollector(BaseCollector):
         """How many of the next `steps` vector steps lie before `random_env_steps`."""
         left = self.random_env_steps - self.vector_steps * self.env.num_envs
         return max(0, min(steps, -(-left // self.env.num_envs)))
-
-    def _random_actions(self, num: int) -> np.ndarray:
-        """Uniform actions `[N, num, *A]`, in the policy's units."""
-        space = self.env.single_action_space
-        shape = (self.env.num_envs, num, *(space.shape or ()))
-        if isinstance(space, Discrete):
-            return torch.randint(int(space.n), shape).numpy()
-        if isinstance(space, MultiDiscrete):
-            return (torch.rand(shape, dtype=torch.float64).numpy() * space.nvec).astype(np.int64)
-        assert isinstance(space, Box)
-        low, high = space.low, space.high
-        low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
-        return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
     def _remember(self, action: np.ndarray) -> None:
         self._history.append(action)

@@ -24,6 +24,7 @@ from gymnasium.wrappers import AddRenderObservation
 from levin.errors import ConfigError, RunError
 from levin.hints import PositiveFloat, PositiveInt
 from levin.spaces import EnvSpec, action_units, describe_action, describe_space, dtypes, readable, to_gym
+from levin.torchrl_envs import TorchRLVectorEnv, target
 from levin.wrappers import ActionRepeat, stack_frames
 
 # The first word of an episode's seed: what the episode is for.
@@ -36,7 +37,9 @@ class EnvConfig:
 
     Args:
         id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first.
-        family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`.
+        family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`; with
+            `torchrl` the id is only a name.
+        target: `my_module:make_env`, what makes a `torchrl.envs.EnvBase`, of one env or a batch of them.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
         timeout: Seconds that async envs may take for a step or a reset.
@@ -50,11 +53,12 @@ class EnvConfig:
         observation_clip: Bound on a normalised observation.
         normalize_reward: Divide by the running deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
-        kwargs: Passed on to `gymnasium.make`.
+        kwargs: Passed on to `gymnasium.make`, or to the target.
     """
 
     id: str
-    family: Literal["gymnasium", "dm_control"] = "gymnasium"
+    family: Literal["gymnasium", "dm_control", "torchrl"] = "gymnasium"
+    target: str | None = None
     num_envs: PositiveInt = 1
     vectorization: Literal["sync", "async"] = "sync"
     timeout: PositiveFloat = 300.0
@@ -82,6 +86,7 @@ def make(
     purpose: int = TRAINING,
     rank: int = 0,
     num_envs: int | None = None,
+    first: int = 0,
     render: bool = False,
     copy: bool = True,
 ) -> "SeededVectorEnv":
@@ -90,12 +95,18 @@ def make(
     Args:
         seed: Together with `purpose` and `rank`, the root of all episode seeds.
         num_envs: Instead of `config.num_envs`.
+        first: The number of the first env, where they are a part of a run's.
         render: Whether `env.render()` gives frames.
         copy: Whether observations are copies. Without it the next step overwrites them.
 
     Raises:
         ConfigError: The id is unknown, or a package behind it is missing.
     """
+    if config.family == "torchrl":
+        env = _make_torchrl(config, num_envs, render)
+        return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
+    if config.target is not None:
+        raise ConfigError(f"env.target={config.target} is for env.family=torchrl, not for {config.family}")
     # TorchRL makes `spawn` the default, and every worker would import all of this for seconds. OpenGL, which has drawn
     # here already, does not survive a fork.
     start = "fork" if sys.platform == "linux" and not config.pixels else None
@@ -117,7 +128,24 @@ def make(
         ) from error
     except (gym.error.Error, TypeError) as error:
         raise ConfigError(f"env.id={config.id} can't be made: {error}") from error
-    return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank)
+    return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
+
+
+def _make_torchrl(config: EnvConfig, num_envs: int | None, render: bool) -> TorchRLVectorEnv:
+    if config.target is None:
+        raise ConfigError("env.family=torchrl needs env.target=my_module:make_env")
+    refused = {
+        "vectorization=async": (config.vectorization == "async", "take collector=torchrl-process"),
+        "time_limit": (config.time_limit is not None, "let env.target add a StepCounter"),
+        "action_repeat": (config.action_repeat > 1, "let env.target add a FrameSkipTransform"),
+        "frame_stack": (config.frame_stack > 1, "let env.target add a CatFrames"),
+        "render": (render, "let env.target make its own pictures"),
+    }
+    for name, (wanted, instead) in refused.items():
+        if wanted:
+            raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
+    one = partial(target(config.target), **config.kwargs)
+    return TorchRLVectorEnv(one, num_envs or config.num_envs, round_up=num_envs is not None)
 
 
 def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
@@ -176,9 +204,11 @@ class SeededVectorEnv(VectorWrapper):
     reset begins the same episode again, so that a library which resets twice at the start changes nothing.
     """
 
-    def __init__(self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int) -> None:
+    def __init__(
+        self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int, first: int = 0
+    ) -> None:
         super().__init__(env)
-        self.config = config
+        self.config, self.first = config, first
         self.seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
         self._moved = np.ones(self.num_envs, dtype=bool)
@@ -205,7 +235,7 @@ class SeededVectorEnv(VectorWrapper):
         for i in np.flatnonzero(np.broadcast_to(mask, self.num_envs)):
             self.episodes[i] += int(self._moved[i])
             self._moved[i] = False
-            seeds[i] = self.seed_of(int(i), self.episodes[i])
+            seeds[i] = self.seed_of(self.first + int(i), self.episodes[i])
         options = dict(options) if options else None
         try:
             if isinstance(self.env, AsyncVectorEnv):

@@ -18,18 +18,24 @@ class EpisodeStatistics:
         self.open_return = np.zeros(num_envs)
         self.open_length = np.zeros(num_envs, dtype=np.int64)
 
-    def update(self, reward: np.ndarray, done: np.ndarray) -> tuple[list[float], list[int]]:
-        """Take in `[N, T]` rewards and ends; give the returns and lengths of the episodes that ended, in time order."""
+    def update(
+        self, reward: np.ndarray, done: np.ndarray, envs: np.ndarray | None = None
+    ) -> tuple[list[float], list[int]]:
+        """Take in `[n, T]` rewards and ends; give the returns and lengths of the episodes that ended, in time order.
+
+        Args:
+            envs: `[n]`, which env each row is of; without it, all in their order.
+        """
         ended = []
         totals = np.cumsum(reward, axis=1, dtype=np.float64)
-        for i in range(len(reward)):
+        for row, i in enumerate(range(len(reward)) if envs is None else envs):
             start, before = 0, 0.0  # of the open episode, within this rollout
-            for end in np.flatnonzero(done[i]):
+            for end in np.flatnonzero(done[row]):
                 length = self.open_length[i] + end + 1 - start
-                ended.append((end, self.open_return[i] + totals[i, end] - before, int(length)))
+                ended.append((end, self.open_return[i] + totals[row, end] - before, int(length)))
                 self.open_return[i] = self.open_length[i] = 0
-                start, before = end + 1, totals[i, end]
-            self.open_return[i] += totals[i, -1] - before
+                start, before = end + 1, totals[row, end]
+            self.open_return[i] += totals[row, -1] - before
             self.open_length[i] += done.shape[1] - start
         ended.sort(key=lambda episode: episode[0])
         return [float(each[1]) for each in ended], [each[2] for each in ended]

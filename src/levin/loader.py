@@ -10,12 +10,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import BaseCollector
 
-from levin import collectors
+from levin import collectors, torchrl_collectors
 from levin.algorithms.base import Algorithm
 from levin.collectors import VectorCollector
 from levin.envs import SeededVectorEnv
 from levin.episodes import EpisodeStatistics, step_count
 from levin.errors import RunError
+from levin.torchrl_collectors import ENV_INDEX, POLICY_VERSION
 
 
 class CollectorLoader:
@@ -27,7 +28,8 @@ class CollectorLoader:
     Args:
         collector: Any TorchRL collector whose rollouts are `[N, T]`.
         env: What it collects from, N envs.
-        version: The version of the policy; every rollout carries it as `policy_version`.
+        version: The version of the policy; every rollout carries that of the policy that acted as `policy_version`
+            `[N, T, 1]`.
         step_count: Whether rollouts carry `step_count` `[N, T, 1]`, the number of each step in its episode, from 0.
     """
 
@@ -38,6 +40,7 @@ class CollectorLoader:
         self.statistics = EpisodeStatistics(env.num_envs)
         self.returns: list[float] = []  # of episodes that ended since `take`
         self.lengths: list[int] = []
+        self.lags: list[float] = []  # iterations by which the policies of workers were behind, since `take`
         self.seconds = 0.0
         self.strayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode was truncated when the run resumed
         self._iterator: Iterator[TensorDictBase] | None = None
@@ -54,26 +57,32 @@ class CollectorLoader:
         self._iterator = self._iterator or iter(self.collector.iterator())
         version = self.version()
         rollout = next(self._iterator)
-        rollout.set_non_tensor("policy_version", version)
+        if POLICY_VERSION in rollout.keys():  # noqa: SIM118  # workers may have acted with an older one
+            self.lags.append(version - rollout[POLICY_VERSION].float().mean().item())
+        else:
+            rollout[POLICY_VERSION] = torch.full((*rollout.shape, 1), version)
+        indices = rollout.get(ENV_INDEX, None)  # [N, T, 1]: of the envs of one worker only, or of all
+        envs = np.arange(len(rollout)) if indices is None else indices[:, 0, 0].numpy()
         after: TensorDict = rollout.get("next")
         reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
         for what in (*parts(rollout.get("observation")), *parts(after.get("observation")), reward):
-            self._check_finite(np.asarray(what), done)
+            self._check_finite(np.asarray(what), done, envs)
         if self.step_count:
-            count = step_count(done, self.statistics.open_length)
+            count = step_count(done, self.statistics.open_length[envs])
             rollout["step_count"] = torch.from_numpy(count).unsqueeze(-1)  # [N, T] -> [N, T, 1]
-        returns, lengths = self.statistics.update(reward, done)
+        returns, lengths = self.statistics.update(reward, done, envs)
         self.returns += returns
         self.lengths += lengths
         self.seconds += perf_counter() - start
         return rollout
 
-    def _check_finite(self, values: np.ndarray, done: np.ndarray) -> None:
+    def _check_finite(self, values: np.ndarray, done: np.ndarray, envs: np.ndarray) -> None:
         if values.dtype != np.uint8 and not np.isfinite(values).all():  # [N, T, *]
-            env, step = (int(each[0]) for each in np.nonzero(~np.isfinite(values))[:2])
-            episode = self.env.episodes[env] - int(done[env, step:].sum())
+            row, step = (int(each[0]) for each in np.nonzero(~np.isfinite(values))[:2])
+            env = int(envs[row])
+            episode = self.env.episodes[env] - int(done[row, step:].sum())
             raise RunError(
-                f"{self.env.config.id} gave {values[env, step]}, not finite, in iteration {self.version() + 1}: "
+                f"{self.env.config.id} gave {values[row, step]}, not finite, in iteration {self.version() + 1}: "
                 f"env {env}, episode {episode}, begun with seed {self.env.seed_of(env, episode)}"
             )
 
@@ -83,7 +92,9 @@ class CollectorLoader:
         if self.returns:
             row |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths))}
             row["episode/count"] = len(self.returns)
-        self.returns, self.lengths, self.seconds = [], [], 0.0
+        if self.lags:
+            row["collect/policy_lag"] = float(np.mean(self.lags))
+        self.returns, self.lengths, self.lags, self.seconds = [], [], [], 0.0
         return row
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,6 +105,7 @@ class CollectorLoader:
             "open_length": self.statistics.open_length.tolist(),
             "returns": list(self.returns),
             "lengths": list(self.lengths),
+            "lags": list(self.lags),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -101,6 +113,7 @@ class CollectorLoader:
         self.statistics.open_return = np.array(state_dict["open_return"])
         self.statistics.open_length = np.array(state_dict["open_length"])
         self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
+        self.lags = list(state_dict.get("lags", []))  # checkpoints of before they were kept have none
         if isinstance(self.collector, VectorCollector):
             self.strayed = self.collector.strayed
         else:  # TorchRL's collectors save no open episode: the next one begins
@@ -116,9 +129,17 @@ def parts(observation: Tensor | TensorDictBase) -> list[Tensor]:
     return [observation] if isinstance(observation, Tensor) else list(observation.values())
 
 
-def make(name: str, env: SeededVectorEnv, algorithm: Algorithm) -> CollectorLoader:
-    """The rollouts of an algorithm's policy in an env, as the Trainer takes them."""
-    collector = collectors.make(
-        name, env, algorithm.policy(), steps=algorithm.steps_per_iteration, random_env_steps=algorithm.random_env_steps
-    )
+def make(name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int = 0, workers: int = 1) -> CollectorLoader:
+    """The rollouts of an algorithm's policy in an env, as the Trainer takes them.
+
+    Args:
+        name: `vector`, `torchrl`, or one of `torchrl_collectors.NAMES`.
+        seed: The root of the random streams of workers.
+        workers: Processes of the collectors that have some.
+    """
+    if name in torchrl_collectors.NAMES:
+        collector = torchrl_collectors.make(name, env, algorithm, seed=seed, workers=workers)
+    else:
+        steps, random_env_steps = algorithm.steps_per_iteration, algorithm.random_env_steps
+        collector = collectors.make(name, env, algorithm.policy(), steps=steps, random_env_steps=random_env_steps)
     return CollectorLoader(collector, env, lambda: algorithm.iterations, step_count=algorithm.step_count)

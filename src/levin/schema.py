@@ -93,7 +93,8 @@ def top_level(
     seed: NonNegativeInt,
     total_env_steps: PositiveInt,
     run: str | None,
-    collector: Literal["vector", "torchrl"],
+    collector: Literal["vector", "torchrl", "torchrl-process", "torchrl-async", "ray"],
+    collector_workers: PositiveInt = 2,  # runs that were begun before it came have none
     logger: Literal["csv", "tensorboard", "wandb"] | None,
     log_every: PositiveInt,
     wandb_project: str,
@@ -131,6 +132,8 @@ def _check_workers(config: DictConfig) -> None:
         return
     if trainer.accelerator not in ("auto", "cpu"):
         raise ConfigError(f"trainer.strategy=hogwild shares the memory of the CPU, not of {trainer.accelerator}")
+    if config.collector not in ("vector", "torchrl"):
+        raise ConfigError(f"trainer.strategy=hogwild has workers of its own, without collector={config.collector}")
     if workers > 1:
         name = algorithm_class(config).__name__
         if not algorithm_class(config).lock_free:

@@ -31,8 +31,10 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         runs.create(run, cfg, facts, resumed=ckpt_path is not None)
         runs.say(f"{cfg.name}, seed {cfg.seed}: {run}")
         trainer.loggers = loggers.make(cfg.logger, run, schema.plain(cfg), facts["git_sha"], ckpt_path)
-        trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
-        rollouts.collector.shutdown()
+        try:
+            trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
+        finally:
+            rollouts.collector.shutdown()
         runs.finish(run, perf_counter() - start, algorithm.env_steps if budget.spent else None)
         if cfg.upload and budget.spent:
             play.play(run=str(run))
@@ -51,7 +53,7 @@ def build(cfg: DictConfig) -> tuple[Algorithm, loader.CollectorLoader]:
     env = make_env(cfg, rank=0)
     values = {key: value for key, value in schema.plain(cfg.algo).items() if key != "_target_"}
     algorithm = schema.algorithm_class(cfg)(env=envs.describe(env), **values)
-    return algorithm, loader.make(cfg.collector, env, algorithm)
+    return algorithm, make_loader(cfg, env, algorithm)
 
 
 def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: int) -> loader.CollectorLoader:
@@ -63,7 +65,12 @@ def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: i
     rng.seed_everything(cfg.seed, rank=rank, env_steps=env_steps)
     env = make_env(cfg, rank)
     env.episodes = [env_steps - 1] * env.num_envs
-    return loader.make(cfg.collector, env, algorithm)
+    return make_loader(cfg, env, algorithm)
+
+
+def make_loader(cfg: DictConfig, env: envs.SeededVectorEnv, algorithm: Algorithm) -> loader.CollectorLoader:
+    """What collects for an algorithm."""
+    return loader.make(cfg.collector, env, algorithm, seed=cfg.seed, workers=cfg.get("collector_workers", 2))
 
 
 def make_env(cfg: DictConfig, rank: int) -> envs.SeededVectorEnv:

@@ -49,6 +49,8 @@ def build(
         trainer = Trainer(**{**fixed, **quiet, **options}, plugins=plugins, callbacks=[*ours, *theirs])  # type: ignore[arg-type]
     except (HydraException, MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"the Trainer can't be made: {' '.join(str(error).split())}") from error
-    if cfg.collector == "torchrl" and trainer.strategy.root_device.type != "cpu":
-        raise ConfigError("collector=torchrl runs on the CPU: add trainer.accelerator=cpu, or take collector=vector")
+    if cfg.collector != "vector" and trainer.strategy.root_device.type != "cpu":
+        raise ConfigError(
+            f"collector={cfg.collector} runs on the CPU: add trainer.accelerator=cpu, or take collector=vector"
+        )
     return trainer, budget, evaluation

@@ -1,0 +1,476 @@
+"""TorchRL's side: its collectors of several processes, and envs of its own."""
+
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+import toy_torchrl
+from checks import same
+from levin import collectors, config, envs, files, resume
+from levin.collectors import IS_FIRST
+from levin.errors import ConfigError
+from levin.exploration import GaussianNoise, NoisyPolicy
+from levin.loader import CollectorLoader
+from levin.torchrl_collectors import AFTER, ENV_INDEX, POLICY_VERSION, WorkersCollector
+from levin.train import build, train
+from test_collectors import Linear
+from test_guards import FAILING, run_and_fail, whole
+from test_train import SMALL
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+LOCAL = ["torchrl-process", "torchrl-async"]
+ALL = [*LOCAL, pytest.param("ray", marks=[needs_ray, pytest.mark.slow])]
+
+
+@pytest.fixture
+def make():
+    """Collectors of two workers, ended with the test."""
+    made = []
+
+    def build(name: str, env_id: str, num_envs: int, steps: int, module: nn.Module, **kwargs) -> WorkersCollector:
+        env = envs.make(envs.EnvConfig(id=env_id, num_envs=num_envs, kwargs=kwargs.pop("env", {})), seed=0)
+        keys = kwargs.pop("keys", ["observation"])
+        policy = TensorDictModule(module, in_keys=keys, out_keys=["action"])
+        options = {"random_env_steps": 0, "seed": 0, "version": lambda: 0, "workers": 2} | kwargs
+        made.append(WorkersCollector(name, env, policy, steps=steps, **options))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.shutdown()
+
+
+def by_env(batches: list[TensorDict], num_envs: int) -> list[TensorDict]:
+    """What each env did, however its rollouts came."""
+    rows: list[list[TensorDict]] = [[] for _ in range(num_envs)]
+    for batch in batches:
+        for row, env in enumerate(batch[ENV_INDEX][:, 0, 0].tolist()):
+            rows[env].append(batch[row])
+    return [torch.cat(each) for each in rows]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("env_id", "discrete"), [("CartPole-v1", True), ("Pendulum-v1", False)])
+def test_all_collectors_yield_the_same(name, env_id, discrete, make):
+    collector = make(name, env_id, 4, 25, Linear(discrete))
+    rollouts = collector.iterator()
+    batches = [next(rollouts) for _ in range(4 if name != "torchrl-async" else 12)]
+    shape = (2, 25) if name == "torchrl-async" else (4, 25)
+    assert {batch.shape for batch in batches} == {shape}
+    env = envs.make(envs.EnvConfig(id=env_id, num_envs=4), seed=0, copy=False)
+    policy = TensorDictModule(Linear(discrete), in_keys=["observation"], out_keys=["action"])
+    expected = collectors.make("vector", env, policy, steps=300).rollout()
+    assert bool(expected["next", "done"].any())
+    keys = ("observation", "action", *(("next", key) for key in AFTER))
+    for i, found in enumerate(by_env(batches, 4)):
+        if len(found) < 25:
+            assert name == "torchrl-async"  # the other worker was faster every time
+        assert set(found.keys(True, True)) == {*keys, POLICY_VERSION, ENV_INDEX}
+        for key in keys:
+            assert found[key].dtype == expected[key].dtype, key
+            torch.testing.assert_close(found[key], expected[key][i, : len(found)], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_actions_come_from_the_weights_of_their_version(name, make):
+    module, weights, lags = Linear(), [], []
+    collector = make(name, "Pendulum-v1", 4, 16, module, version=lambda: len(weights))
+    rollouts = collector.iterator()
+    for iteration in range(10):
+        with torch.no_grad():
+            module.weight.fill_(0.1 + 0.2 * iteration)
+        batch = next(rollouts)
+        weights.append(module.weight.item())
+        version = batch[POLICY_VERSION]
+        assert version.shape == (*batch.shape, 1)
+        assert version.dtype == torch.int64
+        acted = torch.tensor(weights)[version]  # [N, T, 1]
+        expected = torch.sin(batch["observation"].sum(-1, keepdim=True) * acted)
+        torch.testing.assert_close(batch["action"], expected)
+        lags += [iteration - each for each in version.unique().tolist()]
+        with torch.no_grad():  # as an update does, while a worker may be collecting
+            for _ in range(100):
+                module.weight.mul_(1.01)
+    if name == "torchrl-async":
+        assert 0 < max(lags) < 10
+        assert lags[-1] < 9  # news arrive
+    else:
+        assert lags == [0] * 10
+
+
+@pytest.mark.parametrize("name", LOCAL[:1])
+def test_the_seed_decides_on_everything(name, make):
+    def collect(seed):
+        policy = NoisyPolicy(Linear(), GaussianNoise(0.3))
+        rollouts = make(name, "Pendulum-v1", 4, 10, policy, seed=seed, random_env_steps=20).iterator()
+        return torch.cat([next(rollouts) for _ in range(3)], 1)
+
+    first, again, other = collect(0), collect(0), collect(1)
+    assert bool((first == again).all())
+    assert not bool((first["action"] == other["action"]).any())
+    for i in range(3):  # no env does what another does
+        assert not bool((first["action"][i] == first["action"][i + 1]).any())
+        assert not bool((first["observation"][i] == first["observation"][i + 1]).any())
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_random_actions_of_all_workers_end_where_they_should(name, make):
+    collector = make(name, "Pendulum-v1", 4, 8, Linear(), random_env_steps=40)  # ten vector steps
+    rollouts = collector.iterator()
+    data = by_env([next(rollouts) for _ in range(8)], 4)
+    for each in data:
+        same_action = torch.isclose(each["action"], torch.sin(each["observation"].sum(-1, keepdim=True) * 0.1))
+        assert not bool(same_action[:10].any())
+        assert bool(same_action[10:].all())
+        assert float(each["action"].abs().max()) <= 2.0
+    assert sum(len(each) for each in data) > 4 * 10
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_episode_statistics_are_right(name, make):
+    collector = make(name, "toy_envs:Counting-v0", 4, 7, Linear(), env={"length": 3})
+    loader = CollectorLoader(collector, collector.env, lambda: 0)
+    ended = [next(loader)["next", "done"].sum() for _ in range(10)]
+    row = loader.take()
+    assert row["episode/return"] == 6.0
+    assert row["episode/length"] == 3.0
+    assert row["episode/count"] == sum(ended)
+    assert row["collect/policy_lag"] == 0.0
+    assert "collect/policy_lag" not in loader.take()
+    assert sum(collector.env.episodes) == sum(ended)
+
+
+class Scripted:
+    """A collector that gives what it was told to."""
+
+    def __init__(self, *rollouts: TensorDict) -> None:
+        self.iterator = lambda: iter(rollouts)
+
+
+def test_what_is_not_finite_is_said_of_the_right_env():
+    env = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=4), seed=0)
+    env.reset()
+    env.episodes[3] = 6
+    flags = torch.zeros(2, 5, 1, dtype=torch.bool)
+    done = flags.clone()
+    done[1, 3] = True  # the last of two episodes begins after what is not finite
+    after = {"observation": torch.zeros(2, 5, 1), "reward": torch.zeros(2, 5, 1), "done": done}
+    index = torch.tensor([2, 3]).view(2, 1, 1).expand(2, 5, 1)
+    rollout = TensorDict({"observation": torch.zeros(2, 5, 1), "next": after, ENV_INDEX: index}, (2, 5))
+    rollout["next", "reward"][1, 2] = torch.nan
+    loader = CollectorLoader(Scripted(rollout), env, lambda: 0)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=f"env 3, episode 5, begun with seed {env.seed_of(3, 5)}"):
+        next(loader)
+
+
+class First(nn.Module):
+    """Acts by whether an episode begins."""
+
+    def forward(self, observation: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+        return is_first.float()
+
+
+def test_policies_may_ask_where_episodes_begin(make):
+    rollouts = make("torchrl-process", "toy_envs:Counting-v0", 4, 7, First(), keys=["observation", IS_FIRST]).iterator()
+    data = torch.cat([next(rollouts) for _ in range(3)], 1)
+    assert torch.equal(data["action"].squeeze(-1) == 1, data["observation"][..., 1] == 0)
+    assert int(data["action"].sum()) == 4 * 5
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_no_episode_is_repeated_when_a_run_goes_on(name, make):
+    def build():
+        collector = make(name, "Pendulum-v1", 4, 30, NoisyPolicy(Linear(), GaussianNoise(0.3)))
+        return CollectorLoader(collector, collector.env, lambda: 0)
+
+    first, second = build(), build()
+    before = [next(first) for _ in range(20)]
+    state = first.state_dict()
+    second.load_state_dict(state)
+    after = next(second)
+    fresh = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=4), seed=0)
+    expected = fresh.begin([episode + 1 for episode in state["episodes"]], np.ones(4, dtype=bool))
+    index = after[ENV_INDEX][:, 0, 0]
+    np.testing.assert_array_equal(after["observation"][:, 0], expected[index])
+    for env, each in enumerate(by_env(before, 4)):
+        assert state["episodes"][env] == len(each) // 200
+    noise = [rollout["action"] - torch.sin(rollout["observation"].sum(-1, keepdim=True) * 0.1) for rollout in before]
+    drawn = torch.cat([each.flatten() for each in noise])
+    again = (after["action"] - torch.sin(after["observation"].sum(-1, keepdim=True) * 0.1)).flatten()
+    assert not torch.isin(again[again.abs() > 1e-3], drawn).any()
+
+
+REFUSED = [
+    (["env.num_envs=3"], "env.num_envs=3 can't be shared among collector_workers=2: set env.num_envs=4"),
+    (["env.num_envs=1"], "env.num_envs=1 can't be shared among collector_workers=2: set env.num_envs=2"),
+    (["env.num_envs=2", "collector_workers=4"], "set env.num_envs=4"),
+    (["env.num_envs=2", "env.vectorization=async"], "set env.vectorization=sync"),
+    (["env.num_envs=2", "env.normalize_reward=true"], "set env.normalize_reward=false"),
+    (["algo=ddpg", "algo.noise=ornstein_uhlenbeck", "env.num_envs=2"], "set algo.noise=gaussian"),
+    (["algo=ppo", "env.num_envs=2"], "PPO learns from what its own policy did"),
+    (["algo=reinforce", "env.num_envs=1", "collector_workers=1"], "whole episodes need collector=vector"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
+def test_what_can_t_be_shared_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        build(config.compose(["env=pendulum", "collector=torchrl-async", *words]))
+
+
+def test_ray_is_asked_for_by_its_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="collector=ray needs a package"):
+        build(config.compose(["env=pendulum", "collector=ray", "env.num_envs=2"]))
+
+
+def test_hogwild_has_workers_of_its_own():
+    words = ["algo=a3c", "env=cartpole", "collector=torchrl-process", "env.num_envs=2", "trainer.strategy=hogwild"]
+    with pytest.raises(ConfigError, match="workers of its own"):
+        config.compose(words)
+
+
+def children() -> set[str]:
+    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    # Python's own keeper of semaphores begins with the first of them and stays.
+    return {each for each in found if b"resource_tracker" not in Path(f"/proc/{each}/cmdline").read_bytes()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sac_trains_and_goes_on(name, tmp_path):
+    before = children()
+    words = [*SMALL, f"collector={name}", "env.num_envs=4", "algo.steps_per_iteration=8", "total_env_steps=192"]
+    train(config.compose(words), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        lags = [float(row["collect/policy_lag"]) for row in csv.DictReader(file) if row["collect/policy_lag"]]
+    assert max(lags) > 0 if name == "torchrl-async" else set(lags) == {0.0}
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=384)
+    state = files.load(tmp_path / "run" / "checkpoints" / "last" / "state.ckpt")
+    assert state["levin"]["env_steps"] == 384
+    assert state["levin"]["updates"] == 384 - 40
+    assert children() <= before
+
+
+def test_ppo_gets_rollouts_of_its_own_policy(tmp_path):
+    words = ["algo=ppo", "env=cartpole", "collector=torchrl-process", "env.num_envs=2", "logger=csv", "log_every=64"]
+    words += ["algo.steps_per_iteration=32", "algo.batch_size=32", "total_env_steps=192", "eval.episodes=1"]
+    train(config.compose(words), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        assert {float(row["collect/policy_lag"]) for row in csv.DictReader(file) if row["collect/policy_lag"]} == {0.0}
+
+
+TWO = ("env.num_envs=2", "algo.steps_per_iteration=16", "checkpoint.every=64", "total_env_steps=640")
+ENDS = [
+    ("raise", (), "the step of toy_envs:Failing-v0 raised ZeroDivisionError: the cart has left the track"),
+    ("hang", ("env.timeout=1.5",), "did not come back within env.timeout=1.5 seconds"),
+    ("die", (), "ended with exit code -9"),
+]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("end", ENDS, ids=[how for how, _, _ in ENDS])
+def test_the_end_of_a_worker_ends_the_run_in_one_sentence(name, end, tmp_path, monkeypatch, capfd):
+    how, words, said = end
+    before, begin = children(), time.monotonic()
+    words = (*SMALL, *FAILING, *TWO, f"collector={name}", f"+env.kwargs.how={how}", *words)
+    heard = run_and_fail(words, tmp_path / "run", monkeypatch, capfd)
+    if name == "ray" and how != "raise":
+        assert "a worker of 2 (collector=ray, toy_envs:Failing-v0): died, or did not come back" in heard
+    else:
+        assert said in heard
+        assert f"of 2 (collector={name}, toy_envs:Failing-v0)" in heard
+    if how == "raise":
+        assert "toy_envs.py" in (tmp_path / "run" / "traceback.txt").read_text()
+    assert whole(tmp_path / "run")
+    assert children() <= before
+    assert time.monotonic() - begin < 60
+
+
+def session(leader: int) -> list[str]:
+    """State of every process in the session of one."""
+    words = ["ps", "-o", "stat=", "-s", str(leader)]
+    return subprocess.run(words, check=False, capture_output=True, text=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "signum"),
+    [
+        ("torchrl-process", signal.SIGINT),
+        ("torchrl-async", signal.SIGKILL),
+        pytest.param("torchrl-process", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("torchrl-async", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("ray", signal.SIGINT, marks=[needs_ray, pytest.mark.slow]),
+    ],
+)
+def test_a_signal_to_everyone_leaves_nobody(name, signum, tmp_path):
+    run = tmp_path / "run"
+    words = [*SMALL, f"collector={name}", "env.num_envs=2", "total_env_steps=1_000_000", f"run={run}"]
+    process = subprocess.Popen([sys.executable, "-m", "levin.train", *words], start_new_session=True)
+    while not list(run.glob("checkpoints/*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    if signum == signal.SIGKILL:
+        process.kill()  # its workers are not told
+    else:
+        os.killpg(process.pid, signum)
+    assert process.wait(60) == (-signum if signum == signal.SIGKILL else 0)
+    assert whole(run)
+    for _ in range(100):
+        alive = [each for each in session(process.pid) if "Z" not in each]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert not alive
+
+
+# --- env.family: torchrl ---------------------------------------------------------------------------------------------
+
+
+def torchrl_env(target: str, num_envs: int = 1, seed: int = 0, **kwargs) -> envs.SeededVectorEnv:
+    name = f"toy_torchrl:{target}"
+    config = envs.EnvConfig(id=name, family="torchrl", target=name, num_envs=num_envs, kwargs=kwargs)
+    return envs.make(config, seed=seed)
+
+
+@pytest.mark.parametrize("target", ["line", "transformed"])
+@pytest.mark.parametrize("batch", [None, 3])
+def test_the_adapter_gives_what_the_env_itself_does(target, batch):
+    env = torchrl_env(target, batch or 1, batch=batch)
+    plain = getattr(toy_torchrl, target)(batch=batch)
+    actions = torch.linspace(-0.5, 0.5, 10 * (batch or 1)).view(10, -1, 1)
+    observation, _ = env.reset()
+    seed = env.seed_of(0, 0)
+    torch.manual_seed(seed)
+    plain.set_seed(seed)
+    now = plain.reset()
+    steps = 0
+    for action in actions:
+        np.testing.assert_array_equal(observation, now["observation"].view(batch or 1, 1))
+        observation, reward, terminated, truncated, _ = env.step(action.numpy())
+        after = plain.step(now.set("action", action if batch else action[0]))
+        np.testing.assert_array_equal(observation, after["next", "observation"].view(batch or 1, 1))
+        np.testing.assert_array_equal(reward, after["next", "reward"].flatten())
+        np.testing.assert_array_equal(terminated, after["next", "terminated"].flatten())
+        np.testing.assert_array_equal(terminated | truncated, after["next", "done"].flatten())
+        steps += 1
+        if terminated.any() or truncated.any():
+            break
+        now = plain.step_mdp(after)
+    assert steps > 3
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_only_what_is_over_begins_again_and_time_limits_truncate(batch):
+    env = torchrl_env("transformed", 4, batch=batch, max_steps=5)
+    env.reset()
+    length, seen = np.zeros(4, int), {"terminated": 0, "truncated": 0}
+    for _ in range(60):
+        observation, _, terminated, truncated, _ = env.step(np.full((4, 1), 0.05, np.float32))
+        length += 1
+        done = terminated | truncated
+        assert (truncated == (length == 5)).all()
+        seen["terminated"] += int((terminated & ~truncated).sum())
+        seen["truncated"] += int(truncated.sum())
+        if done.any():
+            begun, _ = env.reset(options={"reset_mask": done})
+            np.testing.assert_array_equal(begun[~done], observation[~done])
+            assert (begun[done] != observation[done]).all()
+            length[done] = 0
+    assert min(seen.values()) > 0
+
+
+def test_envs_draw_from_a_stream_of_their_own():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    env = torchrl_env("line", 2)
+    env.reset()
+    env.step(np.zeros((2, 1), np.float32))
+    env.reset()
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("choices", ["categorical", "one_hot"])
+def test_choices_are_numbers(choices):
+    env = torchrl_env("line", 2, choices=choices)
+    assert envs.describe(env)["action"]["n"] == 3
+    before, _ = env.reset()
+    after = env.step(np.array([0, 2]))[0]
+    np.testing.assert_allclose(after - before, [[-0.5], [0.5]], atol=0.05)
+
+
+def test_evaluations_have_as_many_envs_as_a_batch_has():
+    name = "toy_torchrl:line"
+    config = envs.EnvConfig(id=name, family="torchrl", target=name, num_envs=2, kwargs={"batch": 2})
+    env = envs.make(config, seed=0, purpose=envs.EVALUATION, num_envs=3)
+    assert env.num_envs == 4
+    assert env.reset()[0].shape == (4, 1)
+
+
+def test_vectors_become_one():
+    env = torchrl_env("line", 2, parts=True)
+    observation, _ = env.reset()
+    assert envs.describe(env)["observation"]["shape"] == [3]
+    np.testing.assert_allclose(observation[:, 1:], 2 * observation[:, :1].repeat(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["env.target=toy_torchrl:missing"], "env.target=toy_torchrl:missing can't be imported"),
+        (["env.target=toy_torchrl:nothing"], "makes a int, not a torchrl.envs.EnvBase"),
+        (["env.target=toy_torchrl:line", "+env.kwargs.batch=3"], "makes 3 envs at once: set env.num_envs=3"),
+        (["env.target=toy_torchrl:line", "env.time_limit=5"], "env.time_limit is not for env.family=torchrl"),
+        (["env.target=toy_torchrl:line", "env.frame_stack=2"], "env.frame_stack is not for env.family=torchrl"),
+        (["env.target=toy_torchrl:line", "env.action_repeat=2"], "env.action_repeat is not for env.family=torchrl"),
+        (["env.target=toy_torchrl:line", "env.vectorization=async"], "take collector=torchrl-process"),
+        ([], "env.target has no value"),
+        (["env=pendulum", "+env.target=toy_torchrl:line"], "env.target=toy_torchrl:line is for env.family=torchrl"),
+        (["env=pendulum", "env.family=torchrl"], "needs env.target=my_module:make_env"),
+    ],
+)
+def test_what_makes_no_sense_for_torchrl_envs_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        build(config.compose(["algo=sac", "env=torchrl", *words]))
+
+
+PPO = ("algo=ppo", "logger=csv", "log_every=64", "algo.steps_per_iteration=16", "algo.batch_size=16")
+
+
+@pytest.mark.parametrize("collector", ["vector", "torchrl", "torchrl-process"])
+@pytest.mark.parametrize("words", [SMALL, (*PPO, "+env.kwargs.batch=2")])
+def test_torchrl_envs_are_trained_in(collector, words, tmp_path):
+    words = [*words, "env=torchrl", "env.target=toy_torchrl:transformed", f"collector={collector}", "env.num_envs=4"]
+    train(config.compose([*words, "total_env_steps=256", "eval.every=128", "eval.episodes=2"]), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert any(row["eval/return_mean"] for row in rows)
+    lengths = [float(row["episode/length"]) for row in rows if row["episode/length"]]
+    assert 0 < max(lengths) <= 20
+
+
+def test_an_unbatched_torchrl_env_resumes_exactly(tmp_path):
+    words = [
+        *SMALL,
+        "env=torchrl",
+        "env.target=toy_torchrl:transformed",
+        "env.num_envs=2",
+        "algo.steps_per_iteration=7",
+    ]
+    train(config.compose([*words, "total_env_steps=140"]), tmp_path / "straight")
+    train(config.compose([*words, "total_env_steps=70"]), tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=140)
+    states = [files.load(tmp_path / name / "checkpoints" / "last" / "state.ckpt") for name in ("straight", "run")]
+    assert same(states[0]["state_dict"], states[1]["state_dict"])

@@ -1,0 +1,64 @@
+"""TorchRL envs whose every transition can be predicted. Targets: `toy_torchrl:line` and so on."""
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
+from torchrl.envs import Compose, EnvBase, ObservationNorm, RewardSum, StepCounter, TransformedEnv
+
+
+class Line(EnvBase):
+    """A point on a line that must get to 0, `[]` or `[B]` of them. Draws from torch's global generator, in steps too.
+
+    Ends when it is nearer than 0.05; knows nothing of truncation.
+    """
+
+    def __init__(self, batch: int | None = None, choices: str | None = None, parts: bool = False) -> None:
+        shape = () if batch is None else (batch,)
+        super().__init__(batch_size=shape)
+        self.choices, self.parts = choices, parts
+        where = {"position": Unbounded((*shape, 1)), "speed": Unbounded((*shape, 2))} if parts else {}
+        self.observation_spec = Composite(where or {"observation": Unbounded((*shape, 1))}, shape=shape)
+        self.action_spec = {
+            None: Bounded(-0.5, 0.5, (*shape, 1)),
+            "categorical": Categorical(3, shape=shape),
+            "one_hot": OneHot(3, shape=(*shape, 3)),
+        }[choices]
+        self.reward_spec = Unbounded((*shape, 1))
+
+    def _reset(self, tensordict, **kwargs):
+        begun = torch.rand(*self.batch_size, 1) * 2 - 1
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        self.position = begun if mask is None else torch.where(mask, begun, self.position)
+        return TensorDict(self._show(), batch_size=self.batch_size)
+
+    def _step(self, tensordict):
+        action = tensordict["action"]
+        if self.choices is not None:
+            index = action.int().argmax(-1) if self.choices == "one_hot" else action
+            action = 0.5 * (index.unsqueeze(-1) - 1.0)
+        noise = 0.01 * torch.randn(*self.batch_size, 1)
+        self.position = (self.position + action + noise).clamp(-2, 2)
+        done = self.position.abs() < 0.05
+        return TensorDict({**self._show(), "reward": -self.position.abs(), "done": done}, batch_size=self.batch_size)
+
+    def _show(self):
+        if self.parts:
+            return {"position": self.position, "speed": self.position.expand(*self.batch_size, 2) * 2}
+        return {"observation": self.position}
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
+def line(**kwargs) -> EnvBase:
+    return Line(**kwargs)
+
+
+def transformed(max_steps: int = 20, **kwargs) -> EnvBase:
+    """Counts, sums and normalises; truncated after `max_steps`."""
+    norm = ObservationNorm(loc=0.0, scale=2.0, in_keys=["observation"])
+    return TransformedEnv(Line(**kwargs), Compose(StepCounter(max_steps), RewardSum(), norm))
+
+
+def nothing() -> int:
+    return 1
