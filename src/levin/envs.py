@@ -33,25 +33,26 @@ class EnvConfig:
     """What a `configs/env/*.yaml` may say.
 
     Args:
-        id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first.
-        family: The library behind the id.
+        id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. Of Atari a game, as in `space_invaders`.
+        family: The library behind the id; `atari` is ale-py's vector env, see `levin.atari`.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
         timeout: Seconds that async envs may take for a step or a reset.
         action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
-        action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps.
+        action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps, which
+            of Atari are frames.
         frame_stack: The newest observations, shown together along the first axis, oldest first; `[C, H, W]` or `[H, W]`
             pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
         normalize_observation: Subtract the running mean and divide by the running deviation.
         observation_clip: Bound on a normalised observation.
         normalize_reward: Divide by the running deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
-        kwargs: Passed on to `gymnasium.make`.
+        kwargs: Passed on to `gymnasium.make`, of Atari to `levin.atari.AtariGames`.
     """
 
     id: str
-    family: Literal["gymnasium"] = "gymnasium"
+    family: Literal["gymnasium", "atari"] = "gymnasium"
     num_envs: PositiveInt = 1
     vectorization: Literal["sync", "async"] = "sync"
     timeout: PositiveFloat = 300.0
@@ -85,6 +86,7 @@ def make(
 
     Args:
         seed: Together with `purpose` and `rank`, the root of all episode seeds.
+        purpose: `TRAINING` or `EVALUATION`: Atari differs between them.
         num_envs: Instead of `config.num_envs`.
         render: Whether `env.render()` gives frames.
         copy: Whether observations are copies. Without it the next step overwrites them.
@@ -96,12 +98,16 @@ def make(
     start = "fork" if sys.platform == "linux" else None
     vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy, context=start)}
     one = partial(make_one, config, render)
+    num_envs = num_envs or config.num_envs
     try:
+        if config.family == "atari":
+            from levin import atari  # needs the extra
+
+            games = atari.make(config, num_envs, training=purpose == TRAINING, view=render)
+            return SeededVectorEnv(games, config, seed=seed, purpose=purpose, rank=rank)
         if config.vectorization == "async":
             one().close()  # an error inside a worker process would be a traceback
-        env = vectors[config.vectorization](
-            [one] * (num_envs or config.num_envs), autoreset_mode=AutoresetMode.DISABLED
-        )
+        env = vectors[config.vectorization]([one] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
         if isinstance(env, AsyncVectorEnv):
             for process in env.processes:  # `make_one` made them deaf to what `terminate` sends
                 process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
@@ -152,6 +158,8 @@ class SeededVectorEnv(VectorWrapper):
 
     `episodes[i]` is the number of the episode that env `i` is in. Resetting an env that has not moved since its last
     reset begins the same episode again, so that a library which resets twice at the start changes nothing.
+
+    Not every episode of every family has a seed of its own: see `goes_on`. `episodes` counts those that have.
     """
 
     def __init__(self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int) -> None:
@@ -159,6 +167,8 @@ class SeededVectorEnv(VectorWrapper):
         self.config = config
         self.seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
+        # Returns and lengths of the games that ended, where an episode is less than a game; whoever reads it clears it.
+        self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
         self._moved = np.ones(self.num_envs, dtype=bool)
         self.action = describe_space(env.single_action_space, "action", (Box, Discrete))
         self._to_env = action_units(self.action, config.action)
@@ -170,11 +180,16 @@ class SeededVectorEnv(VectorWrapper):
     def autoreset_mode(self) -> AutoresetMode:
         return self.metadata["autoreset_mode"]
 
+    @property
+    def goes_on(self) -> np.ndarray:
+        """`[N]`: whose episode is over, and the next one goes on without a seed: after a lost life, say."""
+        return getattr(self.env, "goes_on", np.zeros(self.num_envs, dtype=bool))
+
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, of all without it. `seed` is ours."""
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
-        seeds: list[int | None] = [0] * self.num_envs
-        for i in np.flatnonzero(np.broadcast_to(mask, self.num_envs)):
+        seeds: list[int | None] = [None if on else 0 for on in self.goes_on]
+        for i in np.flatnonzero(mask & ~self.goes_on):
             self.episodes[i] += int(self._moved[i])
             self._moved[i] = False
             seeds[i] = self.seed_of(int(i), self.episodes[i])
@@ -212,6 +227,7 @@ class SeededVectorEnv(VectorWrapper):
         """Begin episode `episodes[i]` in every env of the mask `[N]`; returns the observations `[N, *shape]`."""
         for i in np.flatnonzero(mask):
             self.episodes[i], self._moved[i] = episodes[i], False
+        self.goes_on[mask] = False
         return self.reset(options={"reset_mask": mask})[0]
 
 

@@ -62,6 +62,9 @@ class CollectorLoader:
             count = step_count(done, self.statistics.open_length)
             rollout["step_count"] = torch.from_numpy(count).unsqueeze(-1)  # [N, T] -> [N, T, 1]
         returns, lengths = self.statistics.update(reward, done)
+        if self.env.games is not None:  # what is published is the score of whole games
+            returns, lengths = ([game[k] for game in self.env.games] for k in (0, 1))
+            self.env.games.clear()
         self.returns += returns
         self.lengths += lengths
         self.seconds += perf_counter() - start
@@ -106,6 +109,8 @@ class CollectorLoader:
             self.strayed = np.ones(self.env.num_envs, dtype=bool)
             self.env.begin([episode + 1 for episode in state_dict["episodes"]], self.strayed)
             self.collector.reset()  # type: ignore[attr-defined]
+        if self.env.games is not None:
+            self.env.games.clear()  # those that were replayed
         self.statistics.open_return[self.strayed] = 0
         self.statistics.open_length[self.strayed] = 0
 
