@@ -74,15 +74,16 @@ class AtariGames(AtariVectorEnv):
         self.lives, self.steps, self.score, self.length = np.zeros((4, num_envs), dtype=np.int64)  # since seed; of game
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Seed the consoles of `options["reset_mask"]` `[N]`. One whose seed is None goes on, if need be with a new game.
+        """Seed the consoles of `options["reset_mask"]` `[N]`, of all without it.
 
         Args:
-            seed: `[N]`.
-            options: Without a mask, all.
+            seed: `[N]`. A console whose seed is None goes on, with a new game if the last one is over.
+            options: May hold the mask.
         """
         mask = options["reset_mask"] if options else np.ones(self.num_envs, dtype=bool)
         seeded = mask & np.array([each is not None for each in seed])
         begins = seeded | (mask & self.over)
+        info = {}
         if begins.any():
             seeds = np.array([-1 if each is None else each >> 1 for each in seed])[begins]  # ale-py reads 31 bits
             self.observation, info = super().reset(seed=seeds, options={"reset_mask": begins})
@@ -90,7 +91,7 @@ class AtariGames(AtariVectorEnv):
             self.steps[seeded] = self.score[begins] = self.length[begins] = self.over[begins] = 0
             if self.view:
                 self.frames, _ = self.view.reset(seed=seeds, options={"reset_mask": begins})
-        return self.observation, {}
+        return self.observation, info
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step of all games."""
@@ -107,7 +108,7 @@ class AtariGames(AtariVectorEnv):
         if self.view:
             self.frames, *_ = self.view.step(actions)
         rewards = np.sign(rewards) if self.reward_clipping else rewards
-        return self.observation, rewards.astype(np.float64), ends | lost, cuts, {}
+        return self.observation, rewards.astype(np.float64), ends | lost, cuts, info
 
     def render(self) -> tuple[np.ndarray, ...]:
         """`N x [210, 160, 3]`."""
@@ -121,7 +122,8 @@ def make(config: "EnvConfig", num_envs: int, *, training: bool, view: bool) -> A
         ConfigError: There is no such game, or a key means nothing here.
     """
     if config.id not in roms.get_all_rom_ids():
-        raise ConfigError(f"env.id={config.id} is no game of ale-py; {valid_names(config.id, roms.get_all_rom_ids())}")
+        valid = valid_names(config.id.split("/")[-1].lower(), roms.get_all_rom_ids())  # ALE/Pong-v5 is near pong
+        raise ConfigError(f"env.id={config.id} is no game of ale-py; {valid}")
     for key, value, why in (
         ("vectorization", "async", "ale-py steps its games in threads of its own"),
         ("action", "rescale", "a joystick has no bounds"),
