@@ -10,7 +10,7 @@ Deviations from Baselines, all of ale-py:
     - The first observation of a game is one frame on top of three black ones, and the stack outlives a lost life.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ale_py import roms
@@ -30,8 +30,8 @@ class AtariGames(AtariVectorEnv):
 
     Ale-py knows no such mode; a masked reset before the next step takes the place of the reset that it has in mind.
 
-    To seed a game, ale-py loads it anew for a tenth of a second, in which it plays a hundred steps. So a console is
-    seeded and then plays on, game after game, for `reseed_every` steps. What an earlier game has left in the memory of
+    To seed a game, ale-py 0.12 loads it anew, which takes as long as three hundred of its steps. So a console is seeded
+    and then plays on, game after game, for `reseed_every` steps. What an earlier game has left in the memory of
     a console may change the next one (BeamRider, Seaquest): what must be replayed is all since the seed.
 
     Args:
@@ -45,8 +45,6 @@ class AtariGames(AtariVectorEnv):
         kwargs: Of `AtariVectorEnv`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {}  # ale-py would write into that of all vector envs
-
     def __init__(
         self,
         game: str,
@@ -59,12 +57,9 @@ class AtariGames(AtariVectorEnv):
         view: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.metadata = {"render_fps": FRAMES_PER_SECOND // kwargs.get("frameskip", 4)}
         super().__init__(game, num_envs, reward_clipping=False, **kwargs)
-        self.autoreset_mode = AutoresetMode.DISABLED
-        self.metadata = {
-            "autoreset_mode": AutoresetMode.DISABLED,
-            "render_fps": FRAMES_PER_SECOND // kwargs.get("frameskip", 4),
-        }
+        self.autoreset_mode = self.metadata["autoreset_mode"] = AutoresetMode.DISABLED
         colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1, "reward_clipping": False}
         self.view = AtariVectorEnv(game, num_envs, **{**kwargs, **colour}) if view else None
         self.episodic_life, self.reward_clipping = training and episodic_life, training and reward_clipping

@@ -63,7 +63,7 @@ class CollectorLoader:
             rollout["step_count"] = torch.from_numpy(count).unsqueeze(-1)  # [N, T] -> [N, T, 1]
         returns, lengths = self.statistics.update(reward, done)
         if self.env.games is not None:  # what is published is the score of whole games
-            returns, lengths = ([game[k] for game in self.env.games] for k in (0, 1))
+            returns, lengths = [score for score, _ in self.env.games], [length for _, length in self.env.games]
             self.env.games.clear()
         self.returns += returns
         self.lengths += lengths
