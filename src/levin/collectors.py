@@ -110,7 +110,8 @@ class VectorCollector(BaseCollector):
     `is_first` `[N, 1]` when that is the policy's second key.
 
     An episode that is still open when the state is saved resumes by replay: its seed is known, its actions are in the
-    state, and the observation they lead to is compared with the saved one.
+    state, and the observation they lead to is compared with the saved one. Where the episode before it was played with
+    the same seed (`SeededVectorEnv.goes_on`), that is replayed too.
     """
 
     def __init__(
@@ -128,8 +129,9 @@ class VectorCollector(BaseCollector):
         self.vector_steps = 0
         self.parts = list(env.observation.get("spaces", {}))  # the names of an observation that is a dict
         self._observation: list[np.ndarray] | None = None  # [N, *S] of each part: what the envs show now
-        self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which the open episode began
-        self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: the actions since the oldest open episode began
+        self._first = np.ones(env.num_envs, dtype=bool)  # [N]: whether that begins an episode
+        self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which each env was last seeded
+        self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: the actions since the first of these
         self._history_from = 0  # the vector step of the first of them
         self.strayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode could not be resumed
 
@@ -179,7 +181,7 @@ class VectorCollector(BaseCollector):
                 if t >= num_random:
                     inputs = [self._joined(views[t])]
                     if self.takes_is_first:
-                        inputs.append(torch.from_numpy(self._opened == self.vector_steps + t).unsqueeze(-1))  # [N, 1]
+                        inputs.append(torch.from_numpy(self._first).unsqueeze(-1))  # [N] -> [N, 1]
                     chosen = act(*inputs) if on_cpu else act(*(moved(each, device) for each in inputs)).cpu()
                     action[:, t] = chosen.numpy()
                 shown, rewards, ends, cuts, _ = env.step(action[:, t])
@@ -189,10 +191,10 @@ class VectorCollector(BaseCollector):
                 reward[:, t] = rewards
                 terminated[:, t] = ends
                 truncated[:, t] = cuts
-                done = ends | cuts
+                self._first = done = ends | cuts
                 if done.any():
+                    self._opened[done & ~env.goes_on] = self.vector_steps + t + 1
                     current = self._split(env.reset(options={"reset_mask": done})[0])
-                    self._opened[done] = self.vector_steps + t + 1
                     if until_done:
                         steps = t + 1
                         break
@@ -291,27 +293,33 @@ class VectorCollector(BaseCollector):
                 "and a new one begins; this run is not the uninterrupted one",
                 stacklevel=2,
             )
-            self._opened[strayed] = self.vector_steps
-            self._observation = self._copy(self.env.reset(options={"reset_mask": strayed})[0])
+            self._opened[strayed], self._first[strayed] = self.vector_steps, True
+            episodes = [episode + 1 for episode in self.env.episodes]
+            self._observation = self._copy(self.env.begin(episodes, strayed))
 
     def _replay(self, episodes: list[int], lengths: np.ndarray, actions: np.ndarray) -> list[np.ndarray]:
         """Lead every env to where it was. All envs step together, so a shorter episode begins later.
 
         Args:
             episodes: The number of each env's open episode.
-            lengths: `[N]`, the steps taken in it.
+            lengths: `[N]`, the steps taken since its seed.
             actions: `[N, L, *A]`, the last L actions of each env, with L the longest of `lengths`.
         """
         longest = actions.shape[1]
         everyone = np.ones(len(lengths), dtype=bool)
         current = self.env.begin(episodes, everyone)
+        first = everyone
         for t in range(longest):
             begins = lengths == longest - t
             if begins.any():
                 current = self.env.begin(episodes, begins)
             current, _, ends, cuts, _ = self.env.step(actions[:, t])
-            if (ends | cuts).any():  # an env still waiting for its turn, or one that does not replay
-                current = self.env.begin(episodes, ends | cuts)
+            first, goes_on = ends | cuts, self.env.goes_on
+            if (first & ~goes_on).any():  # an env still waiting for its turn, or one that does not replay
+                current = self.env.begin(episodes, first & ~goes_on)
+            if (first & goes_on).any():
+                current, _ = self.env.reset(options={"reset_mask": first & goes_on})
+        self._first = first | (lengths == 0)
         if (lengths == 0).any():
             current = self.env.begin(episodes, lengths == 0)
         return self._copy(current)

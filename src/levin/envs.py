@@ -36,16 +36,17 @@ class EnvConfig:
     """What a `configs/env/*.yaml` may say.
 
     Args:
-        id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first.
-        family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`; with
-            `torchrl` the id is only a name.
+        id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. Of Atari a game, as in `space_invaders`.
+        family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`; `atari` is
+            ale-py's vector env, see `levin.atari`; with `torchrl` the id is only a name.
         target: `my_module:make_env`, what makes a `torchrl.envs.EnvBase`, of one env or a batch of them.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
         timeout: Seconds that async envs may take for a step or a reset.
         action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
-        action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps.
+        action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps, which
+            of Atari are frames.
         pixels: Show a picture of the scene, `[3, pixels, pixels]`, instead of the state (MuJoCo and dm_control).
         frame_stack: The newest observations, shown together along the first axis, oldest first; `[C, H, W]` or `[H, W]`
             pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
@@ -53,11 +54,11 @@ class EnvConfig:
         observation_clip: Bound on a normalised observation.
         normalize_reward: Divide by the running deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
-        kwargs: Passed on to `gymnasium.make`, or to the target.
+        kwargs: Passed on to `gymnasium.make`, `levin.atari.AtariGames`, or the target.
     """
 
     id: str
-    family: Literal["gymnasium", "dm_control", "torchrl"] = "gymnasium"
+    family: Literal["gymnasium", "dm_control", "atari", "torchrl"] = "gymnasium"
     target: str | None = None
     num_envs: PositiveInt = 1
     vectorization: Literal["sync", "async"] = "sync"
@@ -94,6 +95,7 @@ def make(
 
     Args:
         seed: Together with `purpose` and `rank`, the root of all episode seeds.
+        purpose: `TRAINING` or `EVALUATION`: Atari differs between them.
         num_envs: Instead of `config.num_envs`.
         first: The number of the first env, where they are a part of a run's.
         render: Whether `env.render()` gives frames.
@@ -112,12 +114,16 @@ def make(
     start = "fork" if sys.platform == "linux" and not config.pixels else None
     vectors = {"sync": partial(SyncVectorEnv, copy=copy), "async": partial(AsyncVectorEnv, copy=copy, context=start)}
     one = partial(make_one, config, render)
+    num_envs = num_envs or config.num_envs
     try:
+        if config.family == "atari":
+            from levin import atari  # needs the extra
+
+            games = atari.make(config, num_envs, training=purpose == TRAINING, view=render)
+            return SeededVectorEnv(games, config, seed=seed, purpose=purpose, rank=rank, first=first)
         if config.vectorization == "async":
             one().close()  # an error inside a worker process would be a traceback
-        env = vectors[config.vectorization](
-            [one] * (num_envs or config.num_envs), autoreset_mode=AutoresetMode.DISABLED
-        )
+        env = vectors[config.vectorization]([one] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
         if isinstance(env, AsyncVectorEnv):
             for process in env.processes:  # `make_one` made them deaf to what `terminate` sends
                 process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
@@ -202,6 +208,8 @@ class SeededVectorEnv(VectorWrapper):
 
     `episodes[i]` is the number of the episode that env `i` is in. Resetting an env that has not moved since its last
     reset begins the same episode again, so that a library which resets twice at the start changes nothing.
+
+    Not every episode of every family has a seed of its own: see `goes_on`. `episodes` counts those that have.
     """
 
     def __init__(
@@ -211,6 +219,8 @@ class SeededVectorEnv(VectorWrapper):
         self.config, self.first = config, first
         self.seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
+        # Returns and lengths of the games that ended, where an episode is less than a game; whoever reads it clears it.
+        self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
         self._moved = np.ones(self.num_envs, dtype=bool)
         self.action = describe_action(env.single_action_space)
         self._to_env = action_units(self.action, config.action)
@@ -228,11 +238,16 @@ class SeededVectorEnv(VectorWrapper):
     def autoreset_mode(self) -> AutoresetMode:
         return self.metadata["autoreset_mode"]
 
+    @property
+    def goes_on(self) -> np.ndarray:
+        """`[N]`: whose episode is over, and the next one goes on without a seed: after a lost life, say."""
+        return getattr(self.env, "goes_on", np.zeros(self.num_envs, dtype=bool))
+
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, of all without it. `seed` is ours."""
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
-        seeds: list[int | None] = [0] * self.num_envs
-        for i in np.flatnonzero(np.broadcast_to(mask, self.num_envs)):
+        seeds: list[int | None] = [None if on else 0 for on in self.goes_on]
+        for i in np.flatnonzero(mask & ~self.goes_on):
             self.episodes[i] += int(self._moved[i])
             self._moved[i] = False
             seeds[i] = self.seed_of(self.first + int(i), self.episodes[i])
@@ -274,6 +289,7 @@ class SeededVectorEnv(VectorWrapper):
         """Begin episode `episodes[i]` in every env of the mask `[N]`; returns the observations `[N, *shape]`."""
         for i in np.flatnonzero(mask):
             self.episodes[i], self._moved[i] = episodes[i], False
+        self.goes_on[mask] = False
         return self.reset(options={"reset_mask": mask})[0]
 
 

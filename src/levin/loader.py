@@ -71,6 +71,9 @@ class CollectorLoader:
             count = step_count(done, self.statistics.open_length[envs])
             rollout["step_count"] = torch.from_numpy(count).unsqueeze(-1)  # [N, T] -> [N, T, 1]
         returns, lengths = self.statistics.update(reward, done, envs)
+        if self.env.games is not None:  # what is published is the score of whole games
+            returns, lengths = [score for score, _ in self.env.games], [length for _, length in self.env.games]
+            self.env.games.clear()
         self.returns += returns
         self.lengths += lengths
         self.seconds += perf_counter() - start
@@ -120,6 +123,8 @@ class CollectorLoader:
             self.strayed = np.ones(self.env.num_envs, dtype=bool)
             self.env.begin([episode + 1 for episode in state_dict["episodes"]], self.strayed)
             self.collector.reset()  # type: ignore[attr-defined]
+        if self.env.games is not None:
+            self.env.games.clear()  # those that were replayed
         self.statistics.open_return[self.strayed] = 0
         self.statistics.open_length[self.strayed] = 0
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -42,11 +43,16 @@ def bench(
 
         memory(rounds=segments, threads=threads)
     elif what == "collect":
-        from levin.bench.collect import collect
+        from levin.bench.collect import atari, collect
 
         for env_id, num_envs in (("CartPole-v1", 8), ("HalfCheetah-v4", 1)):
             print(f"\n{env_id} x {num_envs}, 64-64 policy", end="")
             table(collect(env_id, num_envs, segments), "hand-written loop", "vector steps/s")
+        if find_spec("ale_py"):
+            print("\npong x 8, random actions", end="")
+            table(atari("pong", 8, segments), "ale-py alone", "vector steps/s")
+        else:
+            print("\nwithout Atari, which needs an extra: pip install -e '.[atari]'")
     else:
         for task in COMPARISONS[what]:
             compare(task, segments=segments, threads=threads)

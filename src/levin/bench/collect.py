@@ -1,5 +1,9 @@
-"""Rollouts alone: our collector beside a hand-written loop and TorchRL's `Collector`, in one process."""
+"""Rollouts alone: our collector beside a hand-written loop and TorchRL's `Collector`, in one process.
 
+And beside ale-py's own stepping, with random actions and without a policy.
+"""
+
+from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
@@ -13,6 +17,8 @@ from levin import collectors, envs, runs
 from levin.networks import mlp
 
 STEPS = 256  # vector steps per rollout
+ATARI_STEPS = 128  # as PPO's: longer ones are not kept by `keep_freed_memory`
+NEVER = 1_000_000_000
 
 
 class Chooser(nn.Module):
@@ -81,11 +87,39 @@ def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
         "levin": lambda: next(mine),
         "TorchRL Collector": lambda: next(theirs),
     }
+    return interleaved(sides, rounds)
+
+
+def atari(game: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
+    """Vector steps per second of each side in each round. Needs the extra."""
+    from ale_py.vector_env import AtariVectorEnv
+
+    runs.quiet()
+    runs.keep_freed_memory()  # as a run does
+    config = envs.EnvConfig(family="atari", id=game, num_envs=num_envs, action_repeat=4, frame_stack=4)
+    env = envs.make(config, seed=0, copy=False)
+    nobody = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
+    collector = collectors.make("vector", env, nobody, steps=ATARI_STEPS, random_env_steps=NEVER)
+
+    alone = AtariVectorEnv(game, num_envs, reward_clipping=False)
+    alone.reset(seed=0)
+    actions = np.random.default_rng(0).integers(env.single_action_space.n, size=(ATARI_STEPS, num_envs))  # type: ignore
+
+    def step_alone() -> None:
+        for action in actions:
+            alone.step(action)
+
+    rollouts = iter(collector.iterator())
+    return interleaved({"ale-py alone": step_alone, "levin": lambda: next(rollouts)}, rounds, ATARI_STEPS)
+
+
+def interleaved(sides: dict[str, Callable[[], object]], rounds: int, steps: int = STEPS) -> dict[str, list[float]]:
+    """Steps per second of each side in each round, of rollouts of `steps`."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
         for name, rollout in sides.items():
             start = perf_counter()
             rollout()
             if round_:  # the first is warm-up
-                rates[name].append(STEPS / (perf_counter() - start))
+                rates[name].append(steps / (perf_counter() - start))
     return rates
