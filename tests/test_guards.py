@@ -12,7 +12,7 @@ import torch
 from lightning import Callback
 
 from checks import metrics
-from levin import checkpoint, config, files, resume, runs
+from levin import checkpoint, config, envs, files, resume, runs
 from levin import train as command
 from levin.algorithms.sac import SAC
 from levin.train import train
@@ -90,7 +90,7 @@ def test_what_an_env_gives_is_looked_at(how, value, tmp_path, monkeypatch, capsy
     words = (*WORDS, *FAILING, f"+env.kwargs.how={how}", "+env.kwargs.after=170", "env.normalize_observation=true")
     said = run_and_fail(words, tmp_path / "run", monkeypatch, capsys)
     assert f"Failing-v0 gave [{value}]" in said or f"Failing-v0 gave {value}" in said
-    assert "in iteration 6: env 0, episode 8, begun with seed" in said  # step 170 of episodes of 20
+    assert "in iteration 6: env 0, step 10 of episode 8, seed" in said  # step 170 of episodes of 20
     assert whole(tmp_path / "run") == [64, 128]
 
 
@@ -100,6 +100,26 @@ def test_an_env_that_raises_is_named_and_its_traceback_kept(tmp_path, monkeypatc
     assert "the step of toy_envs:Failing-v0 raised ZeroDivisionError: the cart has left the track" in said
     assert "toy_envs.py" in (tmp_path / "run" / "traceback.txt").read_text()
     assert whole(tmp_path / "run") == [64]
+
+
+ENDS = [
+    (("blind", "sync"), "gave [nan], not finite"),
+    (("raise", "sync"), "raised ZeroDivisionError"),
+    (("raise", "async"), "raised ZeroDivisionError"),
+    (("die", "async"), "lost its process"),
+    (("hang", "async"), "did not come back within env.timeout=1.5 seconds"),
+]
+
+
+@pytest.mark.parametrize(("way", "cause"), ENDS)
+def test_env_step_and_episode_are_named(way, cause, tmp_path, monkeypatch, capsys):
+    how, vectorization = way
+    seed = envs.episode_seed(0, envs.TRAINING, 0, 1, 2)
+    words = (*WORDS, *FAILING, f"+env.kwargs.how={how}", "+env.kwargs.after=7", f"+env.kwargs.seed={seed}")
+    words = (*words, "env.num_envs=3", f"env.vectorization={vectorization}", "env.timeout=1.5")
+    said = run_and_fail((*words, "algo.steps_per_iteration=8"), tmp_path / "run", monkeypatch, capsys)
+    assert cause in said
+    assert f"env 1, step 7 of episode 2, seed {seed}" in said
 
 
 def test_a_worker_that_raises_is_named(tmp_path, monkeypatch, capsys):

@@ -64,13 +64,17 @@ class Steps(Point):
 
 
 class Failing(Point):
-    """A Point that fails in its `after`-th step.
+    """A Point that fails in its `after`-th step, or in that of the episode that begins with `seed`.
 
     `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`, `die`.
     """
 
-    def __init__(self, how: str, after: int = 100) -> None:
-        self.how, self.left = how, after
+    def __init__(self, how: str, after: int = 100, seed: int | None = None) -> None:
+        self.how, self.left, self.after, self.seed = how, after if seed is None else 0, after, seed
+
+    def reset(self, *, seed=None, options=None):
+        self.left = self.after if self.seed is not None and seed == self.seed else self.left
+        return super().reset(seed=seed)
 
     def step(self, action):
         observation, reward, *rest = super().step(action)

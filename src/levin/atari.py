@@ -88,22 +88,35 @@ class AtariGames(AtariVectorEnv):
                 self.frames, _ = self.view.reset(seed=seeds, options={"reset_mask": begins})
         return self.observation, info
 
+    def send(self, actions: np.ndarray) -> None:
+        """Begin a step of all games. What they showed before stays as it is."""
+        super().send(actions)
+        if self.view:
+            self.view.send(actions)
+
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step of all games."""
+        self.send(actions)
+        return self.receive()
+
+    def receive(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """What has become of it."""
         # Ale-py has flags for lost lives: one begins the whole game anew, the other hides that it is over.
-        self.observation, rewards, ends, cuts, info = super().step(actions)
-        self.over = ends | cuts
+        self.observation, rewards, ends, cuts, info = self.recv()
+        if self.view:
+            self.frames, *_ = self.view.recv()
         self.steps += 1
         self.score += rewards
         self.length += 1
-        self.games += [(float(self.score[i]), int(self.length[i])) for i in np.flatnonzero(self.over)]
-        lost = (info["lives"] < self.lives) & (info["lives"] > 0) & self.episodic_life
-        self.lives = info["lives"]
-        self.goes_on = np.where(self.over, self.steps < self.reseed_every, lost)
-        if self.view:
-            self.frames, *_ = self.view.step(actions)
-        rewards = np.sign(rewards) if self.reward_clipping else rewards
-        return self.observation, rewards.astype(np.float64), ends | lost, cuts, info
+        lives, self.lives = self.lives, info["lives"]
+        lost = self.lives < lives
+        self.over, self.goes_on = ends | cuts, np.zeros(self.num_envs, dtype=bool)
+        if lost.any() or self.over.any():
+            self.games += [(float(self.score[i]), int(self.length[i])) for i in np.flatnonzero(self.over)]
+            lost &= (self.lives > 0) & self.episodic_life
+            self.goes_on = np.where(self.over, self.steps < self.reseed_every, lost)
+            ends = ends | lost
+        return self.observation, np.sign(rewards) if self.reward_clipping else rewards, ends, cuts, info
 
     def render(self) -> tuple[np.ndarray, ...]:
         """`N x [210, 160, 3]`."""

@@ -22,6 +22,7 @@ from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, InitTracker, Rename
 
 from levin.envs import SeededVectorEnv
 from levin.errors import ConfigError
+from levin.spaces import tensors
 
 IS_FIRST = "is_first"  # [N, 1], for policies that ask for it: whether an observation begins an episode
 CHUNK = 256  # vector steps at a time, while the length of a rollout is not known
@@ -161,7 +162,7 @@ class VectorCollector(BaseCollector):
             self._observation = self._copy(env.reset()[0])
         # Allocated per rollout, not reused: whoever holds the last rollout keeps what it was given.
         observation = [np.empty((num_envs, steps, *part.shape[1:]), part.dtype) for part in self._observation]
-        after = [np.empty_like(part) for part in observation]
+        over: list[tuple[int, np.ndarray, list[np.ndarray]]] = []  # step, mask [N]: what the ended episodes showed last
         reward = np.empty((num_envs, steps), np.float32)
         terminated, truncated = np.empty((2, num_envs, steps), bool)
         action = self._actions(steps)
@@ -169,49 +170,60 @@ class VectorCollector(BaseCollector):
         act = self.policy.module
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
         on_cpu = device.type == "cpu"
-        views = list(zip(*(torch.from_numpy(part).unbind(1) for part in observation), strict=True))  # T x parts
         num_random = self._num_random(steps)
         if num_random:
             action[:, :num_random] = random_actions(env.single_action_space, num_envs, num_random)
-        current = self._observation
+        current: list[Any] = self._observation
         with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
             for t in range(steps):
-                for part, value in zip(observation, current, strict=True):
-                    part[:, t] = value
                 if t >= num_random:
-                    inputs = [self._joined(views[t])]
+                    inputs = [tensors(env.observation, self._joined(current))]
                     if self.takes_is_first:
                         inputs.append(torch.from_numpy(self._first).unsqueeze(-1))  # [N] -> [N, 1]
                     chosen = act(*inputs) if on_cpu else act(*(moved(each, device) for each in inputs)).cpu()
                     action[:, t] = chosen.numpy()
-                shown, rewards, ends, cuts, _ = env.step(action[:, t])
-                current = self._split(shown)
-                for part, value in zip(after, current, strict=True):
+                env.send(action[:, t])
+                for part, value in zip(observation, current, strict=True):
                     part[:, t] = value
+                seen, rewards, ends, cuts, _ = env.receive()
+                current = self._split(seen)
                 reward[:, t] = rewards
                 terminated[:, t] = ends
                 truncated[:, t] = cuts
                 self._first = done = ends | cuts
                 if done.any():
+                    over.append((t, done, [np.asarray(value)[done] for value in current]))
                     self._opened[done & ~env.goes_on] = self.vector_steps + t + 1
                     current = self._split(env.reset(options={"reset_mask": done})[0])
                     if until_done:
                         steps = t + 1
                         break
-        self._observation = [np.array(value, dtype=part.dtype) for value, part in zip(current, after, strict=True)]
+        self._observation = [
+            np.array(value, dtype=part.dtype) for value, part in zip(current, observation, strict=True)
+        ]
+        shown = [torch.from_numpy(part[:, :steps]) for part in observation]
+        # What a step leads to is what the next one starts from, but at the ends of episodes. A copy at once, and not
+        # one per step, costs half.
+        after = [
+            torch.cat([part[:, 1:], torch.from_numpy(last).unsqueeze(1)], 1)
+            for part, last in zip(shown, self._observation, strict=True)
+        ]
+        for t, done, parts in over:
+            for part, last in zip(after, parts, strict=True):
+                part.numpy()[done, t] = last
         self.vector_steps += steps
         self._remember(action[:, :steps])
-        tensors = [torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T, 1]
+        outcome = [torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T, 1]
         return TensorDict(
             {
-                "observation": self._joined([torch.from_numpy(part[:, :steps]) for part in observation]),
+                "observation": self._joined(shown),
                 "action": torch.from_numpy(action[:, :steps]),
                 "next": {
-                    "observation": self._joined([torch.from_numpy(part[:, :steps]) for part in after]),
-                    "reward": tensors[0],
-                    "terminated": tensors[1],
-                    "truncated": tensors[2],
-                    "done": tensors[1] | tensors[2],
+                    "observation": self._joined(after),
+                    "reward": outcome[0],
+                    "terminated": outcome[1],
+                    "truncated": outcome[2],
+                    "done": outcome[1] | outcome[2],
                 },
             },
             batch_size=(num_envs, steps),

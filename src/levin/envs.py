@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -221,7 +222,8 @@ class SeededVectorEnv(VectorWrapper):
         self.episodes = [-1] * self.num_envs
         # Returns and lengths of the games that ended, where an episode is less than a game; whoever reads it clears it.
         self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
-        self._moved = np.ones(self.num_envs, dtype=bool)
+        self.steps = np.ones(self.num_envs, dtype=np.int64)  # [N]: since each was reset; no reset yet counts as one
+        self._actions: np.ndarray | None = None  # sent, in the env's units
         self.action = describe_action(env.single_action_space)
         self._to_env = action_units(self.action, config.action)
         if config.action == "rescale" and isinstance(env.single_action_space, Box):  # the space is the policy's too
@@ -248,8 +250,8 @@ class SeededVectorEnv(VectorWrapper):
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
         seeds: list[int | None] = [None if on else 0 for on in self.goes_on]
         for i in np.flatnonzero(mask & ~self.goes_on):
-            self.episodes[i] += int(self._moved[i])
-            self._moved[i] = False
+            self.episodes[i] += int(self.steps[i] > 0)
+            self.steps[i] = 0
             seeds[i] = self.seed_of(self.first + int(i), self.episodes[i])
         options = dict(options) if options else None
         try:
@@ -264,31 +266,69 @@ class SeededVectorEnv(VectorWrapper):
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step of all envs. Raises RunError when one raises, or an async one takes longer than the timeout."""
-        self._moved[:] = True
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: np.ndarray) -> None:
+        """The first half of a step. Atari begins now, while what it showed last is copied; others share that memory."""
+        self.steps += 1
+        self._actions = self._to_env(actions)
+        if self.config.family == "atari":
+            self.env.send(self._actions)  # type: ignore[attr-defined]
+
+    def receive(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """The second half."""
         try:
             if isinstance(self.env, AsyncVectorEnv):
-                self.env.step_async(self._to_env(actions))
+                self.env.step_async(self._actions)  # type: ignore[arg-type]
                 observation, *rest = self.env.step_wait(timeout=self.config.timeout)
+            elif self.config.family == "atari":
+                observation, *rest = self.env.receive()  # type: ignore[attr-defined]
             else:
-                observation, *rest = self.env.step(self._to_env(actions))
+                observation, *rest = self.env.step(self._actions)  # type: ignore[arg-type]
             return self.read(observation), *rest  # type: ignore[return-value]
         except Exception as error:
             raise self._failure("step", error) from error
 
     def _failure(self, what: str, error: Exception) -> RunError:
-        if isinstance(self.env, AsyncVectorEnv):
-            self.env.close(terminate=True)  # a worker that hangs would be waited for
+        culprit, said = self._culprit(error), f"raised {type(error).__name__}: {error}"
         if isinstance(error, multiprocessing.TimeoutError):
             said = f"did not come back within env.timeout={self.config.timeout:g} seconds"
-        else:
-            said = f"raised {type(error).__name__}: {error}"
-            said += " (env.vectorization=sync shows where)" if isinstance(self.env, AsyncVectorEnv) else ""
-        return RunError(f"the {what} of {self.config.id} {said}; episodes {self.episodes}")
+        elif isinstance(error, EOFError | ConnectionError):
+            said = "lost its process"
+        elif isinstance(self.env, AsyncVectorEnv):
+            said += " (env.vectorization=sync shows where)"
+        if isinstance(self.env, AsyncVectorEnv):
+            self.env.close(terminate=True)  # a worker that hangs would be waited for
+        if culprit is not None:
+            env, episode = self.first + culprit, self.episodes[culprit]
+            said += f"; env {env}, step {self.steps[culprit]} of episode {episode}, seed {self.seed_of(env, episode)}"
+        return RunError(f"the {what} of {self.config.id} {said}")
+
+    def _culprit(self, error: Exception) -> int | None:
+        """Which env it was, as far as one can tell."""
+        if isinstance(self.env, AsyncVectorEnv):
+            for i, (pipe, process) in enumerate(zip(self.env.parent_pipes, self.env.processes, strict=True)):
+                if pipe is None:  # closed by Gymnasium when its env raised
+                    return i
+                if isinstance(error, multiprocessing.TimeoutError):
+                    if not pipe.poll():
+                        return i
+                elif isinstance(error, EOFError | ConnectionError):
+                    process.join(0.2)  # its pipe is closed before it has ended
+                    if process.exitcode is not None:
+                        return i
+        for frame, _ in traceback.walk_tb(error.__traceback__):  # where the loop over the envs stands
+            if frame.f_code in (SyncVectorEnv.step.__code__, SyncVectorEnv.reset.__code__):
+                return frame.f_locals["i"]
+            if frame.f_code in (TorchRLVectorEnv.step.__code__, TorchRLVectorEnv.reset.__code__):
+                return frame.f_locals["part"].start
+        return None
 
     def begin(self, episodes: list[int], mask: np.ndarray) -> Any:
         """Begin episode `episodes[i]` in every env of the mask `[N]`; returns the observations `[N, *shape]`."""
         for i in np.flatnonzero(mask):
-            self.episodes[i], self._moved[i] = episodes[i], False
+            self.episodes[i], self.steps[i] = episodes[i], 0
         self.goes_on[mask] = False
         return self.reset(options={"reset_mask": mask})[0]
 

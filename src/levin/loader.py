@@ -65,7 +65,7 @@ class CollectorLoader:
         envs = np.arange(len(rollout)) if indices is None else indices[:, 0, 0].numpy()
         after: TensorDict = rollout.get("next")
         reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
-        for what in (*parts(rollout.get("observation")), *parts(after.get("observation")), reward):
+        for what in (*parts(after.get("observation")), *parts(rollout.get("observation")), reward):
             self._check_finite(np.asarray(what), done, envs)
         if self.step_count:
             count = step_count(done, self.statistics.open_length[envs])
@@ -84,9 +84,10 @@ class CollectorLoader:
             row, step = (int(each[0]) for each in np.nonzero(~np.isfinite(values))[:2])
             env = int(envs[row])
             episode = self.env.episodes[env] - int(done[row, step:].sum())
+            count = step_count(done, self.statistics.open_length[envs])[row, step] + 1
             raise RunError(
                 f"{self.env.config.id} gave {values[row, step]}, not finite, in iteration {self.version() + 1}: "
-                f"env {env}, episode {episode}, begun with seed {self.env.seed_of(env, episode)}"
+                f"env {env}, step {count} of episode {episode}, seed {self.env.seed_of(env, episode)}"
             )
 
     def take(self) -> dict[str, float]:
