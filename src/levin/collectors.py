@@ -162,6 +162,7 @@ class VectorCollector(BaseCollector):
             self._observation = self._copy(env.reset()[0])
         # Allocated per rollout, not reused: whoever holds the last rollout keeps what it was given.
         observation = [np.empty((num_envs, steps, *part.shape[1:]), part.dtype) for part in self._observation]
+        following = [np.empty_like(part) for part in observation]
         over: list[tuple[int, np.ndarray, list[np.ndarray]]] = []  # step, mask [N]: what the ended episodes showed last
         reward = np.empty((num_envs, steps), np.float32)
         terminated, truncated = np.empty((2, num_envs, steps), bool)
@@ -183,8 +184,9 @@ class VectorCollector(BaseCollector):
                     chosen = act(*inputs) if on_cpu else act(*(moved(each, device) for each in inputs)).cpu()
                     action[:, t] = chosen.numpy()
                 env.send(action[:, t])
-                for part, value in zip(observation, current, strict=True):
-                    part[:, t] = value
+                # What a step starts from is what the one before led to, but behind the end of an episode: mended below.
+                for part, before, value in zip(observation, following, current, strict=True):
+                    part[:, t] = before[:, t - 1] = value
                 seen, rewards, ends, cuts, _ = env.receive()
                 current = self._split(seen)
                 reward[:, t] = rewards
@@ -202,12 +204,9 @@ class VectorCollector(BaseCollector):
             np.array(value, dtype=part.dtype) for value, part in zip(current, observation, strict=True)
         ]
         shown = [torch.from_numpy(part[:, :steps]) for part in observation]
-        # What a step leads to is what the next one starts from, but at the ends of episodes. A copy at once, and not
-        # one per step, costs half.
-        after = [
-            torch.cat([part[:, 1:], torch.from_numpy(last).unsqueeze(1)], 1)
-            for part, last in zip(shown, self._observation, strict=True)
-        ]
+        after = [torch.from_numpy(part[:, :steps]) for part in following]
+        for part, last in zip(after, self._observation, strict=True):
+            part[:, -1] = torch.from_numpy(last)
         for t, done, parts in over:
             for part, last in zip(after, parts, strict=True):
                 part.numpy()[done, t] = last

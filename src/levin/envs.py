@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
+from ctypes.util import find_library
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -182,9 +183,10 @@ def _view(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:
     """What `gymnasium.make` must be told of the picture, if there is to be one: not every env knows the words."""
     side = config.pixels
     view: dict[str, Any] = {"render_mode": "rgb_array"} if render or side else {}
-    if view and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported
+    if (view or config.family == "dm_control") and "DISPLAY" not in os.environ:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        if find_library("EGL"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # read when dm_control is imported: it can't change its mind
     if config.family == "dm_control":
         gym.register_envs(importlib.import_module("shimmy"))
         return view | ({"render_kwargs": {"height": side, "width": side, "camera_id": 0}} if side else {})
