@@ -115,7 +115,8 @@ def readable(shown: Space) -> tuple[Space, Callable[[Any], Any] | None]:
     def read(observation: Any) -> Any:
         found = {name: _pixels(_at(observation, path), leaf) for name, (path, leaf) in images.items()}
         if numbers:
-            found[VECTOR] = np.concatenate([_flat(_at(observation, path), leaf) for path, leaf in numbers], axis=-1)
+            flat = [_flat(_at(observation, path), leaf) for path, leaf in numbers]
+            found[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")
         return found if len(parts) > 1 else next(iter(found.values()))
 
     return ({**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))), read
@@ -155,13 +156,13 @@ def _width(space: Space) -> int:
 
 
 def _flat(observation: np.ndarray, space: Space) -> np.ndarray:
-    """`[N, *S] -> [N, D]`, float32."""
+    """`[N, *S] -> [N, D]`; of finite sets, whether it is each of their members."""
     flat = observation.reshape(len(observation), -1)
     if space["type"] == "box":
-        return flat.astype(np.float32)
+        return flat
     sizes, starts = space.get("nvec", [space["n"]]), space.get("starts", [space["start"]])
     one_hot = [flat[:, i, None] - starts[i] == np.arange(size) for i, size in enumerate(sizes)]
-    return np.concatenate(one_hot, axis=-1).astype(np.float32)
+    return np.concatenate(one_hot, axis=-1)
 
 
 def to_gym(space: Space) -> gym.Space:

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from levin import config, provenance
+from levin import config, provenance, schema
 from levin.bench.peers import COMPARISONS, compare, ours, table
+from levin.envs import EnvConfig
 from levin.errors import one_sentence
 from levin.hints import PositiveInt
 
@@ -43,16 +44,23 @@ def bench(
 
         memory(rounds=segments, threads=threads)
     elif what == "collect":
-        from levin.bench.collect import atari, collect
+        from levin.bench.collect import beside_the_env, collect
 
         for env_id, num_envs in (("CartPole-v1", 8), ("HalfCheetah-v4", 1)):
             print(f"\n{env_id} x {num_envs}, 64-64 policy", end="")
             table(collect(env_id, num_envs, segments), "hand-written loop", "vector steps/s")
-        if find_spec("ale_py"):
-            print("\npong x 8, random actions", end="")
-            table(atari("pong", 8, segments), "ale-py alone", "vector steps/s")
-        else:
-            print("\nwithout Atari, which needs an extra: pip install -e '.[atari]'")
+        for name, num_envs, package in (
+            *(("pong", 8, "ale_py"), ("breakout", 8, "ale_py")),
+            *(("lunarlander", 8, "Box2D"), ("bipedalwalker", 1, "Box2D"), ("carracing", 1, "Box2D")),
+            *(("walker_walk", 1, "shimmy"), ("cheetah_run", 1, "shimmy")),
+        ):
+            if find_spec(package) is None:
+                print(f"\nwithout {name}, whose extra is missing ({package})")
+                continue
+            words = [f"env={name}", "algo=a2c", f"env.num_envs={num_envs}"]
+            print(f"\n{name} x {num_envs}, random actions", end="")
+            rates = beside_the_env(EnvConfig(**schema.plain(config.compose(words).env)), segments)
+            table(rates, "the env alone", "vector steps/s")
     else:
         for task in COMPARISONS[what]:
             compare(task, segments=segments, threads=threads)

@@ -17,7 +17,7 @@ from levin import collectors, envs, runs
 from levin.networks import mlp
 
 STEPS = 256  # vector steps per rollout
-ATARI_STEPS = 128  # as PPO's: longer ones are not kept by `keep_freed_memory`
+SHORT = 128  # as PPO's: longer ones are not kept by `keep_freed_memory`
 NEVER = 1_000_000_000
 
 
@@ -90,27 +90,42 @@ def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
     return interleaved(sides, rounds)
 
 
-def atari(game: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
-    """Vector steps per second of each side in each round. Needs the extra."""
-    from ale_py.vector_env import AtariVectorEnv
-
+def beside_the_env(config: envs.EnvConfig, rounds: int) -> dict[str, list[float]]:
+    """Vector steps per second of each side in each round, without a policy. Needs the extra of the family."""
     runs.quiet()
     runs.keep_freed_memory()  # as a run does
-    config = envs.EnvConfig(family="atari", id=game, num_envs=num_envs, action_repeat=4, frame_stack=4)
     env = envs.make(config, seed=0, copy=False)
     nobody = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
-    collector = collectors.make("vector", env, nobody, steps=ATARI_STEPS, random_env_steps=NEVER)
-
-    alone = AtariVectorEnv(game, num_envs, reward_clipping=False)
-    alone.reset(seed=0)
-    actions = np.random.default_rng(0).integers(env.single_action_space.n, size=(ATARI_STEPS, num_envs))  # type: ignore
-
-    def step_alone() -> None:
-        for action in actions:
-            alone.step(action)
-
+    collector = collectors.make("vector", env, nobody, steps=SHORT, random_env_steps=NEVER)
     rollouts = iter(collector.iterator())
-    return interleaved({"ale-py alone": step_alone, "levin": lambda: next(rollouts)}, rounds, ATARI_STEPS)
+    alone = stepping(config, collectors.random_actions(env.single_action_space, SHORT, config.num_envs))
+    return interleaved({"the env alone": alone, "levin": lambda: next(rollouts)}, rounds, SHORT)
+
+
+def stepping(config: envs.EnvConfig, actions: np.ndarray) -> Callable[[], None]:
+    """A loop that steps the envs by `actions` `[T, N, *A]`, and keeps nothing."""
+    if config.family == "atari":
+        from ale_py.vector_env import AtariVectorEnv
+
+        games = AtariVectorEnv(config.id, config.num_envs, reward_clipping=False)  # begins the next game by itself
+        games.reset(seed=0)
+
+        def play() -> None:
+            for action in actions:
+                games.step(action)
+
+        return play
+    mode = AutoresetMode.DISABLED
+    env = SyncVectorEnv([lambda: envs.make_one(config)] * config.num_envs, autoreset_mode=mode, copy=False)
+    env.reset(seed=0)
+
+    def step() -> None:
+        for action in actions:
+            _, _, ends, cuts, _ = env.step(action)
+            if (ends | cuts).any():
+                env.reset(options={"reset_mask": ends | cuts})
+
+    return step
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int, steps: int = STEPS) -> dict[str, list[float]]:
