@@ -11,6 +11,8 @@ algo_yaml := $(wildcard configs/algo/$(algo).yaml experiments/*/algo/$(algo).yam
 env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' $(algo_yaml) /dev/null))
 # A pinned config says it again.
 extra := $(shell sed -n 's/^\# needs the extra: *//p' $(or $(wildcard experiments/$(EXP)/config.yaml),configs/env/$(env_name).yaml) 2>/dev/null)
+# What the tests of every family and the types need.
+suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
 run = run=$(if $(EXP),experiments/$(EXP),$(RUN))
 comma := ,
@@ -79,16 +81,16 @@ bench-setup: ## Install the peers into an environment of their own
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
 
-test: .venv/.dev .venv/.mujoco .venv/.atari .venv/.report ## Tests, in minutes
+test: $(suite) ## Tests, in minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-test-slow: .venv/.dev .venv/.mujoco .venv/.atari .venv/.report ## Tests that train for minutes
+test-slow: $(suite) .venv/.scale ## Tests that train for minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills runs, resumes them and compares; minutes
 	$(BIN)/python tests/drill.py $(ARGS)
 
-lint: .venv/.dev .venv/.mujoco .venv/.atari .venv/.report ## Ruff, codespell, pyright
+lint: $(suite) ## Ruff, codespell, pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
