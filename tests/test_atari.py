@@ -208,6 +208,9 @@ def test_limit_skip_and_stack_are_those_of_the_config():
         ({"action": "rescale"}, "no bounds"),
         ({"normalize_observation": True}, "scale pixels themselves"),
         ({"kwargs": {"frameskip": 2}}, "frameskip"),
+        ({"pixels": 64}, "env.pixels=64 is not for env.family=atari"),
+        ({"kwargs": {"grayscale": False}}, "bytes of the shape .1, 84, 84, 3."),
+        ({"target": "toy:env"}, "env.target=toy:env is for env.family=torchrl"),
         ({"kwargs": {"sticky": 1}}, "sticky"),
     ],
 )
@@ -215,6 +218,11 @@ def test_what_means_nothing_here_is_refused(change, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
         envs.make(envs.EnvConfig(**{"family": "atari", "id": "pong", **change}), seed=0)
     assert "\n" not in str(error.value)
+
+
+def test_workers_are_not_for_games():
+    with pytest.raises(ConfigError, match="threads of its own, and collector=torchrl-process"):
+        build(config.compose(["algo=dqn", "env=pong", "env.num_envs=2", "collector=torchrl-process"]))
 
 
 def test_the_picture_is_that_of_the_game():

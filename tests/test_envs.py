@@ -1,5 +1,7 @@
 """Seeds, units, repeats, statistics, and what happens to an env that can't be made."""
 
+import multiprocessing
+import signal
 import sys
 
 import gymnasium as gym
@@ -11,11 +13,12 @@ import toy_envs
 from levin import config, envs, paths, schema
 from levin.errors import ConfigError
 from levin.statistics import ObservationNormalizer, RewardNormalizer
+from levin.vector_env import episode_seed
 
 
 def test_no_two_episodes_share_a_seed():
     seeds = [
-        envs.episode_seed(seed, purpose, rank, env, episode)
+        episode_seed(seed, purpose, rank, env, episode)
         for seed in range(4)
         for purpose in (envs.TRAINING, envs.EVALUATION)
         for rank in range(3)
@@ -30,7 +33,7 @@ def test_every_episode_starts_with_its_own_seed():
     observation, _ = env.reset()
     for episode in range(3):
         for i in range(2):
-            alone, _ = gym.make("Pendulum-v1").reset(seed=envs.episode_seed(0, envs.TRAINING, 0, i, episode))
+            alone, _ = gym.make("Pendulum-v1").reset(seed=episode_seed(0, envs.TRAINING, 0, i, episode))
             assert np.array_equal(observation[i], alone)
         env.step(np.zeros((2, 1), np.float32))
         observation, _ = env.reset(options={"reset_mask": np.ones(2, dtype=bool)})
@@ -152,3 +155,24 @@ def test_reward_statistics_run_through_rollouts_and_are_cut_at_ends_only():
         normalizer.update(reward[:, start : start + 5], done[:, start : start + 5])
     torch.testing.assert_close(float(normalizer.moments.var), float(np.var(expected)))
     torch.testing.assert_close(normalizer(reward), (reward / np.std(expected)).float())
+
+
+def test_what_an_env_s_constructor_asserts_is_a_sentence():
+    pytest.importorskip("Box2D")
+    with pytest.raises(ConfigError, match=r"env.id=LunarLander-v3 can't be made: AssertionError: gravity") as error:
+        envs.make(envs.EnvConfig(id="LunarLander-v3", kwargs={"gravity": 5.0}), seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_an_env_made_in_a_child_leaves_signals_alone():
+    def child(pipe):
+        before = signal.getsignal(signal.SIGINT)
+        envs.make(envs.EnvConfig(id="CartPole-v1"), seed=0)
+        pipe.send(signal.getsignal(signal.SIGINT) == before and before is not signal.SIG_IGN)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    process.start()
+    assert ours.poll(30)
+    assert ours.recv()
+    process.join()

@@ -12,6 +12,7 @@ import pytest
 from gymnasium.wrappers import AddRenderObservation
 
 from levin import config, envs, paths, schema
+from levin.vector_env import episode_seed
 
 OURS = ("gym", "torchrl", "atari")  # any id, target or game
 NAMES = sorted(file.stem for file in (paths.CONFIGS / "env").glob("*.yaml") if file.stem not in OURS)
@@ -36,7 +37,7 @@ def same_steps(cfg: envs.EnvConfig, alone: gym.Env, steps: int) -> int:
     ours, episode = envs.make(cfg, seed=3), 0
     alone.action_space.seed(5)
     seen, _ = ours.reset()
-    expected, _ = alone.reset(seed=envs.episode_seed(3, envs.TRAINING, 0, 0, 0))
+    expected, _ = alone.reset(seed=episode_seed(3, envs.TRAINING, 0, 0, 0))
     for _ in range(steps):
         np.testing.assert_array_equal(seen[0], stated(alone, expected))
         action = np.asarray(alone.action_space.sample())
@@ -48,7 +49,7 @@ def same_steps(cfg: envs.EnvConfig, alone: gym.Env, steps: int) -> int:
         if end or cut:
             episode += 1
             seen, _ = ours.reset(options={"reset_mask": np.ones(1, dtype=bool)})
-            expected, _ = alone.reset(seed=envs.episode_seed(3, envs.TRAINING, 0, 0, episode))
+            expected, _ = alone.reset(seed=episode_seed(3, envs.TRAINING, 0, 0, episode))
     ours.close(), alone.close()
     return episode
 
@@ -65,6 +66,17 @@ def test_an_env_is_what_gymnasium_makes(name):
             pytest.importorskip(package)
     ended = same_steps(cfg, plain(cfg), STEPS)
     assert ended or name not in ("cartpole", "pendulum", "hopper", "lunarlander")
+
+
+@pytest.mark.parametrize("name", ["walker_walk", "pendulum_swingup"])
+def test_dm_control_goes_on_after_a_time_limit(name):
+    """Its own episodes, of a thousand steps, are longer than the test above."""
+    pytest.importorskip("shimmy")
+    cfg = schema.plain(config.compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.time_limit=60"]).env)
+    cfg = envs.EnvConfig(**cfg)
+    gym.register_envs(importlib.import_module("shimmy"))
+    alone = gym.make(cfg.id, max_episode_steps=60)
+    assert same_steps(cfg, alone, STEPS) == 3
 
 
 def same_pictures(name: str) -> None:

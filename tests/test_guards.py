@@ -16,6 +16,7 @@ from levin import checkpoint, config, envs, files, resume, runs
 from levin import train as command
 from levin.algorithms.sac import SAC
 from levin.train import train
+from levin.vector_env import episode_seed
 from test_train import SMALL
 
 WORDS = (*SMALL, "checkpoint.every=64", "total_env_steps=640")
@@ -114,7 +115,7 @@ ENDS = [
 @pytest.mark.parametrize(("way", "cause"), ENDS)
 def test_env_step_and_episode_are_named(way, cause, tmp_path, monkeypatch, capsys):
     how, vectorization = way
-    seed = envs.episode_seed(0, envs.TRAINING, 0, 1, 2)
+    seed = episode_seed(0, envs.TRAINING, 0, 1, 2)
     words = (*WORDS, *FAILING, f"+env.kwargs.how={how}", "+env.kwargs.after=7", f"+env.kwargs.seed={seed}")
     words = (*words, "env.num_envs=3", f"env.vectorization={vectorization}", "env.timeout=1.5")
     said = run_and_fail((*words, "algo.steps_per_iteration=8"), tmp_path / "run", monkeypatch, capsys)

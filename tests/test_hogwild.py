@@ -58,13 +58,13 @@ def running(tmp_path):
     )
     try:
         wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists())
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(timeout=300)[0]
         (worker,) = children(process.pid)
         yield process, run, worker
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=300)
 
 
 def test_a_killed_worker_ends_the_run(running):
@@ -81,7 +81,7 @@ def test_a_killed_worker_ends_the_run(running):
 def test_a_killed_run_takes_its_workers_with_it(running):
     process, _, worker = running
     process.kill()
-    process.wait()
+    process.wait(300)
     wait_until(lambda: gone(worker), 10)
 
 

@@ -334,7 +334,7 @@ def test_collectors_say_where_episodes_begin(name):
             return torch.zeros(len(observation), 1)
 
     env = envs.make(envs.EnvConfig(id="toy_envs:Counting-v0", num_envs=2, kwargs={"length": 3}), seed=0, copy=False)
-    policy = TensorDictModule(Spy(), in_keys=["observation", collectors.IS_FIRST], out_keys=["action"])
+    policy = TensorDictModule(Spy(), in_keys=["observation", "is_first"], out_keys=["action"])
     collector = collectors.make(name, env, policy, steps=4)
     batches = iter(collector)
     rollouts = torch.cat([next(batches) for _ in range(2)], 1)

@@ -197,12 +197,12 @@ reproduce.main()
     first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 180
     while not any((batch / "s0" / "provenance.json").exists() for batch in new(folder, batches)):
-        assert first.poll() is None, first.communicate()
+        assert first.poll() is None, first.communicate(timeout=300)
         assert time.monotonic() < end
         time.sleep(0.02)
     (batch,) = new(folder, batches)
     first.send_signal(signal.SIGINT)
-    said = first.communicate()
+    said = first.communicate(timeout=300)
     assert first.returncode == 1
     assert said[1].startswith("levin: stopped; the runs are saved, and the same command goes on")
     assert not (batch / "verdict.json").exists()

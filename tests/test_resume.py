@@ -127,7 +127,7 @@ def start(command: str, *words: str, start_new_session: bool = False) -> subproc
 def until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=300)
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -140,9 +140,9 @@ def test_a_new_process_continues_a_killed_one(env, tmp_path):
     until(lambda: checkpoint.numbered(tmp_path / "killed" / "checkpoints"), process)
     time.sleep(random.Random(env).random())
     process.kill()
-    process.communicate()
+    process.communicate(timeout=300)
     again = start("resume", f"run={tmp_path / 'killed'}")
-    _, said = again.communicate()
+    _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
@@ -181,7 +181,7 @@ def test_a_signal_to_every_process_of_an_async_run_saves_and_exits_with_0(name, 
     process = start("train", *words, "checkpoint.every=100_000", f"run={tmp_path / 'run'}", start_new_session=True)
     until((tmp_path / "run" / "metrics.csv").exists, process)
     os.killpg(process.pid, getattr(signal, name))
-    said = process.communicate()
+    said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "to go on: make resume" in said[0]
     assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
@@ -195,7 +195,7 @@ def test_ctrl_c_that_also_ends_the_pipe_saves(tmp_path):
     assert process.stdout is not None
     process.stdout.close()
     process.send_signal(signal.SIGINT)
-    assert process.wait() == 0
+    assert process.wait(300) == 0
     assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
 
 
@@ -204,12 +204,12 @@ def test_no_second_process_trains_in_the_same_folder(tmp_path):
     process = start("train", *words, f"run={tmp_path / 'run'}")
     until(lambda: checkpoint.numbered(tmp_path / "run" / "checkpoints"), process)
     second = start("resume", f"run={tmp_path / 'run'}")
-    _, said = second.communicate()
+    _, said = second.communicate(timeout=300)
     assert second.returncode == 2
     assert "is being trained by another process" in said
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate()
+    process.communicate(timeout=300)
     assert process.returncode == 0
 
 
@@ -219,7 +219,7 @@ def test_a_signal_in_the_last_evaluation_exits_with_0(tmp_path):
     until(lambda: checkpoint.numbered(tmp_path / "run" / "checkpoints"), process)
     time.sleep(0.3)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate()
+    said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "eval/return_mean" in said[0]
 
@@ -235,7 +235,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.communicate()
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGINT  # and not 0, as after the three seconds of this iteration
     assert [each.name for each in checkpoint.numbered(tmp_path / "run" / "checkpoints")] == before
     assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()

@@ -26,6 +26,7 @@ NUMBERS = {
     "multi discrete, later start": MultiDiscrete([3, 2], start=[1, -1]),
     "dict": Dict({"b": Box(-1, 1, (2, 3)), "a": Discrete(3), "scalar": Box(-1, 1, ()), "on": MultiBinary(3)}),
     "tuple": Tuple([Box(-1, 1, (2,)), MultiDiscrete([2, 4])]),
+    "a number": Box(-1, 1, ()),
     "nested": Dict({"arm": Dict({"q": Box(-1, 1, (2,)), "grip": Discrete(2)}), "base": Tuple([Box(0, 1, (1,))])}),
     "a dict of bytes": Dict({"memory": Box(0, 255, (5,), np.uint8)}),
 }
@@ -92,19 +93,35 @@ def test_a_box_of_numbers_stays_what_it_is(space):
     assert readable(describe_space(space)) == (describe_space(space), None)
 
 
+@pytest.mark.parametrize("shape", [(4, 84, 84, 3), (2, 2, 2, 2, 2)])
+def test_bytes_in_four_dimensions_are_refused(shape):
+    with pytest.raises(ConfigError, match=r"which env.frame_stack stacks"):
+        describe_space(Dict({"camera": Box(0, 255, shape, np.uint8)}))
+
+
 class Seer(nn.Module):
     """Acts by the pixels and the numbers, and keeps no secrets about how."""
 
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels = pixels
+
     def forward(self, observation):
-        bright = observation["camera"].float().mean((1, 2, 3)) / 255
+        bright = observation[self.pixels].float().mean((1, 2, 3)) / 255
         return (observation["vector"].sum(-1) - bright).sin().mul(0.5).unsqueeze(-1)
 
 
-def test_both_collectors_yield_the_same_parts():
+@pytest.mark.parametrize(
+    ("pixels", "part"),
+    [("camera", "camera"), *((name, f"{name}_pixels") for name in ("observation", "action", "done", "is_first"))],
+)
+def test_both_collectors_yield_the_same_parts(pixels, part):
     data = {}
     for name in ("vector", "torchrl"):
-        env = envs.make(envs.EnvConfig(id="toy_envs:Robot-v0", num_envs=2), seed=0, copy=name != "vector")
-        policy = TensorDictModule(Seer(), in_keys=["observation"], out_keys=["action"])
+        env = envs.make(
+            envs.EnvConfig(id="toy_envs:Robot-v0", num_envs=2, kwargs={"pixels": pixels}), seed=0, copy=name != "vector"
+        )
+        policy = TensorDictModule(Seer(part), in_keys=["observation"], out_keys=["action"])
         collector = collectors.make(name, env, policy, steps=60)
         iterator = iter(collector.iterator())
         data[name] = torch.cat([next(iterator).clone() for _ in range(2)], 1)
@@ -112,8 +129,8 @@ def test_both_collectors_yield_the_same_parts():
     ours, theirs = data["vector"], data["torchrl"]
     assert bool(ours["next", "terminated"].any())
     assert bool(ours["next", "truncated"].any())
-    assert ours["observation", "camera"].shape == (2, 120, 3, 36, 36)
-    assert ours["observation", "camera"].dtype == torch.uint8
+    assert ours["observation", part].shape == (2, 120, 3, 36, 36)
+    assert ours["observation", part].dtype == torch.uint8
     assert ours["observation", "vector"].shape == (2, 120, 5)
     for key in ours.keys(include_nested=True, leaves_only=True):
         assert torch.equal(ours[key], theirs[key]), key

@@ -19,10 +19,10 @@ from torch import nn
 import toy_torchrl
 from checks import same
 from levin import collectors, config, envs, files, resume
-from levin.collectors import IS_FIRST
 from levin.errors import ConfigError
 from levin.exploration import GaussianNoise, NoisyPolicy
 from levin.loader import CollectorLoader
+from levin.spaces import IS_FIRST
 from levin.torchrl_collectors import AFTER, ENV_INDEX, POLICY_VERSION, WorkersCollector
 from levin.train import build, train
 from test_collectors import Linear
@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_said_of_the_right_env():
     rollout = TensorDict({"observation": torch.zeros(2, 5, 1), "next": after, ENV_INDEX: index}, (2, 5))
     rollout["next", "reward"][1, 2] = torch.nan
     loader = CollectorLoader(Scripted(rollout), env, lambda: 0)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=f"env 3, episode 5, begun with seed {env.seed_of(3, 5)}"):
+    with pytest.raises(RuntimeError, match=f"env 3, step 3 of episode 5, seed {env.seed_of(3, 5)}"):
         next(loader)
 
 
@@ -221,6 +221,10 @@ REFUSED = [
     (["algo=ddpg", "algo.noise=ornstein_uhlenbeck", "env.num_envs=2"], "set algo.noise=gaussian"),
     (["algo=ppo", "env.num_envs=2"], "PPO learns from what its own policy did"),
     (["algo=reinforce", "env.num_envs=1", "collector_workers=1"], "whole episodes need collector=vector"),
+    (
+        ["env=torchrl", "env.target=toy_torchrl:line", "+env.kwargs.batch=4", "env.num_envs=4"],
+        "makes 4 envs at once, and collector_workers=2 have 2 each: set env.num_envs=8",
+    ),
 ]
 
 
@@ -318,7 +322,7 @@ def test_a_signal_to_everyone_leaves_nobody(name, signum, tmp_path):
     run = tmp_path / "run"
     words = [*SMALL, f"collector={name}", "env.num_envs=2", "total_env_steps=1_000_000", f"run={run}"]
     process = subprocess.Popen([sys.executable, "-m", "levin.train", *words], start_new_session=True)
-    while not list(run.glob("checkpoints/*/manifest.json")):
+    while not (run / "checkpoints" / "last").exists():
         assert process.poll() is None
         time.sleep(0.1)
     if signum == signal.SIGKILL:
@@ -391,6 +395,44 @@ def test_only_what_is_over_begins_again_and_time_limits_truncate(batch):
     assert min(seen.values()) > 0
 
 
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_time_limit_truncates(batch):
+    name = "toy_torchrl:transformed"  # counts steps too, to another end
+    kwargs = {"batch": batch, "max_steps": 50}
+    config = envs.EnvConfig(id=name, family="torchrl", target=name, num_envs=2, time_limit=4, kwargs=kwargs)
+    env = envs.make(config, seed=0)
+    env.reset()
+    length = np.zeros(2, int)
+    for _ in range(30):
+        _, _, terminated, truncated, _ = env.step(np.zeros((2, 1), np.float32))
+        length += 1
+        assert (truncated == (length == 4)).all()
+        if (terminated | truncated).any():
+            observation, _ = env.reset(options={"reset_mask": terminated | truncated})
+            assert observation.shape == (2, 1)
+            length[terminated | truncated] = 0
+
+
+@pytest.mark.parametrize("kind", ["serial", pytest.param("parallel", marks=pytest.mark.slow)])
+def test_an_env_that_goes_on_is_not_touched_by_the_reset_of_another(kind):
+    """A seed given to a `SerialEnv` resets all that it holds."""
+    env = torchrl_env("poles", 2, kind=kind)
+    observation, _ = env.reset()
+    ended = 0
+    for step in range(60):
+        before = observation
+        observation, _, ends, _, _ = env.step(np.array([1, step % 2]))  # the first falls, the other does not
+        np.testing.assert_allclose(observation[:, 0], before[:, 0] + 0.02 * before[:, 1], atol=1e-6)
+        if ends.any():
+            shown = observation
+            observation, _ = env.reset(options={"reset_mask": ends})
+            np.testing.assert_array_equal(observation[~ends], shown[~ends])
+            assert (np.abs(observation[ends]) <= 0.05).all()
+            ended += int(ends.sum())
+    assert ended > 3
+    env.close()
+
+
 def test_envs_draw_from_a_stream_of_their_own():
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -432,7 +474,11 @@ def test_vectors_become_one():
         (["env.target=toy_torchrl:missing"], "env.target=toy_torchrl:missing can't be imported"),
         (["env.target=toy_torchrl:nothing"], "makes a int, not a torchrl.envs.EnvBase"),
         (["env.target=toy_torchrl:line", "+env.kwargs.batch=3"], "makes 3 envs at once: set env.num_envs=3"),
-        (["env.target=toy_torchrl:line", "env.time_limit=5"], "env.time_limit is not for env.family=torchrl"),
+        (["env.target=toy_torchrl:line", "env.pixels=64"], "env.pixels is not for env.family=torchrl"),
+        (["env.target=toy_torchrl:line", "+env.kwargs.colour=red"], "toy_torchrl:line can't be made: TypeError"),
+        (["env.target=toy_torchrl:missing_package"], "needs a package that is missing .No module named 'simulator'"),
+        (["env.target=toy_torchrl:NUMBER"], "toy_torchrl:NUMBER can't be made: TypeError"),
+        (["env.target=toy_torchrl:broken"], "toy_torchrl:broken can't be made: AssertionError: no wheels$"),
         (["env.target=toy_torchrl:line", "env.frame_stack=2"], "env.frame_stack is not for env.family=torchrl"),
         (["env.target=toy_torchrl:line", "env.action_repeat=2"], "env.action_repeat is not for env.family=torchrl"),
         (["env.target=toy_torchrl:line", "env.vectorization=async"], "take collector=torchrl-process"),

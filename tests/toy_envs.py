@@ -192,6 +192,12 @@ class Robot(Point):
         }
     )
 
+    def __init__(self, pixels="camera"):
+        super().__init__()
+        self.pixels = pixels
+        spaces = dict(Robot.observation_space.spaces)
+        self.observation_space = Dict({pixels: spaces.pop("camera"), **spaces})
+
     def reset(self, *, seed=None, options=None):
         return self._show(super().reset(seed=seed)[0]), {}
 
@@ -203,7 +209,8 @@ class Robot(Point):
         camera = np.zeros((36, 36, 3), np.uint8)
         camera[:, round(8 * (position.item() + 2)), 0] = 255
         near = np.array([position[0] > -0.5, position[0] < 0.5], np.int8)
-        return {"camera": camera, "position": position.astype(float), "side": int(position[0] > 0) - 1, "near": near}
+        shown = {"position": position.astype(float), "side": int(position[0] > 0) - 1, "near": near}
+        return {self.pixels: camera, **shown}
 
 
 class Buttons(Point):

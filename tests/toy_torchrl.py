@@ -1,9 +1,21 @@
 """TorchRL envs whose every transition can be predicted. Targets: `toy_torchrl:line` and so on."""
 
+from functools import partial
+
 import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
-from torchrl.envs import Compose, EnvBase, ObservationNorm, RewardSum, StepCounter, TransformedEnv
+from torchrl.envs import (
+    Compose,
+    EnvBase,
+    GymEnv,
+    ObservationNorm,
+    ParallelEnv,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+)
 
 
 class Line(EnvBase):
@@ -60,5 +72,23 @@ def transformed(max_steps: int = 20, **kwargs) -> EnvBase:
     return TransformedEnv(Line(**kwargs), Compose(StepCounter(max_steps), RewardSum(), norm))
 
 
+def poles(kind: str) -> EnvBase:
+    """Two CartPoles, stepped together."""
+    return {"serial": SerialEnv, "parallel": ParallelEnv}[kind](
+        2, partial(GymEnv, "CartPole-v1", categorical_action_encoding=True)
+    )
+
+
 def nothing() -> int:
     return 1
+
+
+def missing_package() -> EnvBase:
+    raise ModuleNotFoundError("No module named 'simulator'")
+
+
+def broken() -> EnvBase:
+    raise AssertionError("no wheels\nat all")
+
+
+NUMBER = 1

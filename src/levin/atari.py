@@ -136,6 +136,7 @@ def make(config: "EnvConfig", num_envs: int, *, training: bool, view: bool) -> A
         ("vectorization", "async", "ale-py steps its games in threads of its own"),
         ("action", "rescale", "a joystick has no bounds"),
         ("normalize_observation", True, "networks scale pixels themselves"),
+        ("pixels", config.pixels or 0, "it shows nothing else; env.kwargs.img_height and img_width are their size"),
     ):
         if getattr(config, key) == value:
             raise ConfigError(f"env.{key}={value} is not for env.family=atari: {why}")

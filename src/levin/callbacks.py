@@ -26,6 +26,7 @@ from levin.loader import CollectorLoader
 from levin.loggers import CSVMetrics
 from levin.rng import rng_state, set_rng_state
 from levin.statistics import ObservationNormalizer
+from levin.vector_env import SeededVectorEnv
 
 
 class Clock:
@@ -165,7 +166,7 @@ class Evaluation(Callback):
     ) -> None:
         self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
         self.clock = Clock(every)
-        self.vector_env: envs.SeededVectorEnv | None = None
+        self.vector_env: SeededVectorEnv | None = None
         self.return_mean: float | None = None  # of the last evaluation
         self.env_steps = 0  # when it was
 

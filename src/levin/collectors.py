@@ -10,21 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from gymnasium.spaces import Box
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
-from tensordict.utils import NestedKey
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, InitTracker, RenameTransform, TransformedEnv
 
-from levin.envs import SeededVectorEnv
 from levin.errors import ConfigError
-from levin.spaces import tensors
+from levin.spaces import IS_FIRST, random_actions, tensors
+from levin.torchrl_envs import wrap
+from levin.vector_env import SeededVectorEnv
 
-IS_FIRST = "is_first"  # [N, 1], for policies that ask for it: whether an observation begins an episode
 CHUNK = 256  # vector steps at a time, while the length of a rollout is not known
 
 
@@ -77,30 +74,6 @@ def moved(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, dict):
         return {name: part.to(device) for name, part in inputs.items()}
     return inputs.to(device)
-
-
-def wrap(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
-    """The vector env as TorchRL's collectors take it, with the keys of ours."""
-    wrapped = GymWrapper(env, categorical_action_encoding=True)
-    if parts := list(env.observation.get("spaces", {})):
-        nested: list[NestedKey] = [("observation", part) for part in parts]
-        wrapped = TransformedEnv(wrapped, RenameTransform(in_keys=parts, out_keys=nested))
-    elif wrapped.observation_spec["observation"].dtype == torch.float64:
-        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
-    return TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST)) if is_first else wrapped
-
-
-def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
-    """Uniform actions `[*shape, *A]`, in the policy's units."""
-    shape = (*shape, *(space.shape or ()))
-    if isinstance(space, Discrete):
-        return torch.randint(int(space.n), shape).numpy()
-    if isinstance(space, MultiDiscrete):
-        return (torch.rand(shape, dtype=torch.float64).numpy() * space.nvec).astype(np.int64)
-    assert isinstance(space, Box)
-    low, high = space.low, space.high
-    low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
-    return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
 
 class VectorCollector(BaseCollector):

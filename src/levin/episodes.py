@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
 
-from levin import envs
 from levin.spaces import tensors
+from levin.vector_env import SeededVectorEnv
 
 
 class EpisodeStatistics:
@@ -56,7 +56,7 @@ def step_count(done: np.ndarray, begun: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def evaluate(policy: TensorDictModule, env: envs.SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
+def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
     """The undiscounted returns and the lengths of `episodes` episodes.
 
     Each env plays a fixed number of episodes: counting the first to finish would favour short ones.

@@ -13,10 +13,10 @@ from torchrl.collectors import BaseCollector
 from levin import collectors, torchrl_collectors
 from levin.algorithms.base import Algorithm
 from levin.collectors import VectorCollector
-from levin.envs import SeededVectorEnv
 from levin.episodes import EpisodeStatistics, step_count
 from levin.errors import RunError
 from levin.torchrl_collectors import ENV_INDEX, POLICY_VERSION
+from levin.vector_env import SeededVectorEnv
 
 
 class CollectorLoader:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from levin import cells, config, envs, paths, runs, schema
 from levin.episodes import evaluate
 from levin.errors import ConfigError, one_sentence
+from levin.vector_env import SeededVectorEnv
 
 DEFAULTS = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv")
 EPISODES = 100
@@ -55,7 +56,7 @@ def random_return(cfg: DictConfig) -> float:
 class Uniform(nn.Module):
     """Uniform actions in the units of a policy, `[N, *S] -> [N, *A]`."""
 
-    def __init__(self, env: envs.SeededVectorEnv) -> None:
+    def __init__(self, env: SeededVectorEnv) -> None:
         super().__init__()
         self.space = env.single_action_space
         self.space.seed(0)

@@ -11,7 +11,7 @@ from levin.hints import NonNegativeInt, PositiveInt
 if TYPE_CHECKING:
     import numpy as np
 
-    from levin.envs import SeededVectorEnv
+    from levin.vector_env import SeededVectorEnv
 
 
 def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:

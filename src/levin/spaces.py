@@ -13,6 +13,9 @@ from levin.errors import ConfigError
 
 VECTOR = "vector"  # of an observation with pixels: all the rest of it
 CHANNELS = (1, 3, 4)
+IS_FIRST = "is_first"  # [N, 1], for policies that ask for it: whether an observation begins an episode
+# Of rollouts: a part of an observation can't have these names.
+RESERVED = {"observation", "action", "reward", "terminated", "truncated", "done", "next", IS_FIRST}
 
 
 class Space(TypedDict):
@@ -64,6 +67,11 @@ def describe_space(space: gym.Space) -> Space:
     """A space in plain values. Raises ConfigError when nothing here reads it."""
     if isinstance(space, Box):
         shape = list(space.shape)
+        if space.dtype == np.uint8 and len(shape) > 3:
+            raise ConfigError(
+                f"the env's observation space has bytes of the shape {shape}; valid here: pixels [H, W], [H, W, C] or "
+                "[C, H, W], which env.frame_stack stacks"
+            )
         return {**EMPTY, "shape": shape, "dtype": "uint8" if is_image(space.dtype, shape) else "float32"}
     if isinstance(space, Discrete):
         return {**EMPTY, "type": "discrete", "dtype": "int64", "n": int(space.n), "start": int(space.start)}
@@ -101,10 +109,10 @@ def readable(shown: Space) -> tuple[Space, Callable[[Any], Any] | None]:
     Raises:
         ConfigError: Two parts have the same name.
     """
-    if shown["type"] == "box" and (shown["dtype"] != "uint8" or _channel_first(shown) == shown):
+    if shown["type"] == "box" and shown["shape"] and (shown["dtype"] != "uint8" or _channel_first(shown) == shown):
         return shown, None
     leaves = list(_leaves(shown))
-    images = {"_".join(path).replace(".", "_"): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
+    images = {_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
     numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
     parts = {name: _channel_first(leaf) for name, (_, leaf) in images.items()}
     if numbers:
@@ -120,6 +128,12 @@ def readable(shown: Space) -> tuple[Space, Callable[[Any], Any] | None]:
         return found if len(parts) > 1 else next(iter(found.values()))
 
     return ({**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))), read
+
+
+def _name(path: tuple[str, ...]) -> str:
+    """Of pixels in an observation, as networks and TensorDicts can have it."""
+    name = "_".join(path).replace(".", "_")
+    return f"{name}_pixels" if name in RESERVED else name
 
 
 def _leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Space]]:
@@ -178,11 +192,12 @@ def dtypes(space: Space) -> set[str]:
     return {part["dtype"] for part in space.get("spaces", {"": space}).values()}
 
 
-def tensors(space: Space, observation: Any, device: torch.device | str = "cpu") -> Any:
+def tensors(space: Space, observation: Any, device: torch.device | None = None) -> Any:
     """A batch of what networks read, as they take it: `[N, *S]`, or such a tensor for each part of a dict."""
     if "spaces" in space:
         return {name: tensors(part, observation[name], device) for name, part in space["spaces"].items()}
-    return torch.as_tensor(np.ascontiguousarray(observation, dtype=space["dtype"]), device=device)
+    batch = torch.from_numpy(np.ascontiguousarray(observation, dtype=space["dtype"]))
+    return batch if device is None else batch.to(device)
 
 
 def is_single(shown: Space, observation: Any) -> bool:
@@ -217,3 +232,16 @@ def action_units(space: Space, units: str) -> Callable[[np.ndarray], np.ndarray]
     scale, middle = (high - low) / 2, (high + low) / 2
     # float32 rounding may step over the bound by one unit in the last place
     return lambda actions: np.clip(actions * scale + middle, low, high)
+
+
+def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
+    """Uniform actions `[*shape, *A]`, in the policy's units."""
+    shape = (*shape, *(space.shape or ()))
+    if isinstance(space, Discrete):
+        return torch.randint(int(space.n), shape).numpy()
+    if isinstance(space, MultiDiscrete):
+        return (torch.rand(shape, dtype=torch.float64).numpy() * space.nvec).astype(np.int64)
+    assert isinstance(space, Box)
+    low, high = space.low, space.high
+    low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
+    return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Any TorchRL `EnvBase` as a gymnasium `VectorEnv`: what `env.family=torchrl` is.
+"""Any TorchRL `EnvBase` as a gymnasium `VectorEnv`: what `env.family=torchrl` is. And the way back, for its collectors.
 
 Simulators that have a TorchRL wrapper run unchanged, with every collector, in evaluations and when a run resumes.
 """
@@ -7,7 +7,7 @@ import importlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -18,9 +18,26 @@ from gymnasium.vector.utils import batch_space
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec
-from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, StepCounter, Transform, TransformedEnv
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    GymWrapper,
+    InitTracker,
+    RenameTransform,
+    RewardSum,
+    StepCounter,
+    Transform,
+    TransformedEnv,
+)
 
 from levin.errors import ConfigError
+from levin.spaces import IS_FIRST
+
+if TYPE_CHECKING:
+    from levin.vector_env import SeededVectorEnv
+
+LIMIT = "time_limit_steps"  # counts them; an env may have a count of its own
 
 
 def target(name: str) -> Callable[..., EnvBase]:
@@ -41,19 +58,28 @@ class TorchRLVectorEnv(VectorEnv):
 
     What an env draws from torch's global generator, as those do whose `_set_seed` is `torch.manual_seed`, it draws from
     a stream of its own: the run's is not touched, and an unbatched env whose episode is begun with the same seed goes
-    the same way. The envs of a batched one share their random numbers; one seed, that of the first of them, begins the
-    episodes of all that are reset together.
+    the same way. The envs of a batched one share their random numbers. A seed, that of the first of them, is given to
+    one when all of its episodes begin. When only some begin, they go on with the stream of the others: many such envs
+    can't be seeded without beginning anew (`SerialEnv` and `ParallelEnv` reset all that they hold).
 
     Args:
         make: Makes one `EnvBase`, of the batch size `[]` or `[B]`.
         num_envs: N, a multiple of B.
+        time_limit: Steps until an episode is truncated.
         round_up: Whether N may become the next multiple of B.
 
     Raises:
         ConfigError: It is not, or the env has what no algorithm here can take.
     """
 
-    def __init__(self, make: Callable[[], EnvBase], num_envs: int, *, round_up: bool = False) -> None:
+    def __init__(
+        self,
+        make: Callable[[], EnvBase],
+        num_envs: int,
+        *,
+        time_limit: int | None = None,
+        round_up: bool = False,
+    ) -> None:
         first = make()
         if not isinstance(first, EnvBase):
             raise ConfigError(f"env.target makes a {type(first).__name__}, not a torchrl.envs.EnvBase")
@@ -65,6 +91,9 @@ class TorchRLVectorEnv(VectorEnv):
             raise ConfigError(f"env.target makes {self.size} envs at once: set env.num_envs={self.size}")
         count = -(-num_envs // self.size)
         self.envs = [first, *(make() for _ in range(count - 1))]
+        if time_limit is not None:
+            self.envs = [TransformedEnv(env, StepCounter(time_limit, step_count_key=LIMIT)) for env in self.envs]
+            first = self.envs[0]
         self.num_envs = count * self.size
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self.keys = observation_keys(first)
@@ -87,10 +116,10 @@ class TorchRLVectorEnv(VectorEnv):
         return self._observation(), {}
 
     def _reset(self, env: EnvBase, now: TensorDictBase, mask: np.ndarray, seed: int | None) -> TensorDictBase:
-        if seed is not None:
-            torch.manual_seed(seed)
-            env.set_seed(seed)
         if mask.all():
+            if seed is not None:
+                torch.manual_seed(seed)
+                env.set_seed(seed)
             return env.reset()
         reset = torch.from_numpy(mask.copy()).unsqueeze(-1).to(env.device or "cpu")  # [B, 1]
         now = now.copy()
@@ -204,3 +233,14 @@ def action_of(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Space]:
     if isinstance(spec, Bounded):
         low, high = (bound.reshape(shape).float().cpu().numpy() for bound in (spec.low, spec.high))
     return lambda action: action.reshape(-1, *spec.shape).to(spec.dtype), Box(low, high, shape, np.float32)
+
+
+def wrap(env: "SeededVectorEnv", *, is_first: bool) -> EnvBase:
+    """The vector env as TorchRL's collectors take it, with the keys of ours."""
+    wrapped = GymWrapper(env, categorical_action_encoding=True)
+    if parts := list(env.observation.get("spaces", {})):
+        nested: list[NestedKey] = [("observation", part) for part in parts]
+        wrapped = TransformedEnv(wrapped, RenameTransform(in_keys=parts, out_keys=nested))
+    elif wrapped.observation_spec["observation"].dtype == torch.float64:
+        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
+    return TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST)) if is_first else wrapped

@@ -12,6 +12,7 @@ from levin import config, envs, loader, loggers, play, provenance, rng, runs, sc
 from levin import trainer as lightning_trainer
 from levin.algorithms.base import Algorithm
 from levin.errors import one_sentence
+from levin.vector_env import SeededVectorEnv
 
 
 def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | None:
@@ -68,12 +69,12 @@ def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: i
     return make_loader(cfg, env, algorithm)
 
 
-def make_loader(cfg: DictConfig, env: envs.SeededVectorEnv, algorithm: Algorithm) -> loader.CollectorLoader:
+def make_loader(cfg: DictConfig, env: SeededVectorEnv, algorithm: Algorithm) -> loader.CollectorLoader:
     """What collects for an algorithm."""
     return loader.make(cfg.collector, env, algorithm, seed=cfg.seed, workers=cfg.get("collector_workers", 2))
 
 
-def make_env(cfg: DictConfig, rank: int) -> envs.SeededVectorEnv:
+def make_env(cfg: DictConfig, rank: int) -> SeededVectorEnv:
     """The vector env of one process of a run."""
     config = envs.EnvConfig(**schema.plain(cfg.env))
     return envs.make(config, seed=cfg.seed, rank=rank, copy=cfg.collector != "vector")

@@ -40,7 +40,8 @@ from levin import returns
 from levin.algorithms.base import Algorithm
 from levin.errors import RunError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, clip_grad_norm, flatten, trunk
+from levin.networks import Actor, Critic, trunk
+from levin.parameters import clip_grad_norm, flatten
 from levin.spaces import EnvSpec
 
 MAX_WORKERS, MAX_STALENESS = 256, 16

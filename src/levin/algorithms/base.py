@@ -16,7 +16,8 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 from levin.collectors import WholeEpisodes
 from levin.errors import ConfigError
 from levin.hints import OptimizerName
-from levin.networks import FlatParameter, StochasticPolicy, clip_grad_norm, flatten
+from levin.networks import StochasticPolicy
+from levin.parameters import FlatParameter, clip_grad_norm, flatten
 from levin.replay import Replay
 from levin.spaces import EnvSpec, dtypes
 from levin.statistics import ObservationNormalizer, RewardNormalizer

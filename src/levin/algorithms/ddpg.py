@@ -40,12 +40,12 @@ from torch.optim import Adam, Optimizer
 
 from levin import replay
 from levin.algorithms.base import Algorithm
-from levin.collectors import IS_FIRST
 from levin.exploration import GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy, frozen
+from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy
+from levin.parameters import frozen
 from levin.replay import Replay
-from levin.spaces import EnvSpec
+from levin.spaces import IS_FIRST, EnvSpec
 
 
 class DDPG(Algorithm):

@@ -45,7 +45,8 @@ from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.exploration import EpsilonGreedy, Greedy
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import flatten, mlp, single, trunk
+from levin.networks import mlp, single, trunk
+from levin.parameters import flatten
 from levin.replay import Replay
 from levin.spaces import EnvSpec
 

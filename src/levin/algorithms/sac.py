@@ -44,7 +44,8 @@ from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.distributions import SquashedNormal
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import ActionCritic, StochasticPolicy, frozen, mlp, orthogonal_, single, trunk
+from levin.networks import ActionCritic, StochasticPolicy, mlp, orthogonal_, single, trunk
+from levin.parameters import frozen
 from levin.replay import Replay
 from levin.spaces import EnvSpec
 

@@ -41,7 +41,8 @@ from levin import replay
 from levin.algorithms.base import Algorithm
 from levin.exploration import GaussianNoise, NoisyPolicy
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy, frozen
+from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy
+from levin.parameters import frozen
 from levin.replay import Replay
 from levin.spaces import EnvSpec
 

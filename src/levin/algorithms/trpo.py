@@ -46,7 +46,8 @@ from levin.algorithms.base import Algorithm, standardize
 from levin.distributions import Categorical, Normal
 from levin.errors import ConfigError
 from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from levin.networks import Actor, Critic, assign, trunk
+from levin.networks import Actor, Critic, trunk
+from levin.parameters import assign
 from levin.spaces import EnvSpec
 
 

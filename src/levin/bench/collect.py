@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from levin import collectors, envs, runs
 from levin.networks import mlp
+from levin.spaces import random_actions
 
 STEPS = 256  # vector steps per rollout
 SHORT = 128  # as PPO's: longer ones are not kept by `keep_freed_memory`
@@ -98,7 +99,7 @@ def beside_the_env(config: envs.EnvConfig, rounds: int) -> dict[str, list[float]
     nobody = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
     collector = collectors.make("vector", env, nobody, steps=SHORT, random_env_steps=NEVER)
     rollouts = iter(collector.iterator())
-    alone = stepping(config, collectors.random_actions(env.single_action_space, SHORT, config.num_envs))
+    alone = stepping(config, random_actions(env.single_action_space, SHORT, config.num_envs))
     return interleaved({"the env alone": alone, "levin": lambda: next(rollouts)}, rounds, SHORT)
 
 

@@ -1,0 +1,68 @@
+"""Parameters of networks as vectors, and without gradients."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients flow through these parameters, but none are computed for them."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class FlatParameter(nn.Parameter):
+    """A vector `[P]` that parameters are views of, and its gradient one that theirs are views of."""
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Set the gradient to zero, where it is."""
+        assert self.grad is not None
+        self.grad.zero_()
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> None:
+    """Scale the gradients so that their common norm is at most `max_norm`; as `torch.nn.utils.clip_grad_norm_`."""
+    if len(parameters) > 1:
+        nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    else:  # which takes many times as long for one vector
+        gradient = parameters[0].grad
+        assert gradient is not None
+        gradient.mul_((max_norm / (gradient.norm() + 1e-6)).clamp_(max=1.0))
+
+
+def flatten(parameters: Iterable[nn.Parameter]) -> FlatParameter:
+    """Turn parameters into views of one vector, for an optimiser that then steps on that alone.
+
+    To clip, to zero and to step on a dozen small tensors one by one takes as long as a quarter of a small update. Call
+    it where parameters have reached their device, and let nothing replace their gradients.
+    """
+    parameters = list(parameters)
+    flat = FlatParameter(torch.cat([each.detach().flatten() for each in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [each.numel() for each in parameters]
+    for each, data, gradient in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+        each.data, each.grad = data.view_as(each), gradient.view_as(each)
+    return flat
+
+
+@torch.no_grad()
+def assign(parameters: Iterable[Tensor], vector: Tensor) -> None:
+    """Copy the parts of a vector `[P]` into parameters.
+
+    PyTorch's own `vector_to_parameters` makes them views of it. Products of what is aligned in another way round in
+    another way, and a resumed run, whose parameters are no views, would not be the uninterrupted one.
+    """
+    parameters = list(parameters)
+    for parameter, part in zip(parameters, vector.split([each.numel() for each in parameters]), strict=True):
+        parameter.copy_(part.view_as(parameter))
