@@ -43,7 +43,7 @@ class SeededVectorEnv(VectorWrapper):
         self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
         self._nobody = np.zeros(self.num_envs, dtype=bool)
         self._moves = 0  # vector steps so far
-        self._begun = np.full(self.num_envs, -1)  # [N]: of them, when each was reset; no reset yet counts as a move
+        self._begun = [-1] * self.num_envs  # of them, when each was reset; no reset yet counts as a move
         self._actions: np.ndarray | None = None  # sent, in the env's units
         self.action = describe_action(env.single_action_space)
         self._to_env = action_units(self.action, config.action)
@@ -70,10 +70,10 @@ class SeededVectorEnv(VectorWrapper):
         """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, of all without it. `seed` is ours."""
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
         seeds: list[int | None] = [None] * self.num_envs
-        for i in np.flatnonzero(mask & ~self.goes_on):
-            self.episodes[i] += int(self._moves > self._begun[i])
+        for i in np.flatnonzero(mask & ~self.goes_on).tolist():
+            self.episodes[i] += self._moves > self._begun[i]
             self._begun[i] = self._moves
-            seeds[i] = self.seed_of(self.first + int(i), self.episodes[i])
+            seeds[i] = self.seed_of(self.first + i, self.episodes[i])
         options = dict(options) if options else None
         try:
             if isinstance(self.env, AsyncVectorEnv):
