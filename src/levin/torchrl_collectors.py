@@ -163,7 +163,7 @@ class WorkersCollector(BaseCollector):
         return collector
 
     def _start_ray(self, make_envs: list[Callable[[], EnvBase]], common: dict[str, Any]) -> RayCollector:
-        import ray
+        import ray  # type: ignore[import-not-found]
 
         if not ray.is_initialized():
             paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # else workers don't find a user's modules
@@ -249,7 +249,7 @@ class WorkersCollector(BaseCollector):
             collector.shutdown(timeout=timeout, raise_on_error=False)
             torch.set_num_threads(threads)
         if self._owns_ray:
-            import ray
+            import ray  # type: ignore[import-not-found]
 
             ray.shutdown()
             self._owns_ray = False
@@ -312,7 +312,7 @@ def make(name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int, wo
         )
     if name == "ray":
         try:
-            import ray  # noqa: F401
+            import ray  # type: ignore[import-not-found]  # noqa: F401
         except ImportError as error:
             raise ConfigError("collector=ray needs a package that is missing: pip install -e '.[scale]'") from error
     return WorkersCollector(
