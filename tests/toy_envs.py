@@ -92,10 +92,10 @@ class Failing(Point):
 
 
 class FailingRank(Failing):
-    """A Point that fails soon in a process that was forked from the run's own."""
+    """A Point that fails soon in every process of a run but the first."""
 
     def __init__(self) -> None:
-        super().__init__("raise", 100 if multiprocessing.parent_process() else 1_000_000)
+        super().__init__("raise", 100 if multiprocessing.parent_process() or "LOCAL_RANK" in os.environ else 1_000_000)
 
 
 class Drifting(Point):

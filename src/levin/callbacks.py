@@ -16,11 +16,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import WandbLogger
 
-from levin import checkpoint, envs
+from levin import checkpoint, envs, ranks
 from levin.algorithms.base import Algorithm
 from levin.checkpoint import STATE
 from levin.envs import EnvConfig
 from levin.episodes import evaluate
+from levin.errors import ConfigError
 from levin.hints import NonNegativeInt, PositiveInt
 from levin.loader import CollectorLoader
 from levin.loggers import CSVMetrics
@@ -172,16 +173,18 @@ class Evaluation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
-        self.vector_env = envs.make(self.env, seed=self.seed, purpose=envs.EVALUATION, num_envs=min(self.episodes, 10))
+        if trainer.is_global_zero:
+            num_envs = min(self.episodes, 10)
+            self.vector_env = envs.make(self.env, seed=self.seed, purpose=envs.EVALUATION, num_envs=num_envs)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if trainer.is_global_zero and self.clock.rings(algorithm.env_steps):
+        if self.clock.rings(algorithm.env_steps):
             self.evaluate(algorithm)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if trainer.is_global_zero and self.budget.spent and self.env_steps != algorithm.env_steps:
+        if self.budget.spent and self.env_steps != algorithm.env_steps:
             self.evaluate(algorithm)
         self.close()
 
@@ -194,17 +197,15 @@ class Evaluation(Callback):
             self.vector_env.close()
 
     def evaluate(self, algorithm: Algorithm) -> None:
-        """Add the results of the policy as it is now to the row."""
-        assert self.vector_env is not None
-        start = perf_counter()
-        returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
-        self.return_mean, self.env_steps = float(np.mean(returns)), algorithm.env_steps
-        self.metrics.row |= {
-            "eval/return_mean": self.return_mean,
-            "eval/return_std": float(np.std(returns)),
-            "eval/length_mean": float(np.mean(lengths)),
-            "time/evaluate": perf_counter() - start,
-        }
+        """Add the results of the policy as it is now to the row. The other ranks wait for them."""
+        row, start = {}, perf_counter()
+        if self.vector_env is not None:
+            returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
+            row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
+            row |= {"eval/length_mean": float(np.mean(lengths)), "time/evaluate": perf_counter() - start}
+        row = ranks.broadcast(row)
+        self.return_mean, self.env_steps = row["eval/return_mean"], algorithm.env_steps
+        self.metrics.row |= row
 
     def state_dict(self) -> dict[str, Any]:
         return {"return_mean": self.return_mean, "env_steps": self.env_steps}
@@ -233,14 +234,17 @@ class Checkpointing(Checkpoint):
         self._rng: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.folder.mkdir(exist_ok=True)
-        checkpoint.clean(self.folder)
+        self.folder = ranks.broadcast(self.folder)
+        if trainer.is_global_zero:
+            self.folder.mkdir(exist_ok=True)
+            checkpoint.clean(self.folder)
         self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
+        trainer.should_stop = ranks.agree(trainer.should_stop)
         if self.clock.rings(algorithm.env_steps) or trainer.should_stop:
             self.save(trainer, algorithm)
 
@@ -266,6 +270,7 @@ class Checkpointing(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng"] = rng_state()
+        checkpoint["ranks"] = ranks.size()
         for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
             del checkpoint["callbacks"][key]  # `max_time` is that of one session: a run that used it up can go on
         for logger in trainer.loggers:
@@ -273,6 +278,11 @@ class Checkpointing(Checkpoint):
                 checkpoint["wandb_id"] = logger.experiment.id
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("ranks", 1)
+        if saved != ranks.size():
+            raise ConfigError(
+                f"the checkpoint is of {saved} ranks, and this run has {ranks.size()}: trainer.devices={saved}"
+            )
         # Drawn numbers are taken back last, when everything is built: see `on_train_start`.
         self._rng = checkpoint["rng"]
 

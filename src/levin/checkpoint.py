@@ -1,4 +1,5 @@
-"""Checkpoints are Lightning's, one folder each: `state.ckpt`, the replay buffer as files, and a manifest of them.
+"""Checkpoints are Lightning's, one folder each: `state.ckpt`, the replay buffer as files, and a manifest of them. What
+other ranks have is in folders of the same kind inside, `rank1` and so on.
 
 A folder is written under a temporary name and renamed last, so a checkpoint is whole or absent. Nothing in it is
 pickled: everything loads with `weights_only=True`, after its size and checksum have been compared with the manifest's.
@@ -12,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from levin import files, segments
+from levin import files, ranks, segments
 from levin.errors import CheckpointError, ConfigError
 
 STATE, BUFFER, MANIFEST, LAST = "state.ckpt", "buffer", "manifest.json", "last"
@@ -28,7 +29,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = _partial(folder, ranks.rank())
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         sums = {}
@@ -42,7 +43,15 @@ class FolderCheckpointIO(TorchCheckpointIO):
             sums = {f"{BUFFER}/{name}": of for name, of in new.items()}
         sums[STATE] = files.save(checkpoint, partial / STATE)
         facts = {"algorithm": checkpoint["algorithm"], "env_steps": checkpoint["levin"]["env_steps"], "files": sums}
-        files.save_json({"format": FORMAT, **facts}, partial / MANIFEST)
+        files.save_json({"format": FORMAT, "ranks": ranks.size(), **facts}, partial / MANIFEST)
+        files.sync(partial)
+        ranks.barrier()
+        if ranks.rank():
+            self.before = folder / f"rank{ranks.rank()}"
+            ranks.barrier()
+            return
+        for rank in range(1, ranks.size()):
+            _partial(folder, rank).rename(partial / f"rank{rank}")
         files.sync(partial)
         if folder.exists():  # not the one before: nothing is saved twice at the same count of env steps
             discard(folder)
@@ -50,19 +59,28 @@ class FolderCheckpointIO(TorchCheckpointIO):
         _point(folder.with_name(LAST), folder.name)
         files.sync(folder.parent)
         self.before = folder
+        ranks.barrier()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        checkpoint = files.load(Path(path))
+        folder = Path(path).parent
+        if ranks.rank():
+            folder = folder / f"rank{ranks.rank()}"
+        checkpoint = files.load(folder / STATE)
         buffer = checkpoint.get("buffer")
         if buffer is not None:
-            buffer["data"] = segments.load(Path(path).parent / BUFFER, buffer["written"], buffer["length"])
-        self.before = Path(path).parent
+            buffer["data"] = segments.load(folder / BUFFER, buffer["written"], buffer["length"])
+        self.before = folder
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         discard(Path(path).parent)
+
+
+def _partial(folder: Path, rank: int) -> Path:
+    """Where a rank writes what becomes its part of a checkpoint."""
+    return folder.with_name(f".{folder.name}.{rank}.partial" if rank else f".{folder.name}.partial")
 
 
 def discard(folder: Path) -> None:
@@ -123,6 +141,9 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
     for name, expected in manifest["files"].items():
         if buffer or name == STATE:
             files.verify(folder / name, expected)
+    if folder.name.isdigit():
+        for rank in range(1, manifest.get("ranks", 1)):
+            verify(folder / f"rank{rank}", buffer=buffer)
 
 
 def newest(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from levin import ranks
 from levin.algorithms.base import Algorithm
 from levin.errors import RunError
 
@@ -33,6 +34,8 @@ class Preemption(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.received = signal.Signals(number)
+        if ranks.rank():
+            return
         again = ", Ctrl-C again ends it at once" if number == signal.SIGINT else ""
         # Not `print`, which can't be entered twice.
         said = f"levin: {self.received.name}, the run is saved and ends with this iteration{again}\n"

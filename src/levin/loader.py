@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import BaseCollector
 
-from levin import collectors, torchrl_collectors
+from levin import collectors, ranks, torchrl_collectors
 from levin.algorithms.base import Algorithm
 from levin.collectors import VectorCollector
 from levin.episodes import EpisodeStatistics, step_count
@@ -93,9 +93,10 @@ class CollectorLoader:
     def take(self) -> dict[str, float]:
         """Means over the episodes that ended since the last call, their count, and the seconds spent collecting."""
         row = {"time/collect": self.seconds}
-        if self.returns:
-            row |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths))}
-            row["episode/count"] = len(self.returns)
+        returns, lengths = ([x for part in ranks.gather(each) for x in part] for each in (self.returns, self.lengths))
+        if returns:
+            row |= {"episode/return": float(np.mean(returns)), "episode/length": float(np.mean(lengths))}
+            row["episode/count"] = len(returns)
         if self.lags:
             row["collect/policy_lag"] = float(np.mean(self.lags))
         self.returns, self.lengths, self.lags, self.seconds = [], [], [], 0.0

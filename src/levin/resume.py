@@ -7,13 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from levin import checkpoint, config, provenance, runs, schema
+from levin import checkpoint, config, provenance, ranks, runs, schema
 from levin.errors import ConfigError, one_sentence, valid_names
 
 # What may differ from the saved config: nothing of it changes a number that was or will be computed.
 MAY_CHANGE = (
     *("total_env_steps", "logger", "wandb_project", "upload", "checkpoint.every", "checkpoint.keep"),
-    *("trainer.accelerator", "trainer.devices", "trainer.max_time"),
+    *("trainer.accelerator", "trainer.max_time"),
 )
 # What the promise of equal numbers rests on, of all that provenance.json says.
 SAME = ("git_sha", "git_dirty", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
@@ -29,7 +29,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
     Raises:
         ConfigError: A change is not allowed, or what is saved is not whole, or is beyond the new total.
     """
-    from levin.train import train
+    from levin.train import follow, train
 
     folder = Path(run)
     cfg = config.load(folder)
@@ -42,6 +42,11 @@ def resume(*, run: str, **changes: Any) -> float | None:
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     name = schema.algorithm_class(cfg).__name__
+    if ranks.of_this_process(cfg):  # torchrun or srun has started it: the first rank looks after the folder
+        if (runs.sessions(folder).get("env_steps") or 0) < cfg.total_env_steps:
+            begun = checkpoint.numbered(folder / "checkpoints")
+            follow(cfg, folder, checkpoint.newest(folder, buffer=True, algorithm=name) if begun else None)
+        return None
     with runs.lock(folder):
         pass  # a process that still trains here must not lose its checkpoints to this one
     path, env_steps = None, 0

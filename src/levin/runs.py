@@ -147,7 +147,11 @@ def keep_freed_memory() -> None:
 
 def quiet() -> None:
     """Silence what the libraries say at every start and no user can act on."""
-    for name in ("torchrl", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+    for name in (
+        "torchrl",
+        "lightning.fabric.utilities.distributed",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning's profilers report through the same logger as its greetings.
     spoken = logging.getLogger("lightning.pytorch.utilities.rank_zero")

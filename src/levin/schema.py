@@ -10,6 +10,7 @@ from hydra.utils import get_class
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from levin import ranks
 from levin.algorithms.base import Algorithm
 from levin.callbacks import Checkpointing, Evaluation
 from levin.envs import EnvConfig
@@ -106,9 +107,8 @@ def top_level(
 def trainer_options(
     *,
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"],
-    # One device only, until the seeds, the statistics and the counts of several ranks are proven right.
-    devices: Literal[1],
-    strategy: Literal["auto", "hogwild"],
+    devices: PositiveInt,
+    strategy: Literal["auto", "ddp", "hogwild"],
     workers: PositiveInt = 1,
     # Half "true" precisions cast the batch and lose its shape; 16-mixed needs a gradient scaler per optimiser.
     precision: Literal["32-true", "bf16-mixed"],
@@ -129,7 +129,15 @@ def _check_workers(config: DictConfig) -> None:
     if trainer.strategy != "hogwild":
         if workers > 1:
             raise ConfigError(f"trainer.workers={workers} are processes of trainer.strategy=hogwild")
+        if ranks.planned(config) > 1 and algorithm_class(config).lock_free:
+            raise ConfigError(
+                f"the workers of {algorithm_class(config).__name__} share their parameters, not their gradients: "
+                f"trainer.strategy=hogwild trainer.workers={trainer.devices}"
+            )
+        ranks.share(config)  # refuses what can't be divided
         return
+    if trainer.devices > 1:
+        raise ConfigError("trainer.strategy=hogwild has workers, not devices: trainer.devices=1")
     if trainer.accelerator not in ("auto", "cpu"):
         raise ConfigError(f"trainer.strategy=hogwild shares the memory of the CPU, not of {trainer.accelerator}")
     if config.collector not in ("vector", "torchrl"):

@@ -10,6 +10,8 @@ Buffers keep raw values and are normalised when a batch is drawn.
 import torch
 from torch import Tensor, nn
 
+from levin import ranks
+
 EPSILON = 1e-8
 
 
@@ -31,6 +33,10 @@ class RunningMoments(nn.Module):
         """Take in `samples` `[B, *shape]`."""
         samples = samples.double()
         mean, var, count = samples.mean(0), samples.var(0, correction=0), len(samples)
+        if ranks.size() > 1:  # their samples are samples like these
+            count = ranks.total(torch.full_like(self.count, count))
+            own, mean = mean, ranks.total(mean * len(samples)) / count
+            var = ranks.total((var + (own - mean).square()) * len(samples)) / count
         total = self.count + count
         delta = mean - self.mean
         # Before the first sample the variance is a stand-in of 1 with a weight of 0.

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 from omegaconf import DictConfig
 
-from levin import config, envs, loader, loggers, play, provenance, rng, runs, schema
+from levin import config, envs, loader, loggers, play, provenance, ranks, rng, runs, schema
 from levin import trainer as lightning_trainer
 from levin.algorithms.base import Algorithm
 from levin.errors import one_sentence
@@ -26,7 +26,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     runs.keep_freed_memory()
     algorithm, rollouts = build(cfg)
     others = partial(make_rollouts, cfg, algorithm)
-    trainer, budget, evaluation = lightning_trainer.build(cfg, run, rollouts.env.config, others)
+    trainer, budget, evaluation = lightning_trainer.build(cfg, run, rollouts.env.config, others, ckpt_path)
     facts = provenance.collect()
     with runs.lock(run), runs.survivable(run):
         runs.create(run, cfg, facts, resumed=ckpt_path is not None)
@@ -46,14 +46,31 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     return evaluation.return_mean
 
 
+def follow(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> None:
+    """Train as one of the further ranks of a run: the first of them has the folder, evaluates and logs."""
+    runs.quiet()
+    runs.keep_freed_memory()
+    algorithm, rollouts = build(cfg)
+    trainer, *_ = lightning_trainer.build(cfg, run, rollouts.env.config, partial(make_rollouts, cfg, algorithm))
+    try:
+        trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
+    finally:
+        rollouts.collector.shutdown()
+
+
 def build(cfg: DictConfig) -> tuple[Algorithm, loader.CollectorLoader]:
-    """Seed, and make the env, the algorithm and what collects for it."""
-    if cfg.trainer.threads:
-        torch.set_num_threads(cfg.trainer.threads)
+    """Seed, and make the env, the algorithm and what collects for it, all as this rank has it."""
+    together, rank, cfg = ranks.planned(cfg), ranks.of_this_process(cfg), ranks.share(cfg)
+    if cfg.trainer.threads or together > 1:
+        torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // together))
     rng.seed_everything(cfg.seed, rank=0)
     env = make_env(cfg, rank=0)
     values = {key: value for key, value in schema.plain(cfg.algo).items() if key != "_target_"}
     algorithm = schema.algorithm_class(cfg)(env=envs.describe(env), **values)
+    algorithm.random_env_steps = -(-algorithm.random_env_steps // together)  # as a collector counts them
+    if rank:
+        env.close()
+        return algorithm, make_rollouts(cfg, algorithm, rank, env_steps=0)
     return algorithm, make_loader(cfg, env, algorithm)
 
 
@@ -90,7 +107,10 @@ def main() -> None:
             sweep(words)
             return
         cfg = config.compose(words)
-        train(cfg, runs.folder(cfg))
+        if ranks.of_this_process(cfg):
+            follow(cfg, Path(cfg.run or "runs"))
+        else:
+            train(cfg, runs.folder(cfg))
 
 
 if __name__ == "__main__":

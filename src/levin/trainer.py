@@ -9,8 +9,9 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from levin import checkpoint, schema
+from levin import checkpoint, ranks, schema
 from levin.callbacks import Budget, Checkpointing, Evaluation, Metrics, Statistics, Throughput
+from levin.data_parallel import DataParallel
 from levin.envs import EnvConfig
 from levin.errors import ConfigError
 from levin.guards import FiniteGuard, Preemption
@@ -20,12 +21,17 @@ from levin.strategies import Hogwild, Workers
 
 
 def build(
-    cfg: DictConfig, run: Path, env: EnvConfig, rollouts: Callable[[int, int], CollectorLoader]
+    cfg: DictConfig,
+    run: Path,
+    env: EnvConfig,
+    rollouts: Callable[[int, int], CollectorLoader],
+    ckpt_path: Path | None = None,
 ) -> tuple[Trainer, Budget, Evaluation]:
     """Lightning's Trainer with our callbacks and the user's; its loggers come when the run folder is there.
 
     Args:
-        rollouts: Makes the rollouts of another process of the same run: rank, env steps so far -> loader.
+        rollouts: Makes the rollouts of another worker of the same run: rank, env steps so far -> loader.
+        ckpt_path: What other ranks go on from, where they are started here.
 
     Raises:
         ConfigError: The Trainer refuses an argument, or a callback can't be made.
@@ -35,12 +41,16 @@ def build(
     evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget)
     ours = [
         *(Statistics(), budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
-        *(Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation), ProgressBar(run, budget, metrics)),
+        Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),
     ]
+    if not ranks.of_this_process(cfg):
+        ours.append(ProgressBar(run, budget, metrics))
     options = {key: value for key, value in schema.plain(cfg.trainer).items() if key not in ("threads", "workers")}
     if cfg.trainer.strategy == "hogwild":
         options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, rollouts)), "accelerator": "cpu"}
         ours.insert(ours.index(evaluation), Workers(strategy))
+    if cfg.trainer.strategy == "ddp" or ranks.planned(cfg) > 1:
+        options |= {"strategy": DataParallel(cfg, run, ckpt_path) if ranks.planned(cfg) > 1 else "auto"}
     fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     plugins = checkpoint.FolderCheckpointIO()

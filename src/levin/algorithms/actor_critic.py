@@ -42,6 +42,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
+from levin import ranks
 from levin.algorithms.base import Algorithm, standardize
 from levin.collectors import WholeEpisodes
 from levin.distributions import Categorical
@@ -178,12 +179,12 @@ class ActorCritic(Algorithm):
             weight = weight * self.gamma ** batch["step_count"].to(weight)
         distribution = self.actor(self.trunk(batch["observation"]))
         log_prob = distribution.log_prob(batch["action"])  # [B, 1]
-        count = batch["next", "done"].sum() if self.average_over == "episodes" else len(weight)
-        return -(weight * log_prob).sum() / count, distribution.entropy().mean()
+        count = batch["next", "done"].sum() if self.average_over == "episodes" else weight.new_tensor(len(weight))
+        return -(weight * log_prob).sum() / ranks.average(count), ranks.mean(distribution.entropy())
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:
         """E[(Q(s,a) - (r + gamma Q(s',a')))^2], or E[(V(s) - (r + gamma V(s')))^2]."""
-        return (self.value(batch) - self.value_target(batch)).square().mean()
+        return ranks.mean((self.value(batch) - self.value_target(batch)).square())
 
     def value(self, batch: TensorDictBase) -> Tensor:
         """Q(s,a), or V(s): `[B, 1]`."""

@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
+from levin import ranks
 from levin.collectors import WholeEpisodes
 from levin.errors import ConfigError
 from levin.hints import OptimizerName
@@ -38,7 +39,11 @@ def compiled(function: Callable) -> Callable:
 
 
 def standardize(values: Tensor) -> Tensor:
-    """To mean 0 and deviation 1; a single one, which has no deviation, stays what it is."""
+    """To mean 0 and deviation 1, over all ranks; a single one, which has no deviation, stays what it is."""
+    if ranks.size() > 1:
+        count = ranks.total(torch.tensor(float(values.numel())).to(values))
+        deviation = values - ranks.total(values.sum()) / count
+        return deviation / ((ranks.total(deviation.square().sum()) / (count - 1)).sqrt() + 1e-8)
     return (values - values.mean()) / (values.std() + 1e-8) if values.numel() > 1 else values
 
 
@@ -116,7 +121,10 @@ class Algorithm(LightningModule):
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.iteration_begun = self.env_steps
-        self.env_steps += batch.numel() * self.trainer.world_size
+        steps = batch.numel() * ranks.size()
+        if isinstance(self.steps_per_iteration, WholeEpisodes):  # of which others have had longer or shorter ones
+            steps = int(ranks.total(torch.tensor(float(batch.numel()), device=self.device)))
+        self.env_steps += steps
         self.iterations += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
@@ -151,6 +159,7 @@ class Algorithm(LightningModule):
         else:
             optimizer.zero_grad()
         self.manual_backward(loss)
+        ranks.average_gradients(parameters)
         if max_grad_norm is not None:
             clip_grad_norm(parameters, max_grad_norm)
         optimizer.step()
@@ -164,6 +173,9 @@ class Algorithm(LightningModule):
     def take(self) -> dict[str, float]:
         """The means since the last call, and the seconds spent. The one place that waits for the device."""
         row = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
+        if ranks.size() > 1:
+            means = ranks.average(torch.tensor(list(row.values()), device=self.device))
+            row = dict(zip(row, means.tolist(), strict=True))
         row["time/sample"] = self.sample_seconds
         self.recorded, self.sample_seconds = {}, 0.0
         return row

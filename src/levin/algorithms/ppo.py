@@ -41,7 +41,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
-from levin import returns
+from levin import ranks, returns
 from levin.algorithms.base import Algorithm, compiled, standardize
 from levin.distributions import Categorical, Normal
 from levin.errors import ConfigError
@@ -159,7 +159,7 @@ class PPO(Algorithm):
         if self.penalty == "kl":
             with torch.no_grad():
                 new = self.actor(self.trunk(data["observation"]))
-            self.update_beta(old.kl(new).mean())  # type: ignore[arg-type]
+            self.update_beta(ranks.average(old.kl(new).mean()))  # type: ignore[arg-type]
 
     def epoch(self, data: TensorDictBase, old: Categorical | Normal, clip_epsilon: Tensor) -> Tensor:
         """One pass over the rollout `[B]` in shuffled minibatches. Returns the mean KL divergence."""
@@ -169,7 +169,7 @@ class PPO(Algorithm):
         for batch, rows in zip(batches, order.split(self.batch_size), strict=True):
             kls.append(self.update(batch, old[rows] if self.penalty == "kl" else None, clip_epsilon))
             self.updates += 1
-        return torch.stack(kls).mean()
+        return ranks.average(torch.stack(kls).mean())
 
     @torch.no_grad()
     def evaluate(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Categorical | Normal]:

@@ -38,7 +38,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
-from levin import returns
+from levin import ranks, returns
 from levin.algorithms.base import Algorithm, standardize
 from levin.collectors import WholeEpisodes
 from levin.hints import (
@@ -186,8 +186,8 @@ class REINFORCE(Algorithm):
             weight = weight * self.gamma ** rollout["step_count"].to(weight)
         distribution = self.actor(self.trunk(rollout["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, F]
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1)).view_as(weight)
-        count = rollout["next", "done"].sum() if self.average_over == "episodes" else weight.numel()
-        return -(weight * log_prob).sum() / count, distribution.entropy().mean()
+        count = rollout["next", "done"].sum() if self.average_over == "episodes" else weight.new_tensor(weight.numel())
+        return -(weight * log_prob).sum() / ranks.average(count), ranks.mean(distribution.entropy())
 
     def critic_loss(self, rollout: TensorDictBase) -> Tensor:
         """E[(V(s_t) - G_t)^2], or E[(V(s_t) - (r_{t+1} + gamma V(s_{t+1})))^2]."""
@@ -197,4 +197,4 @@ class REINFORCE(Algorithm):
             else:
                 after: TensorDict = rollout.get("next")
                 target = after["reward"] + self.gamma * self.value(after["observation"]) * ~after["terminated"]
-        return (self.value(rollout["observation"]) - target).square().mean()
+        return ranks.mean((self.value(rollout["observation"]) - target).square())

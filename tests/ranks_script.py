@@ -1,0 +1,129 @@
+"""What two ranks do for test_data_parallel.py; as torchrun would, it starts `ranks_script.py folder` once for each."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from levin import config, resume
+from levin.algorithms.base import standardize
+from levin.statistics import RunningMoments
+from levin.train import build, follow, train
+from rows import LATE, ROWS, Row
+from test_train import SMALL
+
+TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1")
+ITERATIONS = 20
+OWN = {
+    "reinforce": ("algo.episodes_per_update=2", "total_env_steps=1600"),
+    "ppo": ("env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=640"),
+    "trpo": ("total_env_steps=320",),
+    "a2c": ("total_env_steps=200",),
+    "actor_critic": ("total_env_steps=160",),
+}
+OFF_POLICY = ("algo.steps_per_iteration=8", "total_env_steps=320")
+PARALLEL = [row for row in ROWS if row.algo != "a3c"]
+HALVES = {
+    "sac": (*SMALL, "env.num_envs=2"),
+    "ppo": (
+        *("algo=ppo", "env=pendulum", "logger=csv", "eval.every=128", "eval.episodes=2", "checkpoint.every=96"),
+        *("algo.steps_per_iteration=16", "algo.batch_size=8", "env.num_envs=2"),
+    ),
+}
+GRADIENTS = ("reinforce", "actor_critic", "a2c", "trpo", "ppo", "dqn", "ddpg", "td3", "sac", "sac_discrete")
+
+
+def words(row: Row) -> list[str]:
+    own = OWN.get(row.algo, OFF_POLICY)
+    return [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, "env.num_envs=2", *own, *TWO]
+
+
+def transitions(env, num: int, length: int) -> TensorDict:
+    """Random ones `[num, length]` in float64; each row is an episode."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(num, length, *shape, generator=generator, dtype=torch.float64)
+
+    action = normal(*env["action"]["shape"]).tanh()
+    if env["action"]["type"] == "discrete":
+        action = torch.randint(env["action"]["n"], (num, length), generator=generator)
+    done = torch.zeros(num, length, 1, dtype=torch.bool)
+    done[:, -1] = True
+    after = {"observation": normal(*env["observation"]["shape"]), "reward": normal(1), "done": done}
+    after |= {"terminated": done.clone(), "truncated": torch.zeros_like(done)}
+    count = torch.arange(length).view(1, -1, 1).expand(num, length, 1)
+    observation = normal(*env["observation"]["shape"])
+    data = {"observation": observation, "action": action, "next": after, "step_count": count}
+    return TensorDict(data, batch_size=(num, length))
+
+
+def gradients(algo: str, rank: int | None) -> list[Tensor]:
+    """Those of all optimiser steps of two updates, and the parameters after them; rank None has all transitions."""
+    row = next(row for row in ROWS if row.algo == algo)
+    torch.set_default_dtype(torch.float64)
+    normalized = [] if "advantage" not in " ".join(row.small) else ["algo.normalize_advantage=true"]
+    own = ["env.num_envs=1" if algo == "reinforce" else "env.num_envs=2", *normalized]
+    algorithm, _ = build(config.compose([f"algo={algo}", f"env={row.env}", *LATE, *row.small, *own]))
+    algorithm.double()
+    optimizers = algorithm.configure_optimizers()
+    found: list[Tensor] = []
+    for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+
+        def step(optimizer=optimizer, real=optimizer.step) -> None:
+            each = [each.grad.flatten() for group in optimizer.param_groups for each in group["params"]]
+            found.append(torch.cat(each))
+            real()
+
+        optimizer.step = step
+    algorithm.manual_backward = lambda loss: loss.backward()
+    randn_like, torch.randn_like = torch.randn_like, lambda value: torch.sin(1000 * value.detach() + 1)
+    data = transitions(algorithm.env, 4, 6)
+    data = data if rank is None else data[2 * rank : 2 * rank + 2]
+    if algo == "reinforce":  # whole episodes, of which one rank has more
+        data = transitions(algorithm.env, 4, 6)
+        data = data if rank is None else data[:1] if rank == 0 else data[1:]
+        data = data.reshape(1, -1)
+    for _ in range(2):
+        if algo == "ppo":
+            algorithm.update(algorithm.evaluate(data)[0], None, torch.tensor(0.2))
+        elif algo == "trpo":
+            algorithm.update(algorithm.advantages(data))
+        elif algo in ("reinforce", "a2c"):
+            algorithm.update(data)
+        else:
+            algorithm.update(data.reshape(-1))
+    torch.randn_like = randn_like
+    torch.set_default_dtype(torch.float32)
+    return [*(each.clone() for each in found), *(each.detach().clone() for each in algorithm.parameters())]
+
+
+def statistics(rank: int | None) -> list[Tensor]:
+    """Of samples, of which one rank has more."""
+    samples = torch.arange(20.0).square().view(10, 2)
+    part = samples if rank is None else samples[:3] if rank == 0 else samples[3:]
+    moments = RunningMoments((2,))
+    moments.update(part)
+    moments.update(part + 1)
+    whole = standardize(samples.double()) if rank is None else standardize(part.double())
+    return [moments.mean, moments.var, moments.count, whole]
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
+    for row in PARALLEL:
+        (follow if rank else train)(config.compose(words(row)), folder / row.algo)
+    for name, pair in HALVES.items():
+        run = follow if rank else train
+        run(config.compose([*pair, *TWO, "total_env_steps=320"]), folder / f"{name}_straight")
+        run(config.compose([*pair, *TWO, "total_env_steps=160"]), folder / f"{name}_halves")
+        resume.resume(run=str(folder / f"{name}_halves"), total_env_steps=320)
+    found = {algo: gradients(algo, rank) for algo in GRADIENTS}
+    torch.save({"gradients": found, "statistics": statistics(rank)}, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
