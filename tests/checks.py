@@ -101,6 +101,18 @@ def optimizers_step_and_parameters_move(row: Row, tmp_path: Path) -> None:
 
 
 @check
+def mixed_precision_keeps_parameters_whole(row: Row, tmp_path: Path) -> None:
+    """Products are rounded to half precision; parameters, statistics and what is saved are not."""
+    half = run_row(row, tmp_path / "half", "trainer.precision=bf16-mixed")
+    whole = run_row(row, tmp_path / "whole")
+    assert half["levin"]["updates"] == whole["levin"]["updates"] or row.algo == "ppo"
+    for name, value in half["state_dict"].items():
+        assert value.dtype == whole["state_dict"][name].dtype
+        assert value.isfinite().all(), name
+    assert not same(half["state_dict"], whole["state_dict"])
+
+
+@check
 def cadence_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
     state = run_row(row, tmp_path / "run")
     updates = state["levin"]["updates"]

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 import oracles
-from checks import make_batch, metrics, saved
+from checks import build_row, make_batch, metrics, saved
 from levin import collectors, config, envs, resume
 from levin.algorithms.trpo import conjugate_gradient
 from levin.collectors import WholeEpisodes
@@ -19,7 +19,7 @@ from levin.distributions import Categorical, Normal
 from levin.episodes import step_count
 from levin.errors import ConfigError
 from levin.train import build, train
-from rows import LATE, POINT
+from rows import LATE, POINT, ROWS
 
 
 def make(*words: str):
@@ -371,3 +371,18 @@ def test_wrong_input_is_one_sentence(words):
         build(config.compose(words.split()))
     assert WRONG[words] in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_policy_that_acted_is_judged_in_full_precision():
+    """A rollout is collected without mixed precision: its log-probabilities are those of the policy as it acted."""
+    algorithm = build_row(next(row for row in ROWS if row.algo == "ppo"))
+    seen = []
+    algorithm.epoch = lambda data, *_: seen.append(data["log_prob"])
+    batch = make_batch(algorithm).unsqueeze(1)
+    algorithm.training_step(batch, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        algorithm.training_step(batch, 0)
+        rounded = algorithm.evaluate(batch)[0]["log_prob"]
+    exact = seen[0]
+    assert all(torch.equal(each, exact) for each in seen)
+    assert not torch.equal(rounded, exact)

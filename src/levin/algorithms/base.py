@@ -164,6 +164,10 @@ class Algorithm(LightningModule):
             clip_grad_norm(parameters, max_grad_norm)
         optimizer.step()
 
+    def full_precision(self) -> torch.autocast:
+        """A context in which mixed precision is off: for what a rollout was collected with, and what must be exact."""
+        return torch.autocast(self.device.type, enabled=False)
+
     def record(self, **metrics: Tensor) -> None:
         """Add to the means that the next row of metrics shows as `train/<name>`. Stays on the device."""
         for name, value in metrics.items():

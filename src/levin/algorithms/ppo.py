@@ -148,7 +148,8 @@ class PPO(Algorithm):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rollout = self.normalize(rollout)
-        data, old = self.evaluate(rollout)
+        with self.full_precision():  # as it acted
+            data, old = self.evaluate(rollout)
         for epoch in range(self.epochs):
             if epoch and self.recompute_advantage:
                 data.update(self.advantages(rollout))

@@ -118,7 +118,8 @@ class TRPO(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         data = self.advantages(self.normalize(rollout))
-        self.update(data)
+        with self.full_precision():  # a direction from rounded products of F is none of descent
+            self.update(data)
         for _ in range(self.critic_epochs):
             order = torch.randperm(len(data), device=data.device)
             shuffled = data.select("observation", "value_target")[order]
