@@ -30,7 +30,7 @@ from torchrl.objectives.value import GAE, TD0Estimator, TDLambdaEstimator
 from levin.algorithms.a2c import A2C
 from levin.algorithms.a3c import A3C
 from levin.algorithms.actor_critic import ActorCritic
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, standardize
 from levin.algorithms.ddpg import DDPG
 from levin.algorithms.dqn import DQN
 from levin.algorithms.ppo import PPO
@@ -319,6 +319,8 @@ def a2c_oracle(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:
 
 def ppo_losses(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
     data, old = algorithm.evaluate(as_rollout(batch))
+    if algorithm.normalize_advantage:
+        data["advantage"] = standardize(data["advantage"])
     after, epsilon = moved(algorithm), torch.tensor(algorithm.clip_epsilon)
     distribution = after.actor(data["observation"])
     actor_loss, _ = after.actor_loss(data, distribution, old if algorithm.penalty == "kl" else None, epsilon)

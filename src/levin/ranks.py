@@ -55,9 +55,11 @@ def average(value: Tensor) -> Tensor:
     return value if size() == 1 else total(value) / size()
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean of a rank's samples where others may have more or fewer: its average over ranks is the mean of all."""
-    return values.mean() if size() == 1 else values.sum() / average(torch.tensor(float(values.numel())).to(values))
+def weight(samples: int | Tensor) -> float:
+    """What the mean over a rank's samples counts in the average over ranks, where others may have more or fewer."""
+    if size() == 1:
+        return 1.0
+    return float(samples) / float(average(torch.tensor(float(samples), device=_device())))
 
 
 def average_gradients(parameters: list[Tensor]) -> None:

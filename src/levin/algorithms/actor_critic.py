@@ -155,15 +155,18 @@ class ActorCritic(Algorithm):
 
     def update(self, batch: TensorDictBase) -> None:
         """The steps of the critic, then one of the actor, on transitions `[B]`."""
+        share = ranks.weight(len(batch))  # 1, unless several processes have episodes of other lengths
         weight = self.weight(batch)  # by the critic as it was when the policy acted
         for _ in range(self.critic_updates):
             critic_loss = self.critic_loss(batch)
-            self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
+            self.step(self.critic_optimizer, share * critic_loss, self.max_grad_norm)
         if self.normalize_advantage:
             self.record(weight_std=weight.std(correction=0))
             weight = standardize(weight)
         actor_loss, entropy = self.actor_loss(batch, weight)
-        self.step(self.actor_optimizer, actor_loss - self.entropy_coef * entropy, self.max_grad_norm)
+        actor_share = ranks.weight(batch["next", "done"].sum()) if self.average_over == "episodes" else share
+        loss = actor_share * actor_loss - share * self.entropy_coef * entropy
+        self.step(self.actor_optimizer, loss, self.max_grad_norm)
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)
 
     @torch.no_grad()
@@ -179,12 +182,12 @@ class ActorCritic(Algorithm):
             weight = weight * self.gamma ** batch["step_count"].to(weight)
         distribution = self.actor(self.trunk(batch["observation"]))
         log_prob = distribution.log_prob(batch["action"])  # [B, 1]
-        count = batch["next", "done"].sum() if self.average_over == "episodes" else weight.new_tensor(len(weight))
-        return -(weight * log_prob).sum() / ranks.average(count), ranks.mean(distribution.entropy())
+        count = batch["next", "done"].sum() if self.average_over == "episodes" else len(weight)
+        return -(weight * log_prob).sum() / count, distribution.entropy().mean()
 
     def critic_loss(self, batch: TensorDictBase) -> Tensor:
         """E[(Q(s,a) - (r + gamma Q(s',a')))^2], or E[(V(s) - (r + gamma V(s')))^2]."""
-        return ranks.mean((self.value(batch) - self.value_target(batch)).square())
+        return (self.value(batch) - self.value_target(batch)).square().mean()
 
     def value(self, batch: TensorDictBase) -> Tensor:
         """Q(s,a), or V(s): `[B, 1]`."""

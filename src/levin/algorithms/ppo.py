@@ -208,6 +208,8 @@ class PPO(Algorithm):
 
     def update(self, batch: TensorDictBase, old: Categorical | Normal | None, clip_epsilon: Tensor) -> Tensor:
         """One gradient step on a minibatch `[B]`. Returns its KL divergence."""
+        if self.normalize_advantage:
+            batch["advantage"] = standardize(batch["advantage"])  # [B, 1]
         loss, metrics = self.loss(dict(batch.items()), old, clip_epsilon)
         self.step(self.optimizer, loss, self.max_grad_norm)
         self.record(**metrics)
@@ -233,8 +235,6 @@ class PPO(Algorithm):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], or -E[rho A - beta KL(pi_k || pi)]; and the KL divergence."""
         advantage = batch["advantage"]  # [B, 1]
-        if self.normalize_advantage:
-            advantage = standardize(advantage)
         log_ratio = new.log_prob(batch["action"]) - batch["log_prob"]
         ratio = log_ratio.exp()
         if old is not None:

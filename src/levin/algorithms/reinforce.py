@@ -140,11 +140,12 @@ class REINFORCE(Algorithm):
 
     def update(self, rollout: TensorDictBase) -> None:
         """One gradient step of the policy on whole episodes `[N, T]`, and those of the baseline."""
+        share = ranks.weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
         weight = self.weight(rollout)  # before V has seen these episodes: a baseline must not know them
         if self.critic is not None:
             for _ in range(self.critic_updates):
                 critic_loss = self.critic_loss(rollout)
-                self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
+                self.step(self.critic_optimizer, share * critic_loss, self.max_grad_norm)
             self.record(critic_loss=critic_loss)
         self.record(weight_std=weight.std(correction=0))
         if self.normalize_advantage:
@@ -152,7 +153,8 @@ class REINFORCE(Algorithm):
         actor_loss, entropy = self.actor_loss(rollout, weight)
         linear = self.entropy_schedule == "linear"
         entropy_coef = self.entropy_coef * (self.remaining(self.schedule_env_steps) if linear else 1.0)
-        self.step(self.optimizer, actor_loss - entropy_coef * entropy, self.max_grad_norm)
+        actor_share = ranks.weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else share
+        self.step(self.optimizer, actor_share * actor_loss - share * entropy_coef * entropy, self.max_grad_norm)
         self.record(actor_loss=actor_loss, entropy=entropy)
 
     @torch.no_grad()
@@ -186,8 +188,8 @@ class REINFORCE(Algorithm):
             weight = weight * self.gamma ** rollout["step_count"].to(weight)
         distribution = self.actor(self.trunk(rollout["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, F]
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1)).view_as(weight)
-        count = rollout["next", "done"].sum() if self.average_over == "episodes" else weight.new_tensor(weight.numel())
-        return -(weight * log_prob).sum() / ranks.average(count), ranks.mean(distribution.entropy())
+        count = rollout["next", "done"].sum() if self.average_over == "episodes" else weight.numel()
+        return -(weight * log_prob).sum() / count, distribution.entropy().mean()
 
     def critic_loss(self, rollout: TensorDictBase) -> Tensor:
         """E[(V(s_t) - G_t)^2], or E[(V(s_t) - (r_{t+1} + gamma V(s_{t+1})))^2]."""
@@ -197,4 +199,4 @@ class REINFORCE(Algorithm):
             else:
                 after: TensorDict = rollout.get("next")
                 target = after["reward"] + self.gamma * self.value(after["observation"]) * ~after["terminated"]
-        return ranks.mean((self.value(rollout["observation"]) - target).square())
+        return (self.value(rollout["observation"]) - target).square().mean()
