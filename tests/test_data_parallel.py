@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 import ranks_script
 from checks import same
-from levin import checkpoint, config, resume
+from levin import checkpoint, config, ranks, resume
 from levin.errors import ConfigError, RunError
 from levin.train import build, train
 from test_hogwild import children, gone, wait_until
@@ -205,6 +205,17 @@ def test_a_checkpoint_of_other_ranks_is_refused(two, tmp_path):
     file.write_text(file.read_text().replace("devices: 2", "devices: 1"))
     with pytest.raises(ConfigError, match=r"the checkpoint is of 2 ranks, and this run has 1: trainer.devices=2"):
         resume.resume(run=str(tmp_path / "run"), total_env_steps=400)
+
+
+def test_as_many_processes_as_were_asked_for(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    for key, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert ranks.of_this_process(config.compose(PAIR)) == 1
+    with pytest.raises(ConfigError, match=r"2 processes were started for trainer.devices=4 times trainer.num_nodes=1"):
+        ranks.of_this_process(config.compose([*PAIR, "trainer.devices=4", "env.num_envs=4"]))
+    with pytest.raises(ConfigError, match=r"2 processes were started for trainer.devices=1"):
+        ranks.of_this_process(config.compose(SMALL))
 
 
 def test_each_rank_has_its_share(monkeypatch):

@@ -601,7 +601,7 @@ def test_another_commit_or_version_is_a_warning(finished, tmp_path, capsys):
         ({"total_env_steps": 64}, "has 320 env steps already"),
         ({"total_env_steps": -1}, "greater than 0"),
         ({"logger": "wndb"}, "'csv', 'tensorboard' or 'wandb'"),
-        ({"trainer.devices": 2}, "input should be 1"),
+        ({"trainer.devices": 2}, "trainer.devices=2 would change a run"),
         ({"checkpoint.every": 0}, "greater than 0"),
     ],
 )

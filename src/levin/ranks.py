@@ -122,14 +122,25 @@ def planned(config: DictConfig) -> int:
 
 
 def of_this_process(config: DictConfig) -> int:
-    """Which rank this process is, before the run has begun: torchrun, srun and `levin.data_parallel` say so."""
-    if planned(config) == 1:
-        return 0
-    environments: list[type[ClusterEnvironment]] = [TorchElasticEnvironment, SLURMEnvironment]
-    for environment in environments:
-        if environment.detect():
-            return environment().global_rank()
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Which rank this process is, before the run has begun: torchrun, srun and `levin.data_parallel` say so.
+
+    Raises:
+        ConfigError: They have started more or fewer than the config wants.
+    """
+    ranks = planned(config)
+    environment: ClusterEnvironment | None = None
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+    elif ranks > 1 and SLURMEnvironment.detect():
+        environment = SLURMEnvironment()
+    if environment is None:
+        return int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0
+    if environment.world_size() != ranks:
+        raise ConfigError(
+            f"{environment.world_size()} processes were started for trainer.devices={config.trainer.devices} "
+            f"times trainer.num_nodes={config.trainer.get('num_nodes', 1)}"
+        )
+    return environment.global_rank()
 
 
 def share(config: DictConfig) -> DictConfig:

@@ -34,11 +34,12 @@ def resume(*, run: str, **changes: Any) -> float | None:
     folder = Path(run)
     cfg = config.load(folder)
     total = cfg.total_env_steps
-    for line in change(cfg, changes):
-        print(line)
+    lines = change(cfg, changes)
     if cfg.total_env_steps != total and cfg.algo.get("schedule_env_steps") == total:
         cfg.algo.schedule_env_steps = cfg.total_env_steps
-        print(f"algo.schedule_env_steps: {total} -> {cfg.total_env_steps}; annealed schedules change from here on")
+        lines.append(
+            f"algo.schedule_env_steps: {total} -> {cfg.total_env_steps}; annealed schedules change from here on"
+        )
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     name = schema.algorithm_class(cfg).__name__
@@ -47,6 +48,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
             begun = checkpoint.numbered(folder / "checkpoints")
             follow(cfg, folder, checkpoint.newest(folder, buffer=True, algorithm=name) if begun else None)
         return None
+    print(*lines, sep="\n", end="\n" if lines else "")
     with runs.lock(folder):
         pass  # a process that still trains here must not lose its checkpoints to this one
     path, env_steps = None, 0
