@@ -146,7 +146,8 @@ def test_a_killed_run_takes_its_ranks_with_it_and_goes_on(running):
     checkpoint.verify(run / "checkpoints" / "last", buffer=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves_nobody(number, running):
     process, run, other = running
     os.killpg(process.pid, number)
