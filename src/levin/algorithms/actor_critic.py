@@ -85,7 +85,7 @@ class ActorCritic(Algorithm):
         hidden_sizes: Widths of the hidden layers of actor and critic.
         activation: Between the layers.
         initial_log_std: Of a Gaussian policy.
-        compile: The losses of critic and actor; the same numbers in less time, after tens of seconds at the start.
+        compile: The losses of critic and actor; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")

@@ -80,7 +80,7 @@ class REINFORCE(Algorithm):
         hidden_sizes: Widths of the hidden layers: 128, 128.
         activation: Between the layers: tanh.
         initial_log_std: Of a Gaussian policy: 0.
-        compile: The losses of policy and baseline; the same numbers in less time, after tens of seconds at the start.
+        compile: The losses of policy and baseline; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")

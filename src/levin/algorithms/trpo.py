@@ -71,8 +71,8 @@ class TRPO(Algorithm):
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
         activation: Between the layers: tanh.
         initial_log_std: Of a Gaussian policy: 0.
-        compile: The loss of the critic; the same numbers in less time, after tens of seconds at the start. Not the step
-            of the policy: products with F differentiate twice, which compiled code can't.
+        compile: The loss of the critic; the same numbers, on a CPU in no less time. The policy's step is eager:
+            products with F differentiate twice, which compiled code can't.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
