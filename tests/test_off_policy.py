@@ -269,7 +269,7 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
     changes = {**CHANGES, **OWN[algo]}
     if algo == "dqn":
         del changes["random_env_steps"]  # epsilon is what it has instead
-    assert changes.keys() == set(config.compose(words).algo) - {"_target_", "buffer_storage"}
+    assert changes.keys() == set(config.compose(words).algo) - {"_target_", "buffer_storage", "compile"}
 
     def result(name: str, *change: str) -> dict[str, torch.Tensor]:
         train(config.compose([*words, *change]), tmp_path / name)
