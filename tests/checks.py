@@ -7,11 +7,13 @@ import random
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torch._dynamo.utils import counters
 
 from levin import cells, config, envs, policy, resume, schema
 from levin.algorithms.base import Algorithm
@@ -202,6 +204,26 @@ def losses_equal_the_oracle(row: Row, tmp_path: Path) -> None:
     ours, theirs = row.losses(algorithm, batch), row.oracle(algorithm, batch)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@check
+def compiled_and_eager_are_the_same(row: Row, tmp_path: Path, backend: str = "aot_eager") -> None:
+    """Each loss is one graph, and is compiled once."""
+    eager = run_row(row, tmp_path / "eager")["state_dict"]
+    losses, torch_compile = [], torch.compile
+
+    def compile_(loss: Any, *, options: dict[str, Any], **how: Any) -> Any:
+        losses.append(loss)
+        return torch_compile(loss, backend=backend, options=options if backend == "inductor" else None, **how)
+
+    counters.clear()
+    with patch.object(torch, "compile", compile_), torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = run_row(row, tmp_path / "compiled", "algo.compile=true")["state_dict"]
+    assert losses
+    assert counters["stats"]["unique_graphs"] == len(losses)
+    assert not counters["graph_break"]
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-5)
 
 
 @check

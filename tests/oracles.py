@@ -74,7 +74,7 @@ def copy_targets(loss: LossModule, name: str, *modules: nn.Module) -> None:
 
 def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
     torch.manual_seed(0)
-    critic_loss = algorithm.critic_loss(batch)
+    critic_loss, _ = algorithm.critic_loss(batch)
     torch.manual_seed(0)
     actor_loss, log_prob = algorithm.actor_loss(batch)
     (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(log_prob), algorithm.log_alpha)
@@ -129,7 +129,7 @@ def deterministic(actor: nn.Module) -> TensorDictModule:
 
 def td3_losses(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
     torch.manual_seed(0)
-    return [algorithm.critic_loss(batch), algorithm.actor_loss(batch)]
+    return [algorithm.critic_loss(batch)[0], algorithm.actor_loss(batch)]
 
 
 def td3_oracle(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
@@ -150,7 +150,7 @@ def td3_oracle(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
 
 
 def ddpg_losses(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
-    return [algorithm.critic_loss(batch), algorithm.actor_loss(batch)]
+    return [algorithm.critic_loss(batch)[0], algorithm.actor_loss(batch)]
 
 
 def ddpg_oracle(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
@@ -163,7 +163,7 @@ def ddpg_oracle(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
 
 
 def dqn_losses(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
-    return [algorithm.critic_loss(batch)]
+    return [algorithm.critic_loss(batch)[0]]
 
 
 def dqn_oracle(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
@@ -186,7 +186,7 @@ def dqn_oracle(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
 def sac_discrete_losses(algorithm: SACDiscrete, batch: TensorDict) -> list[Tensor]:
     actor_loss, entropy = algorithm.actor_loss(batch)
     (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(entropy), algorithm.log_alpha)
-    return [algorithm.critic_loss(batch), actor_loss, alpha_gradient]
+    return [algorithm.critic_loss(batch)[0], actor_loss, alpha_gradient]
 
 
 def sac_discrete_oracle(algorithm: SACDiscrete, batch: TensorDict) -> list[Tensor]:

@@ -62,7 +62,7 @@ ROWS = [
         targets={"target_critic": ("critic", 0.005, 1)},
         losses=oracles.sac_losses,
         oracle=oracles.sac_oracle,
-        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
         learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"), -1.5),
     ),
     Row(
@@ -74,7 +74,7 @@ ROWS = [
         targets={"target_critic": ("critic", 0.005, 2), "target_actor": ("actor", 0.005, 2)},
         losses=oracles.td3_losses,
         oracle=oracles.td3_oracle,
-        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
         learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3"), -1.5),
     ),
     Row(
@@ -89,7 +89,7 @@ ROWS = [
         targets={"target_critic": ("critic", 0.005, 1), "target_actor": ("actor", 0.005, 1)},
         losses=oracles.ddpg_losses,
         oracle=oracles.ddpg_oracle,
-        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
         learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3"), -1.5),
     ),
     Row(
@@ -104,7 +104,7 @@ ROWS = [
         targets={"target_critic": ("critic", 1.0, 3)},
         losses=oracles.dqn_losses,
         oracle=oracles.dqn_oracle,
-        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
         learns=(
             (*DISCRETE, "total_env_steps=3000", "algo.replay_ratio=0.5", "algo.lr=3e-3", "algo.gamma=0.9"),
             -4.5,
@@ -119,7 +119,7 @@ ROWS = [
         targets={"target_critic": ("critic", 0.005, 1)},
         losses=oracles.sac_discrete_losses,
         oracle=oracles.sac_discrete_oracle,
-        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
         learns=(
             (
                 *(*DISCRETE, "total_env_steps=1500", "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"),

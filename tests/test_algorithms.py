@@ -13,6 +13,12 @@ def test_row(check, row, tmp_path):
     check(row, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.algo)
+def test_generated_code_and_eager_are_the_same(row, tmp_path):
+    checks.compiled_and_eager_are_the_same(row, tmp_path, backend="inductor")
+
+
 def test_every_algorithm_has_a_row_a_yaml_and_a_file():
     files = {file.stem for file in (paths.ROOT / "src/levin/algorithms").glob("*.py")} - {"__init__", "base"}
     yamls = {file.stem for file in (paths.CONFIGS / "algo").glob("*.yaml")}

@@ -67,6 +67,15 @@ def running(tmp_path):
         process.communicate(timeout=300)
 
 
+def test_each_worker_compiles_for_itself(tmp_path, monkeypatch):
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda loss, options, **how: torch_compile(loss, backend="aot_eager", **how))
+    train(config.compose([*WORDS, "total_env_steps=2000", "algo.compile=true"]), tmp_path / "run")
+    pushes = saved(tmp_path / "run")["staleness"]
+    assert sum(pushes) >= 400
+    assert sum(pushes[1:]) > 0
+
+
 def test_a_killed_worker_ends_the_run(running):
     process, run, worker = running
     os.kill(worker, signal.SIGKILL)

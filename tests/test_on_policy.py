@@ -1,7 +1,7 @@
 """What is particular to the policy-gradient line: collection of whole episodes, trust regions, presets, schedules."""
 
 import copy
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 import oracles
-from checks import build_row, make_batch, metrics, saved
+from checks import build_row, compiled_and_eager_are_the_same, make_batch, metrics, saved
 from levin import collectors, config, envs, resume
 from levin.algorithms.trpo import conjugate_gradient
 from levin.collectors import WholeEpisodes
@@ -273,17 +273,25 @@ def test_target_kl_ends_the_epochs(tmp_path):
     assert updates == {"null": 40, "1e-9": 4, "1e9": 40}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_and_eager_are_the_same(tmp_path, monkeypatch, backend):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    words = ["algo=ppo", "env=pendulum", *LATE, "total_env_steps=64", "algo.steps_per_iteration=32"]
-    words += ["algo.batch_size=16", "algo.epochs=2", "algo.clip_schedule=linear"]
-    states = []
-    for compile_ in ("false", "true"):
-        train(config.compose([*words, f"algo.compile={compile_}"]), tmp_path / compile_)
-        states.append(saved(tmp_path / compile_)["state_dict"])
-    for name, value in states[0].items():
-        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5)
+KL = ("algo.penalty=kl", "algo.target_kl=0.01")
+EPISODES = ("env.num_envs=1", "algo.episodes_per_update=1", "algo.discount_state_weighting=true")
+
+
+@pytest.mark.parametrize(
+    ("algo", "words"),
+    [
+        ("ppo", ("algo.clip_schedule=linear", "env=cartpole")),
+        ("ppo", ("algo.clip_schedule=linear", *KL)),
+        ("actor_critic", ("algo.critic=q",)),  # draws an action in its loss
+        ("actor_critic", EPISODES),
+        ("a2c", ("env=gym", "env.id=toy_envs:Buttons-v0")),
+        ("a2c", ("env=gym", "env.id=toy_envs:Robot-v0")),
+    ],
+)
+def test_other_forms_are_compiled_once_as_well(algo, words, tmp_path):
+    """A number that changes, another length of an episode, other spaces."""
+    (row,) = (row for row in ROWS if row.algo == algo)
+    compiled_and_eager_are_the_same(replace(row, small=(*row.small, *words)), tmp_path)
 
 
 def test_compiling_needs_a_compiler(monkeypatch):

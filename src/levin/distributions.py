@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ class Categorical:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
+        self._log_probs: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> "Categorical":
         return Categorical(self.logits[index])
@@ -24,10 +24,12 @@ class Categorical:
         """The same distribution, without a gradient."""
         return Categorical(self.logits.detach())
 
-    @cached_property
+    @property
     def log_probs(self) -> Tensor:
         """The log-probability of every action, `[..., A]`."""
-        return self.logits.log_softmax(-1)
+        if self._log_probs is None:  # a cached_property has a lock before Python 3.12, which can't be compiled
+            self._log_probs = self.logits.log_softmax(-1)
+        return self._log_probs
 
     @property
     def mode(self) -> Tensor:
@@ -56,6 +58,7 @@ class MultiCategorical:
 
     def __init__(self, logits: Tensor, sizes: Sequence[int]) -> None:
         self.logits, self.sizes = logits, list(sizes)
+        self.parts = [Categorical(each) for each in logits.split(self.sizes, -1)]  # the distribution of each choice
 
     def __getitem__(self, index: Tensor) -> "MultiCategorical":
         return MultiCategorical(self.logits[index], self.sizes)
@@ -63,11 +66,6 @@ class MultiCategorical:
     def detach(self) -> "MultiCategorical":
         """The same distribution, without a gradient."""
         return MultiCategorical(self.logits.detach(), self.sizes)
-
-    @cached_property
-    def parts(self) -> list[Categorical]:
-        """The distribution of each choice."""
-        return [Categorical(logits) for logits in self.logits.split(self.sizes, -1)]
 
     @property
     def mode(self) -> Tensor:

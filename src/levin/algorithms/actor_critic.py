@@ -38,12 +38,12 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
 from levin import ranks
-from levin.algorithms.base import Algorithm, standardize
+from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.collectors import WholeEpisodes
 from levin.distributions import Categorical
 from levin.errors import ConfigError
@@ -86,6 +86,7 @@ class ActorCritic(Algorithm):
         hidden_sizes: Widths of the hidden layers of actor and critic.
         activation: Between the layers.
         initial_log_std: Of a Gaussian policy.
+        compile: The losses of critic and actor; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -113,6 +114,7 @@ class ActorCritic(Algorithm):
         hidden_sizes: Sequence[PositiveInt] = (64, 64),
         activation: Activation = "tanh",
         initial_log_std: float = 0.0,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
         if critic == "q" and env["action"]["type"] == "multi_discrete":
@@ -143,6 +145,8 @@ class ActorCritic(Algorithm):
             self.critic = Critic(features, hidden_sizes, activation, outputs=env["action"]["n"])
         else:
             self.critic = Critic(features + len(env["action"]["low"]), hidden_sizes, activation)
+        if compile:
+            self.compile_losses("critic_loss", "actor_loss")
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = self.make_optimizer(self.optimizer_name, self.critic.parameters(), self.critic_lr)
@@ -176,7 +180,7 @@ class ActorCritic(Algorithm):
             return self.value(batch)
         return self.value_target(batch) - self.value(batch)
 
-    def actor_loss(self, batch: TensorDictBase, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def actor_loss(self, batch: Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
         """-E[gamma^t weight log pi(a|s)], weight `[B, 1]`; and the mean entropy."""
         if self.discount_state_weighting:
             weight = weight * self.gamma ** batch["step_count"].to(weight)
@@ -185,20 +189,19 @@ class ActorCritic(Algorithm):
         count = batch["next", "done"].sum() if self.average_over == "episodes" else len(weight)
         return -(weight * log_prob).sum() / count, distribution.entropy().mean()
 
-    def critic_loss(self, batch: TensorDictBase) -> Tensor:
+    def critic_loss(self, batch: Batch) -> Tensor:
         """E[(Q(s,a) - (r + gamma Q(s',a')))^2], or E[(V(s) - (r + gamma V(s')))^2]."""
         return (self.value(batch) - self.value_target(batch)).square().mean()
 
-    def value(self, batch: TensorDictBase) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:
         """Q(s,a), or V(s): `[B, 1]`."""
         features = self.trunk(batch["observation"])
         return self.critic(features) if self.critic_form == "advantage" else self.q_value(features, batch["action"])
 
     @torch.no_grad()
-    def value_target(self, batch: TensorDictBase) -> Tensor:
+    def value_target(self, batch: Batch) -> Tensor:
         """r + gamma (1 - terminated) times V(s'), Q(s',a'), E_pi Q(s',a') or max_a' Q(s',a'): `[B, 1]`."""
-        after: TensorDict = batch.get("next")
-        features = self.trunk(after["observation"])
+        features = self.trunk(batch["next", "observation"])
         if self.critic_form == "advantage":
             next_value = self.critic(features)
         elif self.q_target == "sarsa":
@@ -211,7 +214,7 @@ class ActorCritic(Algorithm):
             )  # [B, A] -> [B, 1]
         else:
             next_value = self.critic(features).amax(-1, keepdim=True)  # [B, A] -> [B, 1]
-        return after["reward"] + self.gamma * next_value * ~after["terminated"]
+        return batch["next", "reward"] + self.gamma * next_value * ~batch["next", "terminated"]
 
     def q_value(self, features: Tensor, action: Tensor) -> Tensor:
         """Q(s,a): `[B, F], [B, *A] -> [B, 1]`."""

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
@@ -23,11 +23,16 @@ from levin.replay import Replay
 from levin.spaces import EnvSpec, dtypes
 from levin.statistics import ObservationNormalizer, RewardNormalizer
 
+Batch = Mapping[NestedKey, Tensor]  # what a loss reads: a TensorDict, or a dict of its tensors by the same keys
 PROGRESS = ("env_steps", "updates", "iterations", "recorded")
 
 
-def compiled(function: Callable) -> Callable:
-    """`torch.compile`, for a function that is called with tensors of the same shapes again and again.
+def compiled(loss: Callable, *, dynamic: bool) -> Callable:
+    """`torch.compile` of a function of a batch, as one graph; it draws the random numbers of the eager one.
+
+    Args:
+        loss: `batch, *tensors -> tensors`. It reads the batch by key and changes nothing but what it returns.
+        dynamic: The batch has another size each time. Else every other size is compiled anew.
 
     Raises:
         ConfigError: There is no C++ compiler to do it with.
@@ -35,7 +40,13 @@ def compiled(function: Callable) -> Callable:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(f"algo.compile=true needs a C++ compiler, and {compiler} is not there")
-    return torch.compile(function, dynamic=False)
+    traced = torch.compile(loss, fullgraph=True, dynamic=dynamic, options={"fallback_random": True})
+
+    def call(batch: TensorDictBase, *others: Any) -> Any:
+        # A dict, since what guards a TensorDict takes longer than a small loss.
+        return traced(dict(batch.items(include_nested=True)), *others)
+
+    return call
 
 
 def standardize(values: Tensor) -> Tensor:
@@ -136,6 +147,13 @@ class Algorithm(LightningModule):
     def remaining(self, schedule_env_steps: int | None) -> float:
         """What a linear schedule is at: 1 in the first iteration, 0 from `schedule_env_steps` on; always 1 without."""
         return max(0.0, 1 - self.iteration_begun / schedule_env_steps) if schedule_env_steps else 1.0
+
+    def compile_losses(self, *names: str) -> None:
+        """Compile these methods of this object. Raises ConfigError when there is no C++ compiler."""
+        torch.compiler.reset()  # runs of one process do not count as recompilations of one another
+        dynamic = isinstance(self.steps_per_iteration, WholeEpisodes)
+        for name in names:
+            setattr(self, name, compiled(getattr(self, name), dynamic=dynamic))
 
     def make_optimizer(self, name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
         """Adam and RMSprop with the epsilon that on-policy codebases give them (1e-5), or plain SGD; on one vector."""

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from levin import replay
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, Batch
 from levin.exploration import GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy
@@ -68,6 +68,7 @@ class DDPG(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critic. Tianshou: 256, 256.
         activation: Between the layers. Paper: relu.
+        compile: The losses of critic and actor; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("box",)
@@ -93,6 +94,7 @@ class DDPG(Algorithm):
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
         self.gamma, self.tau = gamma, tau
@@ -115,6 +117,8 @@ class DDPG(Algorithm):
             else OrnsteinUhlenbeckNoise(exploration_noise, [env["num_envs"], *env["action"]["shape"]])
         )
         self.buffer = replay.make(env, buffer_size, buffer_storage)
+        if compile:
+            self.compile_losses("critic_loss", "actor_loss")
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
@@ -134,25 +138,24 @@ class DDPG(Algorithm):
             self.update(batch)
 
     def update(self, batch: TensorDictBase) -> None:
-        critic_loss = self.critic_loss(batch)
+        critic_loss, q_value = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss)
         with frozen(self.critic_parameters):
             actor_loss = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss)
         self.update_target()
-        self.record(critic_loss=critic_loss, actor_loss=actor_loss)
+        self.record(q_value=q_value, critic_loss=critic_loss, actor_loss=actor_loss)
 
-    def critic_loss(self, batch: TensorDictBase) -> Tensor:
-        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) Q'(s', mu'(s'))."""
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) Q'(s', mu'(s')); and the mean of Q(s,a)."""
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
             q_next = self.target_critic.first(observation, self.target_actor(observation))  # [B, 1]
             target = reward + self.gamma * ~terminated * q_next  # a truncation still bootstraps
         q = self.critic.first(batch["observation"], batch["action"])  # [B, 1]
-        self.record(q_value=q.mean())
-        return (q - target).square().mean()
+        return (q - target).square().mean(), q.detach().mean()
 
-    def actor_loss(self, batch: TensorDictBase) -> Tensor:
+    def actor_loss(self, batch: Batch) -> Tensor:
         """J_mu = -E[Q(s, mu(s))]."""
         observation = batch["observation"]
         return -self.critic.first(observation, self.actor(observation)).mean()

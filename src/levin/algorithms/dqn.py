@@ -42,7 +42,7 @@ from torch.nn.functional import huber_loss
 from torch.optim import Adam, Optimizer
 
 from levin import replay
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, Batch
 from levin.exploration import EpsilonGreedy, Greedy
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import mlp, single, trunk
@@ -75,6 +75,7 @@ class DQN(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, which the Nature CNN ends with.
         activation: Between the layers. Paper: relu.
+        compile: The loss; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("discrete",)
@@ -104,6 +105,7 @@ class DQN(Algorithm):
         steps_per_iteration: PositiveInt = 100,
         hidden_sizes: Sequence[PositiveInt] = (120, 84),
         activation: Activation = "relu",
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
         self.gamma, self.lr, self.tau, self.target_update_every = gamma, lr, tau, target_update_every
@@ -120,6 +122,8 @@ class DQN(Algorithm):
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.exploration = EpsilonGreedy(initial_epsilon)
         self.buffer = replay.make(env, buffer_size, buffer_storage)
+        if compile:
+            self.compile_losses("critic_loss")
 
     def configure_optimizers(self) -> Optimizer:
         self.optimizer = Adam([flatten(self.critic.parameters())], lr=self.lr, fused=True)
@@ -138,22 +142,25 @@ class DQN(Algorithm):
         self.exploration.epsilon.fill_(self.scheduled_epsilon())
 
     def update(self, batch: TensorDictBase) -> None:
-        critic_loss = self.critic_loss(batch)
+        critic_loss, q_value = self.critic_loss(batch)
         self.step(self.optimizer, critic_loss, self.max_grad_norm)
         if (self.updates + 1) % self.target_update_every == 0:
             self.update_target()
-        self.record(critic_loss=critic_loss)
+        self.record(q_value=q_value, critic_loss=critic_loss)
 
-    def critic_loss(self, batch: TensorDictBase) -> Tensor:
-        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) max_a' Q'(s', a'); with `huber`, Huber's loss."""
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) max_a' Q'(s', a'); with `huber`, Huber's loss.
+
+        Also gives the mean of Q(s,a).
+        """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
             q_next = single(self.target_critic(observation))  # [B, A]
             action = (self.critic(observation) if self.double_q else q_next).argmax(-1, keepdim=True)  # [B, 1]
             target = reward + self.gamma * ~terminated * q_next.gather(-1, action)  # a truncation still bootstraps
         q = single(self.critic(batch["observation"])).gather(-1, batch["action"].unsqueeze(-1))  # [B, A] -> [B, 1]
-        self.record(q_value=q.mean())
-        return huber_loss(q, target) if self.huber else (q - target).square().mean()
+        loss = huber_loss(q, target) if self.huber else (q - target).square().mean()
+        return loss, q.detach().mean()
 
     def scheduled_epsilon(self) -> float:
         """The probability of a uniform action in the next rollout."""

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from levin import ranks, returns
-from levin.algorithms.base import Algorithm, standardize
+from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.collectors import WholeEpisodes
 from levin.hints import (
     Activation,
@@ -80,6 +80,7 @@ class REINFORCE(Algorithm):
         hidden_sizes: Widths of the hidden layers: 128, 128.
         activation: Between the layers: tanh.
         initial_log_std: Of a Gaussian policy: 0.
+        compile: The losses of policy and baseline; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -110,6 +111,7 @@ class REINFORCE(Algorithm):
         hidden_sizes: Sequence[PositiveInt] = (128, 128),
         activation: Activation = "tanh",
         initial_log_std: float = 0.0,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
         self.gamma, self.advantage, self.value_target = gamma, advantage, value_target
@@ -124,6 +126,8 @@ class REINFORCE(Algorithm):
         self.trunk, features = trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation) if advantage == "baseline" else None
+        if compile:
+            self.compile_losses("squared_error", "actor_loss")
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.optimizer = self.make_optimizer(self.optimizer_name, self.actor.parameters(), self.lr)
@@ -182,7 +186,7 @@ class REINFORCE(Algorithm):
         assert self.critic is not None
         return self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, observation.shape[:2])
 
-    def actor_loss(self, rollout: TensorDictBase, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def actor_loss(self, rollout: Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
         """-E[gamma^t weight_t log pi(a_t|s_t)], weight `[N, T, 1]`; and the mean entropy."""
         if self.discount_state_weighting and self.advantage != "return":  # R is discounted from the start already
             weight = weight * self.gamma ** rollout["step_count"].to(weight)
@@ -199,4 +203,8 @@ class REINFORCE(Algorithm):
             else:
                 after: TensorDict = rollout.get("next")
                 target = after["reward"] + self.gamma * self.value(after["observation"]) * ~after["terminated"]
+        return self.squared_error(rollout, target)
+
+    def squared_error(self, rollout: Batch, target: Tensor) -> Tensor:
+        """E[(V(s_t) - target_t)^2], target `[N, T, 1]`: compiled for any T. The passes that G_t takes depend on T."""
         return (self.value(rollout["observation"]) - target).square().mean()

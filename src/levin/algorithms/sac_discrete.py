@@ -41,7 +41,7 @@ from torch.nn.functional import huber_loss, mse_loss
 from torch.optim import Adam, Optimizer
 
 from levin import replay
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, Batch
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import Actor, EnsembleMLP, single, trunk
 from levin.replay import Replay
@@ -71,6 +71,7 @@ class SACDiscrete(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. SLM-Lab: 256, 256.
         activation: Between the layers: relu.
+        compile: The losses of critics and actor; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("discrete",)
@@ -99,6 +100,7 @@ class SACDiscrete(Algorithm):
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
         self.gamma, self.tau = gamma, tau
@@ -120,6 +122,8 @@ class SACDiscrete(Algorithm):
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
         self.buffer = replay.make(env, buffer_size, buffer_storage)
+        if compile:
+            self.compile_losses("critic_loss", "actor_loss")
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
@@ -133,20 +137,22 @@ class SACDiscrete(Algorithm):
             self.update(batch)
 
     def update(self, batch: TensorDictBase) -> None:
-        critic_loss = self.critic_loss(batch)
+        critic_loss, q_value = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
         actor_loss, entropy = self.actor_loss(batch)
         self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
         alpha_loss = self.alpha_loss(entropy)
         self.step(self.alpha_optimizer, alpha_loss)
         self.update_target()
-        self.record(critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)
+        self.record(q_value=q_value, critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)
         self.record(alpha=self.log_alpha.exp(), entropy=entropy.mean())
 
-    def critic_loss(self, batch: TensorDictBase) -> Tensor:
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) V(s'); with `huber`, Huber's loss.
 
         V(s') = sum_a' pi(a'|s') (min_i Q'_i(s',a') - alpha log pi(a'|s'))      Eq. 10
+
+        Also gives the mean of Q_i(s,a).
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
@@ -157,11 +163,11 @@ class SACDiscrete(Algorithm):
             target = reward + self.gamma * ~terminated * soft_value  # a truncation still bootstraps
         action = batch["action"].expand(2, -1).unsqueeze(-1)  # [B] -> [2, B, 1]
         q = single(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
-        self.record(q_value=q.mean())
         regression = huber_loss if self.huber else mse_loss
-        return 2 * regression(q, target.expand_as(q))  # the mean over both critics, twice: their sum
+        # The mean over both critics, twice: their sum.
+        return 2 * regression(q, target.expand_as(q)), q.detach().mean()
 
-    def actor_loss(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """J_pi = E[sum_a pi(a|s) (alpha log pi(a|s) - min_i Q_i(s,a))]. Also gives the entropy `[B, 1]`."""
         observation = batch["observation"]
         policy = self.actor(self.trunk(observation))

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from levin import replay
-from levin.algorithms.base import Algorithm
+from levin.algorithms.base import Algorithm, Batch
 from levin.exploration import GaussianNoise, NoisyPolicy
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy
@@ -69,6 +69,7 @@ class TD3(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. The authors' code: 256, 256.
         activation: Between the layers. Paper: relu.
+        compile: The losses of critics and actor; the same numbers, on a CPU in no less time.
     """
 
     actions: ClassVar = ("box",)
@@ -96,6 +97,7 @@ class TD3(Algorithm):
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
         self.gamma, self.tau = gamma, tau
@@ -115,6 +117,8 @@ class TD3(Algorithm):
         self.target_parameters: list[Tensor] = [*self.target_critic.parameters(), *self.target_actor.parameters()]
         self.noise = GaussianNoise(exploration_noise)
         self.buffer = replay.make(env, buffer_size, buffer_storage)
+        if compile:
+            self.compile_losses("critic_loss", "actor_loss")
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
@@ -132,9 +136,9 @@ class TD3(Algorithm):
             self.update(batch)
 
     def update(self, batch: TensorDictBase) -> None:
-        critic_loss = self.critic_loss(batch)
+        critic_loss, q_value = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss)
-        self.record(critic_loss=critic_loss)
+        self.record(q_value=q_value, critic_loss=critic_loss)
         if (self.updates + 1) % self.policy_delay == 0:
             with frozen(self.critic_parameters):
                 actor_loss = self.actor_loss(batch)
@@ -142,15 +146,14 @@ class TD3(Algorithm):
             self.update_target()
             self.record(actor_loss=actor_loss)
 
-    def critic_loss(self, batch: TensorDictBase) -> Tensor:
-        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) min_i Q'_i(s', a')."""
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) min_i Q'_i(s', a'); and the mean of Q_i(s,a)."""
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
             q_next = self.target_critic(observation, self.target_action(observation)).amin(0)  # [2, B, 1] -> [B, 1]
             target = reward + self.gamma * ~terminated * q_next  # a truncation still bootstraps
         q = self.critic(batch["observation"], batch["action"])  # [2, B, 1]
-        self.record(q_value=q.mean())
-        return (q - target).square().mean((1, 2)).sum()  # [2, B, 1] -> []
+        return (q - target).square().mean((1, 2)).sum(), q.detach().mean()  # [2, B, 1] -> []
 
     def target_action(self, observation: Tensor) -> Tensor:
         """a' = clip(mu'(s') + clip(N(0, target_noise), -c, c), -1, 1)."""
@@ -158,7 +161,7 @@ class TD3(Algorithm):
         noise = (self.target_noise * torch.randn_like(action)).clamp_(-self.target_noise_clip, self.target_noise_clip)
         return (action + noise).clamp_(-1, 1)
 
-    def actor_loss(self, batch: TensorDictBase) -> Tensor:
+    def actor_loss(self, batch: Batch) -> Tensor:
         """J_mu = -E[Q_1(s, mu(s))]."""
         observation = batch["observation"]
         return -self.critic.first(observation, self.actor(observation)).mean()
