@@ -1,0 +1,203 @@
+"""Runs as SLURM jobs, where there is no SLURM: submitit's local executor, and commands that do as SLURM's would."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning import Callback
+
+from checks import metrics
+from levin import checkpoint, config, runs
+from levin.train import main, train
+from test_resume import TINY, assert_same_run
+
+WORDS = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
+PREEMPT = ("+callbacks.preempt._target_=test_slurm.Preempt",)
+
+
+class Preempt(Callback):
+    """Sends a signal to the process of a run that has not been resumed."""
+
+    def __init__(self, name: str = "SIGUSR1") -> None:
+        self.signal = signal.Signals[name]
+
+    def on_train_start(self, trainer, algorithm):
+        self.fresh = algorithm.env_steps == 0
+
+    def on_train_batch_end(self, trainer, algorithm, *_):
+        if self.fresh and algorithm.env_steps >= 96:
+            os.kill(os.getpid(), self.signal)
+            self.fresh = False
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """What `srun` sets, and a `scontrol` that writes down what it is told."""
+    monkeypatch.chdir(tmp_path)
+    command(tmp_path, "scontrol", 'echo "$@" >> scontrol.txt')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("JOB_ID=77", "NTASKS=1", "PROCID=0", "LOCALID=0", "NODEID=0"):
+        monkeypatch.setenv(*f"SLURM_{name}".split("="))
+    before = signal.getsignal(signal.SIGUSR1)
+    yield lambda: (tmp_path / "scontrol.txt").read_text().splitlines() if (tmp_path / "scontrol.txt").exists() else []
+    signal.signal(signal.SIGUSR1, before)
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def call(monkeypatch, *words: str) -> int:
+    """`python -m levin.train` in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["levin.train", *words])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "levin.train", *words])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_preempted_job_is_requeued_and_continues_its_run(slurm, tmp_path, monkeypatch, capsys):
+    train(config.compose([*WORDS, *PREEMPT, "+callbacks.preempt.name=SIGCONT"]), tmp_path / "straight")
+    assert call(monkeypatch, *WORDS, *PREEMPT) == 0
+    assert slurm() == ["requeue 77"]
+    assert "levin: job 77 is requeued" in capsys.readouterr().err
+    (run,) = (tmp_path / "runs" / "sac_pendulum").iterdir()
+    assert [each.name for each in checkpoint.numbered(run / "checkpoints")][-1] == "128"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert call(monkeypatch, *WORDS, *PREEMPT) == 0
+    assert slurm() == ["requeue 77"]
+    assert_same_run(tmp_path / "straight", run)
+    assert call(monkeypatch, *WORDS, *PREEMPT) == 0  # requeued by hand: nothing is left to do
+    assert f"run={run.relative_to(tmp_path)} is complete" in capsys.readouterr().out
+    assert list(run.parent.iterdir()) == [run]
+
+
+def test_a_requeued_job_finds_its_run_only(slurm, tmp_path, monkeypatch):
+    """Neither that of another job nor that of another command of the same batch script."""
+    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert call(monkeypatch, *WORDS, f"run={tmp_path / 'run'}") == 2
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 2
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 0
+    assert runs.sessions(tmp_path / "run")["env_steps"] == 320
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "expected"),
+    [
+        ("SIGUSR1", {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}, ["requeue 70_3"]),
+        ("SIGUSR1", {"SLURM_PROCID": "1", "LOCAL_RANK": "0"}, []),
+        ("SIGUSR1", {"SLURM_JOB_ID": None}, []),
+        ("SIGTERM", {}, []),
+        ("SIGINT", {}, []),
+    ],
+)
+def test_only_sigusr1_to_rank_0_of_a_job_requeues(name, environment, expected, slurm, tmp_path, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value) if value else monkeypatch.delenv(key)
+    words = (*WORDS, *PREEMPT, f"+callbacks.preempt.name={name}", f"run={tmp_path / 'run'}")
+    rank = monkeypatch.delenv("SLURM_NTASKS")  # without `srun`, one process is rank 0 to Lightning, and saves
+    assert rank is None
+    assert call(monkeypatch, *words) == 0
+    assert slurm() == expected
+    assert checkpoint.newest(tmp_path / "run", buffer=True).parent.name == "128"
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [("echo not allowed >&2; exit 1", "failed: not allowed"), (None, "failed: No such file or directory")],
+)
+def test_a_requeue_that_fails_is_one_sentence(script, sentence, slurm, tmp_path, monkeypatch, capsys):
+    command(tmp_path, "scontrol", script) if script else monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"levin: scontrol requeue 77 {sentence}"
+    assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
+
+
+def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "levin.train", "-m", *WORDS, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)},
+    )
+
+
+def are_whole_runs(folder: Path) -> None:
+    """The two runs of a sweep were preempted, and are those that were left alone."""
+    found = sorted(each.parent for each in folder.glob("runs/sweep_*/s*/config.yaml"))
+    assert [each.name for each in found] == ["s0", "s1"]
+    for seed, run in enumerate(found):
+        train(config.compose([*WORDS, *PREEMPT, "+callbacks.preempt.name=SIGCONT", f"seed={seed}"]), folder / run.name)
+        assert len(runs.sessions(run)["resumed"]) == 1
+        assert_same_run(folder / run.name, run)
+    assert metrics(found[0]) != metrics(found[1])
+
+
+def test_preempted_jobs_of_a_sweep_continue_their_runs(tmp_path):
+    pytest.importorskip("submitit")
+    answer = sweep(tmp_path, *PREEMPT, "launcher=local", "seed=0,1")
+    assert answer.returncode == 0, answer.stderr
+    are_whole_runs(tmp_path)
+
+
+def test_a_job_that_fails_is_one_sentence(tmp_path):
+    pytest.importorskip("submitit")
+    answer = sweep(tmp_path, "launcher=local", "env=gym", "env.id=toy_envs:Nope-v0")
+    assert answer.returncode == 1
+    assert len(answer.stderr.splitlines()) == 1
+    assert answer.stderr.startswith("levin: env.id=toy_envs:Nope-v0 can't be made")
+
+
+def test_no_slurm_and_a_wrong_key_are_one_sentence(tmp_path):
+    pytest.importorskip("submitit")
+    answer = sweep(tmp_path, "launcher=slurm", "hydra.launcher.partitio=gpu")
+    assert (answer.returncode, len(answer.stderr.splitlines())) == (2, 1)
+    assert "partitio" in answer.stderr
+
+
+# One array of two jobs, each begun again when it asks for it.
+SBATCH = r"""
+cp "$1" "$FAKE/batch.sh"
+begin() {
+    export SLURM_JOB_ID=$((70 + $1)) SLURM_ARRAY_JOB_ID=70 SLURM_ARRAY_TASK_ID=$1 SLURM_RESTART_COUNT=0
+    export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+    bash "$FAKE/batch.sh"
+    while rm "$FAKE/requeue_70_$1"; do
+        export SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
+        bash "$FAKE/batch.sh"
+    done
+}
+for task in 0 1; do begin $task > "$FAKE/task_$task.txt" 2>&1 & done
+echo Submitted batch job 70
+"""
+SRUN = r"""
+while [[ $1 == --* ]]; do [[ $1 == --unbuffered ]] && shift || shift 2; done
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_on_slurm(tmp_path):
+    pytest.importorskip("submitit")
+    command(tmp_path, "sbatch", SBATCH)
+    command(tmp_path, "srun", SRUN)
+    command(tmp_path, "scontrol", 'touch "$FAKE/$1_$2"')
+    command(tmp_path, "sacct", r'echo "JobID|State|NodeList"; for i in 0 1; do echo "70_$i|RUNNING|node"; done')
+    answer = sweep(tmp_path, *PREEMPT, "launcher=slurm", "seed=0,1", "hydra.launcher.partition=gpu")
+    assert answer.returncode == 0, answer.stderr
+    batch = (tmp_path / "batch.sh").read_text()
+    for line in ("--signal=USR1@120", "--requeue", "--partition=gpu", "--time=1440", "--array=0-1%2"):
+        assert f"#SBATCH {line}\n" in batch
+    are_whole_runs(tmp_path)
