@@ -1,6 +1,7 @@
 """Runs as SLURM jobs, where there is no SLURM: submitit's local executor, and commands that do as SLURM's would."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from test_resume import TINY, assert_same_run
 
 WORDS = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
 PREEMPT = ("+callbacks.preempt._target_=test_slurm.Preempt",)
+HARMLESS = (*PREEMPT, "+callbacks.preempt.name=SIGCONT")
 
 
 class Preempt(Callback):
@@ -33,16 +35,36 @@ class Preempt(Callback):
             self.fresh = False
 
 
+class Slurm:
+    """What `srun` sets, and a `scontrol` that writes down what it is told."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch = folder, monkeypatch
+        command(folder, "scontrol", f'echo "$@" >> {folder}/scontrol.txt')
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        for name in ("JOB_ID=77", "NTASKS=1", "PROCID=0", "LOCALID=0", "NODEID=0"):
+            monkeypatch.setenv(*f"SLURM_{name}".split("="))
+
+    def train(self, *words: str) -> int:
+        """`python -m levin.train` in this process: its exit code."""
+        self.patch.setattr(sys, "argv", ["levin.train", *words])
+        self.patch.setattr(sys, "orig_argv", ["python", "-m", "levin.train", *words])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    def told(self) -> str:
+        file = self.folder / "scontrol.txt"
+        return file.read_text() if file.exists() else ""
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """What `srun` sets, and a `scontrol` that writes down what it is told."""
     monkeypatch.chdir(tmp_path)
-    command(tmp_path, "scontrol", 'echo "$@" >> scontrol.txt')
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name in ("JOB_ID=77", "NTASKS=1", "PROCID=0", "LOCALID=0", "NODEID=0"):
-        monkeypatch.setenv(*f"SLURM_{name}".split("="))
     before = signal.getsignal(signal.SIGUSR1)
-    yield lambda: (tmp_path / "scontrol.txt").read_text().splitlines() if (tmp_path / "scontrol.txt").exists() else []
+    yield Slurm(tmp_path, monkeypatch)
     signal.signal(signal.SIGUSR1, before)
 
 
@@ -51,75 +73,70 @@ def command(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def call(monkeypatch, *words: str) -> int:
-    """`python -m levin.train` in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["levin.train", *words])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "levin.train", *words])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def test_a_preempted_job_is_requeued_and_continues_its_run(slurm, tmp_path, monkeypatch, capsys):
-    train(config.compose([*WORDS, *PREEMPT, "+callbacks.preempt.name=SIGCONT"]), tmp_path / "straight")
-    assert call(monkeypatch, *WORDS, *PREEMPT) == 0
-    assert slurm() == ["requeue 77"]
+def test_a_preempted_job_is_requeued_and_continues_its_run(slurm, tmp_path, capsys):
+    train(config.compose([*WORDS, *HARMLESS]), tmp_path / "straight")
+    assert slurm.train(*WORDS, *PREEMPT) == 0
+    assert slurm.told() == "requeue 77\n"
     assert "levin: job 77 is requeued" in capsys.readouterr().err
     (run,) = (tmp_path / "runs" / "sac_pendulum").iterdir()
     assert [each.name for each in checkpoint.numbered(run / "checkpoints")][-1] == "128"
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert call(monkeypatch, *WORDS, *PREEMPT) == 0
-    assert slurm() == ["requeue 77"]
+    slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
+    assert slurm.train(*WORDS, *PREEMPT) == 0
+    assert slurm.told() == "requeue 77\n"
     assert_same_run(tmp_path / "straight", run)
-    assert call(monkeypatch, *WORDS, *PREEMPT) == 0  # requeued by hand: nothing is left to do
+    assert slurm.train(*WORDS, *PREEMPT) == 0  # requeued by hand: nothing is left to do
     assert f"run={run.relative_to(tmp_path)} is complete" in capsys.readouterr().out
     assert list(run.parent.iterdir()) == [run]
 
 
-def test_a_requeued_job_finds_its_run_only(slurm, tmp_path, monkeypatch):
+def test_a_requeued_job_finds_its_run_only(slurm, tmp_path):
     """Neither that of another job nor that of another command of the same batch script."""
-    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 0
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert call(monkeypatch, *WORDS, f"run={tmp_path / 'run'}") == 2
-    monkeypatch.setenv("SLURM_JOB_ID", "78")
-    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 2
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 0
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+    slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
+    assert slurm.train(*WORDS, "run=run") == 2
+    slurm.patch.setenv("SLURM_JOB_ID", "78")
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 2
+    slurm.patch.setenv("SLURM_JOB_ID", "77")
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
     assert runs.sessions(tmp_path / "run")["env_steps"] == 320
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "expected"),
+    ("name", "environment", "told"),
     [
-        ("SIGUSR1", {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}, ["requeue 70_3"]),
-        ("SIGUSR1", {"SLURM_PROCID": "1", "LOCAL_RANK": "0"}, []),
-        ("SIGUSR1", {"SLURM_JOB_ID": None}, []),
-        ("SIGTERM", {}, []),
-        ("SIGINT", {}, []),
+        ("SIGUSR1", "SLURM_ARRAY_JOB_ID=70 SLURM_ARRAY_TASK_ID=3", "requeue 70_3\n"),
+        ("SIGUSR1", "SLURM_PROCID=1", ""),
+        ("SIGUSR1", "SLURM_JOB_ID=", ""),
+        ("SIGTERM", "", ""),
+        ("SIGINT", "", ""),
     ],
 )
-def test_only_sigusr1_to_rank_0_of_a_job_requeues(name, environment, expected, slurm, tmp_path, monkeypatch):
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value) if value else monkeypatch.delenv(key)
-    words = (*WORDS, *PREEMPT, f"+callbacks.preempt.name={name}", f"run={tmp_path / 'run'}")
-    rank = monkeypatch.delenv("SLURM_NTASKS")  # without `srun`, one process is rank 0 to Lightning, and saves
-    assert rank is None
-    assert call(monkeypatch, *words) == 0
-    assert slurm() == expected
-    assert checkpoint.newest(tmp_path / "run", buffer=True).parent.name == "128"
+def test_only_sigusr1_to_rank_0_of_a_job_requeues(slurm, name, environment, told):
+    slurm.patch.delenv("SLURM_NTASKS")  # else Lightning leaves the saving to rank 0
+    for key, value in (each.split("=") for each in environment.split()):
+        slurm.patch.setenv(key, value) if value else slurm.patch.delenv(key)
+    assert slurm.train(*WORDS, *PREEMPT, f"+callbacks.preempt.name={name}", "run=run") == 0
+    assert slurm.told() == told
+    assert checkpoint.newest(Path("run"), buffer=True).parent.name == "128"
 
 
-@pytest.mark.parametrize(
-    ("script", "sentence"),
-    [("echo not allowed >&2; exit 1", "failed: not allowed"), (None, "failed: No such file or directory")],
-)
-def test_a_requeue_that_fails_is_one_sentence(script, sentence, slurm, tmp_path, monkeypatch, capsys):
-    command(tmp_path, "scontrol", script) if script else monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert call(monkeypatch, *WORDS, *PREEMPT, f"run={tmp_path / 'run'}") == 0
-    assert capsys.readouterr().err.splitlines()[-1] == f"levin: scontrol requeue 77 {sentence}"
-    assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
+def test_a_signal_before_the_training_requeues_at_once(slurm):
+    slurm.patch.setattr("levin.train.runs.folder", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    assert slurm.train(*WORDS) == 0
+    assert slurm.told() == "requeue 77\n"
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("reason", ["not allowed", "No such file or directory"])
+def test_a_requeue_that_fails_is_one_sentence(slurm, reason, capsys):
+    command(slurm.folder, "scontrol", "echo not allowed >&2; exit 1")
+    if reason != "not allowed":
+        (slurm.folder / "scontrol").unlink()
+        (slurm.folder / "git").symlink_to(str(shutil.which("git")))
+        slurm.patch.setenv("PATH", str(slurm.folder))  # there may be a true one
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"levin: scontrol requeue 77 failed: {reason}"
+    assert checkpoint.newest(Path("run"), buffer=True).is_file()
 
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -139,7 +156,7 @@ def are_whole_runs(folder: Path) -> None:
     found = sorted(each.parent for each in folder.glob("runs/sweep_*/s*/config.yaml"))
     assert [each.name for each in found] == ["s0", "s1"]
     for seed, run in enumerate(found):
-        train(config.compose([*WORDS, *PREEMPT, "+callbacks.preempt.name=SIGCONT", f"seed={seed}"]), folder / run.name)
+        train(config.compose([*WORDS, *HARMLESS, f"seed={seed}"]), folder / run.name)
         assert len(runs.sessions(run)["resumed"]) == 1
         assert_same_run(folder / run.name, run)
     assert metrics(found[0]) != metrics(found[1])

@@ -27,7 +27,7 @@ def restarted() -> bool:
 
 
 def requeue_on_signal() -> None:
-    """In a SLURM job, let SIGUSR1 requeue it. While a run trains, `guards.Preemption` takes the signal, to save first."""
+    """Let SIGUSR1 requeue this SLURM job. While a run trains, `guards.Preemption` takes the signal, to save first."""
     if job() is not None:
         signal.signal(signal.SIGUSR1, partial(_requeue, os.getpid()))
 
