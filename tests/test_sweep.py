@@ -51,6 +51,12 @@ def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
     assert len(set(said)) == 4
 
 
+def test_a_sweep_of_seeds_alone_stays_in_its_folder(tmp_path):
+    answer = train(tmp_path, "-m", "seed=0,1")
+    assert answer.returncode == 0, answer.stderr
+    assert sorted(each.parent.name for each in tmp_path.glob("runs/sweep_*/s*/config.yaml")) == ["s0", "s1"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [("algo.tau=.005,2", "algo.tau=2: input should be less"), ("algo.tua=.005,.01", "algo.tua is unknown")],

@@ -3,7 +3,8 @@
     #SBATCH --requeue --signal=USR1@120
     srun python -m levin.train algo=sac env=pendulum
 
-The jobs of a sweep (`launcher=slurm`) are submitit's: it sets a handler of its own, which requeues them.
+The jobs of a sweep (`launcher=slurm`) are submitit's: it sets a handler of its own, which requeues them. A cluster that
+preempts jobs before their time sends SIGUSR1 if its PreemptParameters has send_user_signal.
 """
 
 import os

@@ -55,20 +55,22 @@ def sweep(words: list[str]) -> None:
     sys.argv[1:] = ["--multirun", *ours, *config.with_search_path(words)]
     run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)
     if "launcher" in choices:
-        _wait(run_all)
+        said = {str(each.key_or_group): str(each.value()) for each in config.parse(words)}
+        _wait(run_all, said.get("hydra.sweep.dir", options["hydra.sweep.dir"]))
     else:
         run_all()
 
 
-def _wait(run_all: Callable[[], None]) -> None:
-    """Submit the runs as jobs, and wait for them.
+def _wait(run_all: Callable[[], None], folder: str) -> None:
+    """Submit the runs as jobs, whose folder this is, and wait for them.
 
     Raises:
         ConfigError: The launcher can't be made of what was said.
         RunError: It can't submit, or a job failed. The others go on.
     """
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # else USR2, which would end its jobs without saving
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # for the jobs: on USR2 they would be requeued without saving
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback, and raises nothing
+    runs.say(f"jobs of {folder}: what they print is in {folder}/.submitit")
     try:
         run_all()
     except HydraException as error:
