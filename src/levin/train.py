@@ -108,8 +108,8 @@ def main() -> None:
 
             sweep(words)
             return
-        cfg = config.compose(words)
         slurm.requeue_on_signal()
+        cfg = config.compose(words)
         if (before := runs.of_this_job(cfg)) is not None:
             resume.resume(run=str(before))
         elif ranks.of_this_process(cfg):
