@@ -38,7 +38,7 @@ setup: .venv/.dev ## Make .venv and install what is missing
 	@touch $@
 
 train: $(needs) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"] or [ARGS="-m algo.tau=.005,.01"]
-ifneq ($(filter -m --multirun,$(ARGS)),)
+ifneq ($(filter -m --multirun launcher=%,$(ARGS)),)
 	$(BIN)/python -m levin.train $(choices) seed=$(subst $(space),$(comma),$(strip $(or $(SEEDS),$(SEED),0)))
 else
 	@$(foreach seed,$(or $(SEEDS),$(SEED),0),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed))) || exit $$?;)

@@ -51,6 +51,16 @@ def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
     assert len(set(said)) == 4
 
 
+def test_a_sweep_that_is_called_again_refuses_other_values(tmp_path):
+    words = ("-m", "seed=0,1", "hydra.sweep.dir=mine")
+    answer = train(tmp_path, *words)
+    assert answer.returncode == 0, answer.stderr
+    assert sorted(each.parent.name for each in tmp_path.glob("mine/*/config.yaml")) == ["s0", "s1"]
+    answer = train(tmp_path, *words, "algo.gamma=0.9")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("levin: algo.gamma=0.9 would change a run that was begun with algo.gamma=0.99")
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [("algo.tau=.005,2", "algo.tau=2: input should be less"), ("algo.tua=.005,.01", "algo.tua is unknown")],

@@ -14,7 +14,7 @@ from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +25,8 @@ from levin.errors import ConfigError, one_sentence, valid_names
 from levin.paths import CONFIGS, EXPERIMENTS, ROOT
 
 SEARCH_PATH = "hydra.searchpath"
-GROUPS = ("algo", "env", "debug", "tuned")
+GROUPS = ("algo", "env", "debug", "launcher", "tuned")
+UNSAID = ("debug=null", "launcher=null")  # the defaults, which Hydra does not take as words
 
 
 def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
@@ -36,7 +37,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     """
     overrides = with_search_path(overrides)
     _check_groups(parse(overrides))
-    overrides = [each for each in overrides if each != "debug=null"]  # the default, which Hydra does not take as a word
+    overrides = [each for each in overrides if each not in UNSAID]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             config = hydra_compose("train", overrides, return_hydra_config=True)
@@ -165,6 +166,8 @@ def _check_debug(debug: str, algo: str) -> None:
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     """Hydra says that a key is not in the struct; find which, and what it could have been."""
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/launcher/"):
+        return ConfigError("launcher needs a package that is missing: pip install -e '.[scale]'")
     parsed = parse(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     if len(groups) < len(parsed):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from levin import ranks
 from levin.algorithms.base import Algorithm
@@ -22,10 +23,16 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.preempted = False
         self._before: dict[signal.Signals, Any] = {}
 
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # from a checkpoint that Lightning writes wherever it is called
+
     def on_train_start(self, *_: Any) -> None:
-        # Lightning has set handlers of its own by now, which would leave without saving, or requeue the job themselves.
+        # Lightning has set handlers of its own by now, which would leave without saving.
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._receive) for each in SIGNALS}
 
@@ -34,6 +41,7 @@ class Preemption(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.received = signal.Signals(number)
+        self.preempted |= number == signal.SIGUSR1
         if ranks.rank():
             return
         again = ", Ctrl-C again ends it at once" if number == signal.SIGINT else ""
@@ -55,6 +63,13 @@ class Preemption(Callback):
     def _restore(self) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
+
+
+def pass_on(trainer: Trainer) -> None:
+    """Let SIGUSR1, if it ended the run, reach whoever waited for it before: submitit or `slurm` requeues the job."""
+    (preemption,) = (each for each in trainer.callbacks if isinstance(each, Preemption))  # type: ignore[attr-defined]
+    if preemption.preempted and callable(signal.getsignal(signal.SIGUSR1)):
+        signal.raise_signal(signal.SIGUSR1)
 
 
 class FiniteGuard(Callback):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from levin import slurm
 from levin.paths import ROOT
 
 PACKAGES = ("levin", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco", "numpy", "hydra-core")
@@ -22,7 +23,8 @@ def collect() -> dict[str, Any]:
     """Plain values, for `provenance.json`. `git_dirty` says that the code or its configs are not the commit's."""
     lock = ROOT / "requirements.lock"
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": command(),
+        "slurm_job": slurm.job(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_sha": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
@@ -35,6 +37,11 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def command() -> str:
+    """The command line of this process."""
+    return " ".join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
 def git(*words: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from levin import checkpoint, config, provenance, ranks, runs, schema
+from levin import checkpoint, config, provenance, ranks, runs, schema, slurm
 from levin.errors import ConfigError, one_sentence, valid_names
 
 # What may differ from the saved config: nothing of it changes a number that was or will be computed.
@@ -117,6 +117,7 @@ def main() -> None:
                 raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")
         if "run" not in words:
             raise ConfigError("run is missing")
+        slurm.requeue_on_signal()
         resume(**words)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from levin import checkpoint, files
+from levin import checkpoint, files, slurm
 from levin.errors import ConfigError, RunError
+from levin.provenance import command
 
 CONFIG, PROVENANCE = "config.yaml", "provenance.json"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -35,6 +36,23 @@ def folder(config: DictConfig) -> Path:
     if run.exists() and (not run.is_dir() or any(not each.name.startswith(".") for each in run.iterdir())):
         raise ConfigError(f"run={run} exists; name another folder, or continue that run with make resume RUN={run}")
     return run
+
+
+def of_this_job(config: DictConfig) -> Path | None:
+    """Where the run lives that this command began in this SLURM job, before that was requeued."""
+    if not slurm.restarted():
+        return None
+    folders = [Path(config.run)] if config.run else Path("runs", config.name).glob(f"s{config.seed}_*")
+    for each in sorted(folders, reverse=True):
+        facts = sessions(each)
+        if (facts.get("slurm_job"), facts.get("command")) == (slurm.job(), command()):
+            return each
+    return None
+
+
+def begun(run: Path) -> bool:
+    """Whether a run lives in the folder already."""
+    return (run / CONFIG).exists()
 
 
 def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed: bool) -> None:

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 from omegaconf import DictConfig
 
-from levin import config, envs, loader, loggers, play, provenance, ranks, rng, runs, schema
+from levin import config, envs, guards, loader, loggers, play, provenance, ranks, resume, rng, runs, schema, slurm
 from levin import trainer as lightning_trainer
 from levin.algorithms.base import Algorithm
 from levin.errors import one_sentence
@@ -43,6 +43,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         loggers.close(trainer.loggers)
     if evaluation.return_mean is not None:
         runs.say(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
+    if not budget.spent:
+        guards.pass_on(trainer)
     return evaluation.return_mean
 
 
@@ -98,16 +100,19 @@ def make_env(cfg: DictConfig, rank: int) -> SeededVectorEnv:
 
 
 def main() -> None:
-    """Compose the config from the command line and train; many of them with `-m`."""
+    """Compose the config from the command line and train; many of them with `-m`, as jobs with `launcher=`."""
     with one_sentence():
         words = sys.argv[1:]
-        if "-m" in words or "--multirun" in words:
+        if any(word in ("-m", "--multirun") or word.startswith("launcher=") for word in words):
             from levin.sweep import sweep
 
             sweep(words)
             return
+        slurm.requeue_on_signal()
         cfg = config.compose(words)
-        if ranks.of_this_process(cfg):
+        if (before := runs.of_this_job(cfg)) is not None:
+            resume.resume(run=str(before))
+        elif ranks.of_this_process(cfg):
             follow(cfg, Path(cfg.run or "runs"))
         else:
             train(cfg, runs.folder(cfg))

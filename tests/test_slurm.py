@@ -1,0 +1,227 @@
+"""Runs as SLURM jobs, where there is no SLURM: submitit's local executor, and commands that do as SLURM's would."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from lightning import Callback
+
+from levin import checkpoint, config, runs
+from levin.errors import ConfigError
+from levin.train import main, train
+from test_resume import TINY, assert_same_run
+
+WORDS = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
+PREEMPT = ("+callbacks.preempt._target_=test_slurm.Preempt",)
+HARMLESS = (*PREEMPT, "+callbacks.preempt.name=SIGCONT")
+
+
+class Preempt(Callback):
+    """Sends a signal to the process of a run that has not been resumed."""
+
+    def __init__(self, name: str = "SIGUSR1") -> None:
+        self.signal = signal.Signals[name]
+
+    def on_train_start(self, trainer, algorithm):
+        self.fresh = algorithm.env_steps == 0
+
+    def on_train_batch_end(self, trainer, algorithm, *_):
+        if self.fresh and algorithm.env_steps >= 96:
+            os.kill(os.getpid(), self.signal)
+            self.fresh = False
+
+    def teardown(self, trainer, algorithm, stage):
+        assert "lightning" not in str(signal.getsignal(signal.SIGUSR1))  # it would requeue the job itself
+
+
+class Slurm:
+    """What `srun` sets, and a `scontrol` that writes down what it is told."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch = folder, monkeypatch
+        command(folder, "scontrol", f'echo "$@" >> {folder}/scontrol.txt')
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        for name in ("JOB_ID=77", "NTASKS=1", "PROCID=0", "LOCALID=0", "NODEID=0"):
+            monkeypatch.setenv(*f"SLURM_{name}".split("="))
+
+    def train(self, *words: str) -> int:
+        """`python -m levin.train` in this process: its exit code."""
+        self.patch.setattr(sys, "argv", ["levin.train", *words])
+        self.patch.setattr(sys, "orig_argv", ["python", "-m", "levin.train", *words])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    def told(self) -> str:
+        file = self.folder / "scontrol.txt"
+        return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGUSR1)
+    yield Slurm(tmp_path, monkeypatch)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_a_preempted_job_is_requeued_and_continues_its_run(slurm, tmp_path, capsys):
+    train(config.compose([*WORDS, *HARMLESS]), tmp_path / "straight")
+    assert slurm.train(*WORDS, *PREEMPT) == 0
+    assert slurm.told() == "requeue 77\n"
+    assert "levin: job 77 is requeued" in capsys.readouterr().err
+    (run,) = (tmp_path / "runs" / "sac_pendulum").iterdir()
+    assert [each.name for each in checkpoint.numbered(run / "checkpoints")][-1] == "128"
+    slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
+    assert slurm.train(*WORDS, *PREEMPT) == 0
+    assert slurm.told() == "requeue 77\n"
+    assert_same_run(tmp_path / "straight", run)
+    assert slurm.train(*WORDS, *PREEMPT) == 0  # requeued by hand: nothing is left to do
+    assert f"run={run.relative_to(tmp_path)} is complete" in capsys.readouterr().out
+    assert list(run.parent.iterdir()) == [run]
+
+
+def test_a_requeued_job_finds_its_run_only(slurm, tmp_path):
+    """Neither that of another job nor that of another command of the same batch script."""
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+    slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
+    assert slurm.train(*WORDS, "run=run") == 2
+    slurm.patch.setenv("SLURM_JOB_ID", "78")
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 2
+    slurm.patch.setenv("SLURM_JOB_ID", "77")
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+    assert runs.sessions(tmp_path / "run")["env_steps"] == 320
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "told"),
+    [
+        ("SIGUSR1", "SLURM_ARRAY_JOB_ID=70 SLURM_ARRAY_TASK_ID=3", "requeue 70_3\n"),
+        ("SIGUSR1", "SLURM_PROCID=1", ""),
+        ("SIGUSR1", "SLURM_JOB_ID=", ""),
+        ("SIGTERM", "", ""),
+        ("SIGINT", "", ""),
+    ],
+)
+def test_only_sigusr1_to_rank_0_of_a_job_requeues(slurm, name, environment, told):
+    slurm.patch.delenv("SLURM_NTASKS")  # else Lightning leaves the saving to rank 0
+    for key, value in (each.split("=") for each in environment.split()):
+        slurm.patch.setenv(key, value) if value else slurm.patch.delenv(key)
+    assert slurm.train(*WORDS, *PREEMPT, f"+callbacks.preempt.name={name}", "run=run") == 0
+    assert slurm.told() == told
+    assert checkpoint.newest(Path("run"), buffer=True).parent.name == "128"
+
+
+def test_a_signal_before_the_training_requeues_at_once(slurm):
+    slurm.patch.setattr("levin.train.runs.folder", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    assert slurm.train(*WORDS) == 0
+    assert slurm.told() == "requeue 77\n"
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("reason", ["not allowed", "No such file or directory"])
+def test_a_requeue_that_fails_is_one_sentence(slurm, reason, capsys):
+    command(slurm.folder, "scontrol", "echo not allowed >&2; exit 1")
+    if reason != "not allowed":
+        (slurm.folder / "scontrol").unlink()
+        (slurm.folder / "git").symlink_to(str(shutil.which("git")))
+        slurm.patch.setenv("PATH", str(slurm.folder))  # there may be a true one
+    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"levin: scontrol requeue 77 failed: {reason}"
+    assert checkpoint.newest(Path("run"), buffer=True).is_file()
+
+
+def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """Two jobs, of which one is preempted."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path, "PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)}
+    both = (*PREEMPT, "+callbacks.preempt.name=SIGCONT,SIGUSR1")
+    command = [sys.executable, "-m", "levin.train", "-m", *WORDS, *both, *words]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def check_sweep(folder: Path) -> None:
+    """One of the two runs was preempted and continued, and is the other one."""
+    straight, preempted = sorted(folder.glob("runs/sweep_*/*/s0"))
+    assert [len(runs.sessions(run)["resumed"]) for run in (straight, preempted)] == [0, 1]
+    assert_same_run(straight, preempted)
+
+
+def test_a_preempted_job_of_a_sweep_continues_its_run(tmp_path):
+    pytest.importorskip("submitit")
+    answer = sweep(tmp_path, "launcher=local")
+    assert answer.returncode == 0, answer.stderr
+    check_sweep(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_one_sentence(tmp_path):
+    pytest.importorskip("submitit")
+    answer = sweep(tmp_path, "launcher=local", "env=gym", "env.id=toy_envs:Nope-v0")
+    assert answer.returncode == 1
+    assert len(answer.stderr.splitlines()) == 1
+    assert answer.stderr.startswith("levin: env.id=toy_envs:Nope-v0 can't be made")
+
+
+def test_a_wrong_key_of_the_launcher_is_one_sentence(tmp_path):
+    pytest.importorskip("submitit")
+    answer = sweep(tmp_path, "launcher=slurm", "hydra.launcher.partitio=gpu")
+    assert (answer.returncode, len(answer.stderr.splitlines())) == (2, 1)
+    assert "partitio" in answer.stderr
+
+
+def test_a_missing_launcher_names_its_extra(monkeypatch):
+    config.compose([])  # Hydra looks for its plugins once
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "submitit_slurm.yaml", raising=False)
+    with pytest.raises(ConfigError, match=r"a package that is missing: pip install -e '.\[scale\]'"):
+        config.compose(["launcher=slurm"])
+
+
+# One array of two jobs, each begun again when it asks for it.
+SBATCH = r"""
+cp "$1" "$FAKE/batch.sh"
+begin() {
+    export SLURM_JOB_ID=$((70 + $1)) SLURM_ARRAY_JOB_ID=70 SLURM_ARRAY_TASK_ID=$1 SLURM_RESTART_COUNT=0
+    export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+    bash "$FAKE/batch.sh"
+    while rm "$FAKE/requeue_70_$1"; do
+        export SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
+        bash "$FAKE/batch.sh"
+    done
+}
+for task in 0 1; do begin $task > "$FAKE/task_$task.txt" 2>&1 & done
+echo Submitted batch job 70
+"""
+SRUN = r"""
+while [[ $1 == --* ]]; do [[ $1 == --unbuffered ]] && shift || shift 2; done
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_on_slurm(tmp_path):
+    pytest.importorskip("submitit")
+    command(tmp_path, "sbatch", SBATCH)
+    command(tmp_path, "srun", SRUN)
+    command(tmp_path, "scontrol", 'touch "$FAKE/$1_$2"')
+    command(tmp_path, "sacct", r'echo "JobID|State|NodeList"; for i in 0 1; do echo "70_$i|RUNNING|node"; done')
+    answer = sweep(tmp_path, "launcher=slurm", "hydra.launcher.partition=gpu")
+    assert answer.returncode == 0, answer.stderr
+    batch = (tmp_path / "batch.sh").read_text()
+    for line in ("--signal=USR1@120", "--requeue", "--partition=gpu", "--time=1440", "--array=0-1%2"):
+        assert f"#SBATCH {line}\n" in batch
+    check_sweep(tmp_path)
