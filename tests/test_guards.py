@@ -54,7 +54,7 @@ def spoil(monkeypatch, method: str, at: int, change) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, "critic_loss", 200, lambda loss: loss * torch.nan)
+    spoil(monkeypatch, "critic_loss", 200, lambda losses: (losses[0] * torch.nan, losses[1]))
     said = run_and_fail(WORDS, tmp_path / "run", monkeypatch, capsys)
     # Update 200 is in the iteration that ends at 40 + 200 < 256 env steps.
     assert "train/critic_loss" in said
@@ -64,9 +64,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
-    def poison(loss):
-        loss.register_hook(lambda gradient: gradient * torch.nan)
-        return loss
+    def poison(losses):
+        losses[0].register_hook(lambda gradient: gradient * torch.nan)
+        return losses
 
     spoil(monkeypatch, "critic_loss", 215, poison)  # the last update before 256
     said = run_and_fail(WORDS, tmp_path / "run", monkeypatch, capsys)
@@ -76,9 +76,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsy
 
 
 def test_a_gradient_in_the_middle_of_an_iteration_is_seen_by_its_end(tmp_path, monkeypatch, capsys):
-    def poison(loss):
-        loss.register_hook(lambda gradient: gradient * torch.nan)
-        return loss
+    def poison(losses):
+        losses[0].register_hook(lambda gradient: gradient * torch.nan)
+        return losses
 
     spoil(monkeypatch, "critic_loss", 190, poison)
     said = run_and_fail(WORDS, tmp_path / "run", monkeypatch, capsys)

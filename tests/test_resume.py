@@ -132,7 +132,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("env", ["pendulum", "halfcheetah"])
+@pytest.mark.parametrize("env", ["pendulum", pytest.param("halfcheetah", marks=pytest.mark.slow)])
 def test_a_new_process_continues_a_killed_one(env, tmp_path):
     words = (*TINY, f"env={env}", "trainer.threads=1", "total_env_steps=2560", "checkpoint.every=150", "eval.every=700")
     train(config.compose([*words]), tmp_path / "straight")
@@ -174,7 +174,10 @@ def test_a_signal_saves_and_the_run_goes_on_where_it_was(name, tmp_path, capfd):
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGUSR1")]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", *LATER])
 def test_a_signal_to_every_process_of_an_async_run_saves_and_exits_with_0(name, tmp_path):
     """As a terminal and SLURM send it: to the workers too."""
     words = (*TINY, "env.num_envs=2", "env.vectorization=async", "total_env_steps=1_000_000_000")

@@ -51,6 +51,7 @@ def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
     assert len(set(said)) == 4
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_called_again_refuses_other_values(tmp_path):
     words = ("-m", "seed=0,1", "hydra.sweep.dir=mine")
     answer = train(tmp_path, *words)

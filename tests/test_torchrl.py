@@ -311,8 +311,8 @@ def session(leader: int) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "signum"),
     [
-        ("torchrl-process", signal.SIGINT),
         ("torchrl-async", signal.SIGKILL),
+        pytest.param("torchrl-process", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("torchrl-process", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("torchrl-async", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("ray", signal.SIGINT, marks=[needs_ray, pytest.mark.slow]),
