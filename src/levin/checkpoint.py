@@ -44,12 +44,13 @@ class FolderCheckpointIO(TorchCheckpointIO):
         sums[STATE] = files.save(checkpoint, partial / STATE)
         facts = {"algorithm": checkpoint["algorithm"], "env_steps": checkpoint["levin"]["env_steps"], "files": sums}
         files.save_json({"format": FORMAT, "ranks": ranks.size(), **facts}, partial / MANIFEST)
-        files.sync(partial)
-        ranks.barrier()
         if ranks.rank():
+            files.sync(partial)
             self.before = folder / f"rank{ranks.rank()}"
             ranks.barrier()
+            ranks.barrier()  # the first rank has taken it over
             return
+        ranks.barrier()
         for rank in range(1, ranks.size()):
             _partial(folder, rank).rename(partial / f"rank{rank}")
         files.sync(partial)

@@ -50,6 +50,11 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+def total_number(number: float) -> float:
+    """The sum over ranks of a number. Waits for the device where there are several."""
+    return number if size() == 1 else float(total(torch.tensor(number, dtype=torch.float64, device=_device())))
+
+
 def average(value: Tensor) -> Tensor:
     """The mean over ranks of a tensor."""
     return value if size() == 1 else total(value) / size()
@@ -59,7 +64,7 @@ def weight(samples: int | Tensor) -> float:
     """What the mean over a rank's samples counts in the average over ranks, where others may have more or fewer."""
     if size() == 1:
         return 1.0
-    return float(samples) / float(average(torch.tensor(float(samples), device=_device())))
+    return float(samples) * size() / total_number(float(samples))
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
@@ -74,9 +79,7 @@ def average_gradients(parameters: list[Tensor]) -> None:
 
 def agree(wish: bool) -> bool:
     """Whether any of them wants to."""
-    if size() == 1:
-        return wish
-    return bool(total(torch.tensor(float(wish), device=_device())))
+    return total_number(wish) > 0
 
 
 def gather(value: Any) -> list[Any]:

@@ -52,7 +52,7 @@ def compiled(loss: Callable, *, dynamic: bool) -> Callable:
 def standardize(values: Tensor) -> Tensor:
     """To mean 0 and deviation 1, over all ranks; a single one, which has no deviation, stays what it is."""
     if ranks.size() > 1:
-        count = ranks.total(torch.tensor(float(values.numel())).to(values))
+        count = ranks.total_number(values.numel())
         deviation = values - ranks.total(values.sum()) / count
         return deviation / ((ranks.total(deviation.square().sum()) / (count - 1)).sqrt() + 1e-8)
     return (values - values.mean()) / (values.std() + 1e-8) if values.numel() > 1 else values
@@ -132,10 +132,10 @@ class Algorithm(LightningModule):
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.iteration_begun = self.env_steps
-        steps = batch.numel() * ranks.size()
         if isinstance(self.steps_per_iteration, WholeEpisodes):  # of which others have had longer or shorter ones
-            steps = int(ranks.total(torch.tensor(float(batch.numel()), device=self.device)))
-        self.env_steps += steps
+            self.env_steps += int(ranks.total_number(batch.numel()))
+        else:
+            self.env_steps += batch.numel() * ranks.size()
         self.iterations += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
