@@ -6,7 +6,6 @@ that are done with `reset(options={"reset_mask": done})`.
 
 import importlib
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import AddRenderObservation
 
+from levin import signals
 from levin.errors import ConfigError
 from levin.hints import PositiveFloat, PositiveInt
 from levin.spaces import EnvSpec, dtypes
@@ -136,10 +136,8 @@ def _make_gymnasium(
 
 
 def _make_deaf(one: Callable[[], gym.Env], parent: int) -> gym.Env:
-    """Ctrl-C and SLURM signal every process of a run: the run's own is to save, and the workers live until it has."""
     if os.getpid() != parent:  # where one is made too, to be looked at
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, signal.SIG_IGN)
+        signals.ignore()
     return one()
 
 

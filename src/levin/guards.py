@@ -14,8 +14,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from levin import ranks
 from levin.algorithms.base import Algorithm
 from levin.errors import RunError
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: SLURM's warning before the time is over
+from levin.signals import SIGNALS
 
 
 class Preemption(Callback):

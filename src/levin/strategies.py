@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from tensordict import TensorDictBase
 
+from levin import signals
 from levin.algorithms.base import Algorithm
 from levin.errors import RunError
 from levin.guards import FiniteGuard
@@ -99,7 +100,7 @@ class HogwildLauncher(_Launcher):
             process.join()
 
     def _work(self, rank: int, function: Callable, algorithm: Algorithm, trainer: Trainer) -> None:
-        ignore_signals()
+        signals.ignore()
         try:
             self.strategy.global_rank = rank
             trainer.callbacks = [Workers(self.strategy), FiniteGuard()]  # type: ignore[attr-defined]
@@ -116,12 +117,6 @@ class HogwildLauncher(_Launcher):
             self.strategy.errors.put(said)
             os._exit(1)
         os._exit(0)  # nothing of worker 0, whose copy this is, is to be closed
-
-
-def ignore_signals() -> None:
-    """What is sent to all processes of a run is for worker 0: it saves, and then says that it is over."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
 
 
 def leave_orphan() -> None:
@@ -143,7 +138,7 @@ class Workers(Callback):
             self.strategy.stopping.fill_(trainer.should_stop)  # a run that has nothing left to do but to evaluate
             self.strategy.restored.fill_(True)
         else:
-            ignore_signals()  # again: the Trainer has handlers of its own
+            signals.ignore()  # again: the Trainer has handlers of its own
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TensorDictBase, batch_idx: int

@@ -33,7 +33,7 @@ from levin.algorithms.base import Algorithm
 from levin.collectors import WholeEpisodes
 from levin.errors import ConfigError, RunError
 from levin.exploration import OrnsteinUhlenbeckNoise
-from levin.guards import SIGNALS
+from levin.signals import SIGNALS
 from levin.spaces import IS_FIRST
 from levin.torchrl_workers import POLICY_VERSION, Share, Worker, make_env, make_policy, one_line, weights_of
 from levin.vector_env import SeededVectorEnv

@@ -19,10 +19,9 @@ from torch import Tensor, multiprocessing, nn
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
-from levin import envs, rng
+from levin import envs, rng, signals
 from levin.envs import EnvConfig
 from levin.errors import RunError
-from levin.guards import SIGNALS
 from levin.spaces import random_actions
 from levin.torchrl_envs import wrap
 
@@ -52,8 +51,7 @@ class Share:
 
 def make_env(share: Share) -> EnvBase:
     """Seed the process of a worker, and make its envs."""
-    for each in SIGNALS:  # are for the run's own process: it saves, and the workers live until it is done
-        signal.signal(each, signal.SIG_IGN)
+    signals.ignore()
     if sys.platform == "linux" and multiprocessing.parent_process() is not None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and no longer than that, however it ends
     signal.setitimer(signal.ITIMER_REAL, START + share.config.timeout)  # until the first reset is over: see `Worker`
