@@ -15,10 +15,11 @@ import torch
 from tensordict import TensorDict
 from torch._dynamo.utils import counters
 
-from levin import cells, config, envs, policy, resume, schema
+from levin import capture, cells, config, envs, policy, resume, schema
 from levin.algorithms.base import Algorithm
 from levin.checkpoint import FolderCheckpointIO
 from levin.train import build, train
+from recording import graphs
 from rows import LATE, Row
 
 CHECKS = []
@@ -224,6 +225,29 @@ def compiled_and_eager_are_the_same(row: Row, tmp_path: Path, backend: str = "ao
     assert not counters["graph_break"]
     for name, value in eager.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-5)
+
+
+@check
+def captured_and_eager_are_the_same(row: Row, tmp_path: Path) -> None:
+    """Updates can be recorded and repeated: they wait for nothing, and nothing in them is decided anew by Python."""
+    words = [f"algo={row.algo}", f"env={row.env}"]
+    # A recorded optimiser reads its rate as a float32, which holds this one.
+    rates = [f"algo.{key}={2**-11}" for key in config.compose(words).algo if key == "lr" or key.endswith("_lr")]
+    more = [f"total_env_steps={2 * row.env_steps}", *rates]
+    eager = run_row(row, tmp_path / "eager", *more)
+    with graphs() as recorded, patch.object(Algorithm, "compile_losses"):
+        captured = run_row(row, tmp_path / "captured", *more, "algo.compile=true")
+    assert len(recorded) == row.graphs
+    assert eager["levin"]["updates"] == captured["levin"]["updates"] > capture.WARM_UP
+    for name, value in eager["state_dict"].items():
+        torch.testing.assert_close(captured["state_dict"][name], value, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "captured"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if ours[name] != theirs[name]:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-4), name
+    groups = [[each["param_groups"] for each in run["optimizer_states"] if each] for run in (eager, captured)]
+    assert same(*groups)
 
 
 @check

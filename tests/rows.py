@@ -25,6 +25,7 @@ class Row:
         losses: The losses of an algorithm on a batch, in the oracle's order.
         oracle: The same losses by another implementation.
         bootstraps: The critic's loss on a batch, which must see `terminated` and must not see `truncated`.
+        graphs: Methods that a GPU runs as CUDA graphs.
         learns: Overrides, and the mean return that they must reach.
     """
 
@@ -37,6 +38,7 @@ class Row:
     losses: Callable[[Any, TensorDict], list[Tensor]] | None = None
     oracle: Callable[[Any, TensorDict], list[Tensor]] | None = None
     bootstraps: Callable[[Any, TensorDict], Tensor] | None = None
+    graphs: int = 0
     learns: tuple[tuple[str, ...], float]
 
 
@@ -63,6 +65,7 @@ ROWS = [
         losses=oracles.sac_losses,
         oracle=oracles.sac_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
+        graphs=1,
         learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"), -1.5),
     ),
     Row(
@@ -75,6 +78,7 @@ ROWS = [
         losses=oracles.td3_losses,
         oracle=oracles.td3_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
+        graphs=2,
         learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3"), -1.5),
     ),
     Row(
@@ -90,6 +94,7 @@ ROWS = [
         losses=oracles.ddpg_losses,
         oracle=oracles.ddpg_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
+        graphs=1,
         learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3"), -1.5),
     ),
     Row(
@@ -105,6 +110,7 @@ ROWS = [
         losses=oracles.dqn_losses,
         oracle=oracles.dqn_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
+        graphs=1,
         learns=(
             (*DISCRETE, "total_env_steps=3000", "algo.replay_ratio=0.5", "algo.lr=3e-3", "algo.gamma=0.9"),
             -4.5,
@@ -120,6 +126,7 @@ ROWS = [
         losses=oracles.sac_discrete_losses,
         oracle=oracles.sac_discrete_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
+        graphs=1,
         learns=(
             (
                 *(*DISCRETE, "total_env_steps=1500", "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"),
@@ -148,6 +155,7 @@ ROWS = [
         losses=oracles.actor_critic_losses,
         oracle=oracles.actor_critic_oracle,
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch),
+        graphs=1,
         learns=((*POINT, "total_env_steps=10000", "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.gamma=0.9"), -6.0),
     ),
     Row(
@@ -159,6 +167,7 @@ ROWS = [
         losses=oracles.a2c_losses,
         oracle=oracles.a2c_oracle,
         bootstraps=lambda algorithm, batch: algorithm.losses(batch.unsqueeze(1))[1],
+        graphs=1,
         learns=((*POINT, "total_env_steps=20000", "algo.lr=3e-3", "algo.gamma=0.9"), -6.0),
     ),
     Row(
@@ -197,6 +206,7 @@ ROWS = [
         bootstraps=lambda algorithm, batch: algorithm.critic_loss(
             (data := algorithm.evaluate(batch.unsqueeze(1))[0]), data["value"], torch.tensor(0.2)
         ),
+        graphs=1,
         learns=(
             (*POINT, "total_env_steps=8000", "algo.steps_per_iteration=200", "algo.batch_size=50", "algo.lr=3e-3"),
             -6.0,

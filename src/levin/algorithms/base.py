@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import perf_counter
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
-from levin import ranks
+from levin import capture, ranks
 from levin.collectors import WholeEpisodes
 from levin.errors import ConfigError
 from levin.hints import OptimizerName
@@ -110,6 +111,7 @@ class Algorithm(LightningModule):
             self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum, count: since the last row of metrics
         self.sample_seconds = 0.0
+        self.captured: tuple[str, ...] = ()  # methods that are CUDA graphs where there is a GPU
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         """`observation -> action`, raw observations in; shares the parameters of this module.
@@ -154,6 +156,10 @@ class Algorithm(LightningModule):
         dynamic = isinstance(self.steps_per_iteration, WholeEpisodes)
         for name in names:
             setattr(self, name, compiled(getattr(self, name), dynamic=dynamic))
+
+    def capture(self, *names: str) -> None:
+        """Have these methods be CUDA graphs where all of the run is on one GPU; elsewhere they stay what they are."""
+        self.captured = names
 
     def make_optimizer(self, name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
         """Adam and RMSprop with the epsilon that on-policy codebases give them (1e-5), or plain SGD; on one vector."""
@@ -249,3 +255,8 @@ class Algorithm(LightningModule):
         if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:
             self.buffer.load_state_dict(self._saved_buffer, self.device)
             self._saved_buffer = None
+        if capture.possible(self.device):
+            for name in self.captured:
+                method = MethodType(getattr(type(self), name), self)
+                graph = capture.Captured(method, lambda: self.recorded, self.trainer.optimizers, self.device)
+                setattr(self, name, graph)

@@ -77,7 +77,8 @@ class PPO(Algorithm):
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64; of pixels, behind the Nature CNN.
         activation: Between the layers: tanh.
         initial_log_std: Of a Gaussian policy: 0.
-        compile: The loss; the same numbers in less time, after tens of seconds at the start.
+        compile: The loss, on a GPU all of an update as a CUDA graph; the same numbers in less time, after tens of
+            seconds at the start.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -133,6 +134,8 @@ class PPO(Algorithm):
         self.register_buffer("beta", torch.tensor(initial_beta) if penalty == "kl" else None)
         if compile:
             self.compile_losses("combined_loss")
+            if penalty == "clip":  # the penalty compares distributions, which are no tensors
+                self.capture("update")
 
     def configure_optimizers(self) -> Optimizer:
         self.optimizer = self.make_optimizer("adam", self.parameters(), self.lr)

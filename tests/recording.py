@@ -1,0 +1,81 @@
+"""What a CUDA graph does, on a CPU: records operations and the memory they work on, and repeats them on it.
+
+Recording computes nothing that lasts, Python does not run again, and what waits for the device is an error.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from levin import capture
+
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default, aten.equal.default}
+
+
+class Recording(TorchDispatchMode):
+    """Operations with their arguments and results; and what the first of them overwrote, to be put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.overwritten: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function not in WAITS, f"{function} waits for the device"
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for each in tree_leaves(value):
+                    if isinstance(each, Tensor) and id(each) not in self.overwritten:
+                        self.overwritten[id(each)] = (each, each.clone())
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def undo(self) -> None:
+        for tensor, before in reversed(self.overwritten.values()):
+            tensor.copy_(before)
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for function, args, kwargs, result in self.operations:
+                new = function(*args, **kwargs)
+                for old, value in zip(tree_leaves(result), tree_leaves(new), strict=True):
+                    if isinstance(old, Tensor) and old is not value:
+                        old.copy_(value)
+
+
+def record(function: Callable[[], Any], _: Any) -> tuple[Any, Callable[[], None]]:
+    """As `capture.record`."""
+    drawn = torch.get_rng_state()
+    with Recording() as recording:
+        result = function()
+    torch.set_rng_state(drawn)
+    with torch.no_grad():
+        recording.undo()
+    return result, recording.replay
+
+
+@contextmanager
+def graphs():
+    """A context in which the CPU passes for a GPU that methods are recorded on. Gives the list of what was."""
+    recorded = []
+
+    def noted(*args: Any) -> Any:
+        recorded.append(args)
+        return record(*args)
+
+    with (
+        patch.object(capture, "possible", lambda _: True),
+        patch.object(capture, "aside", nullcontext),
+        patch.object(capture, "record", noted),
+        patch.object(torch.cuda, "Stream", lambda _: None),
+        patch("torch.optim.rmsprop._get_capturable_supported_devices", lambda *_, **__: ["cpu"]),
+    ):
+        yield recorded
