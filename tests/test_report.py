@@ -1,4 +1,7 @@
-"""Reported results: what follows from the curves, and that nothing else can be said."""
+"""Reported results: what follows from the curves, and that nothing else can be said.
+
+That every number in git does so is a step of CI, `make report CHECK=1`.
+"""
 
 import csv
 import gzip
@@ -20,10 +23,6 @@ from levin.errors import ConfigError
 from levin.report import report
 
 CELLS = [cell for cell in cells.folders() if cells.read_curves(cell)]
-
-
-def test_every_number_in_git_follows_from_its_curves():
-    assert report(check=True) == []
 
 
 @pytest.fixture(scope="module")
