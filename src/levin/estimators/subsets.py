@@ -1,0 +1,156 @@
+"""Draws without replacement: of a finite distribution, no value is paid for twice.
+
+For one choice, or several independent ones that are few enough to be enumerated together. p is the probability of such a
+value, S the set of those drawn.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from levin.estimators.base import Draws, Estimator, enumerated
+from levin.estimators.pathwise import gumbel
+from levin.estimators.score import several
+
+# Gauss and Legendre's rule on [0, 1], in x with v = x^3, as the integrand is smoother there: log v, and 3 x^2 dx.
+NODES, WEIGHTS = (torch.from_numpy(each) / 2 for each in np.polynomial.legendre.leggauss(64))
+LOG_NODES, WEIGHTS = 3 * (NODES + 0.5).log(), WEIGHTS * 3 * (NODES + 0.5) ** 2
+FINITE = ("bernoulli", "categorical", "one_hot")
+
+
+@dataclass(frozen=True)
+class SumAndSample(Estimator):
+    """sum_{C} grad p f + (1 - P(C)) f(r) grad log p(r): the n - 1 likeliest values C, and one draw r of the others.
+
+    Source: Liu et al. 2019 (Rao-Blackwellised).
+
+    Args:
+        num: n, evaluations.
+    """
+
+    num: int = 2
+    families: ClassVar = FINITE
+
+    def __post_init__(self) -> None:
+        several("SumAndSample", self.num, 2)
+
+    def draw(self, dist: Distribution) -> Draws:
+        values, log_prob = enumerated(dist)
+        first = limited(log_prob, self.num - 1, spare=1)
+        perturbed = log_prob.detach() + gumbel(log_prob)
+        chosen = log_prob.detach().topk(first, 0).indices  # [n - 1, *B]
+        rest = perturbed.scatter(0, chosen, -torch.inf).argmax(0, keepdim=True)
+        return self.at(values, log_prob, torch.cat([chosen, rest]))
+
+    def at(self, values: Tensor, log_prob: Tensor, indices: Tensor) -> Draws:
+        """Those of the values `[M, *B, *E]` at `indices` `[n, *B]`, the last of which was drawn."""
+        log_prob = log_prob.gather(0, indices)
+        weight = log_prob.detach().exp()
+        weight = torch.cat([weight[:-1], 1 - weight[:-1].sum(0, keepdim=True)])
+        return Draws(pick(values, indices), log_prob, weight)
+
+    def score(self, draws: Draws, cost: Tensor) -> Tensor:
+        assert draws.log_prob is not None and draws.weight is not None
+        return (draws.weight * cost.detach() * draws.log_prob).sum(0)  # p grad log p = grad p
+
+
+@dataclass(frozen=True)
+class UnorderedSet(Estimator):
+    """sum_{s in S} grad p(s) R(S, s) (f(s) - sum_{t in S} p(t) R(S, s, t) f(t)), S = n draws without replacement.
+
+    R(S, s) is the probability of the others of S when s is left out of the domain, over that of S; R(S, s, t) the same
+    with s left out already, R(S, s, s) = 1. The probability of a set is an integral, by Gauss and Legendre's rule:
+
+        P(S) = int_0^1 prod_{s in S} (1 - v^(p(s) / (1 - p(S)))) dv
+
+    Source: Kool et al. 2020, equations 13 to 20.
+
+    Args:
+        num: n; all values: exact.
+    """
+
+    num: int = 3
+    families: ClassVar = FINITE
+
+    def __post_init__(self) -> None:
+        several("UnorderedSet", self.num, 2)
+
+    def draw(self, dist: Distribution) -> Draws:
+        values, log_prob = enumerated(dist)
+        num = limited(log_prob, self.num)
+        return self.at(values, log_prob, (log_prob.detach() + gumbel(log_prob)).topk(num, 0).indices)
+
+    def at(self, values: Tensor, log_prob: Tensor, indices: Tensor) -> Draws:
+        """Those of the values `[M, *B, *E]` at `indices` `[n, *B]`: the set S, in any order."""
+        log_prob = log_prob.gather(0, indices)
+        first, second = self.ratios(log_prob.detach().exp())
+        return Draws(pick(values, indices), log_prob, log_prob.detach().exp() * first, (second,))
+
+    def ratios(self, prob: Tensor) -> tuple[Tensor, Tensor]:
+        """R(S, s) `[n, *B]` and R(S, s, t) `[n, n, *B]` of the probabilities `[n, *B]`."""
+        log_v, w = LOG_NODES.to(prob), WEIGHTS.to(prob)
+        least = torch.finfo(prob.dtype).tiny ** 0.5
+        ratio = prob.clamp(min=least) / (1 - prob.sum(0)).clamp(min=least)
+        log_factor = (ratio.unsqueeze(-1) * log_v).expm1().neg().log()  # log(1 - v^ratio): [n, *B, Q]
+        total = log_factor.sum(0)
+        whole = (w * total.exp()).sum(-1)  # P(S): [*B]
+        without = (w * (total - log_factor).exp()).sum(-1)  # P(S - s): [n, *B]
+        pair = (w * (total - log_factor.unsqueeze(1) - log_factor.unsqueeze(0)).exp()).sum(-1)  # [n, n, *B]
+        same = torch.eye(len(prob), device=prob.device, dtype=torch.bool).view(*[len(prob)] * 2, *[1] * (prob.ndim - 1))
+        return without / whole, torch.where(same, 1.0, pair / without.unsqueeze(1))
+
+    def score(self, draws: Draws, cost: Tensor) -> Tensor:
+        assert draws.log_prob is not None and draws.weight is not None
+        (second,) = draws.aux
+        cost, prob = cost.detach(), draws.log_prob.detach().exp()
+        baseline = (prob * second * cost).sum(1)  # over t: [n, n, *B] -> [n, *B]
+        return (draws.weight * (cost - baseline) * draws.log_prob).sum(0)
+
+
+@dataclass(frozen=True)
+class WithoutReplacement(Estimator):
+    """sum_{s in S} grad p(s)/q(s) (f(s) (1 - p(s) + p(s)/q(s)) - sum_{t in S} p(t)/q(t) f(t)): importance weights p/q.
+
+    q(s) = 1 - exp(-exp(log p(s) - kappa)), kappa the (n+1)-th largest of log p + G. Heavy tails where n is small. Source:
+    Kool et al. 2019 b.
+
+    Args:
+        num: n; all values: exact.
+    """
+
+    num: int = 4
+    families: ClassVar = FINITE
+
+    def __post_init__(self) -> None:
+        several("WithoutReplacement", self.num, 2)
+
+    def draw(self, dist: Distribution) -> Draws:
+        values, log_prob = enumerated(dist)
+        num = limited(log_prob, self.num)
+        perturbed = log_prob.detach() + gumbel(log_prob)
+        perturbed = torch.cat([perturbed, torch.full_like(perturbed[:1], -torch.inf)])  # where there is no (n+1)-th
+        top, indices = perturbed.topk(num + 1, 0)
+        indices = indices[:-1]
+        log_prob = log_prob.gather(0, indices)
+        included = -(-(log_prob.detach() - top[-1]).exp()).expm1()  # q(s)
+        return Draws(pick(values, indices), log_prob, log_prob.detach().exp() / included)
+
+    def score(self, draws: Draws, cost: Tensor) -> Tensor:
+        assert draws.log_prob is not None and draws.weight is not None
+        cost, weight, prob = cost.detach(), draws.weight, draws.log_prob.detach().exp()
+        return (weight * (cost * (1 - prob + weight) - (weight * cost).sum(0)) * draws.log_prob).sum(0)
+
+
+def pick(values: Tensor, indices: Tensor) -> Tensor:
+    """Of `[M, *B, *E]` those at `[n, *B]`: `[n, *B, *E]`."""
+    index = indices.view(*indices.shape, *[1] * (values.ndim - indices.ndim))
+    return values.gather(0, index.expand(*indices.shape, *values.shape[indices.ndim :]))
+
+
+def limited(log_prob: Tensor, num: int, spare: int = 0) -> int:
+    """How many of the values `[M, *B]` to take: `num`, but no more than there are, less `spare`."""
+    return min(num, len(log_prob) - spare)
