@@ -69,7 +69,13 @@ WRONG = [
     (["env=gym", "env.id=toy_envs:Robot-v0", "env.frame_stack=2"], "stacks a Box, not a Dict"),
     (["env=gym", "env.id=toy_envs:Buttons-v0"], "SAC acts in box action spaces"),
     (["algo=dqn", "env=gym", "env.id=toy_envs:Buttons-v0"], "DQN acts in discrete action spaces"),
-    (["algo=sac_discrete", "env=gym", "env.id=toy_envs:Buttons-v0"], "acts in discrete action spaces"),
+    (["algo=sac_discrete", "env=gym", "env.id=toy_envs:Buttons-v0"], "take algo.critic=state_action"),
+    (
+        ["algo=sac_discrete", "algo.critic=state_action", "env=gym", "env.id=toy_envs:Keyboard-v0"],
+        "more than 10000: take loo",
+    ),
+    (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=loo", "algo.actor_draws=1"], "2 or more, got 1"),
+    (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=arm"], "actor_estimator"),
     (["algo=actor_critic", "algo.critic=q", "env=gym", "env.id=toy_envs:Buttons-v0"], "combinations"),
     (["algo"], "algo is not of the form key=value"),
     (

@@ -11,6 +11,7 @@ from torch import nn
 import oracles
 from checks import make_batch, metrics, same, saved
 from levin import collectors, config, envs, resume
+from levin.distributions import Categorical, MultiCategorical, OneHot
 from levin.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
 from levin.replay import FrameReplay
 from levin.train import build, train
@@ -193,6 +194,52 @@ def test_the_exact_expectation_is_the_mean_of_samples():
     assert abs(samples.mean() - algorithm.actor_loss(batch)[0]) < 4 * error
 
 
+def actor_gradient(algorithm, logits: torch.Tensor, observation: torch.Tensor, sizes=()) -> torch.Tensor:
+    """Of E[Q] in the logits of the same state many times: `[N, A]`."""
+    leaf = logits.expand(len(observation), -1).clone().requires_grad_()
+    policy = MultiCategorical(leaf, sizes) if sizes else Categorical(leaf)
+    return torch.autograd.grad(algorithm.expected_q(observation, policy).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize(
+    ("env", "critic"), [("cartpole", "state"), ("cartpole", "state_action"), ("Buttons", "state_action")]
+)
+def test_estimators_of_the_actor(env, critic):
+    """Leave-one-out agrees with the exact sum; with a list of values, which is linear in the action, others do too."""
+    where = ["env=cartpole"] if env == "cartpole" else ["env=gym", "env.id=toy_envs:Buttons-v0"]
+    words = ["algo=sac_discrete", *where, f"algo.critic={critic}", "algo.hidden_sizes=[16]", "seed=1"]
+    torch.manual_seed(0)
+    algorithm = build(config.compose(words))[0]
+    for parameter in algorithm.critic.parameters():  # far from linear
+        parameter.data *= 4
+    sizes = algorithm.env["action"].get("nvec")
+    logits = torch.randn(sum(sizes) if sizes else 2)
+    observation = torch.randn(1, algorithm.env["observation"]["shape"][0]).expand(60_000, -1)
+    exact = actor_gradient(algorithm, logits, observation[:1], sizes)[0]
+    agreeing = {"loo"} | ({"straight_through", "reinmax"} if critic == "state" else set())
+    for name in ("loo", "straight_through", "gumbel_softmax", "reinmax"):
+        algorithm.estimator = algorithm.make_estimator(name, 2, 1.0)
+        found = actor_gradient(algorithm, logits, observation, sizes)
+        error = (found.mean(0) - exact).abs() / (found.std(0) / 60_000**0.5 + 1e-6)
+        assert (error.max() < 4.5) == (name in agreeing), (name, error)
+
+
+def test_several_choices_one_after_another():
+    one_hot = OneHot([2, 3])
+    action = torch.tensor([[1, 2], [0, 0]])
+    expected = torch.tensor([[0.0, 1, 0, 0, 1], [1, 0, 1, 0, 0]])
+    assert torch.equal(one_hot.encode(action), expected)
+    logits = torch.tensor([[0.3, -0.2, 1.0, 0.0, -1.0]])
+    dist, ours = one_hot.distribution(logits), MultiCategorical(logits.expand(50, 1, 5), [2, 3])
+    points = dist.sample(torch.Size([50]))
+    assert points.shape == (50, 1, 2, 3)
+    assert not points[:, 0, 0, 2].any()  # what fills the shorter choice up
+    joined = one_hot.join(points)
+    chosen = torch.stack([joined[..., :2].argmax(-1), joined[..., 2:].argmax(-1)], -1)
+    torch.testing.assert_close(dist.log_prob(points), ours.log_prob(chosen).squeeze(-1))
+    assert one_hot.max_entropy == pytest.approx(math.log(6))
+
+
 @pytest.mark.parametrize("algo", ["sac", "sac_discrete"])
 def test_a_learning_rate_of_zero_keeps_the_temperature(algo):
     words = ("algo.initial_alpha=0.2",)
@@ -256,7 +303,12 @@ OWN = {
         "schedule_env_steps": 40,
     },
     "sac_discrete": ACTOR_CRITIC
-    | {"alpha_lr": 1e-2, "initial_alpha": 0.1, "target_entropy": 0.1, "huber": "true", "max_grad_norm": 0.01},
+    | {"alpha_lr": 1e-2, "initial_alpha": 0.1, "target_entropy": 0.1, "huber": "true", "max_grad_norm": 0.01}
+    | {"critic": "state", "actor_estimator": "exact", "actor_draws": 3, "actor_tau": 0.1},
+}
+BASE = {
+    "dqn": ["algo.target_update_every=5", "algo.schedule_env_steps=96", "algo.lr=0.1"],
+    "sac_discrete": ["algo.critic=state_action", "algo.actor_estimator=gumbel_softmax"],
 }
 
 
@@ -265,7 +317,7 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
     """What each does exactly, the tests above say; SAC's are in test_train.py."""
     words = [f"algo={algo}", small_env(algo), *SMALL, "eval.episodes=1", "total_env_steps=96"]
     words += ["algo.steps_per_iteration=16", "algo.replay_ratio=0.25", "algo.gamma=0.9", "log_every=96"]
-    words += ["algo.target_update_every=5", "algo.schedule_env_steps=96", "algo.lr=0.1"] if algo == "dqn" else []
+    words += BASE.get(algo, [])
     changes = {**CHANGES, **OWN[algo]}
     if algo == "dqn":
         del changes["random_env_steps"]  # epsilon is what it has instead

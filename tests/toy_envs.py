@@ -224,6 +224,13 @@ class Buttons(Point):
         return super().step(np.array([0.25 * speed * (float(right) - float(left))], np.float32))
 
 
+class Keyboard(Point):
+    """More combinations of keys than can be listed."""
+
+    action_space = MultiDiscrete([2] * 14)
+
+
+gym.register("Keyboard-v0", Keyboard)
 gym.register("Image-v0", Image)
 gym.register("Frames-v0", Frames, max_episode_steps=5)
 gym.register("Frame-v0", Frame, max_episode_steps=20)

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.distributions import Independent, OneHotCategorical
+from torch.nn.functional import pad, softplus
 
 LOG_2PI = math.log(2 * math.pi)
+NEVER = -1e9  # the logit of a value that is none
 
 
 class Categorical:
@@ -87,6 +89,44 @@ class MultiCategorical:
     def kl(self, other: "MultiCategorical") -> Tensor:
         """KL(self || other) in nats, `[..., 1]`."""
         return sum_of(part.kl(their) for part, their in zip(self.parts, other.parts, strict=True))
+
+
+class OneHot:
+    """Actions of D choices as one-hot vectors side by side, A = sum(sizes), and as a torch distribution of them.
+
+    Args:
+        sizes: The values of each choice.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes, self.widest = list(sizes), max(sizes)
+        self.starts = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)  # [D], where each begins
+
+    @property
+    def max_entropy(self) -> float:
+        """Of uniform choices, in nats."""
+        return sum(math.log(size) for size in self.sizes)
+
+    @property
+    def combinations(self) -> int:
+        """The values of the padded distribution."""
+        return self.widest ** len(self.sizes)
+
+    def encode(self, action: Tensor) -> Tensor:
+        """`[B]` or `[B, D]` int64 -> `[B, A]`."""
+        index = action.view(len(action), -1) + self.starts.to(action.device)
+        return torch.zeros(len(action), sum(self.sizes), device=action.device).scatter_(1, index, 1.0)
+
+    def distribution(self, logits: Tensor) -> Independent:
+        """`[B, A]` -> D choices of K, `[B, D, K]`; shorter ones are filled up with values that never come."""
+        parts = logits.split(self.sizes, -1)
+        padded = [pad(part, (0, self.widest - part.shape[-1]), value=NEVER) for part in parts]
+        return Independent(OneHotCategorical(logits=torch.stack(padded, -2), validate_args=False), 1, validate_args=False)
+
+    def join(self, choices: Tensor) -> Tensor:
+        """`[..., D, K] -> [..., A]`."""
+        parts = [choices[..., index, :size] for index, size in enumerate(self.sizes)]
+        return torch.cat(parts, -1)
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor:

@@ -165,6 +165,12 @@ def box_trunk(space: Space, env_id: str) -> tuple[nn.Module, int]:
     return NatureCNN(shape), 512
 
 
+def action_size(env: EnvSpec) -> int:
+    """How many numbers an action is, the finite ones one-hot."""
+    action = env["action"]
+    return sum(action.get("nvec") or [0]) or action["n"] or math.prod(action["shape"])
+
+
 class Actor(nn.Module):
     """pi(a|s): features `[B, F]` -> categorical `[B]` of a discrete space, or Gaussian `[B, A]` of a box.
 
@@ -185,7 +191,7 @@ class Actor(nn.Module):
         super().__init__()
         self.discrete = env["action"]["type"] == "discrete"
         self.sizes = env["action"].get("nvec")
-        outputs = sum(self.sizes) if self.sizes else env["action"]["n"] or math.prod(env["action"]["shape"])
+        outputs = action_size(env)
         self.network = mlp([num_features, *hidden_sizes, outputs], activation)
         orthogonal_(self.network)
         orthogonal_(self.network[-1], gain=0.01)
@@ -248,17 +254,22 @@ class DeterministicPolicy(nn.Module):
 
 
 class ActionCritic(nn.Module):
-    """Q_i(s, a) of `num` critics: `[B, *S], [B, A] -> [num, B, 1]`. Pixels are read by one trunk for all of them."""
+    """Q_i(s, a) of `num` critics: `[B, *S], [B, A] -> [num, B, 1]`. Pixels are read by one trunk for all of them.
+
+    Of several actions in each state, `[S, B, A]`, their values are `[num, S, B, 1]`.
+    """
 
     def __init__(self, num: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
         self.trunk, num_features = trunk(env)
-        self.ensemble = EnsembleMLP(
-            num, [num_features + math.prod(env["action"]["shape"]), *hidden_sizes, 1], activation
-        )
+        self.ensemble = EnsembleMLP(num, [num_features + action_size(env), *hidden_sizes, 1], activation)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        return single(self.ensemble(torch.cat([self.trunk(observation), action], -1)))
+        features = self.trunk(observation)
+        if action.ndim > 2:
+            several = torch.cat([features.expand(*action.shape[:-1], -1), action], -1)  # [S, B, F + A]
+            return single(self.ensemble(several.flatten(0, -2))).unflatten(1, action.shape[:-1])
+        return single(self.ensemble(torch.cat([features, action], -1)))
 
     def first(self, observation: Tensor, action: Tensor) -> Tensor:
         """Q_1(s, a) alone, at its own cost: `[B, 1]`."""

@@ -3,6 +3,12 @@
 Of finitely many actions every one is valued, so the expectations over actions that SAC samples are sums here, and the
 gradient of the actor needs no reparameterisation.
 
+With `critic: state_action` an action is an input of the critic, one-hot, as in SAC: for several choices at once, whose
+combinations are too many to list. How the actor then learns from the critic is `actor_estimator`:
+
+    grad E_{a ~ pi}[Q(s, a)]        exact: all actions; loo: score function, leave-one-out; straight_through,
+                                    gumbel_softmax, reinmax: backpropagation through Q and a stand-in for the draw
+
 Pseudocode (Algorithm 1):
 
     initialise Q_1, Q_2: S -> R^A and pi: S -> [0, 1]^A; targets Q'_i <- Q_i; replay D <- {}
@@ -17,6 +23,7 @@ Pseudocode (Algorithm 1):
 
 Deviations:
     - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
+    - With `state_action` the value of s' is that of one a' ~ pi(.|s'), its entropy still exact.
     - Values are SLM-Lab's. The paper's are for Atari: batches of 64, a replay ratio of 0.25, 20000 random steps, and
       targets copied every 8000 steps.
 
@@ -42,10 +49,17 @@ from torch.optim import Adam, Optimizer
 
 from levin import replay
 from levin.algorithms.base import Algorithm, Batch
+from levin.distributions import Categorical, MultiCategorical, OneHot
+from levin.errors import ConfigError
+from levin.estimators import Estimator, Exact, GumbelSoftmax, LeaveOneOut, ReinMax, StraightThrough
+from levin.estimators.base import MAX_SUPPORT
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import Actor, EnsembleMLP, single, trunk
+from levin.networks import ActionCritic, Actor, EnsembleMLP, single, trunk
+from levin.parameters import frozen
 from levin.replay import Replay
 from levin.spaces import EnvSpec
+
+ActorEstimator = Literal["exact", "loo", "straight_through", "gumbel_softmax", "reinmax"]
 
 
 class SACDiscrete(Algorithm):
@@ -59,7 +73,13 @@ class SACDiscrete(Algorithm):
         critic_lr: Adam.
         alpha_lr: Adam; 0 leaves the temperature what it is at the start.
         initial_alpha: The temperature at the start: 1.0.
-        target_entropy: What the temperature steers the entropy to, in nats; null: 0.98 log A, as in the paper.
+        target_entropy: What the temperature steers the entropy to, in nats; null: 0.98 log A, as in the paper, summed
+            over the choices.
+        critic: `state` gives the values of all actions, as in the paper; of `state_action` the action is an input.
+        actor_estimator: Of the actor's gradient. All but `exact` draw actions.
+        actor_draws: So many; 2 or more for `loo`.
+        actor_tau: Temperature of `gumbel_softmax`, which is straight-through, so that the critic is asked for actions
+            only, and of `reinmax`.
         huber: Errors of the critics beyond 1 count linearly.
         max_grad_norm: Of the actor, and of both critics together; null: unbounded.
         batch_size: Transitions per update. SLM-Lab: 256.
@@ -75,7 +95,7 @@ class SACDiscrete(Algorithm):
             in no less time.
     """
 
-    actions: ClassVar = ("discrete",)
+    actions: ClassVar = ("discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
     buffer: Replay
 
@@ -90,6 +110,10 @@ class SACDiscrete(Algorithm):
         alpha_lr: NonNegativeFloat = 3e-4,
         initial_alpha: PositiveFloat = 1.0,
         target_entropy: float | None = None,
+        critic: Literal["state", "state_action"] = "state",
+        actor_estimator: ActorEstimator = "exact",
+        actor_draws: PositiveInt = 2,
+        actor_tau: PositiveFloat = 1.0,
         huber: bool = False,
         max_grad_norm: PositiveFloat | None = None,
         batch_size: PositiveInt = 256,
@@ -111,13 +135,18 @@ class SACDiscrete(Algorithm):
         self.steps_per_iteration = steps_per_iteration
         self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
-        num_actions = env["action"]["n"]
-        self.target_entropy = 0.98 * math.log(num_actions) if target_entropy is None else target_entropy
+        self.one_hot = OneHot(env["action"].get("nvec") or [env["action"]["n"]])
+        self.target_entropy = 0.98 * self.one_hot.max_entropy if target_entropy is None else target_entropy
+        self.critic_form, self.estimator = critic, self.make_estimator(actor_estimator, actor_draws, actor_tau)
         self.trunk, num_features = trunk(env)
         self.actor = Actor(num_features, env, hidden_sizes, activation)
-        self.critic = nn.Sequential(
-            trunk(env)[0], EnsembleMLP(2, [num_features, *hidden_sizes, num_actions], activation)
-        )
+        if critic == "state_action":
+            self.critic = ActionCritic(2, env, hidden_sizes, activation)
+        elif env["action"]["type"] == "discrete":
+            sizes = [num_features, *hidden_sizes, env["action"]["n"]]
+            self.critic = nn.Sequential(trunk(env)[0], EnsembleMLP(2, sizes, activation))
+        else:
+            raise ConfigError("algo.critic=state lists every action, for several choices take algo.critic=state_action")
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
@@ -126,6 +155,23 @@ class SACDiscrete(Algorithm):
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update")
+
+    def make_estimator(self, name: ActorEstimator, draws: int, tau: float) -> Estimator:
+        """Of grad E_{a ~ pi}[Q(s, a)]. Raises ConfigError for one that can't be."""
+        if name == "exact":
+            if self.one_hot.combinations > MAX_SUPPORT:
+                raise ConfigError(
+                    f"algo.actor_estimator=exact would value {self.one_hot.combinations} actions in every state, more "
+                    f"than {MAX_SUPPORT}: take loo, straight_through, gumbel_softmax or reinmax"
+                )
+            return Exact()
+        if name == "loo":
+            if draws < 2:
+                raise ConfigError(f"algo.actor_estimator=loo needs algo.actor_draws of 2 or more, got {draws}")
+            return LeaveOneOut(draws)
+        if name == "straight_through":
+            return StraightThrough(num=draws)
+        return GumbelSoftmax(tau, hard=True, num=draws) if name == "gumbel_softmax" else ReinMax(tau, num=draws)
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
@@ -141,8 +187,9 @@ class SACDiscrete(Algorithm):
     def update(self, batch: TensorDictBase) -> None:
         critic_loss, q_value = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
-        actor_loss, entropy = self.actor_loss(batch)
-        self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
+        with frozen(self.critic_parameters):
+            actor_loss, entropy = self.actor_loss(batch)
+            self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
         alpha_loss = self.alpha_loss(entropy)
         self.step(self.alpha_optimizer, alpha_loss)
         self.update_target()
@@ -158,26 +205,45 @@ class SACDiscrete(Algorithm):
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
-            log_probs = self.actor(self.trunk(observation)).log_probs  # [B, A]
-            q_next = single(self.target_critic(observation)).amin(0)  # [2, B, A] -> [B, A]
-            soft_value = log_probs.exp() * (q_next - self.log_alpha.exp() * log_probs)
-            soft_value = soft_value.sum(-1, keepdim=True)  # [B, A] -> [B, 1]
+            policy = self.actor(self.trunk(observation))
+            if self.critic_form == "state":
+                log_probs = policy.log_probs  # [B, A]
+                q_next = single(self.target_critic(observation)).amin(0)  # [2, B, A] -> [B, A]
+                soft_value = log_probs.exp() * (q_next - self.log_alpha.exp() * log_probs)
+                soft_value = soft_value.sum(-1, keepdim=True)  # [B, A] -> [B, 1]
+            else:
+                q_next = self.target_critic(observation, self.one_hot.encode(policy.sample())).amin(0)  # -> [B, 1]
+                soft_value = q_next + self.log_alpha.exp() * policy.entropy()
             target = reward + self.gamma * ~terminated * soft_value  # a truncation still bootstraps
-        action = batch["action"].expand(2, -1).unsqueeze(-1)  # [B] -> [2, B, 1]
-        q = single(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
+        if self.critic_form == "state":
+            action = batch["action"].expand(2, -1).unsqueeze(-1)  # [B] -> [2, B, 1]
+            q = single(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
+        else:
+            q = self.critic(batch["observation"], self.one_hot.encode(batch["action"]))  # [2, B, 1]
         regression = huber_loss if self.huber else mse_loss
         # The mean over both critics, twice: their sum.
         return 2 * regression(q, target.expand_as(q)), q.detach().mean()
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_pi = E[sum_a pi(a|s) (alpha log pi(a|s) - min_i Q_i(s,a))]. Also gives the entropy `[B, 1]`."""
-        observation = batch["observation"]
-        policy = self.actor(self.trunk(observation))
-        with torch.no_grad():
-            q = single(self.critic(observation)).amin(0)  # [2, B, A] -> [B, A]
-        value = (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
-        entropy = policy.entropy()
+        """J_pi = -E[E_{a ~ pi}[min_i Q_i(s,a)] + alpha H(pi(.|s))]      Eq. 12. Also gives the entropy `[B, 1]`."""
+        policy = self.actor(self.trunk(batch["observation"]))
+        value, entropy = self.expected_q(batch["observation"], policy), policy.entropy()
         return -(value + self.log_alpha.exp().detach() * entropy).mean(), entropy.detach()
+
+    def expected_q(self, observation: Tensor, policy: Categorical | MultiCategorical) -> Tensor:
+        """E_{a ~ pi}[min_i Q_i(s,a)]: `[B, 1]`, its gradient in pi by `actor_estimator`."""
+        if self.critic_form == "state":
+            with torch.no_grad():
+                q = single(self.critic(observation)).amin(0)  # [2, B, A] -> [B, A]
+            if isinstance(self.estimator, Exact):
+                return (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
+        draws = self.estimator.sample(self.one_hot.distribution(policy.logits))
+        action = self.one_hot.join(draws.value)  # [S, B, D, K] -> [S, B, A]
+        if self.critic_form == "state":
+            value = (action * q).sum(-1)  # [S, B]
+        else:
+            value = self.critic(observation, action).amin(0).squeeze(-1)  # [2, S, B, 1] -> [S, B]
+        return self.estimator.surrogate(draws, value).unsqueeze(-1)
 
     def alpha_loss(self, entropy: Tensor) -> Tensor:
         """J(alpha) = E[alpha (H(pi(.|s)) - target entropy)]."""
