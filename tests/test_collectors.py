@@ -7,9 +7,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from levin import collectors, envs
+from levin import collectors, config, envs
 from levin.episodes import EpisodeStatistics
 from levin.loader import CollectorLoader
+from levin.train import build
 
 
 class Linear(nn.Module):
@@ -34,6 +35,25 @@ def make(name: str, env_id: str, num_envs: int, steps: int, *, vectorization="sy
 def collect(collector, rollouts: int) -> TensorDict:
     iterator = iter(collector.iterator())
     return torch.cat([next(iterator).clone() for _ in range(rollouts)], 1)
+
+
+def test_twins_begin_alike_and_the_second_takes_the_modes():
+    """Each pair of episodes has one seed; no two pairs share theirs."""
+    words = ["algo=reinforce", "env=cartpole", "algo.advantage=self_critical", "algo.episodes_per_update=3"]
+    algorithm, loader = build(config.compose([*words, "algo.transitions_per_update=1"]))
+    algorithm.actor.network[-1].weight.data *= 100  # modes that depend on the state
+    rollouts = [next(loader) for _ in range(3)]
+    starts = []
+    for rollout in rollouts:
+        episode = algorithm.episode(rollout).squeeze(0)
+        assert int(episode[-1]) + 1 == 4  # 3 at least, and in pairs
+        first = rollout["observation"][0][rollout["step_count"].flatten() == 0]
+        assert torch.equal(first[0::2], first[1::2])
+        starts += [tuple(each) for each in first[::2].tolist()]
+        mode = algorithm.actor(rollout["observation"][0]).mode == rollout["action"][0]
+        assert mode[episode % 2 == 1].all()
+        assert not mode[episode % 2 == 0].all()
+    assert len(set(starts)) == 6
 
 
 @pytest.mark.parametrize("name", ["vector", "torchrl"])

@@ -10,10 +10,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from levin.algorithms.a2c import A2C
 from levin.algorithms.actor_critic import ActorCritic
 from levin.algorithms.reinforce import REINFORCE
+from levin.estimators import LeaveOneOut, ScoreFunction, StochasticGraph
 
 STATES, ACTIONS, STEPS, GAMMA = 3, 2, 4, 0.8
 START = torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64)
@@ -244,6 +246,111 @@ def test_each_step_of_the_lecture_takes_variance_out(exact, capsys):
     assert variance["simple"] > variance["Q critic"]
     torch.testing.assert_close(variance["A2C, n-step"], variance["value baseline"])  # the same estimator
     assert variance["advantage"] < variance["A2C, GAE"] < variance["A2C, n-step"]
+
+
+class Given(Categorical):
+    """Whose draw is handed to it."""
+
+    def __init__(self, logits: Tensor, action: Tensor) -> None:
+        super().__init__(logits=logits, validate_args=False)
+        self.action = action
+
+    def sample(self, sample_shape=()):
+        return self.action.expand(*sample_shape, *self.batch_shape)
+
+
+@pytest.mark.parametrize(("name", "causal"), [("reward-to-go", True), ("simple", False)])
+def test_a_stochastic_graph_of_the_mdp_is_reinforce(name, causal):
+    """An action is charged with the rewards after it, or with all of them: the lecture's rows 5 and 4, to the bit."""
+    algorithm = FORMS[name]()
+    for i in range(0, 512, 37):
+        data = rollout(i)
+        by_graph = gradient(algorithm, graph_of(algorithm, data).surrogate(causal=causal))
+        torch.testing.assert_close(by_graph, -gradient(algorithm, loss(algorithm, data)), rtol=0, atol=1e-12)
+        other = graph_of(algorithm, data).surrogate(causal=not causal)
+        assert not torch.allclose(gradient(algorithm, other), by_graph)
+
+
+def graph_of(algorithm, data: TensorDict) -> StochasticGraph:
+    logits = algorithm.actor(data["observation"].flatten(0, 1)).logits  # [STEPS, ACTIONS]
+    graph = StochasticGraph()
+    for t in range(STEPS):
+        graph.sample(f"a{t}", Given(logits[t], data["action"][0, t]), ScoreFunction())
+        graph.cost(f"r{t}", GAMMA**t * data["next", "reward"][0, t, 0])
+    return graph
+
+
+def group(*indices: int) -> TensorDict:
+    """Trajectories one after the other, `[1, T]`."""
+    return torch.cat([rollout(i) for i in indices], 1)
+
+
+def drawn_pairs(algorithm, num: int, greedy: bool) -> list[tuple[int, int]]:
+    """Independent trajectories; or each beside one that begins in the same state, and takes the mode's actions."""
+    policy, world = (each.detach().exp() for each in log_probability(algorithm))
+    first = (policy * world).multinomial(num, replacement=True)
+    if not greedy:
+        return list(zip(first.tolist(), (policy * world).multinomial(num, replacement=True).tolist(), strict=True))
+    states, actions = trajectories()
+    time = torch.arange(STEPS).expand_as(actions)
+    is_mode = (log_policy(algorithm).argmax(-1)[time, states[:, :-1]] == actions).all(1)
+    chance = (states[first, :1] == states[:, 0]) * (world * is_mode)  # [num, 512]
+    return list(zip(first.tolist(), chance.multinomial(1).squeeze(1).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("form", ["leave_one_out", "self_critical", "biased"])
+def test_baselines_made_of_other_episodes(form, monkeypatch):
+    """Unbiased; a mean that includes the episode itself is not, and is found out."""
+    if form == "biased":
+        monkeypatch.setattr(
+            REINFORCE, "mean_of_others", lambda _, g, __: g.view(1, -1, STEPS, 1).mean(1).repeat(1, 2, 1)
+        )
+    options = LETTER | EPISODES | {"episodes_per_update": 2, "advantage": "leave_one_out"}
+    algorithm = build(REINFORCE, **options | ({"advantage": form} if form == "self_critical" else {}))
+    each = []
+    for pair in drawn_pairs(algorithm, 3000, greedy=form == "self_critical"):
+        data, weight = algorithm.drawn(data := group(*pair), algorithm.weight(data))
+        each.append(-gradient(algorithm, algorithm.actor_loss(data, weight)[0]))
+    found = torch.stack(each)
+    error = found.mean(0) - true_gradient(algorithm)
+    moving = found.std(0) > 1e-6
+    z = (error[moving] / (found[:, moving].std(0) / len(found) ** 0.5)).abs().max()
+    assert (z < 4.5) == (form != "biased"), z
+
+
+def test_episodes_of_other_lengths_are_compared_step_by_step():
+    done = torch.tensor([0, 0, 1, 1, 0, 1]).bool().view(1, -1, 1)  # three episodes: 3, 1 and 2 steps
+    step = torch.tensor([0, 1, 2, 0, 0, 1]).view(1, -1, 1)
+    data = TensorDict({"step_count": step, "next": {"done": done}}, batch_size=(1, 6))
+    g = torch.tensor([5.0, 3.0, 1.0, 7.0, 4.0, 2.0]).view(1, -1, 1)
+    algorithm = build(REINFORCE, advantage="leave_one_out", episodes_per_update=2)
+    assert algorithm.mean_of_others(g, data).flatten().tolist() == [5.5, 1.0, 0.0, 4.5, 6.0, 1.5]
+    data, g = data[:, :4], g[:, :4]
+    assert algorithm.of_the_twin(g, data).flatten()[:3].tolist() == [7.0, 0.0, 0.0]
+    assert algorithm.episode(data).flatten().tolist() == [0, 0, 0, 1]
+
+
+def test_leave_one_out_is_the_estimator_of_that_name():
+    """Of episodes of one step: the same gradient as LeaveOneOut's surrogate."""
+    algorithm = build(REINFORCE, **LETTER | EPISODES | {"advantage": "leave_one_out", "episodes_per_update": 2})
+    data = TensorDict(
+        {
+            "observation": observation(torch.tensor([[0, 0, 0]]), torch.zeros(1, 3, dtype=torch.long)),
+            "action": torch.tensor([[0, 1, 1]]),
+            "step_count": torch.zeros(1, 3, 1, dtype=torch.long),
+            "next": {
+                "reward": torch.tensor([[[1.0], [3.0], [-2.0]]]).double(),
+                "terminated": torch.ones(1, 3, 1, dtype=torch.bool),
+                "done": torch.ones(1, 3, 1, dtype=torch.bool),
+            },
+        },
+        batch_size=(1, 3),
+    )
+    logits = algorithm.actor(data["observation"][0, :1]).logits  # [1, ACTIONS]
+    draws = LeaveOneOut(3).sample(Given(logits, data["action"].view(3, 1)))
+    surrogate = LeaveOneOut(3).surrogate(draws, data["next", "reward"].view(3, 1))
+    ours = -gradient(algorithm, algorithm.actor_loss(data, algorithm.weight(data))[0])
+    torch.testing.assert_close(gradient(algorithm, surrogate.sum()), ours, rtol=0, atol=1e-12)
 
 
 def test_bias_of_what_practice_does(exact, capsys):

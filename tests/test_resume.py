@@ -79,6 +79,19 @@ def test_two_halves_are_the_whole(words, tmp_path):
     in_two_halves(tmp_path, (*TINY, *words), 448)
 
 
+def test_two_halves_are_the_whole_of_twin_episodes(tmp_path):
+    words = ("algo=reinforce", "env=cartpole", "algo.advantage=self_critical", "algo.transitions_per_update=30")
+    words += ("algo.schedule_env_steps=448",)
+    in_two_halves(tmp_path, (*words, "algo.hidden_sizes=[8]", "eval.episodes=1", *CLOCKS), 448)
+
+
+def test_two_halves_are_the_whole_with_actions_that_critics_read(tmp_path):
+    """What a sampled estimator of the actor draws, goes on as well."""
+    words = ("algo=sac_discrete", "env=gym", "env.id=toy_envs:Buttons-v0", "algo.critic=state_action")
+    words += ("algo.actor_estimator=loo", "algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[8]")
+    in_two_halves(tmp_path, (*words, "eval.episodes=1", *CLOCKS), 448)
+
+
 def test_two_halves_are_the_whole_on_any_gymnasium_id(tmp_path):
     in_two_halves(tmp_path, (*TINY, "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale"), 448)
 

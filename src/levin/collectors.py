@@ -32,10 +32,12 @@ class WholeEpisodes:
     Args:
         transitions: At least so many of them.
         episodes: At least so many of them.
+        twins: They come in pairs, of which both have the same seed.
     """
 
     transitions: int = 1
     episodes: int = 1
+    twins: bool = False
 
 
 def make(
@@ -98,6 +100,7 @@ class VectorCollector(BaseCollector):
     ) -> None:
         super().__init__()
         self.env, self.policy, self.steps = env, policy, steps
+        env.twins = isinstance(steps, WholeEpisodes) and steps.twins
         self.takes_is_first = IS_FIRST in policy.in_keys
         self.random_env_steps = random_env_steps
         self.vector_steps = 0
@@ -119,7 +122,11 @@ class VectorCollector(BaseCollector):
             return self._collect(self.steps)
         chunks: list[TensorDict] = []
         episodes = transitions = 0
-        while episodes < self.steps.episodes or transitions < self.steps.transitions:
+        while (
+            episodes < self.steps.episodes
+            or transitions < self.steps.transitions
+            or (self.steps.twins and episodes % 2)
+        ):
             done = False
             while not done:
                 chunks.append(self._collect(CHUNK, until_done=True))

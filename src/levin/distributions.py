@@ -121,7 +121,9 @@ class OneHot:
         """`[B, A]` -> D choices of K, `[B, D, K]`; shorter ones are filled up with values that never come."""
         parts = logits.split(self.sizes, -1)
         padded = [pad(part, (0, self.widest - part.shape[-1]), value=NEVER) for part in parts]
-        return Independent(OneHotCategorical(logits=torch.stack(padded, -2), validate_args=False), 1, validate_args=False)
+        return Independent(
+            OneHotCategorical(logits=torch.stack(padded, -2), validate_args=False), 1, validate_args=False
+        )
 
     def join(self, choices: Tensor) -> Tensor:
         """`[..., D, K] -> [..., A]`."""

@@ -89,3 +89,31 @@ class Greedy(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         return values.argmax(-1)
+
+
+class GreedyTwin(nn.Module):
+    """Whether an episode is the second of a pair, whose actions are not drawn: `[1, 1] -> [1, 1]`, in turns."""
+
+    second: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("second", torch.ones(1, 1, dtype=torch.bool))  # a resumed run goes on with it
+
+    def forward(self, is_first: Tensor) -> Tensor:
+        self.second ^= is_first
+        return self.second
+
+
+class TwinPolicy(nn.Module):
+    """One episode with draws from the policy, the next one with its modes: `[1, *S], [1, 1] -> [1, *A]`."""
+
+    def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: nn.Module, twin: GreedyTwin) -> None:
+        super().__init__()
+        self.normalizer, self.trunk, self.actor, self.twin = normalizer, trunk, actor, twin
+
+    def forward(self, observation: Tensor, is_first: Tensor) -> Tensor:
+        distribution = self.actor(self.trunk(self.normalizer(observation)))
+        drawn = distribution.sample()
+        greedy = self.twin(is_first).view(1, *[1] * (drawn.ndim - 1))
+        return torch.where(greedy, distribution.mode, drawn)

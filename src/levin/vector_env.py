@@ -37,7 +37,8 @@ class SeededVectorEnv(VectorWrapper):
     ) -> None:
         super().__init__(env)
         self.config, self.first = config, first
-        self.seed_of = partial(episode_seed, seed, purpose, rank)
+        self.twins = False  # whether two episodes in a row have the same seed
+        self._seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
         # Returns and lengths of the games that ended, where an episode is less than a game; whoever reads it clears it.
         self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
@@ -56,6 +57,10 @@ class SeededVectorEnv(VectorWrapper):
         if read is not None:
             self.single_observation_space = to_gym(self.observation)
             self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+
+    def seed_of(self, env: int, episode: int) -> int:
+        """The seed of an episode of one of the envs."""
+        return self._seed_of(env, episode // 2 if self.twins else episode)
 
     @property
     def autoreset_mode(self) -> AutoresetMode:

@@ -7,7 +7,13 @@ The gradient of the expected return needs no derivative of the environment: only
            = E[ sum_t gamma^t (G_t - V(s_t)) grad log pi(a_t|s_t) ]             `advantage: baseline`     (rows 7 to 9)
 
 with G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1}. All three are unbiased. An action can't change what was earned before,
-and a baseline that does not depend on a_t has expectation 0: as a rule, each takes variance out.
+and a baseline that does not depend on a_t has expectation 0: as a rule, each takes variance out. Two more need no V:
+
+    G_t - mean of the G_t of the other episodes at the same t                    `advantage: leave_one_out`
+    G_t - G_t of an episode with the same seed whose actions are the modes of pi `advantage: self_critical`
+
+(Kool et al. 2019; Rennie et al. 2017.) An episode that is over earns 0. In the words of `levin.estimators`, with G_t as
+the cost of an action these are ScoreFunction, with V as its baseline in the third, LeaveOneOut and SelfCritical.
 
 Pseudocode:
 
@@ -35,12 +41,15 @@ from typing import ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
 
 from levin import ranks, returns
 from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.collectors import WholeEpisodes
+from levin.errors import ConfigError
+from levin.exploration import GreedyTwin, TwinPolicy
 from levin.hints import (
     Activation,
     Fraction,
@@ -51,7 +60,7 @@ from levin.hints import (
     Schedule,
 )
 from levin.networks import Actor, Critic, trunk
-from levin.spaces import EnvSpec
+from levin.spaces import IS_FIRST, EnvSpec
 
 
 class REINFORCE(Algorithm):
@@ -60,14 +69,17 @@ class REINFORCE(Algorithm):
     Args:
         env: Spaces of the env (`envs.describe`).
         gamma: Discount. SLM-Lab: 0.99, as for all that follows.
-        advantage: What weighs an action: the `return` of the episode, the `reward_to_go`, or that minus a `baseline`.
+        advantage: What weighs an action: the `return` of the episode, the `reward_to_go`, or that minus a `baseline`,
+            which is learned, `leave_one_out`, or `self_critical`. Every other episode is then one of the modes, which
+            counts as env steps and as an episode, and teaches nothing.
         value_target: What the baseline learns: the `rollout`'s G_t, or the `bootstrap` r + gamma V(s').
         discount_state_weighting: Weigh step t by gamma^t, as the gradient of J has it. Without, the gradient is that of
             no objective, but late steps count as much as early ones. No effect on `advantage: return`.
         average_over: `transitions`, or `episodes`: the gradient of J exactly, longer episodes weigh more.
         normalize_advantage: To mean 0 and deviation 1 over the transitions of an update.
         transitions_per_update: At least so many, in complete episodes: 2048.
-        episodes_per_update: At least so many.
+        episodes_per_update: At least so many. Where `transitions_per_update` decides how many there are, the last one is
+            longer than most, which is a bias of its own.
         optimizer: Adam.
         lr: Of the policy: 2e-3.
         lr_schedule: `linear` takes it to 0.
@@ -92,7 +104,7 @@ class REINFORCE(Algorithm):
         *,
         env: EnvSpec,
         gamma: Fraction = 0.99,
-        advantage: Literal["return", "reward_to_go", "baseline"] = "reward_to_go",
+        advantage: Literal["return", "reward_to_go", "baseline", "leave_one_out", "self_critical"] = "reward_to_go",
         value_target: Literal["rollout", "bootstrap"] = "rollout",
         discount_state_weighting: bool = False,
         average_over: Literal["transitions", "episodes"] = "transitions",
@@ -121,13 +133,26 @@ class REINFORCE(Algorithm):
         self.critic_lr, self.critic_updates = critic_lr, critic_updates
         self.schedule_env_steps = schedule_env_steps
         self.entropy_coef, self.entropy_schedule = entropy_coef, entropy_schedule
-        self.steps_per_iteration = WholeEpisodes(transitions=transitions_per_update, episodes=episodes_per_update)
+        self.steps_per_iteration = WholeEpisodes(
+            transitions=transitions_per_update, episodes=episodes_per_update, twins=advantage == "self_critical"
+        )
+        if advantage == "leave_one_out" and episodes_per_update < 2:
+            raise ConfigError(
+                "algo.advantage=leave_one_out compares episodes: algo.episodes_per_update must be 2 or more"
+            )
 
         self.trunk, features = trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation) if advantage == "baseline" else None
+        self.twin = GreedyTwin() if advantage == "self_critical" else None
         if compile:
             self.compile_losses("squared_error", "actor_loss")
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        if self.twin is None or deterministic:
+            return super().policy(deterministic=deterministic)
+        chooser = TwinPolicy(self.observation_normalizer, self.trunk, self.actor, self.twin)
+        return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=["action"])
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.optimizer = self.make_optimizer(self.optimizer_name, self.actor.parameters(), self.lr)
@@ -144,8 +169,9 @@ class REINFORCE(Algorithm):
 
     def update(self, rollout: TensorDictBase) -> None:
         """One gradient step of the policy on whole episodes `[N, T]`, and those of the baseline."""
-        share = ranks.weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
         weight = self.weight(rollout)  # before V has seen these episodes: a baseline must not know them
+        rollout, weight = self.drawn(rollout, weight)
+        share = ranks.weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
         if self.critic is not None:
             for _ in range(self.critic_updates):
                 critic_loss = self.critic_loss(rollout)
@@ -163,12 +189,42 @@ class REINFORCE(Algorithm):
 
     @torch.no_grad()
     def weight(self, rollout: TensorDictBase) -> Tensor:
-        """R, G_t or G_t - V(s_t): `[N, T, 1]`."""
+        """R, G_t or G_t - b_t: `[N, T, 1]`."""
         reward_to_go = self.reward_to_go(rollout)
         if self.advantage == "return":  # G at the first step of the same episode
             steps = torch.arange(rollout.shape[1], device=reward_to_go.device).view(1, -1, 1)  # [1, T, 1]
             return reward_to_go.gather(1, steps - rollout["step_count"])
+        if self.advantage == "leave_one_out":
+            return reward_to_go - self.mean_of_others(reward_to_go, rollout)
+        if self.advantage == "self_critical":
+            return reward_to_go - self.of_the_twin(reward_to_go, rollout)
         return reward_to_go - self.value(rollout["observation"]) if self.critic else reward_to_go
+
+    def drawn(self, rollout: TensorDictBase, weight: Tensor) -> tuple[TensorDictBase, Tensor]:
+        """Without the twins: an action that was not drawn from pi has no score."""
+        if self.twin is None:
+            return rollout, weight
+        drawn = self.episode(rollout).squeeze(0) % 2 == 0  # [T]
+        return rollout[:, drawn], weight[:, drawn]
+
+    def episode(self, rollout: TensorDictBase) -> Tensor:
+        """Which episode of the rollout `[1, T]` each step is in, from 0: `[1, T]`."""
+        done = rollout["next", "done"].squeeze(-1).long()
+        return done.cumsum(1) - done
+
+    def mean_of_others(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
+        """1/(n-1) sum_{j != i} G_t of episode j, 0 where that is over by then: `[1, T, 1]`."""
+        step, values = rollout["step_count"].flatten(), reward_to_go.flatten()
+        sums = torch.zeros_like(values).index_add(0, step, values)  # [T], of which the longest episode fills a part
+        others = int(rollout["next", "done"].sum()) - 1
+        return ((sums[step] - values) / others).view_as(reward_to_go)
+
+    def of_the_twin(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
+        """G_t of the episode that follows, 0 where that is over by then: `[1, T, 1]`."""
+        step, episode = rollout["step_count"].flatten(), self.episode(rollout).flatten()
+        table = torch.zeros(int(episode[-1]) + 2, int(step.max()) + 1, device=step.device, dtype=reward_to_go.dtype)
+        table[episode, step] = reward_to_go.flatten()
+        return table[episode + 1, step].view_as(reward_to_go)
 
     def reward_to_go(self, rollout: TensorDictBase) -> Tensor:
         """G_t = r_{t+1} + gamma G_{t+1}: `[N, T, 1]`; gamma V(s') for what a time limit has cut off."""

@@ -157,7 +157,9 @@ def enumerated(dist: Distribution) -> tuple[Tensor, Tensor]:
     each = base.enumerate_support(expand=False)  # [K, 1 ..., *e], with e the event of one choice
     each = each.reshape(len(each), *base.event_shape)
     if len(each) ** shape.numel() > MAX_SUPPORT:
-        raise ValueError(f"{len(each)} ** {shape.numel()} values are too many to go through, the limit is {MAX_SUPPORT}")
+        raise ValueError(
+            f"{len(each)} ** {shape.numel()} values are too many to go through, the limit is {MAX_SUPPORT}"
+        )
     indices = torch.tensor(list(itertools.product(range(len(each)), repeat=shape.numel())), device=each.device)
     values = each[indices].view(len(indices), *shape, *base.event_shape)
     values = values.view(len(indices), *[1] * len(dist.batch_shape), *dist.event_shape)

@@ -53,7 +53,9 @@ class MeasureValued(Estimator):
         drawn = dist.sample()
         more = steps(dist, drawn)  # [D, *B, *E]
         term = event_sum(more * base.rate, dist)  # [D, *B]
-        return Draws(torch.cat([drawn.unsqueeze(0), drawn + more]), torch.cat([-term.sum(0, keepdim=True), term]), first(term))
+        return Draws(
+            torch.cat([drawn.unsqueeze(0), drawn + more]), torch.cat([-term.sum(0, keepdim=True), term]), first(term)
+        )
 
     def normal(self, dist: Distribution, base: Normal) -> Draws:
         if base.scale.requires_grad:
@@ -64,7 +66,9 @@ class MeasureValued(Estimator):
         points = torch.cat([drawn + at * (base.loc + sign * away - drawn) for sign in (1, -1)]).detach()
         term = event_sum(at * base.loc / (base.scale * math.sqrt(2 * math.pi)), dist)
         term = torch.cat([term, -term])
-        return Draws(torch.cat([drawn.unsqueeze(0), points]), torch.cat([torch.zeros_like(term[:1]), term]), first(term))
+        return Draws(
+            torch.cat([drawn.unsqueeze(0), points]), torch.cat([torch.zeros_like(term[:1]), term]), first(term)
+        )
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None

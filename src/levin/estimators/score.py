@@ -1,6 +1,6 @@
 """The score function and its baselines: any distribution with a `log_prob`, any cost.
 
-    grad E f = E[(f(z) - b) grad log p(z)]        b independent of this z
+grad E f = E[(f(z) - b) grad log p(z)]        b independent of this z
 """
 
 from dataclasses import dataclass
