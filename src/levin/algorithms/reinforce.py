@@ -78,8 +78,8 @@ class REINFORCE(Algorithm):
         average_over: `transitions`, or `episodes`: the gradient of J exactly, longer episodes weigh more.
         normalize_advantage: To mean 0 and deviation 1 over the transitions of an update.
         transitions_per_update: At least so many, in complete episodes: 2048.
-        episodes_per_update: At least so many. Where `transitions_per_update` decides how many there are, the last one is
-            longer than most, which is a bias of its own.
+        episodes_per_update: At least so many. Where `transitions_per_update` decides how many there are, the last one
+            is longer than most, which is a bias of its own.
         optimizer: Adam.
         lr: Of the policy: 2e-3.
         lr_schedule: `linear` takes it to 0.
@@ -222,7 +222,7 @@ class REINFORCE(Algorithm):
     def of_the_twin(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
         """G_t of the episode that follows, 0 where that is over by then: `[1, T, 1]`."""
         step, episode = rollout["step_count"].flatten(), self.episode(rollout).flatten()
-        table = torch.zeros(int(episode[-1]) + 2, int(step.max()) + 1, device=step.device, dtype=reward_to_go.dtype)
+        table = reward_to_go.new_zeros(int(episode[-1]) + 2, rollout.shape[1])
         table[episode, step] = reward_to_go.flatten()
         return table[episode + 1, step].view_as(reward_to_go)
 

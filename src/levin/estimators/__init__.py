@@ -1,4 +1,4 @@
-"""Gradient estimators: of the gradient of an expectation, by draws from what it is over. The README beside this file."""
+"""Estimates of the gradient of an expectation, by draws from what it is over: see the README beside this file."""
 
 from levin.estimators.base import Draws, Estimator, attach, magic_box
 from levin.estimators.binary import ARM, ARMS, DisARM

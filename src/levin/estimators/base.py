@@ -14,7 +14,7 @@ surrogate `[*B]`. What the cost depends on otherwise (a decoder, an earlier node
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Draws(NamedTuple):
 
     Args:
         value: The points, `[S, *B, *E]`.
-        log_prob: Their log-probability, `[S, *B]`, differentiable in the parameters; of estimators that need none: None.
+        log_prob: Their log-probability, `[S, *B]`, differentiable in the parameters; None where none is needed.
         weight: Of each cost in the estimate of E f, `[S, *B]`, without a gradient; None: 1/S.
         aux: What else the estimator needs to know of them.
     """
@@ -119,8 +119,8 @@ def magic_box(log_prob: Tensor) -> Tensor:
     return (log_prob - log_prob.detach()).exp()
 
 
-def split(dist: Distribution) -> tuple[Distribution, int]:
-    """What `Independent` wraps, and how many of its batch dimensions belong to the event."""
+def split(dist: Any) -> tuple[Any, int]:
+    """What `Independent` wraps, with its parameters, and how many of the batch dimensions belong to the event."""
     dims = 0
     while isinstance(dist, Independent):
         dist, dims = dist.base_dist, dims + dist.reinterpreted_batch_ndims

@@ -67,7 +67,8 @@ class DisARM(AtLogits):
 class ARMS(AtLogits):
     """n/(n-1) mean_i (f_i - mean f) (b_i - p) p (1 - p) / (p - P(b_i = b_j = 1)): n draws that avoid one another.
 
-    u_i = (1 - d_i)^(n-1) with d from a flat Dirichlet distribution, mirrored for p > 1/2. Source: Dimitriev and Zhou 2021.
+    u_i = (1 - d_i)^(n-1) with d from a flat Dirichlet distribution, mirrored for p > 1/2.
+    Source: Dimitriev and Zhou 2021.
 
     Args:
         num: n, 2 or more; 2 is DisARM.

@@ -22,7 +22,7 @@ class DiscreteLatent(Independent):
         ValueError: `unimix` is not in [0, 1).
     """
 
-    has_rsample = True
+    has_rsample = True  # type: ignore[assignment]
 
     def __init__(self, logits: Tensor, estimator: Relaxation | None = None, unimix: float = 0.0) -> None:
         if not 0 <= unimix < 1:

@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Normal, Poisson
+from torch.distributions import Distribution, Normal, Poisson
 
-from levin.estimators.base import Draws, Estimator, enumerated, event_sum, split
+from levin.estimators.base import Draws, Estimator, event_sum, split
 
 
 @dataclass(frozen=True)
 class MeasureValued(Estimator):
-    """Of choices: sum_k grad p_k f(z with part d = k). Poisson: f(x + e_d) - f(x). Normal, of the mean: f at m +- s W.
+    """Choices: sum_k grad p_k f(z, part d at k). Poisson: f(x + e_d) - f(x). Mean of a Normal: f at m +- s W.
 
     Points: of D parts, D K for choices, D + 1 for Poisson, 2 D + 1 for Normal. W = sqrt(2 E), E ~ Exp(1): the two halves
     share it, and the other parts. The scale of a Normal must not ask for a gradient.

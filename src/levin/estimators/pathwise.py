@@ -81,7 +81,7 @@ class StraightThrough(Relaxation):
 
 @dataclass(frozen=True)
 class DecoupledStraightThrough(Relaxation):
-    """D ~ softmax(l / tau_f), the gradient that of softmax(l / tau_b). Source: Shah et al. 2024, arXiv:2410.13331.
+    """D ~ softmax(l / tau_f), its gradient that of softmax(l / tau_b). Source: Shah et al. 2024, 2410.13331.
 
     Args:
         tau_forward: Of the draw; other than 1, E f is that of another distribution.
@@ -100,8 +100,8 @@ class DecoupledStraightThrough(Relaxation):
 class GumbelSoftmax(Relaxation):
     """y = softmax((l + G) / tau); hard: D + y - sg(y), with D the largest of y.
 
-    Bias falls to 0 and variance grows without end as tau falls to 0. Source: Jang et al. 2017, Maddison et al. 2017; the
-    lecture's row 22.
+    Bias falls to 0 and variance grows without end as tau falls to 0. Source: Jang et al. 2017, Maddison et al. 2017;
+    the lecture's row 22.
 
     Args:
         tau: Temperature.

@@ -1,7 +1,7 @@
 """Draws without replacement: of a finite distribution, no value is paid for twice.
 
-For one choice, or several independent ones that are few enough to be enumerated together. p is the probability of such a
-value, S the set of those drawn.
+For one choice, or several independent ones that are few enough to be enumerated together. p is the probability of a
+value of all of them, S the set of those drawn.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,8 @@ class SumAndSample(Estimator):
         return Draws(pick(values, indices), log_prob, weight)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        assert draws.log_prob is not None and draws.weight is not None
+        assert draws.log_prob is not None
+        assert draws.weight is not None
         return (draws.weight * cost.detach() * draws.log_prob).sum(0)  # p grad log p = grad p
 
 
@@ -104,7 +105,8 @@ class UnorderedSet(Estimator):
         return without / whole, torch.where(same, 1.0, pair / without.unsqueeze(1))
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        assert draws.log_prob is not None and draws.weight is not None
+        assert draws.log_prob is not None
+        assert draws.weight is not None
         (second,) = draws.aux
         cost, prob = cost.detach(), draws.log_prob.detach().exp()
         baseline = (prob * second * cost).sum(1)  # over t: [n, n, *B] -> [n, *B]
@@ -115,8 +117,8 @@ class UnorderedSet(Estimator):
 class WithoutReplacement(Estimator):
     """sum_{s in S} grad p(s)/q(s) (f(s) (1 - p(s) + p(s)/q(s)) - sum_{t in S} p(t)/q(t) f(t)): importance weights p/q.
 
-    q(s) = 1 - exp(-exp(log p(s) - kappa)), kappa the (n+1)-th largest of log p + G. Heavy tails where n is small. Source:
-    Kool et al. 2019 b.
+    q(s) = 1 - exp(-exp(log p(s) - kappa)), kappa the (n+1)-th largest of log p + G. Heavy tails where n is small.
+    Source: Kool et al. 2019 b.
 
     Args:
         num: n; all values: exact.
@@ -140,7 +142,8 @@ class WithoutReplacement(Estimator):
         return Draws(pick(values, indices), log_prob, log_prob.detach().exp() / included)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        assert draws.log_prob is not None and draws.weight is not None
+        assert draws.log_prob is not None
+        assert draws.weight is not None
         cost, weight, prob = cost.detach(), draws.weight, draws.log_prob.detach().exp()
         return (weight * (cost * (1 - prob + weight) - (weight * cost).sum(0)) * draws.log_prob).sum(0)
 
