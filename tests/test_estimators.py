@@ -3,6 +3,7 @@
 The reference is always the enumerated or integrated gradient, never another library.
 """
 
+import copy
 import itertools
 import math
 
@@ -64,6 +65,17 @@ COIN_WEIGHTS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 K = len(LOGITS)
 
 
+class Critic(nn.Module):
+    """`[..., size] -> [...]`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(size, 10), nn.Linear(10, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.out(self.hidden(z).tanh()).squeeze(-1)
+
+
 @pytest.fixture(autouse=True)
 def _double():
     torch.set_default_dtype(torch.float64)
@@ -95,7 +107,7 @@ def exact_gradient(family, logits: Tensor, function) -> Tensor:
     return torch.autograd.grad((log_prob.exp() * function(values)).sum(), leaf)[0]
 
 
-def per_row(estimator, family, logits: Tensor, function, rows: int, seed: int = 0) -> Tensor:
+def per_row(estimator, family, logits: Tensor, function, rows: int, *, seed: int = 0) -> Tensor:
     """One estimate a row: `[rows, *]`."""
     torch.manual_seed(seed)
     leaf = logits.expand(rows, *logits.shape).clone().requires_grad_()
@@ -165,8 +177,7 @@ def test_the_optimal_constant(monkeypatch):
         assert (mean - exact).abs().max() < 1e-10
     assert variance[best] == pytest.approx(0.762811, abs=6e-7)
     assert min(variance.values()) == variance[best]
-    # The one of other draws is unbiased too, and better than leave-one-out here
-    mean, found = moments(*every_outcome(monkeypatch, OptimalConstant(3)))
+    mean, _ = moments(*every_outcome(monkeypatch, OptimalConstant(3)))  # the one of other draws
     assert (mean - exact).abs().max() < 1e-10
 
 
@@ -455,12 +466,12 @@ def test_unbiased_within_noise(estimator, family, offset):
 def test_relax_is_unbiased_with_any_critic_and_learns(family):
     logits, function = PROBLEMS[family]
     torch.manual_seed(0)
-    critic = nn.Sequential(nn.Linear(len(logits), 10), nn.Tanh(), nn.Linear(10, 1), nn.Flatten(-2))
-    relax = RELAX(critic)
-    critic[2].weight.data *= 3  # a bad one
+    relax = RELAX(Critic(len(logits)))
     exact = exact_gradient(family, logits, function)
+    assert z_scores(per_row(relax, family, logits, function, ROWS), exact) < 4.5
+    relax.critic.out.weight.data.zero_()
+    relax.critic.out.bias.data.zero_()  # the plain score function
     before = per_row(relax, family, logits, function, ROWS)
-    assert z_scores(before, exact) < 4.5
     optimizer = torch.optim.Adam(relax.parameters(), lr=1e-2)
     for _ in range(300):
         draws = relax.sample(family(logits.expand(256, -1)))
@@ -475,7 +486,7 @@ def test_relax_is_unbiased_with_any_critic_and_learns(family):
 def test_lax_is_unbiased_in_mean_and_deviation_and_learns():
     """f = (x - k)^2: gradients 2 (m - k) and 2 s."""
     torch.manual_seed(0)
-    lax = LAX(nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1), nn.Flatten(-2)))
+    lax = LAX(Critic(1))
 
     def estimates(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -631,7 +642,7 @@ def test_a_value_baseline_for_a_square():
 def test_poisson(estimator):
     """E x^2 = r + r^2, gradient 1 + 2 r; as difference of two expectations E[(x + 1)^2 - x^2] = 2 r + 1."""
     rate = torch.tensor(1.7)
-    each = per_row(estimator, lambda r: Poisson(r), rate, torch.square, 200_000)
+    each = per_row(estimator, Poisson, rate, torch.square, 200_000)
     assert abs(each.mean() - (1 + 2 * rate)) < 4.5 * each.std() / len(each) ** 0.5
     if isinstance(estimator, MeasureValued):
         assert each.var().item() == pytest.approx(4 * 1.7, rel=0.03)
@@ -650,7 +661,11 @@ def test_the_score_function_takes_whatever_has_a_density():
     """Beta, a mixture, a squashed normal: against a sum over a fine grid."""
     grid = torch.linspace(-30, 30, 200_001)
     cases = {
-        "beta": (lambda p: Beta(p[..., 0], p[..., 1]), torch.tensor([2.0, 3.0]), torch.linspace(1e-6, 1 - 1e-6, 200_001)),
+        "beta": (
+            lambda p: Beta(p[..., 0], p[..., 1]),
+            torch.tensor([2.0, 3.0]),
+            torch.linspace(1e-6, 1 - 1e-6, 200_001),
+        ),
         "mixture": (
             lambda p: MixtureSameFamily(
                 Categorical(logits=p), Normal(torch.tensor([-1.0, 2.0]).expand_as(p), 0.5), validate_args=False
@@ -693,29 +708,29 @@ def test_dice_has_derivatives_of_any_order():
 
 
 EVERY = {
-    "Exact": (lambda: Exact(), choice),
-    "ScoreFunction": (lambda: ScoreFunction(), choice),
-    "MovingAverage": (lambda: MovingAverage(), choice),
-    "SelfCritical": (lambda: SelfCritical(), choice),
+    "Exact": (Exact, choice),
+    "ScoreFunction": (ScoreFunction, choice),
+    "MovingAverage": (MovingAverage, choice),
+    "SelfCritical": (SelfCritical, choice),
     "LeaveOneOut": (lambda: LeaveOneOut(4), choice),
     "OptimalConstant": (lambda: OptimalConstant(4), choice),
-    "Dice": (lambda: Dice(), choice),
+    "Dice": (Dice, choice),
     "Reparameterized": (lambda: Reparameterized(2), lambda leaf: Independent(Normal(leaf, 1.0), 1)),
-    "StraightThrough": (lambda: StraightThrough(), choice),
-    "DecoupledStraightThrough": (lambda: DecoupledStraightThrough(), choice),
+    "StraightThrough": (StraightThrough, choice),
+    "DecoupledStraightThrough": (DecoupledStraightThrough, choice),
     "GumbelSoftmax": (lambda: GumbelSoftmax(0.5), choice),
-    "GumbelRao": (lambda: GumbelRao(), choice),
-    "ReinMax": (lambda: ReinMax(), choice),
+    "GumbelRao": (GumbelRao, choice),
+    "ReinMax": (ReinMax, choice),
     "SumAndSample": (lambda: SumAndSample(3), choice),
     "UnorderedSet": (lambda: UnorderedSet(3), choice),
     "WithoutReplacement": (lambda: WithoutReplacement(4), choice),
-    "ARM": (lambda: ARM(), coins),
-    "DisARM": (lambda: DisARM(), coins),
+    "ARM": (ARM, coins),
+    "DisARM": (DisARM, coins),
     "ARMS": (lambda: ARMS(4), coins),
-    "REBAR": (lambda: REBAR(), choice),
-    "RELAX": (lambda: RELAX(nn.Sequential(nn.Linear(K, 1), nn.Flatten(-2))), choice),
-    "LAX": (lambda: LAX(nn.Sequential(nn.Linear(K, 1), nn.Flatten(-2))), lambda leaf: Independent(Normal(leaf, 1.0), 1)),
-    "MeasureValued": (lambda: MeasureValued(), choice),
+    "REBAR": (REBAR, choice),
+    "RELAX": (lambda: RELAX(Critic(K)), choice),
+    "LAX": (lambda: LAX(Critic(K)), lambda leaf: Independent(Normal(leaf, 1.0), 1)),
+    "MeasureValued": (MeasureValued, choice),
 }
 
 
@@ -730,6 +745,7 @@ def test_other_parameters_get_the_gradient_of_the_mean_cost(name):
     make, family = EVERY[name]
     estimator, decoder = make(), torch.randn(K, generator=torch.Generator().manual_seed(0)).requires_grad_()
     leaf = torch.randn(7, 2, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    again = copy.deepcopy(estimator)
     torch.manual_seed(0)
     draws = estimator.sample(family(leaf))
     assert draws.value.shape[1:] == (7, 2, K)
@@ -740,14 +756,8 @@ def test_other_parameters_get_the_gradient_of_the_mean_cost(name):
     torch.testing.assert_close(surrogate, (weight * cost).sum(0), check_dtype=False)
     with_graph = torch.autograd.grad(surrogate.sum(), decoder, retain_graph=True)[0]
     torch.testing.assert_close(with_graph, torch.autograd.grad((weight * cost).sum(), decoder, retain_graph=True)[0])
-    # and both steps are the call
-    torch.manual_seed(0)
-    again = make()
-    if isinstance(estimator, nn.Module):
-        again.load_state_dict({**estimator.state_dict(), **{k: v for k, v in again.state_dict().items() if "a" == k}})
-    if not isinstance(estimator, MovingAverage):
-        called = again(family(leaf), lambda z: (z * decoder).sum(-1).square())
-        torch.testing.assert_close(called, surrogate)
+    torch.manual_seed(0)  # and the call is both steps
+    torch.testing.assert_close(again(family(leaf), lambda z: (z * decoder).sum(-1).square()), surrogate)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -780,7 +790,11 @@ def test_extreme_parameters_stay_finite(name):
 REFUSED = [
     (ARM(), Normal(0.0, 1.0), "ARM is for Bernoulli, not for Normal: take LeaveOneOut or UnorderedSet for choices"),
     (DisARM(), OneHotCategorical(logits=torch.zeros(3)), "DisARM is for Bernoulli, not for OneHotCategorical"),
-    (Reparameterized(), Categorical(logits=torch.zeros(3)), "no path through a sample of Categorical: take ScoreFunction"),
+    (
+        Reparameterized(),
+        Categorical(logits=torch.zeros(3)),
+        "no path through a sample of Categorical: take ScoreFunction",
+    ),
     (Reparameterized(), Poisson(torch.ones(3)), "no path through a sample of Poisson"),
     (StraightThrough(), Categorical(logits=torch.zeros(3)), "a OneHotCategorical instead of a Categorical"),
     (Exact(), Poisson(torch.ones(3)), "Exact is for Bernoulli and Categorical and OneHotCategorical, not for Poisson"),
@@ -820,10 +834,7 @@ def test_wrong_values_are_sentences(make, said):
         make()
 
 
-COMPILED = [name for name in EVERY if name not in ("REBAR", "RELAX", "LAX")]
-
-
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"REBAR", "RELAX", "LAX"}))  # these differentiate on their way
 def test_compiled_in_one_graph(name):
     """The same numbers as eager, with the same draws."""
     make, family = EVERY[name]

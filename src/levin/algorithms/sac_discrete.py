@@ -236,6 +236,7 @@ class SACDiscrete(Algorithm):
             with torch.no_grad():
                 q = single(self.critic(observation)).amin(0)  # [2, B, A] -> [B, A]
             if isinstance(self.estimator, Exact):
+                assert isinstance(policy, Categorical)
                 return (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
         draws = self.estimator.sample(self.one_hot.distribution(policy.logits))
         action = self.one_hot.join(draws.value)  # [S, B, D, K] -> [S, B, A]

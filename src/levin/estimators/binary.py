@@ -85,9 +85,10 @@ class ARMS(AtLogits):
         exponential = torch.empty(self.num, *l.shape, dtype=l.dtype, device=l.device).exponential_()
         u = (1 - exponential / exponential.sum(0)).clamp(min=0) ** (self.num - 1)
         b = torch.where(l > 0, u >= less, u < less).to(l)
-        both = (2 * less ** (1 / (self.num - 1)) - 1).clamp(min=0) ** (self.num - 1)  # P(u_i, u_j < less)
-        both = torch.where(l > 0, 1 - 2 * less + both, both)
-        factor = (b - p) * p * (1 - p) / (p - both) / (self.num - 1)
+        both = (2 * less ** (1 / (self.num - 1)) - 1).clamp(min=0) ** (self.num - 1)  # P(u_i < less, u_j < less)
+        # p (1 - p) / (p - P(b_i = b_j = 1)), the same for p and 1 - p
+        ratio = (1 - less) / (1 - both / less.clamp(min=torch.finfo(less.dtype).tiny))
+        factor = (b - p) * ratio / (self.num - 1)
         # sum_i (f_i - mean f) factor_i = sum_i f_i (factor_i - mean factor)
         return self.at_logits(dist, b, factor - factor.mean(0))
 

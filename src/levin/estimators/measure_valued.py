@@ -18,7 +18,7 @@ from levin.estimators.base import Draws, Estimator, event_sum, split
 
 @dataclass(frozen=True)
 class MeasureValued(Estimator):
-    """Choices: sum_k grad p_k f(z, part d at k). Poisson: f(x + e_d) - f(x). Mean of a Normal: f at m +- s W.
+    """Choices: sum_k grad p_k f(part d at k). Poisson: f(x + e_d) - f(x). Mean of a Normal: f(m +- s W).
 
     Points: of D parts, D K for choices, D + 1 for Poisson, 2 D + 1 for Normal. W = sqrt(2 E), E ~ Exp(1): the two halves
     share it, and the other parts. The scale of a Normal must not ask for a gradient.

@@ -184,6 +184,6 @@ def gumbel_given(draw: Tensor, log_probs: Tensor) -> Tensor:
 
     The largest is a standard Gumbel variable; the others are cut off there. Source: Maddison et al. 2014.
     """
-    noise = torch.empty_like(log_probs).exponential_()
-    largest = (noise * draw).sum(-1, keepdim=True)  # [..., K] -> [..., 1]
-    return torch.where(draw > 0, -largest.log(), -(noise * (-log_probs).exp() + largest).log())
+    log_noise = torch.empty_like(log_probs).exponential_().log()
+    largest = (log_noise * draw).sum(-1, keepdim=True)  # [..., K] -> [..., 1]
+    return -torch.where(draw > 0, largest, torch.logaddexp(log_noise - log_probs, largest))

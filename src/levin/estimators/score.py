@@ -81,8 +81,9 @@ class MovingAverage(Estimator, nn.Module):
         if not 0 <= decay < 1:
             raise ValueError(f"a decay is in [0, 1), got {decay}")
         self.decay, self.num = decay, num
-        self.register_buffer("average", torch.zeros(()))
-        self.register_buffer("total", torch.zeros(()))  # of the weights, so that the first costs count in full
+        # [1] and not []: torch.compile of 2.13 loses what is written into a double without a dimension.
+        self.register_buffer("average", torch.zeros(1))
+        self.register_buffer("total", torch.zeros(1))  # of the weights, so that the first costs count in full
 
     def draw(self, dist: Distribution) -> Draws:
         return at(dist, dist.sample(torch.Size([self.num])))
