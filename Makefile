@@ -20,7 +20,7 @@ space := $() $()
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report variance fork bench bench-setup test test-slow drill lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators fork bench bench-setup test test-slow drill lint format lock clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,15 +71,21 @@ pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] begins a ne
 variance: .venv/.core .venv/.report ## Measures the variance of the policy gradient's forms again, half an hour
 	$(BIN)/python -m experiments.variance.run
 
+lab: .venv/.core .venv/.report ## [ARGS="out=runs/lab rows=20000"] Measures gradient estimators on known gradients, minutes
+	$(BIN)/python -m levin.estimators.lab $(ARGS)
+
+estimators: .venv/.core .venv/.report ## The lab, an autoencoder and two algorithms with other estimators again, half an hour
+	$(BIN)/python -m experiments.estimators.run
+
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
 	$(BIN)/python -m levin.report $(if $(CHECK),check=true)
 
-bench: .venv/.core .venv/.mujoco ## [WHAT=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint] speed beside the peers, interleaved
+bench: .venv/.core .venv/.mujoco ## [WHAT=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint|estimators] speed beside the peers, interleaved
 	$(BIN)/python -m levin.bench what=$(or $(WHAT),sac) $(ARGS)
 
 bench-setup: ## Install the peers into an environment of their own
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
 
 test: $(suite) ## Tests, in minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

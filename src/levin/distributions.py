@@ -100,7 +100,6 @@ class OneHot:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes, self.widest = list(sizes), max(sizes)
-        self.starts = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)  # [D], where each begins
 
     @property
     def max_entropy(self) -> float:
@@ -114,8 +113,8 @@ class OneHot:
 
     def encode(self, action: Tensor) -> Tensor:
         """`[B]` or `[B, D]` int64 -> `[B, A]`."""
-        index = action.view(len(action), -1) + self.starts.to(action.device)
-        return torch.zeros(len(action), sum(self.sizes), device=action.device).scatter_(1, index, 1.0)
+        parts = zip(action.view(len(action), -1, 1).unbind(1), self.sizes, strict=True)  # D x [B, 1]
+        return torch.cat([part == torch.arange(size, device=part.device) for part, size in parts], -1).float()
 
     def distribution(self, logits: Tensor) -> Independent:
         """`[B, A]` -> D choices of K, `[B, D, K]`; shorter ones are filled up with values that never come."""

@@ -1,4 +1,4 @@
-"""`python -m levin.bench what=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint`: prints medians and ratios."""
+"""`python -m levin.bench what=sac`, or what else `bench` lists below: prints medians and ratios."""
 
 import subprocess
 import tempfile
@@ -25,7 +25,7 @@ def checkpoint(*, rounds: int, threads: int) -> None:
 
 def bench(
     *,
-    what: Literal["sac", "td3", "ddpg", "dqn", "ppo", "a2c", "trpo", "collect", "memory", "checkpoint"],
+    what: Literal["sac", "td3", "ddpg", "dqn", "ppo", "a2c", "trpo", "collect", "memory", "checkpoint", "estimators"],
     segments: PositiveInt = 10,
     threads: PositiveInt = 2,
 ) -> None:
@@ -33,12 +33,16 @@ def bench(
 
     Args:
         what: An algorithm: training runs; `collect`: rollouts alone; `memory`: replay, full; `checkpoint`: what saving
-            costs a run.
+            costs a run; `estimators`: of gradients.
         segments: Rounds, each one segment of every side.
         threads: Torch threads of each side.
     """
     if what == "checkpoint":
         checkpoint(rounds=segments, threads=threads)
+    elif what == "estimators":
+        from levin.bench.estimators import estimators
+
+        estimators(rounds=segments, threads=threads)
     elif what == "memory":
         from levin.bench.memory import memory
 

@@ -11,7 +11,6 @@ Shapes: `dist` has a batch shape `[*B]` and an event shape `[*E]`; points are `[
 surrogate `[*B]`. What the cost depends on otherwise (a decoder, an earlier node) gets its gradient as well, unweighted.
 """
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -160,8 +159,10 @@ def enumerated(dist: Distribution) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{len(each)} ** {shape.numel()} values are too many to go through, the limit is {MAX_SUPPORT}"
         )
-    indices = torch.tensor(list(itertools.product(range(len(each)), repeat=shape.numel())), device=each.device)
-    values = each[indices].view(len(indices), *shape, *base.event_shape)
-    values = values.view(len(indices), *[1] * len(dist.batch_shape), *dist.event_shape)
+    # The digits of 0, 1, 2, ... in base K are every combination
+    number = torch.arange(len(each) ** shape.numel(), device=each.device).unsqueeze(-1)  # [M, 1]
+    place = len(each) ** torch.arange(shape.numel() - 1, -1, -1, device=each.device)  # [D]
+    values = each[number // place % len(each)]  # [M, D, *e]
+    values = values.view(len(values), *[1] * len(dist.batch_shape), *dist.event_shape)
     values = values.expand(-1, *dist.batch_shape, *dist.event_shape)
     return values, dist.log_prob(values)

@@ -20,8 +20,8 @@ from levin.estimators.base import Draws, Estimator, event_sum, split
 class MeasureValued(Estimator):
     """Choices: sum_k grad p_k f(part d at k). Poisson: f(x + e_d) - f(x). Mean of a Normal: f(m +- s W).
 
-    Points: of D parts, D K for choices, D + 1 for Poisson, 2 D + 1 for Normal. W = sqrt(2 E), E ~ Exp(1): the two halves
-    share it, and the other parts. The scale of a Normal must not ask for a gradient.
+    Points: of D parts, D K for choices, D + 1 for Poisson, 2 D + 1 for Normal. W = sqrt(2 E), E ~ Exp(1): the two
+    halves share it, and the other parts. The scale of a Normal must not ask for a gradient.
     """
 
     families: ClassVar = ("bernoulli", "one_hot", "categorical", "poisson", "normal")
@@ -39,9 +39,11 @@ class MeasureValued(Estimator):
         base, dims = split(dist)
         values = base.enumerate_support()  # each part at value k: [K, *base, *e]
         log_prob = base.log_prob(values)  # [K, *base]
-        parts = torch.eye(base.batch_shape[len(base.batch_shape) - dims :].numel(), dtype=torch.bool)
+        parts = torch.eye(
+            base.batch_shape[len(base.batch_shape) - dims :].numel(), dtype=torch.bool, device=drawn.device
+        )
         parts = parts.view(len(parts), 1, *[1] * len(dist.batch_shape), *base.batch_shape[len(dist.batch_shape) :])
-        parts = parts.to(drawn.device)  # which one is set: [D, 1, 1 .., *parts]
+        # which one is set: [D, 1, 1 .., *parts]
         set_ = parts.view(*parts.shape, *[1] * len(base.event_shape))
         points = torch.where(set_, values, drawn)  # [D, K, *B, *E]
         term = torch.where(parts, log_prob.exp(), 0.0)

@@ -1,0 +1,234 @@
+"""What estimators of a gradient are worth: on known gradients, in an autoencoder, and in two algorithms.
+
+`make estimators` writes lab.csv and curves.csv (levin.estimators.lab), autoencoder.csv, learning.csv, their pictures
+and README.md beside this file. Training runs that are there are not made again.
+"""
+
+import csv
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from levin import config, runs
+from levin.aggregates import iqm_with_interval
+from levin.estimators import (
+    REBAR,
+    Estimator,
+    GumbelRao,
+    GumbelSoftmax,
+    LeaveOneOut,
+    ReinMax,
+    ScoreFunction,
+    StraightThrough,
+)
+from levin.estimators.digits import evaluate, fit
+from levin.estimators.lab import lab, write
+from levin.estimators.lab_pictures import read
+from levin.train import train
+
+HERE = Path(__file__).parent
+RUNS = HERE.parent.parent / "runs" / "estimators"
+SEEDS = range(3)
+
+# Name -> estimator, and the test -ELBO of a first implementation (one, two seeds), before this one was written
+AUTOENCODER: dict[str, tuple[Estimator, float | None]] = {
+    "leave-one-out, 4": (LeaveOneOut(4), 19.12),
+    "ReinMax": (ReinMax(), 19.38),
+    "ReinMax, 1.3": (ReinMax(1.3), 19.48),
+    "Gumbel-Rao, 0.5": (GumbelRao(), 19.64),
+    "REBAR": (REBAR(), 19.69),
+    "leave-one-out, 2": (LeaveOneOut(2), 19.80),
+    "Gumbel-softmax, 0.5": (GumbelSoftmax(0.5), 19.85),
+    "ST Gumbel-softmax, 0.5": (GumbelSoftmax(0.5, hard=True), 19.97),
+    "ST Gumbel-softmax, 1": (GumbelSoftmax(1.0, hard=True), 20.18),
+    "straight-through": (StraightThrough(), 21.06),
+    "score, 4": (ScoreFunction(4), 22.92),
+}
+
+COMMON = ["env=cartpole", "trainer.threads=1", "trainer.accelerator=cpu", "logger=csv", "eval.every=2000"]
+# Nothing but the estimator differs. Advantages as they are: dividing by their deviation would hide what they vary by.
+REINFORCE = ["algo=reinforce", "algo.normalize_advantage=false", "algo.lr=1e-3", "algo.max_grad_norm=null"]
+REINFORCE += ["algo.transitions_per_update=1000", "algo.episodes_per_update=2", "algo.entropy_coef=0"]
+REINFORCE += ["algo.critic_updates=50", "total_env_steps=60_000"]
+# The critic reads the action: of a list of values, which is linear in the action, most of these are the same.
+SAC = ["algo=sac_discrete", "algo.critic=state_action", "algo.hidden_sizes=[128,128]", "algo.batch_size=128"]
+SAC += ["algo.actor_lr=1e-3", "algo.critic_lr=1e-3", "algo.alpha_lr=1e-3", "total_env_steps=30_000"]
+FORMS = {
+    **{
+        ("REINFORCE", name): [*REINFORCE, f"algo.advantage={name}"]
+        for name in ("return", "reward_to_go", "leave_one_out", "self_critical", "baseline")
+    },
+    **{
+        ("SAC-discrete", name): [*SAC, f"algo.actor_estimator={name}"]
+        for name in ("exact", "loo", "straight_through", "gumbel_softmax", "reinmax")
+    },
+}
+
+
+def at_once(function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
+    """As many as there are cores, each with one thread."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return [done.result() for done in [pool.submit(function, *job) for job in jobs]]
+
+
+def autoencode(name: str, seed: int) -> float:
+    """Test -ELBO."""
+    torch.set_num_threads(1)
+    return evaluate(fit(AUTOENCODER[name][0], seed))
+
+
+def measure_autoencoder() -> None:
+    """Write autoencoder.csv."""
+    jobs = [(name, seed) for name in AUTOENCODER for seed in SEEDS]
+    found = zip(jobs, at_once(autoencode, jobs), strict=True)
+    rows = [{"estimator": name, "seed": seed, "negative_elbo": elbo} for (name, seed), elbo in found]
+    write(HERE / "autoencoder.csv", rows)
+
+
+def run_of(algo: str, name: str, seed: int) -> Path:
+    """Its folder."""
+    return RUNS / f"{algo}_{name}_s{seed}"
+
+
+def learn(algo: str, name: str, seed: int) -> None:
+    """One run."""
+    runs.quiet()
+    cfg = config.compose([*COMMON, *FORMS[algo, name], f"seed={seed}"])
+    run = run_of(algo, name, seed)
+    if (runs.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
+        train(cfg, run)
+
+
+def measure_learning() -> None:
+    """Write learning.csv: every evaluation of every run."""
+    jobs = [(*form, seed) for seed in SEEDS for form in FORMS]
+    at_once(learn, jobs)
+    with (HERE / "learning.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["algorithm", "estimator", "seed", "env_steps", "return_mean"])
+        for algo, name, seed in jobs:
+            with (run_of(algo, name, seed) / "metrics.csv").open() as metrics:
+                rows = [row for row in csv.DictReader(metrics) if row["eval/return_mean"]]
+            for row in rows:  # iterations end where episodes do: a grid that all seeds share
+                steps = int(row["env_steps"]) // 2000 * 2000
+                writer.writerow([algo, name, seed, steps, row["eval/return_mean"]])
+
+
+def draw_learning() -> dict[tuple[str, str], float]:
+    """learning.png; gives the mean return over each run, averaged over the seeds."""
+    curves: dict[tuple[str, str], dict[int, list[float]]] = {form: defaultdict(list) for form in FORMS}
+    for row in read(HERE / "learning.csv"):
+        curves[row["algorithm"], row["estimator"]][int(row["env_steps"])].append(float(row["return_mean"]))
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    for axes, algorithm in zip(panels, ("REINFORCE", "SAC-discrete"), strict=True):
+        for (algo, name), by_step in curves.items():
+            if algo != algorithm:
+                continue
+            steps = sorted(step for step, values in by_step.items() if len(values) == len(SEEDS))
+            middle, (low, high) = iqm_with_interval(np.array([by_step[step] for step in steps]).T[:, None])
+            (line,) = axes.plot(steps, middle, label=name)
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        title = f"{algorithm}, CartPole-v1, {len(SEEDS)} seeds: IQM, 95% interval"
+        axes.set(xlabel="env steps", ylabel="return", title=title, ylim=(0, 510))
+        axes.legend(loc="upper left", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "learning.png", dpi=110)
+    plt.close(figure)
+    return {form: mean(mean(values) for values in by_step.values()) for form, by_step in curves.items()}
+
+
+def autoencoder_table() -> str:
+    """Markdown."""
+    elbos: dict[str, list[float]] = defaultdict(list)
+    for row in read(HERE / "autoencoder.csv"):
+        elbos[row["estimator"]].append(float(row["negative_elbo"]))
+    lines = ["| estimator | test -ELBO, nats | per seed | a first implementation's |", "|---|---|---|---|"]
+    for name, values in sorted(elbos.items(), key=lambda each: mean(each[1])):
+        seeds = " ".join(f"{value:.2f}" for value in values)
+        lines.append(f"| {name} | {mean(values):.2f} | {seeds} | {AUTOENCODER[name][1]:.2f} |")
+    return "\n".join(lines)
+
+
+def lab_table() -> str:
+    """Markdown: relative bias and variance of all estimators on the finite problems."""
+    rows = read(HERE / "lab.csv")
+    names = list(dict.fromkeys(row["problem"] for row in rows))
+    estimators = list(dict.fromkeys(row["estimator"] for row in rows))
+    cells = {(row["problem"], row["estimator"]): row for row in rows}
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for estimator in estimators:
+        words = [estimator]
+        for name in names:
+            row = cells.get((name, estimator))
+            words.append(cell(row) if row else "")
+        lines.append("| " + " | ".join(words) + " |")
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, str]) -> str:
+    """Variance, and the relative bias where it is more than noise."""
+    bias, error = float(row["relative_bias"]), float(row["standard_error"])
+    return f"{float(row['variance']):.2g}" + (f" (bias {bias:.0%})" if bias > 3 * error + 1e-3 else "")
+
+
+def report() -> None:
+    """README.md and learning.png from the tables alone."""
+    returns = draw_learning()
+    learned = "\n".join(f"| {algo} | {name} | {value:.0f} |" for (algo, name), value in returns.items())
+    text = TEXT.format(lab=lab_table(), autoencoder=autoencoder_table(), learned=learned, seeds=len(SEEDS))
+    (HERE / "README.md").write_text(text)
+
+
+TEXT = """# What estimators of a gradient are worth
+
+Made by `make estimators`: tables, pictures and this page. What the estimators are:
+[src/levin/estimators](../../src/levin/estimators/README.md).
+
+## On known gradients
+
+Variance of one estimate, summed over the parameters, and its bias relative to the gradient, where that is more than
+noise. `lab.csv` has mean squared errors, directions, evaluations, milliseconds and their products with the variance.
+
+{lab}
+
+![Mean squared errors](lab.png)
+
+![Over theta and over temperature](curves.png)
+
+On the coin, whose values are nearly the same, relaxations point in the wrong direction, REBAR is no better than the
+plain score function before its weight is learned, and two draws that are each other's baseline are 50,000 times better.
+
+## A discrete autoencoder
+
+Eight choices of eight values for 8 x 8 digits, {seeds} seeds, 2,500 updates each; 20 draws for each test digit.
+
+{autoencoder}
+
+## Two algorithms
+
+CartPole-v1, {seeds} seeds; nothing but the estimator differs. For discrete SAC the critic reads the action, so that its
+gradient between actions, which relaxations follow, is that of a network which was never asked for such points.
+
+| algorithm | estimator | return, averaged over the run and the seeds |
+|---|---|---|
+{learned}
+
+![Learning](learning.png)
+"""
+
+
+if __name__ == "__main__":
+    runs.quiet()
+    lab(out=str(HERE))
+    measure_autoencoder()
+    measure_learning()
+    report()

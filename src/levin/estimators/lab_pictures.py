@@ -1,0 +1,79 @@
+"""The lab's tables as pictures."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+UNBIASED, BIASED = "#2b6cb0", "#c05621"
+# Biased by construction, whatever a measured bias says; what is exact for one problem is drawn as what it is for others
+RELAXATIONS = {"straight-through", "Gumbel-softmax, 0.5", "ST Gumbel-softmax, 0.5", "Gumbel-Rao, 0.5", "ReinMax"}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a table."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def draw(folder: Path) -> None:
+    """lab.png and curves.png from lab.csv and curves.csv."""
+    draw_table(read(folder / "lab.csv"), folder / "lab.png")
+    draw_curves(read(folder / "curves.csv"), folder / "curves.png")
+
+
+def draw_table(rows: list[dict[str, str]], path: Path) -> None:
+    """Mean squared error of one estimate over the squared gradient, for every problem; how much of it is bias."""
+    by_problem = defaultdict(list)
+    for row in rows:
+        by_problem[row["problem"]].append(row)
+    figure, grid = plt.subplots(2, 4, figsize=(17, 9), layout="constrained")
+    for axes, (problem, group) in zip(grid.flat, by_problem.items(), strict=False):
+        # What is exact has no place on a logarithmic axis
+        bars = sorted((row for row in group if float(row["mse"]) > 1e-12), key=lambda row: -float(row["mse"]))
+        names, values = [row["estimator"] for row in bars], [float(row["relative_mse"]) for row in bars]
+        axes.barh(names, values, color=[BIASED if name in RELAXATIONS else UNBIASED for name in names], alpha=0.55)
+        squared = [float(row["relative_bias"]) ** 2 for row in bars]
+        biased = [row["estimator"] in RELAXATIONS for row in bars]  # the bias of others is noise
+        for name, value, drawn in zip(names, squared, biased, strict=True):
+            if drawn:
+                axes.plot([value], [name], "|", color="black", markersize=9)
+        axes.set(xscale="log", title=problem, xlim=(min(values) / 30, max(values) * 2))
+        axes.tick_params(axis="y", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(by_problem) :]:
+        axes.axis("off")
+        for y, (color, text) in enumerate(((BIASED, "relaxations"), (UNBIASED, "unbiased"))):
+            axes.barh([y], [1], color=color, alpha=0.55)
+            axes.text(1.1, y, text, va="center")
+        axes.text(
+            0,
+            -1.4,
+            "bars: mean squared error of one estimate\nover the squared gradient\nticks: the squared bias in it",
+        )
+        axes.set(xlim=(0, 6), ylim=(-6, 4))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
+    """Variance over theta; bias and variance over temperature."""
+    panels = [
+        ("theta", "variance", "theta of a coin, E[(b - 0.45)^2]", "variance", "linear"),
+        ("tau", "relative_bias", "temperature, a choice of five", "relative bias", "log"),
+        ("tau", "variance", "temperature, a choice of five", "variance", "log"),
+    ]
+    figure, grid = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    for axes, (axis, what, xlabel, ylabel, xscale) in zip(grid, panels, strict=True):
+        lines = defaultdict(list)
+        for row in rows:
+            if row["axis"] == axis and float(row[what]) > 1e-12:
+                lines[row["estimator"]].append((float(row["x"]), float(row[what])))
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale="log")
+        axes.legend(fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
