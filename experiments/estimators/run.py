@@ -177,7 +177,8 @@ def lab_table() -> str:
 def cell(row: dict[str, str]) -> str:
     """Variance, and the relative bias where it is more than noise."""
     bias, error = float(row["relative_bias"]), float(row["standard_error"])
-    return f"{float(row['variance']):.2g}" + (f" (bias {bias:.0%})" if bias > 3 * error + 1e-3 else "")
+    variance = float(row["variance"]) if float(row["variance"]) > 1e-12 else 0.0
+    return f"{variance:.2g}" + (f" (bias {bias:.2g})" if bias > 3 * error + 1e-3 else "")
 
 
 def report() -> None:

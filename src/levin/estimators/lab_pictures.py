@@ -47,11 +47,8 @@ def draw_table(rows: list[dict[str, str]], path: Path) -> None:
         for y, (color, text) in enumerate(((BIASED, "relaxations"), (UNBIASED, "unbiased"))):
             axes.barh([y], [1], color=color, alpha=0.55)
             axes.text(1.1, y, text, va="center")
-        axes.text(
-            0,
-            -1.4,
-            "bars: mean squared error of one estimate\nover the squared gradient\nticks: the squared bias in it",
-        )
+        said = "bars: mean squared error of one estimate,\nover the squared gradient\nticks: the squared bias in it"
+        axes.text(0, -1, said, va="top")
         axes.set(xlim=(0, 6), ylim=(-6, 4))
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -68,7 +65,8 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
     for axes, (axis, what, xlabel, ylabel, xscale) in zip(grid, panels, strict=True):
         lines = defaultdict(list)
         for row in rows:
-            if row["axis"] == axis and float(row[what]) > 1e-12:
+            noise = 2 * float(row["standard_error"]) if what == "relative_bias" else 1e-12
+            if row["axis"] == axis and float(row[what]) > noise:
                 lines[row["estimator"]].append((float(row["x"]), float(row[what])))
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker=".", label=name)
