@@ -36,7 +36,9 @@ def test_its_numbers_are_those_of_the_closed_forms():
     assert found["variance_x_evaluations"] == pytest.approx(2 * found["variance"])
     biased = lab.measure(StraightThrough(), problem, 20_000)
     assert biased["relative_bias"] == pytest.approx(0.98388, abs=0.03)
-    assert biased["mse"] == pytest.approx(biased["variance"] + (0.98388 * float(problem.gradient.norm())) ** 2, rel=0.05)
+    assert biased["mse"] == pytest.approx(
+        biased["variance"] + (0.98388 * float(problem.gradient.norm())) ** 2, rel=0.05
+    )
 
 
 def test_the_problems_gradients():

@@ -1,6 +1,7 @@
 """What is particular to the off-policy line: every hyper-parameter does what its name says, exploration, pixels."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 import oracles
-from checks import make_batch, metrics, same, saved
+from checks import captured_and_eager_are_the_same, compiled_and_eager_are_the_same, make_batch, metrics, same, saved
 from levin import collectors, config, envs, resume
 from levin.distributions import Categorical, MultiCategorical, OneHot
 from levin.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
 from levin.replay import FrameReplay
 from levin.train import build, train
-from rows import LATE
+from rows import LATE, ROWS
 
 CONTINUOUS, DISCRETE = ("ddpg", "td3", "sac"), ("dqn", "sac_discrete")
 SMALL = (
@@ -222,6 +223,15 @@ def test_estimators_of_the_actor(env, critic):
         found = actor_gradient(algorithm, logits, observation, sizes)
         error = (found.mean(0) - exact).abs() / (found.std(0) / 60_000**0.5 + 1e-6)
         assert (error.max() < 4.5) == (name in agreeing), (name, error)
+
+
+@pytest.mark.parametrize("name", ["exact", "loo", "straight_through", "gumbel_softmax", "reinmax"])
+def test_estimators_of_the_actor_are_compiled_once_and_recorded(name, tmp_path):
+    (row,) = (row for row in ROWS if row.algo == "sac_discrete")
+    words = ("env=gym", "env.id=toy_envs:Buttons-v0", "algo.critic=state_action", f"algo.actor_estimator={name}")
+    row = replace(row, small=(*row.small, *words))
+    compiled_and_eager_are_the_same(row, tmp_path / "compiled")
+    captured_and_eager_are_the_same(row, tmp_path / "captured")
 
 
 def test_several_choices_one_after_another():

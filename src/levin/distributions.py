@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, OneHotCategorical
 from torch.nn.functional import pad, softplus
+
+from levin.estimators.latent import DiscreteLatent
 
 LOG_2PI = math.log(2 * math.pi)
 NEVER = -1e9  # the logit of a value that is none
@@ -116,13 +117,11 @@ class OneHot:
         parts = zip(action.view(len(action), -1, 1).unbind(1), self.sizes, strict=True)  # D x [B, 1]
         return torch.cat([part == torch.arange(size, device=part.device) for part, size in parts], -1).float()
 
-    def distribution(self, logits: Tensor) -> Independent:
+    def distribution(self, logits: Tensor) -> DiscreteLatent:
         """`[B, A]` -> D choices of K, `[B, D, K]`; shorter ones are filled up with values that never come."""
         parts = logits.split(self.sizes, -1)
         padded = [pad(part, (0, self.widest - part.shape[-1]), value=NEVER) for part in parts]
-        return Independent(
-            OneHotCategorical(logits=torch.stack(padded, -2), validate_args=False), 1, validate_args=False
-        )
+        return DiscreteLatent(torch.stack(padded, -2))
 
     def join(self, choices: Tensor) -> Tensor:
         """`[..., D, K] -> [..., A]`."""

@@ -14,10 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
-from torch.nn.functional import one_hot
 
 from levin.estimators.base import Draws, Estimator, above_zero, attach, split, trailing_sum
-from levin.estimators.pathwise import gumbel, gumbel_given
+from levin.estimators.pathwise import gumbel, gumbel_given, largest
 
 DISCRETE = ("bernoulli", "one_hot")
 
@@ -162,7 +161,7 @@ def relaxed_pair(logits: Tensor, tau: float, dist: Distribution) -> tuple[Tensor
     """b, y and y~ of those logits, in the form of `dist`: each `[*B, *E]`. b has no gradient, the others have."""
     log_probs = logits.log_softmax(-1)
     z = log_probs + gumbel(log_probs)
-    b = one_hot(z.argmax(-1), z.shape[-1]).to(z)
+    b = largest(z.detach())
     other = gumbel_given(b, log_probs)
     points = b, (z / tau).softmax(-1), (other / tau).softmax(-1)
     if isinstance(split(dist)[0], Bernoulli):

@@ -1,10 +1,9 @@
 """A discrete latent variable for world models and autoencoders: a torch distribution whose `rsample` has a gradient."""
 
-import torch
 from torch import Size, Tensor
 from torch.distributions import Independent, OneHotCategorical
 
-from levin.estimators.pathwise import Relaxation, StraightThrough
+from levin.estimators.pathwise import Relaxation, StraightThrough, drawn
 
 
 class DiscreteLatent(Independent):
@@ -42,6 +41,5 @@ class DiscreteLatent(Independent):
         return self.estimator.relaxed_sample(self.logits.expand(*sample_shape, *self.logits.shape))
 
     def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
-        """The same without a gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+        """Draws, without a gradient."""
+        return drawn(self.logits.expand(*sample_shape, *self.logits.shape))

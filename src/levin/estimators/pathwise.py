@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution
-from torch.nn.functional import one_hot
 
 from levin.estimators.base import Draws, Estimator, above_zero, split
 from levin.estimators.score import several
@@ -118,7 +117,7 @@ class GumbelSoftmax(Relaxation):
 
     def relaxed_sample(self, logits: Tensor) -> Tensor:
         y = ((logits + gumbel(logits)) / self.tau).softmax(-1)
-        return through(one_hot(y.argmax(-1), y.shape[-1]).to(y), y) if self.hard else y
+        return through(largest(y.detach()), y) if self.hard else y
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,14 @@ def gumbel(logits: Tensor) -> Tensor:
     return -torch.empty_like(logits).exponential_().log()
 
 
+def largest(values: Tensor) -> Tensor:
+    """1 where `[..., K]` is largest, else 0. Without the check of PyTorch's `one_hot`, which waits for a device."""
+    return torch.zeros_like(values).scatter_(-1, values.argmax(-1, keepdim=True), 1.0)
+
+
 def drawn(logits: Tensor) -> Tensor:
     """A one-hot draw for each of `[..., K]`, without a gradient."""
-    return one_hot((logits.detach() + gumbel(logits)).argmax(-1), logits.shape[-1]).to(logits)
+    return largest(logits.detach() + gumbel(logits))
 
 
 def gumbel_given(draw: Tensor, log_probs: Tensor) -> Tensor:
