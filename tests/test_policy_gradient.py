@@ -353,6 +353,24 @@ def test_leave_one_out_is_the_estimator_of_that_name():
     torch.testing.assert_close(gradient(algorithm, surrogate.sum()), ours, rtol=0, atol=1e-12)
 
 
+def test_a2c_is_the_score_function_with_v_as_its_baseline():
+    algorithm = build(A2C, **LETTER | {"discount_state_weighting": False})
+    value, _ = exact_values(algorithm)
+    for i in range(0, 512, 37):
+        data = rollout(i)
+        states, _ = trajectories()
+        baseline = value[torch.arange(STEPS), states[i, :-1], 0]
+        reward_to_go = torch.stack(
+            [(GAMMA ** torch.arange(STEPS - t).double() * rewards()[i, t:]).sum() for t in range(STEPS)]
+        )
+        logits = algorithm.actor(data["observation"].flatten(0, 1)).logits  # [STEPS, ACTIONS]
+        estimator = ScoreFunction(baseline=baseline)
+        draws = estimator.sample(Given(logits, data["action"]))
+        surrogate = estimator.surrogate(draws, reward_to_go.unsqueeze(0)).sum()
+        ours = -gradient(algorithm, loss(algorithm, data))
+        torch.testing.assert_close(gradient(algorithm, surrogate), ours, rtol=0, atol=1e-12)
+
+
 def test_bias_of_what_practice_does(exact, capsys):
     """Dropping gamma^t, and bootstrapping from a wrong value, are biased; a wrong baseline is not."""
 

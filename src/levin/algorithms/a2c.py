@@ -5,7 +5,8 @@ steps with the same policy, and one update learns from all:
 
     grad J = E[ A_t grad log pi(a_t|s_t) ],  A_t = r_{t+1} + ... + gamma^(n-1) r_{t+n} + gamma^n V(s_{t+n}) - V(s_t)
 
-With n up to the end of the rollout (`gae_lambda: 1`), or all n mixed by GAE.
+With n up to the end of the rollout (`gae_lambda: 1`), or all n mixed by GAE. In the words of `levin.estimators` that is
+ScoreFunction with V(s_t) as its baseline.
 
 Pseudocode:
 
