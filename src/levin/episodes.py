@@ -1,10 +1,13 @@
 """Whole episodes: the statistics of those that end during training, and those that are played to evaluate a policy."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
+from torch import Tensor
 
-from levin.spaces import tensors
+from levin.spaces import IS_FIRST, tensors
 from levin.vector_env import SeededVectorEnv
 
 
@@ -55,6 +58,14 @@ def step_count(done: np.ndarray, begun: np.ndarray) -> np.ndarray:
     return steps - last - 1
 
 
+def act(policy: TensorDictModule, batch: Any, is_first: np.ndarray) -> Tensor:
+    """The actions `[N, *A]` for what envs show; those that begin an episode `[N]` are for policies with a memory."""
+    if IS_FIRST not in policy.in_keys:
+        return policy.module(batch)
+    device = next(policy.parameters()).device
+    return policy.module(batch, torch.from_numpy(is_first).unsqueeze(-1).to(device))
+
+
 @torch.inference_mode()
 def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
     """The undiscounted returns and the lengths of `episodes` episodes.
@@ -67,10 +78,11 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
     total, length = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
-    observation = env.begin([0] * num_envs, np.ones(num_envs, dtype=bool))
-    while any(len(done) < wanted for done, wanted in zip(returns, quota, strict=True)):
+    done = np.ones(num_envs, dtype=bool)
+    observation = env.begin([0] * num_envs, done)
+    while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
         batch = tensors(env.observation, observation, device)
-        observation, reward, terminated, truncated, _ = env.step(policy.module(batch).cpu().numpy())
+        observation, reward, terminated, truncated, _ = env.step(act(policy, batch, done).cpu().numpy())
         total += reward
         length += 1
         done = terminated | truncated

@@ -30,6 +30,7 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     import torch
 
     from levin import envs, runs
+    from levin.episodes import act
     from levin.policy import Policy
     from levin.spaces import tensors
 
@@ -40,12 +41,13 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     folder.mkdir(exist_ok=True)
     paths = []
     for episode in range(episodes):
-        observation, done, frames = env.begin([episode], np.ones(1, dtype=bool)), np.zeros(1, dtype=bool), []
+        first, frames = np.ones(1, dtype=bool), []
+        observation, done = env.begin([episode], first), ~first
         while not done.any():
             with torch.inference_mode():
-                action = policy.module(tensors(env.observation, observation)).numpy()
+                action = act(policy.policy, tensors(env.observation, observation), first).numpy()
             observation, _, terminated, truncated, _ = env.step(action)
-            done = terminated | truncated
+            first, done = np.zeros(1, dtype=bool), terminated | truncated
             frames.append(_frame(env))
         path = folder / f"{policy.algorithm.env_steps}_{episode}.mp4"
         fps = env.metadata.get("render_fps", 30)

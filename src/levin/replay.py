@@ -71,7 +71,7 @@ class Replay:
 
     def sample(self, num: int, batch_size: int, device: torch.device) -> TensorDictBase:
         """`num` batches `[num, batch_size]` on the device."""
-        return self.draw(num * batch_size, device).reshape(num, batch_size)
+        return self.draw(num * batch_size, device).unflatten(0, (num, batch_size))
 
     def draw(self, num: int, device: torch.device) -> TensorDict:
         """`num` transitions `[num]` on the device."""

@@ -1,0 +1,302 @@
+"""Dreamer (Hafner et al. 2020, arXiv:1912.01603): learning behaviours by latent imagination, lecture rows 25 to 28.
+
+Three networks stand for the environment: the **state encoder** q(s|o), the **transition model** p(s'|s,a) and the
+**reward model** p(r|s). The policy learns inside of them, in imagined trajectories, without a step of the real env; as
+everything there is a network and every draw is reparameterised, the imagined return is differentiated through rewards,
+values, transitions and actions into the policy.
+
+Pseudocode (Algorithm 1):
+
+    D <- random episodes
+    for each iteration:
+        for each env step:
+            s ~ q(s | s_before, a_before, o); a ~ pi(a|s) + noise; observe r, o'; D <- D + {(o, a, r, ...)}
+        for each update:
+            draw B sequences of T records
+            world model:  theta <- theta - lr grad [ KL(q || p) - log p(o|s) - log p(r|s) ]     Eq. 10, model_loss
+            from each of the B T states imagine H steps: a ~ pi(a|s), s' ~ p(s'|s,a)            imagine
+            V_lambda <- the lambda-return of imagined rewards and values                        Eq. 6
+            actor:  phi <- phi + lr grad E[sum_t V_lambda(s_t)]                                 Eq. 7, actor_loss
+            critic: psi <- psi - lr grad E[sum_t (v(s_t) - V_lambda(s_t))^2 / 2]                Eq. 8, value_loss
+
+Deviations:
+    - An iteration is 32 vector steps and then the updates they owe; the paper's is an episode and 100 updates.
+    - The dream starts in states of the updated world model's predecessor: model first, then the dream, as every step
+      here is one of an optimiser of its own.
+    - Deterministic actions are the mode of pi for the mean of q; the paper's are the best of 100 draws.
+
+Metrics:
+    train/model_loss: of all terms.
+    train/kl: KL(q || p), nats, before `free_nats`.
+    train/observation_loss: -log p(o|s), without its constant.
+    train/reward_loss: the same of rewards.
+    train/continue_loss: -log p(continue|s), where there is such a model.
+    train/actor_loss: -E[weight V_lambda].
+    train/value_loss: squared error of v.
+    train/imagined_return: E[V_lambda].
+    train/entropy: of pi, nats, where that is known (discrete actions).
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim import Adam, Optimizer
+
+from levin import returns
+from levin.algorithms.base import Algorithm, Batch
+from levin.algorithms.dreamer_networks import Carry, OneHotAction, Policy, RecurrentPolicy, State, WorldModel, centred
+from levin.errors import ConfigError
+from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.networks import mlp, single
+from levin.parameters import frozen
+from levin.sequences import SequenceReplay
+from levin.spaces import IS_FIRST, EnvSpec
+
+# deter, stoch, hidden, units
+SIZES = {"micro": (64, 8, 64, 64), "small": (128, 16, 128, 128), "paper": (200, 30, 200, 400)}
+
+
+class Dreamer(Algorithm):
+    """World model, and an actor-critic that learns in its dreams.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount. Paper: 0.99, as for all that follows.
+        return_lambda: Decay of the lambda-return: 0.95.
+        horizon: Imagined steps, H: 15.
+        batch_size: Sequences per update, B: 50.
+        batch_length: Records of each, T: 50.
+        size: Of the networks: `paper`, `small` or `micro`.
+        transition: `gru` has a memory; `mlp` is the lecture's first picture, p(s'|s,a) and q(s|o) without one.
+        actor_gradient: `dynamics` goes through the dream; `reinforce` is the score function, with v as baseline.
+        entropy_coef: Weight of the policy's entropy; of discrete actions only: 0.
+        free_nats: KL that costs nothing, in the mean over the batch: 3.
+        kl_scale: Weight of the KL: 1.
+        continue_scale: Weight of the continue model; 0: there is none, and imagined episodes never end.
+        model_lr: Adam: 6e-4.
+        actor_lr: Adam: 8e-5, as for the critic.
+        critic_lr: Adam.
+        max_grad_norm: Of each of the three: 100.
+        exploration_noise: Deviation of the noise on actions, with actions in [-1, 1]: 0.3. Of discrete actions, the
+            probability of a uniform one.
+        replay_ratio: Updates per env step: 100 per 1000 frames, of which an action is two.
+        learning_starts: Env steps before the first update: 5000.
+        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
+        buffer_size: Records that replay keeps.
+        buffer_storage: `memory`, or `memmap` for a file.
+        steps_per_iteration: Vector steps between two rounds of updates.
+        activation: Between the layers: elu.
+        compile: The losses, on a GPU all of an update as a CUDA graph; the same numbers, after minutes at the start.
+    """
+
+    actions: ClassVar = ("box", "discrete")
+    observations: ClassVar = ("float32", "uint8")
+    buffer: SequenceReplay
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 0.99,
+        return_lambda: Fraction = 0.95,
+        horizon: PositiveInt = 15,
+        batch_size: PositiveInt = 50,
+        batch_length: PositiveInt = 50,
+        size: Literal["paper", "small", "micro"] = "paper",
+        transition: Literal["gru", "mlp"] = "gru",
+        actor_gradient: Literal["dynamics", "reinforce"] = "dynamics",
+        entropy_coef: NonNegativeFloat = 0.0,
+        free_nats: NonNegativeFloat = 3.0,
+        kl_scale: PositiveFloat = 1.0,
+        continue_scale: NonNegativeFloat = 0.0,
+        model_lr: PositiveFloat = 6e-4,
+        actor_lr: PositiveFloat = 8e-5,
+        critic_lr: PositiveFloat = 8e-5,
+        max_grad_norm: PositiveFloat | None = 100.0,
+        exploration_noise: NonNegativeFloat = 0.3,
+        replay_ratio: NonNegativeFloat = 0.2,
+        learning_starts: NonNegativeInt = 5000,
+        random_env_steps: NonNegativeInt | None = None,
+        buffer_size: PositiveInt = 1_000_000,
+        buffer_storage: Literal["memory", "memmap"] = "memory",
+        steps_per_iteration: PositiveInt = 32,
+        activation: Activation = "elu",
+        compile: bool = False,  # noqa: A002
+    ) -> None:
+        super().__init__(env, gamma)
+        if env["observation_clip"] is not None or env["reward_clip"] is not None:
+            raise ConfigError("Dreamer models observations and rewards as they are: env.normalize_... must be false")
+        if learning_starts < batch_length * env["num_envs"]:
+            raise ConfigError(
+                f"algo.learning_starts={learning_starts} is less than a sequence of each env: "
+                f"{batch_length} x {env['num_envs']}"
+            )
+        if horizon < 2:
+            raise ConfigError("algo.horizon=1 leaves nothing to learn from: the last imagined step is a value only")
+        if entropy_coef and env["action"]["type"] != "discrete":
+            raise ConfigError(
+                "algo.entropy_coef is for discrete actions: the entropy of a squashed Gaussian is not known"
+            )
+        self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
+        self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
+        self.learning_starts, self.steps_per_iteration = learning_starts, steps_per_iteration
+        self.actor_gradient, self.entropy_coef = actor_gradient, entropy_coef
+        self.free_nats, self.kl_scale, self.continue_scale = free_nats, kl_scale, continue_scale
+        self.model_lr, self.actor_lr, self.critic_lr = model_lr, actor_lr, critic_lr
+        self.max_grad_norm, self.exploration_noise = max_grad_norm, exploration_noise
+        self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
+
+        deter, stoch, hidden, units = SIZES[size]
+        self.model = WorldModel(
+            env,
+            transition=transition,
+            deter=deter,
+            stoch=stoch,
+            hidden=hidden,
+            units=units,
+            activation=activation,
+            continues=continue_scale > 0,
+        )
+        self.actor = Policy(self.model.features, env, units, activation)
+        self.critic = mlp([self.model.features, units, units, units, 1], activation)
+        self.carry = Carry(env["num_envs"], self.model)
+        self.buffer = SequenceReplay(env, buffer_size, buffer_storage, batch_length)
+        self.model_parameters, self.critic_parameters = list(self.model.parameters()), list(self.critic.parameters())
+        if compile:
+            self.compile_losses("model_loss", "dream")
+            self.capture("update")
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self.model_optimizer = Adam(self.model_parameters, lr=self.model_lr, eps=1e-7, fused=True)
+        self.actor_optimizer = Adam(self.actor.parameters(), lr=self.actor_lr, eps=1e-7, fused=True)
+        self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, eps=1e-7, fused=True)
+        return [self.model_optimizer, self.actor_optimizer, self.critic_optimizer]
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        carry = Carry(0, self.model).to(self.device) if deterministic else self.carry
+        chooser = RecurrentPolicy(
+            self.model, self.actor, carry, noise=self.exploration_noise, deterministic=deterministic
+        )
+        return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=["action"])
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        self.buffer.extend(rollout)
+        for batch in self.replay():
+            self.update(batch)
+
+    def update(self, batch: TensorDictBase) -> None:
+        """One step of each of the three, on sequences `[B, T]`."""
+        model_loss, start, terms = self.model_loss(batch)
+        self.step(self.model_optimizer, model_loss, self.max_grad_norm)
+        with frozen([*self.model_parameters, *self.critic_parameters]):
+            actor_loss, feature, target, weight, entropy = self.dream(start)
+            self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
+        value_loss = self.value_loss(feature, target, weight)
+        self.step(self.critic_optimizer, value_loss, self.max_grad_norm)
+        self.record(model_loss=model_loss, actor_loss=actor_loss, value_loss=value_loss, **terms)
+        self.record(imagined_return=target.mean())
+        if self.actor.one_hot is not None:
+            self.record(entropy=entropy)
+
+    def model_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """max(E KL(q || p), free nats) - E log p(o|s) - E log p(r|s) - log p(continue|s), over `[B, T]`.
+
+        Gaussians of variance 1, without their constant; a continue is gamma (1 - terminated). Also gives the states
+        `[B T, *]`, which have no gradient any more, and the terms.
+        """
+        observation, is_first = batch["observation"], batch["is_first"]
+        states, posterior, prior = self.model.observe(observation, batch["action"], is_first)
+        feature = states.feature.flatten(0, 1)  # [B, T, F] -> [B T, F]
+        target = centred(observation.flatten(0, 1))
+        error = single(self.model.decoder(feature)) - target
+        terms = {
+            "kl": posterior.kl(prior).mean(),
+            "observation_loss": 0.5 * error.square().flatten(1).sum(-1).mean(),
+            "reward_loss": 0.5
+            * (single(self.model.reward_model(feature)) - batch["reward"].flatten(0, 1)).square().mean(),
+        }
+        loss = self.kl_scale * terms["kl"].clamp(min=self.free_nats)
+        loss = loss + terms["observation_loss"] + terms["reward_loss"]
+        if self.model.continue_model is not None:
+            logit = single(self.model.continue_model(feature))
+            goes_on = self.gamma * (~batch["is_terminal"].flatten(0, 1)).float()
+            terms["continue_loss"] = binary_cross_entropy_with_logits(logit, goes_on)
+            loss = loss + self.continue_scale * terms["continue_loss"]
+        start = {name: each.detach().flatten(0, 1) for name, each in states._asdict().items()}
+        return loss, start, {name: value.detach() for name, value in terms.items()}
+
+    def dream(self, start: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`actor_loss` of a dream, and what the critic learns from: features `[N, H-1, F]`, targets and weights."""
+        feature, action, policy_feature = self.imagine(State(start["deter"], start["stoch"]))
+        target, weight = self.lambda_return(feature)
+        loss, entropy = self.actor_loss(feature, action, policy_feature, target, weight)
+        return loss, feature[:, :-1].detach(), target.detach(), weight, entropy
+
+    def imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """H steps of the policy in the transition model, from states `[N, *]`, which are not in it.
+
+        Features `[N, H, F]` with a gradient through model and actions, the actions `[N, H, A]` that led to them, and
+        what the policy saw when it chose those: it is not differentiated by what it sees.
+        """
+        features, actions, seen = [], [], []
+        for _ in range(self.horizon):
+            seen.append(state.feature.detach())
+            action = self.actor(seen[-1]).sample()
+            state = self.model.imagine_step(state, action if self.actor_gradient == "dynamics" else action.detach())
+            features.append(state.feature), actions.append(action)
+        return torch.stack(features, 1), torch.stack(actions, 1), torch.stack(seen, 1)
+
+    def lambda_return(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """V_lambda(s_t) = r_t + c_t ((1 - lambda) v(s_{t+1}) + lambda V_lambda(s_{t+1})), from v(s_H), t < H.
+
+        c is gamma, or what the continue model says. Also gives the weight of each: the product of the c before it.
+        Both `[N, H-1, 1]`.
+        """
+        reward, value = single(self.model.reward_model(feature)), single(self.critic(feature))
+        if self.model.continue_model is None:
+            goes_on = torch.full_like(reward, self.gamma)
+        else:
+            goes_on = single(self.model.continue_model(feature)).sigmoid()
+        one_step = reward[:, :-1] + goes_on[:, :-1] * (1 - self.return_lambda) * value[:, 1:]
+        decay = self.return_lambda * goes_on[:, :-1]
+        target = returns.discounted_sum(torch.cat([one_step, value[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1))
+        weight = torch.cat([torch.ones_like(goes_on[:, :1]), goes_on[:, :-2]], 1).detach().cumprod(1)
+        return target[:, :-1], weight
+
+    def actor_loss(
+        self, feature: Tensor, action: Tensor, seen: Tensor, target: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-E[weight V_lambda], differentiated through the dream (`dynamics`); and the entropy, where it is known.
+
+        `reinforce`: -E[weight log pi(a_t|s_t) (V_lambda(s_{t+1}) - b(s_t))], the score function of what a_t led to.
+        """
+        entropy = torch.zeros((), device=feature.device)
+        policy = self.actor(seen[:, :-1]) if self.actor_gradient == "reinforce" or self.entropy_coef else None
+        if self.actor_gradient == "reinforce":
+            assert policy is not None
+            advantage = (target - self.baseline(seen[:, :-1])).detach()
+            chosen = action[:, :-1].detach()
+            if not isinstance(policy, OneHotAction):
+                chosen = chosen.clamp(-1 + 1e-6, 1 - 1e-6)  # so that the inverse of tanh is finite
+            loss = -(weight * policy.log_prob(chosen) * advantage).mean()
+        else:
+            loss = -(weight * target).mean()
+        if isinstance(policy, OneHotAction):
+            entropy = policy.entropy().mean()
+            loss = loss - self.entropy_coef * entropy
+        return loss, entropy.detach()
+
+    def baseline(self, seen: Tensor) -> Tensor:
+        """b(s_t) = (v(s_t) - r_t) / c_t, what V_lambda(s_{t+1}) is expected to be: `[N, H-1, 1]`."""
+        reward, value = single(self.model.reward_model(seen)), single(self.critic(seen))
+        if self.model.continue_model is None:
+            return (value - reward) / self.gamma
+        return (value - reward) / single(self.model.continue_model(seen)).sigmoid().clamp(min=0.1)
+
+    def value_loss(self, feature: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """E[weight (v(s_t) - V_lambda(s_t))^2 / 2], all without a gradient but v's."""
+        return 0.5 * (weight * (single(self.critic(feature)) - target).square()).mean()

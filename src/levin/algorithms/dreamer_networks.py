@@ -1,0 +1,323 @@
+"""The networks of Dreamer's world model (Hafner et al. 2020, appendix A), and the policy that acts with it."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import softplus
+
+from levin.distributions import OneHot, SquashedNormal
+from levin.errors import ConfigError
+from levin.estimators import StraightThrough
+from levin.networks import action_size, mlp, single
+from levin.spaces import EnvSpec
+
+MIN_STD = 0.1  # of a latent
+MEAN_SCALE, INITIAL_STD = 5.0, 5.0  # of the policy before it is squashed
+
+
+class State(NamedTuple):
+    """What the model believes: `deter` `[..., D]` remembers, `stoch` `[..., S]` is drawn."""
+
+    deter: Tensor
+    stoch: Tensor
+
+    @property
+    def feature(self) -> Tensor:
+        """All that the other networks read: `[..., S + D]`."""
+        return torch.cat([self.stoch, self.deter], -1)
+
+
+class Belief(NamedTuple):
+    """A Gaussian over the drawn part of a state: both `[..., S]`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """Reparameterised."""
+        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
+
+    def detach(self) -> "Belief":
+        """The same, without a gradient."""
+        return Belief(self.mean.detach(), self.std.detach())
+
+    def kl(self, other: "Belief") -> Tensor:
+        """KL(self || other), summed over S: `[...]`."""
+        ours, theirs = (Normal(each.mean, each.std, validate_args=False) for each in (self, other))
+        return kl_divergence(ours, theirs).sum(-1)
+
+
+def belief(numbers: Tensor) -> Belief:
+    """`[..., 2 S]`, any numbers."""
+    mean, std = single(numbers).chunk(2, -1)
+    return Belief(mean, softplus(std) + MIN_STD)
+
+
+class PixelEncoder(nn.Module):
+    """`[B, C, 64, 64]` uint8 `-> [B, 1024]`: four convolutions of 4 x 4, stride 2."""
+
+    size = 1024
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = [channels, 32, 64, 128, 256]
+        layers = [
+            layer
+            for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
+            for layer in (nn.Conv2d(inputs, outputs, 4, stride=2), nn.ReLU(inplace=True))
+        ]
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(centred(pixels))
+
+
+class PixelDecoder(nn.Module):
+    """`[B, F] -> [B, C, 64, 64]`, around 0 as `centred` has them."""
+
+    def __init__(self, features: int, channels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(features, 1024)
+        self.layers = nn.Sequential(
+            *(nn.ConvTranspose2d(1024, 128, 5, stride=2), nn.ReLU(inplace=True)),
+            *(nn.ConvTranspose2d(128, 64, 5, stride=2), nn.ReLU(inplace=True)),
+            *(nn.ConvTranspose2d(64, 32, 6, stride=2), nn.ReLU(inplace=True)),
+            nn.ConvTranspose2d(32, channels, 6, stride=2),
+        )
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.layers(self.dense(feature)[..., None, None])
+
+
+def centred(observation: Tensor) -> Tensor:
+    """Pixels to [-0.5, 0.5], the same when acting and when learning; vectors as they are."""
+    return observation.float() / 255 - 0.5 if observation.dtype == torch.uint8 else observation
+
+
+class WorldModel(nn.Module):
+    """State encoder, transition model, decoder, reward model and, where episodes can end, continue model.
+
+    Args:
+        env: Spaces.
+        transition: `gru`: deter' = GRU(deter, [stoch, action]), the state encoder q(stoch | deter, observation).
+            `mlp`: no memory: p(stoch' | stoch, action) and q(stoch | observation), deter has no entries.
+        deter: Size of the part that remembers.
+        stoch: Size of the part that is drawn.
+        hidden: Width of the layers between.
+        units: Width of the other networks.
+        activation: Between all layers, but for pixels.
+        continues: Whether there is a continue model.
+
+    Raises:
+        ConfigError: Observations that it can't read.
+    """
+
+    def __init__(
+        self,
+        env: EnvSpec,
+        *,
+        transition: str,
+        deter: int,
+        stoch: int,
+        hidden: int,
+        units: int,
+        activation: str,
+        continues: bool,
+    ) -> None:
+        super().__init__()
+        self.deter, self.stoch, self.actions = deter if transition == "gru" else 0, stoch, action_size(env)
+        self.features = self.deter + stoch
+        shape = env["observation"]["shape"]
+        self.pixels = env["observation"]["dtype"] == "uint8"
+        if "spaces" in env["observation"] or (self.pixels and shape[1:] != [64, 64]):
+            raise ConfigError(
+                f"Dreamer reads vectors, or pixels of 64 x 64; those of {env['id']} are {shape or 'a dict'}"
+            )
+        if self.pixels:
+            self.encoder: nn.Module = PixelEncoder(shape[0])
+            self.decoder: nn.Module = PixelDecoder(self.features, shape[0])
+            embedding = PixelEncoder.size
+        else:
+            size, embedding = math.prod(shape), units
+            self.encoder = nn.Sequential(nn.Flatten(), mlp([size, units, units, units], activation))
+            self.decoder = mlp([self.features, units, units, size], activation)
+        self.act = mlp([1, 1, 1], activation)[1]  # the activation alone
+        self.into_stoch = nn.Linear(stoch, hidden)
+        self.into_action = nn.Linear(self.actions, hidden, bias=False)
+        self.memory = nn.GRUCell(hidden, deter) if self.deter else None
+        self.prior_head = mlp([self.deter or hidden, hidden, 2 * stoch], activation)
+        self.into_posterior = nn.Linear(embedding, hidden)
+        self.from_deter = nn.Linear(self.deter, hidden, bias=False) if self.deter else None
+        self.posterior_head = nn.Linear(hidden, 2 * stoch)
+        self.reward_model = mlp([self.features, units, units, 1], activation)
+        self.continue_model = mlp([self.features, units, units, units, 1], activation) if continues else None
+
+    def initial(self, batch: int, like: Tensor) -> State:
+        """Nothing is known: zeros `[B, *]`."""
+        return State(like.new_zeros(batch, self.deter), like.new_zeros(batch, self.stoch))
+
+    def embed(self, observation: Tensor) -> Tensor:
+        """`[..., *S] -> [..., hidden]`: what the state encoder makes of an observation before it looks at its memory."""
+        lead = observation.shape[: observation.ndim - (3 if self.pixels else 1)]
+        flat = observation.reshape(-1, *observation.shape[len(lead) :])
+        return self.into_posterior(self.encoder(flat)).unflatten(0, lead)
+
+    def transition(self, state: State, from_action: Tensor) -> tuple[Tensor, Tensor]:
+        """deter' `[B, D]` and what the prior reads, given the action's part of the first layer `[B, hidden]`."""
+        x = self.act(self.into_stoch(state.stoch) + from_action)
+        if self.memory is None:
+            return state.deter, x
+        deter = self.memory(x, state.deter)
+        return deter, deter
+
+    def posterior(self, deter: Tensor, embedded: Tensor) -> Belief:
+        """The state encoder: q(stoch | deter, observation)."""
+        x = embedded if self.from_deter is None else embedded + self.from_deter(deter)
+        return belief(self.posterior_head(self.act(x)))
+
+    def observe(self, observation: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, Belief, Belief]:
+        """The states `[B, T, *]` that a sequence of records leads to, their posteriors and priors.
+
+        What does not depend on the state before is computed for all times at once.
+
+        Args:
+            observation: `[B, T, *S]`.
+            action: `[B, T, A]`, chosen after each observation.
+            is_first: `[B, T, 1]`: there state and action before it count for nothing.
+        """
+        embedded = self.embed(observation).unbind(1)
+        before = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1) * ~is_first
+        from_action, goes_on = self.into_action(before).unbind(1), (~is_first).unbind(1)
+        noise = torch.randn(len(embedded), len(action), self.stoch, device=action.device, dtype=action.dtype).unbind(0)
+        state = self.initial(len(action), action)
+        deters, stochs, posteriors, seeds = [], [], [], []
+        for t in range(len(embedded)):
+            state = State(state.deter * goes_on[t], state.stoch * goes_on[t])
+            deter, seed = self.transition(state, from_action[t])
+            posterior = self.posterior(deter, embedded[t])
+            state = State(deter, posterior.sample(noise[t]))
+            deters.append(state.deter), stochs.append(state.stoch), posteriors.append(posterior), seeds.append(seed)
+        states = State(torch.stack(deters, 1), torch.stack(stochs, 1))
+        means, stds = zip(*posteriors, strict=True)
+        return (
+            states,
+            Belief(torch.stack(means, 1), torch.stack(stds, 1)),
+            belief(self.prior_head(torch.stack(seeds, 1))),
+        )
+
+    def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
+        """The state after an action `[B, A]` and the observation that it led to; not drawn: its mean."""
+        deter, _ = self.transition(state, self.into_action(action))
+        posterior = self.posterior(deter, self.embed(observation))
+        return State(deter, posterior.sample() if sample else posterior.mean)
+
+    def imagine_step(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+        """The state after an action, as the transition model imagines it."""
+        deter, seed = self.transition(state, self.into_action(action))
+        return State(deter, belief(self.prior_head(seed)).sample(noise))
+
+
+class Policy(nn.Module):
+    """pi(a | s) on features: a squashed Gaussian, or one-hot actions that the gradient passes straight through.
+
+    Args:
+        features: Their number.
+        env: Spaces.
+        units: Width of the hidden layers.
+        activation: Between them.
+    """
+
+    def __init__(self, features: int, env: EnvSpec, units: int, activation: str) -> None:
+        super().__init__()
+        num = action_size(env)
+        self.one_hot = OneHot([num]) if env["action"]["type"] == "discrete" else None
+        self.network = mlp([features, *[units] * 4, num if self.one_hot else 2 * num], activation)
+
+    def forward(self, feature: Tensor) -> "SquashedNormal | OneHotAction":
+        numbers = single(self.network(feature))
+        if self.one_hot is not None:
+            return OneHotAction(numbers)
+        loc, std = numbers.chunk(2, -1)
+        loc = MEAN_SCALE * torch.tanh(loc / MEAN_SCALE)
+        std = softplus(std + math.log(math.exp(INITIAL_STD) - 1)) + 1e-4
+        return SquashedNormal(loc, std.log())
+
+
+class OneHotAction:
+    """One of A actions as `[..., A]`, the gradient of a draw that of its probabilities (straight-through)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.log_probs = logits.log_softmax(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable action."""
+        return torch.zeros_like(self.log_probs).scatter_(-1, self.log_probs.argmax(-1, keepdim=True), 1.0)
+
+    def sample(self) -> Tensor:
+        """A draw."""
+        return StraightThrough().relaxed_sample(self.log_probs)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """`[..., 1]`."""
+        return (self.log_probs * action).sum(-1, keepdim=True)
+
+    def entropy(self) -> Tensor:
+        """In nats, `[..., 1]`."""
+        return -(self.log_probs.exp() * self.log_probs).sum(-1, keepdim=True)
+
+
+class Carry(nn.Module):
+    """What a policy remembers of the step before, for each env: state and action. It is saved with the algorithm."""
+
+    deter: Tensor
+    stoch: Tensor
+    action: Tensor
+
+    def __init__(self, num_envs: int, model: WorldModel) -> None:
+        super().__init__()
+        for name, size in (("deter", model.deter), ("stoch", model.stoch), ("action", model.actions)):
+            self.register_buffer(name, torch.zeros(num_envs, size))
+
+    def begin(self, is_first: Tensor) -> None:
+        """Forget, where an episode begins `[N, 1]`. For another number of envs: everything."""
+        for name in ("deter", "stoch", "action"):
+            value = getattr(self, name)
+            if len(value) != len(is_first):
+                value = value.new_zeros(len(is_first), value.shape[1], device=is_first.device)
+            setattr(self, name, value * ~is_first)
+
+
+class RecurrentPolicy(nn.Module):
+    """What the collector asks for an action: `[N, *S], [N, 1] -> [N, *A]`.
+
+    Args:
+        model: Encodes what is seen.
+        actor: The policy on its features.
+        carry: Its memory.
+        noise: Exploration: the deviation of what is added to an action, or the probability of a uniform one.
+        deterministic: The most probable action, of the mean of the state.
+    """
+
+    def __init__(self, model: WorldModel, actor: Policy, carry: Carry, *, noise: float, deterministic: bool) -> None:
+        super().__init__()
+        self.model, self.actor, self.carry, self.noise, self.deterministic = model, actor, carry, noise, deterministic
+
+    def forward(self, observation: Tensor, is_first: Tensor) -> Tensor:
+        self.carry.begin(is_first)
+        before = State(self.carry.deter, self.carry.stoch)
+        state = self.model.step(before, self.carry.action, observation, sample=not self.deterministic)
+        distribution = self.actor(state.feature)
+        action = distribution.mode if self.deterministic else self.explore(distribution.sample())
+        self.carry.deter, self.carry.stoch, self.carry.action = state.deter, state.stoch, action
+        return action.argmax(-1) if self.actor.one_hot is not None else action
+
+    def explore(self, action: Tensor) -> Tensor:
+        """With the noise."""
+        if self.actor.one_hot is None:
+            return (action + self.noise * torch.randn_like(action)).clamp(-1, 1)
+        uniform = OneHotAction(torch.zeros_like(action)).sample()
+        return torch.where(torch.rand(len(action), 1, device=action.device) < self.noise, uniform, action)

@@ -1,0 +1,107 @@
+"""Replay of sequences, for algorithms that learn a model of what follows what."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from levin.distributions import OneHot
+from levin.errors import ConfigError
+from levin.replay import Replay, moved
+from levin.spaces import EnvSpec
+
+
+class SequenceReplay(Replay):
+    """The last records of every env, drawn as sequences of one env each.
+
+    A record is one moment: an observation, the reward that came with it (0 with the first one), whether it begins an
+    episode (`is_first`) or ends it for good (`is_terminal`), and the action that was chosen there. What an episode ends
+    with is a record of its own, its action zeros. A sequence may run from one episode into the next; else an episode
+    that is shorter would never be drawn. It never runs over the place that is overwritten next.
+
+    A row of the storage is the k-th record of all envs. Where episodes are shorter there are more records: they wait
+    until the other envs have as many.
+
+    Args:
+        env: Spaces; finite actions are stored one-hot.
+        size: Records that are kept, of all envs together.
+        storage: `memory` or `memmap`.
+        length: Records of a sequence.
+    """
+
+    def __init__(self, env: EnvSpec, size: int, storage: str, length: int) -> None:
+        self.num_envs, self.length = env["num_envs"], length
+        super().__init__(size // self.num_envs, storage)
+        sizes = env["action"].get("nvec") or ([env["action"]["n"]] if env["action"]["n"] else None)
+        self.one_hot = OneHot(sizes) if sizes else None
+        self.waiting: list[TensorDict] | None = None  # of each env, `[n]`
+        self.begins: Tensor | None = None  # [N, 1]: whether the next observation begins an episode
+        self.reward: Tensor | None = None  # [N, 1]: that comes with it
+
+    def extend(self, rollout: TensorDictBase) -> None:
+        """Store the records of a rollout `[N, T]`."""
+        if self.storage == "memmap":
+            rollout = rollout.cpu()
+        if self.begins is None or self.reward is None:
+            self.begins = torch.ones(self.num_envs, 1, dtype=torch.bool, device=rollout.device)
+            self.reward = torch.zeros(self.num_envs, 1, device=rollout.device)
+        waiting = self.waiting or [None] * self.num_envs
+        records = [self.records(env, rollout[env]) for env in range(self.num_envs)]
+        joined = [torch.cat([old, new]) if old is not None else new for old, new in zip(waiting, records, strict=True)]
+        complete = min(map(len, joined))
+        if complete > self.size:
+            raise ConfigError(f"algo.buffer_size={self.size * self.num_envs} holds less than a rollout")
+        rows = torch.stack([each[:complete] for each in joined], 1)  # type: ignore[arg-type]  # [k, N]
+        self.waiting = [each[complete:].clone() for each in joined]
+        self.buffer.extend(TensorDict(dict(rows.items()), batch_size=[complete]))
+
+    def records(self, env: int, steps: TensorDictBase) -> TensorDict:
+        """Those of one env's steps `[T]`: `[T + ends]`."""
+        assert self.begins is not None
+        assert self.reward is not None
+        done, reward = steps["next", "done"], steps["next", "reward"]  # [T, 1]
+        first = torch.cat([self.begins[env : env + 1], done[:-1]])
+        came_with = torch.cat([self.reward[env : env + 1], reward[:-1] * ~done[:-1]])
+        self.begins[env], self.reward[env] = done[-1], reward[-1] * ~done[-1]
+        number = 1 + done.squeeze(-1).long()  # [T]: a step that ends an episode has two
+        step = torch.repeat_interleave(number)
+        ends = torch.zeros(len(step), 1, dtype=torch.bool, device=done.device)
+        ends[number.cumsum(0)[done.squeeze(-1)] - 1] = True
+        observation, after = steps["observation"], steps["next", "observation"]
+        action = steps["action"] if self.one_hot is None else self.one_hot.encode(steps["action"])
+        wide = ends.view(-1, *[1] * (observation.ndim - 1))
+        record = {
+            "observation": torch.where(wide, after[step], observation[step]),
+            "action": torch.where(ends, 0.0, action[step]),
+            "reward": torch.where(ends, reward[step], came_with[step]),
+            "is_first": first[step] & ~ends,
+            "is_terminal": ends & steps["next", "terminated"][step],
+            "is_last": ends,
+        }
+        return TensorDict(record, batch_size=[len(step)])
+
+    @cached_property
+    def transition_bytes(self) -> int:
+        return self.length * super().transition_bytes // self.num_envs
+
+    def draw(self, num: int, device: torch.device) -> TensorDict:
+        """`num` sequences `[num, length]` on the device, uniform over all that are there."""
+        data, length = self.data, self.length
+        start = torch.randint(self.written - len(self), self.written - length + 1, (num, 1), device=data.device)
+        env = torch.randint(self.num_envs, (num, 1), device=data.device)
+        rows = (start + torch.arange(length, device=data.device)) % self.size  # [num, length]
+        drawn = {key: value[rows, env] for key, value in data.items()}
+        return moved(TensorDict(drawn, batch_size=[num, length]), device)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        state = super().state_dict()
+        waiting = [dict(each.items()) for each in self.waiting or []]
+        return state and {**state, "waiting": waiting, "begins": self.begins, "reward": self.reward}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        super().load_state_dict(state, device)
+        where = self.data["reward"].device
+        self.waiting = [TensorDict(each, batch_size=[len(each["reward"])]).to(where) for each in state["waiting"]]
+        self.begins, self.reward = state["begins"].to(where), state["reward"].to(where)
