@@ -379,3 +379,17 @@ def trpo_oracle(algorithm: TRPO, batch: TensorDict) -> list[Tensor]:
         torchrl_actor(moved(algorithm)), torchrl_critic(algorithm), loss_critic_type="l2", normalize_advantage=True
     )(data)
     return [-loss["loss_objective"], loss["loss_critic"]]
+
+
+def records_of(batch: TensorDict) -> dict[str, Tensor]:
+    """Transitions `[B]` as sequences of two records, `[B, 2]`."""
+    after = batch["next"]
+    none = torch.zeros_like(after["terminated"])
+    return {
+        "observation": torch.stack([batch["observation"], after["observation"]], 1),
+        "action": torch.stack([batch["action"], torch.zeros_like(batch["action"])], 1),
+        "reward": torch.stack([torch.zeros_like(after["reward"]), after["reward"]], 1),
+        "is_first": torch.stack([~none, none], 1),
+        "is_terminal": torch.stack([none, after["terminated"]], 1),
+        "is_last": torch.stack([none, after["done"]], 1),
+    }

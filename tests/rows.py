@@ -212,4 +212,24 @@ ROWS = [
             -6.0,
         ),
     ),
+    Row(
+        algo="dreamer",
+        env="pendulum",
+        small=(
+            *("algo.size=micro", "algo.batch_size=3", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"),
+            *("algo.learning_starts=40", "algo.free_nats=0", "algo.continue_scale=1", "log_every=30"),
+        ),
+        env_steps=256,
+        optimizers={"model_optimizer": 1, "actor_optimizer": 1, "critic_optimizer": 1},
+        bootstraps=lambda algorithm, batch: algorithm.model_loss(oracles.records_of(batch))[0],
+        graphs=1,
+        learns=(
+            (
+                *(*POINT, "env.action=rescale", "total_env_steps=1500", "algo.size=micro", "algo.batch_size=8"),
+                *("algo.batch_length=10", "algo.horizon=8", "algo.replay_ratio=0.5", "algo.learning_starts=200"),
+                *("algo.model_lr=2e-3", "algo.actor_lr=1e-3", "algo.critic_lr=1e-3", "algo.free_nats=1"),
+            ),
+            -1.5,
+        ),
+    ),
 ]

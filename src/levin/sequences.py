@@ -12,6 +12,8 @@ from levin.errors import ConfigError
 from levin.replay import Replay, moved
 from levin.spaces import EnvSpec
 
+RECORD = ("observation", "action", "reward", "is_first", "is_terminal", "is_last")
+
 
 class SequenceReplay(Replay):
     """The last records of every env, drawn as sequences of one env each.
@@ -48,14 +50,16 @@ class SequenceReplay(Replay):
             self.begins = torch.ones(self.num_envs, 1, dtype=torch.bool, device=rollout.device)
             self.reward = torch.zeros(self.num_envs, 1, device=rollout.device)
         waiting = self.waiting or [None] * self.num_envs
-        records = [self.records(env, rollout[env]) for env in range(self.num_envs)]
-        joined = [torch.cat([old, new]) if old is not None else new for old, new in zip(waiting, records, strict=True)]
+        joined: list[TensorDict] = []
+        for env, before in enumerate(waiting):
+            records = self.records(env, rollout[env])
+            joined.append(records if before is None else torch.cat([before, records]))  # type: ignore[arg-type]
         complete = min(map(len, joined))
         if complete > self.size:
             raise ConfigError(f"algo.buffer_size={self.size * self.num_envs} holds less than a rollout")
-        rows = torch.stack([each[:complete] for each in joined], 1)  # type: ignore[arg-type]  # [k, N]
+        rows = {key: torch.stack([each[key][:complete] for each in joined], 1) for key in RECORD}  # [k, N, *]
         self.waiting = [each[complete:].clone() for each in joined]
-        self.buffer.extend(TensorDict(dict(rows.items()), batch_size=[complete]))
+        self.buffer.extend(TensorDict(rows, batch_size=[complete]))
 
     def records(self, env: int, steps: TensorDictBase) -> TensorDict:
         """Those of one env's steps `[T]`: `[T + ends]`."""

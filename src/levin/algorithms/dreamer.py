@@ -94,6 +94,7 @@ class Dreamer(Algorithm):
     """
 
     actions: ClassVar = ("box", "discrete")
+    actor: Policy  # on features of the model
     observations: ClassVar = ("float32", "uint8")
     buffer: SequenceReplay
 
@@ -206,34 +207,35 @@ class Dreamer(Algorithm):
         """max(E KL(q || p), free nats) - E log p(o|s) - E log p(r|s) - log p(continue|s), over `[B, T]`.
 
         Gaussians of variance 1, without their constant; a continue is gamma (1 - terminated). Also gives the states
-        `[B T, *]`, which have no gradient any more, and the terms.
+        `[B T, *]` to dream from, which have no gradient any more, and the terms.
         """
-        observation, is_first = batch["observation"], batch["is_first"]
-        states, posterior, prior = self.model.observe(observation, batch["action"], is_first)
+        states, posterior, prior = self.model.observe(batch["observation"], batch["action"], batch["is_first"])
         feature = states.feature.flatten(0, 1)  # [B, T, F] -> [B T, F]
-        target = centred(observation.flatten(0, 1))
-        error = single(self.model.decoder(feature)) - target
-        terms = {
-            "kl": posterior.kl(prior).mean(),
-            "observation_loss": 0.5 * error.square().flatten(1).sum(-1).mean(),
-            "reward_loss": 0.5
-            * (single(self.model.reward_model(feature)) - batch["reward"].flatten(0, 1)).square().mean(),
-        }
-        loss = self.kl_scale * terms["kl"].clamp(min=self.free_nats)
-        loss = loss + terms["observation_loss"] + terms["reward_loss"]
+        observation, reward, is_terminal = (
+            batch[key].flatten(0, 1) for key in ("observation", "reward", "is_terminal")
+        )
+        kl = posterior.kl(prior).mean()
+        observation_loss = 0.5 * (single(self.model.decoder(feature)) - centred(observation)).square().flatten(1)
+        observation_loss = observation_loss.sum(-1).mean()
+        reward_loss = 0.5 * (single(self.model.reward_model(feature)) - reward).square().mean()
+        loss = self.kl_scale * kl.clamp(min=self.free_nats) + observation_loss + reward_loss
+        terms = {"kl": kl.detach(), "observation_loss": observation_loss.detach(), "reward_loss": reward_loss.detach()}
         if self.model.continue_model is not None:
             logit = single(self.model.continue_model(feature))
-            goes_on = self.gamma * (~batch["is_terminal"].flatten(0, 1)).float()
-            terms["continue_loss"] = binary_cross_entropy_with_logits(logit, goes_on)
-            loss = loss + self.continue_scale * terms["continue_loss"]
+            continue_loss = binary_cross_entropy_with_logits(logit, self.gamma * (~is_terminal).float())
+            loss, terms["continue_loss"] = loss + self.continue_scale * continue_loss, continue_loss.detach()
         start = {name: each.detach().flatten(0, 1) for name, each in states._asdict().items()}
-        return loss, start, {name: value.detach() for name, value in terms.items()}
+        return loss, start | {"alive": ~is_terminal}, terms
 
-    def dream(self, start: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`actor_loss` of a dream, and what the critic learns from: features `[N, H-1, F]`, targets and weights."""
-        feature, action, policy_feature = self.imagine(State(start["deter"], start["stoch"]))
+    def dream(self, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`actor_loss` of a dream, and what the critic learns from: features `[N, H-1, F]`, targets and weights.
+
+        What begins where an episode has ended counts for nothing.
+        """
+        feature, action, seen = self.imagine(State(start["deter"], start["stoch"]))
         target, weight = self.lambda_return(feature)
-        loss, entropy = self.actor_loss(feature, action, policy_feature, target, weight)
+        weight = weight * start["alive"].unsqueeze(1)  # [N, 1] -> [N, 1, 1]
+        loss, entropy = self.actor_loss(feature, action, seen, target, weight)
         return loss, feature[:, :-1].detach(), target.detach(), weight, entropy
 
     def imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +249,8 @@ class Dreamer(Algorithm):
             seen.append(state.feature.detach())
             action = self.actor(seen[-1]).sample()
             state = self.model.imagine_step(state, action if self.actor_gradient == "dynamics" else action.detach())
-            features.append(state.feature), actions.append(action)
+            features.append(state.feature)
+            actions.append(action)
         return torch.stack(features, 1), torch.stack(actions, 1), torch.stack(seen, 1)
 
     def lambda_return(self, feature: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The networks of Dreamer's world model (Hafner et al. 2020, appendix A), and the policy that acts with it."""
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,11 @@ class Belief(NamedTuple):
         return kl_divergence(ours, theirs).sum(-1)
 
 
+def stacked(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """Each part of T tuples: `[B, T, *]`."""
+    return (torch.stack(part, 1) for part in zip(*steps, strict=True))
+
+
 def belief(numbers: Tensor) -> Belief:
     """`[..., 2 S]`, any numbers."""
     mean, std = single(numbers).chunk(2, -1)
@@ -66,7 +73,7 @@ class PixelEncoder(nn.Module):
         widths = [channels, 32, 64, 128, 256]
         layers = [
             layer
-            for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
+            for inputs, outputs in pairwise(widths)
             for layer in (nn.Conv2d(inputs, outputs, 4, stride=2), nn.ReLU(inplace=True))
         ]
         self.layers = nn.Sequential(*layers, nn.Flatten())
@@ -160,7 +167,7 @@ class WorldModel(nn.Module):
         return State(like.new_zeros(batch, self.deter), like.new_zeros(batch, self.stoch))
 
     def embed(self, observation: Tensor) -> Tensor:
-        """`[..., *S] -> [..., hidden]`: what the state encoder makes of an observation before it looks at its memory."""
+        """`[..., *S] -> [..., hidden]`: what the state encoder makes of an observation alone."""
         lead = observation.shape[: observation.ndim - (3 if self.pixels else 1)]
         flat = observation.reshape(-1, *observation.shape[len(lead) :])
         return self.into_posterior(self.encoder(flat)).unflatten(0, lead)
@@ -193,20 +200,17 @@ class WorldModel(nn.Module):
         from_action, goes_on = self.into_action(before).unbind(1), (~is_first).unbind(1)
         noise = torch.randn(len(embedded), len(action), self.stoch, device=action.device, dtype=action.dtype).unbind(0)
         state = self.initial(len(action), action)
-        deters, stochs, posteriors, seeds = [], [], [], []
+        states, posteriors, seeds = [], [], []
         for t in range(len(embedded)):
             state = State(state.deter * goes_on[t], state.stoch * goes_on[t])
             deter, seed = self.transition(state, from_action[t])
             posterior = self.posterior(deter, embedded[t])
             state = State(deter, posterior.sample(noise[t]))
-            deters.append(state.deter), stochs.append(state.stoch), posteriors.append(posterior), seeds.append(seed)
-        states = State(torch.stack(deters, 1), torch.stack(stochs, 1))
-        means, stds = zip(*posteriors, strict=True)
-        return (
-            states,
-            Belief(torch.stack(means, 1), torch.stack(stds, 1)),
-            belief(self.prior_head(torch.stack(seeds, 1))),
-        )
+            states.append(state)
+            posteriors.append(posterior)
+            seeds.append(seed)
+        prior = belief(self.prior_head(torch.stack(seeds, 1)))
+        return State(*stacked(states)), Belief(*stacked(posteriors)), prior
 
     def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
         """The state after an action `[B, A]` and the observation that it led to; not drawn: its mean."""

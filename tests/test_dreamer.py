@@ -1,0 +1,438 @@
+"""Dreamer: what it replays, what its model computes, and where gradients go."""
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from levin import config
+from levin.algorithms.dreamer import Dreamer
+from levin.algorithms.dreamer_networks import Belief, State
+from levin.errors import ConfigError
+from levin.parameters import frozen
+from levin.sequences import SequenceReplay
+from levin.spaces import EMPTY
+from levin.train import build
+
+SMALL = (
+    *("algo=dreamer", "env=pendulum", "algo.size=micro", "algo.free_nats=0"),
+    *("algo.batch_size=4", "algo.batch_length=6", "algo.horizon=4"),
+)
+
+
+def spec(num_envs: int = 1, actions: int = 1, pixels: bool = False, discrete: int = 0):
+    shape, dtype = ([3, 64, 64], "uint8") if pixels else ([3], "float32")
+    observation = {**EMPTY, "shape": shape, "dtype": dtype}
+    action = {**EMPTY, "shape": [actions], "dtype": "float32", "low": [-1.0] * actions, "high": [1.0] * actions}
+    if discrete:
+        action = {**EMPTY, "type": "discrete", "dtype": "int64", "n": discrete}
+    return {
+        "id": "a toy",
+        "num_envs": num_envs,
+        "observation": observation,
+        "action": action,
+        "action_units": "none",
+        "action_repeat": 1,
+        "observation_clip": None,
+        "reward_clip": None,
+    }
+
+
+def make(*words: str) -> Dreamer:
+    algorithm, _ = build(config.compose([*SMALL, *words]))
+    algorithm.configure_optimizers()
+    algorithm.manual_backward = lambda loss: loss.backward()
+    return algorithm
+
+
+class Says(nn.Module):
+    """The same numbers, whatever it is asked."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.numbers
+
+
+def records(
+    num: int = 3, length: int = 7, observation: int = 3, action: int = 1, first: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """Random ones `[num, length]`; episodes begin at 0 and at `first`."""
+    generator = torch.Generator().manual_seed(0)
+    is_first = torch.zeros(num, length, 1, dtype=torch.bool)
+    is_first[:, [0, *first]] = True
+    return {
+        "observation": torch.randn(num, length, observation, generator=generator),
+        "action": torch.randn(num, length, action, generator=generator).tanh(),
+        "reward": torch.randn(num, length, 1, generator=generator),
+        "is_first": is_first,
+        "is_terminal": torch.zeros(num, length, 1, dtype=torch.bool),
+        "is_last": torch.zeros(num, length, 1, dtype=torch.bool),
+    }
+
+
+# --- replay of sequences
+
+
+def stream(env: int, lengths: list[int], steps: int) -> tuple[dict[str, Tensor], list[tuple]]:
+    """Steps of an env that shows (env, episode, step) and rewards with 10 episode + step; and their records."""
+    found, expected, episode, t = [], [], 0, 0
+    while len(found) < steps:
+        last = t + 1 == lengths[episode % len(lengths)]
+        reward = 10.0 * episode + t + 1
+        found.append(([env, episode, t], [env, episode, t + 1], reward, last, episode % 2 == 0))
+        came_with = 0.0 if t == 0 else 10.0 * episode + t
+        expected.append((env, episode, t, came_with, t == 0, False, float(episode + t)))
+        if last:
+            expected.append((env, episode, t + 1, reward, False, episode % 2 == 0, 0.0))
+        episode, t = (episode + 1, 0) if last else (episode, t + 1)
+    before, after, reward, done, dies = (torch.tensor(each) for each in zip(*found, strict=True))
+    action = (before[:, 1] + before[:, 2]).float().unsqueeze(-1)
+    flags = done.unsqueeze(-1)
+    steps_ = {"observation": before.float(), "after": after.float(), "reward": reward.unsqueeze(-1), "done": flags}
+    return {**steps_, "terminated": flags & dies.unsqueeze(-1), "action": action}, expected
+
+
+def rollouts(lengths: list[list[int]], steps: int, chunk: int) -> tuple[list[TensorDict], list[list[tuple]]]:
+    parts, expected = zip(*(stream(env, each, steps) for env, each in enumerate(lengths)), strict=True)
+    data = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+    whole = TensorDict(
+        {
+            "observation": data["observation"],
+            "action": data["action"],
+            "next": {
+                "observation": data["after"],
+                "reward": data["reward"],
+                "done": data["done"],
+                "terminated": data["terminated"],
+            },
+        },
+        batch_size=(len(lengths), steps),
+    )
+    return list(whole.split(chunk, 1)), list(expected)
+
+
+def said(buffer: SequenceReplay, env: int) -> list[tuple]:
+    """The records of one env that are stored, oldest first."""
+    order = torch.arange(buffer.written - len(buffer), buffer.written) % buffer.size
+    rows = buffer.data[order][:, env]
+    return [
+        (*map(int, o.tolist()), float(r), bool(f), bool(e), float(a))
+        for o, r, f, e, a in zip(
+            *(rows[key] for key in ("observation", "reward", "is_first", "is_terminal", "action")), strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 23])
+def test_records_of_envs_whose_episodes_differ(chunk):
+    buffer = SequenceReplay(spec(num_envs=2), 200, "memory", 5)
+    parts, expected = rollouts([[3], [7, 4]], 23, chunk)
+    for part in parts:
+        buffer.extend(part)
+    for env in range(2):
+        assert said(buffer, env) == expected[env][: len(buffer)]
+    assert len(buffer) == min(map(len, expected))
+    assert [len(each) for each in buffer.waiting] == [len(each) - len(buffer) for each in expected]
+
+
+def test_sequences_are_of_one_env_and_never_cross_the_write_head():
+    buffer = SequenceReplay(spec(num_envs=2), 40, "memory", 5)  # 20 rows, which the stream goes round
+    parts, _ = rollouts([[3], [3]], 60, 6)
+    for part in parts:
+        buffer.extend(part)
+    assert buffer.written > 2 * buffer.size
+    drawn = buffer.sample(1, 4000, torch.device("cpu"))[0]
+    assert drawn.shape == (4000, 5)
+    all_records = {env: said(buffer, env) for env in range(2)}
+    starts = {(env, i): 0 for env in range(2) for i in range(len(buffer) - 4)}
+    places = {(*record[:3],): i for env in range(2) for i, record in enumerate(all_records[env])}
+    for row in drawn["observation"].int().tolist():
+        env = row[0][0]
+        begin = places[tuple(row[0])]
+        assert [tuple(each) for each in row] == [record[:3] for record in all_records[env][begin : begin + 5]]
+        starts[env, begin] += 1
+    counts = torch.tensor(list(starts.values())).float()
+    assert len(starts) == 2 * 16
+    assert counts.min() > 0.6 * counts.mean()  # all of them, alike
+    assert ((drawn["is_first"].sum(1) >= 1).float().mean()) > 0.9  # episodes of three steps: they are crossed
+    assert drawn["is_terminal"].any()
+
+
+def test_terminal_observations_and_truncations_are_told_apart():
+    parts, _ = rollouts([[2, 3]], 20, 20)
+    buffer = SequenceReplay(spec(), 100, "memory", 4)
+    buffer.extend(parts[0])
+    rows = buffer.data[: len(buffer)][:, 0]
+    ends = rows["is_last"].squeeze(-1)
+    assert (rows["action"][ends] == 0).all()
+    assert (rows["observation"][ends][::2, 1] % 2 == 0).all()
+    assert rows["is_terminal"][ends].flatten().tolist() == [i % 2 == 0 for i in range(int(ends.sum()))]
+    assert not rows["is_first"][ends].any()
+
+
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_a_replay_of_sequences_goes_on_where_it_was(storage):
+    parts, _ = rollouts([[3], [7, 4]], 40, 4)
+    straight, resumed = (SequenceReplay(spec(num_envs=2), 60, storage, 5) for _ in range(2))
+    for part in parts[:5]:
+        straight.extend(part)
+    state = copy.deepcopy(straight.state_dict())
+    first = straight.written - len(straight)
+    order = torch.arange(first, straight.written) % straight.size
+    resumed.load_state_dict({**state, "data": [state["data"][order].clone()]}, torch.device("cpu"))
+    for part in parts[5:]:
+        straight.extend(part)
+        resumed.extend(part)
+    for env in range(2):
+        assert said(straight, env) == said(resumed, env)
+    torch.manual_seed(0)
+    one = straight.sample(2, 3, torch.device("cpu"))
+    torch.manual_seed(0)
+    other = resumed.sample(2, 3, torch.device("cpu"))
+    assert (one == other).all()
+
+
+def test_finite_actions_are_stored_one_hot():
+    buffer = SequenceReplay(spec(discrete=3), 50, "memory", 2)
+    done = torch.tensor([False, True]).view(1, 2, 1)
+    after = {"observation": torch.ones(1, 2, 3), "reward": torch.ones(1, 2, 1), "done": done, "terminated": done}
+    steps = {"observation": torch.zeros(1, 2, 3), "action": torch.tensor([[2, 0]]), "next": after}
+    buffer.extend(TensorDict(steps, batch_size=(1, 2)))
+    assert buffer.data["action"][:, 0].tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
+
+
+# --- the world model
+
+
+def test_parameter_counts_are_the_published_ones():
+    algorithm = Dreamer(env=spec(actions=6, pixels=True))
+
+    def count(module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert count(algorithm.model) == 5_296_820
+    assert count(algorithm.actor) == 578_412
+    assert count(algorithm.critic) == 413_601
+
+
+@pytest.mark.parametrize("transition", ["gru", "mlp"])
+def test_observing_a_sequence_is_observing_step_by_step(transition, monkeypatch):
+    model = make(f"algo.transition={transition}").model
+    data = records(first=(3,))
+    noise = torch.randn(7, 3, model.stoch)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: noise)
+    states, posterior, _ = model.observe(data["observation"], data["action"], data["is_first"])
+    monkeypatch.undo()
+    each = iter(noise)
+    monkeypatch.setattr(torch, "randn_like", lambda _: next(each))
+    state, action = model.initial(3, data["action"]), torch.zeros(3, 1)
+    for t in range(7):
+        goes_on = ~data["is_first"][:, t]
+        state = model.step(State(*(part * goes_on for part in state)), action * goes_on, data["observation"][:, t])
+        torch.testing.assert_close(state.stoch, states.stoch[:, t], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state.deter, states.deter[:, t], rtol=1e-5, atol=1e-5)
+        action = data["action"][:, t]
+    assert states.deter.shape == (3, 7, model.deter)
+    assert posterior.mean.shape == (3, 7, model.stoch)
+
+
+def test_acting_is_observing():
+    """What the policy believes in an env is what the model makes of the records of it."""
+    algorithm = make("algo.exploration_noise=0")
+    policy = algorithm.policy().module
+    policy.model.posterior_head.weight.data[algorithm.model.stoch :] = 0  # deviations that are small and fixed
+    policy.model.posterior_head.bias.data[algorithm.model.stoch :] = -1e9
+    data = records(num=1, first=(4,))
+    believed, chosen = [], []
+    for t in range(7):
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn_like", torch.zeros_like)
+            chosen.append(policy(data["observation"][:, t], data["is_first"][:, t]))
+            believed.append(algorithm.carry.deter.clone())
+    data["action"] = torch.stack(chosen, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(*shape))
+        states, _, _ = algorithm.model.observe(data["observation"], data["action"], data["is_first"])
+    torch.testing.assert_close(torch.stack(believed, 1), states.deter.detach(), rtol=1e-5, atol=1e-5)
+
+
+def observed(model, data: dict[str, Tensor]) -> State:
+    torch.manual_seed(0)
+    return model.observe(data["observation"], data["action"], data["is_first"])[0]
+
+
+def test_nothing_survives_the_beginning_of_an_episode():
+    model, data = make().model, records(first=(4,))
+    base = observed(model, data)
+    for key in ("observation", "action"):
+        changed = {name: value.clone() for name, value in data.items()}
+        changed[key][0, :4] = 99.0
+        other = observed(model, changed)
+        assert torch.equal(base.deter[:, 4:], other.deter[:, 4:])
+        assert torch.equal(base.stoch[:, 4:], other.stoch[:, 4:])
+        assert torch.equal(base.stoch[1:], other.stoch[1:])  # other rows
+        assert not torch.equal(base.stoch[0, 1:4], other.stoch[0, 1:4])
+
+
+def test_the_action_that_counts_is_the_one_before():
+    model, data = make().model, records()
+    base = observed(model, data)
+    changed = {name: value.clone() for name, value in data.items()}
+    changed["action"][:, 3] = 99.0
+    other = observed(model, changed)
+    assert torch.equal(base.stoch[:, :4], other.stoch[:, :4])
+    assert not torch.equal(base.stoch[:, 4], other.stoch[:, 4])
+
+
+def test_the_model_without_a_memory_has_none():
+    model, data = make("algo.transition=mlp").model, records()
+    assert observed(model, data).deter.shape == (3, 7, 0)
+    means = []
+    for value in (0.0, 5.0):
+        changed = {name: tensor.clone() for name, tensor in data.items()}
+        changed["observation"][:, :3] = value
+        torch.manual_seed(0)
+        means.append(model.observe(changed["observation"], changed["action"], changed["is_first"])[1].mean)
+    assert torch.equal(means[0][:, 3:], means[1][:, 3:])
+
+
+def test_kl_of_gaussians_and_free_nats():
+    zero, one, two = torch.zeros(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0)
+    assert Belief(zero, one).kl(Belief(one, two)).item() == pytest.approx(0.443147, abs=1e-6)
+    assert Belief(one, two).kl(Belief(zero, one)).item() == pytest.approx(1.306853, abs=1e-6)
+    algorithm, data = make("algo.free_nats=1e6"), records()
+    loss, _, terms = algorithm.model_loss(data)
+    loss.backward()
+    assert algorithm.model.prior_head[0].weight.grad.abs().sum() == 0  # below the clamp the KL teaches nothing
+    assert loss.item() == pytest.approx(1e6 + terms["observation_loss"].item() + terms["reward_loss"].item(), rel=1e-6)
+    algorithm = make("algo.free_nats=0")
+    algorithm.model_loss(data)[0].backward()
+    assert algorithm.model.prior_head[0].weight.grad.abs().sum() > 0
+
+
+def test_lambda_returns_by_hand():
+    """r = 1, 2, 3, v = 10, 20, 30 and 40 at the end, discount 0.9, lambda 0.5."""
+    algorithm = make("algo.gamma=0.9", "algo.return_lambda=0.5")
+    algorithm.model.reward_model = Says(torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 4, 1))
+    algorithm.critic = Says(torch.tensor([10.0, 20.0, 30.0, 40.0]).view(1, 4, 1))
+    target, weight = algorithm.lambda_return(torch.zeros(1, 4, 1))
+    assert target.flatten().tolist() == pytest.approx([24.8725, 33.05, 39.0])
+    assert weight.flatten().tolist() == pytest.approx([1, 0.9, 0.81])
+
+
+def test_lambda_returns_are_the_mixture_of_all_horizons():
+    algorithm, generator = make("algo.return_lambda=0.7", "algo.continue_scale=1"), torch.Generator().manual_seed(0)
+    r, v, logit = (torch.randn(1, 6, 1, generator=generator, dtype=torch.float64) for _ in range(3))
+    c = logit.sigmoid()
+    algorithm.model.reward_model, algorithm.critic = Says(r), Says(v)
+    algorithm.model.continue_model = Says(logit)
+    target, _ = algorithm.lambda_return(torch.zeros(1, 6, 1))
+    for t in range(5):
+        horizons = []
+        for n in range(1, 6 - t):  # r_t + c_t r_{t+1} + ... + c_t ... c_{t+n-1} v_{t+n}
+            decay = torch.cat([torch.ones(1), c[0, t : t + n, 0]]).cumprod(0)
+            horizons.append((decay[:n] * r[0, t : t + n, 0]).sum() + decay[n] * v[0, t + n, 0])
+        mixed = sum(0.3 * 0.7 ** (n - 1) * g for n, g in enumerate(horizons[:-1], 1)) + 0.7 ** (4 - t) * horizons[-1]
+        assert target[0, t, 0].item() == pytest.approx(mixed.item(), rel=1e-6)
+
+
+# --- where gradients go
+
+
+def gradients(algorithm: Dreamer, *, sever: bool = False) -> tuple[list[Tensor], Dreamer]:
+    """Of the actor's loss in one dream; all gradients are asked for, also those of the model."""
+    start = algorithm.model_loss(records())[1]
+    if sever:
+        algorithm.model.memory.weight_ih.data.zero_()
+    torch.manual_seed(0)
+    loss = algorithm.dream(start)[0]
+    return list(torch.autograd.grad(loss, list(algorithm.actor.parameters()))), algorithm
+
+
+def test_the_dream_is_differentiated_into_the_policy_alone():
+    algorithm = make()
+    batch = TensorDict(records(), batch_size=(3, 7))
+    before = {name: value.clone() for name, value in algorithm.named_parameters()}
+    start = algorithm.model_loss(batch)[1]
+    assert not any(each.requires_grad for each in start.values())
+    algorithm.update(batch)
+    for name, value in algorithm.named_parameters():
+        assert not torch.equal(value, before[name]), name
+    # the loss of the actor alone
+    algorithm = make()
+    algorithm.zero_grad()
+    with frozen([*algorithm.model_parameters, *algorithm.critic_parameters]):
+        algorithm.dream(start)[0].backward()
+    for name, value in algorithm.named_parameters():
+        moved = value.grad is not None and value.grad.abs().sum() > 0
+        assert moved == name.startswith("actor."), name
+
+
+def test_gradients_go_through_the_transition_model():
+    torch.manual_seed(0)
+    whole, _ = gradients(make())
+    severed, _ = gradients(make(), sever=True)  # the action no longer reaches the memory
+    assert sum(each.abs().sum() for each in whole) > 0
+    assert any(not torch.allclose(a, b) for a, b in zip(whole, severed, strict=True))
+
+
+@pytest.mark.parametrize("words", [("env=pendulum",), ("env=cartpole", "algo.entropy_coef=1e-3")])
+def test_reinforce_has_no_path_through_the_dream(words):
+    algorithm = make("algo.actor_gradient=reinforce", *words)
+    size, actions = algorithm.env["observation"]["shape"][0], algorithm.model.actions
+    start = algorithm.model_loss(records(observation=size, action=actions))[1]
+    feature, action, seen = algorithm.imagine(State(start["deter"], start["stoch"]))
+    assert not torch.autograd.grad(feature.sum(), list(algorithm.actor.parameters()), allow_unused=True)[0]
+    target, weight = algorithm.lambda_return(feature)
+    loss, _ = algorithm.actor_loss(feature, action, seen, target, weight)
+    assert sum(each.abs().sum() for each in torch.autograd.grad(loss, list(algorithm.actor.parameters()))) > 0
+
+
+def test_pathwise_gradients_are_those_of_finite_differences():
+    """A dream in float64 with its noise held, of a policy that sees nothing: what it sees is not differentiated."""
+    algorithm = make("algo.horizon=5").double()
+    data = {key: value.double() if value.is_floating_point() else value for key, value in records().items()}
+    start = algorithm.model_loss(data)[1]
+    algorithm.actor.network[0].weight.data.zero_()
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        return algorithm.dream(start)[0]
+
+    bias = algorithm.actor.network[-1].bias
+    (exact,) = torch.autograd.grad(loss(), bias)
+    for i in range(len(bias)):
+        values = []
+        for change in (1e-5, -2e-5):
+            bias.data[i] += change
+            values.append(loss().item())
+        bias.data[i] += 1e-5
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(exact[i].item(), rel=1e-4)
+
+
+def test_dreams_that_begin_at_an_end_count_for_nothing():
+    algorithm = make("algo.continue_scale=10")
+    data = records()
+    data["is_terminal"][:, -1] = True
+    start = algorithm.model_loss(data)[1]
+    assert start["alive"].view(3, 7)[:, -1].sum() == 0
+    _, _, _, weight, _ = algorithm.dream(start)
+    assert (weight.view(3, 7, -1)[:, -1] == 0).all()
+    assert (weight.view(3, 7, -1)[:, 0] > 0).all()
+
+
+def test_what_it_can_not_do_is_said():
+    for words, sentence in (
+        (("algo.learning_starts=5",), "less than a sequence of each env: 6 x 1"),
+        (("algo.horizon=1",), "leaves nothing to learn from"),
+        (("algo.entropy_coef=0.1",), "is for discrete actions"),
+        (("env.normalize_observation=true",), "as they are"),
+        (("env=gym", "env.id=toy_envs:Robot-v0"), "reads vectors, or pixels of 64 x 64"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            make(*words)
