@@ -72,7 +72,7 @@ WRONG = [
     (["algo=sac_discrete", "env=gym", "env.id=toy_envs:Buttons-v0"], "take algo.critic=state_action"),
     (
         ["algo=sac_discrete", "algo.critic=state_action", "env=gym", "env.id=toy_envs:Keyboard-v0"],
-        "more than 10000: take loo",
+        "more than 1048576: take loo",
     ),
     (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=loo", "algo.actor_draws=1"], "2 or more, got 1"),
     (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=arm"], "actor_estimator"),

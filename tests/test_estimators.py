@@ -270,6 +270,75 @@ def test_all_values_leave_no_variance(estimator):
     assert estimator(choice(LOGITS), square).item() == pytest.approx(EXPECTED_COST, abs=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [5.0, 10.0, 14.0])
+def test_one_value_that_dominates(dtype, gap):
+    """Sets of two and three, all of them: no digits are lost where hardly anything is left."""
+    logits = torch.tensor([gap, 0.0, -1.0, 0.5], dtype=dtype)
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=dtype)
+
+    def cost(z: Tensor) -> Tensor:
+        return (z * weight).sum(-1)
+
+    double = logits.double().requires_grad_()
+    exact = torch.autograd.grad((double.softmax(-1) * weight.double()).sum(), double)[0]
+    for num in (2, 3):
+        orders = torch.tensor(list(itertools.permutations(range(4), num)))
+        p, probability = logits.double().softmax(-1), torch.ones(len(orders))
+        for j, each in enumerate(orders.T):
+            drawn = torch.zeros(len(orders), 4).scatter(1, orders[:, :j], 1.0)
+            probability = probability * p[each] / (p * (1 - drawn)).sum(1)
+        leaf = logits.expand(len(orders), 4).clone().requires_grad_()
+        values, log_prob = enumerated(choice(leaf))
+        estimator = UnorderedSet(num)
+        draws = estimator.at(values, log_prob, orders.T)
+        each = torch.autograd.grad(estimator.surrogate(draws, cost(draws.value)).sum(), leaf)[0].double()
+        mean = (probability.unsqueeze(-1) * each).sum(0)
+        assert float((mean - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float64 else 2e-2)
+
+
+def test_temperatures_do_what_they_say(monkeypatch):
+    """The draw of `tau_forward`, the gradient of `tau_backward`; ReinMax's tau is that of the p in its middle."""
+    leaf = LOGITS.clone().requires_grad_()
+    draw = one_hot(torch.tensor(2), K).double()
+    seen = []
+    monkeypatch.setattr(pathwise, "drawn", lambda logits: seen.append(logits.detach().clone()) or draw)
+    z = DecoupledStraightThrough(tau_forward=0.5, tau_backward=3.0).relaxed_sample(leaf)
+    torch.testing.assert_close(seen[0], LOGITS / 0.5)
+    found = torch.autograd.grad((z * WEIGHTS).sum(), leaf)[0]
+    expected = torch.autograd.grad(((leaf / 3.0).softmax(-1) * WEIGHTS).sum(), leaf)[0]
+    torch.testing.assert_close(found, expected)
+    for tau in (0.5, 1.0, 2.0):  # Algorithm 2, written out
+        z = ReinMax(tau).relaxed_sample(leaf)
+        found = torch.autograd.grad((z * WEIGHTS).sum(), leaf)[0]
+        p, middle = LOGITS.softmax(-1), (draw + (LOGITS / tau).softmax(-1)) / 2
+
+        def jacobian(probs: Tensor) -> Tensor:
+            return probs * (WEIGHTS - (probs * WEIGHTS).sum())
+
+        torch.testing.assert_close(found, 2 * jacobian(middle) - 0.5 * jacobian(p))
+        torch.testing.assert_close(z.detach(), draw)
+
+
+@pytest.mark.parametrize(
+    "estimator", [MeasureValued(), Exact(), UnorderedSet(3), SumAndSample(3), WithoutReplacement(4)]
+)
+@pytest.mark.parametrize("family", ["coins", "choices"])
+def test_the_value_is_an_estimate_of_the_cost(estimator, family):
+    """Of several parts, too."""
+    logits = COINS if family == "coins" else torch.stack([LOGITS[:3], LOGITS[2:]])
+    make = coins if family == "coins" else (lambda leaf: Independent(choice(leaf), 1))
+
+    def cost(z: Tensor) -> Tensor:
+        return (z.flatten(z.ndim - logits.ndim) * torch.arange(float(logits.numel()))).sum(-1).square()
+
+    values, log_prob = enumerated(make(logits))
+    expected = (log_prob.exp() * cost(values)).sum()
+    torch.manual_seed(0)
+    found = estimator(make(logits.expand(50_000, *logits.shape)), cost)
+    assert abs(found.mean() - expected) < 4.5 * found.std() / 50_000**0.5 + 1e-9
+
+
 # --- coins, every outcome
 
 
@@ -734,6 +803,36 @@ EVERY = {
 }
 
 
+def test_costs_may_be_integers_and_black_boxes():
+    for estimator in (LeaveOneOut(2), ScoreFunction(), Exact(), SelfCritical(), RELAX(Critic(K))):
+        leaf = LOGITS.expand(4, K).clone().requires_grad_()
+        surrogate = estimator(choice(leaf), lambda z: torch.from_numpy(z.detach().numpy().argmax(-1)))
+        assert torch.autograd.grad(surrogate.sum(), leaf)[0].isfinite().all()
+    loc = torch.zeros(3, requires_grad=True)
+    surrogate = SelfCritical()(Normal(loc, 1.0), lambda x: torch.from_numpy(x.numpy() ** 2))
+    assert torch.autograd.grad(surrogate.sum(), loc)[0].shape == (3,)
+    with pytest.raises(TypeError, match="take RELAX"):
+        REBAR()(choice(LOGITS), lambda z: torch.ones(3))
+    assert REBAR(eta=0.0)(choice(LOGITS.clone().requires_grad_()), lambda z: torch.ones(3)).requires_grad
+
+
+def test_a_large_score_takes_no_digits_from_the_value():
+    torch.set_default_dtype(torch.float32)
+    dist = Independent(choice(torch.randn(32, 32)), 1)
+    draws = ScoreFunction().sample(dist)
+    cost = torch.tensor([1000.3])
+    assert torch.equal(ScoreFunction().surrogate(draws, cost), cost[0])
+
+
+@pytest.mark.parametrize("name", [name for name, (_, family) in EVERY.items() if family is choice])
+def test_choices_that_there_are_not(name):
+    """Logits of -inf: masked actions."""
+    leaf = torch.tensor([[0.3, -math.inf, 0.5, -math.inf, 1.0]] * 20).requires_grad_()
+    surrogate = EVERY[name][0]()(choice(leaf), square)
+    assert surrogate.isfinite().all()
+    assert torch.autograd.grad(surrogate.sum(), leaf)[0].isfinite().all()
+
+
 def test_every_estimator_is_there():
     exported = {name for name in estimators.__all__ if isinstance(getattr(estimators, name), type)}
     assert exported - {"Draws", "Estimator", "StochasticGraph"} == EVERY.keys()
@@ -823,6 +922,21 @@ def test_a_wrong_distribution_is_a_sentence(estimator, dist, said):
             lambda: Exact()(coins(torch.zeros(15)), lambda z: z.sum(-1)),
             r"2 \*\* 15 values are too many to go through, the limit is 10000",
         ),
+        (lambda: GumbelRao(rao=0), "GumbelRao needs 1 draws or more, got 0"),
+        (lambda: DiscreteLatent(torch.zeros(2, 3), LeaveOneOut(2)), "a relaxation of one draw"),
+        (lambda: DiscreteLatent(torch.zeros(2, 3), ReinMax(num=4)), "a relaxation of one draw"),
+        (
+            lambda: LeaveOneOut(4)(choice(LOGITS.expand(4, K)), lambda z: z.sum((-1, -2))),
+            r"points \(4, 4\) is wanted, got \(4,\)",
+        ),
+        (
+            lambda: ScoreFunction(baseline=torch.zeros(4, 1))(choice(LOGITS.expand(4, K)), lambda z: z.sum(-1)),
+            r"the shape of the batch, got \(4, 1\), and the costs are \(1, 4\)",
+        ),
+        (
+            lambda: RELAX(nn.Linear(K, 1))(choice(LOGITS.expand(4, K)), lambda z: z.sum(-1)),
+            r"a critic gives \(4,\) for",
+        ),
         (
             lambda: LeaveOneOut(4).surrogate(LeaveOneOut(4).sample(choice(LOGITS)), torch.zeros(3)),
             r"a cost for each of the points \(4,\) is wanted, got \(3,\)",
@@ -883,5 +997,6 @@ def test_unimix_mixes_a_uniform_distribution_in():
     torch.testing.assert_close(latent.logits.exp(), torch.tensor([[0.97, 0.01, 0.01, 0.01]]))
     assert latent.rsample((3, 2)).shape == (3, 2, 1, 4)
     assert not latent.sample().requires_grad
+    assert latent.expand((3, 2)).batch_shape == (3, 2)
     assert latent.mode.tolist() == [[1, 0, 0, 0]]
     assert latent.log_prob(latent.mode).item() == pytest.approx(math.log(0.97))

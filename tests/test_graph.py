@@ -160,6 +160,39 @@ def test_pruning_leaves_out_the_costs_of_other_branches():
         assert (means[prune] - exact).abs().max() < 5 * (spread[prune] / rows).sqrt()
 
 
+def test_pruning_spares_dice_too():
+    spread = {}
+    for prune in (True, False):
+        torch.manual_seed(0)
+        a = torch.zeros(20_000, K, requires_grad=True)
+        graph = StochasticGraph(prune=prune)
+        graph.sample("x", OneHotCategorical(logits=a, validate_args=False), Dice())
+        b = torch.zeros(20_000, K, requires_grad=True)
+        y = graph.sample("y", OneHotCategorical(logits=b, validate_args=False), Dice())
+        graph.cost("of y", 10 * y[..., 0])
+        graph.cost("of x", graph.nodes[0].value[..., 0])
+        spread[prune] = torch.autograd.grad(graph.surrogate().sum(), a)[0].var(0).sum()
+    assert spread[True] < 0.05 * spread[False]
+
+
+def test_pruning_sees_parameters_that_the_points_do_not_carry():
+    """x ~ Normal(loc, 0.5 + z): z is in the deviation alone, and the mode of x is its loc."""
+    rows = 200_000
+    logit = torch.full((rows,), 0.3, requires_grad=True)
+    loc = torch.zeros(rows, requires_grad=True)
+    for estimator in (ScoreFunction(), SelfCritical()):
+        torch.manual_seed(0)
+        graph = StochasticGraph(prune=True)
+        z = graph.sample("z", Bernoulli(logits=logit), ScoreFunction())
+        x = graph.sample("x", Normal(loc, 0.5 + z), estimator)
+        graph.cost("of z", 0.1 * z)
+        graph.cost("of x", x.square())
+        (found,) = torch.autograd.grad(graph.surrogate().sum(), logit)
+        p = torch.tensor(0.3).sigmoid()
+        exact = p * (1 - p) * (0.1 + 1.5**2 - 0.5**2)
+        assert abs(found.mean() - exact) < 4.5 * found.std() / rows**0.5
+
+
 def test_integers_are_not_pruned():
     graph = StochasticGraph(prune=True)
     logits = torch.zeros(K, requires_grad=True)

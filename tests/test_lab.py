@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 
+from levin.errors import ConfigError
 from levin.estimators import LeaveOneOut, ReinMax, ScoreFunction, StraightThrough, lab, problems
 from levin.estimators.digits import evaluate, fit
 
@@ -26,6 +27,12 @@ def test_it_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert {row["axis"] for row in rows_of(tmp_path / "curves.csv")} == {"theta", "tau"}
     assert "leave-one-out, 4" in capsys.readouterr().out
+
+
+def test_wrong_words_are_sentences(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file: File exists"):
+        lab.lab(out=str(tmp_path / "file"))
 
 
 def test_its_numbers_are_those_of_the_closed_forms():

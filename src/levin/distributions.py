@@ -109,8 +109,17 @@ class OneHot:
 
     @property
     def combinations(self) -> int:
-        """The values of the padded distribution."""
-        return self.widest ** len(self.sizes)
+        """How many actions there are."""
+        return math.prod(self.sizes)
+
+    def every(self, device: torch.device) -> Tensor:
+        """All of them: `[M, D, K]`."""
+        number, places = torch.arange(self.combinations, device=device), []
+        for size in reversed(self.sizes):
+            places.insert(0, number % size)
+            number = number // size
+        chosen = torch.stack(places, -1).unsqueeze(-1)  # [M, D, 1]
+        return (chosen == torch.arange(self.widest, device=device)).float()
 
     def encode(self, action: Tensor) -> Tensor:
         """`[B]` or `[B, D]` int64 -> `[B, A]`."""

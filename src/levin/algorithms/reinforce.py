@@ -216,13 +216,14 @@ class REINFORCE(Algorithm):
         """1/(n-1) sum_{j != i} G_t of episode j, 0 where that is over by then: `[1, T, 1]`."""
         step, values = rollout["step_count"].flatten(), reward_to_go.flatten()
         sums = torch.zeros_like(values).index_add(0, step, values)  # [T], of which the longest episode fills a part
-        others = int(rollout["next", "done"].sum()) - 1
+        others = rollout["next", "done"].sum() - 1
         return ((sums[step] - values) / others).view_as(reward_to_go)
 
     def of_the_twin(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
         """G_t of the episode that follows, 0 where that is over by then: `[1, T, 1]`."""
-        step, episode = rollout["step_count"].flatten(), self.episode(rollout).flatten()
-        table = reward_to_go.new_zeros(int(episode[-1]) + 2, rollout.shape[1])
+        step = rollout["step_count"].flatten()
+        episode = self.episode(rollout).flatten()
+        table = reward_to_go.new_zeros(int(episode[-1]) + 2, int(torch.max(step)) + 1)
         table[episode, step] = reward_to_go.flatten()
         return table[episode + 1, step].view_as(reward_to_go)
 

@@ -52,18 +52,18 @@ from levin.algorithms.base import Algorithm, Batch
 from levin.distributions import Categorical, MultiCategorical, OneHot
 from levin.errors import ConfigError
 from levin.estimators import Estimator, Exact, GumbelSoftmax, LeaveOneOut, ReinMax, StraightThrough
-from levin.estimators.base import MAX_SUPPORT
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import ActionCritic, Actor, EnsembleMLP, single, trunk
 from levin.parameters import frozen
 from levin.replay import Replay
 from levin.spaces import EnvSpec
 
+MOST_VALUES = 2**20  # of Q, in one update
 ActorEstimator = Literal["exact", "loo", "straight_through", "gumbel_softmax", "reinmax"]
 
 
 class SACDiscrete(Algorithm):
-    """Soft actor-critic with exact expectations over the actions, twin critics and a learned temperature.
+    """Soft actor-critic with twin critics and a learned temperature; expectations over actions exact or estimated.
 
     Args:
         env: Spaces of the env (`envs.describe`).
@@ -159,10 +159,10 @@ class SACDiscrete(Algorithm):
     def make_estimator(self, name: ActorEstimator, draws: int, tau: float) -> Estimator:
         """Of grad E_{a ~ pi}[Q(s, a)]. Raises ConfigError for one that can't be."""
         if name == "exact":
-            if self.one_hot.combinations > MAX_SUPPORT:
+            if (values := self.one_hot.combinations * self.batch_size) > MOST_VALUES:
                 raise ConfigError(
-                    f"algo.actor_estimator=exact would value {self.one_hot.combinations} actions in every state, more "
-                    f"than {MAX_SUPPORT}: take loo, straight_through, gumbel_softmax or reinmax"
+                    f"algo.actor_estimator=exact would value {values} actions in an update, more than {MOST_VALUES}: "
+                    "take loo, straight_through, gumbel_softmax or reinmax"
                 )
             return Exact()
         if name == "loo":
@@ -238,7 +238,12 @@ class SACDiscrete(Algorithm):
             if isinstance(self.estimator, Exact):
                 assert isinstance(policy, Categorical)
                 return (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
-        draws = self.estimator.sample(self.one_hot.distribution(policy.logits))
+        distribution = self.one_hot.distribution(policy.logits)
+        if isinstance(self.estimator, Exact):
+            every = self.one_hot.every(observation.device).unsqueeze(1)  # [M, D, K] -> [M, 1, D, K]
+            draws = self.estimator.at(distribution, every.expand(-1, len(policy.logits), -1, -1))
+        else:
+            draws = self.estimator.sample(distribution)
         action = self.one_hot.join(draws.value)  # [S, B, D, K] -> [S, B, A]
         if self.critic_form == "state":
             value = (action * q).sum(-1)  # [S, B]

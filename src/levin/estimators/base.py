@@ -37,6 +37,10 @@ FAMILIES = {
 MAX_SUPPORT = 10_000  # points that are enumerated
 
 
+class TooManyValuesError(ValueError):
+    """A finite distribution has more values than can be gone through."""
+
+
 class Draws(NamedTuple):
     """Points where the cost is wanted.
 
@@ -58,13 +62,11 @@ class Estimator(ABC):
 
     Class attributes:
         families: The distributions it is for (keys of FAMILIES); None: all. `Independent` ones of them, too.
-        unbiased: When its mean is the gradient, in words; "never" for biased ones.
-        relaxed: Whether it asks for the cost of points that the distribution does not have, between those it has.
+        unbiased: When its mean is the gradient, in words.
     """
 
     families: ClassVar[tuple[str, ...] | None] = None
     unbiased: ClassVar[str] = "always"
-    relaxed: ClassVar[bool] = False
     instead: ClassVar[str] = "ScoreFunction or LeaveOneOut, which take any distribution"  # for other families
 
     @abstractmethod
@@ -76,7 +78,7 @@ class Estimator(ABC):
         return torch.zeros_like(cost[0])
 
     def mean(self, draws: Draws, cost: Tensor) -> Tensor:
-        """`[S, *B] -> [*B]`: an unbiased estimate of E f."""
+        """`[S, *B] -> [*B]`: an estimate of E f, as unbiased as the points are draws."""
         return cost.mean(0) if draws.weight is None else (draws.weight * cost).sum(0)
 
     def sample(self, dist: Distribution) -> Draws:
@@ -97,9 +99,7 @@ class Estimator(ABC):
         Raises:
             ValueError: There is not one cost for each point.
         """
-        points = draws.value.shape[: cost.ndim]
-        if cost.ndim == 0 or points != cost.shape:
-            raise ValueError(f"a cost for each of the points {tuple(points)} is wanted, got {tuple(cost.shape)}")
+        cost = checked(draws, cost)
         return attach(self.mean(draws, cost), self.score(draws, cost))
 
     def __call__(self, dist: Distribution, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,9 +108,18 @@ class Estimator(ABC):
         return self.surrogate(draws, function(draws.value))
 
 
+def checked(draws: Draws, cost: Tensor) -> Tensor:
+    """One cost for each point, and a floating one. Raises ValueError when there is another number of them."""
+    known = draws.weight if draws.weight is not None else draws.log_prob
+    points = draws.value.shape[: cost.ndim] if known is None else known.shape
+    if cost.ndim == 0 or points != cost.shape:
+        raise ValueError(f"a cost for each of the points {tuple(points)} is wanted, got {tuple(cost.shape)}")
+    return cost if cost.is_floating_point() else cost.to(torch.get_default_dtype())
+
+
 def attach(value: Tensor, score: Tensor) -> Tensor:
     """The value, with the gradient of both."""
-    return value + score - score.detach()
+    return value + (score - score.detach())  # in this order: the score may be much larger
 
 
 def magic_box(log_prob: Tensor) -> Tensor:
@@ -146,7 +155,7 @@ def enumerated(dist: Distribution) -> tuple[Tensor, Tensor]:
     """All values of a finite distribution, also of several independent choices: `[M, *B, *E]`, log p `[M, *B]`.
 
     Raises:
-        ValueError: There are more than `MAX_SUPPORT`.
+        TooManyValuesError: There are more than `MAX_SUPPORT`.
     """
     base, dims = split(dist)
     if dims == 0:
@@ -156,7 +165,7 @@ def enumerated(dist: Distribution) -> tuple[Tensor, Tensor]:
     each = base.enumerate_support(expand=False)  # [K, 1 ..., *e], with e the event of one choice
     each = each.reshape(len(each), *base.event_shape)
     if len(each) ** shape.numel() > MAX_SUPPORT:
-        raise ValueError(
+        raise TooManyValuesError(
             f"{len(each)} ** {shape.numel()} values are too many to go through, the limit is {MAX_SUPPORT}"
         )
     # The digits of 0, 1, 2, ... in base K are every combination

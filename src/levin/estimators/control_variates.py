@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
-from levin.estimators.base import Draws, Estimator, above_zero, attach, split, trailing_sum
+from levin.estimators.base import Draws, Estimator, above_zero, attach, checked, split, trailing_sum
 from levin.estimators.pathwise import gumbel, gumbel_given, largest
 
 DISCRETE = ("bernoulli", "one_hot")
@@ -33,7 +33,6 @@ class REBAR(Estimator):
     eta: float = 1.0
     tau: float = 0.5
     families: ClassVar = DISCRETE
-    relaxed: ClassVar = True
     unbiased: ClassVar = "f is defined and differentiable at relaxed points"
 
     def __post_init__(self) -> None:
@@ -48,6 +47,10 @@ class REBAR(Estimator):
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
         real, relaxed, other = cost
+        if self.eta == 0:
+            return real.detach() * draws.log_prob
+        if not cost.requires_grad:
+            raise TypeError("REBAR differentiates the cost, and this one has no gradient: take RELAX")
         # Of the points alone: what else the cost depends on has its gradient from the real one.
         difference = self.eta * (relaxed - other)
         (slope,) = torch.autograd.grad(difference.sum(), draws.value, retain_graph=True)
@@ -81,15 +84,17 @@ class RELAX(Estimator, nn.Module):
 
     def draw(self, dist: Distribution) -> Draws:
         base, _ = split(dist)
-        leaf = choice_logits(dist).detach().requires_grad_()  # gradients of c stay apart from those of f
+        logits = choice_logits(dist)
+        leaf = logits.detach().requires_grad_()  # gradients of c stay apart from those of f
         b, y, other = relaxed_pair(leaf, self.tau, dist)
         score = b - base.probs.detach()  # grad log p(b), in the logits
-        return Draws(b.unsqueeze(0), None, None, (base.logits, leaf, score, y, other))
+        parameter = logits[..., 0] if isinstance(base, Bernoulli) else logits
+        return Draws(b.unsqueeze(0), None, None, (parameter, leaf, score, y, other))
 
     def gradient(self, draws: Draws, cost: Tensor) -> Tensor:
         """g `[*B, *E]` in the logits, differentiable in the critic."""
         parameter, leaf, score, y, other = draws.aux
-        relaxed, conditional = self.critic(y), self.critic(other)
+        relaxed, conditional = valued(self.critic, y, cost), valued(self.critic, other, cost)
         (path,) = torch.autograd.grad((relaxed - conditional).sum(), leaf, create_graph=True)
         path = path if leaf.ndim == parameter.ndim else path[..., 0]  # the logit 0 of a Bernoulli is no parameter
         weight = cost[0].detach() - conditional
@@ -101,6 +106,7 @@ class RELAX(Estimator, nn.Module):
 
     def surrogate(self, draws: Draws, cost: Tensor, gradient: Tensor | None = None) -> Tensor:
         """As that of every estimator; a `gradient` at hand is not computed again."""
+        cost = checked(draws, cost)
         gradient = self.gradient(draws, cost) if gradient is None else gradient
         return attach(self.mean(draws, cost), trailing_sum(gradient.detach() * draws.aux[0], cost.ndim - 1))
 
@@ -136,7 +142,7 @@ class LAX(Estimator, nn.Module):
     def gradient(self, draws: Draws, cost: Tensor) -> Tensor:
         """g `[2, *B, *E]` in mean and deviation, differentiable in the critic."""
         _, leaf, score, z = draws.aux
-        relaxed = self.critic(z)
+        relaxed = valued(self.critic, z, cost)
         (path,) = torch.autograd.grad(relaxed.sum(), leaf, create_graph=True)
         weight = cost[0].detach() - relaxed
         return weight.view(*weight.shape, *[1] * (z.ndim - weight.ndim)) * score + path
@@ -145,16 +151,26 @@ class LAX(Estimator, nn.Module):
 
     def surrogate(self, draws: Draws, cost: Tensor, gradient: Tensor | None = None) -> Tensor:
         """As that of every estimator; a `gradient` at hand is not computed again."""
+        cost = checked(draws, cost)
         gradient = self.gradient(draws, cost) if gradient is None else gradient
         return attach(self.mean(draws, cost), trailing_sum((gradient.detach() * draws.aux[0]).sum(0), cost.ndim - 1))
 
     __call__ = Estimator.__call__  # and not that of a module
 
 
+def valued(critic: nn.Module, points: Tensor, cost: Tensor) -> Tensor:
+    """c of the points, `[*B]`. Raises ValueError when the critic gives another shape than costs `[1, *B]` have."""
+    values = critic(points)
+    if values.shape != cost.shape[1:]:
+        raise ValueError(f"a critic gives {tuple(cost.shape[1:])} for {tuple(points.shape)}, got {tuple(values.shape)}")
+    return values
+
+
 def choice_logits(dist: Distribution) -> Tensor:
-    """The logits of choices `[*B, *E, K]`; a Bernoulli is the first of two, with the logits (l, 0)."""
+    """The logits of choices `[*B, *E, K]`, all finite; a Bernoulli is the first of two, with the logits (l, 0)."""
     base, _ = split(dist)
-    return torch.stack([base.logits, torch.zeros_like(base.logits)], -1) if isinstance(base, Bernoulli) else base.logits
+    logits = base.logits.clamp(min=torch.finfo(base.logits.dtype).min)
+    return torch.stack([logits, torch.zeros_like(logits)], -1) if isinstance(base, Bernoulli) else logits
 
 
 def relaxed_pair(logits: Tensor, tau: float, dist: Distribution) -> tuple[Tensor, Tensor, Tensor]:

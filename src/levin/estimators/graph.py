@@ -138,7 +138,8 @@ class StochasticGraph:
         """What a node has no part in: its expectation over the points."""
         _, _, estimator, draws, _ = self.nodes[index]
         of = set[int]().union(*(term.of for term in terms))
-        return Cost(estimator.mean(draws, with_points(total(terms), draws)), index, of)
+        # The plain mean: that of Dice has a gradient of its own
+        return Cost(Estimator.mean(estimator, draws, with_points(total(terms), draws)), index, of)
 
     def _check_new(self, name: str) -> None:
         if name in self.costs or any(node.name == name for node in self.nodes):

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from levin import config
-from levin.errors import one_sentence
-from levin.estimators.base import Estimator
+from levin.errors import ConfigError, one_sentence
+from levin.estimators.base import Estimator, TooManyValuesError
 from levin.estimators.binary import ARM, ARMS, DisARM
 from levin.estimators.control_variates import LAX, REBAR, RELAX
 from levin.estimators.measure_valued import MeasureValued
@@ -24,7 +25,6 @@ from levin.estimators.pathwise import GumbelRao, GumbelSoftmax, ReinMax, Reparam
 from levin.estimators.problems import Problem, coin, five, problems
 from levin.estimators.score import Exact, LeaveOneOut, OptimalConstant, ScoreFunction, SelfCritical
 from levin.estimators.subsets import SumAndSample, UnorderedSet, WithoutReplacement
-from levin.hints import PositiveInt
 
 ROWS_TIMED = 128
 POINTS = 200_000  # that are valued at once
@@ -75,6 +75,13 @@ SCORES: dict[str, Maker] = {
     "leave-one-out, 4": plain(LeaveOneOut(4)),
     "optimal constant, 4": plain(OptimalConstant(4)),
 }
+RELAXATIONS: dict[str, Maker] = {
+    "straight-through": plain(StraightThrough()),
+    "Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5)),
+    "ST Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5, hard=True)),
+    "Gumbel-Rao, 0.5": plain(GumbelRao()),
+    "ReinMax": plain(ReinMax()),
+}
 FINITE: dict[str, Maker] = {
     "exact": plain(Exact()),
     **SCORES,
@@ -84,11 +91,7 @@ FINITE: dict[str, Maker] = {
     "measure-valued": plain(MeasureValued()),
     "REBAR": plain(REBAR()),
     "RELAX": learned(RELAX),
-    "straight-through": plain(StraightThrough()),
-    "Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5)),
-    "ST Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5, hard=True)),
-    "Gumbel-Rao, 0.5": plain(GumbelRao()),
-    "ReinMax": plain(ReinMax()),
+    **RELAXATIONS,
 }
 ESTIMATORS: dict[str, dict[str, Maker]] = {
     "choices": FINITE,
@@ -157,9 +160,10 @@ def table(rows: int) -> list[dict[str, Any]]:
         for name, make in ESTIMATORS[problem.kind].items():
             try:
                 result = measure(make(problem), problem, number)
-            except ValueError:  # too many values to go through
+            except TooManyValuesError:
                 continue
-            found.append({"problem": problem.name, "estimator": name, **result})
+            kind = "relaxation" if name in RELAXATIONS else "unbiased"
+            found.append({"problem": problem.name, "estimator": name, "kind": kind, **result})
             print("  ".join([f"{problem.name:<30}{name:<26}", *said(result)]), flush=True)
     return found
 
@@ -201,17 +205,23 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def lab(*, out: str = "runs/lab", rows: PositiveInt = 20_000) -> None:
+def lab(*, out: str = "runs/lab", rows: Annotated[int, Field(ge=2)] = 20_000) -> None:
     """Measure, write and draw.
 
     Args:
         out: The folder.
         rows: Estimates for each number, fewer for the autoencoder.
+
+    Raises:
+        ConfigError: The folder can't be made.
     """
     from levin.estimators.lab_pictures import draw
 
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out}: {error.strerror}") from None
     write(folder / "lab.csv", table(rows))
     write(folder / "curves.csv", curves(rows))
     draw(folder)

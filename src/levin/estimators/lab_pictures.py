@@ -7,8 +7,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 UNBIASED, BIASED = "#2b6cb0", "#c05621"
-# Biased by construction, whatever a measured bias says; what is exact for one problem is drawn as what it is for others
-RELAXATIONS = {"straight-through", "Gumbel-softmax, 0.5", "ST Gumbel-softmax, 0.5", "Gumbel-Rao, 0.5", "ReinMax"}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -33,10 +31,10 @@ def draw_table(rows: list[dict[str, str]], path: Path) -> None:
         # What is exact has no place on a logarithmic axis
         bars = sorted((row for row in group if float(row["mse"]) > 1e-12), key=lambda row: -float(row["mse"]))
         names, values = [row["estimator"] for row in bars], [float(row["relative_mse"]) for row in bars]
-        axes.barh(names, values, color=[BIASED if name in RELAXATIONS else UNBIASED for name in names], alpha=0.55)
+        relaxed = [row["kind"] == "relaxation" for row in bars]
+        axes.barh(names, values, color=[BIASED if each else UNBIASED for each in relaxed], alpha=0.55)
         squared = [float(row["relative_bias"]) ** 2 for row in bars]
-        biased = [row["estimator"] in RELAXATIONS for row in bars]  # the bias of others is noise
-        for name, value, drawn in zip(names, squared, biased, strict=True):
+        for name, value, drawn in zip(names, squared, relaxed, strict=True):  # the bias of others is noise
             if drawn:
                 axes.plot([value], [name], "|", color="black", markersize=9)
         axes.set(xscale="log", title=problem, xlim=(min(values) / 30, max(values) * 2))

@@ -18,7 +18,7 @@ class DiscreteLatent(Independent):
         unimix: Share of a uniform distribution that is mixed in. Hafner et al. 2023: 0.01.
 
     Raises:
-        ValueError: `unimix` is not in [0, 1).
+        ValueError: `unimix` is not in [0, 1), or the estimator is no relaxation.
     """
 
     has_rsample = True  # type: ignore[assignment]
@@ -29,7 +29,13 @@ class DiscreteLatent(Independent):
         if unimix:
             logits = ((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]).log()
         self.estimator = estimator or StraightThrough()
+        if not isinstance(self.estimator, Relaxation) or self.estimator.num != 1:
+            raise ValueError(f"a latent has a relaxation of one draw, rsample says how many, not {self.estimator}")
         super().__init__(OneHotCategorical(logits=logits, validate_args=False), 1, validate_args=False)
+
+    def expand(self, batch_shape: Size | tuple[int, ...], _instance: None = None) -> "DiscreteLatent":
+        """The same with another batch shape `[*B]`."""
+        return DiscreteLatent(self.logits.expand(*batch_shape, *self.logits.shape[-2:]), self.estimator)
 
     @property
     def logits(self) -> Tensor:

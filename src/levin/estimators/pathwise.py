@@ -61,7 +61,8 @@ class Relaxation(Estimator):
         if isinstance(base, Bernoulli):
             logits = torch.stack([base.logits, torch.zeros_like(base.logits)], -1)
             return Draws(self.relaxed_sample(logits.expand(self.num, *logits.shape))[..., 0])
-        return Draws(self.relaxed_sample(base.logits.expand(self.num, *base.logits.shape)))
+        logits = base.logits.clamp(min=torch.finfo(base.logits.dtype).min)  # -inf: a choice that there is not
+        return Draws(self.relaxed_sample(logits.expand(self.num, *logits.shape)))
 
     @abstractmethod
     def relaxed_sample(self, logits: Tensor) -> Tensor:
@@ -111,10 +112,6 @@ class GumbelSoftmax(Relaxation):
     hard: bool = False
     unbiased: ClassVar = "never, at a temperature above 0"
 
-    @property
-    def relaxed(self) -> bool:  # type: ignore[override]
-        return not self.hard
-
     def relaxed_sample(self, logits: Tensor) -> Tensor:
         y = ((logits + gumbel(logits)) / self.tau).softmax(-1)
         return through(largest(y.detach()), y) if self.hard else y
@@ -134,6 +131,10 @@ class GumbelRao(Relaxation):
     tau: float = 0.5
     rao: int = 10
     unbiased: ClassVar = "never, at a temperature above 0"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        several("GumbelRao", self.rao, 1)
 
     def relaxed_sample(self, logits: Tensor) -> Tensor:
         draw = drawn(logits)

@@ -29,7 +29,11 @@ class Exact(Estimator):
     families: ClassVar = ("bernoulli", "categorical", "one_hot")
 
     def draw(self, dist: Distribution) -> Draws:
-        values, log_prob = enumerated(dist)
+        return self.at(dist, enumerated(dist)[0])
+
+    def at(self, dist: Distribution, values: Tensor) -> Draws:
+        """All values `[M, *B, *E]`, or all that have a probability."""
+        log_prob = dist.log_prob(values)
         return Draws(values, log_prob, log_prob.detach().exp())
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
@@ -57,8 +61,10 @@ class ScoreFunction(Estimator):
         return at(dist, dist.sample(torch.Size([self.num])))
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        baseline = self.baseline.detach() if isinstance(self.baseline, Tensor) else self.baseline
-        return weighted(draws, cost - baseline)
+        if isinstance(self.baseline, Tensor) and self.baseline.shape != cost.shape[1:]:
+            shapes = f"{tuple(self.baseline.shape)}, and the costs are {tuple(cost.shape)}"
+            raise ValueError(f"a baseline has the shape of the batch, got {shapes}")
+        return weighted(draws, cost - self.baseline)
 
 
 class MovingAverage(Estimator, nn.Module):
@@ -114,7 +120,7 @@ class SelfCritical(Estimator):
 
     def draw(self, dist: Distribution) -> Draws:
         drawn = dist.sample(torch.Size([self.num]))
-        value = torch.cat([drawn, greedy(dist).unsqueeze(0).to(drawn)])
+        value = torch.cat([drawn, greedy(dist).detach().unsqueeze(0).to(drawn)])
         weight = torch.full([self.num + 1, *dist.batch_shape], 1 / self.num, device=value.device, dtype=dtype(dist))
         weight[-1] = 0  # no draw
         return Draws(value, dist.log_prob(value), weight)
