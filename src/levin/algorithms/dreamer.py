@@ -73,6 +73,7 @@ class Dreamer(Algorithm):
         size: Of the networks: `paper`, `small` or `micro`.
         transition: `gru` has a memory; `mlp` is the lecture's first picture, p(s'|s,a) and q(s|o) without one.
         actor_gradient: `dynamics` goes through the dream; `reinforce` is the score function, with v as baseline.
+        initial_std: Deviation of the policy at the start, before it is squashed: 5, nearly always an extreme action.
         entropy_coef: Weight of the policy's entropy; of discrete actions only: 0.
         free_nats: KL that costs nothing, in the mean over the batch: 3.
         kl_scale: Weight of the KL: 1.
@@ -110,6 +111,7 @@ class Dreamer(Algorithm):
         size: Literal["paper", "small", "micro"] = "paper",
         transition: Literal["gru", "mlp"] = "gru",
         actor_gradient: Literal["dynamics", "reinforce"] = "dynamics",
+        initial_std: PositiveFloat = 5.0,
         entropy_coef: NonNegativeFloat = 0.0,
         free_nats: NonNegativeFloat = 3.0,
         kl_scale: PositiveFloat = 1.0,
@@ -162,7 +164,7 @@ class Dreamer(Algorithm):
             activation=activation,
             continues=continue_scale > 0,
         )
-        self.actor = Policy(self.model.features, env, units, activation)
+        self.actor = Policy(self.model.features, env, units, activation, initial_std)
         self.critic = mlp([self.model.features, units, units, units, 1], activation)
         self.carry = Carry(env["num_envs"], self.model)
         self.buffer = SequenceReplay(env, buffer_size, buffer_storage, batch_length)

@@ -17,7 +17,7 @@ from levin.networks import action_size, mlp, single
 from levin.spaces import EnvSpec
 
 MIN_STD = 0.1  # of a latent
-MEAN_SCALE, INITIAL_STD = 5.0, 5.0  # of the policy before it is squashed
+MEAN_SCALE = 5.0  # of the policy before it is squashed
 
 
 class State(NamedTuple):
@@ -232,10 +232,12 @@ class Policy(nn.Module):
         env: Spaces.
         units: Width of the hidden layers.
         activation: Between them.
+        initial_std: Of the Gaussian before it is squashed, at the start.
     """
 
-    def __init__(self, features: int, env: EnvSpec, units: int, activation: str) -> None:
+    def __init__(self, features: int, env: EnvSpec, units: int, activation: str, initial_std: float) -> None:
         super().__init__()
+        self.std_offset = math.log(math.expm1(initial_std))
         num = action_size(env)
         self.one_hot = OneHot([num]) if env["action"]["type"] == "discrete" else None
         self.network = mlp([features, *[units] * 4, num if self.one_hot else 2 * num], activation)
@@ -246,7 +248,7 @@ class Policy(nn.Module):
             return OneHotAction(numbers)
         loc, std = numbers.chunk(2, -1)
         loc = MEAN_SCALE * torch.tanh(loc / MEAN_SCALE)
-        std = softplus(std + math.log(math.exp(INITIAL_STD) - 1)) + 1e-4
+        std = softplus(std + self.std_offset) + 1e-4
         return SquashedNormal(loc, std.log())
 
 
