@@ -228,6 +228,7 @@ ROWS = [
                 *(*POINT, "env.action=rescale", "total_env_steps=1500", "algo.size=micro", "algo.batch_size=8"),
                 *("algo.batch_length=10", "algo.horizon=8", "algo.replay_ratio=0.5", "algo.learning_starts=200"),
                 *("algo.model_lr=2e-3", "algo.actor_lr=1e-3", "algo.critic_lr=1e-3", "algo.free_nats=1"),
+                *("algo.kl_scale=0.1", "algo.initial_std=0.5"),
             ),
             -1.5,
         ),
