@@ -216,7 +216,7 @@ ROWS = [
         algo="dreamer",
         env="pendulum",
         small=(
-            *("algo.size=micro", "algo.batch_size=3", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"),
+            *("algo.size=micro", "algo.batch_size=4", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"),
             *("algo.learning_starts=40", "algo.free_nats=0", "algo.continue_scale=1", "log_every=30"),
         ),
         env_steps=256,
