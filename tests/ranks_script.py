@@ -33,7 +33,7 @@ HALVES = {
         *("algo.steps_per_iteration=16", "algo.batch_size=8", "env.num_envs=2"),
     ),
 }
-GRADIENTS = ("reinforce", "actor_critic", "a2c", "trpo", "ppo", "dqn", "ddpg", "td3", "sac", "sac_discrete")
+GRADIENTS = ("reinforce", "actor_critic", "a2c", "trpo", "ppo", "dqn", "ddpg", "td3", "sac", "sac_discrete", "dreamer")
 
 
 def words(row: Row) -> list[str]:
@@ -81,6 +81,8 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
         optimizer.step = step
     algorithm.manual_backward = lambda loss: loss.backward()
     randn_like, torch.randn_like = torch.randn_like, lambda value: torch.sin(1000 * value.detach() + 1)
+    if algo == "dreamer":  # whose noise follows from noise, so that this one would blow up the last digit
+        torch.randn_like = torch.zeros_like
     data = transitions(algorithm.env, 4, 6)
     data = data if rank is None else data[2 * rank : 2 * rank + 2]
     if algo == "reinforce":  # whole episodes, of which one rank has more
@@ -94,11 +96,22 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
             algorithm.update(algorithm.advantages(data))
         elif algo in ("reinforce", "a2c"):
             algorithm.update(data)
+        elif algo == "dreamer":
+            algorithm.update(records_of(data))
         else:
             algorithm.update(data.reshape(-1))
     torch.randn_like = randn_like
     torch.set_default_dtype(torch.float32)
     return [*(each.clone() for each in found), *(each.detach().clone() for each in algorithm.parameters())]
+
+
+def records_of(data: TensorDict) -> TensorDict:
+    """Rollouts `[N, T]` as if each step were a record."""
+    done, none = data["next", "done"], torch.zeros_like(data["next", "done"])
+    first = none.clone()
+    first[:, 0] = True
+    record = {"observation": data["observation"], "action": data["action"], "reward": data["next", "reward"]}
+    return TensorDict({**record, "is_first": first, "is_terminal": done, "is_last": done}, batch_size=data.shape)
 
 
 def statistics(rank: int | None) -> list[Tensor]:

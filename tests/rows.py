@@ -221,7 +221,7 @@ ROWS = [
         ),
         env_steps=256,
         optimizers={"model_optimizer": 1, "actor_optimizer": 1, "critic_optimizer": 1},
-        bootstraps=lambda algorithm, batch: algorithm.model_loss(oracles.records_of(batch))[0],
+        bootstraps=lambda algorithm, batch: algorithm.model_loss(oracles.records_of(batch))[1],
         graphs=1,
         learns=(
             (

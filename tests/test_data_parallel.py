@@ -55,7 +55,7 @@ def two(tmp_path_factory) -> Path:
 def test_ranks_differ_only_in_what_they_see(row, two):
     last = two / row.algo / "checkpoints" / "last"
     first, second = (torch.load(last / part / "state.ckpt", weights_only=True) for part in (".", "rank1"))
-    own = ("running_return", "noise.state")  # one for each env
+    own = ("running_return", "noise.state", "carry.deter", "carry.stoch", "carry.action")  # one for each env
     assert first["levin"]["iterations"] >= ranks_script.ITERATIONS
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]) != name.endswith(own), name

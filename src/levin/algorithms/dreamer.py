@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
-from levin import returns
+from levin import ranks, returns
 from levin.algorithms.base import Algorithm, Batch
 from levin.algorithms.dreamer_networks import Carry, OneHotAction, Policy, RecurrentPolicy, State, WorldModel, centred
 from levin.errors import ConfigError
@@ -193,7 +193,8 @@ class Dreamer(Algorithm):
 
     def update(self, batch: TensorDictBase) -> None:
         """One step of each of the three, on sequences `[B, T]`."""
-        model_loss, start, terms = self.model_loss(batch)
+        kl, loss, start, terms = self.model_loss(batch)
+        model_loss = self.kl_scale * self.with_free_nats(kl) + loss
         self.step(self.model_optimizer, model_loss, self.max_grad_norm)
         with frozen([*self.model_parameters, *self.critic_parameters]):
             actor_loss, feature, target, weight, entropy = self.dream(start)
@@ -205,8 +206,12 @@ class Dreamer(Algorithm):
         if self.actor.one_hot is not None:
             self.record(entropy=entropy)
 
-    def model_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """max(E KL(q || p), free nats) - E log p(o|s) - E log p(r|s) - log p(continue|s), over `[B, T]`.
+    def with_free_nats(self, kl: Tensor) -> Tensor:
+        """max(E KL, free nats), the mean that of all ranks."""
+        return torch.where(ranks.average(kl.detach()) > self.free_nats, kl, self.free_nats)
+
+    def model_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """E KL(q || p), and E[- log p(o|s) - log p(r|s) - log p(continue|s)], over `[B, T]`.
 
         Gaussians of variance 1, without their constant; a continue is gamma (1 - terminated). Also gives the states
         `[B T, *]` to dream from, which have no gradient any more, and the terms.
@@ -220,14 +225,14 @@ class Dreamer(Algorithm):
         observation_loss = 0.5 * (single(self.model.decoder(feature)) - centred(observation)).square().flatten(1)
         observation_loss = observation_loss.sum(-1).mean()
         reward_loss = 0.5 * (single(self.model.reward_model(feature)) - reward).square().mean()
-        loss = self.kl_scale * kl.clamp(min=self.free_nats) + observation_loss + reward_loss
+        loss = observation_loss + reward_loss
         terms = {"kl": kl.detach(), "observation_loss": observation_loss.detach(), "reward_loss": reward_loss.detach()}
         if self.model.continue_model is not None:
             logit = single(self.model.continue_model(feature))
             continue_loss = binary_cross_entropy_with_logits(logit, self.gamma * (~is_terminal).float())
             loss, terms["continue_loss"] = loss + self.continue_scale * continue_loss, continue_loss.detach()
         start = {name: each.detach().flatten(0, 1) for name, each in states._asdict().items()}
-        return loss, start | {"alive": ~is_terminal}, terms
+        return kl, loss, start | {"alive": ~is_terminal}, terms
 
     def dream(self, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`actor_loss` of a dream, and what the critic learns from: features `[N, H-1, F]`, targets and weights.

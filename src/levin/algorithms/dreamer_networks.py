@@ -38,9 +38,9 @@ class Belief(NamedTuple):
     mean: Tensor
     std: Tensor
 
-    def sample(self, noise: Tensor | None = None) -> Tensor:
+    def sample(self) -> Tensor:
         """Reparameterised."""
-        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
+        return torch.addcmul(self.mean, self.std, torch.randn_like(self.mean))
 
     def detach(self) -> "Belief":
         """The same, without a gradient."""
@@ -198,14 +198,13 @@ class WorldModel(nn.Module):
         embedded = self.embed(observation).unbind(1)
         before = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1) * ~is_first
         from_action, goes_on = self.into_action(before).unbind(1), (~is_first).unbind(1)
-        noise = torch.randn(len(embedded), len(action), self.stoch, device=action.device, dtype=action.dtype).unbind(0)
         state = self.initial(len(action), action)
         states, posteriors, seeds = [], [], []
         for t in range(len(embedded)):
             state = State(state.deter * goes_on[t], state.stoch * goes_on[t])
             deter, seed = self.transition(state, from_action[t])
             posterior = self.posterior(deter, embedded[t])
-            state = State(deter, posterior.sample(noise[t]))
+            state = State(deter, posterior.sample())
             states.append(state)
             posteriors.append(posterior)
             seeds.append(seed)
@@ -218,10 +217,10 @@ class WorldModel(nn.Module):
         posterior = self.posterior(deter, self.embed(observation))
         return State(deter, posterior.sample() if sample else posterior.mean)
 
-    def imagine_step(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+    def imagine_step(self, state: State, action: Tensor) -> State:
         """The state after an action, as the transition model imagines it."""
         deter, seed = self.transition(state, self.into_action(action))
-        return State(deter, belief(self.prior_head(seed)).sample(noise))
+        return State(deter, belief(self.prior_head(seed)).sample())
 
 
 class Policy(nn.Module):
