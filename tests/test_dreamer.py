@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from checks import metrics, same, saved
 from levin import config
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_networks import Belief, State
@@ -14,7 +15,7 @@ from levin.errors import ConfigError
 from levin.parameters import frozen
 from levin.sequences import SequenceReplay
 from levin.spaces import EMPTY
-from levin.train import build
+from levin.train import build, train
 
 SMALL = (
     *("algo=dreamer", "env=pendulum", "algo.size=micro", "algo.free_nats=0"),
@@ -434,3 +435,75 @@ def test_what_it_can_not_do_is_said():
     ):
         with pytest.raises(ConfigError, match=sentence):
             make(*words)
+
+
+def echo(shifted: bool) -> tuple[float, float]:
+    """An env that shows the last action and rewards what it shows: errors of what is imagined next, and of rewards."""
+    torch.manual_seed(0)
+    steps = 400
+    action = torch.rand(1, steps, 1) * 2 - 1
+    shown = torch.cat([torch.zeros(1, 1, 1), action], 1).expand(1, steps + 1, 3)
+    done = (torch.arange(steps) % 20 == 19).view(1, -1, 1)
+    after = {"observation": shown[:, 1:], "reward": 2 * shown[:, 1:, :1], "done": done, "terminated": done}
+    first = torch.cat([torch.ones(1, 1, 1, dtype=torch.bool), done[:, :-1]], 1)
+    seen = torch.where(first, 0.0, shown[:, :-1])
+    algorithm = make("algo.model_lr=3e-3", "algo.kl_scale=0.1", "algo.batch_length=10")
+    algorithm.buffer.extend(TensorDict({"observation": seen, "action": action, "next": after}, batch_size=(1, steps)))
+    if shifted:
+        data = algorithm.buffer.data
+        data["action"][:] = data["action"].roll(1, 0)
+    for _ in range(300):
+        batch = algorithm.buffer.sample(1, 16, torch.device("cpu"))[0]
+        kl, loss, _, _ = algorithm.model_loss(batch)
+        algorithm.step(algorithm.model_optimizer, 0.1 * kl + 10 * loss)
+    batch = algorithm.buffer.sample(1, 64, torch.device("cpu"))[0]
+    with torch.no_grad():
+        states, _, _ = algorithm.model.observe(batch["observation"], batch["action"], batch["is_first"])
+        before = State(*(part[:, 4] for part in states))
+        imagined = algorithm.model.decoder(algorithm.model.imagine_step(before, batch["action"][:, 4]).feature)
+        follows = ~batch["is_first"][:, 5, 0]
+        error = (imagined - batch["observation"][:, 5])[follows].square().mean()
+        reward = (algorithm.model.reward_model(states.feature) - batch["reward"]).square().mean()
+    return float(error), float(reward)
+
+
+def test_actions_rewards_and_observations_are_aligned():
+    """The next observation is what the action says, whose variance is 1/3; and not what the one before it said."""
+    imagined, reward = echo(shifted=False)
+    assert imagined < 0.05
+    assert reward < 0.05
+    wrong, _ = echo(shifted=True)
+    assert wrong > 0.2
+
+
+def test_every_evaluation_shows_what_is_foreseen(tmp_path):
+    """And the run is the one that it would have been without."""
+    words = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=200", "eval.every=96"]
+    words += ["eval.episodes=1", "logger=csv", "checkpoint.every=1000", "trainer.threads=1"]
+    train(config.compose(words), tmp_path / "shown")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dreamer, "on_evaluation", lambda *_: {})
+        train(config.compose(words), tmp_path / "hidden")
+    shown, hidden = (saved(tmp_path / name) for name in ("shown", "hidden"))
+    assert same(shown["state_dict"], hidden["state_dict"])
+    assert (tmp_path / "shown" / "pictures" / "192.png").read_bytes().startswith(b"\x89PNG")
+    rows = [row for row in metrics(tmp_path / "shown") if row["eval/return_mean"]]
+    assert all(
+        float(rows[-1][f"eval/{name}_{ahead}"]) > 0 for name in ("open_loop", "repeat_last") for ahead in (1, 45)
+    )
+
+
+def test_pixels_are_foreseen_as_a_strip(tmp_path):
+    env = spec(pixels=True)
+    algorithm = Dreamer(env=env, size="micro", batch_length=6, buffer_size=400, learning_starts=6)
+    pixels = torch.randint(256, (1, 61, 3, 64, 64), dtype=torch.uint8)
+    done = torch.zeros(1, 60, 1, dtype=torch.bool)
+    after = {"observation": pixels[:, 1:], "reward": torch.randn(1, 60, 1), "done": done, "terminated": done}
+    steps = {"observation": pixels[:, :-1], "action": torch.randn(1, 60, 1), "next": after}
+    algorithm.buffer.extend(TensorDict(steps, batch_size=(1, 60)))
+    assert algorithm.buffer.data["observation"].dtype == torch.uint8
+    found = algorithm.on_evaluation(tmp_path)
+    assert found.keys() == {f"eval/{name}_{ahead}" for name in ("open_loop", "repeat_last") for ahead in (1, 5, 15, 45)}
+    import imageio
+
+    assert imageio.v3.imread(tmp_path / "0.png").shape == (3 * 64, 12 * 64, 3)

@@ -153,6 +153,7 @@ class Evaluation(Callback):
         env: The env of the run. Its statistics are only read.
         metrics: Where the results go.
         budget: A run that has spent it is evaluated once more.
+        run: The run folder, for what algorithms draw.
     """
 
     def __init__(
@@ -164,8 +165,10 @@ class Evaluation(Callback):
         env: EnvConfig,
         metrics: Metrics,
         budget: Budget,
+        run: Path,
     ) -> None:
         self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
+        self.pictures = run / "pictures"
         self.clock = Clock(every)
         self.vector_env: SeededVectorEnv | None = None
         self.return_mean: float | None = None  # of the last evaluation
@@ -202,7 +205,8 @@ class Evaluation(Callback):
         if self.vector_env is not None:
             returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
             row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
-            row |= {"eval/length_mean": float(np.mean(lengths)), "time/evaluate": perf_counter() - start}
+            row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
+            row["time/evaluate"] = perf_counter() - start
         row = ranks.broadcast(row)
         self.return_mean, self.env_steps = row["eval/return_mean"], algorithm.env_steps
         self.metrics.row |= row

@@ -60,7 +60,7 @@ def check(config: DictConfig) -> None:
     bind(top_level, "", config, skip=("env", "algo", "eval", "checkpoint", "trainer", "callbacks"))
     bind(EnvConfig, "env.", config.env)
     bind(algorithm_class(config), "algo.", config.algo, skip=("_target_",), given=("env",))
-    bind(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget"))
+    bind(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget", "run"))
     bind(Checkpointing, "checkpoint.", config.checkpoint, given=("run", "evaluation"))
     for name, ours in OURS.items():
         if name in config.trainer:

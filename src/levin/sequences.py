@@ -90,9 +90,9 @@ class SequenceReplay(Replay):
     def transition_bytes(self) -> int:
         return self.length * super().transition_bytes // self.num_envs
 
-    def draw(self, num: int, device: torch.device) -> TensorDict:
+    def draw(self, num: int, device: torch.device, length: int | None = None) -> TensorDict:
         """`num` sequences `[num, length]` on the device, uniform over all that are there."""
-        data, length = self.data, self.length
+        data, length = self.data, length or self.length
         start = torch.randint(self.written - len(self), self.written - length + 1, (num, 1), device=data.device)
         env = torch.randint(self.num_envs, (num, 1), device=data.device)
         rows = (start + torch.arange(length, device=data.device)) % self.size  # [num, length]

@@ -38,7 +38,7 @@ def build(
     """
     budget = Budget(cfg.total_env_steps)
     metrics = Metrics(cfg.log_every, budget)
-    evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget)
+    evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget, run=run)
     ours = [
         *(Statistics(), budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
         Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from time import perf_counter
 from types import MethodType
 from typing import Any, ClassVar
@@ -149,6 +150,10 @@ class Algorithm(LightningModule):
     def remaining(self, schedule_env_steps: int | None) -> float:
         """What a linear schedule is at: 1 in the first iteration, 0 from `schedule_env_steps` on; always 1 without."""
         return max(0.0, 1 - self.iteration_begun / schedule_env_steps) if schedule_env_steps else 1.0
+
+    def on_evaluation(self, folder: Path) -> dict[str, float]:
+        """Called with every evaluation, on the first rank: pictures in `folder`, and more numbers for the row."""
+        return {}
 
     def compile_losses(self, *names: str) -> None:
         """Compile these methods of this object. Raises ConfigError when there is no C++ compiler."""

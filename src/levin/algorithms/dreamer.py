@@ -35,18 +35,20 @@ Metrics:
     train/value_loss: squared error of v.
     train/imagined_return: E[V_lambda].
     train/entropy: of pi, nats, where that is known (discrete actions).
+    eval/open_loop_5, ...: see `levin.open_loop`.
 """
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
-from levin import ranks, returns
+from levin import open_loop, ranks, returns
 from levin.algorithms.base import Algorithm, Batch
 from levin.algorithms.dreamer_networks import Carry, OneHotAction, Policy, RecurrentPolicy, State, WorldModel, centred
 from levin.errors import ConfigError
@@ -190,6 +192,26 @@ class Dreamer(Algorithm):
         self.buffer.extend(rollout)
         for batch in self.replay():
             self.update(batch)
+
+    def on_evaluation(self, folder: Path) -> dict[str, float]:
+        if len(self.buffer) < self.batch_length:
+            return {}
+        return open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
+
+    def foresee(self, window: TensorDict) -> tuple[Tensor, Tensor]:
+        """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
+        seen = [window[key][:, : open_loop.CONTEXT] for key in ("observation", "action", "is_first")]
+        states, _, _ = self.model.observe(*seen)
+        features, state = list(states.feature.unbind(1)), State(*(part[:, -1] for part in states))
+        for t in range(open_loop.CONTEXT - 1, window.shape[1] - 1):
+            state = self.model.imagine_step(state, window["action"][:, t])
+            features.append(state.feature)
+        feature = torch.stack(features, 1).flatten(0, 1)
+        observation = single(self.model.decoder(feature))
+        if self.model.pixels:
+            observation = (observation + 0.5) * 255
+        reward = single(self.model.reward_model(feature))
+        return observation.unflatten(0, window.shape), reward.unflatten(0, window.shape)
 
     def update(self, batch: TensorDictBase) -> None:
         """One step of each of the three, on sequences `[B, T]`."""
