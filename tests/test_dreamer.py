@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -13,6 +14,7 @@ from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_networks import Belief, State
 from levin.errors import ConfigError
 from levin.parameters import frozen
+from levin.policy import Policy
 from levin.sequences import SequenceReplay
 from levin.spaces import EMPTY
 from levin.train import build, train
@@ -423,6 +425,19 @@ def test_dreams_that_begin_at_an_end_count_for_nothing():
     _, _, _, weight, _ = algorithm.dream(start)
     assert (weight.view(3, 7, -1)[:, -1] == 0).all()
     assert (weight.view(3, 7, -1)[:, 0] > 0).all()
+
+
+def test_a_loaded_policy_remembers_until_it_is_told():
+    policy = Policy(make())
+    first, second = np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, -2.0])
+    fresh = policy(first)
+    assert np.array_equal(policy(first, True), fresh)
+    after = policy(second)
+    assert not np.array_equal(after, policy(second, True))
+    policy(first, True)
+    assert np.array_equal(policy(second, False), after)
+    batch = policy(np.stack([first, second]), np.array([True, True]))
+    assert np.allclose(batch[0], fresh)
 
 
 def test_what_it_can_not_do_is_said():

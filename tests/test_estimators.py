@@ -597,6 +597,35 @@ class WithoutTheirPath(REBAR):
         return estimators.Draws(torch.stack([b, y, other.detach()]), dist.log_prob(b), weight)
 
 
+class AsIfIndependent(ARMS):
+    """Draws that avoid one another, weighed as if they did not."""
+
+    def draw(self, dist):
+        draws = super().draw(dist)
+        logits = dist.base_dist.logits
+        b = draws.value
+        factor = (b - logits.detach().sigmoid()) / (self.num - 1)
+        return self.at_logits(dist, b, factor - factor.mean(0))
+
+
+class WithoutTheConditional(RELAX):
+    """Whose weight forgets c(y~)."""
+
+    def gradient(self, draws, cost):
+        _, leaf, score, y, other = draws.aux
+        (path,) = torch.autograd.grad((self.critic(y) - self.critic(other)).sum(), leaf, create_graph=True)
+        return cost[0].detach().unsqueeze(-1) * score + path
+
+
+class Unconditional(GumbelRao):
+    """Noise that does not give the draw."""
+
+    def relaxed_sample(self, logits):
+        many = logits.expand(self.rao, *logits.shape)
+        y = ((many + pathwise.gumbel(many)) / self.tau).softmax(-1).mean(0)
+        return pathwise.through(pathwise.drawn(logits), y)
+
+
 class TwiceTheCost(WithoutReplacement):
     def score(self, draws, cost):
         return super().score(draws, cost) + 0.05 * super().score(draws, cost * cost)
@@ -605,7 +634,13 @@ class TwiceTheCost(WithoutReplacement):
 def test_a_z_test_finds_what_is_broken():
     exact = exact_gradient(coins, COINS, coin_square)
     assert z_scores(per_row(WithoutTheirPath(), coins, COINS, coin_square, ROWS), exact) > 4.5
+    assert z_scores(per_row(AsIfIndependent(4), coins, COINS, coin_square, ROWS), exact) > 4.5
+    torch.manual_seed(0)
+    critic = Critic(K)
     exact = exact_gradient(choice, LOGITS, square)
+    assert z_scores(per_row(WithoutTheConditional(critic), choice, LOGITS, square, ROWS), exact) > 4.5
+    mean = per_row(GumbelSoftmax(0.5, hard=True), choice, LOGITS, square, ROWS).mean(0)
+    assert z_scores(per_row(Unconditional(), choice, LOGITS, square, ROWS, seed=1), mean) > 4.5
     assert z_scores(per_row(TwiceTheCost(4), choice, LOGITS, lambda z: square(z) + 5, ROWS), exact) > 4.5
     for estimator in (StraightThrough(), GumbelSoftmax(hard=True), GumbelRao()):
         assert z_scores(per_row(estimator, choice, LOGITS, square, ROWS), exact) > 4.5
@@ -698,6 +733,44 @@ def test_a_normal_variable_and_a_square(k):
         assert abs(each.mean() - 2 * d) < 4.5 * each.std() / len(each) ** 0.5, estimator
         if variance is not None:
             assert each.var().item() == pytest.approx(variance, rel=0.03), estimator
+
+
+class Grid(Normal):
+    """Whose draws are a grid of its noise, in `[rows]`."""
+
+    noise = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
+
+    def rsample(self, sample_shape=()):
+        return (self.loc + self.scale * self.noise).expand(*sample_shape, -1)
+
+    def sample(self, sample_shape=()):
+        return self.rsample(sample_shape).detach()
+
+
+@pytest.mark.parametrize(("d", "scale"), [(1.0, 1.0), (0.7, 0.5), (-2.0, 1.5)])
+def test_closed_forms_of_a_square_by_quadrature(d, scale, monkeypatch):
+    """To nine digits."""
+    density = (-Grid.noise.square() / 2).exp() / math.sqrt(2 * math.pi) * (Grid.noise[1] - Grid.noise[0])
+
+    def moments_of(estimator, weight: Tensor) -> tuple[float, float]:
+        loc = torch.full_like(Grid.noise, d).requires_grad_()
+        surrogate = estimator(Grid(loc, scale, validate_args=False), torch.square)
+        (each,) = torch.autograd.grad(surrogate.sum(), loc)
+        mean = float(weight @ each)
+        return mean, float(weight @ each.square()) - mean**2
+
+    score = d**4 / scale**2 + 14 * d**2 + 15 * scale**2
+    value = d**2 + scale**2
+    assert moments_of(Reparameterized(), density) == pytest.approx((2 * d, 4 * scale**2), rel=1e-9)
+    assert moments_of(ScoreFunction(), density) == pytest.approx((2 * d, score), rel=1e-9)
+    if (d, scale) == (1.0, 1.0):
+        assert moments_of(ScoreFunction(), density)[1] == pytest.approx(30)
+        assert moments_of(ScoreFunction(baseline=torch.full_like(Grid.noise, value)), density)[1] == pytest.approx(18)
+    # The distance of the measure-valued pair is a Rayleigh variable
+    far = torch.linspace(0, 14, 24_001)
+    rayleigh = far * (-far.square() / 2).exp() * (far[1] - far[0])
+    monkeypatch.setattr(Tensor, "exponential_", lambda self: self.copy_(far.square() / 2))
+    assert moments_of(MeasureValued(), rayleigh) == pytest.approx((2 * d, d**2 * (16 / math.pi - 4)), rel=1e-5)
 
 
 def test_a_value_baseline_for_a_square():
