@@ -1,6 +1,7 @@
 """Dreamer: what it replays, what its model computes, and where gradients go."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from checks import metrics, same, saved
-from levin import config
+from levin import config, open_loop
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_networks import Belief, State
 from levin.errors import ConfigError
@@ -440,9 +441,50 @@ def test_a_loaded_policy_remembers_until_it_is_told():
     assert np.allclose(batch[0], fresh)
 
 
+def test_too_early_is_said(tmp_path):
+    words = [*SMALL, "env.num_envs=2", "algo.learning_starts=11", "total_env_steps=100", "logger=csv"]
+    with pytest.raises(ConfigError, match="less than a sequence of each env: 12"):
+        train(config.compose(words), tmp_path / "run")
+
+
+@pytest.mark.parametrize("transition", ["gru", "mlp"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu", "silu"])
+def test_every_activation_with_every_transition(transition, activation):
+    algorithm = make(f"algo.transition={transition}", f"algo.activation={activation}")
+    algorithm.update(TensorDict(records(), batch_size=(3, 7)))
+
+
+def test_an_episode_that_is_not_resumed_is_no_part_of_the_next():
+    parts, _ = rollouts([[20], [20]], 12, 6)
+    buffer = SequenceReplay(spec(num_envs=2), 100, "memory", 4)
+    buffer.extend(parts[0])
+    buffer.restart(torch.tensor([True, False]))
+    buffer.extend(parts[1])
+    rows = buffer.data[: len(buffer)]
+    assert rows["is_first"][6].flatten().tolist() == [True, False]
+    assert rows["reward"][6].flatten().tolist() == [0.0, 6.0]
+
+
+ALONE = ("algo.continue_scale=0", "algo.entropy_coef=0")
+
+
+def test_reinforce_by_hand():
+    """Two steps, one of which counts: -log pi(a) (V_lambda - (v - r) / gamma), for a policy that is known."""
+    algorithm = make("env=cartpole", "algo.actor_gradient=reinforce", "algo.gamma=0.9", *ALONE)
+    logits = torch.tensor([0.3, -0.4], requires_grad=True)
+    algorithm.actor.network = Says(logits.expand(1, 1, 2))
+    algorithm.model.reward_model, algorithm.critic = Says(torch.tensor([[[2.0]]])), Says(torch.tensor([[[5.0]]]))
+    action = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    target, weight = torch.tensor([[[7.0]]]), torch.ones(1, 1, 1)
+    loss, entropy = algorithm.actor_loss(torch.zeros(1, 2, 1), action, torch.zeros(1, 2, 1), target, weight)
+    log_probs = logits.log_softmax(-1)
+    assert loss.item() == pytest.approx(-log_probs[1].item() * (7 - (5 - 2) / 0.9), rel=1e-5)
+    assert entropy.item() == pytest.approx(-(log_probs.exp() * log_probs).sum().item(), rel=1e-5)
+
+
 def test_what_it_can_not_do_is_said():
     for words, sentence in (
-        (("algo.learning_starts=5",), "less than a sequence of each env: 6 x 1"),
+        (("algo.buffer_size=5",), "less than a sequence of each env"),
         (("algo.horizon=1",), "leaves nothing to learn from"),
         (("algo.entropy_coef=0.1",), "is for discrete actions"),
         (("env.normalize_observation=true",), "as they are"),
@@ -452,7 +494,7 @@ def test_what_it_can_not_do_is_said():
             make(*words)
 
 
-def echo(shifted: bool) -> tuple[float, float]:
+def echo(folder: Path, shifted: bool) -> tuple[float, float]:
     """An env that shows the last action and rewards what it shows: errors of what is imagined next, and of rewards."""
     torch.manual_seed(0)
     steps = 400
@@ -472,6 +514,8 @@ def echo(shifted: bool) -> tuple[float, float]:
         kl, loss, _, _ = algorithm.model_loss(batch)
         algorithm.step(algorithm.model_optimizer, 0.1 * kl + 10 * loss)
     batch = algorithm.buffer.sample(1, 64, torch.device("cpu"))[0]
+    found = open_loop.foreseen(algorithm.buffer, algorithm.device, algorithm.foresee, folder / "echo.png")
+    assert (found["eval/open_loop_5"] < 0.2 * found["eval/repeat_last_5"]) != shifted
     with torch.no_grad():
         states, _, _ = algorithm.model.observe(batch["observation"], batch["action"], batch["is_first"])
         before = State(*(part[:, 4] for part in states))
@@ -482,12 +526,12 @@ def echo(shifted: bool) -> tuple[float, float]:
     return float(error), float(reward)
 
 
-def test_actions_rewards_and_observations_are_aligned():
+def test_actions_rewards_and_observations_are_aligned(tmp_path):
     """The next observation is what the action says, whose variance is 1/3; and not what the one before it said."""
-    imagined, reward = echo(shifted=False)
+    imagined, reward = echo(tmp_path, shifted=False)
     assert imagined < 0.05
     assert reward < 0.05
-    wrong, _ = echo(shifted=True)
+    wrong, _ = echo(tmp_path, shifted=True)
     assert wrong > 0.2
 
 

@@ -219,6 +219,7 @@ REFUSED = [
     (["env.num_envs=2", "env.vectorization=async"], "set env.vectorization=sync"),
     (["env.num_envs=2", "env.normalize_reward=true"], "set env.normalize_reward=false"),
     (["algo=ddpg", "algo.noise=ornstein_uhlenbeck", "env.num_envs=2"], "set algo.noise=gaussian"),
+    (["algo=dreamer", "env=pendulum", "env.num_envs=2"], "a policy with a memory can't be sent to the workers"),
     (["algo=ppo", "env.num_envs=2"], "PPO learns from what its own policy did"),
     (["algo=reinforce", "env.num_envs=1", "collector_workers=1"], "whole episodes need collector=vector"),
     (

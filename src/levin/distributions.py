@@ -201,6 +201,15 @@ class SquashedNormal:
         """A reparameterised action `[..., A]`."""
         return torch.tanh(self.loc + self.log_std.exp() * torch.randn_like(self.loc))
 
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """u and the action tanh(u), reparameterised: both `[..., A]`."""
+        before_tanh = torch.addcmul(self.loc, self.log_std.exp(), torch.randn_like(self.loc))
+        return before_tanh, before_tanh.tanh()
+
+    def log_prob_of_draw(self, before_tanh: Tensor) -> Tensor:
+        """Log-density `[..., 1]` of the action tanh(u), also where rounding makes that 1."""
+        return self._log_prob(before_tanh, (before_tanh - self.loc) * (-self.log_std).exp())
+
     def sample_with_log_prob(self) -> tuple[Tensor, Tensor]:
         """A reparameterised action `[..., A]` and its log-density `[..., 1]`."""
         noise = torch.randn_like(self.loc)

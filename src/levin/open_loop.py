@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from levin.replay import moved
 from levin.sequences import RECORD, SequenceReplay
 
 CONTEXT = 5  # moments that are seen
@@ -60,11 +61,12 @@ def windows(buffer: SequenceReplay, device: torch.device) -> TensorDict | None:
         length = CONTEXT + ahead
         if len(buffer) < length:
             continue
-        drawn = buffer.draw(64 * WINDOWS, device, length)
-        begins: Tensor = drawn.get("is_first")[:, 1:, 0].any(1)
+        rows, env = buffer.places(64 * WINDOWS, length)
+        begins: Tensor = buffer.data.get("is_first")[rows[:, 1:], env][..., 0].any(1)
         whole = (~begins).nonzero().squeeze(1)[:WINDOWS]
         if len(whole) == WINDOWS:
-            return TensorDict({key: drawn[key][whole] for key in RECORD}, batch_size=[WINDOWS, length])
+            window = {key: buffer.data.get(key)[rows[whole], env[whole]] for key in RECORD}
+            return moved(TensorDict(window, batch_size=[WINDOWS, length]), device)
     return None
 
 

@@ -77,6 +77,9 @@ class Replay:
         """`num` transitions `[num]` on the device."""
         return moved(self.buffer.sample(num), device)  # type: ignore[arg-type]
 
+    def restart(self, envs: Tensor) -> None:
+        """Of these envs `[N]` an open episode could not be resumed: what comes next does not follow what came last."""
+
     def state_dict(self) -> dict[str, Any] | None:
         """How much was ever stored, and what is there, not a copy; None while nothing is."""
         if not len(self):

@@ -90,14 +90,24 @@ class SequenceReplay(Replay):
     def transition_bytes(self) -> int:
         return self.length * super().transition_bytes // self.num_envs
 
-    def draw(self, num: int, device: torch.device, length: int | None = None) -> TensorDict:
+    def restart(self, envs: Tensor) -> None:
+        """What comes next of these envs `[N]` begins an episode."""
+        if self.begins is not None and self.reward is not None:
+            self.begins[envs], self.reward[envs] = True, 0.0
+
+    def draw(self, num: int, device: torch.device) -> TensorDict:
         """`num` sequences `[num, length]` on the device, uniform over all that are there."""
-        data, length = self.data, length or self.length
+        data = self.data
+        rows, env = self.places(num, self.length)
+        drawn = {key: value[rows, env] for key, value in data.items()}
+        return moved(TensorDict(drawn, batch_size=[num, self.length]), device)
+
+    def places(self, num: int, length: int) -> tuple[Tensor, Tensor]:
+        """Where sequences lie: rows `[num, length]` and envs `[num, 1]`."""
+        data = self.data
         start = torch.randint(self.written - len(self), self.written - length + 1, (num, 1), device=data.device)
         env = torch.randint(self.num_envs, (num, 1), device=data.device)
-        rows = (start + torch.arange(length, device=data.device)) % self.size  # [num, length]
-        drawn = {key: value[rows, env] for key, value in data.items()}
-        return moved(TensorDict(drawn, batch_size=[num, length]), device)
+        return (start + torch.arange(length, device=data.device)) % self.size, env
 
     def state_dict(self) -> dict[str, Any] | None:
         state = super().state_dict()

@@ -300,6 +300,10 @@ def make(name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int, wo
         raise ConfigError(
             f"noise that remembers itself can't be sent to the workers of collector={name}: set algo.noise=gaussian"
         )
+    if IS_FIRST in policy.in_keys:
+        raise ConfigError(
+            f"a policy with a memory can't be sent to the workers of collector={name}: set collector=vector, or torchrl"
+        )
     if name == "torchrl-async" and algorithm.buffer is None:
         raise ConfigError(
             f"{type(algorithm).__name__} learns from what its own policy did, and collector=torchrl-async yields what "

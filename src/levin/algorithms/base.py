@@ -259,6 +259,7 @@ class Algorithm(LightningModule):
             self.reward_normalizer.running_return[strayed] = 0
         if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:
             self.buffer.load_state_dict(self._saved_buffer, self.device)
+            self.buffer.restart(torch.as_tensor(self.trainer.train_dataloader.strayed))  # type: ignore[union-attr]
             self._saved_buffer = None
         if capture.possible(self.device):
             for name in self.captured:

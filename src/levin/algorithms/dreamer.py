@@ -23,6 +23,7 @@ Deviations:
     - An iteration is 32 vector steps and then the updates they owe; the paper's is an episode and 100 updates.
     - The dream starts in states of the updated world model's predecessor: model first, then the dream, as every step
       here is one of an optimiser of its own.
+    - Learning begins with no more updates than later; the code beside the paper makes 100 first.
     - Deterministic actions are the mode of pi for the mean of q; the paper's are the best of 100 draws.
 
 Metrics:
@@ -75,7 +76,8 @@ class Dreamer(Algorithm):
         size: Of the networks: `paper`, `small` or `micro`.
         transition: `gru` has a memory; `mlp` is the lecture's first picture, p(s'|s,a) and q(s|o) without one.
         actor_gradient: `dynamics` goes through the dream; `reinforce` is the score function, with v as baseline.
-        initial_std: Deviation of the policy at the start, before it is squashed: 5, nearly always an extreme action.
+        initial_std: Deviation of a policy of continuous actions at the start, before it is squashed: 5, nearly always
+            an extreme action.
         entropy_coef: Weight of the policy's entropy; of discrete actions only: 0.
         free_nats: KL that costs nothing, in the mean over the batch: 3.
         kl_scale: Weight of the KL: 1.
@@ -135,11 +137,8 @@ class Dreamer(Algorithm):
         super().__init__(env, gamma)
         if env["observation_clip"] is not None or env["reward_clip"] is not None:
             raise ConfigError("Dreamer models observations and rewards as they are: env.normalize_... must be false")
-        if learning_starts < batch_length * env["num_envs"]:
-            raise ConfigError(
-                f"algo.learning_starts={learning_starts} is less than a sequence of each env: "
-                f"{batch_length} x {env['num_envs']}"
-            )
+        if buffer_size // env["num_envs"] < batch_length:
+            raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
         if horizon < 2:
             raise ConfigError("algo.horizon=1 leaves nothing to learn from: the last imagined step is a value only")
         if entropy_coef and env["action"]["type"] != "discrete":
@@ -187,6 +186,14 @@ class Dreamer(Algorithm):
             self.model, self.actor, carry, noise=self.exploration_noise, deterministic=deterministic
         )
         return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=["action"])
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        least = self.batch_length * self.env["num_envs"] * ranks.size()
+        if self.learning_starts < least:
+            raise ConfigError(
+                f"algo.learning_starts={self.learning_starts} is less than a sequence of each env: {least}"
+            )
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -270,16 +277,16 @@ class Dreamer(Algorithm):
     def imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """H steps of the policy in the transition model, from states `[N, *]`, which are not in it.
 
-        Features `[N, H, F]` with a gradient through model and actions, the actions `[N, H, A]` that led to them, and
-        what the policy saw when it chose those: it is not differentiated by what it sees.
+        Features `[N, H, F]` with a gradient through model and actions, the draws `[N, H, A]` of the actions that led to
+        them, and what the policy saw when it chose those: it is not differentiated by what it sees.
         """
         features, actions, seen = [], [], []
         for _ in range(self.horizon):
             seen.append(state.feature.detach())
-            action = self.actor(seen[-1]).sample()
+            draw, action = self.actor(seen[-1]).draw()
             state = self.model.imagine_step(state, action if self.actor_gradient == "dynamics" else action.detach())
             features.append(state.feature)
-            actions.append(action)
+            actions.append(draw)
         return torch.stack(features, 1), torch.stack(actions, 1), torch.stack(seen, 1)
 
     def lambda_return(self, feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,18 +314,14 @@ class Dreamer(Algorithm):
         `reinforce`: -E[weight log pi(a_t|s_t) (V_lambda(s_{t+1}) - b(s_t))], the score function of what a_t led to.
         """
         entropy = torch.zeros((), device=feature.device)
-        policy = self.actor(seen[:, :-1]) if self.actor_gradient == "reinforce" or self.entropy_coef else None
+        policy = self.actor(seen[:, :-1])
         if self.actor_gradient == "reinforce":
-            assert policy is not None
             advantage = (target - self.baseline(seen[:, :-1])).detach()
-            chosen = action[:, :-1].detach()
-            if not isinstance(policy, OneHotAction):
-                chosen = chosen.clamp(-1 + 1e-6, 1 - 1e-6)  # so that the inverse of tanh is finite
-            loss = -(weight * policy.log_prob(chosen) * advantage).mean()
+            loss = -(weight * policy.log_prob_of_draw(action[:, :-1].detach()) * advantage).mean()
         else:
             loss = -(weight * target).mean()
         if isinstance(policy, OneHotAction):
-            entropy = policy.entropy().mean()
+            entropy = (weight * policy.entropy()).mean() / weight.mean().clamp(min=1e-8)
             loss = loss - self.entropy_coef * entropy
         return loss, entropy.detach()
 

@@ -139,7 +139,7 @@ class WorldModel(nn.Module):
         self.features = self.deter + stoch
         shape = env["observation"]["shape"]
         self.pixels = env["observation"]["dtype"] == "uint8"
-        if "spaces" in env["observation"] or (self.pixels and shape[1:] != [64, 64]):
+        if "spaces" in env["observation"] or (shape[1:] != [64, 64] if self.pixels else len(shape) != 1):
             raise ConfigError(
                 f"Dreamer reads vectors, or pixels of 64 x 64; those of {env['id']} are {shape or 'a dict'}"
             )
@@ -177,12 +177,13 @@ class WorldModel(nn.Module):
         x = self.act(self.into_stoch(state.stoch) + from_action)
         if self.memory is None:
             return state.deter, x
-        deter = self.memory(x, state.deter)
+        deter = single(self.memory(x, state.deter))
         return deter, deter
 
     def posterior(self, deter: Tensor, embedded: Tensor) -> Belief:
         """The state encoder: q(stoch | deter, observation)."""
-        x = embedded if self.from_deter is None else embedded + self.from_deter(deter)
+        # A copy, as some activations work in place
+        x = embedded.clone() if self.from_deter is None else embedded + self.from_deter(deter)
         return belief(self.posterior_head(self.act(x)))
 
     def observe(self, observation: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, Belief, Belief]:
@@ -266,7 +267,12 @@ class OneHotAction:
         """A draw."""
         return StraightThrough().relaxed_sample(self.log_probs)
 
-    def log_prob(self, action: Tensor) -> Tensor:
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """The same twice: what `log_prob_of_draw` is asked with, and the action."""
+        action = self.sample()
+        return action, action
+
+    def log_prob_of_draw(self, action: Tensor) -> Tensor:
         """`[..., 1]`."""
         return (self.log_probs * action).sum(-1, keepdim=True)
 

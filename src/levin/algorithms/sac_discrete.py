@@ -137,7 +137,8 @@ class SACDiscrete(Algorithm):
 
         self.one_hot = OneHot(env["action"].get("nvec") or [env["action"]["n"]])
         self.target_entropy = 0.98 * self.one_hot.max_entropy if target_entropy is None else target_entropy
-        self.critic_form, self.estimator = critic, self.make_estimator(actor_estimator, actor_draws, actor_tau)
+        self.critic_form = critic
+        self.estimator = self.make_estimator(actor_estimator, actor_draws, actor_tau)
         self.trunk, num_features = trunk(env)
         self.actor = Actor(num_features, env, hidden_sizes, activation)
         if critic == "state_action":
@@ -159,7 +160,8 @@ class SACDiscrete(Algorithm):
     def make_estimator(self, name: ActorEstimator, draws: int, tau: float) -> Estimator:
         """Of grad E_{a ~ pi}[Q(s, a)]. Raises ConfigError for one that can't be."""
         if name == "exact":
-            if (values := self.one_hot.combinations * self.batch_size) > MOST_VALUES:
+            values = self.one_hot.combinations * self.batch_size
+            if self.critic_form == "state_action" and values > MOST_VALUES:
                 raise ConfigError(
                     f"algo.actor_estimator=exact would value {values} actions in an update, more than {MOST_VALUES}: "
                     "take loo, straight_through, gumbel_softmax or reinmax"
