@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from checks import metrics, same, saved
-from levin import config, open_loop
+from levin import config, open_loop, ranks
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_networks import Belief, State
 from levin.errors import ConfigError
@@ -441,10 +441,15 @@ def test_a_loaded_policy_remembers_until_it_is_told():
     assert np.allclose(batch[0], fresh)
 
 
-def test_too_early_is_said(tmp_path):
-    words = [*SMALL, "env.num_envs=2", "algo.learning_starts=11", "total_env_steps=100", "logger=csv"]
+def test_too_early_is_said(tmp_path, monkeypatch):
+    words = [*SMALL, "env.num_envs=2", "total_env_steps=100", "logger=csv"]
     with pytest.raises(ConfigError, match="less than a sequence of each env: 12"):
-        train(config.compose(words), tmp_path / "run")
+        train(config.compose([*words, "algo.learning_starts=11"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    algorithm = make("env.num_envs=2", "algo.learning_starts=12")
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(ConfigError, match="less than a sequence of each env: 24"):
+        algorithm.on_train_start()
 
 
 @pytest.mark.parametrize("transition", ["gru", "mlp"])
