@@ -218,8 +218,7 @@ class SquashedNormal:
 
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-density `[..., 1]` of an action `[..., A]`, strictly inside (-1, 1)."""
-        before_tanh = torch.atanh(action)
-        return self._log_prob(before_tanh, (before_tanh - self.loc) * (-self.log_std).exp())
+        return self.log_prob_of_draw(torch.atanh(action))
 
     def _log_prob(self, before_tanh: Tensor, noise: Tensor) -> Tensor:
         normal = -0.5 * noise.square() - self.log_std - 0.5 * LOG_2PI

@@ -316,8 +316,10 @@ class Dreamer(Algorithm):
         `reinforce`: -E[weight log pi(a_t|s_t) (V_lambda(s_{t+1}) - b(s_t))], the score function of what a_t led to.
         """
         entropy = torch.zeros((), device=feature.device)
-        policy = self.actor(seen[:, :-1])
+        asked = self.actor_gradient == "reinforce" or self.actor.one_hot is not None
+        policy = self.actor(seen[:, :-1]) if asked else None
         if self.actor_gradient == "reinforce":
+            assert policy is not None
             advantage = (target - self.baseline(seen[:, :-1])).detach()
             loss = -(weight * policy.log_prob_of_draw(action[:, :-1].detach()) * advantage).mean()
         else:

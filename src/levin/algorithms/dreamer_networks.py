@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 from levin.distributions import OneHot, SquashedNormal
 from levin.errors import ConfigError
 from levin.estimators import StraightThrough
+from levin.estimators.pathwise import largest
 from levin.networks import action_size, mlp, single
 from levin.spaces import EnvSpec
 
@@ -261,7 +262,7 @@ class OneHotAction:
     @property
     def mode(self) -> Tensor:
         """The most probable action."""
-        return torch.zeros_like(self.log_probs).scatter_(-1, self.log_probs.argmax(-1, keepdim=True), 1.0)
+        return largest(self.log_probs)
 
     def sample(self) -> Tensor:
         """A draw."""

@@ -21,11 +21,11 @@ class AtLogits(Estimator):
     families: ClassVar = ("bernoulli",)
     instead: ClassVar = "LeaveOneOut or UnorderedSet for choices, Reparameterized for what is continuous"
 
-    def at_logits(self, dist: Distribution, draws: Tensor, factor: Tensor, weight: Tensor | None = None) -> Draws:
+    def at_logits(self, dist: Distribution, draws: Tensor, factor: Tensor) -> Draws:
         """Points `[S, *B, *E]` whose costs are to be multiplied by `factor` `[S, *B, *E]` and summed."""
         base, _ = split(dist)
         term = event_sum(factor.detach() * base.logits, dist)  # linear in l: [S, *B, *E] -> [S, *B]
-        return Draws(draws, term, weight)
+        return Draws(draws, term)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
