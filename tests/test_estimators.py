@@ -26,6 +26,7 @@ from torch.distributions import (
 from torch.distributions.transforms import TanhTransform
 from torch.nn.functional import one_hot
 
+from given import Given
 from levin import estimators
 from levin.estimators import (
     ARM,
@@ -112,17 +113,6 @@ def per_row(estimator, family, logits: Tensor, function, rows: int, *, seed: int
     torch.manual_seed(seed)
     leaf = logits.expand(rows, *logits.shape).clone().requires_grad_()
     return torch.autograd.grad(estimator(family(leaf), function).sum(), leaf)[0]
-
-
-class Given(OneHotCategorical):
-    """A batch of rows, whose draws are handed to them: `[S, rows]`."""
-
-    def __init__(self, logits: Tensor, indices: Tensor) -> None:
-        super().__init__(logits=logits, validate_args=False)
-        self.indices = indices
-
-    def sample(self, sample_shape=()):
-        return one_hot(self.indices.view(*sample_shape, *self.batch_shape), K).to(self.logits)
 
 
 def every_outcome(monkeypatch, estimator, function=square, draws: int | None = None) -> tuple[Tensor, Tensor]:

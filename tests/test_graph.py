@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical
 from torch.nn.functional import one_hot
 
+from given import Given
 from levin.estimators import (
     Dice,
     Exact,
@@ -31,17 +32,6 @@ def _double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-class Given(OneHotCategorical):
-    """Whose draws are handed to it, `[S, *B]`."""
-
-    def __init__(self, logits: Tensor, indices: Tensor) -> None:
-        super().__init__(logits=logits, validate_args=False)
-        self.indices = indices
-
-    def sample(self, sample_shape=()):
-        return one_hot(self.indices.view(*sample_shape, *self.batch_shape), K).to(self.logits)
 
 
 class Chain:
