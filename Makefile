@@ -20,7 +20,7 @@ space := $() $()
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators fork bench bench-setup test test-slow drill lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming fork bench bench-setup test test-slow drill lint format lock clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +76,9 @@ lab: .venv/.core .venv/.report ## [ARGS="out=runs/lab rows=20000"] Measures grad
 
 estimators: .venv/.core .venv/.report ## The lab, an autoencoder and two algorithms with other estimators again, half an hour
 	$(BIN)/python -m experiments.estimators.run
+
+dreaming: .venv/.core .venv/.report ## Dreamer with and without its dream's gradient and a memory, beside SAC, again, an hour
+	$(BIN)/python -m experiments.dreaming.run
 
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
 	$(BIN)/python -m levin.report $(if $(CHECK),check=true)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from checks import metrics, same, saved
 from levin import config, open_loop, ranks
 from levin.algorithms.dreamer import Dreamer
-from levin.algorithms.dreamer_networks import Belief, State
+from levin.algorithms.dreamer_networks import Belief
 from levin.errors import ConfigError
 from levin.parameters import frozen
 from levin.policy import Policy
+from levin.recurrent import State
 from levin.sequences import SequenceReplay
 from levin.spaces import EMPTY
 from levin.train import build, train

@@ -15,6 +15,7 @@ import torch
 from gymnasium.spaces import Box
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
+from torch import Tensor
 from torchrl.collectors import BaseCollector, Collector
 
 from levin.errors import ConfigError
@@ -83,7 +84,8 @@ class VectorCollector(BaseCollector):
 
     TorchRL's `Collector` over the same env costs several times as much per vector step; this one runs only what
     chooses the action, and calls the policy's module without a TensorDict in between: with the observation, and with
-    `is_first` `[N, 1]` when that is the policy's second key.
+    `is_first` `[N, 1]` when that is the policy's second key. What a policy gives beside the action, its second key, is
+    in the rollout; such a policy is never replaced by random actions.
 
     An episode that is still open when the state is saved resumes by replay: its seed is known, its actions are in the
     state, and the observation they lead to is compared with the saved one. Where the episode before it was played with
@@ -148,21 +150,19 @@ class VectorCollector(BaseCollector):
         terminated, truncated = np.empty((2, num_envs, steps), bool)
         action = self._actions(steps)
 
-        act = self.policy.module
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
-        on_cpu = device.type == "cpu"
         num_random = self._num_random(steps)
         if num_random:
             action[:, :num_random] = random_actions(env.single_action_space, num_envs, num_random)
         current: list[Any] = self._observation
+        kept: list[Tensor] = []  # [N, *] each: what the policy gives beside the action
         with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
             for t in range(steps):
                 if t >= num_random:
-                    inputs = [tensors(env.observation, self._joined(current))]
-                    if self.takes_is_first:
-                        inputs.append(torch.from_numpy(self._first).unsqueeze(-1))  # [N] -> [N, 1]
-                    chosen = act(*inputs) if on_cpu else act(*(moved(each, device) for each in inputs)).cpu()
+                    chosen, state = self._ask(current, device)
                     action[:, t] = chosen.numpy()
+                    if state is not None:
+                        kept.append(state)
                 env.send(action[:, t])
                 # What a step starts from is what the one before led to, but behind the end of an episode: mended below.
                 for part, before, value in zip(observation, following, current, strict=True):
@@ -193,8 +193,10 @@ class VectorCollector(BaseCollector):
         self.vector_steps += steps
         self._remember(action[:, :steps])
         outcome = [torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T, 1]
+        beside = {self.policy.out_keys[1]: torch.stack(kept, 1).cpu()} if kept else {}
         return TensorDict(
             {
+                **beside,
                 "observation": self._joined(shown),
                 "action": torch.from_numpy(action[:, :steps]),
                 "next": {
@@ -207,6 +209,16 @@ class VectorCollector(BaseCollector):
             },
             batch_size=(num_envs, steps),
         )
+
+    def _ask(self, current: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The policy's actions `[N, *A]`, and what it gives beside them."""
+        inputs = [tensors(self.env.observation, self._joined(current))]
+        if self.takes_is_first:
+            inputs.append(torch.from_numpy(self._first).unsqueeze(-1))  # [N] -> [N, 1]
+        if device.type != "cpu":
+            inputs = [moved(each, device) for each in inputs]
+        chosen = self.policy.module(*inputs)
+        return (chosen[0].cpu(), chosen[1]) if isinstance(chosen, tuple) else (chosen.cpu(), None)
 
     def _split(self, observation: Any) -> list[Any]:
         """The parts of what the envs show."""

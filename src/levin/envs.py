@@ -24,7 +24,7 @@ from levin.hints import PositiveFloat, PositiveInt
 from levin.spaces import EnvSpec, dtypes
 from levin.torchrl_envs import TorchRLVectorEnv, target
 from levin.vector_env import SeededVectorEnv
-from levin.wrappers import ActionRepeat, stack_frames
+from levin.wrappers import ActionRepeat, show_entries, stack_frames
 
 # The first word of an episode's seed: what the episode is for.
 TRAINING, EVALUATION = 0, 1
@@ -47,6 +47,8 @@ class EnvConfig:
         action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps, which
             of Atari are frames.
         pixels: Show a picture of the scene, `[3, pixels, pixels]`, instead of the state (MuJoCo and dm_control).
+        observation_entries: The numbers of a vector that are shown, by their places; null: all. `[0, 1]` hides how fast
+            Pendulum-v1 turns.
         frame_stack: The newest observations, shown together along the first axis, oldest first; `[C, H, W]` or `[H, W]`
             pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
         normalize_observation: Subtract the running mean and divide by the running deviation.
@@ -66,6 +68,7 @@ class EnvConfig:
     time_limit: PositiveInt | None = None
     action_repeat: PositiveInt = 1
     pixels: PositiveInt | None = None
+    observation_entries: list[int] | None = None
     frame_stack: PositiveInt = 1
     normalize_observation: bool = False
     observation_clip: PositiveFloat = 10.0
@@ -155,6 +158,7 @@ def _make_torchrl(
     refused = {
         "vectorization=async": (config.vectorization == "async", "take collector=torchrl-process"),
         "action_repeat": (config.action_repeat > 1, "let env.target add a FrameSkipTransform"),
+        "observation_entries": (config.observation_entries is not None, "let env.target select them"),
         "frame_stack": (config.frame_stack > 1, "let env.target add a CatFrames"),
         "pixels": (config.pixels is not None, "let env.target show them"),
         "render": (render, "let env.target make its own pictures"),
@@ -182,6 +186,8 @@ def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
         env = AddRenderObservation(env, render_only=True)
     if config.action_repeat > 1:
         env = ActionRepeat(env, config.action_repeat)
+    if config.observation_entries is not None:
+        env = show_entries(env, config.observation_entries)
     return stack_frames(env, config.frame_stack) if config.frame_stack > 1 else env
 
 

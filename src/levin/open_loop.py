@@ -2,7 +2,7 @@
 
 Every evaluation adds `eval/open_loop_<h>` to the metrics, the mean squared error of the observation h steps ahead, and
 `eval/repeat_last_<h>`, that of the last one seen; and writes `pictures/<env_steps>.png`: pixels as a strip, numbers as
-curves.
+curves. Where an observation has several parts, their names are behind those: `eval/open_loop_<h>_<part>`.
 """
 
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from levin.replay import moved
-from levin.sequences import RECORD, SequenceReplay
+from levin.sequences import SequenceReplay
 
 CONTEXT = 5  # moments that are seen
 AHEAD = (1, 5, 15, 45)  # steps that are foreseen
 WINDOWS = 16
-Foresee = Callable[[TensorDict], tuple[Tensor, Tensor]]
+Foresee = Callable[[TensorDict], tuple[dict[str, Tensor], Tensor]]
 
 
 @torch.no_grad()
 def foreseen(buffer: SequenceReplay, device: torch.device, foresee: Foresee, path: Path) -> dict[str, float]:
-    """The errors, and a picture at `path`; nothing where there is no part of an episode that is long enough.
+    """The errors, and pictures at `path`; nothing where there is no part of an episode that is long enough.
 
     Args:
         buffer: Where the windows come from, `[B, L]`.
         device: Of the model.
-        foresee: The first CONTEXT moments of a window and all of its actions -> observations `[B, L, *S]`, in the units
-            of those that are stored, and rewards `[B, L, 1]`.
+        foresee: The first CONTEXT moments of a window and all of its actions -> the parts of observations `[B, L, *S]`,
+            in the units of those that are stored, and rewards `[B, L, 1]`. What is no dict is one part without a name.
         path: Of the picture.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a run goes on as if nothing had been drawn
@@ -40,18 +40,21 @@ def foreseen(buffer: SequenceReplay, device: torch.device, foresee: Foresee, pat
         if window is None:
             return {}
         observation, reward = foresee(window)
-    real = window["observation"].float()
     found = {}
-    for ahead in AHEAD:
-        at = CONTEXT + ahead - 1
-        if at < real.shape[1]:
-            found[f"eval/open_loop_{ahead}"] = float((observation[:, at] - real[:, at]).square().mean())
-            found[f"eval/repeat_last_{ahead}"] = float((real[:, CONTEXT - 1] - real[:, at]).square().mean())
     path.parent.mkdir(exist_ok=True)
-    if real.ndim == 5:
-        draw_pixels(real[0].cpu(), observation[0].cpu(), path)
-    elif find_spec("matplotlib"):  # comes with the extra `report`
-        draw_numbers(real[0].cpu(), observation[0].cpu(), window["reward"][0].cpu(), reward[0].cpu(), path)
+    for name, imagined in observation.items():
+        real = (window["observation", name] if name else window["observation"]).float()
+        part = f"_{name}" if name else ""
+        for ahead in AHEAD:
+            at = CONTEXT + ahead - 1
+            if at < real.shape[1]:
+                found[f"eval/open_loop_{ahead}{part}"] = float((imagined[:, at] - real[:, at]).square().mean())
+                found[f"eval/repeat_last_{ahead}{part}"] = float((real[:, CONTEXT - 1] - real[:, at]).square().mean())
+        picture = path.with_stem(path.stem + part)
+        if real.ndim == 5:
+            draw_pixels(real[0].cpu(), imagined[0].cpu(), picture)
+        elif find_spec("matplotlib"):  # comes with the extra `report`
+            draw_numbers(real[0].cpu(), imagined[0].cpu(), window["reward"][0].cpu(), reward[0].cpu(), picture)
     return found
 
 
@@ -65,8 +68,7 @@ def windows(buffer: SequenceReplay, device: torch.device) -> TensorDict | None:
         begins: Tensor = buffer.data.get("is_first")[rows[:, 1:], env][..., 0].any(1)
         whole = (~begins).nonzero().squeeze(1)[:WINDOWS]
         if len(whole) == WINDOWS:
-            window = {key: buffer.data.get(key)[rows[whole], env[whole]] for key in RECORD}
-            return moved(TensorDict(window, batch_size=[WINDOWS, length]), device)
+            return moved(buffer.at(rows[whole], env[whole]), device)
     return None
 
 

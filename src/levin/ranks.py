@@ -60,6 +60,15 @@ def average(value: Tensor) -> Tensor:
     return value if size() == 1 else total(value) / size()
 
 
+def everything(value: Tensor) -> Tensor:
+    """The values `[n]` of all ranks, one after the other; each has as many."""
+    if size() == 1:
+        return value
+    found = [torch.empty_like(value) for _ in range(size())]
+    _together(lambda: dist.all_gather(found, value.contiguous()))
+    return torch.cat(found)
+
+
 def weight(samples: int | Tensor) -> float:
     """What the mean over a rank's samples counts in the average over ranks, where others may have more or fewer."""
     if size() == 1:

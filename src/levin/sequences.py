@@ -13,6 +13,7 @@ from levin.replay import Replay, moved
 from levin.spaces import EnvSpec
 
 RECORD = ("observation", "action", "reward", "is_first", "is_terminal", "is_last")
+LATENT = "latent"  # what a policy remembered when it acted
 
 
 class SequenceReplay(Replay):
@@ -31,10 +32,12 @@ class SequenceReplay(Replay):
         size: Records that are kept, of all envs together.
         storage: `memory` or `memmap`.
         length: Records of a sequence.
+        keeps_latents: Whether records have the state of the policy that came with them, zeros at the end of an episode.
     """
 
-    def __init__(self, env: EnvSpec, size: int, storage: str, length: int) -> None:
+    def __init__(self, env: EnvSpec, size: int, storage: str, length: int, *, keeps_latents: bool = False) -> None:
         self.num_envs, self.length = env["num_envs"], length
+        self.keys = (*RECORD, LATENT) if keeps_latents else RECORD
         super().__init__(size // self.num_envs, storage)
         sizes = env["action"].get("nvec") or ([env["action"]["n"]] if env["action"]["n"] else None)
         self.one_hot = OneHot(sizes) if sizes else None
@@ -57,7 +60,7 @@ class SequenceReplay(Replay):
         complete = min(map(len, joined))
         if complete > self.size:
             raise ConfigError(f"algo.buffer_size={self.size * self.num_envs} holds less than a rollout")
-        rows = {key: torch.stack([each[key][:complete] for each in joined], 1) for key in RECORD}  # [k, N, *]
+        rows = {key: torch.stack([each[key][:complete] for each in joined], 1) for key in self.keys}  # [k, N, *]
         self.waiting = [each[complete:].clone() for each in joined]
         self.buffer.extend(TensorDict(rows, batch_size=[complete]))
 
@@ -73,17 +76,19 @@ class SequenceReplay(Replay):
         step = torch.repeat_interleave(number)
         ends = torch.zeros(len(step), 1, dtype=torch.bool, device=done.device)
         ends[number.cumsum(0)[done.squeeze(-1)] - 1] = True
-        observation, after = steps["observation"], steps["next", "observation"]
+        observation, at_end = steps["observation"][step], ends.squeeze(-1)
+        observation[at_end] = steps["next", "observation"][done.squeeze(-1)]
         action = steps["action"] if self.one_hot is None else self.one_hot.encode(steps["action"])
-        wide = ends.view(-1, *[1] * (observation.ndim - 1))
         record = {
-            "observation": torch.where(wide, after[step], observation[step]),
+            "observation": observation,
             "action": torch.where(ends, 0.0, action[step]),
             "reward": torch.where(ends, reward[step], came_with[step]),
             "is_first": first[step] & ~ends,
             "is_terminal": ends & steps["next", "terminated"][step],
             "is_last": ends,
         }
+        if LATENT in self.keys:
+            record[LATENT] = torch.where(ends, 0.0, steps[LATENT][step])
         return TensorDict(record, batch_size=[len(step)])
 
     @cached_property
@@ -97,10 +102,25 @@ class SequenceReplay(Replay):
 
     def draw(self, num: int, device: torch.device) -> TensorDict:
         """`num` sequences `[num, length]` on the device, uniform over all that are there."""
-        data = self.data
         rows, env = self.places(num, self.length)
-        drawn = {key: value[rows, env] for key, value in data.items()}
-        return moved(TensorDict(drawn, batch_size=[num, self.length]), device)
+        drawn = self.at(rows, env)
+        if LATENT in self.keys:
+            drawn["row"], drawn["env"] = rows, env.expand_as(rows)
+        return moved(drawn, device)
+
+    def at(self, rows: Tensor, env: Tensor) -> TensorDict:
+        """The records in these rows `[num, length]` of these envs `[num, 1]`."""
+        # Key by key: to index a whole TensorDict takes several times as long.
+        return TensorDict({key: value[rows, env] for key, value in self.data.items()}, batch_size=rows.shape)
+
+    def rewrite(self, batch: TensorDictBase, latent: Tensor) -> None:
+        """Keep other states for the records of sequences `[B, 1 + T]` but the first of each: `[B, T, *]`.
+
+        Nothing may have been stored since they were drawn.
+        """
+        stored = self.data[LATENT]
+        rows, env = (batch[key][:, 1:].to(stored.device, non_blocking=True) for key in ("row", "env"))
+        stored[rows, env] = latent.to(stored)
 
     def places(self, num: int, length: int) -> tuple[Tensor, Tensor]:
         """Where sequences lie: rows `[num, length]` and envs `[num, 1]`."""
@@ -111,11 +131,22 @@ class SequenceReplay(Replay):
 
     def state_dict(self) -> dict[str, Any] | None:
         state = super().state_dict()
-        waiting = [dict(each.items()) for each in self.waiting or []]
-        return state and {**state, "waiting": waiting, "begins": self.begins, "reward": self.reward}
+        if state is None:
+            return None
+        state["waiting"] = [dict(each.flatten_keys(".").items()) for each in self.waiting or []]
+        state |= {"begins": self.begins, "reward": self.reward}
+        if LATENT in self.keys:  # which change where they are, and files of rows are written once
+            state["data"], state[LATENT] = state["data"].exclude(LATENT), state["data"][LATENT].clone()
+        return state
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        if LATENT in self.keys:
+            shape = state[LATENT].shape[1:]
+            state["data"] = (rows.set(LATENT, torch.zeros(len(rows), *shape).half()) for rows in state["data"])
         super().load_state_dict(state, device)
         where = self.data["reward"].device
-        self.waiting = [TensorDict(each, batch_size=[len(each["reward"])]).to(where) for each in state["waiting"]]
+        if LATENT in self.keys:
+            self.data[LATENT].copy_(state[LATENT])
+        waiting = (TensorDict(each, batch_size=[len(each["reward"])]) for each in state["waiting"])
+        self.waiting = [each.unflatten_keys(".").to(where) for each in waiting]
         self.begins, self.reward = state["begins"].to(where), state["reward"].to(where)

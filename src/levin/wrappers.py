@@ -47,3 +47,20 @@ def stack_frames(env: gym.Env, num: int) -> gym.Env:
         space = Box(0, 255, (num_frames * channels, height, width), np.uint8)
         return TransformObservation(stacked, lambda frames: np.moveaxis(frames, -1, 1).reshape(space.shape), space)
     return ReshapeObservation(stacked, (shape[0] * shape[1], *shape[2:]))
+
+
+def show_entries(env: gym.Env, entries: list[int]) -> gym.Env:
+    """Show these numbers of a vector only, in this order.
+
+    Raises:
+        ConfigError: Observations are no vectors, or have no such entries.
+    """
+    space = env.observation_space
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise ConfigError(
+            f"env.observation_entries={entries} is for vectors, not for {type(space).__name__}{space.shape}"
+        )
+    if not entries or min(entries) < 0 or max(entries) >= space.shape[0]:
+        raise ConfigError(f"env.observation_entries={entries} names no entries: there are 0 to {space.shape[0] - 1}")
+    shown = Box(space.low[entries], space.high[entries], dtype=space.dtype)
+    return TransformObservation(env, lambda observation: observation[entries], shown)

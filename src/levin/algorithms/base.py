@@ -44,9 +44,9 @@ def compiled(loss: Callable, *, dynamic: bool) -> Callable:
         raise ConfigError(f"algo.compile=true needs a C++ compiler, and {compiler} is not there")
     traced = torch.compile(loss, fullgraph=True, dynamic=dynamic, options={"fallback_random": True})
 
-    def call(batch: TensorDictBase | dict[str, Tensor], *others: Any) -> Any:
+    def call(batch: TensorDictBase | dict[str, Tensor] | Tensor, *others: Any) -> Any:
         # A dict, since what guards a TensorDict takes longer than a small loss.
-        return traced(batch if isinstance(batch, dict) else dict(batch.items(include_nested=True)), *others)
+        return traced(dict(batch.items(include_nested=True)) if isinstance(batch, TensorDictBase) else batch, *others)
 
     return call
 

@@ -51,11 +51,12 @@ from torch.optim import Adam, Optimizer
 
 from levin import open_loop, ranks, returns
 from levin.algorithms.base import Algorithm, Batch
-from levin.algorithms.dreamer_networks import Carry, OneHotAction, Policy, RecurrentPolicy, State, WorldModel, centred
+from levin.algorithms.dreamer_networks import Policy, WorldModel, centred
 from levin.errors import ConfigError
 from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.networks import mlp, single
 from levin.parameters import frozen
+from levin.recurrent import Carry, OneHotAction, RecurrentPolicy, State
 from levin.sequences import SequenceReplay
 from levin.spaces import IS_FIRST, EnvSpec
 
@@ -207,7 +208,7 @@ class Dreamer(Algorithm):
             return {}
         return open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
 
-    def foresee(self, window: TensorDict) -> tuple[Tensor, Tensor]:
+    def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
         """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
         seen = [window[key][:, : open_loop.CONTEXT] for key in ("observation", "action", "is_first")]
         states, _, _ = self.model.observe(*seen)
@@ -220,7 +221,7 @@ class Dreamer(Algorithm):
         if self.model.pixels:
             observation = (observation + 0.5) * 255
         reward = single(self.model.reward_model(feature))
-        return observation.unflatten(0, window.shape), reward.unflatten(0, window.shape)
+        return {"": observation.unflatten(0, window.shape)}, reward.unflatten(0, window.shape)
 
     def update(self, batch: TensorDictBase) -> None:
         """One step of each of the three, on sequences `[B, T]`."""

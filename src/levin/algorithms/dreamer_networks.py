@@ -1,7 +1,6 @@
 """The networks of Dreamer's world model (Hafner et al. 2020, appendix A), and the policy that acts with it."""
 
 import math
-from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,25 +11,12 @@ from torch.nn.functional import softplus
 
 from levin.distributions import OneHot, SquashedNormal
 from levin.errors import ConfigError
-from levin.estimators import StraightThrough
-from levin.estimators.pathwise import largest
 from levin.networks import action_size, mlp, single
+from levin.recurrent import OneHotAction, State, stacked
 from levin.spaces import EnvSpec
 
 MIN_STD = 0.1  # of a latent
 MEAN_SCALE = 5.0  # of the policy before it is squashed
-
-
-class State(NamedTuple):
-    """What the model believes: `deter` `[..., D]` remembers, `stoch` `[..., S]` is drawn."""
-
-    deter: Tensor
-    stoch: Tensor
-
-    @property
-    def feature(self) -> Tensor:
-        """All that the other networks read: `[..., S + D]`."""
-        return torch.cat([self.stoch, self.deter], -1)
 
 
 class Belief(NamedTuple):
@@ -51,11 +37,6 @@ class Belief(NamedTuple):
         """KL(self || other), summed over S: `[...]`."""
         ours, theirs = (Normal(each.mean, each.std, validate_args=False) for each in (self, other))
         return kl_divergence(ours, theirs).sum(-1)
-
-
-def stacked(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
-    """Each part of T tuples: `[B, T, *]`."""
-    return (torch.stack(part, 1) for part in zip(*steps, strict=True))
 
 
 def belief(numbers: Tensor) -> Belief:
@@ -251,85 +232,3 @@ class Policy(nn.Module):
         loc = MEAN_SCALE * torch.tanh(loc / MEAN_SCALE)
         std = softplus(std + self.std_offset) + 1e-4
         return SquashedNormal(loc, std.log())
-
-
-class OneHotAction:
-    """One of A actions as `[..., A]`, the gradient of a draw that of its probabilities (straight-through)."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.log_probs = logits.log_softmax(-1)
-
-    @property
-    def mode(self) -> Tensor:
-        """The most probable action."""
-        return largest(self.log_probs)
-
-    def sample(self) -> Tensor:
-        """A draw."""
-        return StraightThrough().relaxed_sample(self.log_probs)
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """The same twice: what `log_prob_of_draw` is asked with, and the action."""
-        action = self.sample()
-        return action, action
-
-    def log_prob_of_draw(self, action: Tensor) -> Tensor:
-        """`[..., 1]`."""
-        return (self.log_probs * action).sum(-1, keepdim=True)
-
-    def entropy(self) -> Tensor:
-        """In nats, `[..., 1]`."""
-        return -(self.log_probs.exp() * self.log_probs).sum(-1, keepdim=True)
-
-
-class Carry(nn.Module):
-    """What a policy remembers of the step before, for each env: state and action. It is saved with the algorithm."""
-
-    deter: Tensor
-    stoch: Tensor
-    action: Tensor
-
-    def __init__(self, num_envs: int, model: WorldModel) -> None:
-        super().__init__()
-        for name, size in (("deter", model.deter), ("stoch", model.stoch), ("action", model.actions)):
-            self.register_buffer(name, torch.zeros(num_envs, size))
-
-    def begin(self, is_first: Tensor) -> None:
-        """Forget, where an episode begins `[N, 1]`. For another number of envs: everything."""
-        for name in ("deter", "stoch", "action"):
-            value = getattr(self, name)
-            if len(value) != len(is_first):
-                value = value.new_zeros(len(is_first), value.shape[1], device=is_first.device)
-            setattr(self, name, value * ~is_first)
-
-
-class RecurrentPolicy(nn.Module):
-    """What the collector asks for an action: `[N, *S], [N, 1] -> [N, *A]`.
-
-    Args:
-        model: Encodes what is seen.
-        actor: The policy on its features.
-        carry: Its memory.
-        noise: Exploration: the deviation of what is added to an action, or the probability of a uniform one.
-        deterministic: The most probable action, of the mean of the state.
-    """
-
-    def __init__(self, model: WorldModel, actor: Policy, carry: Carry, *, noise: float, deterministic: bool) -> None:
-        super().__init__()
-        self.model, self.actor, self.carry, self.noise, self.deterministic = model, actor, carry, noise, deterministic
-
-    def forward(self, observation: Tensor, is_first: Tensor) -> Tensor:
-        self.carry.begin(is_first)
-        before = State(self.carry.deter, self.carry.stoch)
-        state = self.model.step(before, self.carry.action, observation, sample=not self.deterministic)
-        distribution = self.actor(state.feature)
-        action = distribution.mode if self.deterministic else self.explore(distribution.sample())
-        self.carry.deter, self.carry.stoch, self.carry.action = state.deter, state.stoch, action
-        return action.argmax(-1) if self.actor.one_hot is not None else action
-
-    def explore(self, action: Tensor) -> Tensor:
-        """With the noise."""
-        if self.actor.one_hot is None:
-            return (action + self.noise * torch.randn_like(action)).clamp(-1, 1)
-        uniform = OneHotAction(torch.zeros_like(action)).sample()
-        return torch.where(torch.rand(len(action), 1, device=action.device) < self.noise, uniform, action)

@@ -1,0 +1,368 @@
+"""DreamerV3 (Hafner et al. 2023, arXiv:2301.04104): one configuration for all domains, lecture rows 25 to 28.
+
+As Dreamer it learns a world model from replay and a policy in the model's dreams. What is new makes it robust: the
+state is categorical, large numbers are squeezed, predicted as distributions and normalised, and by default the policy's
+gradient is that of the score function and does not go through the dream.
+
+Pseudocode:
+
+    for each env step:
+        s ~ q(s | s_before, a_before, o);  a ~ pi(a|s);  D <- D + {(o, a, r, ..., s)}
+    for each update:
+        draw B sequences of T records, each with the state before it
+        world model:  L_m = -log p(o|s) - log p(r|s) - log p(c|s) + max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
+        from each of the B T states imagine H steps: a ~ pi(a|s), s' ~ p(s'|s,a)                        imagine
+        R_t = r_{t+1} + c_{t+1} ((1 - lambda) v(s_{t+1}) + lambda R_{t+1}),  R_H = v(s_H)               Eq. 7
+        S <- 0.99 S + 0.01 (P95(R) - P5(R))                                                             Eq. 13
+        actor:   L_a = -sum_t w_t [log pi(a_t|s_t) sg((R_t - v(s_t)) / max(1, S)) + eta H(pi(.|s_t))]   Eq. 12
+        critic:  L_v = -sum_t w_t [log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t)]                     Eq. 10
+        the same of replayed rewards, with R_0 of the dream as the value of what comes next, times 0.3
+        theta <- LaProp(L_m + L_a + L_v);  slow critic <- 0.02 critic + 0.98 slow critic
+        D's states of these sequences <- those that were computed here
+
+Deviations:
+    - An iteration is a few vector steps and then the updates they owe, whose sequences are drawn at once.
+    - Sequences are drawn uniformly; in the code beside the paper, each is first drawn once as soon as it is there.
+    - Replay keeps states in half precision. Deterministic actions are the modes of pi and of q.
+
+Metrics:
+    train/kl: KL(q || p), nats, before it is clamped.
+    train/observation_loss: squared error of the observation, after symlog where it is numbers, summed.
+    train/reward_loss: cross-entropy of the reward.
+    train/continue_loss: of the continue model.
+    train/actor_loss, train/value_loss, train/replay_value_loss.
+    train/imagined_return: E[R_0].
+    train/return_scale: S.
+    train/entropy: of pi, nats.
+    train/prior_entropy, train/posterior_entropy: of the state, nats.
+    train/clipped: share of parameters whose gradient was clipped.
+    eval/open_loop_5, ...: see `levin.open_loop`.
+"""
+
+from contextlib import nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim import Optimizer
+
+from levin import open_loop, ranks, returns
+from levin.algorithms.base import Algorithm, Batch
+from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, TwoHot, WorldModel, head, kl, symexp, symlog
+from levin.errors import ConfigError
+from levin.estimators import GumbelSoftmax, ReinMax, StraightThrough
+from levin.hints import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.networks import single
+from levin.optimizers import LaProp
+from levin.parameters import frozen
+from levin.recurrent import Carry, RecurrentPolicy, State, stacked
+from levin.sequences import LATENT, SequenceReplay
+from levin.spaces import IS_FIRST, EnvSpec
+
+ESTIMATORS = {"straight_through": StraightThrough(), "reinmax": ReinMax(), "gumbel_softmax": GumbelSoftmax(hard=True)}
+
+
+class DreamerV3(Algorithm):
+    """World model with categorical states, and an actor-critic that learns in its dreams.
+
+    Values are those of the code beside the paper, https://github.com/danijar/dreamerv3, for vectors of DM Control.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        gamma: Discount: 1 - 1/333.
+        return_lambda: Decay of the lambda-return: 0.95.
+        horizon: Imagined steps, H: 15.
+        batch_size: Sequences per update, B: 16.
+        batch_length: Records of each, T: 64.
+        size: Of the networks: `1m` to `200m` parameters, or `micro`.
+        latent_estimator: What carries the gradient through the draws of a state: `straight_through`.
+        actor_gradient: `reinforce` is the score function; `dynamics` goes through the dream, as in the first Dreamer.
+        entropy_coef: Weight of the policy's entropy, eta: 3e-4.
+        free_nats: KL that costs nothing, in each state: 1.
+        dynamics_scale: Weight of the KL as a loss of p: 1.
+        representation_scale: Weight of the KL as a loss of q: 0.1.
+        replay_value_scale: Weight of the critic's loss on replayed rewards: 0.3.
+        slow_tau: Step of the slow critic towards the critic: 0.02.
+        return_decay: Of the percentiles of returns: 0.99.
+        lr: LaProp: 4e-5.
+        warm_up: Updates until then, from 0: 1000.
+        clip: The most that the norm of a gradient is, as a share of its parameter's: 0.3.
+        replay_ratio: Updates per env step: 1, their train ratio 1024.
+        learning_starts: Env steps before the first update: what fills a batch.
+        buffer_size: Records that replay keeps.
+        buffer_storage: `memory`, or `memmap` for a file.
+        steps_per_iteration: Vector steps between two rounds of updates.
+        compile: The steps of the model and the losses, on a GPU all of an update as a CUDA graph; the same numbers,
+            after minutes at the start.
+    """
+
+    actions: ClassVar = ("box", "discrete")
+    actor: Policy  # on features of the model
+    observations: ClassVar = ("float32", "uint8")
+    buffer: SequenceReplay
+    return_range: Tensor  # [2]: moving averages of the percentiles of returns
+    percentiles: Tensor  # [2]: which
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        gamma: Fraction = 1 - 1 / 333,
+        return_lambda: Fraction = 0.95,
+        horizon: PositiveInt = 15,
+        batch_size: PositiveInt = 16,
+        batch_length: PositiveInt = 64,
+        size: Literal["micro", "1m", "12m", "25m", "50m", "100m", "200m"] = "1m",
+        latent_estimator: Literal["straight_through", "reinmax", "gumbel_softmax"] = "straight_through",
+        actor_gradient: Literal["reinforce", "dynamics"] = "reinforce",
+        entropy_coef: NonNegativeFloat = 3e-4,
+        free_nats: NonNegativeFloat = 1.0,
+        dynamics_scale: NonNegativeFloat = 1.0,
+        representation_scale: NonNegativeFloat = 0.1,
+        replay_value_scale: NonNegativeFloat = 0.3,
+        slow_tau: Fraction = 0.02,
+        return_decay: Fraction = 0.99,
+        lr: PositiveFloat = 4e-5,
+        warm_up: NonNegativeInt = 1000,
+        clip: PositiveFloat = 0.3,
+        replay_ratio: NonNegativeFloat = 1.0,
+        learning_starts: NonNegativeInt = 1100,
+        buffer_size: PositiveInt = 1_000_000,
+        buffer_storage: Literal["memory", "memmap"] = "memory",
+        steps_per_iteration: PositiveInt = 4,
+        compile: bool = False,  # noqa: A002
+    ) -> None:
+        super().__init__(env, gamma)
+        if env["observation_clip"] is not None or env["reward_clip"] is not None:
+            raise ConfigError("DreamerV3 squeezes numbers by itself: env.normalize_... must be false")
+        if buffer_size // env["num_envs"] <= batch_length:
+            raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
+        self.check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
+        self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
+        self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
+        self.learning_starts, self.steps_per_iteration = learning_starts, steps_per_iteration
+        self.actor_gradient, self.entropy_coef, self.free_nats = actor_gradient, entropy_coef, free_nats
+        self.dynamics_scale, self.representation_scale = dynamics_scale, representation_scale
+        self.replay_value_scale, self.slow_tau, self.return_decay = replay_value_scale, slow_tau, return_decay
+        self.lr, self.warm_up, self.clip = lr, warm_up, clip
+
+        widths = SIZES[size]
+        self.model = WorldModel(env, size=widths, estimator=ESTIMATORS[latent_estimator])
+        self.actor = Policy(self.model.features, env, widths.units)
+        self.critic = head(self.model.features, widths.units, 3, BINS, scale=0.0)
+        self.slow_critic = deepcopy(self.critic).requires_grad_(False)
+        self.two_hot = TwoHot()
+        self.register_buffer("return_range", torch.zeros(2))
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+        self.carry = Carry(env["num_envs"], self.model)
+        self.buffer = SequenceReplay(env, buffer_size, buffer_storage, batch_length + 1, keeps_latents=True)
+        self.observe_step, self.imagine_step = self.model.observe_step, self.model.imagine_step
+        if compile:
+            self.compile_losses("observe_step", "imagine_step")
+            self.capture("update")
+
+    def configure_optimizers(self) -> Optimizer:
+        learned = [each for each in self.parameters() if each.requires_grad]
+        self.optimizer = LaProp(learned, lr=self.lr, clip=self.clip, warm_up=self.warm_up)
+        return self.optimizer
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        carry = Carry(0, self.model).to(self.device) if deterministic else self.carry
+        keeps = None if deterministic else self.model.packed
+        chooser = RecurrentPolicy(self.model, self.actor, carry, deterministic=deterministic, keeps=keeps)
+        out_keys: list[NestedKey] = ["action"] if deterministic else ["action", LATENT]
+        return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=out_keys)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.check_begins_late_enough(
+            self.learning_starts, (self.batch_length + 1) * self.env["num_envs"] * ranks.size()
+        )
+
+    def check_begins_late_enough(self, learning_starts: int, least: int) -> None:
+        """Raises ConfigError when there would be an update before there is a sequence of each env."""
+        if learning_starts < least:
+            raise ConfigError(f"algo.learning_starts={learning_starts} is less than a sequence of each env: {least}")
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        self.buffer.extend(rollout)
+        for batch in self.replay():
+            self.buffer.rewrite(batch, self.update(batch))
+
+    def on_evaluation(self, folder: Path) -> dict[str, float]:
+        if len(self.buffer) <= self.batch_length:
+            return {}
+        return open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
+
+    def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
+        """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
+        first = self.model.unpacked(window[LATENT][:, 0])
+        observation, is_first = (window[key][:, 1 : open_loop.CONTEXT] for key in ("observation", "is_first"))
+        before = window["action"][:, : open_loop.CONTEXT - 1]
+        states, _ = self.model.observe(self.model.observe_step, first, observation, before, is_first)
+        path = [first, *(State(*each) for each in zip(*(part.unbind(1) for part in states), strict=True))]
+        for t in range(open_loop.CONTEXT - 1, window.shape[1] - 1):
+            path.append(State(*self.model.imagine_step(*path[-1], window["action"][:, t])))
+        state = State(*(part.flatten(0, 1) for part in stacked(path)))
+        foreseen = {
+            name: (part * 255 if part.ndim == 4 else symexp(part)).unflatten(0, window.shape)
+            for name, part in self.model.decode(state).items()
+        }
+        reward = self.two_hot.mean(single(self.model.reward_model(state.feature)))
+        return foreseen, reward.unflatten(0, window.shape)
+
+    def update(self, batch: TensorDictBase) -> Tensor:
+        """One step, on sequences `[B, 1 + T]`; gives the states that they lead to `[B, T, *]`, as replay keeps them.
+
+        The first record of each sequence is there for its state and its action only.
+        """
+        state, posterior = self.observe(batch)
+        model_loss, terms = self.model_loss(batch, state, posterior)
+        feature, log_prob, entropy = self.imagine(State(*(part.detach().flatten(0, 1) for part in state)))
+        logits = self.critic(feature.detach())
+        target, value, weight = self.lambda_return(feature, logits)
+        scale = self.return_scale(target)
+        actor_loss = self.actor_loss(log_prob, entropy, target / scale, value / scale, weight)
+        value_loss = self.value_loss(logits[:, :-1], feature[:, :-1].detach(), target.detach(), weight)
+        replay_value_loss = self.replay_value_loss(batch, state, target[:, 0].detach())
+        loss = model_loss + actor_loss + value_loss + self.replay_value_scale * replay_value_loss
+        self.step(self.optimizer, loss)
+        self.update_slow_critic()
+        self.record(actor_loss=actor_loss, value_loss=value_loss, replay_value_loss=replay_value_loss, **terms)
+        self.record(imagined_return=target[:, 0].mean(), return_scale=scale, entropy=entropy.mean())
+        self.record(clipped=self.optimizer.clipped)
+        return self.model.packed(state)
+
+    def observe(self, batch: Batch) -> tuple[State, Tensor]:
+        """The states `[B, T, *]` of all records but the first, and their posteriors `[B, T, S, K]`."""
+        first = State(*(part.requires_grad_() for part in self.model.unpacked(batch[LATENT][:, 0])))  # as all others
+        observation, is_first = batch["observation"][:, 1:], batch["is_first"][:, 1:]
+        return self.model.observe(self.observe_step, first, observation, batch["action"][:, :-1], is_first)
+
+    def model_loss(self, batch: Batch, state: State, posterior: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """E[-log p(o|s) - log p(r|s) - log p(c|s) + max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))], Eq. 4 and 5.
+
+        The KL is summed over the categoricals of a state and then clamped. A continue is gamma (1 - terminated): the
+        discount is in it. Also gives the terms.
+        """
+        observation, reward, is_terminal = (batch[key][:, 1:] for key in ("observation", "reward", "is_terminal"))
+        flat = State(*(part.flatten(0, 1) for part in state))  # [B, T, *] -> [B T, *]
+        prior = self.model.prior(flat.deter).unflatten(0, state.deter.shape[:2])
+        raw = kl(posterior, prior).detach()
+        dynamics = kl(posterior.detach(), prior).clamp(min=self.free_nats).mean()
+        representation = kl(posterior, prior.detach()).clamp(min=self.free_nats).mean()
+        observation_loss = self.observation_loss(self.model.decode(flat), self.model.of(observation.flatten(0, 1)))
+        feature = flat.feature
+        reward_loss = self.two_hot.loss(single(self.model.reward_model(feature)), reward.flatten(0, 1)).mean()
+        goes_on = self.gamma * (~is_terminal).float().flatten(0, 1)
+        continue_loss = binary_cross_entropy_with_logits(single(self.model.continue_model(feature)), goes_on)
+        loss = observation_loss + reward_loss + continue_loss
+        loss = loss + self.dynamics_scale * dynamics + self.representation_scale * representation
+        terms = {"observation_loss": observation_loss, "reward_loss": reward_loss, "continue_loss": continue_loss}
+        terms |= {"kl": raw.mean(), "prior_entropy": entropy_of(prior), "posterior_entropy": entropy_of(posterior)}
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def observation_loss(self, decoded: dict[str, Tensor], observation: dict[str, Tensor]) -> Tensor:
+        """Squared errors, summed over all of an observation: of pixels in [0, 1], and of numbers after symlog."""
+        losses = []
+        for name, part in observation.items():
+            target = part.float() / 255 if part.dtype == torch.uint8 else symlog(part)
+            losses.append((decoded[name] - target).square().flatten(1).sum(1).mean())
+        return torch.stack(losses).sum()
+
+    def imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """H steps of the policy in the transition model from states `[N, *]`.
+
+        Features `[N, H + 1, F]`, of which the first are those of the states, and log pi(a_t|s_t) and the entropy of pi
+        at the first H of them, `[N, H, 1]`. Only with `dynamics` have the features a gradient; the policy is not
+        differentiated by what it sees.
+        """
+        dynamics = self.actor_gradient == "dynamics"
+        state = State(*(part.requires_grad_(dynamics) for part in state))  # all steps are alike
+        features, log_probs, entropies = [state.feature], [], []
+        with frozen(self.model.parameters()):
+            for _ in range(self.horizon):
+                policy = self.actor(features[-1].detach())
+                action = policy.sample()
+                with nullcontext() if dynamics else torch.no_grad():
+                    state = State(*self.imagine_step(*state, action))
+                features.append(state.feature)
+                log_probs.append(policy.log_prob(action.detach()))
+                entropies.append(policy.entropy())
+        return torch.stack(features, 1), torch.stack(log_probs, 1), torch.stack(entropies, 1)
+
+    def lambda_return(self, feature: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """R_t = r_{t+1} + c_{t+1} ((1 - lambda) v(s_{t+1}) + lambda R_{t+1}), R_H = v(s_H), t < H; Eq. 7.
+
+        Also gives v(s_t), and the weight of each: the product of the c up to it, so that a dream which begins at an end
+        counts for nothing. All `[N, H, 1]`.
+
+        Args:
+            feature: `[N, H + 1, F]`.
+            logits: Of the critic for them, without a gradient in them.
+        """
+        with frozen([*self.model.parameters(), *self.critic.parameters()]):
+            dynamics = self.actor_gradient == "dynamics"
+            value = self.two_hot.mean(single(self.critic(feature) if dynamics else logits.detach()))
+            reward = self.two_hot.mean(single(self.model.reward_model(feature[:, 1:])))
+            goes_on = single(self.model.continue_model(feature)).sigmoid()
+        after = goes_on[:, 1:]
+        one_step = reward + after * (1 - self.return_lambda) * value[:, 1:]
+        decay = self.return_lambda * after
+        target = returns.discounted_sum(torch.cat([one_step, value[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1))
+        return target[:, :-1], value[:, :-1], goes_on[:, :-1].detach().cumprod(1)
+
+    @torch.no_grad()
+    def return_scale(self, target: Tensor) -> Tensor:
+        """max(1, S), S the moving average of how far the 5th and the 95th percentile of returns are apart; Eq. 13."""
+        found = torch.quantile(ranks.everything(target.detach().flatten()), self.percentiles)
+        self.return_range.lerp_(found, 1 - self.return_decay)
+        return (self.return_range[1] - self.return_range[0]).clamp(min=1.0)
+
+    def actor_loss(self, log_prob: Tensor, entropy: Tensor, target: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        """-E[w_t (log pi(a_t|s_t) sg(R_t - v(s_t)) + eta H(pi(.|s_t)))], Eq. 12; all `[N, H, 1]`, R and v by scale.
+
+        `dynamics`: R_t in the place of the first term, differentiated through the dream.
+        """
+        gain = target if self.actor_gradient == "dynamics" else log_prob * (target - value).detach()
+        return -(weight * (gain + self.entropy_coef * entropy)).mean()
+
+    def value_loss(self, logits: Tensor, feature: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """-E[w_t (log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t))], Eq. 10, of distributions `[..., 255]`."""
+        with torch.no_grad():
+            slow = self.two_hot.mean(single(self.slow_critic(feature)))
+        logits = single(logits)
+        return (weight * (self.two_hot.loss(logits, target) + self.two_hot.loss(logits, slow))).mean()
+
+    def replay_value_loss(self, batch: Batch, state: State, imagined: Tensor) -> Tensor:
+        """The same of replayed rewards: R_t = r_{t+1} + gamma (1 - terminated) ((1 - l) R'_{t+1} + l R_{t+1}).
+
+        R' is the return of the dream that begins in a state, `[B T, 1]`, and l is lambda, or 0 where an episode ends.
+        What is learned is the value of all moments but the last of an episode; and the states learn too.
+        """
+        reward, is_terminal, is_last = (batch[key][:, 1:] for key in ("reward", "is_terminal", "is_last"))
+        imagined = imagined.unflatten(0, reward.shape[:2])  # [B T, 1] -> [B, T, 1]
+        discount = self.gamma * (~is_terminal[:, 1:]).float()
+        go_on = self.return_lambda * (~is_last[:, 1:]).float()
+        one_step = reward[:, 1:] + discount * (1 - go_on) * imagined[:, 1:]
+        decay = discount * go_on
+        target = returns.discounted_sum(
+            torch.cat([one_step, imagined[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1)
+        )
+        feature = state.feature[:, :-1]
+        return self.value_loss(self.critic(feature), feature.detach(), target[:, :-1], (~is_last[:, :-1]).float())
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """slow <- tau critic + (1 - tau) slow."""
+        torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), self.slow_tau)
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Of a state's categoricals `[..., S, K]`, in nats, in the mean over all others."""
+    return -(log_probs.exp() * log_probs).sum((-1, -2)).mean()

@@ -1,0 +1,397 @@
+"""The networks of DreamerV3 (Hafner et al. 2023, arXiv:2301.04104) in their latest form: https://github.com/danijar/dreamerv3
+
+A layer is linear, then RMSNorm, then SiLU. Weights are normal, cut off at two deviations, of variance 1 / inputs.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, interpolate, max_pool2d, rms_norm, silu
+
+from levin.distributions import Normal
+from levin.errors import ConfigError
+from levin.estimators.pathwise import Relaxation, drawn, largest
+from levin.networks import action_size, single
+from levin.recurrent import OneHotAction, State, stacked, unimixed
+from levin.spaces import EnvSpec
+
+BLOCKS = 8  # of the GRU's block-diagonal matrices
+UNIMIX = 0.01  # share of a uniform distribution in every categorical one
+EPS = 1e-4  # of RMSNorm
+BINS = 255
+
+
+class Size(NamedTuple):
+    """Widths: `deter` and `stoch` categoricals of `classes` are the state, `depth` the channels of convolutions."""
+
+    deter: int
+    hidden: int
+    classes: int
+    depth: int
+    units: int
+    stoch: int = 32
+
+
+SIZES = {
+    "micro": Size(128, 64, 8, 4, 64, 8),  # ours, for processors
+    "1m": Size(512, 64, 4, 4, 64),
+    "12m": Size(2048, 256, 16, 16, 256),
+    "25m": Size(3072, 384, 24, 24, 384),
+    "50m": Size(4096, 512, 32, 32, 512),
+    "100m": Size(6144, 768, 48, 48, 768),
+    "200m": Size(8192, 1024, 64, 64, 1024),
+}
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|)."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of `symlog`."""
+    return x.sign() * x.abs().expm1()
+
+
+@torch.no_grad()
+def scaled_normal_(weight: Tensor, inputs: int, scale: float = 1.0) -> Tensor:
+    """Normal, cut off at two deviations, of the deviation `scale / sqrt(inputs)` after that."""
+    if scale == 0:
+        return weight.zero_()
+    deviation = 1.1368 * scale / math.sqrt(inputs)
+    return nn.init.trunc_normal_(weight, 0.0, deviation, -2 * deviation, 2 * deviation)
+
+
+def linear(inputs: int, outputs: int, *, scale: float = 1.0, fan_in: int | None = None, bias: bool = True) -> nn.Linear:
+    """`fan_in`: inputs of the layer that this is a part of."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    scaled_normal_(layer.weight, fan_in or inputs, scale)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class NormSiLU(nn.Module):
+    """SiLU(RMSNorm(x)) over the last axis; the norm in float32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(rms_norm(single(x), self.scale.shape, self.scale, EPS))
+
+
+def layers(inputs: int, units: int, num: int) -> nn.Sequential:
+    """`[..., inputs] -> [..., units]`."""
+    sizes = pairwise([inputs, *[units] * num])
+    return nn.Sequential(*(part for before, after in sizes for part in (linear(before, after), NormSiLU(after))))
+
+
+def head(inputs: int, units: int, num: int, outputs: int, scale: float = 1.0) -> nn.Sequential:
+    """Layers, and a linear one whose weights are `scale` times as large."""
+    return nn.Sequential(*layers(inputs, units, num), linear(units, outputs, scale=scale))
+
+
+class BlockLinear(nn.Module):
+    """A linear layer whose matrix is block-diagonal: `[B, inputs] -> [BLOCKS, B, outputs / BLOCKS]`.
+
+    Args:
+        fan_in: Inputs of all of the layer that this is a part of, over all blocks.
+    """
+
+    def __init__(self, inputs: int, outputs: int, fan_in: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(BLOCKS, inputs // BLOCKS, outputs // BLOCKS))
+        self.bias = nn.Parameter(torch.zeros(BLOCKS, 1, outputs // BLOCKS)) if bias else None
+        scaled_normal_(self.weight, fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (BLOCKS, -1)).transpose(0, 1)  # [B, inputs] -> [BLOCKS, B, *]
+        return torch.bmm(blocks, self.weight) if self.bias is None else torch.baddbmm(self.bias, blocks, self.weight)
+
+
+def joined(blocks: Tensor) -> Tensor:
+    """`[BLOCKS, B, *] -> [B, BLOCKS * *]`."""
+    return blocks.transpose(0, 1).flatten(1)
+
+
+class BlockGRU(nn.Module):
+    """deter' = GRU(deter, [deter, stoch, action]) with block-diagonal matrices.
+
+    What each block reads beside its own part of deter is the same for all, so that part is one dense matrix.
+    """
+
+    def __init__(self, size: Size, actions: int) -> None:
+        super().__init__()
+        hidden, deter, fan_in = size.hidden, size.deter, size.deter + BLOCKS * 3 * size.hidden
+        self.from_deter = layers(deter, hidden, 1)
+        self.from_stoch = layers(size.stoch * size.classes, hidden, 1)
+        self.from_action = layers(actions, hidden, 1)
+        self.mix_deter = BlockLinear(deter, deter, fan_in, bias=False)
+        self.mix_state = linear(2 * hidden, deter, fan_in=fan_in)
+        self.mix_action = linear(hidden, deter, fan_in=fan_in, bias=False)
+        self.norm = NormSiLU(deter)
+        self.gates = BlockLinear(deter, 3 * deter, deter)
+
+    def action_part(self, action: Tensor) -> Tensor:
+        """What an action adds to the first layer: `[..., A] -> [..., D]`. Beyond 1, its sign counts."""
+        return self.mix_action(self.from_action(action / action.detach().abs().clamp(min=1.0)))
+
+    def forward(self, state: State, action_part: Tensor) -> Tensor:
+        inputs = torch.cat([self.from_deter(state.deter), self.from_stoch(state.stoch)], -1)
+        x = self.norm(joined(self.mix_deter(state.deter)) + self.mix_state(inputs) + action_part)
+        reset, candidate, update = single(self.gates(x)).chunk(3, -1)  # [BLOCKS, B, D / BLOCKS] each
+        candidate = torch.tanh(reset.sigmoid() * candidate)
+        update = (update - 1).sigmoid()
+        before = state.deter.unflatten(-1, (BLOCKS, -1)).transpose(0, 1)
+        return joined(torch.lerp(before, candidate, update))
+
+
+class ConvNormSiLU(nn.Module):
+    """A convolution of 5 x 5 that keeps the size, RMSNorm over channels, SiLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(scaled_normal_(torch.empty(outputs, inputs, 5, 5), 25 * inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.norm = NormSiLU(outputs)
+
+    def forward(self, x: Tensor, *, pool: bool = False) -> Tensor:
+        x = conv2d(x, self.weight, self.bias, padding="same")
+        x = max_pool2d(x, 2) if pool else x
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class PixelEncoder(nn.Module):
+    """`[B, C, 64, 64]` uint8 `-> [B, 64 depth]`: four convolutions, each followed by the maximum of 2 x 2."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__()
+        widths = [channels, 2 * depth, 3 * depth, 4 * depth, 4 * depth]
+        self.convolutions = nn.ModuleList(ConvNormSiLU(*pair) for pair in pairwise(widths))
+        self.size = 16 * widths[-1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.float() / 255 - 0.5
+        for convolution in self.convolutions:
+            x = convolution(x, pool=True)
+        return x.flatten(1)
+
+
+class PixelDecoder(nn.Module):
+    """`State -> [B, C, 64, 64]` in (0, 1): what `PixelEncoder` does, backwards."""
+
+    def __init__(self, size: Size, channels: int) -> None:
+        super().__init__()
+        widths = [4 * size.depth, 4 * size.depth, 3 * size.depth, 2 * size.depth]
+        flat = 16 * widths[0]
+        self.channels = widths[0]
+        self.from_deter = BlockLinear(size.deter, flat, size.deter)
+        self.from_stoch = nn.Sequential(
+            *layers(size.stoch * size.classes, 2 * size.units, 1), linear(2 * size.units, flat)
+        )
+        self.norm = NormSiLU(widths[0])
+        self.convolutions = nn.ModuleList(ConvNormSiLU(*pair) for pair in pairwise(widths))
+        self.last = nn.Parameter(scaled_normal_(torch.empty(channels, widths[-1], 5, 5), 25 * widths[-1]))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, state: State) -> Tensor:
+        blocks = self.from_deter(state.deter).unflatten(-1, (4, 4, -1))  # [BLOCKS, B, H, W, C / BLOCKS]
+        deter = blocks.permute(1, 2, 3, 0, 4).flatten(3)  # [B, H, W, C]
+        x = self.norm(deter + self.from_stoch(state.stoch).unflatten(-1, (4, 4, -1))).movedim(-1, 1)
+        for convolution in self.convolutions:
+            x = convolution(interpolate(x, scale_factor=2.0))
+        x = conv2d(interpolate(x, scale_factor=2.0), self.last, self.bias, padding="same")
+        return single(x).sigmoid()
+
+
+class WorldModel(nn.Module):
+    """State encoder, transition model, decoder, reward model and continue model.
+
+    Args:
+        env: Spaces. Observations are vectors, pixels of 64 x 64, or a dict of them.
+        size: Widths.
+        estimator: What carries the gradient through the draws of a state.
+
+    Raises:
+        ConfigError: Observations that it can't read.
+    """
+
+    def __init__(self, env: EnvSpec, *, size: Size, estimator: Relaxation) -> None:
+        super().__init__()
+        self.deter, self.stoch, self.actions = size.deter, size.stoch * size.classes, action_size(env)
+        self.features, self.choices, self.estimator = self.deter + self.stoch, (size.stoch, size.classes), estimator
+        self.parts = env["observation"].get("spaces", {"": env["observation"]})
+        encoders, decoders, embedding = {}, {}, 0
+        for name, part in self.parts.items():
+            shape = part["shape"]
+            if part["dtype"] == "uint8" and shape[1:] == [64, 64]:
+                encoder = PixelEncoder(shape[0], size.depth)
+                encoders[f"{name}_"], decoders[f"{name}_"] = encoder, PixelDecoder(size, shape[0])
+                embedding += encoder.size
+            elif part["dtype"] != "uint8" and len(shape) == 1:
+                encoders[f"{name}_"] = layers(shape[0], size.units, 3)
+                decoders[f"{name}_"] = head(self.features, size.units, 3, shape[0])
+                embedding += size.units
+            else:
+                raise ConfigError(f"DreamerV3 reads vectors, and pixels of 64 x 64; those of {env['id']} are {shape}")
+        self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
+        self.gru = BlockGRU(size, self.actions)
+        self.prior_head = head(size.deter, size.hidden, 2, self.stoch)
+        self.from_embedding = linear(embedding, size.hidden, fan_in=embedding + size.deter)
+        self.from_deter = linear(size.deter, size.hidden, fan_in=embedding + size.deter, bias=False)
+        self.posterior_norm = NormSiLU(size.hidden)
+        self.posterior_head = linear(size.hidden, self.stoch)
+        self.reward_model = head(self.features, size.units, 1, BINS, scale=0.0)
+        self.continue_model = head(self.features, size.units, 1, 1)
+
+    def of(self, observation: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of an observation."""
+        return {name: observation[name] if name else observation for name in self.parts}  # type: ignore[index, misc]
+
+    def embed(self, observation: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """`[B, *S] -> [B, hidden]`: what the state encoder makes of an observation alone. Numbers go through symlog."""
+        embedded = [
+            self.encoders[f"{name}_"](part if part.dtype == torch.uint8 else symlog(part))
+            for name, part in self.of(observation).items()
+        ]
+        return self.from_embedding(torch.cat(embedded, -1))
+
+    def log_probs(self, numbers: Tensor) -> Tensor:
+        """Of the categoricals of a state: `[..., S K] -> [..., S, K]`."""
+        return unimixed(single(numbers).unflatten(-1, self.choices), UNIMIX)
+
+    def drawn(self, log_probs: Tensor) -> Tensor:
+        """`[..., S, K] -> [..., S K]`, with the gradient of the estimator, where there is one."""
+        draw = self.estimator.relaxed_sample if torch.is_grad_enabled() else drawn
+        return draw(log_probs).flatten(-2)
+
+    def posterior(self, deter: Tensor, embedded: Tensor) -> Tensor:
+        """The state encoder q(stoch | deter, observation), as log-probabilities."""
+        return self.log_probs(self.posterior_head(self.posterior_norm(embedded + self.from_deter(deter))))
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """The transition model p(stoch | deter), as log-probabilities."""
+        return self.log_probs(self.prior_head(deter))
+
+    def observe(
+        self, step: Callable, state: State, observation: Tensor, before: Tensor, is_first: Tensor
+    ) -> tuple[State, Tensor]:
+        """The states `[B, T, *]` that a sequence of records leads to from one, and their posteriors `[B, T, S, K]`.
+
+        What does not depend on the state before is computed for all times at once.
+
+        Args:
+            step: `observe_step`, compiled or not.
+            state: `[B, *]`, of the record before the first.
+            observation: `[B, T, *S]`.
+            before: `[B, T, A]`, the action that led to each.
+            is_first: `[B, T, 1]`: there state and action before it count for nothing.
+        """
+        lead = is_first.shape[:2]
+        embedded = self.embed(observation.flatten(0, 1)).unflatten(0, lead).unbind(1)
+        goes_on = ~is_first
+        action_part, goes_on = self.gru.action_part(before * goes_on).unbind(1), goes_on.unbind(1)
+        states, posteriors = [], []
+        for t in range(lead[1]):
+            deter, stoch, log_probs = step(*state, action_part[t], embedded[t], goes_on[t])
+            state = State(deter, stoch)
+            states.append(state)
+            posteriors.append(log_probs)
+        return State(*stacked(states)), torch.stack(posteriors, 1)
+
+    def observe_step(
+        self, deter: Tensor, stoch: Tensor, action_part: Tensor, embedded: Tensor, goes_on: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of `observe`: the state, and its posterior."""
+        deter = self.gru(State(deter * goes_on, stoch * goes_on), action_part)
+        log_probs = self.posterior(deter, embedded)
+        return deter, self.drawn(log_probs), log_probs
+
+    def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
+        """The state after an action `[B, A]` and the observation that it led to; not drawn: its mode."""
+        deter = self.gru(state, self.gru.action_part(action))
+        log_probs = self.posterior(deter, self.embed(observation))
+        return State(deter, self.drawn(log_probs) if sample else largest(log_probs).flatten(-2))
+
+    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """The state after an action, as the transition model imagines it."""
+        deter = self.gru(State(deter, stoch), self.gru.action_part(action))
+        return deter, self.drawn(self.prior(deter))
+
+    def decode(self, state: State) -> dict[str, Tensor]:
+        """The parts of the observation `[B, *S]`: numbers after symlog, pixels in (0, 1)."""
+        decoders = {name: self.decoders[f"{name}_"] for name in self.parts}
+        return {
+            name: decoder(state) if isinstance(decoder, PixelDecoder) else single(decoder(state.feature))
+            for name, decoder in decoders.items()
+        }
+
+    def packed(self, state: State) -> Tensor:
+        """A state as replay keeps it, `[..., D + S]` in half precision: deter, and the numbers of the classes."""
+        classes = state.stoch.detach().unflatten(-1, self.choices).argmax(-1)
+        return torch.cat([state.deter.detach().half(), classes.half()], -1)
+
+    def unpacked(self, packed: Tensor) -> State:
+        """The state `[..., *]` of what replay keeps."""
+        deter, classes = packed.float().split([self.deter, self.choices[0]], -1)
+        one_hot = classes.unsqueeze(-1) == torch.arange(self.choices[1], device=packed.device)
+        return State(deter.contiguous(), one_hot.to(deter).flatten(-2))
+
+
+class Policy(nn.Module):
+    """pi(a | s) on features: a Gaussian, or one-hot actions that the gradient passes straight through."""
+
+    def __init__(self, features: int, env: EnvSpec, units: int) -> None:
+        super().__init__()
+        self.discrete = env["action"]["type"] == "discrete"
+        num = action_size(env)
+        self.network = head(features, units, 3, num if self.discrete else 2 * num, scale=0.01)
+
+    def forward(self, feature: Tensor) -> OneHotAction | Normal:
+        numbers = single(self.network(feature))
+        if self.discrete:
+            return OneHotAction(numbers, UNIMIX)
+        loc, std = numbers.chunk(2, -1)
+        return Normal(loc.tanh(), (0.9 * (std + 2).sigmoid() + 0.1).log())
+
+
+class TwoHot(nn.Module):
+    """Numbers as a distribution over 255 bins, which lie densely around 0: symexp of what is evenly spaced."""
+
+    bins: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = symexp(torch.linspace(-20, 0, BINS // 2 + 1))
+        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """`[..., 255] -> [..., 1]`. Each bin is added together with that of the other sign: a sum in order is not 0."""
+        half = BINS // 2
+        probs = logits.softmax(-1)
+        return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * self.bins[half + 1 :]).sum(-1, keepdim=True)
+
+    def encode(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The bins `[..., 1]` to both sides of `[..., 1]`, and the weight of the upper one."""
+        value = value.clamp(self.bins[0], self.bins[-1])
+        upper = torch.searchsorted(self.bins, value).clamp(1, BINS - 1)
+        below, above = self.bins[upper - 1], self.bins[upper]
+        return upper - 1, upper, (value - below) / (above - below)
+
+    def loss(self, logits: Tensor, value: Tensor) -> Tensor:
+        """Cross-entropy with the two bins around a number: `[..., 255], [..., 1] -> [..., 1]`."""
+        lower, upper, weight = self.encode(value)
+        picked = torch.cat([lower, upper], -1)
+        lower_log, upper_log = logits.log_softmax(-1).gather(-1, picked).chunk(2, -1)
+        return -torch.lerp(lower_log, upper_log, weight)
+
+
+def kl(ours: Tensor, theirs: Tensor) -> Tensor:
+    """KL of categoricals `[..., S, K]` as log-probabilities, summed over S: `[..., 1]`."""
+    return (ours.exp() * (ours - theirs)).sum((-1, -2)).unsqueeze(-1)
