@@ -139,7 +139,7 @@ def targets_follow_their_source(row: Row, tmp_path: Path) -> None:
             parameter.data += torch.randn_like(parameter)
         for update in range(1, 2 * every + 1):
             before = [parameter.clone() for parameter in target.parameters()]
-            algorithm.update(make_batch(algorithm))
+            algorithm.update(row.batch(algorithm, make_batch(algorithm)))
             algorithm.updates = update
             for old, new, of in zip(before, target.parameters(), online.parameters(), strict=True):
                 expected = old + tau * (of - old) if update % every == 0 else old

@@ -33,12 +33,14 @@ from levin.algorithms.actor_critic import ActorCritic
 from levin.algorithms.base import Algorithm, standardize
 from levin.algorithms.ddpg import DDPG
 from levin.algorithms.dqn import DQN
+from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.ppo import PPO
 from levin.algorithms.reinforce import REINFORCE
 from levin.algorithms.sac import SAC
 from levin.algorithms.sac_discrete import SACDiscrete
 from levin.algorithms.td3 import TD3
 from levin.algorithms.trpo import TRPO
+from levin.sequences import LATENT
 
 
 class Member(nn.Module):
@@ -393,3 +395,21 @@ def records_of(batch: TensorDict) -> dict[str, Tensor]:
         "is_terminal": torch.stack([none, after["terminated"]], 1),
         "is_last": torch.stack([none, after["done"]], 1),
     }
+
+
+def sequences_of(algorithm: DreamerV3, batch: TensorDict) -> TensorDict:
+    """The same behind a record of which the state is known: `[B, 1 + 2]`."""
+    records = {key: torch.cat([torch.zeros_like(each[:, :1]), each], 1) for key, each in records_of(batch).items()}
+    size = algorithm.model.deter + algorithm.model.choices[0]
+    row = torch.arange(3).expand(len(batch), 3)
+    latent = torch.zeros(len(batch), 3, size, dtype=torch.bfloat16)
+    return TensorDict({**records, LATENT: latent, "row": row, "env": row}, batch_size=(len(batch), 3))
+
+
+def dreamer_v3_loss(algorithm: DreamerV3, batch: TensorDict) -> Tensor:
+    """What it learns from rewards and ends that happened, with values that are not 0."""
+    sequences = sequences_of(algorithm, batch)
+    torch.nn.init.ones_(algorithm.critic[-1].weight)
+    state, posterior = algorithm.observe(sequences)
+    loss, _ = algorithm.model_loss(sequences, state, posterior)
+    return loss + algorithm.replay_value_loss(sequences, state, torch.ones(2 * len(batch), 1))

@@ -25,6 +25,7 @@ class Row:
         losses: The losses of an algorithm on a batch, in the oracle's order.
         oracle: The same losses by another implementation.
         bootstraps: The critic's loss on a batch, which must see `terminated` and must not see `truncated`.
+        batch: What `update` takes, of transitions `[B]`.
         graphs: Methods that a GPU runs as CUDA graphs.
         learns: Overrides, and the mean return that they must reach.
     """
@@ -38,6 +39,7 @@ class Row:
     losses: Callable[[Any, TensorDict], list[Tensor]] | None = None
     oracle: Callable[[Any, TensorDict], list[Tensor]] | None = None
     bootstraps: Callable[[Any, TensorDict], Tensor] | None = None
+    batch: Callable[[Any, TensorDict], Any] = lambda _, transitions: transitions
     graphs: int = 0
     learns: tuple[tuple[str, ...], float]
 
@@ -229,6 +231,29 @@ ROWS = [
                 *("algo.batch_length=10", "algo.horizon=8", "algo.replay_ratio=0.5", "algo.learning_starts=200"),
                 *("algo.model_lr=2e-3", "algo.actor_lr=1e-3", "algo.critic_lr=1e-3", "algo.free_nats=1"),
                 *("algo.kl_scale=0.1", "algo.initial_std=0.5"),
+            ),
+            -1.5,
+        ),
+    ),
+    Row(
+        algo="dreamer_v3",
+        env="pendulum",
+        small=(
+            *("algo.size=micro", "algo.batch_size=4", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"),
+            *("algo.learning_starts=40", "algo.free_nats=0", "algo.warm_up=2", "log_every=30", "env.num_envs=1"),
+            *("algo.steps_per_iteration=32", "algo.lr=1e-3"),
+        ),
+        env_steps=256,
+        optimizers={"optimizer": 1},
+        targets={"slow_critic": ("critic", 0.02, 1)},
+        bootstraps=oracles.dreamer_v3_loss,
+        batch=oracles.sequences_of,
+        graphs=1,
+        learns=(
+            (
+                *(*POINT, "env.action=rescale", "env.num_envs=1", "total_env_steps=2000", "algo.size=micro"),
+                *("algo.batch_size=8", "algo.batch_length=8", "algo.horizon=8", "algo.replay_ratio=0.6"),
+                *("algo.learning_starts=200", "algo.lr=2e-3", "algo.warm_up=50", "algo.gamma=0.9"),
             ),
             -1.5,
         ),

@@ -1,5 +1,6 @@
 """Optimisers that PyTorch does not have."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,10 +70,11 @@ class LaProp(Optimizer):
         state["step"] += 1
         square, momentum, beta1, beta2 = state["mean_square"], state["momentum"], group["beta1"], group["beta2"]
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        root = (square / debias(beta2, state["step"])).sqrt_().add_(group["eps"])
         momentum.lerp_(root.reciprocal_().mul_(gradient), 1 - beta1)
-        whole.sub_(momentum * (rate / (1 - beta1 ** state["step"])))
+        whole.sub_(momentum * (rate / debias(beta1, state["step"])))
 
+    @torch.no_grad()
     def clip(self, share: float, norm_min: float) -> None:
         """Scale the gradient of each parameter to at most a share of the parameter's norm."""
         gradients = [each.grad for each in self.each if each.grad is not None]
@@ -82,3 +84,8 @@ class LaProp(Optimizer):
         norms: list[Tensor] = list(torch._foreach_norm(gradients))
         self.clipped = (torch.stack(norms) > torch.stack(most)).float().mean()
         torch._foreach_mul_(gradients, torch._foreach_div(most, torch._foreach_maximum(norms, most)))
+
+
+def debias(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^step, also where that is hardly above 0."""
+    return -torch.expm1(step * math.log(beta))

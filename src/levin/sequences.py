@@ -142,7 +142,7 @@ class SequenceReplay(Replay):
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         if LATENT in self.keys:
             shape = state[LATENT].shape[1:]
-            state["data"] = (rows.set(LATENT, torch.zeros(len(rows), *shape).half()) for rows in state["data"])
+            state["data"] = (rows.set(LATENT, torch.zeros(len(rows), *shape).bfloat16()) for rows in state["data"])
         super().load_state_dict(state, device)
         where = self.data["reward"].device
         if LATENT in self.keys:

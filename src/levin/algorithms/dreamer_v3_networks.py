@@ -333,9 +333,9 @@ class WorldModel(nn.Module):
         }
 
     def packed(self, state: State) -> Tensor:
-        """A state as replay keeps it, `[..., D + S]` in half precision: deter, and the numbers of the classes."""
+        """A state as replay keeps it, `[..., D + S]` in half precision (bfloat16): deter, and the numbers of the classes."""
         classes = state.stoch.detach().unflatten(-1, self.choices).argmax(-1)
-        return torch.cat([state.deter.detach().half(), classes.half()], -1)
+        return torch.cat([state.deter.detach().bfloat16(), classes.bfloat16()], -1)
 
     def unpacked(self, packed: Tensor) -> State:
         """The state `[..., *]` of what replay keeps."""
