@@ -10,6 +10,7 @@ from torch import Tensor
 
 from levin import config, resume
 from levin.algorithms.base import standardize
+from levin.estimators import pathwise
 from levin.statistics import RunningMoments
 from levin.train import build, follow, train
 from rows import LATE, ROWS, Row
@@ -33,7 +34,10 @@ HALVES = {
         *("algo.steps_per_iteration=16", "algo.batch_size=8", "env.num_envs=2"),
     ),
 }
-GRADIENTS = ("reinforce", "actor_critic", "a2c", "trpo", "ppo", "dqn", "ddpg", "td3", "sac", "sac_discrete", "dreamer")
+GRADIENTS = (
+    *("reinforce", "actor_critic", "a2c", "trpo", "ppo", "dqn", "ddpg", "td3", "sac", "sac_discrete"),
+    *("dreamer", "dreamer_v3"),
+)
 
 
 def words(row: Row) -> list[str]:
@@ -81,7 +85,8 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
         optimizer.step = step
     algorithm.manual_backward = lambda loss: loss.backward()
     randn_like, torch.randn_like = torch.randn_like, lambda value: torch.sin(1000 * value.detach() + 1)
-    if algo == "dreamer":  # whose noise follows from noise, so that this one would blow up the last digit
+    gumbel, pathwise.gumbel = pathwise.gumbel, torch.zeros_like
+    if algo.startswith("dreamer"):  # whose noise follows from noise, so that this one would blow up the last digit
         torch.randn_like = torch.zeros_like
     data = transitions(algorithm.env, 4, 6)
     data = data if rank is None else data[2 * rank : 2 * rank + 2]
@@ -98,9 +103,13 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
             algorithm.update(data)
         elif algo == "dreamer":
             algorithm.update(records_of(data))
+        elif algo == "dreamer_v3":
+            records = records_of(data)
+            records["latent"] = torch.zeros(*data.shape, algorithm.model.deter + algorithm.model.choices[0])
+            algorithm.update(records)
         else:
             algorithm.update(data.reshape(-1))
-    torch.randn_like = randn_like
+    torch.randn_like, pathwise.gumbel = randn_like, gumbel
     torch.set_default_dtype(torch.float32)
     return [*(each.clone() for each in found), *(each.detach().clone() for each in algorithm.parameters())]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -494,7 +495,7 @@ def test_what_it_can_not_do_is_said():
         (("algo.horizon=1",), "leaves nothing to learn from"),
         (("algo.entropy_coef=0.1",), "is for discrete actions"),
         (("env.normalize_observation=true",), "as they are"),
-        (("env=gym", "env.id=toy_envs:Robot-v0"), "reads vectors, or pixels of 64 x 64"),
+        (("env=gym", "env.id=toy_envs:Robot-v0"), "reads vectors, and pixels of 64 x 64"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             make(*words)
@@ -551,11 +552,23 @@ def test_every_evaluation_shows_what_is_foreseen(tmp_path):
         train(config.compose(words), tmp_path / "hidden")
     shown, hidden = (saved(tmp_path / name) for name in ("shown", "hidden"))
     assert same(shown["state_dict"], hidden["state_dict"])
+    rows = metrics(tmp_path / "shown")
+    assert {row["dream_steps"] for row in rows} == {str(int(row["updates"]) * 4 * 6 * 4) for row in rows}
     assert (tmp_path / "shown" / "pictures" / "192.png").read_bytes().startswith(b"\x89PNG")
     rows = [row for row in metrics(tmp_path / "shown") if row["eval/return_mean"]]
     assert all(
         float(rows[-1][f"eval/{name}_{ahead}"]) > 0 for name in ("open_loop", "repeat_last") for ahead in (1, 45)
     )
+
+
+def test_what_is_foreseen_reaches_the_loggers(tmp_path):
+    words = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=96", "eval.every=96"]
+    words += ["eval.episodes=1", "checkpoint.every=1000", "trainer.threads=1"]
+    train(config.compose([*words, "logger=tensorboard"]), tmp_path / "board")
+    events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("pictures/open_loop")] == [96]
+    train(config.compose([*words, "logger=wandb"]), tmp_path / "wandb")
+    assert list((tmp_path / "wandb").rglob("media/images/pictures/open_loop*.png"))
 
 
 def test_pixels_are_foreseen_as_a_strip(tmp_path):

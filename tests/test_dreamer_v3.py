@@ -13,6 +13,7 @@ from torchrl.objectives import categorical_kl_terms, two_hot_cross_entropy, two_
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from levin import config, open_loop
+from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, kl, symexp, symlog
 from levin.errors import ConfigError
@@ -681,8 +682,9 @@ def test_actions_rewards_and_observations_are_aligned():
     assert wrong > 0.2
 
 
+@pytest.mark.parametrize("algo", [Dreamer, DreamerV3])
 @pytest.mark.parametrize("kind", ["vector", "pixels", "both"])
-def test_what_is_seen_is_foreseen(kind, tmp_path):
+def test_what_is_seen_is_foreseen(kind, algo, tmp_path):
     """Vectors, pixels, and both side by side: one update, and an evaluation's pictures."""
     env = spec(pixels=kind == "pixels")
     parts = {"vector": torch.randn(1, 61, 5), "camera": torch.randint(256, (1, 61, 3, 64, 64), dtype=torch.uint8)}
@@ -693,7 +695,7 @@ def test_what_is_seen_is_foreseen(kind, tmp_path):
         seen: Any = parts
     else:
         seen = {"": parts["camera"] if kind == "pixels" else parts["vector"][..., :3]}
-    algorithm = DreamerV3(env=env, size="micro", batch_length=6, batch_size=2, horizon=3, buffer_size=400)
+    algorithm = algo(env=env, size="micro", batch_length=6, batch_size=2, horizon=3, buffer_size=400)
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
 
@@ -703,8 +705,10 @@ def test_what_is_seen_is_foreseen(kind, tmp_path):
 
     done = torch.zeros(1, 60, 1, dtype=torch.bool)
     after = {"observation": at(slice(1, 61)), "reward": torch.randn(1, 60, 1), "done": done, "terminated": done}
-    latent = torch.zeros(1, 60, algorithm.model.deter + algorithm.model.choices[0], dtype=torch.bfloat16)
-    steps = {"observation": at(slice(0, 60)), "action": torch.randn(1, 60, 1), LATENT: latent, "next": after}
+    steps = {"observation": at(slice(0, 60)), "action": torch.randn(1, 60, 1), "next": after}
+    if algo is DreamerV3:
+        size = algorithm.model.deter + algorithm.model.choices[0]
+        steps[LATENT] = torch.zeros(1, 60, size, dtype=torch.bfloat16)
     algorithm.buffer.extend(TensorDict(steps, batch_size=(1, 60)))
     algorithm.update(algorithm.buffer.sample(1, 2, torch.device("cpu"))[0])
     found = algorithm.on_evaluation(tmp_path)

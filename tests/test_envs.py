@@ -60,6 +60,21 @@ def test_actions_arrive_in_the_units_that_were_chosen(units, given, expected):
     assert toy_envs.Recorder.actions == expected
 
 
+def test_entries_of_an_observation_are_hidden():
+    whole = envs.make_one(envs.EnvConfig(id="Pendulum-v1"))
+    part = envs.make_one(envs.EnvConfig(id="Pendulum-v1", observation_entries=[1, 0]))
+    (seen, _), (shown, _) = whole.reset(seed=3), part.reset(seed=3)
+    assert np.array_equal(shown, seen[[1, 0]])
+    assert part.observation_space.shape == (2,)
+    action = np.array([0.5], np.float32)
+    assert np.array_equal(part.step(action)[0], whole.step(action)[0][[1, 0]])
+    for entries, sentence in (([3], "names no entries: there are 0 to 2"), ([], "names no entries")):
+        with pytest.raises(ConfigError, match=sentence):
+            envs.make(envs.EnvConfig(id="Pendulum-v1", observation_entries=entries), seed=0)
+    with pytest.raises(ConfigError, match="is for vectors"):
+        envs.make(envs.EnvConfig(id="toy_envs:Robot-v0", observation_entries=[0]), seed=0)
+
+
 def test_action_repeat_sums_rewards_and_stops_at_the_end():
     env = envs.make_one(envs.EnvConfig(id="toy_envs:Counting-v0", action_repeat=3, kwargs={"length": 5}))
     env.reset(seed=0)

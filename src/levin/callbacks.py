@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import WandbLogger
 
-from levin import checkpoint, envs, ranks
+from levin import checkpoint, envs, loggers, ranks
 from levin.algorithms.base import Algorithm
 from levin.checkpoint import STATE
 from levin.envs import EnvConfig
@@ -24,7 +24,6 @@ from levin.episodes import evaluate
 from levin.errors import ConfigError
 from levin.hints import NonNegativeInt, PositiveInt
 from levin.loader import CollectorLoader
-from levin.loggers import CSVMetrics
 from levin.rng import rng_state, set_rng_state
 from levin.statistics import ObservationNormalizer
 from levin.vector_env import SeededVectorEnv
@@ -87,7 +86,7 @@ class Metrics(Callback):
         self.clock.rung = algorithm.env_steps // self.every
         self._written = (perf_counter(), algorithm.env_steps, algorithm.updates)
         for logger in trainer.loggers:
-            if isinstance(logger, CSVMetrics):
+            if isinstance(logger, loggers.CSVMetrics):
                 logger.truncate(self.rows)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -108,6 +107,8 @@ class Metrics(Callback):
         seconds = start - wall
         row = {"env_steps": algorithm.env_steps, "updates": algorithm.updates}
         row |= {"env_frames": algorithm.env_steps * algorithm.env["action_repeat"]}
+        if algorithm.dream_steps_per_update:
+            row["dream_steps"] = algorithm.updates * algorithm.dream_steps_per_update * ranks.size()
         row |= self.row | algorithm.take() | loader.take()
         if "time/iteration" in row:
             row["time/update"] = row.pop("time/iteration") - row["time/sample"]
@@ -183,12 +184,12 @@ class Evaluation(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
         if self.clock.rings(algorithm.env_steps):
-            self.evaluate(algorithm)
+            self.evaluate(trainer, algorithm)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
         if self.budget.spent and self.env_steps != algorithm.env_steps:
-            self.evaluate(algorithm)
+            self.evaluate(trainer, algorithm)
         self.close()
 
     def on_exception(self, *_: Any) -> None:
@@ -199,13 +200,14 @@ class Evaluation(Callback):
         if self.vector_env is not None:
             self.vector_env.close()
 
-    def evaluate(self, algorithm: Algorithm) -> None:
+    def evaluate(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Add the results of the policy as it is now to the row. The other ranks wait for them."""
         row, start = {}, perf_counter()
         if self.vector_env is not None:
             returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
             row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
             row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
+            loggers.show(trainer.loggers, self.pictures, algorithm.env_steps)
             row["time/evaluate"] = perf_counter() - start
         row = ranks.broadcast(row)
         self.return_mean, self.env_steps = row["eval/return_mean"], algorithm.env_steps
@@ -258,7 +260,7 @@ class Checkpointing(Checkpoint):
         if self.evaluation.env_steps == algorithm.env_steps and self.evaluation.return_mean is not None:
             self.returns[name] = self.evaluation.return_mean
         for logger in trainer.loggers:
-            if isinstance(logger, CSVMetrics):
+            if isinstance(logger, loggers.CSVMetrics):
                 logger.sync()
         trainer.save_checkpoint(self.folder / name / STATE)
         if trainer.is_global_zero:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -49,6 +50,25 @@ def _wandb_login() -> bool:
     import wandb  # takes a second, and most runs go without
 
     return os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False)
+
+
+def show(loggers: list[Logger], folder: Path, env_steps: int) -> None:
+    """Send the pictures `<env_steps>.png` and `<env_steps>_<part>.png` to Weights & Biases or TensorBoard."""
+    for picture in sorted(folder.glob("*.png")):
+        steps, _, part = picture.stem.partition("_")
+        if steps != str(env_steps):
+            continue
+        name = f"pictures/{part or 'open_loop'}"
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                logger.experiment.log({name: wandb.Image(str(picture)), "env_steps": env_steps})
+            elif isinstance(logger, TensorBoardLogger):
+                import imageio
+
+                pixels = np.atleast_3d(imageio.imread(picture))
+                logger.experiment.add_image(name, pixels, env_steps, dataformats="HWC")
 
 
 def upload(loggers: list[Logger], run: Path) -> None:

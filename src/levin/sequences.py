@@ -124,10 +124,10 @@ class SequenceReplay(Replay):
 
     def places(self, num: int, length: int) -> tuple[Tensor, Tensor]:
         """Where sequences lie: rows `[num, length]` and envs `[num, 1]`."""
-        data = self.data
-        start = torch.randint(self.written - len(self), self.written - length + 1, (num, 1), device=data.device)
-        env = torch.randint(self.num_envs, (num, 1), device=data.device)
-        return (start + torch.arange(length, device=data.device)) % self.size, env
+        device = self.data.get("reward").device  # a TensorDict of several devices has none
+        start = torch.randint(self.written - len(self), self.written - length + 1, (num, 1), device=device)
+        env = torch.randint(self.num_envs, (num, 1), device=device)
+        return (start + torch.arange(length, device=device)) % self.size, env
 
     def state_dict(self) -> dict[str, Any] | None:
         state = super().state_dict()

@@ -83,6 +83,7 @@ class Algorithm(LightningModule):
     learning_starts: int  # env steps before the first update from replay
     replay_ratio: float  # updates from replay per env step
     batch_size: int  # transitions per update
+    dream_steps_per_update: int = 0  # steps that are imagined
 
     def __init__(self, env: EnvSpec, gamma: float) -> None:
         super().__init__()

@@ -149,6 +149,7 @@ class Dreamer(Algorithm):
             )
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
+        self.dream_steps_per_update = batch_size * batch_length * horizon
         self.learning_starts, self.steps_per_iteration = learning_starts, steps_per_iteration
         self.actor_gradient, self.entropy_coef = actor_gradient, entropy_coef
         self.free_nats, self.kl_scale, self.continue_scale = free_nats, kl_scale, continue_scale
@@ -217,11 +218,12 @@ class Dreamer(Algorithm):
             state = self.model.imagine_step(state, window["action"][:, t])
             features.append(state.feature)
         feature = torch.stack(features, 1).flatten(0, 1)
-        observation = single(self.model.decoder(feature))
-        if self.model.pixels:
-            observation = (observation + 0.5) * 255
+        observation = {
+            name: ((part + 0.5) * 255 if part.ndim == 4 else part).unflatten(0, window.shape)
+            for name, part in self.model.decode(feature).items()
+        }
         reward = single(self.model.reward_model(feature))
-        return {"": observation.unflatten(0, window.shape)}, reward.unflatten(0, window.shape)
+        return observation, reward.unflatten(0, window.shape)
 
     def update(self, batch: TensorDictBase) -> None:
         """One step of each of the three, on sequences `[B, T]`."""
@@ -254,8 +256,13 @@ class Dreamer(Algorithm):
             batch[key].flatten(0, 1) for key in ("observation", "reward", "is_terminal")
         )
         kl = posterior.kl(prior).mean()
-        observation_loss = 0.5 * (single(self.model.decoder(feature)) - centred(observation)).square().flatten(1)
-        observation_loss = observation_loss.sum(-1).mean()
+        decoded = self.model.decode(feature)
+        observation_loss = torch.stack(
+            [
+                (0.5 * (decoded[name] - centred(part)).square().flatten(1)).sum(-1).mean()
+                for name, part in self.model.of(observation).items()
+            ]
+        ).sum()
         reward_loss = 0.5 * (single(self.model.reward_model(feature)) - reward).square().mean()
         loss = observation_loss + reward_loss
         terms = {"kl": kl.detach(), "observation_loss": observation_loss.detach(), "reward_loss": reward_loss.detach()}

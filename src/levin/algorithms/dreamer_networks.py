@@ -1,19 +1,19 @@
 """The networks of Dreamer's world model (Hafner et al. 2020, appendix A), and the policy that acts with it."""
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import softplus
 
 from levin.distributions import OneHot, SquashedNormal
 from levin.errors import ConfigError
 from levin.networks import action_size, mlp, single
 from levin.recurrent import OneHotAction, State, stacked
-from levin.spaces import EnvSpec
+from levin.spaces import EnvSpec, Space
 
 MIN_STD = 0.1  # of a latent
 MEAN_SCALE = 5.0  # of the policy before it is squashed
@@ -35,8 +35,8 @@ class Belief(NamedTuple):
 
     def kl(self, other: "Belief") -> Tensor:
         """KL(self || other), summed over S: `[...]`."""
-        ours, theirs = (Normal(each.mean, each.std, validate_args=False) for each in (self, other))
-        return kl_divergence(ours, theirs).sum(-1)
+        variance = (self.std / other.std).square()
+        return (0.5 * (variance + ((self.mean - other.mean) / other.std).square() - 1 - variance.log())).sum(-1)
 
 
 def belief(numbers: Tensor) -> Belief:
@@ -81,6 +81,21 @@ class PixelDecoder(nn.Module):
         return self.layers(self.dense(feature)[..., None, None])
 
 
+class SideBySide(nn.Module):
+    """A network for each part of an observation: encoders are asked with a dict, and give one vector `[B, *]`."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(dict(parts))
+
+    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
+
+    def decode(self, feature: Tensor) -> dict[str, Tensor]:
+        """Each part of the observation, of features `[B, F]`."""
+        return {name: part(feature) for name, part in self.parts.items()}
+
+
 def centred(observation: Tensor) -> Tensor:
     """Pixels to [-0.5, 0.5], the same when acting and when learning; vectors as they are."""
     return observation.float() / 255 - 0.5 if observation.dtype == torch.uint8 else observation
@@ -119,20 +134,14 @@ class WorldModel(nn.Module):
         super().__init__()
         self.deter, self.stoch, self.actions = deter if transition == "gru" else 0, stoch, action_size(env)
         self.features = self.deter + stoch
-        shape = env["observation"]["shape"]
-        self.pixels = env["observation"]["dtype"] == "uint8"
-        if "spaces" in env["observation"] or (shape[1:] != [64, 64] if self.pixels else len(shape) != 1):
-            raise ConfigError(
-                f"Dreamer reads vectors, or pixels of 64 x 64; those of {env['id']} are {shape or 'a dict'}"
-            )
-        if self.pixels:
-            self.encoder: nn.Module = PixelEncoder(shape[0])
-            self.decoder: nn.Module = PixelDecoder(self.features, shape[0])
-            embedding = PixelEncoder.size
+        self.parts = env["observation"].get("spaces", {"": env["observation"]})
+        networks = {name: self.networks(part, units, activation, env["id"]) for name, part in self.parts.items()}
+        embedding = sum(size for _, _, size in networks.values())
+        if "" in networks:
+            self.encoder, self.decoder, _ = networks[""]
         else:
-            size, embedding = math.prod(shape), units
-            self.encoder = nn.Sequential(nn.Flatten(), mlp([size, units, units, units], activation))
-            self.decoder = mlp([self.features, units, units, size], activation)
+            self.encoder = SideBySide({name: encoder for name, (encoder, _, _) in networks.items()})
+            self.decoder = SideBySide({name: decoder for name, (_, decoder, _) in networks.items()})
         self.act = mlp([1, 1, 1], activation)[1]  # the activation alone
         self.into_stoch = nn.Linear(stoch, hidden)
         self.into_action = nn.Linear(self.actions, hidden, bias=False)
@@ -148,11 +157,29 @@ class WorldModel(nn.Module):
         """Nothing is known: zeros `[B, *]`."""
         return State(like.new_zeros(batch, self.deter), like.new_zeros(batch, self.stoch))
 
-    def embed(self, observation: Tensor) -> Tensor:
-        """`[..., *S] -> [..., hidden]`: what the state encoder makes of an observation alone."""
-        lead = observation.shape[: observation.ndim - (3 if self.pixels else 1)]
-        flat = observation.reshape(-1, *observation.shape[len(lead) :])
-        return self.into_posterior(self.encoder(flat)).unflatten(0, lead)
+    def networks(self, part: Space, units: int, activation: str, env: str) -> tuple[nn.Module, nn.Module, int]:
+        """Encoder and decoder of a part of the observation, and how many numbers the encoder makes of it."""
+        shape = part["shape"]
+        if part["dtype"] == "uint8" and shape[1:] == [64, 64]:
+            return PixelEncoder(shape[0]), PixelDecoder(self.features, shape[0]), PixelEncoder.size
+        if part["dtype"] == "uint8" or len(shape) != 1:
+            raise ConfigError(f"Dreamer reads vectors, and pixels of 64 x 64; those of {env} are {shape}")
+        encoder = nn.Sequential(nn.Flatten(), mlp([shape[0], units, units, units], activation))
+        return encoder, mlp([self.features, units, units, shape[0]], activation), units
+
+    def of(self, observation: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of an observation; one that is no dict is a part without a name."""
+        return {name: observation[name] if name else observation for name in self.parts}  # type: ignore[index, misc]
+
+    def embed(self, observation: Any) -> Tensor:
+        """`[B, *S] -> [B, hidden]`: what the state encoder makes of an observation alone."""
+        return self.into_posterior(self.encoder(observation))
+
+    def decode(self, feature: Tensor) -> dict[str, Tensor]:
+        """The parts of the observation `[B, *S]` of features `[B, F]`, pixels around 0."""
+        if isinstance(self.decoder, SideBySide):
+            return {name: single(part) for name, part in self.decoder.decode(feature).items()}
+        return {"": single(self.decoder(feature))}
 
     def transition(self, state: State, from_action: Tensor) -> tuple[Tensor, Tensor]:
         """deter' `[B, D]` and what the prior reads, given the action's part of the first layer `[B, hidden]`."""
@@ -178,7 +205,7 @@ class WorldModel(nn.Module):
             action: `[B, T, A]`, chosen after each observation.
             is_first: `[B, T, 1]`: there state and action before it count for nothing.
         """
-        embedded = self.embed(observation).unbind(1)
+        embedded = self.embed(observation.flatten(0, 1)).unflatten(0, is_first.shape[:2]).unbind(1)
         before = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1) * ~is_first
         from_action, goes_on = self.into_action(before).unbind(1), (~is_first).unbind(1)
         state = self.initial(len(action), action)

@@ -145,6 +145,7 @@ class DreamerV3(Algorithm):
         self.check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
+        self.dream_steps_per_update = batch_size * batch_length * horizon
         self.learning_starts, self.steps_per_iteration = learning_starts, steps_per_iteration
         self.actor_gradient, self.entropy_coef, self.free_nats = actor_gradient, entropy_coef, free_nats
         self.dynamics_scale, self.representation_scale = dynamics_scale, representation_scale

@@ -333,13 +333,13 @@ class WorldModel(nn.Module):
         }
 
     def packed(self, state: State) -> Tensor:
-        """A state as replay keeps it, `[..., D + S]` in half precision (bfloat16): deter, and the numbers of the classes."""
+        """A state as replay keeps it, `[..., D + S]` bfloat16: deter, and the numbers of the classes."""
         classes = state.stoch.detach().unflatten(-1, self.choices).argmax(-1)
         return torch.cat([state.deter.detach().bfloat16(), classes.bfloat16()], -1)
 
     def unpacked(self, packed: Tensor) -> State:
         """The state `[..., *]` of what replay keeps."""
-        deter, classes = packed.float().split([self.deter, self.choices[0]], -1)
+        deter, classes = packed.to(self.from_deter.weight).split([self.deter, self.choices[0]], -1)
         one_hot = classes.unsqueeze(-1) == torch.arange(self.choices[1], device=packed.device)
         return State(deter.contiguous(), one_hot.to(deter).flatten(-2))
 
