@@ -15,7 +15,7 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 from levin import config, open_loop
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_v3 import DreamerV3
-from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, chosen, kl, symexp, symlog
 from levin.errors import ConfigError
 from levin.estimators.pathwise import largest
 from levin.optimizers import LaProp
@@ -120,7 +120,7 @@ def test_a_number_is_two_bins(value, lower, weights):
     assert two_hot.mean((dense + 1e-38).log()).item() == pytest.approx(value, rel=1e-5)
     logits = torch.randn(1, 255)
     theirs = two_hot_cross_entropy(logits, number, two_hot.bins)
-    torch.testing.assert_close(two_hot.loss(logits, number).flatten(), theirs.flatten())
+    torch.testing.assert_close(two_hot.loss(logits.log_softmax(-1), number).flatten(), theirs.flatten())
     torch.testing.assert_close(
         two_hot.mean(logits / 10).flatten(), two_hot_decode(logits / 10, two_hot.bins).flatten(), rtol=1e-4, atol=1
     )
@@ -134,9 +134,9 @@ def test_bins_and_what_lies_beyond_them():
     assert torch.equal(two_hot.bins, -two_hot.bins.flip(0))
     zeros = torch.zeros(3, 255)
     assert (two_hot.mean(zeros) == 0).all()
-    assert two_hot.loss(zeros, torch.tensor([[0.0], [-7.0], [1e12]])).flatten().tolist() == pytest.approx(
-        [math.log(255)] * 3
-    )
+    assert two_hot.loss(
+        zeros.log_softmax(-1), torch.tensor([[0.0], [-7.0], [1e12]])
+    ).flatten().tolist() == pytest.approx([math.log(255)] * 3)
     for value, place in ((1e12, 254), (-1e12, 0)):
         lower, upper, weight = two_hot.encode(torch.tensor([[value]]))
         assert (upper if value > 0 else lower).item() == place
@@ -211,6 +211,16 @@ def test_draws_are_one_hot_and_their_gradient_is_that_of_the_mixture():
     (found,) = torch.autograd.grad((draw * weight).sum(), numbers)
     (wanted,) = torch.autograd.grad(((0.99 * numbers.softmax(-1) + 0.01 / 3) * weight).sum(), numbers)
     torch.testing.assert_close(found, wanted)
+
+
+def test_draws_without_a_gradient_have_the_same_distribution():
+    logits = torch.tensor([[2.0, 0.0, -1.0, -50.0], [0.0, 0.0, 0.0, 3.0]])
+    draws = chosen(logits.expand(100_000, 2, 4))
+    assert (draws.sum(-1) == 1).all()
+    wanted = 0.99 * logits.softmax(-1) + 0.01 / 4
+    error = (wanted * (1 - wanted) / len(draws)).sqrt()
+    assert ((draws.mean(0) - wanted).abs() < 5 * error).all()
+    assert torch.equal(chosen(torch.tensor([[0.0, 1e9]] * 3)).sum(-1), torch.ones(3))
 
 
 # --- the world model

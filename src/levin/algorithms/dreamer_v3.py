@@ -259,7 +259,8 @@ class DreamerV3(Algorithm):
         representation = kl(posterior, prior.detach()).clamp(min=self.free_nats).mean()
         observation_loss = self.observation_loss(self.model.decode(flat), self.model.of(observation.flatten(0, 1)))
         feature = flat.feature
-        reward_loss = self.two_hot.loss(single(self.model.reward_model(feature)), reward.flatten(0, 1)).mean()
+        reward_log_probs = single(self.model.reward_model(feature)).log_softmax(-1)
+        reward_loss = self.two_hot.loss(reward_log_probs, reward.flatten(0, 1)).mean()
         goes_on = self.gamma * (~is_terminal).float().flatten(0, 1)
         continue_loss = binary_cross_entropy_with_logits(single(self.model.continue_model(feature)), goes_on)
         loss = observation_loss + reward_loss + continue_loss
@@ -337,8 +338,8 @@ class DreamerV3(Algorithm):
         """-E[w_t (log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t))], Eq. 10, of distributions `[..., 255]`."""
         with torch.no_grad():
             slow = self.two_hot.mean(single(self.slow_critic(feature)))
-        logits = single(logits)
-        return (weight * (self.two_hot.loss(logits, target) + self.two_hot.loss(logits, slow))).mean()
+        log_probs = single(logits).log_softmax(-1)
+        return (weight * (self.two_hot.loss(log_probs, target) + self.two_hot.loss(log_probs, slow))).mean()
 
     def replay_value_loss(self, batch: Batch, state: State, imagined: Tensor) -> Tensor:
         """The same of replayed rewards: R_t = r_{t+1} + gamma (1 - terminated) ((1 - l) R'_{t+1} + l R_{t+1}).
