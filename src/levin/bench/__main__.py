@@ -25,7 +25,9 @@ def checkpoint(*, rounds: int, threads: int) -> None:
 
 def bench(
     *,
-    what: Literal["sac", "td3", "ddpg", "dqn", "ppo", "a2c", "trpo", "collect", "memory", "checkpoint", "estimators"],
+    what: Literal[
+        "sac", "td3", "ddpg", "dqn", "ppo", "a2c", "trpo", "collect", "memory", "checkpoint", "estimators", "dreamer"
+    ],
     segments: PositiveInt = 10,
     threads: PositiveInt = 2,
 ) -> None:
@@ -33,7 +35,7 @@ def bench(
 
     Args:
         what: An algorithm: training runs; `collect`: rollouts alone; `memory`: replay, full; `checkpoint`: what saving
-            costs a run; `estimators`: of gradients.
+            costs a run; `estimators`: of gradients; `dreamer`: updates beside TorchRL's.
         segments: Rounds, each one segment of every side.
         threads: Torch threads of each side.
     """
@@ -43,6 +45,10 @@ def bench(
         from levin.bench.estimators import estimators
 
         estimators(rounds=segments, threads=threads)
+    elif what == "dreamer":
+        from levin.bench.dreamer import dreamer
+
+        dreamer(rounds=segments, threads=threads)
     elif what == "memory":
         from levin.bench.memory import memory
 
