@@ -733,6 +733,7 @@ def test_what_is_seen_is_foreseen(kind, algo, tmp_path):
 def test_what_it_can_not_do_is_said():
     for words, sentence in (
         (("algo.buffer_size=6",), "less than a sequence of each env"),
+        (("algo.batch_length=1",), "nothing to learn values from"),
         (("algo.learning_starts=6",), "less than a sequence of each env: 7"),
         (("env.normalize_observation=true",), "squeezes numbers by itself"),
         (("env=gym", "env.id=toy_envs:Robot-v0"), "reads vectors, and pixels of 64 x 64"),

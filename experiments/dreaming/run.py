@@ -102,12 +102,12 @@ def measure() -> None:
 def report() -> None:
     """README.md and learning.png from the table alone."""
     curves: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    errors: dict[str, list[float]] = defaultdict(list)
+    shares: dict[str, list[float]] = defaultdict(list)
     for row in read(HERE / "learning.csv"):
         steps = int(row["env_steps"]) // 1000 * 1000
         curves[row["run"]][steps].append(float(row["return_mean"]))
         if row["open_loop_15"]:
-            errors[row["run"]].append(float(row["open_loop_15"]) / float(row["repeat_last_15"]))
+            shares[row["run"]].append(float(row["open_loop_15"]) / float(row["repeat_last_15"]))
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     lines = []
     for axes, (panel, arms) in zip(panels, ARMS.items(), strict=True):
@@ -119,7 +119,7 @@ def report() -> None:
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
             last = by_step[steps[-1]]
             seeds = " ".join(f"{value:.0f}" for value in last)
-            error = errors[" ".join(words)]
+            error = shares[" ".join(words)]
             foreseen = f"{mean(error[-3 * len(last) :]):.2f}" if error else ""
             half = mean(by_step[5000])
             lines.append(f"| {panel} | {name} | {half:.0f} | {mean(last):.0f} | {seeds} | {foreseen} |")
@@ -129,7 +129,8 @@ def report() -> None:
     figure.savefig(HERE / "learning.png", dpi=110)
     plt.close(figure)
     last = read(HERE / "pixels.csv")[-1]
-    seen = [f"| {ahead} | {last[f'open_loop_{ahead}']} | {last[f'repeat_last_{ahead}']} |" for ahead in AHEAD]
+    errors = {ahead: [float(last[f"{what}_{ahead}"]) for what in ("open_loop", "repeat_last")] for ahead in AHEAD}
+    seen = [f"| {ahead} | {foreseen:.1f} | {repeated:.1f} |" for ahead, (foreseen, repeated) in errors.items()]
     words = {
         "lines": "\n".join(lines),
         "seen": "\n".join(seen),

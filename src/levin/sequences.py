@@ -120,7 +120,9 @@ class SequenceReplay(Replay):
         """
         stored = self.data[LATENT]
         rows, env = (batch[key][:, 1:].to(stored.device, non_blocking=True) for key in ("row", "env"))
-        stored[rows, env] = latent.to(stored)
+        latent = latent.to(stored)
+        for sequence in range(len(rows)):  # one by one: where a record is in two, the one written last is whole
+            stored[rows[sequence], env[sequence]] = latent[sequence]
 
     def places(self, num: int, length: int) -> tuple[Tensor, Tensor]:
         """Where sequences lie: rows `[num, length]` and envs `[num, 1]`."""

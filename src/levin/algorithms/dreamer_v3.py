@@ -23,7 +23,11 @@ Pseudocode:
 Deviations:
     - An iteration is a few vector steps and then the updates they owe, whose sequences are drawn at once.
     - Sequences are drawn uniformly; in the code beside the paper, each is first drawn once as soon as it is there.
-    - Replay keeps states in half precision. Deterministic actions are the modes of pi and of q.
+    - Replay keeps states in half precision, and a million records, not five. Deterministic actions are the modes of pi
+      and of q.
+    - Gradients are clipped by the norm of parameters that are laid out otherwise: the first layer of the GRU is three
+      matrices and that of the posterior two, and the policy's mean and deviation have one.
+    - Each part of an observation has an encoder and a decoder of its own.
 
 Metrics:
     train/kl: KL(q || p), nats, before it is clamped.
@@ -97,8 +101,8 @@ class DreamerV3(Algorithm):
         buffer_size: Records that replay keeps.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
-        compile: The steps of the model and the losses, on a GPU all of an update as a CUDA graph; the same numbers,
-            after minutes at the start.
+        compile: The steps of the model, on a GPU all of an update as a CUDA graph; the same numbers, after a minute at
+            the start.
     """
 
     actions: ClassVar = ("box", "discrete")
@@ -142,6 +146,10 @@ class DreamerV3(Algorithm):
             raise ConfigError("DreamerV3 squeezes numbers by itself: env.normalize_... must be false")
         if buffer_size // env["num_envs"] <= batch_length:
             raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
+        if batch_length < 2:
+            raise ConfigError(
+                "algo.batch_length=1 leaves nothing to learn values from: a sequence has two records or more"
+            )
         self.check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
