@@ -251,7 +251,7 @@ ROWS = [
         graphs=1,
         learns=(
             (
-                *(*POINT, "env.action=rescale", "env.num_envs=1", "total_env_steps=2000", "algo.size=micro"),
+                *(*POINT, "env.action=rescale", "env.num_envs=1", "total_env_steps=2800", "algo.size=micro"),
                 *("algo.batch_size=8", "algo.batch_length=8", "algo.horizon=8", "algo.replay_ratio=0.6"),
                 *("algo.learning_starts=200", "algo.lr=2e-3", "algo.warm_up=50", "algo.gamma=0.9"),
             ),

@@ -165,6 +165,8 @@ error of a picture (0 to 255), the mean over 16 windows of which five moments ar
 {seen}
 
 ![What happened, what was foreseen, and how they differ](pixels.png)
+
+After so few updates the cart is foreseen, and the pole, which is thin, is not there yet.
 """
 
 

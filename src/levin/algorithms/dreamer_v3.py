@@ -148,7 +148,7 @@ class DreamerV3(Algorithm):
             raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
         if batch_length < 2:
             raise ConfigError(
-                "algo.batch_length=1 leaves nothing to learn values from: a sequence has two records or more"
+                "algo.batch_length=1 leaves nothing to learn values from: two records are the least"
             )
         self.check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
