@@ -391,6 +391,91 @@ def test_lambda_returns_by_hand():
     assert weight.flatten().tolist() == pytest.approx([0.9, 0.81, 0.729])
 
 
+class Entry(torch.nn.Module):
+    """One number of the feature."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return feature[..., self.place : self.place + 1]
+
+
+def test_rewards_and_continues_are_those_of_the_state_that_follows():
+    algorithm = make("algo.return_lambda=0.7")
+    algorithm.two_hot.mean = lambda numbers: numbers
+    algorithm.model.reward_model, algorithm.model.continue_model = Entry(0), Entry(1)
+    feature, value = torch.randn(1, 5, algorithm.model.features), torch.randn(1, 5, 1)
+    target, found, weight = algorithm.lambda_return(feature, value)
+    r, c, v = feature[0, :, 0].tolist(), feature[0, :, 1].sigmoid().tolist(), value.flatten().tolist()
+    wanted = [v[4]]
+    for t in reversed(range(4)):
+        wanted.insert(0, r[t + 1] + c[t + 1] * (0.3 * v[t + 1] + 0.7 * wanted[0]))
+    assert target.flatten().tolist() == pytest.approx(wanted[:-1], rel=1e-4)
+    assert found.flatten().tolist() == pytest.approx(v[:-1])
+    assert weight.flatten().tolist() == pytest.approx([math.prod(c[: t + 1]) for t in range(4)], rel=1e-4)
+
+
+def test_an_update_scales_returns_for_the_actor_alone():
+    algorithm = make()
+    with torch.no_grad():
+        for head in (algorithm.critic, algorithm.model.reward_model):
+            head[-1].weight.normal_()
+    algorithm.return_range.copy_(torch.tensor([0.0, 50.0]))
+    calls: dict[str, list] = {}
+
+    def spied(name: str) -> None:
+        real = getattr(algorithm, name)
+
+        def spy(*given: Any) -> Any:
+            result = real(*given)
+            calls.setdefault(name, []).append((given, result))
+            return result
+
+        setattr(algorithm, name, spy)
+
+    for name in ("lambda_return", "actor_loss", "value_loss", "replay_value_loss"):
+        spied(name)
+    algorithm.update(drawn(algorithm))
+    ((_, (target, value, _)),) = calls["lambda_return"]
+    scale = algorithm.return_range[1] - algorithm.return_range[0]
+    assert scale > 10
+    ((given, _),) = calls["actor_loss"]
+    torch.testing.assert_close(given[2], target / scale)
+    torch.testing.assert_close(given[3], value / scale)
+    assert any(torch.equal(given[2], target) for given, _ in calls["value_loss"] if given[2].shape == target.shape)
+    ((given, _),) = calls["replay_value_loss"]
+    assert torch.equal(given[2], target[:, 0])
+
+
+def test_an_update_gives_the_states_it_computed():
+    algorithm = make()
+    batch = drawn(algorithm)
+    with_noise(0)
+    with torch.no_grad():
+        wanted = algorithm.model.packed(algorithm.observe(batch)[0])
+    with_noise(0)
+    assert torch.equal(algorithm.update(batch), wanted)
+
+
+def test_the_model_loss_clamps_each_state():
+    """One state whose KL is large among those whose KL is none: the mean of 1, 1, ..., and the large one."""
+    algorithm = make("algo.representation_scale=0.5")
+    batch = drawn(algorithm)
+    state, posterior = algorithm.observe(batch)
+    flat = torch.zeros_like(posterior).log_softmax(-1)
+    posterior = flat.detach().clone()
+    posterior[0, 0] = torch.tensor([5.0] + [0.0] * (posterior.shape[-1] - 1)).log_softmax(-1)
+    algorithm.model.prior = lambda deter: flat.flatten(0, 1)
+    large = kl(posterior, flat)[0, 0].item()
+    assert large > 5
+    found = [algorithm.model_loss(batch, state, posterior)[0].item()]
+    algorithm.dynamics_scale = algorithm.representation_scale = 0.0
+    found.append(algorithm.model_loss(batch, state, posterior)[0].item())
+    assert found[0] - found[1] == pytest.approx(1.5 * (17 + large) / 18, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("terminal", "last", "wanted"),
     [((), (), [24.8725, 33.05, 39.0]), ((2,), (2,), [10.9, 2.0, 39.0]), ((), (2,), [23.05, 29.0, 39.0])],

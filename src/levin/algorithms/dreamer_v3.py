@@ -147,9 +147,7 @@ class DreamerV3(Algorithm):
         if buffer_size // env["num_envs"] <= batch_length:
             raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
         if batch_length < 2:
-            raise ConfigError(
-                "algo.batch_length=1 leaves nothing to learn values from: two records are the least"
-            )
+            raise ConfigError("algo.batch_length=1 leaves nothing to learn values from: two records are the least")
         self.check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
