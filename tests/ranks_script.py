@@ -86,6 +86,7 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
     algorithm.manual_backward = lambda loss: loss.backward()
     randn_like, torch.randn_like = torch.randn_like, lambda value: torch.sin(1000 * value.detach() + 1)
     gumbel, pathwise.gumbel = pathwise.gumbel, torch.zeros_like
+    rand_like, torch.rand_like = torch.rand_like, lambda value: torch.full_like(value, 0.5)
     if algo.startswith("dreamer"):  # whose noise follows from noise, so that this one would blow up the last digit
         torch.randn_like = torch.zeros_like
     data = transitions(algorithm.env, 4, 6)
@@ -109,7 +110,7 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
             algorithm.update(records)
         else:
             algorithm.update(data.reshape(-1))
-    torch.randn_like, pathwise.gumbel = randn_like, gumbel
+    torch.randn_like, torch.rand_like, pathwise.gumbel = randn_like, rand_like, gumbel
     torch.set_default_dtype(torch.float32)
     return [*(each.clone() for each in found), *(each.detach().clone() for each in algorithm.parameters())]
 
