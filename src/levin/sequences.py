@@ -16,6 +16,12 @@ RECORD = ("observation", "action", "reward", "is_first", "is_terminal", "is_last
 LATENT = "latent"  # what a policy remembered when it acted
 
 
+def check_begins_late_enough(learning_starts: int, least: int) -> None:
+    """Raises ConfigError when there would be an update before there is a sequence of each env, of `least` records."""
+    if learning_starts < least:
+        raise ConfigError(f"algo.learning_starts={learning_starts} is less than a sequence of each env: {least}")
+
+
 class SequenceReplay(Replay):
     """The last records of every env, drawn as sequences of one env each.
 
@@ -144,7 +150,7 @@ class SequenceReplay(Replay):
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         if LATENT in self.keys:
             shape = state[LATENT].shape[1:]
-            state["data"] = (rows.set(LATENT, torch.zeros(len(rows), *shape).bfloat16()) for rows in state["data"])
+            state["data"] = (rows.set(LATENT, state[LATENT].new_zeros(len(rows), *shape)) for rows in state["data"])
         super().load_state_dict(state, device)
         where = self.data["reward"].device
         if LATENT in self.keys:

@@ -57,7 +57,7 @@ from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, 
 from levin.networks import mlp, single
 from levin.parameters import frozen
 from levin.recurrent import Carry, OneHotAction, RecurrentPolicy, State
-from levin.sequences import SequenceReplay
+from levin.sequences import SequenceReplay, check_begins_late_enough
 from levin.spaces import IS_FIRST, EnvSpec
 
 # deter, stoch, hidden, units
@@ -140,7 +140,7 @@ class Dreamer(Algorithm):
             raise ConfigError("Dreamer models observations and rewards as they are: env.normalize_... must be false")
         if buffer_size // env["num_envs"] < batch_length:
             raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
-        self.check_begins_late_enough(learning_starts, batch_length * env["num_envs"])
+        check_begins_late_enough(learning_starts, batch_length * env["num_envs"])
         if horizon < 2:
             raise ConfigError("algo.horizon=1 leaves nothing to learn from: the last imagined step is a value only")
         if entropy_coef and env["action"]["type"] != "discrete":
@@ -192,12 +192,7 @@ class Dreamer(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.check_begins_late_enough(self.learning_starts, self.batch_length * self.env["num_envs"] * ranks.size())
-
-    def check_begins_late_enough(self, learning_starts: int, least: int) -> None:
-        """Raises ConfigError when there would be an update before there is a sequence of each env."""
-        if learning_starts < least:
-            raise ConfigError(f"algo.learning_starts={learning_starts} is less than a sequence of each env: {least}")
+        check_begins_late_enough(self.learning_starts, self.batch_length * self.env["num_envs"] * ranks.size())
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)

@@ -65,7 +65,7 @@ from levin.networks import single
 from levin.optimizers import LaProp
 from levin.parameters import frozen
 from levin.recurrent import Carry, RecurrentPolicy, State, stacked
-from levin.sequences import LATENT, SequenceReplay
+from levin.sequences import LATENT, SequenceReplay, check_begins_late_enough
 from levin.spaces import IS_FIRST, EnvSpec
 
 ESTIMATORS = {"straight_through": StraightThrough(), "reinmax": ReinMax(), "gumbel_softmax": GumbelSoftmax(hard=True)}
@@ -148,7 +148,7 @@ class DreamerV3(Algorithm):
             raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
         if batch_length < 2:
             raise ConfigError("algo.batch_length=1 leaves nothing to learn values from: two records are the least")
-        self.check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
+        check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
         self.dream_steps_per_update = batch_size * batch_length * horizon
@@ -187,14 +187,7 @@ class DreamerV3(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.check_begins_late_enough(
-            self.learning_starts, (self.batch_length + 1) * self.env["num_envs"] * ranks.size()
-        )
-
-    def check_begins_late_enough(self, learning_starts: int, least: int) -> None:
-        """Raises ConfigError when there would be an update before there is a sequence of each env."""
-        if learning_starts < least:
-            raise ConfigError(f"algo.learning_starts={learning_starts} is less than a sequence of each env: {least}")
+        check_begins_late_enough(self.learning_starts, (self.batch_length + 1) * self.env["num_envs"] * ranks.size())
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -260,8 +253,8 @@ class DreamerV3(Algorithm):
         observation, reward, is_terminal = (batch[key][:, 1:] for key in ("observation", "reward", "is_terminal"))
         flat = State(*(part.flatten(0, 1) for part in state))  # [B, T, *] -> [B T, *]
         prior = self.model.prior(flat.deter).unflatten(0, state.deter.shape[:2])
-        raw = kl(posterior, prior).detach()
-        dynamics = kl(posterior.detach(), prior).clamp(min=self.free_nats).mean()
+        raw = kl(posterior.detach(), prior)
+        dynamics = raw.clamp(min=self.free_nats).mean()
         representation = kl(posterior, prior.detach()).clamp(min=self.free_nats).mean()
         observation_loss = self.observation_loss(self.model.decode(flat), self.model.of(observation.flatten(0, 1)))
         feature = flat.feature

@@ -190,7 +190,6 @@ class PixelDecoder(nn.Module):
         super().__init__()
         widths = [4 * size.depth, 4 * size.depth, 3 * size.depth, 2 * size.depth]
         flat = 16 * widths[0]
-        self.channels = widths[0]
         self.from_deter = BlockLinear(size.deter, flat, size.deter)
         self.from_stoch = nn.Sequential(
             *layers(size.stoch * size.classes, 2 * size.units, 1), linear(2 * size.units, flat)
