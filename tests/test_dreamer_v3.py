@@ -477,14 +477,22 @@ def test_the_model_loss_clamps_each_state():
 
 
 @pytest.mark.parametrize(
-    ("terminal", "last", "wanted"),
-    [((), (), [24.8725, 33.05, 39.0]), ((2,), (2,), [10.9, 2.0, 39.0]), ((), (2,), [23.05, 29.0, 39.0])],
+    ("terminal", "last", "first", "wanted"),
+    [
+        ((), (), (), [24.8725, 33.05, 39.0]),
+        ((2,), (2,), (3,), [10.9, 2.0, 39.0]),
+        ((), (2,), (3,), [23.05, 29.0, 39.0]),
+        ((), (), (3,), [23.05, 29.0, 39.0]),
+    ],
 )
-def test_returns_of_replayed_rewards_by_hand(terminal, last, wanted):
-    """As above with values 20, 30, 40 of what was imagined; an episode ends at the third record for good, or is cut."""
+def test_returns_of_replayed_rewards_by_hand(terminal, last, first, wanted):
+    """As above with values 20, 30, 40 of what was imagined; an episode ends at the third record for good, or is cut.
+
+    By its own end, or by a resume, which leaves no record of the end.
+    """
     algorithm = make("algo.return_lambda=0.5", "algo.gamma=0.9")
-    flags = {key: torch.zeros(1, 5, 1, dtype=torch.bool) for key in ("is_terminal", "is_last")}
-    for key, places in (("is_terminal", terminal), ("is_last", last)):
+    flags = {key: torch.zeros(1, 5, 1, dtype=torch.bool) for key in ("is_terminal", "is_last", "is_first")}
+    for key, places in (("is_terminal", terminal), ("is_last", last), ("is_first", first)):
         for place in places:
             flags[key][:, 1 + place] = True
     batch = {"reward": torch.tensor([9.0, 0, 1, 2, 3]).view(1, 5, 1), **flags}
@@ -498,7 +506,7 @@ def test_returns_of_replayed_rewards_by_hand(terminal, last, wanted):
     state = State(torch.zeros(1, 4, algorithm.model.deter), torch.zeros(1, 4, algorithm.model.stoch))
     algorithm.replay_value_loss(batch, state, torch.tensor([10.0, 20, 30, 40]).view(4, 1))
     assert asked["target"].flatten().tolist() == pytest.approx(wanted)
-    assert asked["weight"].flatten().tolist() == [0.0 if i in last else 1.0 for i in range(3)]
+    assert asked["weight"].flatten().tolist() == [0.0 if i + 1 in first else 1.0 for i in range(3)]
 
 
 def test_the_scale_of_returns():

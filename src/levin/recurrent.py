@@ -111,7 +111,7 @@ class RecurrentPolicy(nn.Module):
         actor: The policy on its features.
         carry: Its memory.
         noise: Exploration: the deviation of what is added to an action, or the probability of a uniform one.
-        deterministic: The most probable action, of the most probable state.
+        deterministic: The most probable action, of the mean state.
         keeps: What to give of the state beside the action; without it, the action alone.
     """
 

@@ -24,7 +24,7 @@ Deviations:
     - An iteration is a few vector steps and then the updates they owe, whose sequences are drawn at once.
     - Sequences are drawn uniformly; in the code beside the paper, each is first drawn once as soon as it is there.
     - Replay keeps states in half precision, and a million records, not five. Deterministic actions are the modes of pi
-      and of q.
+      at the mean of q: a draw is noise, and the mode of q loses what slowly changes.
     - Gradients are clipped by the norm of parameters that are laid out otherwise: the first layer of the GRU is three
       matrices and that of the posterior two, and the policy's mean and deviation have one.
     - Each part of an observation has an encoder and a decoder of its own.
@@ -347,6 +347,7 @@ class DreamerV3(Algorithm):
         What is learned is the value of all moments but the last of an episode; and the states learn too.
         """
         reward, is_terminal, is_last = (batch[key][:, 1:] for key in ("reward", "is_terminal", "is_last"))
+        is_last = torch.cat([is_last[:, :-1] | batch["is_first"][:, 2:], is_last[:, -1:]], 1)  # a resume may cut one
         imagined = imagined.unflatten(0, reward.shape[:2])  # [B T, 1] -> [B, T, 1]
         discount = self.gamma * (~is_terminal[:, 1:]).float()
         go_on = self.return_lambda * (~is_last[:, 1:]).float()

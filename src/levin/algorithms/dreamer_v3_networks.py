@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, interpolate, max_pool2d, rms_norm, silu
 
 from levin.distributions import Normal
 from levin.errors import ConfigError
-from levin.estimators.pathwise import Relaxation, largest
+from levin.estimators.pathwise import Relaxation
 from levin.networks import action_size, single
 from levin.recurrent import OneHotAction, State, stacked, unimixed
 from levin.spaces import EnvSpec
@@ -312,10 +312,10 @@ class WorldModel(nn.Module):
         return deter, self.drawn(log_probs), log_probs
 
     def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
-        """The state after an action `[B, A]` and the observation that it led to; not drawn: its mode."""
+        """The state after an action `[B, A]` and the observation that it led to; not drawn: the mean of all states."""
         deter = self.gru(state, self.gru.action_part(action))
         log_probs = self.posterior(deter, self.embed(observation))
-        return State(deter, self.drawn(log_probs) if sample else largest(log_probs).flatten(-2))
+        return State(deter, self.drawn(log_probs) if sample else log_probs.exp().flatten(-2))
 
     def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """The state after an action, as the transition model imagines it."""
