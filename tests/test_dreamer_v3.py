@@ -1,6 +1,5 @@
 """DreamerV3: its numbers, what its model computes, where gradients go, and what replay keeps."""
 
-import copy
 import math
 from typing import Any
 
@@ -12,10 +11,11 @@ from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 from torchrl.objectives import categorical_kl_terms, two_hot_cross_entropy, two_hot_decode, two_hot_encode
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
-from levin import config, open_loop
+from levin import checkpoint, config, files, open_loop
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, chosen, kl, symexp, symlog
+from levin.checkpoint import FolderCheckpointIO
 from levin.errors import ConfigError
 from levin.estimators.pathwise import largest
 from levin.optimizers import LaProp
@@ -699,15 +699,21 @@ def test_states_are_written_where_they_belong(storage):
 
 
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
-def test_kept_states_go_on_where_they_were(storage):
+def test_kept_states_go_on_where_they_were(storage, tmp_path):
+    """They are beside the rows, whose files are written once, and not in the file that evaluations read."""
     buffer = filled(storage)
-    batch = buffer.sample(1, 8, torch.device("cpu"))[0]
-    buffer.rewrite(batch, torch.full((8, 4, 1), 7.0))
-    state = copy.deepcopy(buffer.state_dict())
-    assert LATENT not in set(state["data"].keys())
+    writer = FolderCheckpointIO()
+    for step in (1, 2):
+        batch = buffer.sample(1, 8, torch.device("cpu"))[0]
+        buffer.rewrite(batch, torch.full((8, 4, 1), 7.0 * step))
+        state = {"algorithm": "Toy", "levin": {"env_steps": step}, "buffer": buffer.state_dict()}
+        writer.save_checkpoint(state, tmp_path / str(step) / checkpoint.STATE)
+    checkpoint.discard(tmp_path / "1")
+    checkpoint.verify(tmp_path / "2", buffer=True)
+    assert not {"rewritten", LATENT} & set(files.load(tmp_path / "2" / checkpoint.STATE)["buffer"])
+    state = FolderCheckpointIO().load_checkpoint(tmp_path / "2" / checkpoint.STATE)["buffer"]
     resumed = SequenceReplay(spec(num_envs=2), 60, storage, 5, keeps_latents=True)
-    order = torch.arange(buffer.written - len(buffer), buffer.written) % buffer.size
-    resumed.load_state_dict({**state, "data": [state["data"][order].clone()]}, torch.device("cpu"))
+    resumed.load_state_dict(state, torch.device("cpu"))
     for key in (*buffer.keys,):
         assert torch.equal(resumed.data[key], buffer.data[key]), key
 

@@ -17,6 +17,7 @@ from levin import files, ranks, segments
 from levin.errors import CheckpointError, ConfigError
 
 STATE, BUFFER, MANIFEST, LAST = "state.ckpt", "buffer", "manifest.json", "last"
+REWRITTEN = "rewritten.ckpt"  # in BUFFER: what changes in rows that are stored already, whole each time
 FORMAT = 1  # of the folder; another is refused
 
 
@@ -37,9 +38,12 @@ class FolderCheckpointIO(TorchCheckpointIO):
             (partial / BUFFER).mkdir()
             saved = _manifest(self.before)["files"] if self.before and self.before.exists() else {}
             known = {name.removeprefix(f"{BUFFER}/"): of for name, of in saved.items() if name.startswith(BUFFER)}
+            known.pop(REWRITTEN, None)
             rows, written = checkpoint["buffer"].pop("data"), checkpoint["buffer"]["written"]
             before = (self.before or partial) / BUFFER
             new = segments.save(rows, written, partial / BUFFER, before, known)
+            if "rewritten" in checkpoint["buffer"]:
+                new[REWRITTEN] = files.save(checkpoint["buffer"].pop("rewritten"), partial / BUFFER / REWRITTEN)
             sums = {f"{BUFFER}/{name}": of for name, of in new.items()}
         sums[STATE] = files.save(checkpoint, partial / STATE)
         facts = {"algorithm": checkpoint["algorithm"], "env_steps": checkpoint["levin"]["env_steps"], "files": sums}
@@ -72,6 +76,8 @@ class FolderCheckpointIO(TorchCheckpointIO):
         buffer = checkpoint.get("buffer")
         if buffer is not None:
             buffer["data"] = segments.load(folder / BUFFER, buffer["written"], buffer["length"])
+            if (folder / BUFFER / REWRITTEN).exists():
+                buffer["rewritten"] = files.load(folder / BUFFER / REWRITTEN)
         self.before = folder
         return checkpoint
 

@@ -143,18 +143,18 @@ class SequenceReplay(Replay):
             return None
         state["waiting"] = [dict(each.flatten_keys(".").items()) for each in self.waiting or []]
         state |= {"begins": self.begins, "reward": self.reward}
-        if LATENT in self.keys:  # which change where they are, and files of rows are written once
-            state["data"], state[LATENT] = state["data"].exclude(LATENT), state["data"][LATENT].clone()
+        if LATENT in self.keys:
+            state["data"], state["rewritten"] = state["data"].exclude(LATENT), {LATENT: state["data"][LATENT].clone()}
         return state
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         if LATENT in self.keys:
-            shape = state[LATENT].shape[1:]
-            state["data"] = (rows.set(LATENT, state[LATENT].new_zeros(len(rows), *shape)) for rows in state["data"])
+            kept = state["rewritten"][LATENT]
+            state["data"] = (rows.set(LATENT, kept.new_zeros(len(rows), *kept.shape[1:])) for rows in state["data"])
         super().load_state_dict(state, device)
         where = self.data["reward"].device
         if LATENT in self.keys:
-            self.data[LATENT].copy_(state[LATENT])
+            self.data[LATENT].copy_(kept)
         waiting = (TensorDict(each, batch_size=[len(each["reward"])]) for each in state["waiting"])
         self.waiting = [each.unflatten_keys(".").to(where) for each in waiting]
         self.begins, self.reward = state["begins"].to(where), state["reward"].to(where)

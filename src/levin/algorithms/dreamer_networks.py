@@ -163,7 +163,10 @@ class WorldModel(nn.Module):
         if part["dtype"] == "uint8" and shape[1:] == [64, 64]:
             return PixelEncoder(shape[0]), PixelDecoder(self.features, shape[0]), PixelEncoder.size
         if part["dtype"] == "uint8" or len(shape) != 1:
-            raise ConfigError(f"Dreamer reads vectors, and pixels of 64 x 64; those of {env} are {shape}")
+            raise ConfigError(
+                f"Dreamer reads vectors, and pixels of 64 x 64; those of {env} are {shape}; env.pixels=64 draws envs "
+                "of MuJoCo and dm_control so"
+            )
         encoder = nn.Sequential(nn.Flatten(), mlp([shape[0], units, units, units], activation))
         return encoder, mlp([self.features, units, units, shape[0]], activation), units
 

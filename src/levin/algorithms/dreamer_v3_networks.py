@@ -238,7 +238,10 @@ class WorldModel(nn.Module):
                 decoders[f"{name}_"] = head(self.features, size.units, 3, shape[0])
                 embedding += size.units
             else:
-                raise ConfigError(f"DreamerV3 reads vectors, and pixels of 64 x 64; those of {env['id']} are {shape}")
+                raise ConfigError(
+                    f"DreamerV3 reads vectors, and pixels of 64 x 64; those of {env['id']} are {shape}; env.pixels=64 "
+                    "draws envs of MuJoCo and dm_control so"
+                )
         self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
         self.gru = BlockGRU(size, self.actions)
         self.prior_head = head(size.deter, size.hidden, 2, self.stoch)

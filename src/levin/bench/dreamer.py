@@ -216,8 +216,8 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     return Side(update, learned)
 
 
-def torchrl_v1(sequence: TensorDict) -> Side:
-    """TorchRL's first Dreamer, `micro`: three losses, each with a step of its own."""
+def torchrl_v1(sequence: TensorDict, *, compiled: bool = False) -> Side:
+    """TorchRL's first Dreamer, `micro`: three losses, each with a step of its own; compiled are rollouts and dreams."""
     (belief, state, hidden, units), wire = SIZES["micro"], TensorDictModule
     network = partial(modules.MLP, num_cells=units, activation_class=nn.ELU)
     action = Bounded(-1, 1, torch.Size([V1.actions]))
@@ -228,13 +228,16 @@ def torchrl_v1(sequence: TensorDict) -> Side:
         wire(prior, [*STATE, "action"], led_to("prior_mean", "prior_std", "_", "belief")),
         wire(posterior, led_to("belief", "encoded_latents"), led_to("posterior_mean", "posterior_std", "state")),
     )
+    if compiled:
+        rollout.compile()  # as its example has it
     encoded = Chain(
         wire(network(V1.observation, units, depth=2), led_to("observation"), led_to("encoded_latents")),
         rollout,
         wire(network(state + belief, V1.observation, depth=2), led_to(*STATE), led_to("reco_pixels")),
     )
     model = modules.WorldModelWrapper(encoded, wire(reward, led_to(*STATE), led_to("reward")))
-    transition, reward = wire(prior, [*STATE, "action"], ["_", "_", *STATE]), wire(reward, STATE, ["reward"])
+    dreamt = torch.compile(prior, dynamic=False) if compiled else prior
+    transition, reward = wire(dreamt, [*STATE, "action"], ["_", "_", *STATE]), wire(reward, STATE, ["reward"])
     squashed = {"distribution_class": modules.TanhNormal, "distribution_kwargs": {"tanh_loc": True}}
     actor = Choose(
         wire(modules.DreamerActor(V1.actions, 4, units), STATE, ["loc", "scale"]),
@@ -287,14 +290,19 @@ def dreamer(*, rounds: int, threads: int) -> None:
     """Both comparisons; compiled variants where there is a compiler."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    compiles = shutil.which(os.environ.get("CXX", "g++")) is not None
     batch = records(V1)
-    v1 = Dreamer(env=spec(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon)
-    compared("Dreamer, micro", {"levin": ours(v1, batch[:, 1:].clone()), PEER: torchrl_v1(batch)}, V1, rounds)
+    v1 = partial(Dreamer, env=spec(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon)
+    sides = {"levin": ours(v1(), batch[:, 1:].clone()), PEER: torchrl_v1(batch)}
+    if compiles:
+        sides |= {"levin, compiled": ours(v1(compile=True), batch[:, 1:].clone())}
+        sides |= {f"{PEER}, compiled": torchrl_v1(batch, compiled=True)}
+    compared("Dreamer, micro", sides, V1, rounds)
     batch, size = records(V3), V3_SIZES["1m"]
     batch[LATENT] = torch.zeros(*batch.shape, size.deter + size.stoch, dtype=torch.bfloat16)  # with class numbers
     v3 = partial(DreamerV3, env=spec(V3), size="1m", batch_size=BATCH, batch_length=V3.length, horizon=V3.horizon)
     sides = {"levin": ours(v3(), batch), PEER: torchrl_v3(batch)}
-    if shutil.which(os.environ.get("CXX", "g++")):
+    if compiles:
         sides |= {"levin, compiled": ours(v3(compile=True), batch)}
         sides |= {f"{PEER}, compiled": torchrl_v3(batch, compiled=True)}
     compared("DreamerV3, 1m", sides, V3, rounds)
