@@ -585,3 +585,56 @@ def test_pixels_are_foreseen_as_a_strip(tmp_path):
     import imageio
 
     assert imageio.v3.imread(tmp_path / "0.png").shape == (3 * 64, 12 * 64, 3)
+
+
+# --- hyper-parameters
+
+SHARED = {"gamma": 0.5, "return_lambda": 0.5, "horizon": 2, "batch_size": 3, "batch_length": 5, "size": "small"}
+SHARED |= {"entropy_coef": 0.1, "free_nats": 50, "replay_ratio": 0.2, "learning_starts": 50, "buffer_size": 70}
+CHANGES = {
+    "dreamer": SHARED
+    | {"transition": "mlp", "actor_gradient": "reinforce", "kl_scale": 0.1, "continue_scale": 0.1}
+    | {"model_lr": 1e-2, "actor_lr": 1e-2, "critic_lr": 1e-2, "max_grad_norm": 0.01, "activation": "tanh"},
+    "dreamer_v3": SHARED
+    | {"size": "1m", "latent_estimator": "reinmax", "actor_gradient": "dynamics", "dynamics_scale": 0.1}
+    | {"representation_scale": 0.5, "replay_value_scale": 0.0, "slow_tau": 0.5, "return_decay": 0.5, "lr": 1e-2}
+    | {"warm_up": 0, "clip": 1e-3},
+}
+ELSEWHERE = {  # of rollouts and of continuous actions; and what changes no number
+    *("steps_per_iteration", "exploration_noise", "random_env_steps", "initial_std"),
+    *("_target_", "buffer_storage", "compile"),
+}
+
+
+@pytest.mark.parametrize("algo", CHANGES)
+def test_every_hyper_parameter_has_an_effect(algo):
+    """What each does exactly, other tests say."""
+    words = [f"algo={algo}", "env=acrobot", "env.num_envs=1", "env.action=none", "algo.size=micro", "algo.horizon=3"]
+    words += ["algo.batch_size=2", "algo.batch_length=4", "algo.replay_ratio=0.1", "algo.learning_starts=40"]
+    words += ["algo.free_nats=0", "algo.gamma=0.9"]
+    words += ["algo.warm_up=3"] if algo == "dreamer_v3" else ["algo.continue_scale=1"]
+    assert CHANGES[algo].keys() == set(config.compose(words).algo) - ELSEWHERE
+    generator = torch.Generator().manual_seed(0)
+    done = (torch.arange(80) % 20 == 19).view(1, 80, 1)
+    shown = torch.randn(1, 81, 6, generator=generator)
+    after = {"observation": shown[:, 1:], "reward": 100 * torch.randn(1, 80, 1, generator=generator)}
+    steps = {"observation": shown[:, :-1], "action": torch.randint(3, (1, 80), generator=generator)}
+    rollout = TensorDict({**steps, "next": {**after, "done": done, "terminated": done}}, batch_size=(1, 80))
+
+    def result(*change: str) -> dict[str, Tensor]:
+        algorithm, _ = build(config.compose([*words, *change]))
+        algorithm.configure_optimizers()
+        algorithm.manual_backward = lambda loss: loss.backward()
+        if algo == "dreamer_v3":
+            width = algorithm.model.deter + algorithm.model.choices[0]
+            rollout["latent"] = torch.zeros(1, 80, width, dtype=torch.bfloat16)
+        torch.manual_seed(0)
+        for algorithm.env_steps, part in ((40, rollout[:, :40]), (80, rollout[:, 40:])):
+            algorithm.training_step(part, 0)
+        assert algorithm.updates > 2
+        return algorithm.state_dict()
+
+    base = result()
+    assert same(base, result()), "nothing but the change may make a difference"
+    for name, value in CHANGES[algo].items():
+        assert not same(base, result(f"algo.{name}={value}")), name
