@@ -17,7 +17,7 @@ from levin.algorithms.dreamer_networks import Belief
 from levin.errors import ConfigError
 from levin.parameters import frozen
 from levin.policy import Policy
-from levin.recurrent import State
+from levin.recurrent import OneHotAction, State
 from levin.sequences import SequenceReplay
 from levin.spaces import EMPTY
 from levin.train import build, train
@@ -588,6 +588,32 @@ def test_pixels_are_foreseen_as_a_strip(tmp_path):
 
 
 # --- hyper-parameters
+
+
+def test_how_wide_the_policy_is_at_the_start():
+    actor = make("algo.initial_std=2").actor
+    for parameter in actor.network.parameters():
+        parameter.data.zero_()
+    policy = actor(torch.zeros(1, actor.network[0].in_features))
+    assert policy.log_std.exp().item() == pytest.approx(2, abs=1e-3)
+
+
+def test_exploration_noise():
+    """Added to an action inside of the bounds, or the share of actions that are uniform."""
+
+    class Fixed:
+        def sample(self) -> Tensor:
+            return torch.full((20_000, 1), 0.5)
+
+    policy = make("algo.exploration_noise=0.1").policy().module
+    added = policy.explore(Fixed()) - 0.5
+    assert (added.mean().item(), added.std().item()) == pytest.approx((0, 0.1), abs=5e-3)
+    policy.noise = 100.0
+    assert policy.explore(Fixed()).abs().max() == 1
+    policy.noise = 0.3
+    sure = OneHotAction(torch.tensor([[0.0, 100, 0]]).expand(20_000, 3))
+    assert policy.explore(sure)[:, 1].mean().item() == pytest.approx(0.7 + 0.3 / 3, abs=0.02)
+
 
 SHARED = {"gamma": 0.5, "return_lambda": 0.5, "horizon": 2, "batch_size": 3, "batch_length": 5, "size": "small"}
 SHARED |= {"entropy_coef": 0.1, "free_nats": 50, "replay_ratio": 0.2, "learning_starts": 50, "buffer_size": 70}

@@ -14,7 +14,7 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 from levin import checkpoint, config, files, open_loop
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_v3 import DreamerV3
-from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, chosen, kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, chosen, kl, linear, symexp, symlog
 from levin.checkpoint import FolderCheckpointIO
 from levin.errors import ConfigError
 from levin.estimators.pathwise import largest
@@ -476,6 +476,43 @@ def test_the_model_loss_clamps_each_state():
     assert found[0] - found[1] == pytest.approx(1.5 * (17 + large) / 18, rel=1e-3)
 
 
+def test_the_terms_of_the_model_loss_by_hand():
+    algorithm = make("algo.gamma=0.9")
+    batch = drawn(algorithm)
+    batch["is_terminal"][0, 3] = True  # one of 18
+    state, posterior = algorithm.observe(batch)
+    logits = torch.randn(18, 255)
+    algorithm.model.prior = lambda deter: posterior.detach().flatten(0, 1)
+    algorithm.model.reward_model = Says(logits)
+    algorithm.model.continue_model = Says(torch.ones(18, 1))
+    _, terms = algorithm.model_loss(batch, state, posterior)
+    assert terms["kl"].item() == pytest.approx(0, abs=1e-6)
+    continues = 17 / 18 * 0.9
+    assert terms["continue_loss"].item() == pytest.approx(math.log1p(math.e) - continues, rel=1e-5)
+    two_hot = two_hot_encode(batch["reward"][:, 1:].reshape(18, 1), algorithm.two_hot.bins).view(18, 255)
+    wanted = -(two_hot * logits.log_softmax(-1)).sum(-1).mean()
+    assert terms["reward_loss"].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_observation_loss_by_hand():
+    algorithm = make()
+    numbers = torch.tensor([[math.e - 1, 0, 0], [0, 0, 1 - math.e**2]])  # 1 and -2 after symlog
+    loss = algorithm.observation_loss({"": torch.zeros(2, 3)}, {"": numbers})
+    assert loss.item() == pytest.approx((1 + 4) / 2)
+    pixels = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
+    loss = algorithm.observation_loss({"": torch.full((2, 3, 64, 64), 0.5)}, {"": pixels})
+    assert loss.item() == pytest.approx(0.25 * 3 * 64 * 64)
+    both = algorithm.observation_loss({"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}, {"a": numbers, "b": numbers})
+    assert both.item() == pytest.approx(5)
+
+
+def test_the_state_encoder_reads_squeezed_numbers():
+    algorithm, read = make(), []
+    algorithm.model.encoders["_"].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    algorithm.model.embed(torch.tensor([[math.e - 1, 0, 1 - math.e**2]]))
+    assert read[0].flatten().tolist() == pytest.approx([1, 0, -2])
+
+
 @pytest.mark.parametrize(
     ("terminal", "last", "first", "wanted"),
     [
@@ -603,6 +640,24 @@ def test_the_dream_is_differentiated_through_the_memory():
         found.append(gradient)
     assert found[0].abs().sum() > 0
     assert not found[1].any()
+
+
+def test_the_policy_is_not_differentiated_by_what_it_sees():
+    algorithm = make("algo.actor_gradient=dynamics")
+    start = State(*(part.requires_grad_() for part in algorithm.model.unpacked(drawn(algorithm)[LATENT][:, 0])))
+    feature, log_prob, entropy = algorithm.imagine(start)
+    for seen in (log_prob[:, 0], entropy[:, 0]):
+        assert torch.autograd.grad(seen.sum(), list(start), allow_unused=True, retain_graph=True) == (None, None)
+    assert torch.autograd.grad(feature[:, 1].sum(), start.deter)[0].any()
+
+
+def test_layers_at_the_start():
+    """Normal, cut off at two deviations, of variance 1 / inputs; those of the whole layer, where it is a part."""
+    torch.manual_seed(0)
+    for layer, inputs in ((linear(400, 500), 400), (linear(400, 500, fan_in=1600), 1600)):
+        assert layer.weight.std().item() == pytest.approx(inputs**-0.5, rel=0.01)
+        assert layer.weight.abs().max().item() == pytest.approx(2 / 0.8796 * inputs**-0.5, rel=0.01)
+        assert not layer.bias.any()
 
 
 def test_policies_at_the_start():
