@@ -1,4 +1,4 @@
-"""DreamerV3 (Hafner et al. 2023, arXiv:2301.04104): one configuration for all domains, lecture rows 25 to 28.
+"""DreamerV3 (Hafner et al. 2023, arXiv:2301.04104v1): one configuration for all domains, lecture rows 25 to 28.
 
 As Dreamer it learns a world model from replay and a policy in the model's dreams. What is new makes it robust: the
 state is categorical, large numbers are squeezed, predicted as distributions and normalised, and by default the policy's
@@ -13,8 +13,8 @@ Pseudocode:
         world model:  L_m = -log p(o|s) - log p(r|s) - log p(c|s) + max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
         from each of the B T states imagine H steps: a ~ pi(a|s), s' ~ p(s'|s,a)                        imagine
         R_t = r_{t+1} + c_{t+1} ((1 - lambda) v(s_{t+1}) + lambda R_{t+1}),  R_H = v(s_H)               Eq. 7
-        S <- 0.99 S + 0.01 (P95(R) - P5(R))                                                             Eq. 13
-        actor:   L_a = -sum_t w_t [log pi(a_t|s_t) sg((R_t - v(s_t)) / max(1, S)) + eta H(pi(.|s_t))]   Eq. 12
+        S <- 0.99 S + 0.01 (P95(R) - P5(R))                                                             Eq. 12
+        actor:   L_a = -sum_t w_t [log pi(a_t|s_t) sg((R_t - v(s_t)) / max(1, S)) + eta H(pi(.|s_t))]   Eq. 11
         critic:  L_v = -sum_t w_t [log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t)]                     Eq. 10
         the same of replayed rewards, with R_0 of the dream as the value of what comes next, times 0.3
         theta <- LaProp(L_m + L_a + L_v);  slow critic <- 0.02 critic + 0.98 slow critic
@@ -320,13 +320,13 @@ class DreamerV3(Algorithm):
 
     @torch.no_grad()
     def return_scale(self, target: Tensor) -> Tensor:
-        """max(1, S), S the moving average of how far the 5th and the 95th percentile of returns are apart; Eq. 13."""
+        """max(1, S), S the moving average of how far the 5th and the 95th percentile of returns are apart; Eq. 12."""
         found = torch.quantile(ranks.everything(target.detach().flatten()), self.percentiles)
         self.return_range.lerp_(found, 1 - self.return_decay)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1.0)
 
     def actor_loss(self, log_prob: Tensor, entropy: Tensor, target: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-        """-E[w_t (log pi(a_t|s_t) sg(R_t - v(s_t)) + eta H(pi(.|s_t)))], Eq. 12; all `[N, H, 1]`, R and v by scale.
+        """-E[w_t (log pi(a_t|s_t) sg(R_t - v(s_t)) + eta H(pi(.|s_t)))], Eq. 11; all `[N, H, 1]`, R and v by scale.
 
         `dynamics`: R_t in the place of the first term, differentiated through the dream.
         """
