@@ -1,4 +1,4 @@
-"""What happens between iterations, on the clock of env steps.
+"""What happens between iterations, on the clock of the algorithm, which is that of env steps but where none pass.
 
 Lightning calls them in list order at the end of a batch: `Statistics` takes in the rollout, `Budget` decides whether
 this is the last iteration, `Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it,
@@ -30,21 +30,21 @@ from levin.vector_env import SeededVectorEnv
 
 
 class Clock:
-    """Rings once for every `every` env steps, however far one iteration goes."""
+    """Rings once for every `every` of what it counts, however far one iteration goes."""
 
     def __init__(self, every: int) -> None:
         self.every, self.rung = every, 0
 
-    def rings(self, env_steps: int) -> bool:
+    def rings(self, count: int) -> bool:
         """Whether a multiple of `every` has been passed since it last rang."""
-        if env_steps // self.every > self.rung:
-            self.rung = env_steps // self.every
+        if count // self.every > self.rung:
+            self.rung = count // self.every
             return True
         return False
 
 
 class Budget(Callback):
-    """Ends the run at `total_env_steps`, at the end of an iteration."""
+    """Ends the run when it is complete, at the end of an iteration."""
 
     def __init__(self, total_env_steps: int) -> None:
         self.total_env_steps = total_env_steps
@@ -55,7 +55,7 @@ class Budget(Callback):
         self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if cast(Algorithm, pl_module).env_steps >= self.total_env_steps:
+        if cast(Algorithm, pl_module).finished(self.total_env_steps):
             trainer.should_stop = self.spent = True
 
 
@@ -83,20 +83,21 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        self.clock.rung = algorithm.env_steps // self.every
+        self.clock.rung = algorithm.clock // self.every
         self._written = (perf_counter(), algorithm.env_steps, algorithm.updates)
+        self._written_at = algorithm.clock
         for logger in trainer.loggers:
             if isinstance(logger, loggers.CSVMetrics):
                 logger.truncate(self.rows)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.clock.rings(algorithm.env_steps) or "eval/return_mean" in self.row:
+        if self.clock.rings(algorithm.clock) or "eval/return_mean" in self.row:
             self.write(trainer, algorithm)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.budget.spent and (algorithm.env_steps > self._written[1] or "eval/return_mean" in self.row):
+        if self.budget.spent and (algorithm.clock > self._written_at or "eval/return_mean" in self.row):
             self.write(trainer, algorithm)
 
     def write(self, trainer: Trainer, algorithm: Algorithm) -> None:
@@ -107,8 +108,8 @@ class Metrics(Callback):
         seconds = start - wall
         row = {"env_steps": algorithm.env_steps, "updates": algorithm.updates}
         row |= {"env_frames": algorithm.env_steps * algorithm.env["action_repeat"]}
-        if algorithm.dream_steps_per_update:
-            row["dream_steps"] = algorithm.updates * algorithm.dream_steps_per_update * ranks.size()
+        if algorithm.dream_steps:
+            row["dream_steps"] = algorithm.dream_steps
         row |= self.row | algorithm.take() | loader.take()
         if "time/iteration" in row:
             row["time/update"] = row.pop("time/iteration") - row["time/sample"]
@@ -117,10 +118,10 @@ class Metrics(Callback):
         row["time/updates_per_second"] = (algorithm.updates - updates) / seconds
         self.last_return = row.get("episode/return", self.last_return)
         for logger in trainer.loggers:
-            logger.log_metrics(row, step=algorithm.env_steps)
+            logger.log_metrics(row, step=algorithm.clock)
         self.row = {}
         self.rows += 1
-        self._written = (start, algorithm.env_steps, algorithm.updates)
+        self._written, self._written_at = (start, algorithm.env_steps, algorithm.updates), algorithm.clock
         self.log_seconds = perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,22 +174,22 @@ class Evaluation(Callback):
         self.clock = Clock(every)
         self.vector_env: SeededVectorEnv | None = None
         self.return_mean: float | None = None  # of the last evaluation
-        self.env_steps = 0  # when it was
+        self.at, self.env_steps = 0, 0  # when it was, by the clock and in env steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
+        self.clock.rung = cast(Algorithm, pl_module).clock // self.clock.every
         if trainer.is_global_zero:
             num_envs = min(self.episodes, 10)
             self.vector_env = envs.make(self.env, seed=self.seed, purpose=envs.EVALUATION, num_envs=num_envs)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.clock.rings(algorithm.env_steps):
+        if self.clock.rings(algorithm.clock):
             self.evaluate(trainer, algorithm)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.budget.spent and self.env_steps != algorithm.env_steps:
+        if self.budget.spent and self.at != algorithm.clock:
             self.evaluate(trainer, algorithm)
         self.close()
 
@@ -207,21 +208,22 @@ class Evaluation(Callback):
             returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
             row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
             row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
-            loggers.show(trainer.loggers, self.pictures, algorithm.env_steps)
+            loggers.show(trainer.loggers, self.pictures, algorithm.clock)
             row["time/evaluate"] = perf_counter() - start
         row = ranks.broadcast(row)
-        self.return_mean, self.env_steps = row["eval/return_mean"], algorithm.env_steps
+        self.return_mean, self.at, self.env_steps = row["eval/return_mean"], algorithm.clock, algorithm.env_steps
         self.metrics.row |= row
 
     def state_dict(self) -> dict[str, Any]:
-        return {"return_mean": self.return_mean, "env_steps": self.env_steps}
+        return {"return_mean": self.return_mean, "env_steps": self.env_steps, "at": self.at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.return_mean, self.env_steps = state_dict["return_mean"], state_dict["env_steps"]
+        self.at = state_dict.get("at", self.env_steps)  # checkpoints of before it was counted have none
 
 
 class Checkpointing(Checkpoint):
-    """Saves `checkpoints/<env_steps>/` at the end of an iteration, and keeps the newest and the best.
+    """Saves `checkpoints/<clock>/` at the end of an iteration, and keeps the newest and the best.
 
     Being a `Checkpoint`, it comes after all other callbacks, and so knows of every wish to stop (`max_time`). Only here
     a state can be continued exactly: from one of a closed epoch, Lightning resumes with a batch less.
@@ -244,20 +246,20 @@ class Checkpointing(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             checkpoint.clean(self.folder)
-        self.clock.rung = cast(Algorithm, pl_module).env_steps // self.clock.every
+        self.clock.rung = cast(Algorithm, pl_module).clock // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
         trainer.should_stop = ranks.agree(trainer.should_stop)
-        if self.clock.rings(algorithm.env_steps) or trainer.should_stop:
+        if self.clock.rings(algorithm.clock) or trainer.should_stop:
             self.save(trainer, algorithm)
 
     def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Save now, and remove what need not be kept."""
-        name = str(algorithm.env_steps)
-        if self.evaluation.env_steps == algorithm.env_steps and self.evaluation.return_mean is not None:
+        name = str(algorithm.clock)
+        if self.evaluation.at == algorithm.clock and self.evaluation.return_mean is not None:
             self.returns[name] = self.evaluation.return_mean
         for logger in trainer.loggers:
             if isinstance(logger, loggers.CSVMetrics):

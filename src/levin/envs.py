@@ -18,7 +18,7 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import AddRenderObservation
 
-from levin import signals
+from levin import dream, signals
 from levin.errors import ConfigError
 from levin.hints import PositiveFloat, PositiveInt
 from levin.spaces import EnvSpec, dtypes
@@ -37,7 +37,8 @@ class EnvConfig:
     Args:
         id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. Of Atari a game, as in `space_invaders`.
         family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`; `atari` is
-            ale-py's vector env, see `levin.atari`; with `torchrl` the id is only a name.
+            ale-py's vector env, see `levin.atari`; with `torchrl` the id is only a name, and with `dream`, which is the
+            model of `run`.
         target: `my_module:make_env`, what makes a `torchrl.envs.EnvBase`, of one env or a batch of them.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
@@ -55,11 +56,14 @@ class EnvConfig:
         observation_clip: Bound on a normalised observation.
         normalize_reward: Divide by the running deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
+        run: Whose model is dreamt in, or seen with: of world_models, dreamer or dreamer_v3. See `levin.dream`.
+        temperature: Of a dream's draws, tau.
+        wrappers: `[latent]` shows what the model of `run` makes of each observation.
         kwargs: Passed on to `gymnasium.make`, `levin.atari.AtariGames`, or the target.
     """
 
     id: str
-    family: Literal["gymnasium", "dm_control", "atari", "torchrl"] = "gymnasium"
+    family: Literal["gymnasium", "dm_control", "atari", "torchrl", "dream"] = "gymnasium"
     target: str | None = None
     num_envs: PositiveInt = 1
     vectorization: Literal["sync", "async"] = "sync"
@@ -74,6 +78,9 @@ class EnvConfig:
     observation_clip: PositiveFloat = 10.0
     normalize_reward: bool = False
     reward_clip: PositiveFloat = 10.0
+    run: str | None = None
+    temperature: PositiveFloat = 1.0
+    wrappers: list[Literal["latent"]] = field(default_factory=list)
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -103,10 +110,10 @@ def make(
     """
     if config.target is not None and config.family != "torchrl":
         raise ConfigError(f"env.target={config.target} is for env.family=torchrl, not for {config.family}")
-    families = {"torchrl": _make_torchrl, "atari": _make_atari}
     try:
-        vector = families.get(config.family, _make_gymnasium)
-        env = vector(config, num_envs, training=purpose == TRAINING, render=render, copy=copy)
+        env = make_vector(config, num_envs, training=purpose == TRAINING, render=render, copy=copy)
+        if config.wrappers:
+            env = dream.seen(env, config)
     except ConfigError:
         raise
     except (gym.error.DependencyNotInstalled, ImportError) as error:
@@ -119,6 +126,23 @@ def make(
         said = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{what} can't be made: {type(error).__name__}: {said}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
+
+
+def make_vector(
+    config: EnvConfig, num_envs: int | None, *, training: bool = False, render: bool = False, copy: bool = True
+) -> VectorEnv:
+    """As `make`, without seeds and with the actions of the env."""
+    families = {"torchrl": _make_torchrl, "atari": _make_atari, "dream": _make_dream}
+    return families.get(config.family, _make_gymnasium)(config, num_envs, training=training, render=render, copy=copy)
+
+
+def registered_limit(config: EnvConfig) -> int | None:
+    """Steps of the env before truncation, as its id was registered."""
+    if config.family in ("atari", "torchrl"):
+        return None
+    env = make_one(config)
+    env.close()
+    return env.spec.max_episode_steps if env.spec else None
 
 
 def _make_gymnasium(
@@ -168,6 +192,10 @@ def _make_torchrl(
             raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
     one, count = partial(target(config.target), **config.kwargs), num_envs or config.num_envs
     return TorchRLVectorEnv(one, count, time_limit=config.time_limit, round_up=not training)
+
+
+def _make_dream(config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool) -> VectorEnv:
+    return dream.make(config, num_envs or config.num_envs, training=training, render=render)
 
 
 def make_one(config: EnvConfig, render: bool = False) -> gym.Env:

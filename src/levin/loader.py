@@ -31,12 +31,20 @@ class CollectorLoader:
         version: The version of the policy; every rollout carries that of the policy that acted as `policy_version`
             `[N, T, 1]`.
         step_count: Whether rollouts carry `step_count` `[N, T, 1]`, the number of each step in its episode, from 0.
+        collects: Whether there is a rollout at all; without one the batch is empty, `[0]`, and no env takes a step.
     """
 
     def __init__(
-        self, collector: BaseCollector, env: SeededVectorEnv, version: Callable[[], int], *, step_count: bool = False
+        self,
+        collector: BaseCollector,
+        env: SeededVectorEnv,
+        version: Callable[[], int],
+        *,
+        step_count: bool = False,
+        collects: Callable[[], bool] = lambda: True,
     ) -> None:
         self.collector, self.env, self.version, self.step_count = collector, env, version, step_count
+        self.collects = collects
         self.statistics = EpisodeStatistics(env.num_envs)
         self.returns: list[float] = []  # of episodes that ended since `take`
         self.lengths: list[int] = []
@@ -52,6 +60,8 @@ class CollectorLoader:
         return self
 
     def __next__(self) -> TensorDictBase:
+        if not self.collects():
+            return TensorDict({}, batch_size=[0])
         start = perf_counter()
         # One iterator for the whole run: Lightning calls `iter` anew in every epoch.
         self._iterator = self._iterator or iter(self.collector.iterator())
@@ -149,4 +159,10 @@ def make(name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int = 0
     else:
         steps, random_env_steps = algorithm.steps_per_iteration, algorithm.random_env_steps
         collector = collectors.make(name, env, algorithm.policy(), steps=steps, random_env_steps=random_env_steps)
-    return CollectorLoader(collector, env, lambda: algorithm.iterations, step_count=algorithm.step_count)
+    return CollectorLoader(
+        collector,
+        env,
+        lambda: algorithm.iterations,
+        step_count=algorithm.step_count,
+        collects=lambda: algorithm.collects,
+    )

@@ -45,7 +45,7 @@ class ProgressBar(Callback):
             (algorithm.env_steps - env_steps) / (now - wall),
             (algorithm.updates - updates) / (now - wall),
         )
-        rates = f"{steps_rate:,.0f} steps/s · {updates_rate:,.0f} updates/s{last}"
+        rates = f"{steps_rate:,.0f} steps/s · {updates_rate:,.0f} updates/s{last}{algorithm.status}"
         self.seen = (now, algorithm.env_steps, algorithm.updates)
         self.bar.update(self.task, completed=algorithm.env_steps, rates=rates)
         if self.bar.disable:

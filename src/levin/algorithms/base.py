@@ -84,6 +84,8 @@ class Algorithm(LightningModule):
     replay_ratio: float  # updates from replay per env step
     batch_size: int  # transitions per update
     dream_steps_per_update: int = 0  # steps that are imagined
+    collects: bool = True  # whether the next iteration has a rollout; else it has an empty one
+    status: str = ""  # what the progress bar adds
 
     def __init__(self, env: EnvSpec, gamma: float) -> None:
         super().__init__()
@@ -137,12 +139,26 @@ class Algorithm(LightningModule):
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.iteration_begun = self.env_steps
         if isinstance(self.steps_per_iteration, WholeEpisodes):  # of which others have had longer or shorter ones
-            self.env_steps += int(ranks.total_number(batch.numel()))
+            self.env_steps += int(ranks.total_number(batch.shape.numel()))
         else:
-            self.env_steps += batch.numel() * ranks.size()
+            self.env_steps += batch.shape.numel() * ranks.size()  # of a TensorDict that is empty, numel is 1
         self.iterations += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
+
+    @property
+    def clock(self) -> int:
+        """What every `*.every` counts, and what names checkpoints and pictures: env steps, and more where none pass."""
+        return self.env_steps
+
+    @property
+    def dream_steps(self) -> int:
+        """Steps that were imagined, over all ranks."""
+        return self.updates * self.dream_steps_per_update * ranks.size()
+
+    def finished(self, total_env_steps: int) -> bool:
+        """Whether the run is complete."""
+        return self.env_steps >= total_env_steps
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """To zero, and not to None: gradients may be views of one vector. The Trainer calls it when a run begins."""

@@ -1,0 +1,458 @@
+"""World Models (Ha & Schmidhuber 2018, arXiv:1803.10122): see, remember, dream, act; lecture rows 25 to 27.
+
+V, a variational autoencoder, makes z of a picture. M, a recurrent mixture density network, foresees the next z. C, a
+linear policy on z and on what M remembers, is so small that evolution finds it: in the env, or in a dream of M's, where
+no env takes a step.
+
+Pseudocode:
+
+    for each round:
+        collect:     play with random actions, later with what C's distribution offers;  D <- D + {(o, a, r, end)}
+        vision:      V <- Adam( sum (o - o')^2 + max(KL(q(z|o) || N(0, 1)), 0.5 Z) )                    see
+        memory:      h_t = LSTM(z_t, a_t, h_{t-1}),  z ~ q(z|o)                                         remember
+                     M <- Adam( -log p(z_{t+1} | h_t) + (r_{t+1} - r'(h_t))^2 - 10 end log e(h_t) - ... )
+        controller:  for each generation:                                                               dream, act
+            W_1, ..., W_P ~ CMA-ES
+            play R episodes with a = W [z, h], of a dream (z' ~ p(z' | h)^(1/tau)) or of the env
+            CMA-ES <- mean returns
+
+Deviations:
+    - M also says the reward, in every task, and learns from windows of records, which begin without a memory.
+    - z is the mean of q(z|o) where an env is played, and drawn where M learns.
+    - In the env, candidates do not share the seeds of their episodes; in a dream they do.
+    - Continuous random actions are a walk; the paper draws random networks.
+    - The norm of M's gradient is clipped, not each of its entries.
+
+Metrics:
+    train/reconstruction: sum of squared errors of a picture in (0, 1).
+    train/kl: KL(q(z|o) || N(0, 1)), nats.
+    train/nll: -log p(z'|h), the mean over the entries of z.
+    train/reward_loss, train/end_loss: of M's other predictions.
+    train/fitness, train/fitness_best: mean return of a generation, and that of its best candidate.
+    train/generations: of this round.
+    train/dream_length: steps of dreamt episodes.
+    eval/dream_return: of the controller that is evaluated, in 100 dreams.
+    eval/open_loop_5, ...: see `levin.open_loop`.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import cma
+import numpy as np
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim import Adam, Optimizer
+
+from levin import open_loop, ranks
+from levin.algorithms.base import Algorithm, Batch
+from levin.algorithms.world_models_networks import Carry, Controllers, Player, Trials, WorldModel
+from levin.dream import STARTS, DreamEnv, policy_space
+from levin.errors import ConfigError
+from levin.hints import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.sequences import LATENT, SequenceReplay
+from levin.spaces import IS_FIRST, EnvSpec
+
+UPDATES = 50  # of V or M in an iteration, at most
+EVALUATED = 100  # dreams of an evaluation
+TRIAL = "trial"
+KEPT = ("round", "stage", "spent", "dreams", "dream_steps_taken", "fitness", "begun", "returns", "open")
+
+
+class WorldModels(Algorithm):
+    """V, M and C, one after the other.
+
+    Values are those of the paper and of its code for CarRacing, https://github.com/hardmaru/WorldModelsExperiments.
+
+    Args:
+        env: Spaces of the env (`envs.describe`).
+        rounds: How often all of it is done; each begins with what the one before has learned.
+        collect_env_steps: Env steps of all collections together.
+        latent_size: Z: 32.
+        memory_size: Cells of M's LSTM: 256.
+        mixtures: K, Gaussians for each entry of z: 5.
+        vision_updates: Of V, in each round: about 100,000, ten times through 10,000 episodes.
+        vision_batch_size: Pictures: 100.
+        vision_lr: Adam: 1e-4.
+        kl_tolerance: KL that costs nothing, for each entry of z: 0.5.
+        memory_updates: Of M, in each round: 4000.
+        memory_batch_size: Windows: 100.
+        memory_batch_length: Records of each: whole episodes there.
+        memory_lr: Adam: 1e-3.
+        max_grad_norm: Of M's gradient.
+        end_weight: How much more an end counts than that there is none: 10.
+        controller_training: Where C is evolved: `real`, or `dream`.
+        controller_input: What C reads: `latent_memory` is z and what M remembers; `latent`: z alone.
+        temperature: Of the dream, tau: 1.15.
+        dream_length: Steps after which a dream is over.
+        generations: Of C, in each round: 1800.
+        population: P: 64.
+        rollouts: R, episodes of each candidate: 16.
+        initial_std: Of the first generation: 0.1.
+        buffer_size: Records that replay keeps.
+        buffer_storage: `memory`, or `memmap` for a file.
+        steps_per_iteration: Vector steps of a rollout.
+    """
+
+    actions: ClassVar = ("box", "discrete")
+    observations: ClassVar = ("uint8",)
+    buffer: SequenceReplay
+
+    def __init__(
+        self,
+        *,
+        env: EnvSpec,
+        rounds: PositiveInt = 1,
+        collect_env_steps: PositiveInt = 10_000_000,
+        latent_size: PositiveInt = 32,
+        memory_size: PositiveInt = 256,
+        mixtures: PositiveInt = 5,
+        vision_updates: NonNegativeInt = 100_000,
+        vision_batch_size: PositiveInt = 100,
+        vision_lr: PositiveFloat = 1e-4,
+        kl_tolerance: NonNegativeFloat = 0.5,
+        memory_updates: NonNegativeInt = 4000,
+        memory_batch_size: PositiveInt = 100,
+        memory_batch_length: PositiveInt = 1000,
+        memory_lr: PositiveFloat = 1e-3,
+        max_grad_norm: PositiveFloat = 1.0,
+        end_weight: PositiveFloat = 10.0,
+        controller_training: Literal["real", "dream"] = "real",
+        controller_input: Literal["latent_memory", "latent"] = "latent_memory",
+        temperature: PositiveFloat = 1.15,
+        dream_length: PositiveInt = 1000,
+        generations: PositiveInt = 1800,
+        population: PositiveInt = 64,
+        rollouts: PositiveInt = 16,
+        initial_std: PositiveFloat = 0.1,
+        buffer_size: PositiveInt = 10_000_000,
+        buffer_storage: Literal["memory", "memmap"] = "memmap",
+        steps_per_iteration: PositiveInt = 100,
+    ) -> None:
+        super().__init__(env, gamma=1.0)
+        if env["observation_clip"] is not None or env["reward_clip"] is not None:
+            raise ConfigError("WorldModels reads pixels and true rewards: env.normalize_... must be false")
+        least = (memory_batch_length + 1) * env["num_envs"]
+        if collect_env_steps // rounds < least:
+            raise ConfigError(
+                f"algo.collect_env_steps={collect_env_steps} in {rounds} rounds is less than a window of each env: "
+                f"{least * rounds}"
+            )
+        if population < 2:
+            raise ConfigError("algo.population=1 has nothing to choose from: two are the least")
+        self.rounds, self.collect_env_steps = rounds, collect_env_steps
+        self.vision_updates, self.vision_batch_size, self.vision_lr = vision_updates, vision_batch_size, vision_lr
+        self.kl_tolerance, self.latent_size = kl_tolerance, latent_size
+        self.memory_updates, self.memory_batch_size, self.memory_lr = memory_updates, memory_batch_size, memory_lr
+        self.memory_batch_length, self.max_grad_norm, self.end_weight = memory_batch_length, max_grad_norm, end_weight
+        self.controller_training, self.temperature, self.dream_length = controller_training, temperature, dream_length
+        self.generations, self.population, self.rollouts = generations, population, rollouts
+        self.initial_std, self.steps_per_iteration = initial_std, steps_per_iteration
+
+        self.model = WorldModel(env, latent_size, memory_size, mixtures)
+        self.controllers = Controllers(latent_size if controller_input == "latent" else self.model.features, env)
+        self.controller = nn.Parameter(torch.zeros(self.controllers.size), requires_grad=False)
+        self.trials = Trials(env["num_envs"])
+        self.carry = Carry(env["num_envs"], self.model)
+        self.buffer = SequenceReplay(env, buffer_size, buffer_storage, memory_batch_length + 1, keeps_latents=True)
+        self.round, self.stage = 0, "collect"  # collect, vision, memory, controller
+        self.spent = 0  # updates or generations of this stage
+        self.dream_steps_taken, self.dreams = 0, 0  # episodes
+        self.evolution: cma.CMAEvolutionStrategy | None = None
+        self.fitness: list[Tensor] = []  # [P] of each generation of this round
+        self.begun: dict[str, Any] = {}  # what this round's evolution began with
+        self.returns: dict[int, float] = {}  # of the trials of this generation
+        self.open = [(-1, 0.0)] * env["num_envs"]  # trial and return so far, of the open episode
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self.vision_optimizer = Adam(self.model.vision.parameters(), lr=self.vision_lr, fused=True)
+        self.memory_optimizer = Adam(self.model.memory.parameters(), lr=self.memory_lr, fused=True)
+        return [self.vision_optimizer, self.memory_optimizer]
+
+    def policy(self, *, deterministic: bool = False) -> TensorDictModule:
+        carry = Carry(0, self.model).to(self.device) if deterministic else self.carry
+        trials = None if deterministic else self.trials
+        player = Player(self.model, self.controllers, self.controller, carry, trials)
+        out_keys: list[NestedKey] = ["action"] if deterministic else ["action", TRIAL]
+        return TensorDictModule(player, in_keys=["observation", IS_FIRST], out_keys=out_keys)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if ranks.size() > 1:
+            raise ConfigError("WorldModels trains in one process: trainer.devices=1")
+        if self.stage == "controller":
+            self.evolution = self.evolved()
+            if self.controller_training == "real":
+                self.asked = self.ask()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["stages"] = {name: getattr(self, name) for name in KEPT} | {"trials": self.trials.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for name in KEPT:
+            setattr(self, name, checkpoint["stages"][name])
+        self.trials.load_state_dict(checkpoint["stages"]["trials"])
+
+    def on_evaluation(self, folder: Path) -> dict[str, float]:
+        row: dict[str, float] = {}
+        if self.stage == "controller":
+            dreams, _ = self.dreamt(self.controller.detach().unsqueeze(0), list(range(EVALUATED)))
+            row["eval/dream_return"] = float(dreams.mean())
+        if self.stage != "collect" and len(self.buffer) > open_loop.CONTEXT:
+            row |= open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.clock}.png")
+        return row
+
+    def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
+        """Pictures and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
+        mind = self.model.begin(window["observation"][:, 0])
+        minds, rewards = [mind], [torch.zeros_like(window["reward"][:, 0])]
+        for t in range(window.shape[1] - 1):
+            action = window["action"][:, t]
+            if t + 1 < open_loop.CONTEXT:
+                mind = self.model.see(mind, action, window["observation"][:, t + 1])
+                _, reward, _ = self.model.memory.foresee(mind.hidden)
+            else:
+                noise = torch.randn(len(action), self.model.noise, device=action.device)
+                mind, reward, _ = self.model.dream(mind, action, noise, 1.0)
+            minds.append(mind)
+            rewards.append(reward)
+        pictures = torch.stack([self.model.decode(mind) for mind in minds], 1)
+        return {"": pictures}, torch.stack(rewards, 1)
+
+    def dream_model(self) -> WorldModel:
+        """What can be dreamt in. Raises ConfigError when V or M is not trained yet."""
+        if not self.model.trained:
+            raise ConfigError(f"V and M of that run are not trained yet, its stage is {self.stage}: make resume")
+        return self.model
+
+    # --- the stages
+
+    @property
+    def collects(self) -> bool:  # type: ignore[override]
+        """Whether this stage takes env steps."""
+        return self.stage == "collect" or (self.stage == "controller" and self.controller_training == "real")
+
+    @property
+    def clock(self) -> int:
+        """Env steps; and updates and dreamt episodes, in whose stages there are none."""
+        return self.env_steps + self.updates + self.dreams
+
+    @property
+    def dream_steps(self) -> int:
+        """Steps that were dreamt."""
+        return self.dream_steps_taken
+
+    @property
+    def status(self) -> str:  # type: ignore[override]
+        """Round, stage, and how far that is."""
+        budget = {"vision": self.vision_updates, "memory": self.memory_updates, "controller": self.generations}
+        return f" · {self.stage} {self.spent:,}/{budget.get(self.stage, 0):,}, round {self.round + 1}/{self.rounds}"
+
+    def finished(self, total_env_steps: int) -> bool:
+        """All rounds are over; or, where C is evolved in the env, its steps are."""
+        in_env = self.stage == "controller" and self.controller_training == "real"
+        return self.round == self.rounds or (in_env and self.env_steps >= total_env_steps)
+
+    def training_step(self, rollout: TensorDictBase, _: int) -> None:
+        if self.stage == "collect":
+            self.collect(rollout)
+        elif self.stage == "vision":
+            self.see()
+        elif self.stage == "memory":
+            self.remember()
+        elif self.controller_training == "dream":
+            self.dream()
+        else:
+            self.act(rollout)
+
+    def enter(self, stage: str) -> None:
+        """Begin a stage."""
+        self.stage, self.spent = stage, 0
+
+    def collect(self, rollout: TensorDictBase) -> None:
+        """Store what was played, until this round's share is there."""
+        latent = torch.zeros(*rollout.shape, 2 * self.latent_size, device=rollout.device)
+        self.buffer.extend(rollout.exclude(TRIAL).set(LATENT, latent))
+        if self.env_steps - self.begun.get("env_steps", 0) >= self.collect_env_steps / self.rounds:
+            self.enter("vision")
+
+    def see(self) -> None:
+        """Some updates of V, on pictures drawn uniformly."""
+        for _ in range(min(UPDATES, self.vision_updates - self.spent)):
+            row, env = self.buffer.places(self.vision_batch_size, 1)
+            observation = self.buffer.data["observation"][row[:, 0], env[:, 0]].to(self.device)
+            self.step(self.vision_optimizer, self.vision_loss(observation))
+            self.updates += 1
+            self.spent += 1
+        if self.spent >= self.vision_updates:
+            self.encode()
+            self.enter("memory")
+
+    def remember(self) -> None:
+        """Some updates of M, on windows drawn uniformly."""
+        keys = (LATENT, "action", "reward", "is_first", "is_terminal", "is_last")
+        for _ in range(min(UPDATES, self.memory_updates - self.spent)):
+            rows, env = self.buffer.places(self.memory_batch_size, self.memory_batch_length + 1)
+            batch: Batch = {key: self.buffer.data.get(key)[rows, env].to(self.device) for key in keys}
+            self.step(self.memory_optimizer, self.memory_loss(batch), self.max_grad_norm)
+            self.updates += 1
+            self.spent += 1
+        if self.spent >= self.memory_updates:
+            self.model.trained.fill_(True)
+            seed = int(torch.randint(1, 2**31, ()))
+            self.begun = {"seed": seed, "mean": self.controller.detach().cpu().clone()}
+            self.fitness = []
+            self.evolution = self.evolved()
+            self.enter("controller")
+            if self.controller_training == "real":
+                self.next_generation()
+
+    def dream(self) -> None:
+        """One generation of C, in dreams; all candidates have the same chances."""
+        asked = self.ask()
+        seeds = torch.randint(2**31, (self.rollouts,)).tolist()
+        returns, lengths = self.dreamt(torch.from_numpy(np.stack(asked)).float(), seeds)
+        self.dreams += returns.numel()
+        self.dream_steps_taken += int(lengths.sum())
+        self.record(dream_length=lengths.mean())
+        self.tell(asked, returns.mean(1))
+
+    def act(self, rollout: TensorDictBase) -> None:
+        """C in the env: take in the returns of the trials, and when all are there, begin the next generation."""
+        trial, reward, done = (
+            part.squeeze(-1).tolist() for part in (rollout[TRIAL], rollout["next", "reward"], rollout["next", "done"])
+        )
+        for env in range(len(trial)):
+            playing, total = self.open[env]
+            for number, gained, ends in zip(trial[env], reward[env], done[env], strict=True):
+                if number != playing:
+                    if playing >= 0:  # an episode that a resume cut short: its trial is made again
+                        self.trials.queue.append(self.trials.queue[playing])
+                    playing, total = number, 0.0
+                total += gained
+                if ends:
+                    if playing >= 0:
+                        self.returns[playing] = total
+                    playing, total = -1, 0.0
+            self.open[env] = (playing, total)
+        if len(self.returns) == self.population * self.rollouts:
+            returns = torch.zeros(self.population, dtype=torch.float64)
+            for number, total in self.returns.items():
+                returns[self.trials.queue[number]] += total / self.rollouts
+            self.tell(self.asked, returns)
+            if self.stage == "controller":
+                self.next_generation()
+
+    def next_generation(self) -> None:
+        """Let the next candidates play, each as often as it has to."""
+        self.asked = self.ask()
+        self.returns, self.open = {}, [(-1, 0.0)] * len(self.open)
+        queue = [candidate for _ in range(self.rollouts) for candidate in range(self.population)]
+        self.trials.begin(torch.from_numpy(np.stack(self.asked)).float(), queue)
+
+    # --- V
+
+    def vision_loss(self, observation: Tensor) -> Tensor:
+        """E[sum (o - o')^2 + max(KL(q(z|o) || N(0, 1)), 0.5 Z)], of pictures `[B, C, H, W]`."""
+        mean, log_variance = self.model.vision.encode(observation)
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        error = (self.model.vision.decode(z) - observation.float() / 255).square().flatten(1).sum(1).mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        self.record(reconstruction=error, kl=kl.mean())
+        return error + kl.clamp(min=self.kl_tolerance * self.latent_size).mean()
+
+    @torch.no_grad()
+    def encode(self) -> None:
+        """Let replay keep V's distribution of every picture, and the model the pictures that episodes begin with."""
+        data = self.buffer.data
+        for start in range(0, len(data), 1000):
+            rows: Tensor = data.get("observation")[start : start + 1000]  # [n, N, *S]
+            encoded = self.model.vision.encode(rows.flatten(0, 1).to(self.device))
+            data[LATENT][start : start + 1000] = torch.cat(encoded, -1).unflatten(0, rows.shape[:2])
+        first, env = data["is_first"].squeeze(-1).nonzero(as_tuple=True)
+        chosen = torch.randint(len(first), (STARTS,))
+        self.model.starts.copy_(data["observation"][first[chosen], env[chosen]])
+
+    # --- M
+
+    def memory_loss(self, batch: Batch) -> Tensor:
+        """E[-log p(z'|h) + (r' - r(h))^2 - 10 end log e(h) - (1 - end) log(1 - e(h))], of windows `[B, 1 + T]`.
+
+        z is drawn anew from q(z|o) each time. What leads from one episode into the next is not learned.
+        """
+        mean, log_variance = batch[LATENT].chunk(2, -1)
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        hidden = self.model.memory.run(z[:, :-1], batch["action"][:, :-1], batch["is_first"][:, :-1])
+        mixture, reward, end = self.model.memory.foresee(hidden)
+        goes_on = (~batch["is_last"][:, :-1] & ~batch["is_first"][:, 1:]).float()  # [B, T, 1]
+        share = goes_on / goes_on.sum().clamp(min=1)
+        nll = (share * mixture.nll(z[:, 1:]).unsqueeze(-1)).sum()
+        reward_loss = (share * (reward - batch["reward"][:, 1:]).square()).sum()
+        ends, weight = batch["is_terminal"][:, 1:].float(), torch.tensor(self.end_weight, device=end.device)
+        end_loss = binary_cross_entropy_with_logits(end, ends, share, reduction="sum", pos_weight=weight)
+        self.record(nll=nll, reward_loss=reward_loss, end_loss=end_loss)
+        return nll + reward_loss + end_loss
+
+    # --- C
+
+    def evolved(self) -> cma.CMAEvolutionStrategy:
+        """This round's CMA-ES, after the generations that have been.
+
+        It is not saved but made again: it draws from a stream of its own, and its fitness is known.
+        """
+        stream = np.random.default_rng(self.begun["seed"])
+        options: dict[str, Any] = {"popsize": self.population, "verbose": -9, "seed": np.nan}
+        options["randn"] = lambda *shape: stream.standard_normal(shape)
+        evolution = cma.CMAEvolutionStrategy(self.begun["mean"].double().numpy(), self.initial_std, options)
+        for fitness in self.fitness:
+            evolution.tell(evolution.ask(), (-fitness).tolist())
+        return evolution
+
+    def ask(self) -> list[np.ndarray]:
+        """The candidates of this generation, `[n]` each."""
+        assert self.evolution is not None
+        return self.evolution.ask()
+
+    def tell(self, asked: list[np.ndarray], fitness: Tensor) -> None:
+        """Let them have these mean returns `[P]`; the controller becomes the mean of their distribution."""
+        assert self.evolution is not None
+        self.evolution.tell(asked, (-fitness).tolist())
+        self.fitness.append(fitness)
+        self.controller.copy_(torch.from_numpy(self.evolution.result.xfavorite))
+        self.spent += 1
+        self.record(fitness=fitness.mean(), fitness_best=fitness.max(), generations=torch.tensor(float(self.spent)))
+        if self.spent >= self.generations:
+            self.round += 1
+            self.begun["env_steps"] = self.env_steps
+            self.trials.begin(torch.from_numpy(np.stack(self.ask())).float(), [])
+            self.enter("collect")
+
+    def dreamt(self, numbers: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+        """Returns and lengths of controllers `[P, n]` in dreams with these seeds `[R]`: both `[P, R]`."""
+        shape = len(numbers), len(seeds)
+        num = len(numbers) * len(seeds)
+        actions = policy_space(self.env["action"])
+        env = DreamEnv(
+            self.model,
+            self.model.starts,
+            actions,
+            num_envs=num,
+            temperature=self.temperature,
+            time_limit=self.dream_length,
+        )
+        env.reset(seed=seeds * len(numbers))
+        feature, goes_on = env.mind.feature, np.ones(num, dtype=bool)
+        total, length = np.zeros(num), np.zeros(num)
+        with torch.inference_mode():
+            while goes_on.any():
+                action = self.controllers(numbers, feature.unflatten(0, shape))
+                feature, reward, ends, cuts = env.advance(action.flatten(0, 1))
+                total += reward * goes_on
+                length += goes_on
+                goes_on &= ~(ends | cuts)
+        return torch.from_numpy(total).unflatten(0, shape), torch.from_numpy(length).unflatten(0, shape)
