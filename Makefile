@@ -83,7 +83,7 @@ dreaming: .venv/.core .venv/.report ## Dreamer with and without its dream's grad
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
 	$(BIN)/python -m levin.report $(if $(CHECK),check=true)
 
-bench: .venv/.core .venv/.mujoco ## [WHAT=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint|estimators|dreamer] speed beside the peers, interleaved
+bench: .venv/.core .venv/.mujoco ## [WHAT=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint|estimators|dreamer|dream] speed beside the peers, interleaved
 	$(BIN)/python -m levin.bench what=$(or $(WHAT),sac) $(ARGS)
 
 bench-setup: ## Install the peers into an environment of their own

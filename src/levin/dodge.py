@@ -21,8 +21,8 @@ class Dodge(gym.Env):
     """Observations `[16, 16]` uint8; left, stay, right; +1 for every step; an episode ends with a hit.
 
     A picture shows what is above the player, who stands in the middle of its lower edge and is not drawn. The world is
-    as wide as a picture, and ends with walls. Balls bounce off the sides. One that has fallen out comes again from the top, in a random column with a random
-    drift and speed.
+    as wide as a picture, and ends with walls, from which balls bounce. A ball that has fallen out comes again from the
+    top, in a random column with a random drift and speed.
 
     Args:
         balls: How many there are at a time.
@@ -68,8 +68,8 @@ class Dodge(gym.Env):
     def _picture(self) -> np.ndarray:
         scene = np.full((SIZE, 3 * SIZE), WALL, np.uint8)
         scene[:, SIZE : 2 * SIZE] = 0
-        for row, column in np.rint(self.place).astype(int) + [0, SIZE]:
-            scene[max(row, 0) : max(row + BALL, 0), column : column + BALL] = BRIGHT
+        for row, column in np.rint(self.place).astype(int):
+            scene[max(row, 0) : max(row + BALL, 0), SIZE + column : SIZE + column + BALL] = BRIGHT
         left = SIZE + self.player - (SIZE - PLAYER) // 2
         return scene[:, left : left + SIZE].copy()
 

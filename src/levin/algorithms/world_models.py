@@ -20,6 +20,7 @@ Deviations:
     - M also says the reward, in every task, and learns from windows of records, which begin without a memory.
     - z is the mean of q(z|o) where an env is played, and drawn where M learns.
     - In the env, candidates do not share the seeds of their episodes; in a dream they do.
+    - In a dream the end is drawn, of M's probability of it.
     - Continuous random actions are a walk; the paper draws random networks.
     - The norm of M's gradient is clipped, not each of its entries.
 
@@ -43,7 +44,7 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
@@ -95,6 +96,7 @@ class WorldModels(Algorithm):
         buffer_size: Records that replay keeps.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps of a rollout.
+        compile: The losses of V and M; the same numbers, after minutes at the start.
     """
 
     actions: ClassVar = ("box", "discrete")
@@ -131,6 +133,7 @@ class WorldModels(Algorithm):
         buffer_size: PositiveInt = 10_000_000,
         buffer_storage: Literal["memory", "memmap"] = "memmap",
         steps_per_iteration: PositiveInt = 100,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma=1.0)
         if env["observation_clip"] is not None or env["reward_clip"] is not None:
@@ -152,9 +155,8 @@ class WorldModels(Algorithm):
         self.generations, self.population, self.rollouts = generations, population, rollouts
         self.initial_std, self.steps_per_iteration = initial_std, steps_per_iteration
 
-        self.model = WorldModel(env, latent_size, memory_size, mixtures)
+        self.model = WorldModel(env, latent_size, memory_size, mixtures, end_weight)
         self.controllers = Controllers(latent_size if controller_input == "latent" else self.model.features, env)
-        self.controller = nn.Parameter(torch.zeros(self.controllers.size), requires_grad=False)
         self.trials = Trials(env["num_envs"])
         self.carry = Carry(env["num_envs"], self.model)
         self.buffer = SequenceReplay(env, buffer_size, buffer_storage, memory_batch_length + 1, keeps_latents=True)
@@ -166,6 +168,8 @@ class WorldModels(Algorithm):
         self.begun: dict[str, Any] = {}  # what this round's evolution began with
         self.returns: dict[int, float] = {}  # of the trials of this generation
         self.open = [(-1, 0.0)] * env["num_envs"]  # trial and return so far, of the open episode
+        if compile:
+            self.compile_losses("vision_loss", "memory_loss")
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.vision_optimizer = Adam(self.model.vision.parameters(), lr=self.vision_lr, fused=True)
@@ -175,7 +179,7 @@ class WorldModels(Algorithm):
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         carry = Carry(0, self.model).to(self.device) if deterministic else self.carry
         trials = None if deterministic else self.trials
-        player = Player(self.model, self.controllers, self.controller, carry, trials)
+        player = Player(self.model, self.controllers, carry, trials)
         out_keys: list[NestedKey] = ["action"] if deterministic else ["action", TRIAL]
         return TensorDictModule(player, in_keys=["observation", IS_FIRST], out_keys=out_keys)
 
@@ -201,7 +205,7 @@ class WorldModels(Algorithm):
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.stage == "controller":
-            dreams, _ = self.dreamt(self.controller.detach().unsqueeze(0), list(range(EVALUATED)))
+            dreams, _ = self.dreamt(self.controllers.best.unsqueeze(0), list(range(EVALUATED)))
             row["eval/dream_return"] = float(dreams.mean())
         if self.stage != "collect" and len(self.buffer) > open_loop.CONTEXT:
             row |= open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.clock}.png")
@@ -226,7 +230,7 @@ class WorldModels(Algorithm):
 
     def dream_model(self) -> WorldModel:
         """What can be dreamt in. Raises ConfigError when V or M is not trained yet."""
-        if not self.model.trained:
+        if not self.model.starts.any():
             raise ConfigError(f"V and M of that run are not trained yet, its stage is {self.stage}: make resume")
         return self.model
 
@@ -286,7 +290,9 @@ class WorldModels(Algorithm):
         for _ in range(min(UPDATES, self.vision_updates - self.spent)):
             row, env = self.buffer.places(self.vision_batch_size, 1)
             observation = self.buffer.data["observation"][row[:, 0], env[:, 0]].to(self.device)
-            self.step(self.vision_optimizer, self.vision_loss(observation))
+            loss, terms = self.vision_loss(observation)
+            self.step(self.vision_optimizer, loss)
+            self.record(**terms)
             self.updates += 1
             self.spent += 1
         if self.spent >= self.vision_updates:
@@ -299,13 +305,15 @@ class WorldModels(Algorithm):
         for _ in range(min(UPDATES, self.memory_updates - self.spent)):
             rows, env = self.buffer.places(self.memory_batch_size, self.memory_batch_length + 1)
             batch: Batch = {key: self.buffer.data.get(key)[rows, env].to(self.device) for key in keys}
-            self.step(self.memory_optimizer, self.memory_loss(batch), self.max_grad_norm)
+            loss, terms = self.memory_loss(batch)
+            self.step(self.memory_optimizer, loss, self.max_grad_norm)
+            self.record(**terms)
             self.updates += 1
             self.spent += 1
         if self.spent >= self.memory_updates:
-            self.model.trained.fill_(True)
+            self.keep_starts()
             seed = int(torch.randint(1, 2**31, ()))
-            self.begun = {"seed": seed, "mean": self.controller.detach().cpu().clone()}
+            self.begun = {"seed": seed, "mean": self.controllers.best.cpu().clone()}
             self.fitness = []
             self.evolution = self.evolved()
             self.enter("controller")
@@ -357,33 +365,38 @@ class WorldModels(Algorithm):
 
     # --- V
 
-    def vision_loss(self, observation: Tensor) -> Tensor:
-        """E[sum (o - o')^2 + max(KL(q(z|o) || N(0, 1)), 0.5 Z)], of pictures `[B, C, H, W]`."""
+    def vision_loss(self, observation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """E[sum (o - o')^2 + max(KL(q(z|o) || N(0, 1)), 0.5 Z)], of pictures `[B, C, H, W]`. Also gives the terms."""
         mean, log_variance = self.model.vision.encode(observation)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         error = (self.model.vision.decode(z) - observation.float() / 255).square().flatten(1).sum(1).mean()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
-        self.record(reconstruction=error, kl=kl.mean())
-        return error + kl.clamp(min=self.kl_tolerance * self.latent_size).mean()
+        loss = error + kl.clamp(min=self.kl_tolerance * self.latent_size).mean()
+        return loss, {"reconstruction": error.detach(), "kl": kl.mean().detach()}
 
     @torch.no_grad()
     def encode(self) -> None:
-        """Let replay keep V's distribution of every picture, and the model the pictures that episodes begin with."""
+        """Let replay keep V's distribution of every picture."""
         data = self.buffer.data
         for start in range(0, len(data), 1000):
             rows: Tensor = data.get("observation")[start : start + 1000]  # [n, N, *S]
             encoded = self.model.vision.encode(rows.flatten(0, 1).to(self.device))
             data[LATENT][start : start + 1000] = torch.cat(encoded, -1).unflatten(0, rows.shape[:2])
+
+    def keep_starts(self) -> None:
+        """Let the model keep pictures that episodes begin with: dreams begin there."""
+        data = self.buffer.data
         first, env = data["is_first"].squeeze(-1).nonzero(as_tuple=True)
         chosen = torch.randint(len(first), (STARTS,))
         self.model.starts.copy_(data["observation"][first[chosen], env[chosen]])
 
     # --- M
 
-    def memory_loss(self, batch: Batch) -> Tensor:
+    def memory_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """E[-log p(z'|h) + (r' - r(h))^2 - 10 end log e(h) - (1 - end) log(1 - e(h))], of windows `[B, 1 + T]`.
 
-        z is drawn anew from q(z|o) each time. What leads from one episode into the next is not learned.
+        z is drawn anew from q(z|o) each time. What leads from one episode into the next is not learned. Also gives the
+        terms.
         """
         mean, log_variance = batch[LATENT].chunk(2, -1)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
@@ -395,8 +408,8 @@ class WorldModels(Algorithm):
         reward_loss = (share * (reward - batch["reward"][:, 1:]).square()).sum()
         ends, weight = batch["is_terminal"][:, 1:].float(), torch.tensor(self.end_weight, device=end.device)
         end_loss = binary_cross_entropy_with_logits(end, ends, share, reduction="sum", pos_weight=weight)
-        self.record(nll=nll, reward_loss=reward_loss, end_loss=end_loss)
-        return nll + reward_loss + end_loss
+        terms = {"nll": nll.detach(), "reward_loss": reward_loss.detach(), "end_loss": end_loss.detach()}
+        return nll + reward_loss + end_loss, terms
 
     # --- C
 
@@ -423,7 +436,7 @@ class WorldModels(Algorithm):
         assert self.evolution is not None
         self.evolution.tell(asked, (-fitness).tolist())
         self.fitness.append(fitness)
-        self.controller.copy_(torch.from_numpy(self.evolution.result.xfavorite))
+        self.controllers.best.copy_(torch.from_numpy(self.evolution.result.xfavorite))
         self.spent += 1
         self.record(fitness=fitness.mean(), fitness_best=fitness.max(), generations=torch.tensor(float(self.spent)))
         if self.spent >= self.generations:

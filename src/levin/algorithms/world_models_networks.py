@@ -151,15 +151,15 @@ class WorldModel(nn.Module):
         z: Size of what V makes of a picture, Z.
         cells: Of M's LSTM.
         mixtures: K, Gaussians for each entry of z.
+        end_weight: How much more ends count where M learns.
 
     Raises:
         ConfigError: Observations that are not pixels.
     """
 
-    starts: Tensor  # [STARTS, C, H, W]: first pictures of episodes
-    trained: Tensor  # whether V and M are
+    starts: Tensor  # [STARTS, C, H, W]: first pictures of episodes; zeros until V and M are trained
 
-    def __init__(self, env: EnvSpec, z: int, cells: int, mixtures: int) -> None:
+    def __init__(self, env: EnvSpec, z: int, cells: int, mixtures: int, end_weight: float) -> None:
         super().__init__()
         space = env["observation"]
         if space["type"] != "box" or space["dtype"] != "uint8":
@@ -167,9 +167,8 @@ class WorldModel(nn.Module):
         self.actions, self.discrete = action_size(env), env["action"]["type"] == "discrete"
         self.vision = Vision(space["shape"], z)
         self.memory = Memory(z, self.actions, cells, mixtures)
-        self.features, self.noise = z + cells, 2 * z
+        self.features, self.noise, self.end_weight = z + cells, 2 * z + 1, end_weight
         self.register_buffer("starts", torch.zeros(STARTS, *space["shape"], dtype=torch.uint8))
-        self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
 
     def encoded(self, action: Tensor) -> Tensor:
         """Actions as M reads them: `[N, A]`, of finite ones `[N]` one-hot."""
@@ -197,11 +196,16 @@ class WorldModel(nn.Module):
         """After an action, as M has it: the mind, the reward `[N, 1]`, and whether the episode ends `[N, 1]`.
 
         Args:
-            noise: Standard normal numbers `[N, 2 Z]`: the only chance there is.
+            noise: Standard normal numbers `[N, 2 Z + 1]`: the only chance there is.
+            temperature: tau, of all three draws.
+
+        # Deviation: the end is drawn, too, of probabilities without the weight that ends had in training; in the code
+        beside the paper an episode ends where the logit is above 0.
         """
         hidden, cell = self.remember(mind, action)
-        mixture, reward, end = self.memory.foresee(hidden)
-        return Mind(mixture.sample(noise, temperature), hidden, cell), reward, end > 0
+        mixture, reward, logit = self.memory.foresee(hidden)
+        ends = torch.special.ndtr(noise[:, -1:]) < ((logit - math.log(self.end_weight)) / temperature).sigmoid()
+        return Mind(mixture.sample(noise[:, :-1], temperature), hidden, cell), reward, ends
 
     def decode(self, mind: Mind) -> Tensor:
         """What it looks like: `[N, C, H, W]`, from 0 to 255."""
@@ -209,18 +213,21 @@ class WorldModel(nn.Module):
 
 
 class Controllers(nn.Module):
-    """C: linear policies `a = W [z, h] + b`, one for each row of numbers `[P, (F + 1) A]`.
+    """C: linear policies `a = W [z, h] + b`, one for each row of numbers `[P, (F + 1) A]`. `best` is what comes of them.
 
     Args:
         reads: F, how many of the features are read: those of z come first.
         env: Spaces.
     """
 
+    best: Tensor  # [(F + 1) A]
+
     def __init__(self, reads: int, env: EnvSpec) -> None:
         super().__init__()
         self.reads, self.actions = reads, action_size(env)
         self.discrete = env["action"]["type"] == "discrete"
         self.size = (reads + 1) * self.actions
+        self.register_buffer("best", torch.zeros(self.size))
 
     def forward(self, numbers: Tensor, feature: Tensor) -> Tensor:
         """What each chooses: `[P, R, *] -> [P, R, A]` in [-1, 1], or the numbers of finite actions `[P, R]`."""
@@ -293,23 +300,14 @@ class Player(nn.Module):
 
     Args:
         model: V and M.
-        controllers: How numbers become actions.
-        controller: The numbers of the one that evaluations are of, `[n]`.
+        controllers: C, the best of them.
         carry: Its memory.
-        trials: Which controllers play instead; then their trial is given too, `[N, 1]`.
+        trials: Which others play instead; then their trial is given too, `[N, 1]`.
     """
 
-    def __init__(
-        self,
-        model: WorldModel,
-        controllers: Controllers,
-        controller: nn.Parameter,
-        carry: Carry,
-        trials: Trials | None = None,
-    ) -> None:
+    def __init__(self, model: WorldModel, controllers: Controllers, carry: Carry, trials: Trials | None = None) -> None:
         super().__init__()
-        self.model, self.controllers, self.controller = model, controllers, controller
-        self.carry, self.trials = carry, trials
+        self.model, self.controllers, self.carry, self.trials = model, controllers, carry, trials
 
     def forward(self, observation: Tensor, is_first: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         carry = self.carry
@@ -319,7 +317,7 @@ class Player(nn.Module):
             carry.z, _ = self.model.vision.encode(observation)
             carry.hidden, carry.cell = hidden * ~is_first, cell * ~is_first
         if self.trials is None:
-            action = self.choose(self.controller.expand(len(is_first), -1))
+            action = self.choose(self.controllers.best.expand(len(is_first), -1))
         else:
             self.trials.take(is_first.squeeze(-1))
             at_random = self.trials.numbers is None

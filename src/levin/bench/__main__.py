@@ -26,7 +26,19 @@ def checkpoint(*, rounds: int, threads: int) -> None:
 def bench(
     *,
     what: Literal[
-        "sac", "td3", "ddpg", "dqn", "ppo", "a2c", "trpo", "collect", "memory", "checkpoint", "estimators", "dreamer"
+        "sac",
+        "td3",
+        "ddpg",
+        "dqn",
+        "ppo",
+        "a2c",
+        "trpo",
+        "collect",
+        "memory",
+        "checkpoint",
+        "estimators",
+        "dreamer",
+        "dream",
     ],
     segments: PositiveInt = 10,
     threads: PositiveInt = 2,
@@ -35,7 +47,7 @@ def bench(
 
     Args:
         what: An algorithm: training runs; `collect`: rollouts alone; `memory`: replay, full; `checkpoint`: what saving
-            costs a run; `estimators`: of gradients; `dreamer`: updates beside TorchRL's.
+            costs a run; `estimators`: of gradients; `dreamer`: updates beside TorchRL's; `dream`: steps in a model.
         segments: Rounds, each one segment of every side.
         threads: Torch threads of each side.
     """
@@ -49,6 +61,10 @@ def bench(
         from levin.bench.dreamer import dreamer
 
         dreamer(rounds=segments, threads=threads)
+    elif what == "dream":
+        from levin.bench.dream import dream
+
+        dream(rounds=segments, threads=threads)
     elif what == "memory":
         from levin.bench.memory import memory
 
