@@ -27,6 +27,12 @@ def stacked(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
     return (torch.stack(part, 1) for part in zip(*steps, strict=True))
 
 
+def ended(goes_on: Tensor, chance: Tensor, temperature: float) -> Tensor:
+    """Whether a dreamt episode ends, of the probability that it goes on and a standard normal number; all `[N, 1]`."""
+    log_odds = torch.logit(1 - goes_on.clamp(max=1.0), eps=1e-6) / temperature
+    return torch.special.ndtr(chance) < log_odds.sigmoid()
+
+
 class Model(Protocol):
     """What a policy remembers with."""
 

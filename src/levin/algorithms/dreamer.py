@@ -166,7 +166,7 @@ class Dreamer(Algorithm):
             hidden=hidden,
             units=units,
             activation=activation,
-            continues=continue_scale > 0,
+            gamma=gamma if continue_scale > 0 else None,
         )
         self.actor = Policy(self.model.features, env, units, activation, initial_std)
         self.critic = mlp([self.model.features, units, units, units, 1], activation)
@@ -219,6 +219,10 @@ class Dreamer(Algorithm):
         }
         reward = single(self.model.reward_model(feature))
         return observation, reward.unflatten(0, window.shape)
+
+    def dream_model(self) -> WorldModel:
+        """What can be dreamt in."""
+        return self.model
 
     def update(self, batch: TensorDictBase) -> None:
         """One step of each of the three, on sequences `[B, T]`."""

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from levin.distributions import OneHot, SquashedNormal
 from levin.errors import ConfigError
 from levin.networks import action_size, mlp, single
-from levin.recurrent import OneHotAction, State, stacked
+from levin.recurrent import OneHotAction, State, ended, stacked
 from levin.spaces import EnvSpec, Space
 
 MIN_STD = 0.1  # of a latent
@@ -113,7 +113,7 @@ class WorldModel(nn.Module):
         hidden: Width of the layers between.
         units: Width of the other networks.
         activation: Between all layers, but for pixels.
-        continues: Whether there is a continue model.
+        gamma: Discount, which is in the continue model; None: there is none.
 
     Raises:
         ConfigError: Observations that it can't read.
@@ -129,11 +129,13 @@ class WorldModel(nn.Module):
         hidden: int,
         units: int,
         activation: str,
-        continues: bool,
+        gamma: float | None,
     ) -> None:
         super().__init__()
         self.deter, self.stoch, self.actions = deter if transition == "gru" else 0, stoch, action_size(env)
         self.features = self.deter + stoch
+        self.gamma = gamma or 1.0
+        self.one_hot = OneHot([self.actions]) if env["action"]["type"] == "discrete" else None
         self.parts = env["observation"].get("spaces", {"": env["observation"]})
         networks = {name: self.networks(part, units, activation, env["id"]) for name, part in self.parts.items()}
         embedding = sum(size for _, _, size in networks.values())
@@ -151,7 +153,7 @@ class WorldModel(nn.Module):
         self.from_deter = nn.Linear(self.deter, hidden, bias=False) if self.deter else None
         self.posterior_head = nn.Linear(hidden, 2 * stoch)
         self.reward_model = mlp([self.features, units, units, 1], activation)
-        self.continue_model = mlp([self.features, units, units, units, 1], activation) if continues else None
+        self.continue_model = mlp([self.features, units, units, units, 1], activation) if gamma else None
 
     def initial(self, batch: int, like: Tensor) -> State:
         """Nothing is known: zeros `[B, *]`."""
@@ -234,6 +236,44 @@ class WorldModel(nn.Module):
         """The state after an action, as the transition model imagines it."""
         deter, seed = self.transition(state, self.into_action(action))
         return State(deter, belief(self.prior_head(seed)).sample())
+
+    # What `levin.dream` asks for
+
+    @property
+    def noise(self) -> int:
+        """Standard normal numbers that a step of a dream takes."""
+        return self.stoch + 1
+
+    def encoded(self, action: Tensor) -> Tensor:
+        """Actions of a policy as the model reads them: `[N, A]`."""
+        return self.one_hot.encode(action) if self.one_hot else action
+
+    def begin(self, observation: Any) -> State:
+        """The state at the first observation of an episode."""
+        num = len(next(iter(self.of(observation).values())))
+        nothing = self.into_stoch.weight.new_zeros(num, self.actions)
+        return self.see(self.initial(num, nothing), nothing, observation)
+
+    def see(self, state: State, action: Tensor, observation: Any) -> State:
+        """The state after an action and the observation that it led to: the mean of q."""
+        return self.step(state, action, observation, sample=False)
+
+    def dream(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
+        """The state after an action, its reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
+
+        Args:
+            noise: Standard normal numbers `[N, S + 1]`: the only chance there is.
+            temperature: tau: sqrt(tau) is a factor of the deviation, 1 / tau one of the log-odds of an end.
+        """
+        deter, seed = self.transition(state, self.into_action(action))
+        prior = belief(self.prior_head(seed))
+        stoch = torch.addcmul(prior.mean, prior.std, noise[:, :-1], value=math.sqrt(temperature))
+        state = State(deter, stoch)
+        reward = single(self.reward_model(state.feature))
+        if self.continue_model is None:
+            return state, reward, torch.zeros_like(reward, dtype=torch.bool)
+        ends = ended(single(self.continue_model(state.feature)).sigmoid() / self.gamma, noise[:, -1:], temperature)
+        return state, reward, ends
 
 
 class Policy(nn.Module):

@@ -57,7 +57,7 @@ from torch.optim import Optimizer
 
 from levin import open_loop, ranks, returns
 from levin.algorithms.base import Algorithm, Batch
-from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, TwoHot, WorldModel, head, kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, WorldModel, head, kl, symexp, symlog
 from levin.errors import ConfigError
 from levin.estimators import GumbelSoftmax, ReinMax, StraightThrough
 from levin.hints import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -159,11 +159,11 @@ class DreamerV3(Algorithm):
         self.lr, self.warm_up, self.clip = lr, warm_up, clip
 
         widths = SIZES[size]
-        self.model = WorldModel(env, size=widths, estimator=ESTIMATORS[latent_estimator])
+        self.model = WorldModel(env, size=widths, estimator=ESTIMATORS[latent_estimator], gamma=gamma)
         self.actor = Policy(self.model.features, env, widths.units)
         self.critic = head(self.model.features, widths.units, 3, BINS, scale=0.0)
         self.slow_critic = deepcopy(self.critic).requires_grad_(False)
-        self.two_hot = TwoHot()
+        self.two_hot = self.model.two_hot
         self.register_buffer("return_range", torch.zeros(2))
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.carry = Carry(env["num_envs"], self.model)
@@ -215,6 +215,10 @@ class DreamerV3(Algorithm):
         }
         reward = self.two_hot.mean(single(self.model.reward_model(state.feature)))
         return foreseen, reward.unflatten(0, window.shape)
+
+    def dream_model(self) -> WorldModel:
+        """What can be dreamt in."""
+        return self.model
 
     def update(self, batch: TensorDictBase) -> Tensor:
         """One step, on sequences `[B, 1 + T]`; gives the states that they lead to `[B, T, *]`, as replay keeps them.

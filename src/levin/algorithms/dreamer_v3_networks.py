@@ -6,17 +6,17 @@ A layer is linear, then RMSNorm, then SiLU. Weights are normal, cut off at two d
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, interpolate, max_pool2d, rms_norm, silu
+from torch.nn.functional import conv2d, interpolate, max_pool2d, one_hot, rms_norm, silu
 
-from levin.distributions import Normal
+from levin.distributions import Normal, OneHot
 from levin.errors import ConfigError
 from levin.estimators.pathwise import Relaxation
 from levin.networks import action_size, single
-from levin.recurrent import OneHotAction, State, stacked, unimixed
+from levin.recurrent import OneHotAction, State, ended, stacked, unimixed
 from levin.spaces import EnvSpec
 
 BLOCKS = 8  # of the GRU's block-diagonal matrices
@@ -216,13 +216,16 @@ class WorldModel(nn.Module):
         env: Spaces. Observations are vectors, pixels of 64 x 64, or a dict of them.
         size: Widths.
         estimator: What carries the gradient through the draws of a state.
+        gamma: Discount, which is in the continue model.
 
     Raises:
         ConfigError: Observations that it can't read.
     """
 
-    def __init__(self, env: EnvSpec, *, size: Size, estimator: Relaxation) -> None:
+    def __init__(self, env: EnvSpec, *, size: Size, estimator: Relaxation, gamma: float) -> None:
         super().__init__()
+        self.gamma, self.noise, self.two_hot = gamma, size.stoch + 1, TwoHot()
+        self.one_hot = OneHot([env["action"]["n"]]) if env["action"]["type"] == "discrete" else None
         self.deter, self.stoch, self.actions = size.deter, size.stoch * size.classes, action_size(env)
         self.features, self.choices, self.estimator = self.deter + self.stoch, (size.stoch, size.classes), estimator
         self.parts = env["observation"].get("spaces", {"": env["observation"]})
@@ -326,6 +329,39 @@ class WorldModel(nn.Module):
         if torch.is_grad_enabled():
             return deter, self.drawn(self.prior(deter))
         return deter, chosen(single(self.prior_head(deter)).unflatten(-1, self.choices)).flatten(-2)
+
+    # What `levin.dream` asks for
+
+    def encoded(self, action: Tensor) -> Tensor:
+        """Actions of a policy as the model reads them: `[N, A]`."""
+        return self.one_hot.encode(action) if self.one_hot else action
+
+    def begin(self, observation: Any) -> State:
+        """The state at the first observation of an episode."""
+        num = len(next(iter(self.of(observation).values())))
+        nothing = self.from_deter.weight.new_zeros
+        before = State(nothing(num, self.deter), nothing(num, self.stoch))
+        return self.see(before, nothing(num, self.actions), observation)
+
+    def see(self, state: State, action: Tensor, observation: Any) -> State:
+        """The state after an action and the observation that it led to: the mean of q."""
+        return self.step(state, action, observation, sample=False)
+
+    def dream(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
+        """The state after an action, its reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
+
+        Args:
+            noise: Standard normal numbers `[N, S + 1]`: the only chance there is.
+            temperature: tau: 1 / tau is a factor of all log-odds.
+        """
+        deter = self.gru(State(state.deter, state.stoch), self.gru.action_part(action))
+        below = (self.prior(deter) / temperature).softmax(-1).cumsum(-1)[..., :-1]  # [N, S, K - 1]
+        chosen = (torch.special.ndtr(noise[:, :-1]).unsqueeze(-1) >= below).sum(-1)
+        stoch = one_hot(chosen, self.choices[1]).to(deter).flatten(-2)
+        state = State(deter, stoch)
+        reward = self.two_hot.mean(single(self.reward_model(state.feature)))
+        goes_on = single(self.continue_model(state.feature)).sigmoid() / self.gamma
+        return state, reward, ended(goes_on, noise[:, -1:], temperature)
 
     def decode(self, state: State) -> dict[str, Tensor]:
         """The parts of the observation `[B, *S]`: numbers after symlog, pixels in (0, 1)."""

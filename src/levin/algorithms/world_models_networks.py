@@ -213,7 +213,7 @@ class WorldModel(nn.Module):
 
 
 class Controllers(nn.Module):
-    """C: linear policies `a = W [z, h] + b`, one for each row of numbers `[P, (F + 1) A]`. `best` is what comes of them.
+    """C: linear policies `a = W [z, h] + b`, one for each row of numbers `[P, (F + 1) A]`. `best`: what they lead to.
 
     Args:
         reads: F, how many of the features are read: those of z come first.

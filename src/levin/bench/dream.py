@@ -1,0 +1,61 @@
+"""Steps of a dream in which a population of controllers is evolved, beside a loop over dreams of one env each."""
+
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from levin.algorithms.world_models import WorldModels
+from levin.bench.peers import table
+from levin.dream import DreamEnv, policy_space
+from levin.spaces import EMPTY, EnvSpec
+
+POPULATION, ROLLOUTS, LENGTH = 32, 4, 200
+PEER = "one env at a time"
+SPEC: EnvSpec = {
+    "id": "a benchmark",
+    "num_envs": 1,
+    "observation": {**EMPTY, "shape": [1, 16, 16], "dtype": "uint8"},
+    "action": {**EMPTY, "type": "discrete", "dtype": "int64", "n": 3},
+    "action_units": "none",
+    "action_repeat": 1,
+    "observation_clip": None,
+    "reward_clip": None,
+}
+
+
+def one_by_one(algorithm: WorldModels, numbers: torch.Tensor, steps: int) -> float:
+    """Steps per second of as many envs, each stepped for itself."""
+    model, actions = algorithm.model, policy_space(SPEC["action"])
+    envs = [
+        DreamEnv(model, model.starts, actions, num_envs=1, temperature=1.0, time_limit=LENGTH)
+        for _ in range(POPULATION * ROLLOUTS)
+    ]
+    features = [torch.from_numpy(env.reset(seed=[i])[0]) for i, env in enumerate(envs)]
+    start = perf_counter()
+    with torch.inference_mode():
+        for _ in range(steps):
+            for i, env in enumerate(envs):
+                chosen = algorithm.controllers(numbers[i // ROLLOUTS].unsqueeze(0), features[i].unsqueeze(0))
+                features[i] = env.advance(chosen.flatten(0, 1))[0]
+    return steps * len(envs) / (perf_counter() - start)
+
+
+def dream(*, rounds: int, threads: int) -> None:
+    """An LSTM of 128 cells, z of 24 numbers, 32 candidates with 4 dreams each."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    small = {"latent_size": 24, "memory_size": 128, "memory_batch_length": 50, "dream_length": LENGTH}
+    algorithm = WorldModels(env=SPEC, **small, temperature=1.0, buffer_size=1000, buffer_storage="memory")  # type: ignore[arg-type]
+    torch.nn.init.constant_(algorithm.model.memory.end_head.bias, -100.0)  # no dream ends before its time
+    numbers = torch.from_numpy(0.1 * np.random.default_rng(0).standard_normal((POPULATION, algorithm.controllers.size)))
+    numbers = numbers.float()
+    rates: dict[str, list[float]] = {"a population at once": [], PEER: []}
+    algorithm.dreamt(numbers, list(range(ROLLOUTS)))
+    for _ in range(rounds):
+        start = perf_counter()
+        _, length = algorithm.dreamt(numbers, list(range(ROLLOUTS)))
+        rates["a population at once"].append(float(length.sum()) / (perf_counter() - start))
+        rates[PEER].append(one_by_one(algorithm, numbers, steps=5))
+    print(f"\nLSTM 128, z 24, {POPULATION} candidates x {ROLLOUTS} dreams of {LENGTH} steps", end="")
+    table(rates, PEER, "dream steps/s")
