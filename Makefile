@@ -20,7 +20,7 @@ space := $() $()
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming fork bench bench-setup test test-slow drill lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming worlds fork bench bench-setup test test-slow drill lint format lock clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ estimators: .venv/.core .venv/.report ## The lab, an autoencoder and two algorit
 
 dreaming: .venv/.core .venv/.report ## Dreamer with and without its dream's gradient and a memory, beside SAC, again, an hour
 	$(BIN)/python -m experiments.dreaming.run
+
+worlds: .venv/.core .venv/.report ## World Models in the dodge game, and PPO and SAC in dreams, again, an hour
+	$(BIN)/python -m experiments.worlds.run
 
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
 	$(BIN)/python -m levin.report $(if $(CHECK),check=true)

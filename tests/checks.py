@@ -68,10 +68,13 @@ def make_batch(algorithm: Algorithm, size: int = 8) -> TensorDict:
         if action["type"] == "box"
         else torch.randint(action["n"], (size,), generator=generator)
     )
+    seen, follows = normal(*space["shape"]), normal(*space["shape"])
+    if space["dtype"] == "uint8":
+        seen, follows = ((128 + 40 * each).clamp(0, 255).byte() for each in (seen, follows))
     flags = torch.zeros(size, 1, dtype=torch.bool)
-    after = {"observation": normal(*space["shape"]), "reward": normal(1), "terminated": flags.clone()}
+    after = {"observation": follows, "reward": normal(1), "terminated": flags.clone()}
     after |= {"truncated": flags.clone(), "done": flags.clone()}
-    return TensorDict({"observation": normal(*space["shape"]), "action": actions, "next": after}, batch_size=(size,))
+    return TensorDict({"observation": seen, "action": actions, "next": after}, batch_size=(size,))
 
 
 def same(a: Any, b: Any) -> bool:

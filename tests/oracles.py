@@ -40,6 +40,7 @@ from levin.algorithms.sac import SAC
 from levin.algorithms.sac_discrete import SACDiscrete
 from levin.algorithms.td3 import TD3
 from levin.algorithms.trpo import TRPO
+from levin.algorithms.world_models import WorldModels
 from levin.sequences import LATENT
 
 
@@ -413,3 +414,15 @@ def dreamer_v3_loss(algorithm: DreamerV3, batch: TensorDict) -> Tensor:
     state, posterior = algorithm.observe(sequences)
     loss, _ = algorithm.model_loss(sequences, state, posterior)
     return loss + algorithm.replay_value_loss(sequences, state, torch.ones(2 * len(batch), 1))
+
+
+def world_models_loss(algorithm: WorldModels, batch: TensorDict) -> Tensor:
+    """What M learns of transitions."""
+    records = records_of(batch)
+    with torch.no_grad():
+        pictures = records["observation"]
+        encoded = algorithm.model.vision.encode(pictures.flatten(0, 1))
+    records[LATENT] = torch.cat(encoded, -1).unflatten(0, pictures.shape[:2])
+    records["action"] = algorithm.model.encoded(records["action"])
+    loss, _ = algorithm.memory_loss(records)
+    return loss

@@ -26,7 +26,7 @@ OWN = {
     "actor_critic": ("total_env_steps=160",),
 }
 OFF_POLICY = ("algo.steps_per_iteration=8", "total_env_steps=320")
-PARALLEL = [row for row in ROWS if row.algo != "a3c"]
+PARALLEL = [row for row in ROWS if row.algo not in ("a3c", "world_models")]
 HALVES = {
     "sac": (*SMALL, "env.num_envs=2"),
     "ppo": (

@@ -258,4 +258,27 @@ ROWS = [
             -1.5,
         ),
     ),
+    Row(
+        algo="world_models",
+        env="dodge",
+        small=(
+            *("env.num_envs=2", "algo.collect_env_steps=100", "algo.vision_updates=8", "algo.memory_updates=8"),
+            *("algo.vision_batch_size=8", "algo.memory_batch_size=4", "algo.memory_batch_length=8"),
+            *("algo.latent_size=4", "algo.memory_size=8", "algo.controller_training=real", "algo.population=3"),
+            *("algo.rollouts=1", "algo.steps_per_iteration=20", "algo.kl_tolerance=0", "log_every=30"),
+        ),
+        env_steps=400,
+        optimizers={"vision_optimizer": 0.5, "memory_optimizer": 0.5},
+        bootstraps=oracles.world_models_loss,
+        learns=(
+            (
+                *("env=gym", "env.id=toy_envs:Light-v0", "env.num_envs=4", "total_env_steps=4000"),
+                *("algo.collect_env_steps=500", "algo.vision_updates=300", "algo.vision_lr=1e-3"),
+                *("algo.memory_updates=100", "algo.memory_batch_size=10", "algo.memory_batch_length=10"),
+                *("algo.latent_size=2", "algo.memory_size=8", "algo.population=8", "algo.rollouts=2"),
+                *("algo.steps_per_iteration=10", "algo.buffer_size=10000", "algo.buffer_storage=memory"),
+            ),
+            8.5,
+        ),
+    ),
 ]

@@ -230,6 +230,28 @@ class Keyboard(Point):
     action_space = MultiDiscrete([2] * 14)
 
 
+class Light(gym.Env):
+    """One half of a picture is lit; whoever names the side is rewarded, and another one may be lit."""
+
+    observation_space = Box(0, 255, (8, 8), np.uint8)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._show(), {}
+
+    def step(self, action):
+        reward = float(action == self.side)
+        return self._show(), reward, False, False, {}
+
+    def _show(self):
+        self.side = int(self.np_random.integers(2))
+        picture = np.zeros((8, 8), np.uint8)
+        picture[:, 4 * self.side : 4 * self.side + 4] = 255
+        return picture
+
+
+gym.register("Light-v0", Light, max_episode_steps=10)
 gym.register("Keyboard-v0", Keyboard)
 gym.register("Image-v0", Image)
 gym.register("Frames-v0", Frames, max_episode_steps=5)

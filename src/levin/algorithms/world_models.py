@@ -136,6 +136,7 @@ class WorldModels(Algorithm):
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma=1.0)
+        del self.hparams["gamma"]  # is none of ours: returns are not discounted
         if env["observation_clip"] is not None or env["reward_clip"] is not None:
             raise ConfigError("WorldModels reads pixels and true rewards: env.normalize_... must be false")
         least = (memory_batch_length + 1) * env["num_envs"]

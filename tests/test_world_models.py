@@ -1,0 +1,601 @@
+"""World Models: V, M and C, their stages, and dreams as envs."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.envs import GymWrapper, check_env_specs
+
+import toy_envs  # noqa: F401
+from checks import metrics, same, saved
+from levin import config, envs, resume
+from levin.algorithms.world_models import WorldModels
+from levin.algorithms.world_models_networks import Controllers, Memory, Mixture, Vision
+from levin.dream import DreamEnv, LatentEnv
+from levin.errors import ConfigError
+from levin.evaluate import evaluate_run
+from levin.sequences import LATENT
+from levin.spaces import EMPTY
+from levin.train import build, train
+
+SMALL = (
+    *("algo=world_models", "env=dodge", "env.num_envs=2", "logger=csv", "log_every=20", "trainer.threads=1"),
+    *("algo.latent_size=4", "algo.memory_size=8", "algo.memory_batch_length=6", "algo.memory_batch_size=4"),
+    *("algo.vision_updates=10", "algo.vision_batch_size=8", "algo.memory_updates=10", "algo.population=4"),
+    *("algo.rollouts=2", "algo.generations=3", "algo.dream_length=12", "algo.steps_per_iteration=10"),
+    *("algo.rounds=2", "total_env_steps=120", "eval.every=1000", "eval.episodes=2", "checkpoint.every=1000"),
+)
+MIXTURE = Mixture(
+    *(torch.tensor([each]).double() for each in ([math.log(0.3), math.log(0.7)], [0, 1.0], [0, -0.6931472]))
+)
+
+
+def make(*words: str) -> WorldModels:
+    algorithm, _ = build(config.compose([*SMALL, *words]))
+    algorithm.configure_optimizers()
+    algorithm.manual_backward = lambda loss: loss.backward()
+    return algorithm
+
+
+def count(*modules: torch.nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def spec(**action: Any) -> Any:
+    observation = {**EMPTY, "shape": [3, 64, 64], "dtype": "uint8"}
+    return {"id": "a toy", "num_envs": 1, "observation": observation, "action": {**EMPTY, **action}}
+
+
+# --- V, M and C
+
+
+def test_parameter_counts_are_the_published_ones():
+    assert count(Vision([3, 64, 64], 32)) == 4_348_547
+    assert count(Vision([3, 64, 64], 64)) == 4_446_915
+    car = Memory(32, 3, 256, 5)
+    assert count(car.from_input, car.from_hidden, car.mixture_head) == 422_368
+    doom = Memory(64, 2, 512, 5)  # which reads beginnings beside one action
+    assert count(doom.from_input, doom.from_hidden, doom.mixture_head, doom.end_head) == 1_678_785
+    assert Controllers(32 + 256, spec(shape=[3])).size == 867
+
+
+@pytest.mark.parametrize("shape", [[1, 16, 16], [3, 64, 64], [3, 40, 60]])
+def test_pictures_go_in_and_come_out(shape):
+    vision = Vision(shape, 5)
+    pixels = torch.randint(256, (2, *shape), dtype=torch.uint8)
+    mean, log_variance = vision.encode(pixels)
+    assert mean.shape == log_variance.shape == (2, 5)
+    decoded = vision.decode(mean)
+    assert decoded.shape == (2, *shape)
+    assert 0 < decoded.min() < decoded.max() < 1
+
+
+def test_the_likelihood_of_a_mixture():
+    assert MIXTURE.nll(torch.tensor([0.5]).double()).item() == pytest.approx(0.811078, abs=1e-6)
+    two = Mixture(*(each.repeat(2, 1) for each in MIXTURE))  # the mean over two entries
+    assert two.nll(torch.tensor([0.5, 0.5]).double()).item() == pytest.approx(0.811078, abs=1e-6)
+    for far in (-1e3, 1e3):
+        assert MIXTURE.nll(torch.tensor([far]).double()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "share"), [(0.1, 0.9998), (0.5, 0.8448), (1.0, 0.7), (1.15, 0.6763), (1.3, 0.6574)]
+)
+def test_draws_of_a_mixture(temperature, share):
+    """Shares to the power of 1 / tau, and sqrt(tau) times the deviation."""
+    torch.manual_seed(0)
+    num = 200_000
+    noise = torch.randn(num, 2).double()
+    drawn = Mixture(*(each.expand(num, 1, 2) for each in MIXTURE)).sample(noise, temperature).flatten()
+    mean = share
+    variance = share * (0.25 * temperature + 1) + (1 - share) * temperature - mean**2
+    assert drawn.mean().item() == pytest.approx(mean, abs=4 * (variance / num) ** 0.5 + 1e-4)
+    assert drawn.var().item() == pytest.approx(variance, rel=0.03)
+    apart = Mixture(MIXTURE.log_share, torch.tensor([[0.0, 100.0]]), MIXTURE.log_std)
+    second = Mixture(*(each.expand(num, 1, 2) for each in apart)).sample(noise, temperature) > 50
+    assert second.double().mean().item() == pytest.approx(share, abs=4e-3)
+
+
+def test_the_kl_of_a_picture():
+    """Of two latents: below what costs nothing, and above."""
+    losses = {}
+    for tolerance in (0.0, 0.5):
+        algorithm = make("algo.latent_size=2", f"algo.kl_tolerance={tolerance}")
+        numbers = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -1.0]])
+        algorithm.model.vision.encode = lambda _, numbers=numbers: numbers
+        algorithm.model.vision.decode = lambda z: torch.zeros(1, 1, 16, 16)
+        loss, terms = algorithm.vision_loss(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
+        assert terms["kl"].item() == pytest.approx(0.683940, abs=1e-5)
+        losses[tolerance] = loss.item()
+    assert losses == pytest.approx({0.0: 0.683940, 0.5: 1.0}, abs=1e-5)
+
+
+def test_reconstruction_is_summed_over_the_pixels():
+    algorithm = make()
+    algorithm.model.vision.decode = lambda z: torch.full((2, 1, 16, 16), 0.5)
+    _, terms = algorithm.vision_loss(torch.full((2, 1, 16, 16), 255, dtype=torch.uint8))
+    assert terms["reconstruction"].item() == pytest.approx(0.25 * 256)
+
+
+def test_the_memory_is_pytorchs_lstm():
+    ours, theirs = Memory(4, 2, 8, 3), torch.nn.LSTM(6, 8, batch_first=True)
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(ours.from_input.weight)
+        theirs.weight_hh_l0.copy_(ours.from_hidden.weight)
+        theirs.bias_ih_l0.copy_(ours.from_input.bias)
+        theirs.bias_hh_l0.zero_()
+    z, action = torch.randn(3, 7, 4), torch.randn(3, 7, 2)
+    first = torch.zeros(3, 7, 1, dtype=torch.bool)
+    torch.testing.assert_close(ours.run(z, action, first), theirs(torch.cat([z, action], -1))[0], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_survives_the_beginning_of_an_episode():
+    memory, z, action = Memory(4, 2, 8, 3), torch.randn(3, 7, 4), torch.randn(3, 7, 2)
+    first = torch.zeros(3, 7, 1, dtype=torch.bool)
+    first[1, 3] = True
+    before = memory.run(z, action, first)
+    z, action = z.clone(), action.clone()
+    z[1, :3], action[1, :3] = 9.0, -9.0
+    after = memory.run(z, action, first)
+    assert torch.equal(before[1, 3:], after[1, 3:])
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert not torch.equal(before[1, :3], after[1, :3])
+
+
+def windows(algorithm: WorldModels) -> dict[str, Tensor]:
+    """Random ones `[3, 7]`; an episode ends at 3 in the first, and is cut between 3 and 4 in the second."""
+    generator = torch.Generator().manual_seed(0)
+    flags = {key: torch.zeros(3, 7, 1, dtype=torch.bool) for key in ("is_first", "is_terminal", "is_last")}
+    flags["is_terminal"][0, 3] = flags["is_last"][0, 3] = flags["is_first"][:2, 4] = True
+    latent = torch.randn(3, 7, 2 * algorithm.latent_size, generator=generator)
+    latent[..., algorithm.latent_size :] = -50  # not drawn
+    action = torch.nn.functional.one_hot(torch.randint(3, (3, 7), generator=generator), 3).float()
+    return {**flags, LATENT: latent, "action": action, "reward": torch.randn(3, 7, 1, generator=generator)}
+
+
+def test_memory_loss_by_hand():
+    algorithm = make("algo.end_weight=10")
+    batch = windows(algorithm)
+    _, terms = algorithm.memory_loss(batch)
+    z = batch[LATENT][..., : algorithm.latent_size]
+    nll, rewards, ends, num = 0.0, 0.0, 0.0, 0
+    for row in range(3):
+        hidden = cell = torch.zeros(1, 8)
+        for t in range(6):
+            if batch["is_first"][row, t]:
+                hidden = cell = torch.zeros(1, 8)
+            inputs = algorithm.model.memory.from_input(torch.cat([z[row, t], batch["action"][row, t]])[None])
+            hidden, cell = algorithm.model.memory(inputs, hidden, cell)
+            if batch["is_first"][row, t + 1] or batch["is_last"][row, t]:
+                continue
+            mixture, reward, end = algorithm.model.memory.foresee(hidden)
+            nll += mixture.nll(z[row, t + 1][None]).item()
+            rewards += (reward - batch["reward"][row, t + 1]).square().item()
+            log = torch.nn.functional.logsigmoid
+            ends -= (10 * log(end) if batch["is_terminal"][row, t + 1] else log(-end)).item()
+            num += 1
+    assert num == 16
+    found = {name: value.item() for name, value in terms.items()}
+    assert found == pytest.approx({"nll": nll / num, "reward_loss": rewards / num, "end_loss": ends / num}, rel=1e-4)
+
+
+def test_controllers_are_linear_and_each_its_own():
+    algorithm = make("env=gym", "env.id=toy_envs:Image-v0") if False else make()
+    controllers, features = algorithm.controllers, algorithm.model.features
+    numbers = torch.randn(5, controllers.size)
+    feature = torch.randn(5, 2, features)
+    chosen = controllers(numbers, feature)
+    for each in range(5):
+        weight, bias = numbers[each, : features * 3].view(features, 3), numbers[each, features * 3 :]
+        assert torch.equal(chosen[each], (feature[each] @ weight + bias).argmax(-1))
+    blind = Controllers(4, algorithm.env)
+    other = torch.cat([feature[..., :4], torch.randn(5, 2, features - 4)], -1)
+    numbers = torch.randn(5, blind.size)
+    assert torch.equal(blind(numbers, feature), blind(numbers, other)), "z alone"
+
+
+def test_continuous_actions_are_within_their_bounds():
+    controllers = Controllers(6, spec(shape=[2]))
+    chosen = controllers(torch.randn(4, controllers.size), 9 * torch.randn(4, 3, 6))
+    assert chosen.shape == (4, 3, 2)
+    assert 0.9 < chosen.abs().max() <= 1
+
+
+# --- the evolution
+
+
+def test_the_evolution_finds_the_minimum_of_a_sphere():
+    algorithm = make("algo.population=12", "algo.initial_std=0.5", "algo.generations=1000")
+    algorithm.begun = {"seed": 1, "mean": torch.full((20,), 0.5)}
+    algorithm.evolution = algorithm.evolved()
+    for _ in range(300):
+        asked = algorithm.evolution.ask()
+        algorithm.evolution.tell(asked, [float(each @ each) for each in asked])
+    assert float(np.square(algorithm.evolution.result.xfavorite).sum()) < 1e-8
+
+
+def test_the_evolution_is_made_again_from_what_is_known():
+    algorithm = make("algo.generations=1000")
+    algorithm.begun = {"seed": 3, "mean": torch.zeros(algorithm.controllers.size)}
+    algorithm.evolution = algorithm.evolved()
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    for _ in range(5):
+        asked = algorithm.ask()
+        algorithm.tell(asked, torch.tensor([float(each.sum()) for each in asked]).double())
+    assert (np.random.get_state()[1] == before).all(), "the run's own numbers are not touched"
+    again = algorithm.evolved()
+    for ours, theirs in zip(algorithm.ask(), again.ask(), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert (algorithm.controllers.best.numpy() == algorithm.evolution.result.xfavorite.astype(np.float32)).all()
+
+
+def test_the_same_controller_has_the_same_return_in_the_same_dreams():
+    algorithm = make()
+    algorithm.model.starts.random_(256)
+    numbers = torch.randn(1, algorithm.controllers.size).expand(4, -1)
+    returns, length = algorithm.dreamt(numbers, [5, 6, 7])
+    assert returns.shape == length.shape == (4, 3)
+    assert torch.equal(returns, returns[:1].expand(4, -1))
+    assert not torch.equal(returns, algorithm.dreamt(numbers, [8, 9, 10])[0])
+
+
+def test_dreams_that_are_over_earn_nothing():
+    algorithm = make("algo.end_weight=1", "algo.dream_length=9")
+    algorithm.model.starts.random_(256)
+    memory = algorithm.model.memory
+    with torch.no_grad():
+        for head, bias in ((memory.reward_head, 2.0), (memory.end_head, -50.0)):
+            head.weight.zero_()
+            head.bias.fill_(bias)
+    numbers = torch.randn(2, algorithm.controllers.size)
+    assert algorithm.dreamt(numbers, [1])[0].flatten().tolist() == [18.0, 18.0]
+    with torch.no_grad():
+        memory.end_head.bias.fill_(50.0)
+    returns, length = algorithm.dreamt(numbers, [1])
+    assert returns.flatten().tolist() == [2.0, 2.0]
+    assert length.flatten().tolist() == [1, 1]
+    with torch.no_grad():
+        memory.end_head.bias.fill_(math.log(0.25))  # a fifth
+    algorithm.dream_length = 1000
+    lengths = algorithm.dreamt(numbers[:1], list(range(2000)))[1]
+    assert lengths.mean().item() == pytest.approx(5, abs=0.4)
+    algorithm.model.end_weight, algorithm.end_weight = 10.0, 10.0  # how they were weighed is taken back
+    with torch.no_grad():
+        memory.end_head.bias.add_(math.log(10))
+    assert algorithm.dreamt(numbers[:1], list(range(2000)))[1].mean().item() == pytest.approx(5, abs=0.4)
+
+
+# --- stages
+
+
+class StopAt(Callback):
+    """Ends a run at a moment of its clock."""
+
+    def __init__(self, clock: int) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.clock >= self.clock:
+            trainer.should_stop = True
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("straight")
+    train(config.compose([*SMALL, "algo.controller_training=dream"]), run)
+    return run
+
+
+def test_env_steps_stand_still_while_it_dreams(straight):
+    rows = metrics(straight)
+    dreaming = [row for row in rows if row.get("train/fitness")]
+    assert {row["env_steps"] for row in dreaming} == {"60", "120"}
+    dreamt = [int(float(row["dream_steps"])) for row in dreaming]
+    assert dreamt == sorted(set(dreamt))
+    assert saved(straight)["levin"]["env_steps"] == 120
+    assert saved(straight)["levin"]["updates"] == 40
+    assert saved(straight)["stages"]["round"] == 2
+
+
+# collecting, V, M and C of both rounds: 60 env steps, 10 + 10 updates, 3 x 8 dreams in each
+@pytest.mark.parametrize("clock", [20, 60, 70, 80, 88, 96, 104, 130, 164, 174, 184, 192, 200])
+def test_two_halves_of_any_stage_are_the_whole(clock, straight, tmp_path, monkeypatch):
+    """V and M have ten updates in one iteration."""
+    monkeypatch.setitem(globals(), "StopAt", StopAt)
+    words = [*SMALL, "algo.controller_training=dream"]
+    words.append(f"+callbacks.stop={{_target_:test_world_models.StopAt,clock:{clock}}}")
+    cfg = config.compose(words)
+    train(cfg, tmp_path / "run")
+    stopped = saved(tmp_path / "run")
+    assert stopped["stages"]["round"] < 2
+    torch.manual_seed(9), np.random.seed(9)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace(f"clock: {clock}", "clock: 1000000"))
+    resume.resume(run=str(tmp_path / "run"))
+    one, other = saved(straight), saved(tmp_path / "run")
+    assert one.keys() == other.keys()
+    for key in one:
+        assert same(one[key], other[key]), key
+    assert metrics(straight) == metrics(tmp_path / "run")
+
+
+def test_trials_that_a_resume_cut_short_are_made_again():
+    algorithm = make("algo.controller_training=real", "algo.population=2", "algo.rollouts=1", "env.num_envs=1")
+    algorithm.begun = {"seed": 1, "mean": torch.zeros(algorithm.controllers.size)}
+    algorithm.evolution = algorithm.evolved()
+    algorithm.stage = "controller"
+    algorithm.next_generation()
+
+    def rollout(trials: list[int], ends: list[int]) -> TensorDict:
+        done = torch.tensor([t in ends for t in range(len(trials))]).view(1, -1, 1)
+        after = {"reward": torch.ones(1, len(trials), 1), "done": done}
+        return TensorDict({"trial": torch.tensor(trials).view(1, -1, 1), "next": after}, batch_size=(1, len(trials)))
+
+    algorithm.act(rollout([0, 0, 1], [1]))
+    assert algorithm.returns == {0: 2.0}
+    algorithm.act(rollout([1, 2, 2], [2]))  # the episode of trial 1 was lost after two steps
+    assert algorithm.trials.queue == [0, 1, 1]
+    assert algorithm.spent == 1
+    assert algorithm.fitness[0].tolist() == [2.0, 2.0]
+
+
+def test_each_candidate_plays_as_often_as_it_has_to():
+    algorithm = make("algo.controller_training=real", "algo.population=3", "algo.rollouts=2")
+    trials = algorithm.trials
+    trials.begin(torch.arange(6.0).view(3, 2), [0, 1, 2, 0, 1, 2])
+    trials.take(torch.tensor([True, True]))
+    assert trials.playing().tolist() == [[0, 1], [2, 3]]
+    for first in ([False, True], [True, False], [True, True]):
+        trials.take(torch.tensor(first))
+    assert trials.trial == [4, 5]
+    assert trials.playing().tolist() == [[2, 3], [4, 5]]
+    trials.take(torch.tensor([True, False]))
+    assert trials.trial == [-1, 5]
+
+
+# --- dreams as envs
+
+
+@pytest.fixture(scope="module")
+def dreamt_in(straight) -> Path:
+    return straight
+
+
+def dream_env(run: Path, num_envs: int = 3, **how: Any) -> Any:
+    env = envs.EnvConfig(id="dream", family="dream", run=str(run), num_envs=num_envs, action="rescale", **how)
+    return envs.make(env, seed=0)
+
+
+def test_a_dream_is_an_env_for_torchrl(straight):
+    env = dream_env(straight)
+    assert isinstance(env.env, DreamEnv)
+    check_env_specs(GymWrapper(env.env), seed=0)
+
+
+def test_a_dream_replays_from_its_seed_whatever_the_others_do(straight):
+    env = dream_env(straight).env
+    actions = np.random.default_rng(0).integers(3, size=(40, 3))
+
+    def played(seeds: list[int], actions: np.ndarray) -> list[np.ndarray]:
+        shown = [env.reset(seed=seeds)[0][1]]
+        for t in range(40):
+            observation, reward, terminated, _, _ = env.step(actions[t])
+            shown.append(np.append(observation[1], [reward[1], terminated[1]]))
+        return shown
+
+    first = played([1, 2, 3], actions)
+    others = actions.copy()
+    others[:, [0, 2]] = 0
+    again = played([7, 2, 8], others)
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(first, again, strict=True))
+    assert not all(np.allclose(a, b, atol=1e-6) for a, b in zip(first, played([1, 5, 3], actions), strict=True))
+
+
+def test_only_those_that_are_done_begin_again(straight):
+    env = dream_env(straight).env
+    env.reset(seed=[1, 2, 3])
+    before, *_ = env.step(np.array([0, 1, 2]))
+    after, _ = env.reset(seed=[None, 9, None], options={"reset_mask": np.array([False, True, False])})
+    assert np.array_equal(before[[0, 2]], after[[0, 2]])
+    assert not np.array_equal(before[1], after[1])
+    assert env.length.tolist() == [1, 0, 1]
+
+
+def test_a_dream_is_over_with_its_time(straight):
+    env = dream_env(straight, time_limit=4).env
+    env.reset(seed=[1, 2, 3])
+    assert [bool(env.step(np.zeros(3, dtype=int))[3].all()) for _ in range(4)] == [False, False, False, True]
+
+
+def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
+    """Features of `LatentEnv`, of the policy, and of M on the record of an episode."""
+    cfg = envs.EnvConfig(id="levin.dodge:Dodge-v0", run=str(straight), wrappers=["latent"])
+    latent, plain = envs.make(cfg, seed=0), envs.make(config.load_env(straight), seed=0, num_envs=1)
+    assert isinstance(latent.env, LatentEnv)
+    model: Any = latent.env.model
+    seen, shown = [latent.reset()[0]], [plain.reset()[0]]
+    actions = np.random.default_rng(0).integers(3, size=(12, 1))
+    done = False
+    for action in actions:
+        seen.append(latent.step(action)[0])
+        observation, _, terminated, truncated, _ = plain.step(action)
+        shown.append(observation)
+        if done := bool(terminated[0] | truncated[0]):
+            break
+    num = len(seen) - 1
+    assert num > 3
+    pictures = torch.from_numpy(np.concatenate(shown))
+    z, _ = model.vision.encode(pictures)
+    action = model.encoded(torch.from_numpy(actions[:num, 0]))
+    first = torch.zeros(1, num, 1, dtype=torch.bool)
+    hidden = model.memory.run(z[None, :-1], action[None], first)[0]
+    wanted = torch.cat([z[1:], hidden], -1)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(seen[1:])), wanted, rtol=1e-4, atol=1e-5)
+    algorithm = make()
+    algorithm.load_state_dict(saved(straight)["state_dict"])
+    policy = algorithm.policy(deterministic=True).module
+    with torch.inference_mode():
+        for t in range(num):
+            policy.carry.action = policy.carry.action if t == 0 else model.encoded(torch.from_numpy(actions[t - 1]))
+            policy(pictures[t : t + 1], torch.tensor([[t == 0]]))
+            feature = torch.cat([policy.carry.z, policy.carry.hidden], -1)
+            torch.testing.assert_close(feature, torch.from_numpy(seen[t]), rtol=1e-4, atol=1e-5)
+
+
+def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straight, tmp_path):
+    words = ["algo=ppo", "env=dream", f"env.run={straight}", "env.num_envs=4", "logger=csv", "total_env_steps=256"]
+    words += ["algo.steps_per_iteration=32", "algo.batch_size=64", "eval.every=128", "eval.episodes=3"]
+    cfg = config.compose(words)
+    train(cfg, tmp_path / "run")
+    rows = [row for row in metrics(tmp_path / "run") if row["eval/return_mean"]]
+    assert len(rows) == 2
+    result = evaluate_run(run=str(tmp_path / "run"), episodes=4)
+    real = envs.make(config.load_env(tmp_path / "run"), seed=1, purpose=envs.EVALUATION, num_envs=2)
+    assert isinstance(real.env, LatentEnv)
+    assert real.env.env.single_observation_space.shape == (16, 16)
+    assert result["return_mean"] >= 1
+    train(config.compose([*words, "total_env_steps=128"]), tmp_path / "halves")
+    resume.resume(run=str(tmp_path / "halves"), total_env_steps=256)
+    assert same(saved(tmp_path / "run")["state_dict"], saved(tmp_path / "halves")["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("algo", "env", "words"),
+    [
+        ("dreamer", "pendulum", ()),
+        ("dreamer", "cartpole", ("algo.continue_scale=1",)),
+        ("dreamer_v3", "pendulum", ()),
+        ("dreamer_v3", "cartpole", ()),
+    ],
+)
+def test_a_dreamer_s_dream(algo, env, words, tmp_path):
+    small = ["algo.size=micro", "algo.batch_size=4", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"]
+    small += ["algo.learning_starts=40", "env.num_envs=1", "logger=csv", "total_env_steps=64", "eval.episodes=2"]
+    train(config.compose([f"algo={algo}", f"env={env}", *small, *words]), tmp_path / "run")
+    vector = dream_env(tmp_path / "run", num_envs=2)
+    check_env_specs(GymWrapper(vector.env), seed=0)
+    model: Any = vector.env.model
+    observation, _ = vector.reset()
+    for _ in range(3):
+        action = np.stack([vector.single_action_space.sample() for _ in range(2)])
+        observation, reward, *_ = vector.step(action)
+    assert np.isfinite(observation).all() and np.isfinite(reward).all()
+    assert observation.shape == (2, model.features)
+    mind = vector.env.mind
+    with torch.inference_mode():
+        encoded = model.encoded(torch.as_tensor(action))
+        drawn = [model.dream(mind, encoded, torch.randn(2, model.noise), 1.0)[0] for _ in range(300)]
+        cold = [model.dream(mind, encoded, torch.randn(2, model.noise), 1e-6)[0] for _ in range(3)]
+    assert all(torch.equal(each.deter, drawn[0].deter) for each in drawn), "deter is not drawn"
+    assert all(torch.allclose(each.stoch, cold[0].stoch, atol=1e-2) for each in cold)
+    mean = torch.stack([each.stoch for each in drawn]).mean(0)
+    if algo == "dreamer":
+        from levin.algorithms.dreamer_networks import belief
+
+        _, seed = model.transition(mind, model.into_action(encoded))
+        wanted = belief(model.prior_head(seed)).mean
+    else:
+        wanted = model.prior(drawn[0].deter).exp().flatten(-2)
+    torch.testing.assert_close(mean, wanted.to(mean), rtol=0, atol=0.2)
+    real = envs.make(vector.config, seed=1, purpose=envs.EVALUATION, num_envs=2)
+    assert real.reset()[0].shape == (2, model.features)
+
+
+def test_bad_input_is_a_sentence(straight, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    words = [*SMALL, "algo.controller_training=dream", "+callbacks.stop={_target_:test_world_models.StopAt,clock:70}"]
+    train(config.compose(words), unfinished)
+    other = tmp_path / "sac"
+    train(config.compose(["algo=sac", "env=pendulum", "total_env_steps=64", "logger=csv", "eval.episodes=1"]), other)
+    for how, sentence in (
+        ({"run": str(unfinished)}, "V and M of that run are not trained yet"),
+        ({"run": str(other)}, "SAC, which has no model to dream in"),
+        ({"run": None}, "a dream is that of a run: env.run="),
+        ({"run": str(tmp_path / "nowhere")}, "is no run folder"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            envs.make(envs.EnvConfig(id="dream", family="dream", **how), seed=0)
+    with pytest.raises(ConfigError, match="the model of env.run reads uint8 .*, and the env shows float32"):
+        envs.make(envs.EnvConfig(id="CartPole-v1", wrappers=["latent"], run=str(straight)), seed=0)
+    with pytest.raises(ConfigError, match="env.run="):
+        envs.make(envs.EnvConfig(id="levin.dodge:Dodge-v0", wrappers=["latent"]), seed=0)
+    for word, sentence in (
+        ("algo.temperature=0", "algo.temperature"),
+        ("env.temperature=-1", "env.temperature"),
+        ("algo.population=1", "nothing to choose from"),
+        ("algo.collect_env_steps=20", "less than a window of each env"),
+        ("env.normalize_reward=true", "true rewards"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            make(word)
+    with pytest.raises(ConfigError, match="reads pixels"):
+        build(config.compose(["algo=world_models", "env=cartpole"]))
+
+
+def test_every_hyper_parameter_has_an_effect(tmp_path):
+    """What each does exactly, the tests above say."""
+    changes = {
+        "rounds": 1,
+        "collect_env_steps": 160,
+        "latent_size": 3,
+        "memory_size": 6,
+        "mixtures": 2,
+        "vision_updates": 12,
+        "vision_batch_size": 6,
+        "vision_lr": 1e-2,
+        "kl_tolerance": 5.0,
+        "memory_updates": 12,
+        "memory_batch_size": 3,
+        "memory_batch_length": 5,
+        "memory_lr": 1e-2,
+        "max_grad_norm": 0.01,
+        "end_weight": 2.0,
+        "controller_training": "real",
+        "controller_input": "latent",
+        "temperature": 0.5,
+        "dream_length": 5,
+        "generations": 2,
+        "population": 5,
+        "rollouts": 3,
+        "initial_std": 1.0,
+        "buffer_size": 40,
+        "steps_per_iteration": 20,
+    }
+    words = [*SMALL, "algo.controller_training=dream", "algo.kl_tolerance=0", "eval.episodes=1"]
+    assert changes.keys() == set(config.compose(words).algo) - {"_target_", "buffer_storage", "compile"}
+
+    def result(name: str, *change: str) -> dict[str, Tensor]:
+        train(config.compose([*words, *change]), tmp_path / name)
+        return saved(tmp_path / name)["state_dict"]
+
+    base = result("base")
+    for name, value in changes.items():
+        assert not same(base, result(name, f"algo.{name}={value}")), name
+
+
+def test_dodge():
+    """What it shows moves with the player; episodes end with a hit; the seed is all there is to chance."""
+    env = envs.make_one(envs.EnvConfig(id="levin.dodge:Dodge-v0", kwargs={"balls": 1}))
+    game: Any = env.unwrapped
+    first, _ = env.reset(seed=3)
+    assert env.observation_space.contains(first)
+    again = copy.deepcopy(first)
+    assert np.array_equal(env.reset(seed=3)[0], again)
+    game.place[0], game.speed[0], game.player = (8.0, 8.0), (0.0, 0.0), 8
+    bright = [int(env.step(action)[0][8].argmax()) for action in (1, 2, 2)]
+    assert bright[0] > bright[1] > bright[2], "the player goes right, the ball is seen further to the left"
+    game.place[0], game.speed[0], game.player = (14.5, 8.0), (1.0, 0.0), 8
+    assert env.step(1)[2]
+    game.place[0], game.speed[0], game.player = (14.5, 12.0), (1.0, 0.0), 8
+    assert not env.step(1)[2]
+    assert game.place[0, 0] == 0, "it comes again from afar"
+    walls = [int((env.step(action)[0] == 64).any(0).sum()) for action in [0] * 8]
+    assert walls[-1] == 7
