@@ -1,5 +1,6 @@
-"""What comes of dreams: a controller that was evolved in one, at five temperatures; without a memory; in two rounds; and
-other algorithms that were trained in the dreams of other runs. In none of them the env takes a step.
+"""What comes of dreams: controllers that were evolved in them, and PPO and SAC, that were trained in them.
+
+At five temperatures, without a memory, and in two rounds. While anything is trained in a dream, no env takes a step.
 
 `make worlds` writes returns.csv, generations.csv, pictures and README.md beside this file. Runs that are there are not
 made again.
@@ -172,10 +173,10 @@ def report() -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "worlds.png", dpi=110)
     plt.close(figure)
-    temperatures = [
-        f"| {tau} | {spread(dream[f'tau{tau}'])} | {spread(real[f'tau{tau}'])} | {mean(dream[f'tau{tau}']) - mean(real[f'tau{tau}']):.0f} |"
-        for tau in TEMPERATURES
-    ]
+    temperatures = []
+    for name in (f"tau{temperature}" for temperature in TEMPERATURES):
+        apart = mean(dream[name]) - mean(real[name])
+        temperatures.append(f"| {name[3:]} | {spread(dream[name])} | {spread(real[name])} | {apart:.0f} |")
     others = [
         f"| {said} | {spread(dream[name])} | {spread(real[name])} | {' '.join(f'{each:.0f}' for each in real[name])} |"
         for name, said in (

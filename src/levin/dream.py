@@ -85,7 +85,8 @@ class DreamEnv(VectorEnv):
         time_limit: Steps before truncation.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
+    autoreset_mode = AutoresetMode.DISABLED
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": autoreset_mode}
 
     def __init__(
         self,

@@ -95,7 +95,14 @@ class Algorithm(LightningModule):
                 f"but the action space of {env['id']} is {env['action']['type']}"
             )
         if not dtypes(env["observation"]) <= set(self.observations):
-            raise ConfigError(f"{type(self).__name__} reads vectors, but the observations of {env['id']} have pixels")
+            names = {"float32": "vectors", "uint8": "pixels"}
+            reads, shown = (
+                {names[each] for each in kinds} for kinds in (self.observations, dtypes(env["observation"]))
+            )
+            raise ConfigError(
+                f"{type(self).__name__} reads {' and '.join(sorted(reads))}, but the observations of {env['id']} have "
+                f"{' and '.join(sorted(shown - reads))}"
+            )
         self.automatic_optimization = False
         self.save_hyperparameters(logger=False)  # the loggers get the whole config
         self.env = env

@@ -387,7 +387,8 @@ class WorldModels(Algorithm):
     def keep_starts(self) -> None:
         """Let the model keep pictures that episodes begin with: dreams begin there."""
         data = self.buffer.data
-        first, env = data["is_first"].squeeze(-1).nonzero(as_tuple=True)
+        begins = data.get("is_first").squeeze(-1)
+        first, env = (begins if begins.any() else ~begins).nonzero(as_tuple=True)  # else anywhere
         chosen = torch.randint(len(first), (STARTS,))
         self.model.starts.copy_(data["observation"][first[chosen], env[chosen]])
 
