@@ -12,21 +12,31 @@ from levin.spaces import is_channel_last, is_image
 
 
 class ActionRepeat(gym.Wrapper):
-    """Apply each action `times` times, or until the episode ends; rewards are summed."""
+    """Apply each action `times` times, or until the episode ends; rewards are summed.
+
+    An env that has `draws` and `show` is told to draw what is shown only.
+    """
 
     def __init__(self, env: gym.Env, times: int) -> None:
         super().__init__(env)
-        self.times = times
+        self.times, self.lazy = times, hasattr(env.unwrapped, "draws")
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         total = 0.0
+        self._draw(False)
         for _ in range(self.times - 1):
             observation, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
             if terminated or truncated:
-                return observation, total, terminated, truncated, info
+                self._draw(True)
+                return self.unwrapped.show() if self.lazy else observation, total, terminated, truncated, info  # type: ignore[attr-defined]
+        self._draw(True)
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, total + float(reward), terminated, truncated, info
+
+    def _draw(self, whether: bool) -> None:
+        if self.lazy:
+            self.unwrapped.draws = whether  # type: ignore[attr-defined]
 
 
 def stack_frames(env: gym.Env, num: int) -> gym.Env:
