@@ -2,9 +2,11 @@
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from levin.algorithms.world_models_networks import Controllers, Memory, Mixture,
 from levin.dream import DreamEnv, LatentEnv
 from levin.errors import ConfigError
 from levin.evaluate import evaluate_run
+from levin.play import play
 from levin.sequences import LATENT
 from levin.spaces import EMPTY
 from levin.train import build, train
@@ -595,3 +598,36 @@ def test_dodge():
     assert game.place[0, 0] == 0, "it comes again from afar"
     walls = [int((env.step(action)[0] == 64).any(0).sum()) for action in [0] * 8]
     assert walls[-1] == 7
+
+
+def test_a_dream_is_shown_beside_what_was_seen(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    _, beside = play(run=str(tmp_path / "run"))
+    assert beside.name == f"{120 + 40 + 48}_0_dream.mp4"
+    frames = list(imageio.get_reader(beside))
+    assert frames[0].shape == (256, 528, 3)
+    left, right = frames[0][:, :256].astype(int), frames[0][:, 272:].astype(int)
+    assert abs(left - right).mean() < 3, "both begin alike"
+
+
+def test_races_are_drawn_once_for_an_action():
+    """The frames that are shown, the rewards and the ends are those of an env that draws all of them."""
+    pytest.importorskip("Box2D")
+    cfg = envs.EnvConfig(id="levin.racing:Racing-v3", action_repeat=3, time_limit=10)
+    lazy, eager = envs.make_one(cfg), envs.make_one(cfg)
+    eager.lazy = False
+    drawn = []
+    game: Any = lazy.unwrapped
+    show = game.show
+    game.show = lambda: drawn.append(1) or show()
+    first, _ = lazy.reset(seed=4)
+    assert np.array_equal(first, eager.reset(seed=4)[0])
+    assert lazy.observation_space.contains(first)
+    for step in range(4):
+        action = np.array([0.3, 0.5 - 0.2 * step, -1], np.float32)
+        ours, theirs = lazy.step(action), eager.step(action)
+        assert np.array_equal(ours[0], theirs[0])
+        assert ours[1:4] == theirs[1:4]
+    assert ours[3], "ten env steps are three actions and a part of the fourth"
+    assert len(drawn) == 1 + 4
+    assert not np.array_equal(first, ours[0])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:
     """Write `videos/<env_steps>_<episode>.mp4`, one frame per step, and return the paths.
 
+    Of World Models also `..._dream.mp4`: what was seen beside a dream that begins alike.
+
     Args:
         run: The run folder.
         episodes: How many to record.
@@ -41,22 +43,41 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     folder.mkdir(exist_ok=True)
     paths = []
     for episode in range(episodes):
-        first, frames = np.ones(1, dtype=bool), []
+        first, frames, shown = np.ones(1, dtype=bool), [], []
         observation, done = env.begin([episode], first), ~first
+        begun = tensors(env.observation, observation)
         while not done.any():
+            shown.append(observation)
             with torch.inference_mode():
                 action = act(policy.policy, tensors(env.observation, observation), first).numpy()
             observation, _, terminated, truncated, _ = env.step(action)
             first, done = np.zeros(1, dtype=bool), terminated | truncated
             frames.append(_frame(env))
-        path = folder / f"{policy.algorithm.env_steps}_{episode}.mp4"
-        fps = env.metadata.get("render_fps", 30)
-        imageio.mimwrite(
-            path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-loglevel", "error"]
-        )  # type: ignore[arg-type]
-        paths.append(path)
+        videos = {f"{policy.algorithm.clock}_{episode}.mp4": frames}
+        if (dreamt := policy.algorithm.dream_of(begun, len(shown))) is not None:
+            videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _beside(np.concatenate(shown), dreamt.numpy())
+        for name, pictures in videos.items():
+            imageio.mimwrite(
+                folder / name,
+                pictures,
+                fps=env.metadata.get("render_fps", 30),
+                codec="libx264",
+                macro_block_size=2,
+                output_params=["-loglevel", "error"],
+            )  # type: ignore[arg-type]
+            paths.append(folder / name)
     env.close()
     return paths
+
+
+def _beside(real: "np.ndarray", dreamt: "np.ndarray") -> "list[np.ndarray]":
+    """What was seen and what was dreamt, `[T, C, H, W]`, side by side and large enough to look at."""
+    import numpy as np
+
+    both = np.concatenate([real, np.full_like(real[..., :1], 128), dreamt], -1)[:, -3:].transpose(0, 2, 3, 1)
+    times = max(1, 256 // both.shape[1])
+    large = both.repeat(times, 1).repeat(times, 2)
+    return list(large.repeat(3, -1) if large.shape[-1] == 1 else large)
 
 
 def _frame(env: "SeededVectorEnv") -> "np.ndarray":

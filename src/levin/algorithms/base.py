@@ -179,6 +179,10 @@ class Algorithm(LightningModule):
         """Called with every evaluation, on the first rank: pictures in `folder`, and more numbers for the row."""
         return {}
 
+    def dream_of(self, observation: Any, length: int) -> Tensor | None:
+        """Pictures `[length, C, H, W]` uint8 of a dream that begins with an observation `[1, *S]`; None: none."""
+        return None
+
     def compile_losses(self, *names: str) -> None:
         """Compile these methods of this object. Raises ConfigError when there is no C++ compiler."""
         torch.compiler.reset()  # runs of one process do not count as recompilations of one another

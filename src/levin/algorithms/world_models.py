@@ -229,6 +229,21 @@ class WorldModels(Algorithm):
         pictures = torch.stack([self.model.decode(mind) for mind in minds], 1)
         return {"": pictures}, torch.stack(rewards, 1)
 
+    @torch.no_grad()
+    def dream_of(self, observation: Tensor, length: int) -> Tensor:
+        mind, pictures = self.model.begin(observation), [observation[0]]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for _ in range(length - 1):
+                action = self.controllers(self.controllers.best.unsqueeze(0), mind.feature.unsqueeze(1)).squeeze(1)
+                noise = torch.randn(1, self.model.noise)
+                mind, _, ends = self.model.dream(mind, self.model.encoded(action), noise, self.temperature)
+                pictures.append(self.model.decode(mind)[0].byte())
+                if ends:
+                    break
+        last = pictures[-1:] * (length - len(pictures))  # stays where it ended
+        return torch.stack([*pictures, *last])
+
     def dream_model(self) -> WorldModel:
         """What can be dreamt in. Raises ConfigError when V or M is not trained yet."""
         if not self.model.starts.any():
