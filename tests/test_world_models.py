@@ -17,7 +17,7 @@ from torchrl.envs import GymWrapper, check_env_specs
 
 import toy_envs  # noqa: F401
 from checks import metrics, same, saved
-from levin import config, envs, resume
+from levin import config, dodge, envs, resume
 from levin.algorithms.world_models import WorldModels
 from levin.algorithms.world_models_networks import Controllers, Memory, Mixture, Vision
 from levin.dream import DreamEnv, LatentEnv
@@ -581,22 +581,28 @@ def test_every_hyper_parameter_has_an_effect(tmp_path):
 
 
 def test_dodge():
-    """What it shows moves with the player; episodes end with a hit; the seed is all there is to chance."""
+    """What it shows moves with the player; episodes end with a hit; the light blinks; chance is the seed's alone."""
     env = envs.make_one(envs.EnvConfig(id="levin.dodge:Dodge-v0", kwargs={"balls": 1}))
     game: Any = env.unwrapped
     first, _ = env.reset(seed=3)
     assert env.observation_space.contains(first)
     again = copy.deepcopy(first)
     assert np.array_equal(env.reset(seed=3)[0], again)
+
+    def lit(action: int) -> Any:
+        game.steps = dodge.BLINK - 1
+        return env.step(action)
+
     game.place[0], game.speed[0], game.player = (8.0, 8.0), (0.0, 0.0), 8
-    bright = [int(env.step(action)[0][8].argmax()) for action in (1, 2, 2)]
+    bright = [int(lit(action)[0][8].argmax()) for action in (1, 2, 2)]
     assert bright[0] > bright[1] > bright[2], "the player goes right, the ball is seen further to the left"
+    assert [bool(env.step(1)[0].any()) for _ in range(6)] == [False, True] * 3
     game.place[0], game.speed[0], game.player = (14.5, 8.0), (1.0, 0.0), 8
     assert env.step(1)[2]
     game.place[0], game.speed[0], game.player = (14.5, 12.0), (1.0, 0.0), 8
     assert not env.step(1)[2]
     assert game.place[0, 0] == 0, "it comes again from afar"
-    walls = [int((env.step(action)[0] == 64).any(0).sum()) for action in [0] * 8]
+    walls = [int((lit(action)[0] == dodge.WALL).any(0).sum()) for action in [0] * 8]
     assert walls[-1] == 7
 
 
@@ -604,7 +610,7 @@ def test_a_dream_is_shown_beside_what_was_seen(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
     _, beside = play(run=str(tmp_path / "run"))
     assert beside.name == f"{120 + 40 + 48}_0_dream.mp4"
-    frames = list(imageio.get_reader(beside))
+    frames = imageio.mimread(beside)
     assert frames[0].shape == (256, 528, 3)
     left, right = frames[0][:, :256].astype(int), frames[0][:, 272:].astype(int)
     assert abs(left - right).mean() < 3, "both begin alike"

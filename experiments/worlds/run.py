@@ -92,11 +92,11 @@ def jobs(stage: int) -> list[tuple[Any, ...]]:
     """What can be done at once, first the bases, then what goes on from them."""
     if stage == 0:
         many: list[tuple[Any, ...]] = [(base, seed) for seed in SEEDS]
-        many += [(whole, "blind", seed, [*DODGE, "algo.controller_input=latent"]) for seed in SEEDS]
-        return [*many, *((whole, "rounds", seed, [*DODGE, "algo.rounds=2"]) for seed in SEEDS)]
+        return [*many, *((whole, "blind", seed, [*DODGE, "algo.controller_input=latent"]) for seed in SEEDS)]
     many = [(branch, seed, temperature) for seed in SEEDS for temperature in TEMPERATURES]
     many += [(whole, "ppo", seed, [*PPO, f"env.run={RUNS / f'base_s{seed}'}"]) for seed in SEEDS]
-    return [*many, *((whole, "sac", seed, SAC) for seed in SEEDS)]
+    many += [(whole, "sac", seed, SAC) for seed in SEEDS]
+    return [*many, *((whole, "rounds", seed, [*DODGE, "algo.rounds=2"]) for seed in SEEDS)]
 
 
 def work(job: tuple[Any, ...]) -> None:

@@ -21,7 +21,7 @@ Deviations:
     - z is the mean of q(z|o) where an env is played, and drawn where M learns.
     - In the env, candidates do not share the seeds of their episodes; in a dream they do.
     - In a dream the end is drawn, of M's probability of it.
-    - Continuous random actions are a walk; the paper draws random networks.
+    - Random actions are a walk, or mostly those before; the paper draws random networks.
     - The norm of M's gradient is clipped, not each of its entries.
 
 Metrics:
@@ -42,6 +42,7 @@ from typing import Any, ClassVar, Literal
 import cma
 import numpy as np
 import torch
+from cma.sigma_adaptation import CMAAdaptSigmaCSA
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
@@ -437,6 +438,7 @@ class WorldModels(Algorithm):
         """
         stream = np.random.default_rng(self.begun["seed"])
         options: dict[str, Any] = {"popsize": self.population, "verbose": -9, "seed": np.nan}
+        options["AdaptSigma"] = CMAAdaptSigmaCSA  # as published
         options["randn"] = lambda *shape: stream.standard_normal(shape)
         evolution = cma.CMAEvolutionStrategy(self.begun["mean"].double().numpy(), self.initial_std, options)
         for fitness in self.fitness:

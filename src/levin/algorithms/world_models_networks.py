@@ -16,6 +16,7 @@ from levin.spaces import EnvSpec
 HIDDEN = 512  # of V, where pictures are not 64 x 64
 LOG_STD = (-7.0, 7.0)  # of a mixture's parts
 WANDER = 0.14  # how much random actions change at a step, sqrt(1 / 50)
+CHANGE = 0.3  # how often random finite actions are drawn anew
 
 
 class Vision(nn.Module):
@@ -331,8 +332,10 @@ class Player(nn.Module):
         return self.controllers(numbers, feature.unsqueeze(1)).squeeze(1)
 
     def wander(self, is_first: Tensor) -> Tensor:
-        """At random: uniform; continuous actions go on from there in small steps, as white noise stays where it is."""
+        """At random, as white noise stays where it is: uniform at first, then in small steps, or mostly the same."""
         if self.model.discrete:
-            return torch.randint(self.model.actions, (len(is_first),), device=is_first.device)
+            new = torch.randint(self.model.actions, (len(is_first),), device=is_first.device)
+            changes = is_first.squeeze(-1) | (torch.rand(len(is_first), device=is_first.device) < CHANGE)
+            return torch.where(changes, new, self.carry.action.argmax(-1))
         before = torch.where(is_first, torch.rand_like(self.carry.action) * 2 - 1, self.carry.action)
         return (before + WANDER * torch.randn_like(before)).clamp(-1, 1)
