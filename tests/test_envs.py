@@ -94,6 +94,7 @@ def test_time_limit_truncates():
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "env").glob("*.yaml")))
 def test_every_env_file_can_be_made_and_stepped(name):
     needed = {"gym": "env.id=toy_envs:Point-v0", "atari": "env.id=pong", "torchrl": "env.target=toy_torchrl:line"}
+    needed["dream"] = f"env.run={paths.EXPERIMENTS / 'dreamer_pendulum'}"
     overrides = [f"env={name}", *([needed[name]] if name in needed else [])]
     cfg = config.compose(overrides)
     if cfg.env.family == "atari":
