@@ -104,7 +104,7 @@ def test_every_env_file_can_be_made_and_stepped(name):
     env = envs.make(envs.EnvConfig(**schema.plain(cfg.env)), seed=0)
     spec = envs.describe(env)
     observation, _ = env.reset()
-    assert list(observation.shape) == [1, *spec["observation"]["shape"]]
+    assert list(observation.shape) == [env.num_envs, *spec["observation"]["shape"]]
     observation, reward, *_ = env.step(env.action_space.sample())
     assert reward.shape == (1,)
     env.close()
