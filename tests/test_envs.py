@@ -106,7 +106,7 @@ def test_every_env_file_can_be_made_and_stepped(name):
     observation, _ = env.reset()
     assert list(observation.shape) == [env.num_envs, *spec["observation"]["shape"]]
     observation, reward, *_ = env.step(env.action_space.sample())
-    assert reward.shape == (1,)
+    assert reward.shape == (env.num_envs,)
     env.close()
 
 
