@@ -262,10 +262,11 @@ ROWS = [
         algo="world_models",
         env="dodge",
         small=(
-            *("env.num_envs=2", "algo.collect_env_steps=100", "algo.vision_updates=8", "algo.memory_updates=8"),
+            *("env.num_envs=3", "algo.collect_env_steps=100", "algo.vision_updates=8", "algo.memory_updates=8"),
             *("algo.vision_batch_size=8", "algo.memory_batch_size=4", "algo.memory_batch_length=8"),
             *("algo.latent_size=4", "algo.memory_size=8", "algo.controller_training=real", "algo.population=3"),
             *("algo.rollouts=1", "algo.steps_per_iteration=20", "algo.kl_tolerance=0", "log_every=30"),
+            "algo.initial_std=1.0",
         ),
         env_steps=400,
         optimizers={"vision_optimizer": 0.5, "memory_optimizer": 0.5},
