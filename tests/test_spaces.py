@@ -144,7 +144,8 @@ TINY = ("algo.batch_size=8", "algo.replay_ratio=0.25", "algo.steps_per_iteration
     "words", [TINY, (*TINY, "algo.buffer_storage=memmap", "env.num_envs=2")], ids=["one", "memmap"]
 )
 def test_sac_reads_a_dict_and_resumes_exactly(words, tmp_path):
-    in_two_halves(tmp_path, (*SMALL, *ROBOT, "env.action=rescale", "eval.every=50", "checkpoint.every=60", *words), 128)
+    common = *SMALL, *ROBOT, "env.action=rescale", "eval.every=50", "checkpoint.every=60", "algo.buffer_size=1000"
+    in_two_halves(tmp_path, (*common, *words), 128)
 
 
 @pytest.mark.parametrize("algo", ["td3", "ddpg", "ppo", "a2c"])
@@ -166,6 +167,7 @@ def test_others_read_a_dict(algo, tmp_path):
 
 def test_a_loaded_policy_takes_what_the_env_shows(tmp_path):
     words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=32", "eval.every=32"]
+    words.append("algo.buffer_size=1000")  # a million such pictures are more than there is memory
     train(config.compose(words), tmp_path / "run")
     policy = levin.load(tmp_path / "run")
     env = gym.make("toy_envs:Robot-v0")
@@ -257,6 +259,7 @@ def test_a_stack_of_pictures_is_the_last_pictures():
 
 def test_the_same_seed_gives_the_same_run_on_a_dict(tmp_path):
     words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=64", "eval.every=64"]
+    words.append("algo.buffer_size=1000")
     for name in "ab":
         train(config.compose(words), tmp_path / name)
     assert same(saved(tmp_path / "a")["state_dict"], saved(tmp_path / "b")["state_dict"])
