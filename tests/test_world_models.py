@@ -19,7 +19,7 @@ import toy_envs  # noqa: F401
 from checks import metrics, same, saved
 from levin import config, dodge, envs, resume
 from levin.algorithms.world_models import WorldModels
-from levin.algorithms.world_models_networks import Controllers, Memory, Mixture, Vision
+from levin.algorithms.world_models_networks import Controllers, Memory, Mind, Mixture, Vision
 from levin.dream import DreamEnv, LatentEnv
 from levin.errors import ConfigError
 from levin.evaluate import evaluate_run
@@ -310,9 +310,8 @@ def test_env_steps_stand_still_while_it_dreams(straight):
 
 # collecting, V, M and C of both rounds: 60 env steps, 10 + 10 updates, 3 x 8 dreams in each
 @pytest.mark.parametrize("clock", [20, 60, 70, 80, 88, 96, 104, 130, 164, 174, 184, 192, 200])
-def test_two_halves_of_any_stage_are_the_whole(clock, straight, tmp_path, monkeypatch):
+def test_two_halves_of_any_stage_are_the_whole(clock, straight, tmp_path):
     """V and M have ten updates in one iteration."""
-    monkeypatch.setitem(globals(), "StopAt", StopAt)
     words = [*SMALL, "algo.controller_training=dream"]
     words.append(f"+callbacks.stop={{_target_:test_world_models.StopAt,clock:{clock}}}")
     cfg = config.compose(words)
@@ -444,7 +443,7 @@ def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
         for t in range(num):
             policy.carry.action = policy.carry.action if t == 0 else model.encoded(torch.from_numpy(actions[t - 1]))
             policy(pictures[t : t + 1], torch.tensor([[t == 0]]))
-            feature = torch.cat([policy.carry.z, policy.carry.hidden], -1)
+            feature = Mind(policy.carry.stoch, *policy.carry.deter.chunk(2, -1)).feature
             torch.testing.assert_close(feature, torch.from_numpy(seen[t]), rtol=1e-4, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ FORMAT = 1  # of the folder; another is refused
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
-    """Writes `checkpoints/<env_steps>/` for the path `checkpoints/<env_steps>/state.ckpt`, and points `last` at it."""
+    """Writes `checkpoints/<clock>/` for the path `checkpoints/<clock>/state.ckpt`, and points `last` at it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
         for rank in range(1, ranks.size()):
             _partial(folder, rank).rename(partial / f"rank{rank}")
         files.sync(partial)
-        if folder.exists():  # not the one before: nothing is saved twice at the same count of env steps
+        if folder.exists():  # not the one before: nothing is saved twice at the same moment of the clock
             discard(folder)
         partial.rename(folder)
         _point(folder.with_name(LAST), folder.name)

@@ -45,7 +45,6 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     for episode in range(episodes):
         first, frames, shown = np.ones(1, dtype=bool), [], []
         observation, done = env.begin([episode], first), ~first
-        begun = tensors(env.observation, observation)
         while not done.any():
             shown.append(observation)
             with torch.inference_mode():
@@ -54,7 +53,7 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
             first, done = np.zeros(1, dtype=bool), terminated | truncated
             frames.append(_frame(env))
         videos = {f"{policy.algorithm.clock}_{episode}.mp4": frames}
-        if (dreamt := policy.algorithm.dream_of(begun, len(shown))) is not None:
+        if (dreamt := policy.algorithm.dream_of(tensors(env.observation, shown[0]), len(shown))) is not None:
             videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _beside(np.concatenate(shown), dreamt.numpy())
         for name, pictures in videos.items():
             imageio.mimwrite(

@@ -33,12 +33,16 @@ def ended(goes_on: Tensor, chance: Tensor, temperature: float) -> Tensor:
     return torch.special.ndtr(chance) < log_odds.sigmoid()
 
 
-class Model(Protocol):
-    """What a policy remembers with."""
+class Sizes(Protocol):
+    """How many numbers there are of each that a policy carries."""
 
     deter: int
     stoch: int
     actions: int
+
+
+class Model(Sizes, Protocol):
+    """What a policy remembers with."""
 
     def step(self, state: State, action: Tensor, observation: Any, *, sample: bool = True) -> State:
         """The state after an action `[B, A]` and the observation that it led to."""
@@ -95,7 +99,7 @@ class Carry(nn.Module):
     stoch: Tensor
     action: Tensor
 
-    def __init__(self, num_envs: int, model: "Model") -> None:
+    def __init__(self, num_envs: int, model: Sizes) -> None:
         super().__init__()
         for name, size in (("deter", model.deter), ("stoch", model.stoch), ("action", model.actions)):
             self.register_buffer(name, torch.zeros(num_envs, size))

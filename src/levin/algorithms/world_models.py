@@ -51,10 +51,11 @@ from torch.optim import Adam, Optimizer
 
 from levin import open_loop, ranks
 from levin.algorithms.base import Algorithm, Batch
-from levin.algorithms.world_models_networks import Carry, Controllers, Player, Trials, WorldModel
+from levin.algorithms.world_models_networks import Controllers, Player, Trials, WorldModel
 from levin.dream import STARTS, DreamEnv, policy_space
 from levin.errors import ConfigError
 from levin.hints import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.recurrent import Carry
 from levin.sequences import LATENT, SequenceReplay
 from levin.spaces import IS_FIRST, EnvSpec
 
@@ -276,7 +277,7 @@ class WorldModels(Algorithm):
 
     def finished(self, total_env_steps: int) -> bool:
         """All rounds are over; or, where C is evolved in the env, its steps are."""
-        in_env = self.stage == "controller" and self.controller_training == "real"
+        in_env = self.collects and self.stage == "controller"
         return self.round == self.rounds or (in_env and self.env_steps >= total_env_steps)
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
@@ -466,17 +467,10 @@ class WorldModels(Algorithm):
 
     def dreamt(self, numbers: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
         """Returns and lengths of controllers `[P, n]` in dreams with these seeds `[R]`: both `[P, R]`."""
-        shape = len(numbers), len(seeds)
-        num = len(numbers) * len(seeds)
-        actions = policy_space(self.env["action"])
-        env = DreamEnv(
-            self.model,
-            self.model.starts,
-            actions,
-            num_envs=num,
-            temperature=self.temperature,
-            time_limit=self.dream_length,
-        )
+        shape, num = (len(numbers), len(seeds)), len(numbers) * len(seeds)
+        numbers, actions = numbers.to(self.device), policy_space(self.env["action"])
+        how: dict[str, Any] = {"temperature": self.temperature, "time_limit": self.dream_length}
+        env = DreamEnv(self.model, self.model.starts, actions, num_envs=num, **how)
         env.reset(seed=seeds * len(numbers))
         feature, goes_on = env.mind.feature, np.ones(num, dtype=bool)
         total, length = np.zeros(num), np.zeros(num)

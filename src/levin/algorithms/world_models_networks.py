@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 from levin.dream import STARTS
 from levin.errors import ConfigError
 from levin.networks import action_size, mlp, single
+from levin.recurrent import Carry
 from levin.spaces import EnvSpec
 
 HIDDEN = 512  # of V, where pictures are not 64 x 64
@@ -169,6 +170,7 @@ class WorldModel(nn.Module):
         self.vision = Vision(space["shape"], z)
         self.memory = Memory(z, self.actions, cells, mixtures)
         self.features, self.noise, self.end_weight = z + cells, 2 * z + 1, end_weight
+        self.deter, self.stoch = 2 * cells, z  # as `Carry` has them: M's hidden and cell, and z
         self.register_buffer("starts", torch.zeros(STARTS, *space["shape"], dtype=torch.uint8))
 
     def encoded(self, action: Tensor) -> Tensor:
@@ -275,27 +277,6 @@ class Trials:
         self.next, self.trial = state["next"], list(state["trial"])
 
 
-class Carry(nn.Module):
-    """What a player remembers of the step before, for each env; it is saved with the algorithm."""
-
-    z: Tensor
-    hidden: Tensor
-    cell: Tensor
-    action: Tensor
-
-    def __init__(self, num_envs: int, model: WorldModel) -> None:
-        super().__init__()
-        sizes = {"z": model.memory.z, "hidden": model.memory.cells, "cell": model.memory.cells, "action": model.actions}
-        for name, size in sizes.items():
-            self.register_buffer(name, torch.zeros(num_envs, size))
-
-    def fit(self, is_first: Tensor) -> None:
-        """Forget everything, for another number of envs; what ends with an episode is the player's to forget."""
-        for name, value in list(self.named_buffers()):
-            if len(value) != len(is_first):
-                setattr(self, name, value.new_zeros(len(is_first), value.shape[1], device=is_first.device))
-
-
 class Player(nn.Module):
     """What the collector asks for an action, `[N, *S], [N, 1] -> [N, *A]`: V, M and C, or actions at random.
 
@@ -312,11 +293,11 @@ class Player(nn.Module):
 
     def forward(self, observation: Tensor, is_first: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         carry = self.carry
-        carry.fit(is_first)
+        carry.begin(is_first)
         if self.trials is None or self.trials.numbers is not None:
-            hidden, cell = self.model.remember(Mind(carry.z, carry.hidden, carry.cell), carry.action)
-            carry.z, _ = self.model.vision.encode(observation)
-            carry.hidden, carry.cell = hidden * ~is_first, cell * ~is_first
+            before = Mind(carry.stoch, *carry.deter.chunk(2, -1))
+            carry.deter = torch.cat(self.model.remember(before, carry.action), -1) * ~is_first
+            carry.stoch, _ = self.model.vision.encode(observation)
         if self.trials is None:
             action = self.choose(self.controllers.best.expand(len(is_first), -1))
         else:
@@ -328,8 +309,8 @@ class Player(nn.Module):
 
     def choose(self, numbers: Tensor) -> Tensor:
         """Of one controller each, `[N, n] -> [N, *A]`."""
-        feature = torch.cat([self.carry.z, self.carry.hidden], -1)
-        return self.controllers(numbers, feature.unsqueeze(1)).squeeze(1)
+        mind = Mind(self.carry.stoch, *self.carry.deter.chunk(2, -1))
+        return self.controllers(numbers, mind.feature.unsqueeze(1)).squeeze(1)
 
     def wander(self, is_first: Tensor) -> Tensor:
         """At random, as white noise stays where it is: uniform at first, then in small steps, or mostly the same."""

@@ -6,22 +6,13 @@ import numpy as np
 import torch
 
 from levin.algorithms.world_models import WorldModels
-from levin.bench.peers import table
+from levin.bench.peers import spec, table
 from levin.dream import DreamEnv, policy_space
-from levin.spaces import EMPTY, EnvSpec
+from levin.spaces import EMPTY
 
 POPULATION, ROLLOUTS, LENGTH = 32, 4, 200
 PEER = "one env at a time"
-SPEC: EnvSpec = {
-    "id": "a benchmark",
-    "num_envs": 1,
-    "observation": {**EMPTY, "shape": [1, 16, 16], "dtype": "uint8"},
-    "action": {**EMPTY, "type": "discrete", "dtype": "int64", "n": 3},
-    "action_units": "none",
-    "action_repeat": 1,
-    "observation_clip": None,
-    "reward_clip": None,
-}
+SPEC = spec({**EMPTY, "shape": [1, 16, 16], "dtype": "uint8"}, {**EMPTY, "type": "discrete", "dtype": "int64", "n": 3})
 
 
 def one_by_one(algorithm: WorldModels, numbers: torch.Tensor, steps: int) -> float:

@@ -38,7 +38,7 @@ from levin.algorithms.dreamer import SIZES, Dreamer
 from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.dreamer_v3_networks import BINS, UNIMIX
 from levin.algorithms.dreamer_v3_networks import SIZES as V3_SIZES
-from levin.bench.peers import table
+from levin.bench.peers import spec, table
 from levin.sequences import LATENT
 from levin.spaces import EMPTY, EnvSpec
 
@@ -89,19 +89,11 @@ class Side:
             raise RuntimeError("a parameter has got no gradient, or not a finite one")
 
 
-def spec(sizes: Sizes) -> EnvSpec:
+def vectors(sizes: Sizes) -> EnvSpec:
     """An env of vectors and continuous actions."""
     bound = [1.0] * sizes.actions
-    return {
-        "id": "a benchmark",
-        "num_envs": 1,
-        "observation": {**EMPTY, "shape": [sizes.observation]},
-        "action": {**EMPTY, "shape": [sizes.actions], "low": [-each for each in bound], "high": bound},
-        "action_units": "none",
-        "action_repeat": 1,
-        "observation_clip": None,
-        "reward_clip": None,
-    }
+    low = [-each for each in bound]
+    return spec({**EMPTY, "shape": [sizes.observation]}, {**EMPTY, "shape": [sizes.actions], "low": low, "high": bound})
 
 
 def records(sizes: Sizes) -> TensorDict:
@@ -292,7 +284,7 @@ def dreamer(*, rounds: int, threads: int) -> None:
     torch.manual_seed(0)
     compiles = shutil.which(os.environ.get("CXX", "g++")) is not None
     batch = records(V1)
-    v1 = partial(Dreamer, env=spec(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon)
+    v1 = partial(Dreamer, env=vectors(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon)
     sides = {"levin": ours(v1(), batch[:, 1:].clone()), PEER: torchrl_v1(batch)}
     if compiles:
         sides |= {"levin, compiled": ours(v1(compile=True), batch[:, 1:].clone())}
@@ -300,7 +292,7 @@ def dreamer(*, rounds: int, threads: int) -> None:
     compared("Dreamer, micro", sides, V1, rounds)
     batch, size = records(V3), V3_SIZES["1m"]
     batch[LATENT] = torch.zeros(*batch.shape, size.deter + size.stoch, dtype=torch.bfloat16)  # with class numbers
-    v3 = partial(DreamerV3, env=spec(V3), size="1m", batch_size=BATCH, batch_length=V3.length, horizon=V3.horizon)
+    v3 = partial(DreamerV3, env=vectors(V3), size="1m", batch_size=BATCH, batch_length=V3.length, horizon=V3.horizon)
     sides = {"levin": ours(v3(), batch), PEER: torchrl_v3(batch)}
     if compiles:
         sides |= {"levin, compiled": ours(v3(compile=True), batch)}

@@ -16,6 +16,7 @@ import torch
 from levin import config, paths, provenance, runs
 from levin.bench.pace import REPORT
 from levin.errors import ConfigError
+from levin.spaces import EnvSpec, Space
 from levin.train import build
 
 PYTHON = paths.ROOT / ".venv-bench" / "bin" / "python"
@@ -283,6 +284,20 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
     for name in task.variants:
         share = statistics.median(a / b for a, b in zip(rates[name], rates[FLOOR], strict=True))
         print(f"{name} runs at {share:.0%} of {FLOOR}")
+
+
+def spec(observation: Space, action: Space) -> EnvSpec:
+    """An env that is none: its spaces are all that an algorithm asks for."""
+    return {
+        "id": "a benchmark",
+        "num_envs": 1,
+        "observation": observation,
+        "action": action,
+        "action_units": "none",
+        "action_repeat": 1,
+        "observation_clip": None,
+        "reward_clip": None,
+    }
 
 
 def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
