@@ -20,7 +20,7 @@ space := $() $()
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming worlds fork bench bench-setup test test-slow drill lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming worlds racing fork bench bench-setup test test-slow drill lint format lock clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,9 @@ dreaming: .venv/.core .venv/.report ## Dreamer with and without its dream's grad
 
 worlds: .venv/.core .venv/.report ## World Models in the dodge game, and PPO and SAC in dreams, again, an hour
 	$(BIN)/python -m experiments.worlds.run
+
+racing: .venv/.core .venv/.box2d .venv/.report ## World Models in CarRacing, with M trained and untrained, again, two hours
+	$(BIN)/python -m experiments.racing.run
 
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
 	$(BIN)/python -m levin.report $(if $(CHECK),check=true)

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
 
-from levin import aggregates, cells, config, envs, paths, pictures, policy, provenance, schema
+from levin import aggregates, cells, config, envs, paths, pictures, plot, policy, provenance, schema
 from levin.cells import Curve, Published, Reference
 from levin.envs import EnvConfig
 from levin.episodes import evaluate
@@ -186,6 +186,16 @@ def reference(**changes):
     published = Published(family="x", env="y", mean=90, std=5, seeds=10, metric="z", source="a/b@1234567:c")
     values = {"env_steps": 400, "metric": "evaluations", "last": 1, "gate": 85, "gate_from": "mean less deviation"}
     return Reference(**{**values, "random_return": 10, "published": [published], **changes})
+
+
+def test_a_dream_is_scored_at_its_end_though_env_steps_stand_still():
+    stands = Curve(np.array([100, 400, 400, 400]), np.array([1.0, 2.0, 3.0, 4.0]), np.zeros(4))
+    assert cells.scores({0: stands}, {}, reference()).tolist() == [4]
+    goes_on = Curve(np.append(stands.env_steps, 500), np.append(stands.return_mean, 9), np.zeros(5))
+    assert goes_on.until(400).return_mean.tolist() == goes_on.until(350).return_mean.tolist() == [1, 2, 3, 4]
+    grid, returns = plot.on_one_grid([stands, stands])
+    assert grid.tolist() == [100, 400, 400, 400]
+    assert returns.tolist() == 2 * [[1, 2, 3, 4]]
 
 
 def test_scores_are_measured_as_the_source_measures():

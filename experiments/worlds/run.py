@@ -1,6 +1,7 @@
 """What comes of dreams: controllers that were evolved in them, and PPO and SAC, that were trained in them.
 
-At five temperatures, without a memory, and in two rounds. While anything is trained in a dream, no env takes a step.
+At five temperatures, without a memory, in two rounds, and in one of as much experience. While anything is trained in a
+dream, no env takes a step.
 
 `make worlds` writes returns.csv, generations.csv, pictures and README.md beside this file. Runs that are there are not
 made again.
@@ -32,6 +33,12 @@ TEMPERATURES = (0.1, 0.5, 1.0, 1.15, 1.3)
 COMMON = ["trainer.threads=1", "trainer.accelerator=cpu", "logger=csv"]
 DODGE = [*COMMON, "algo=world_models", "env=dodge"]
 STOP = "+callbacks.stop={_target_:experiments.worlds.run.StopBeforeController}"
+TWICE = "total_env_steps=200_000"
+OTHERS = {
+    "blind": [*DODGE, "algo.controller_input=latent"],
+    "rounds": [*DODGE, TWICE, "algo.rounds=2"],
+    "twice": [*DODGE, TWICE, "algo.vision_updates=10_000", "algo.memory_updates=8000"],
+}
 PPO = [*COMMON, "algo=ppo", "env=dream", "total_env_steps=300_000", "eval.every=25_000", "eval.episodes=50"]
 PPO += ["algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", "log_every=25_000"]
 SAC = [*COMMON, "algo=sac", "env=dream", "env.run=experiments/dreamer_pendulum", "env.num_envs=4"]
@@ -91,12 +98,11 @@ def evaluated(name: str, seed: int) -> float:
 def jobs(stage: int) -> list[tuple[Any, ...]]:
     """What can be done at once, first the bases, then what goes on from them."""
     if stage == 0:
-        many: list[tuple[Any, ...]] = [(base, seed) for seed in SEEDS]
-        return [*many, *((whole, "blind", seed, [*DODGE, "algo.controller_input=latent"]) for seed in SEEDS)]
-    many = [(branch, seed, temperature) for seed in SEEDS for temperature in TEMPERATURES]
+        return [(base, seed) for seed in SEEDS]
+    many: list[tuple[Any, ...]] = [(branch, seed, temperature) for seed in SEEDS for temperature in TEMPERATURES]
     many += [(whole, "ppo", seed, [*PPO, f"env.run={RUNS / f'base_s{seed}'}"]) for seed in SEEDS]
     many += [(whole, "sac", seed, SAC) for seed in SEEDS]
-    return [*many, *((whole, "rounds", seed, [*DODGE, "algo.rounds=2"]) for seed in SEEDS)]
+    return many + [(whole, name, seed, words) for name, words in OTHERS.items() for seed in SEEDS]
 
 
 def work(job: tuple[Any, ...]) -> None:
@@ -111,7 +117,7 @@ def measure() -> None:
     for stage in (0, 1):
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             list(pool.map(work, jobs(stage)))
-    names = [*(f"tau{temperature}" for temperature in TEMPERATURES), "blind", "rounds", "ppo", "sac"]
+    names = [*(f"tau{temperature}" for temperature in TEMPERATURES), *OTHERS, "ppo", "sac"]
     with (HERE / "returns.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "seed", "dream_return", "return", "env_steps", "dream_steps"])
@@ -182,7 +188,8 @@ def report() -> None:
         for name, said in (
             ("tau1.15", "V, M and C, temperature 1.15"),
             ("blind", "C reads z alone"),
-            ("rounds", "two rounds of half the env steps"),
+            ("rounds", "two rounds, each of 100,000 env steps"),
+            ("twice", "one round of 200,000, and twice the updates of V and M"),
             ("ppo", "PPO in the dreams of the same V and M"),
             ("sac", "SAC in the dreams of a Dreamer of Pendulum-v1"),
         )

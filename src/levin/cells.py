@@ -91,8 +91,12 @@ class Curve:
         )
 
     def until(self, env_steps: int) -> "Curve":
-        """The rows up to and with the first one at or past `env_steps`: where an iteration ended."""
-        rows = slice(0, int(np.searchsorted(self.env_steps, env_steps)) + 1)
+        """The rows up to the first env steps at or past `env_steps`, where an iteration ended.
+
+        There may be several of those: what is trained in dreams takes no env step.
+        """
+        last = self.env_steps[self.env_steps >= env_steps][:1]
+        rows = slice(0, int(np.searchsorted(self.env_steps, last[0], "right")) if len(last) else None)
         return Curve(self.env_steps[rows], self.return_mean[rows], self.second[rows])
 
 

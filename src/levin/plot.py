@@ -67,8 +67,10 @@ def collect(runs: str) -> dict[str, list[cells.Curve]]:
 
 def on_one_grid(seeds: list[cells.Curve]) -> tuple[np.ndarray, np.ndarray]:
     """Env steps `[evaluations]` that every seed has come to, and the returns there `[seeds, evaluations]`."""
-    until = min(curve.env_steps[-1] for curve in seeds)
-    grid = seeds[0].env_steps[seeds[0].env_steps <= until]
+    grid = seeds[0].env_steps
+    if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # which may stand still
+        return grid, np.stack([curve.return_mean for curve in seeds])
+    grid = grid[grid <= min(curve.env_steps[-1] for curve in seeds)]
     return grid, np.stack([np.interp(grid, curve.env_steps, curve.return_mean) for curve in seeds])
 
 

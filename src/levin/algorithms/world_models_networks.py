@@ -14,7 +14,7 @@ from levin.networks import action_size, mlp, single
 from levin.recurrent import Carry
 from levin.spaces import EnvSpec
 
-HIDDEN = 512  # of V, where pictures are not 64 x 64
+HIDDEN = 256  # of V, where pictures are not 64 x 64
 LOG_STD = (-7.0, 7.0)  # of a mixture's parts
 WANDER = 0.14  # how much random actions change at a step, sqrt(1 / 50)
 CHANGE = 0.3  # how often random finite actions are drawn anew
