@@ -267,6 +267,11 @@ class Result:
         return self.config.algo._target_.rpartition(".")[2]
 
     @property
+    def env(self) -> str:
+        """Its id, without the module that registers it."""
+        return self.config.env.id.rpartition(":")[2]
+
+    @property
     def variant(self) -> str:
         """What its folder's name says beyond algorithm and env, in brackets: ` (online)`; mostly nothing."""
         usual = self.config.name.split("_")

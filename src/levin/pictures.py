@@ -62,7 +62,7 @@ def draw_result(result: Result) -> None:
     axes.axhline(
         result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"gate: {result.reference.gate:g}"
     )
-    axes.set_title(f"{result.config.env.id}: {cells.verdict(result.reference, result.scores)[0]}")
+    axes.set_title(f"{result.env}: {cells.verdict(result.reference, result.scores)[0]}")
     axes.legend(frameon=False, loc="lower right")
     plot.save(figure, result.cell / cells.PICTURE, _source(result))
 

@@ -169,7 +169,7 @@ def row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
     """A result in the tables."""
     ours = summary.get("as_the_source_measures")
     return {
-        "result": f"[{result.algorithm} {result.config.env.id}{result.variant}](experiments/{result.name})",
+        "result": f"[{result.algorithm} {result.env}{result.variant}](experiments/{result.name})",
         "env steps": f"{result.reference.env_steps:,}",
         "seeds": str(len(result.evaluations)),
         "ours": f"{ours['mean']:.1f}" if ours else "",
