@@ -161,6 +161,15 @@ def test_every_result_is_whole(cell):
         assert next(csv.reader(file)) == ["seed", "env_steps", "return_mean", "return_std"]
 
 
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_every_stored_policy_plays_better_than_uniform_actions(cell):
+    cfg = config.load(cell)
+    env = envs.make(EnvConfig(**schema.plain(cfg.env)), seed=1, purpose=envs.EVALUATION, num_envs=5)
+    returns, _ = evaluate(policy.load_algorithm(cell).policy(deterministic=True), env, 5)
+    env.close()
+    assert np.mean(returns) > cells.read_reference(cell).random_return
+
+
 def test_a_stored_policy_earns_what_its_summary_says():
     cell = paths.EXPERIMENTS / "sac_pendulum"
     cfg, stored = config.load(cell), cells.read_curves(cell)[0]

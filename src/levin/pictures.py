@@ -10,7 +10,7 @@ from levin import aggregates, cells, paths, plot
 from levin.cells import Result
 
 AGGREGATE = "aggregate.png"
-DRAWING = "1"  # change it when the pictures are drawn in another way
+DRAWING = "2"  # change it when the pictures are drawn in another way
 
 
 def expected(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], None]]]:
@@ -75,24 +75,23 @@ def draw_aggregate(results: list[Result]) -> None:
     compared = list(pairs(by_algorithm))
     figure, axes = plot.new_figure(3 if compared else 2)
     efficiency, end, *improvement = axes  # type: ignore[misc]
-    share = np.linspace(0.05, 1, 20)
+    share, labels = np.linspace(0.05, 1, 20), []
     for i, (name, those) in enumerate(by_algorithm.items()):
         curves = _aligned([_normalised(result, share) for result in those])  # [seeds, tasks, 20]
         iqm, interval = aggregates.iqm_with_interval(curves)
-        many = f"{len(those)} result{'s' if len(those) > 1 else ''}"
-        (line,) = efficiency.plot(share, iqm, linewidth=2, label=f"{name} ({many})")
+        (line,) = efficiency.plot(share, iqm, linewidth=2)
         efficiency.fill_between(share, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
         scores = _aligned([result.reference.normalise(result.scores)[:, None] for result in those])
         iqm, interval = aggregates.iqm_with_interval(scores)
         end.barh(i, interval[1] - interval[0], left=interval[0], color=line.get_color(), alpha=0.4, height=0.5)
-        end.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
+        end.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color=line.get_color(), linewidth=3)
+        labels.append(f"{name} ({len(those)})")
     efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of published tasks")
-    efficiency.legend(frameon=False, loc="lower right")
     end.axvline(1, color="gray", linestyle=":")
-    end.set(xlabel="0: uniform actions, 1: published", title="At the end: IQM, 95% interval")
+    end.set(xlabel="0: uniform actions, 1: published", title="At the end: IQM, 95% interval (results)")
     end.margins(x=0.05)
     end.set_xlim(left=min(0, end.get_xlim()[0]))
-    end.set_yticks(range(len(by_algorithm)), by_algorithm)
+    end.set_yticks(range(len(labels)), labels)  # the legend of the left one, too
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
     for axis in improvement:
         for i, (_, probability, interval) in enumerate(compared):
