@@ -272,8 +272,11 @@ class WorldModels(Algorithm):
     @property
     def status(self) -> str:  # type: ignore[override]
         """Round, stage, and how far that is."""
+        if self.round == self.rounds:
+            return ""
         budget = {"vision": self.vision_updates, "memory": self.memory_updates, "controller": self.generations}
-        return f" · {self.stage} {self.spent:,}/{budget.get(self.stage, 0):,}, round {self.round + 1}/{self.rounds}"
+        progress = f" {self.spent:,}/{budget[self.stage]:,}" if self.stage in budget else ""
+        return f" · {self.stage}{progress}, round {self.round + 1}/{self.rounds}"
 
     def finished(self, total_env_steps: int) -> bool:
         """All rounds are over; or, where C is evolved in the env, its steps are."""
