@@ -568,7 +568,7 @@ def test_a_malicious_pickle_is_not_executed(finished, tmp_path, monkeypatch):
     with pytest.raises(ConfigError):
         resume.resume(run=str(run), total_env_steps=384)
     with pytest.raises(ConfigError):
-        checkpoint.clock_and_wandb_id(checkpoint.numbered(run / "checkpoints")[-1] / "state.ckpt")
+        checkpoint.env_steps_and_wandb_id(checkpoint.numbered(run / "checkpoints")[-1] / "state.ckpt")
     assert not (tmp_path / "executed").exists()
 
 

@@ -198,7 +198,7 @@ def set_aside_newer(folder: Path) -> None:
             newer.rename(aside)
 
 
-def clock_and_wandb_id(path: Path) -> tuple[int, str | None]:
+def env_steps_and_wandb_id(path: Path) -> tuple[int, str | None]:
     """How many env steps a checkpoint is at, and the Weights & Biases run that it belongs to."""
     state = files.load(path, mmap=True)
     return state["levin"]["env_steps"], state.get("wandb_id")

@@ -22,10 +22,13 @@ def make(
     Args:
         ckpt_path: The checkpoint that the run is continued from.
     """
-    env_steps, wandb_id = (-1, None) if ckpt_path is None else checkpoint.clock_and_wandb_id(ckpt_path)
+    wandb_id, clock = None, -1
+    if ckpt_path is not None:
+        _, wandb_id = checkpoint.env_steps_and_wandb_id(ckpt_path)
+        clock = int(ckpt_path.resolve().parent.name)
     loggers: list[Logger] = [CSVMetrics(run)]
     if name == "tensorboard":
-        loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=env_steps + 1))
+        loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=clock + 1))
     elif name != "csv" and (_wandb_login() or name == "wandb"):
         import wandb
 

@@ -54,7 +54,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
     path, env_steps = None, 0
     if checkpoint.numbered(folder / "checkpoints"):
         path = checkpoint.newest(folder, buffer=True, algorithm=name)
-        env_steps, _ = checkpoint.clock_and_wandb_id(path)
+        env_steps, _ = checkpoint.env_steps_and_wandb_id(path)
     else:
         print(f"run={run} has no checkpoint yet: it begins anew")
     if cfg.total_env_steps != total and env_steps >= cfg.total_env_steps:

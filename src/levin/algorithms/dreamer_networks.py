@@ -245,8 +245,8 @@ class WorldModel(nn.Module):
         return self.stoch + 1
 
     def encoded(self, action: Tensor) -> Tensor:
-        """Actions of a policy as the model reads them: `[N, A]`."""
-        return self.one_hot.encode(action) if self.one_hot else action
+        """Actions of a policy as the model reads them: `[N, A]` in [-1, 1]."""
+        return self.one_hot.encode(action) if self.one_hot else action.clamp(-1, 1)
 
     def begin(self, observation: Any) -> State:
         """The state at the first observation of an episode."""

@@ -77,7 +77,7 @@ class WorldModels(Algorithm):
         latent_size: Z: 32.
         memory_size: Cells of M's LSTM: 256.
         mixtures: K, Gaussians for each entry of z: 5.
-        vision_updates: Of V, in each round: about 100,000, ten times through 10,000 episodes.
+        vision_updates: Of V, in each round: 1,000,000, ten times through 10,000 episodes.
         vision_batch_size: Pictures: 100.
         vision_lr: Adam: 1e-4.
         kl_tolerance: KL that costs nothing, for each entry of z: 0.5.
@@ -114,7 +114,7 @@ class WorldModels(Algorithm):
         latent_size: PositiveInt = 32,
         memory_size: PositiveInt = 256,
         mixtures: PositiveInt = 5,
-        vision_updates: NonNegativeInt = 100_000,
+        vision_updates: NonNegativeInt = 1_000_000,
         vision_batch_size: PositiveInt = 100,
         vision_lr: PositiveFloat = 1e-4,
         kl_tolerance: NonNegativeFloat = 0.5,
@@ -147,6 +147,8 @@ class WorldModels(Algorithm):
                 f"algo.collect_env_steps={collect_env_steps} in {rounds} rounds is less than a window of each env: "
                 f"{least * rounds}"
             )
+        if buffer_size // env["num_envs"] < memory_batch_length + 1:
+            raise ConfigError(f"algo.buffer_size={buffer_size} is less than a window of each env")
         if population < 2:
             raise ConfigError("algo.population=1 has nothing to choose from: two are the least")
         self.rounds, self.collect_env_steps = rounds, collect_env_steps
@@ -207,7 +209,7 @@ class WorldModels(Algorithm):
 
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         row: dict[str, float] = {}
-        if self.stage == "controller":
+        if self.fitness:
             dreams, _ = self.dreamt(self.controllers.best.unsqueeze(0), list(range(EVALUATED)))
             row["eval/dream_return"] = float(dreams.mean())
         if self.stage != "collect" and len(self.buffer) > open_loop.CONTEXT:
@@ -279,9 +281,19 @@ class WorldModels(Algorithm):
         return f" · {self.stage}{progress}, round {self.round + 1}/{self.rounds}"
 
     def finished(self, total_env_steps: int) -> bool:
-        """All rounds are over; or, where C is evolved in the env, its steps are."""
-        in_env = self.collects and self.stage == "controller"
-        return self.round == self.rounds or (in_env and self.env_steps >= total_env_steps)
+        """All rounds are over; or, where C is evolved in the env, its steps are.
+
+        Raises:
+            ConfigError: None would be left for C.
+        """
+        in_env = self.controller_training == "real"
+        if in_env and total_env_steps <= self.collect_env_steps:
+            raise ConfigError(
+                f"total_env_steps={total_env_steps} leaves none to evolve a controller in: "
+                f"algo.collect_env_steps={self.collect_env_steps} are collected before"
+            )
+        over = in_env and self.stage == "controller" and self.env_steps >= total_env_steps
+        return self.round == self.rounds or over
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         if self.stage == "collect":
@@ -466,6 +478,8 @@ class WorldModels(Algorithm):
             self.round += 1
             self.begun["env_steps"] = self.env_steps
             self.trials.begin(torch.from_numpy(np.stack(self.ask())).float(), [])
+            if self.controller_training == "real":  # what was played since is not stored
+                self.buffer.restart(torch.ones(len(self.open), dtype=torch.bool))
             self.enter("collect")
 
     def dreamt(self, numbers: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:

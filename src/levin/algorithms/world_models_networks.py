@@ -174,8 +174,8 @@ class WorldModel(nn.Module):
         self.register_buffer("starts", torch.zeros(STARTS, *space["shape"], dtype=torch.uint8))
 
     def encoded(self, action: Tensor) -> Tensor:
-        """Actions as M reads them: `[N, A]`, of finite ones `[N]` one-hot."""
-        return one_hot(action, self.actions).float() if self.discrete else action
+        """Actions as M reads them: `[N, A]` in [-1, 1], of finite ones `[N]` one-hot."""
+        return one_hot(action, self.actions).float() if self.discrete else action.clamp(-1, 1)
 
     def begin(self, observation: Tensor) -> Mind:
         """At the first observation of an episode."""
@@ -266,8 +266,8 @@ class Trials:
     def playing(self) -> Tensor:
         """The numbers of the controller of each env `[N, n]`, the first one's where there is no trial."""
         assert self.numbers is not None
-        which = [self.queue[trial] if self.queue else trial % len(self.numbers) for trial in self.trial]
-        return self.numbers[[max(0, each) for each in which]]
+        trials = [max(0, trial) for trial in self.trial]
+        return self.numbers[[self.queue[trial] if self.queue else trial % len(self.numbers) for trial in trials]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"numbers": self.numbers, "queue": self.queue, "next": self.next, "trial": list(self.trial)}
