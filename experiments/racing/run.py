@@ -40,7 +40,7 @@ def work(kind: str) -> None:
 
 
 def measure() -> None:
-    """Write returns.csv: every evaluation, and the last controller on 16 tracks."""
+    """Write returns.csv: every evaluation, and the last controller on other tracks."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         list(pool.map(work, KINDS))
     with (HERE / "returns.csv").open("w", newline="") as file:
