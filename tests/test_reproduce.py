@@ -18,7 +18,7 @@ from levin import cells, config, paths, runs
 from levin.errors import ConfigError
 from levin.pin import pin
 from levin.report import BEGIN, END, report
-from levin.reproduce import _store, judge, reproduce
+from levin.reproduce import _kept, _store, judge, reproduce
 
 WORDS = (
     *("algo=sac", "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale", "total_env_steps=320"),
@@ -179,6 +179,44 @@ def test_what_is_not_of_one_commit_is_not_stored(facts, stored):
     with pytest.raises(ConfigError, match="what one commit gives"):
         _store(cell, folders)
     assert before == {path: path.read_bytes() for path in cell.iterdir()}
+
+
+def test_seeds_are_added_to_those_that_are_stored(stored):
+    cell, folders = stored
+    whole = {kind: (cell / kind).read_bytes() for kind in (cells.CURVES, cells.TRAINING, cells.POLICY)}
+    for kind in (*whole, cells.PROVENANCE):
+        (cell / kind).unlink()
+    _store(cell, {seed: folders[seed] for seed in (0, 2)})
+    assert (cell / cells.CURVES).read_bytes() != whole[cells.CURVES]
+    earlier = cells.read_provenance(cell)
+    earlier["seeds"]["0"]["git_sha"] = "another"
+    del earlier["seeds"]["2"]["git_sha"]  # results of older commits say it once, for all
+    (cell / cells.PROVENANCE).write_text(json.dumps({**earlier, "git_sha": "earlier"}))
+    kept = _kept(cell, [1])
+    assert kept == [0, 2]
+    added = {1: folders[1]}
+    assert judge(cell, cells.read_reference(cell), added).verdict == "partial"  # one seed of three
+    assert judge(cell, cells.read_reference(cell), added, kept).verdict == "reproduced"
+    _store(cell, added, kept)
+    assert whole == {kind: (cell / kind).read_bytes() for kind in whole}
+    found = cells.read_provenance(cell)["seeds"]
+    assert [*found] == ["0", "1", "2"]
+    assert [each["git_sha"] for each in found.values()] == ["another", earlier["git_sha"], "earlier"]
+    assert report(check=True) == []
+    assert _kept(cell, [0, 1, 2]) == []
+
+
+def test_seeds_of_another_config_or_machine_are_not_added_to(stored):
+    cell, _ = stored
+    facts = cells.read_provenance(cell)
+    (cell / cells.PROVENANCE).write_text(json.dumps({**facts, "cores": 1000}))
+    with pytest.raises(ConfigError, match=r'another cores; run them, too: seeds="0 1 2 3"'):
+        reproduce(exp="toy", seeds="3", store=True)
+    (cell / cells.PROVENANCE).write_text(json.dumps(facts))
+    text = (cell / cells.CONFIG).read_text()
+    (cell / cells.CONFIG).write_text(text.replace("gamma: 0.99", "gamma: 0.98"))
+    with pytest.raises(ConfigError, match=r"seeds 1 2 are of another config.yaml"):
+        reproduce(exp="toy", seeds="0", store=True)
 
 
 def test_what_is_stopped_goes_on(stored, tmp_path):

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,6 +29,8 @@ RUNS = Path("runs/reproduce")
 DONE = "verdict.json"
 # With the CPU's vendor, what equal numbers rest on. The packages that compute, not the lock: it holds tools too.
 SAME = ("versions", "cpu_capability", "threads")
+# What seeds of one result share, whose provenance says it once
+ONE_MACHINE = ("python", "versions", "processor", "cpu_capability", "cores", "gpus")
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ def reproduce(
         exp: The result's folder in experiments/.
         seeds: Such as "0 1 2"; without a word, those of the stored curves, else 0, 1 and 2.
         total_env_steps: Fewer than are pinned, for a look; the published number is then not judged.
-        store: Make these runs the result: write curves, policy, provenance, and all that follows from them.
+        store: Make these runs the result: write curves, policy, provenance, and all that follows from them. Stored
+            seeds that are not among these stay.
         jobs: Processes at once; without a word, as many as there are cores for their threads.
 
     Raises:
-        ConfigError: There is no such result, or what was run can't be stored.
+        ConfigError: There is no such result, or what is run can't be stored.
         RunError: It was stopped, or a run failed. The same command goes on.
     """
     cell = cells.folder(exp)
@@ -67,27 +70,31 @@ def reproduce(
     chosen = _seeds(seeds) or sorted(cells.read_curves(cell)) or [0, 1, 2]
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true keeps whole runs only: leave total_env_steps alone")
+    kept = _kept(cell, chosen) if store else []
     cfg.total_env_steps = total_env_steps or cfg.total_env_steps
     schema.check(cfg)
     folders = _prepare(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
     cores = os.cpu_count() or 1
     _run(folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1))))
-    outcome = judge(cell, reference, folders)
+    outcome = judge(cell, reference, folders, kept)
     if store:
-        _store(cell, folders)
+        _store(cell, folders, kept)
     said = {"exp": exp, "seeds": chosen, "env_steps": cfg.total_env_steps, **outcome.__dict__}
     (batch / DONE).write_text(json.dumps(said, indent=2) + "\n")
     return outcome
 
 
-def judge(cell: Path, reference: cells.Reference, folders: dict[int, Path]) -> Outcome:
-    """Hold finished runs, seed -> folder, against a result's curves and its published number."""
+def judge(cell: Path, reference: cells.Reference, folders: dict[int, Path], kept: Sequence[int] = ()) -> Outcome:
+    """Hold finished runs, seed -> folder, against a result's curves and, with the kept seeds, its published number."""
     evaluations = {seed: cells.read_run(run) for seed, run in folders.items()}
     training = {seed: cells.read_run(run, TRAINING) for seed, run in folders.items()}
     same, stored = _compare(cell, reference, evaluations, training, folders)
     if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps:
         return Outcome("not run", f"the published number is at {reference.env_steps:,} env steps", stored, same)
+    known, known_training = cells.read_curves(cell), cells.read_curves(cell, TRAINING)
+    evaluations |= {seed: known[seed] for seed in kept}
+    training |= {seed: known_training[seed] for seed in kept}
     found = cells.scores(evaluations, training, reference)
     verdict, published = cells.verdict(reference, found)
     missed = found.mean() < reference.gate
@@ -233,8 +240,30 @@ def _stopping(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]:
             process.wait()
 
 
-def _store(cell: Path, folders: dict[int, Path]) -> None:
-    """Make these runs the result.
+def _kept(cell: Path, seeds: list[int]) -> list[int]:
+    """The stored seeds that stay when these are added.
+
+    Raises:
+        ConfigError: They come from another config or machine.
+    """
+    before = cells.read_provenance(cell)
+    kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
+    if kept:
+        here = provenance.collect()
+        others = [key for key in ONE_MACHINE if before[key] != here[key]]
+        if before["files"][cells.CONFIG] != cells.fingerprints(cell)[cells.CONFIG]:
+            others.append(cells.CONFIG)
+        if others:
+            every = " ".join(map(str, sorted([*kept, *seeds])))
+            raise ConfigError(
+                f"store=true: the stored seeds {' '.join(map(str, kept))} are of another {', '.join(others)}; "
+                f'run them, too: seeds="{every}"'
+            )
+    return kept
+
+
+def _store(cell: Path, folders: dict[int, Path], kept: Sequence[int] = ()) -> None:
+    """Make these runs the result, with the stored seeds that are kept.
 
     Raises:
         ConfigError: They are not of one commit.
@@ -247,14 +276,23 @@ def _store(cell: Path, folders: dict[int, Path]) -> None:
             "store=true keeps what one commit gives, and these runs are of changed files or of several commits; "
             f"commit, remove {next(iter(folders.values())).parent} and run again"
         )
-    cells.write_curves(cell, {seed: cells.read_run(run) for seed, run in folders.items()})
-    cells.write_curves(cell, {seed: cells.read_run(run, TRAINING) for seed, run in folders.items()}, TRAINING)
-    policy.export(folders[min(folders)], cell / cells.POLICY)
+    before = cells.read_provenance(cell)
+    for kind in (cells.CURVES, TRAINING):
+        known = cells.read_curves(cell, kind)
+        cells.write_curves(
+            cell,
+            {seed: known[seed] for seed in kept} | {seed: cells.read_run(run, kind) for seed, run in folders.items()},
+            kind,
+        )
+    seeds = {seed: {"git_sha": before["git_sha"], **before["seeds"][str(seed)]} for seed in kept}
+    seeds |= {seed: {key: each[key] for key in ("git_sha", "date", "wall_seconds")} for seed, each in facts.items()}
+    if min(seeds) in folders:
+        policy.export(folders[min(seeds)], cell / cells.POLICY)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty")
     origin = {
-        "command": f'make reproduce EXP={cell.name} SEEDS="{" ".join(map(str, folders))}" STORE=1',
+        "command": f'make reproduce EXP={cell.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
         **{key: value for key, value in first.items() if key not in dropped},
-        "seeds": {seed: {"date": each["date"], "wall_seconds": each["wall_seconds"]} for seed, each in facts.items()},
+        "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
         "files": cells.fingerprints(cell),
     }
     (cell / cells.PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")
