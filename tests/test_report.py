@@ -273,7 +273,7 @@ def test_two_algorithms_on_one_task_are_compared(copy):
     }
     second = cells.Result(first.cell, config, first.reference, first.provenance, worse, first.training)
     ((label, probability, interval),) = pictures.pairs({"SAC": [first], "MyIdea": [second]})
-    assert (label, probability) == ("SAC > MyIdea", 1.0)
+    assert (label, probability) == ("SAC > MyIdea (1)", 1.0)
     assert interval.tolist() == [1, 1]
     pictures.draw_aggregate([first, second])
     assert imageio.v3.imread(copy / "experiments" / "aggregate.png").shape[1] == 3 * 750

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +96,11 @@ def draw_aggregate(results: list[Result]) -> None:
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
     for axis in improvement:
         for i, (_, probability, interval) in enumerate(compared):
-            axis.barh(i, interval[1] - interval[0], left=interval[0], alpha=0.4, height=0.5)
+            axis.barh(i, interval[1] - interval[0], left=interval[0], color="gray", alpha=0.4, height=0.5)
             axis.plot([probability] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
             axis.set_yticks(range(len(compared)), [each[0] for each in compared])
         axis.axvline(0.5, color="gray", linestyle=":")
-        axis.set(xlim=(0, 1), title="P(the first is better)")
+        axis.set(xlim=(0, 1), title="P(the first is better) on one task (pairs)")
     plot.save(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
 
 
@@ -117,12 +118,12 @@ def _aligned(tasks: list[np.ndarray]) -> np.ndarray:
 
 
 def pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
-    """Each two algorithms that share tasks: the probability that the first is better, by the last evaluations."""
+    """Each two algorithms that share tasks, and the number of results that do: P(the first is better) at the end."""
     names = list(by_algorithm)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            theirs = {result.task: result for result in by_algorithm[second]}
-            shared = [(result, theirs[result.task]) for result in by_algorithm[first] if result.task in theirs]
+            both = product(by_algorithm[first], by_algorithm[second])
+            shared = [(ours, theirs) for ours, theirs in both if ours.task == theirs.task]
             if shared:
-                ours, others = (_aligned([pair[k].finals[:, None] for pair in shared])[..., 0] for k in (0, 1))
-                yield f"{first} > {second}", *aggregates.probability_of_improvement(ours, others)
+                left, right = (_aligned([pair[k].finals[:, None] for pair in shared])[..., 0] for k in (0, 1))
+                yield f"{first} > {second} ({len(shared)})", *aggregates.probability_of_improvement(left, right)
