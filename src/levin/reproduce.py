@@ -130,7 +130,7 @@ def _compare(
         return True, f"nothing to compare with the stored curves ({why})"
     ours = cells.scores(evaluations, training, reference)
     low, high = aggregates.prediction_interval(cells.scores(known, known_training, reference), len(ours))
-    inside = low <= ours.mean() <= high
+    inside = bool(low <= ours.mean() <= high)
     where = f"{'in' if inside else 'out'}side [{low:.1f}, {high:.1f}], where 95% of such means lie"
     return inside, f"mean {ours.mean():.1f} is {where} ({why})"
 
