@@ -1,5 +1,5 @@
 # `make` prints this help. Variables come from the command line only.
-VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK
+VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ space := $() $()
 choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming worlds racing fork bench bench-setup test test-slow drill lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming worlds racing fork bench bench-setup test test-slow drill proof lint format lock clean
 
 help: ## Print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -104,6 +104,9 @@ test-slow: $(suite) .venv/.scale ## Tests that train for minutes
 
 drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills runs, resumes them and compares; minutes
 	$(BIN)/python tests/drill.py $(ARGS)
+
+proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares every row's numbers and speed with a commit's
+	$(BIN)/python scripts/proof.py --base $(BASE) $(ARGS)
 
 lint: $(suite) ## Ruff, codespell, pyright
 	$(BIN)/ruff check

@@ -1,0 +1,171 @@
+"""Compare every algorithm's numbers and speed between a commit and this tree: `make proof BASE=<commit>`.
+
+Each row of tests/rows.py is trained for a short run at BASE, in a worktree of its own, and here, through the command
+that users type. Checkpoints are read with `torch.load` alone, so nothing of the code that is judged judges itself. Runs
+alternate between the two trees, which makes their ratio of speeds mean something on a busy machine. Exits 0 when every
+number is identical to the bit and no row is slower, 1 otherwise.
+"""
+
+import argparse
+import csv
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from rows import ROWS, Row  # noqa: E402
+
+PARTS = ("parameters", "optimiser", "buffer", "random state", "metrics")
+COMMON = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv", "eval.every=100_000", "eval.episodes=1")
+SLOWER = 0.9  # ratio of steps/s that every pair must be below, of at least PAIRS_TO_JUDGE, to call a row slower
+PAIRS_TO_JUDGE = 3
+
+
+@contextmanager
+def worktree(commit: str) -> Iterator[Path]:
+    """Check out a commit beside this tree for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="levin-proof-") as folder:
+        tree = Path(folder) / "base"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, commit], cwd=ROOT, check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
+
+
+def train(tree: Path, row: Row, env_steps: int, run: Path) -> str | None:
+    """Train a row with the code of a tree. Returns None, or the last line of what it said when it failed."""
+    words = [f"algo={row.algo}", f"env={row.env}", *row.small, *COMMON, f"total_env_steps={env_steps}"]
+    words += [f"log_every={max(1, env_steps // 8)}", f"checkpoint.every={env_steps}", f"run={run}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "levin.train", *words],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree / "src"), "WANDB_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+    return lines[-1] if done.returncode else None
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Read what a run computed, by the names of PARTS."""
+    checkpoint = run / "checkpoints" / "last"
+    state = torch.load(checkpoint / "state.ckpt", weights_only=True)
+    files = sorted((checkpoint / "buffer").glob("*"))
+    buffer = {file.name: torch.load(file, weights_only=True) for file in files}
+    metrics = [{name: value for name, value in each.items() if not name.startswith("time/")} for each in rows_of(run)]
+    values = (state["state_dict"], state["optimizer_states"], [state.get("buffer"), buffer], state["rng"], metrics)
+    return dict(zip(PARTS, values, strict=True))
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's metrics.csv."""
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def steps_per_second(run: Path) -> float:
+    """Return the env steps per second of a run, without its first row of metrics and without evaluations."""
+    steps = seconds = last = 0.0
+    for i, row in enumerate(rows_of(run)):
+        taken, last = float(row["env_steps"]) - last, float(row["env_steps"])
+        if i and taken and not row.get("eval/return_mean"):
+            steps += taken
+            seconds += taken / float(row["time/env_steps_per_second"])
+    return steps / seconds if seconds else math.nan
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Return whether two nested values of tensors and plain values are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        if not isinstance(b, torch.Tensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        return a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(identical, a, b))
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+
+
+def stored_results(algos: set[str]) -> list[str]:
+    """Return the results in experiments/ that have curves and are of one of these algorithms."""
+    configs = {algo: yaml.safe_load((ROOT / f"configs/algo/{algo}.yaml").read_text()) for algo in algos}
+    targets = {config["algo"]["_target_"] for config in configs.values()}
+    cells = sorted(file.parent for file in ROOT.glob("experiments/*/curves.csv.gz"))
+    return [
+        cell.name
+        for cell in cells
+        if yaml.safe_load((cell / "config.yaml").read_text())["algo"]["_target_"] in targets
+    ]
+
+
+def compare(row: Row, trees: dict[str, Path], env_steps: int, pairs: int) -> tuple[list[str], list[float]]:
+    """Train a row in both trees. Returns the cells of its line in the table, and the ratios here / BASE of steps/s."""
+    if not (trees["base"] / f"configs/algo/{row.algo}.yaml").exists():
+        return ["new"] * len(PARTS), []
+    ratios, same = [], dict.fromkeys(PARTS, True)
+    for pair in range(pairs):
+        with tempfile.TemporaryDirectory(prefix="levin-proof-") as folder:
+            runs = {name: Path(folder) / name for name in trees}
+            for name in sorted(trees, reverse=bool(pair % 2)):  # base first, then here first, ...
+                if failed := train(trees[name], row, env_steps, runs[name]):
+                    print(f"{row.algo} failed at {name}: {failed}", file=sys.stderr)
+                    return ["failed"] * len(PARTS), []
+            before, after = read(runs["base"]), read(runs["here"])
+            for part in PARTS:
+                same[part] &= identical(before[part], after[part])
+            ratios.append(steps_per_second(runs["here"]) / steps_per_second(runs["base"]))
+    return ["identical" if same[part] else "DIFFERS" for part in PARTS], ratios
+
+
+def main() -> None:
+    """Print the table, and which stored results are of an algorithm whose numbers changed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base", required=True, help="a commit")
+    parser.add_argument("--rows", nargs="*", default=[], help="algorithms; all of tests/rows.py without a word")
+    parser.add_argument("--pairs", type=int, default=1, help="runs of each row in each tree")
+    parser.add_argument("--length", type=int, default=4, help="times the env steps of the row")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - {row.algo for row in ROWS}:
+        parser.error(f"--rows {' '.join(sorted(unknown))}: no row of tests/rows.py")
+    chosen = [row for row in ROWS if not options.rows or row.algo in options.rows]
+    changed, slower = set(), set()
+    with worktree(options.base) as base:
+        print("| row | env steps |", " | ".join(PARTS), "| steps/s here / base |")
+        print("|---|---|" + "---|" * (len(PARTS) + 1))
+        for row in chosen:
+            env_steps = row.env_steps * options.length
+            found, ratios = compare(row, {"base": base, "here": ROOT}, env_steps, options.pairs)
+            if set(found) - {"identical", "new"}:
+                changed.add(row.algo)
+            if len(ratios) >= PAIRS_TO_JUDGE and max(ratios) < SLOWER:
+                slower.add(row.algo)
+            said = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+            print(f"| {row.algo} | {env_steps} | {' | '.join(found)} | {said} |", flush=True)
+    if changed:
+        print(f"numbers changed: {' '.join(sorted(changed))}")
+        print(f"stored results of these algorithms: {' '.join(stored_results(changed)) or 'none'}")
+    if slower:
+        print(f"slower in every pair: {' '.join(sorted(slower))}")
+    if not changed and not slower:
+        print(f"every number is identical to the bit in {len(chosen)} rows")
+    raise SystemExit(bool(changed or slower))
+
+
+if __name__ == "__main__":
+    main()
