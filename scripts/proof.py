@@ -108,9 +108,7 @@ def stored_results(algos: set[str]) -> list[str]:
     targets = {config["algo"]["_target_"] for config in configs.values()}
     cells = sorted(file.parent for file in ROOT.glob("experiments/*/curves.csv.gz"))
     return [
-        cell.name
-        for cell in cells
-        if yaml.safe_load((cell / "config.yaml").read_text())["algo"]["_target_"] in targets
+        cell.name for cell in cells if yaml.safe_load((cell / "config.yaml").read_text())["algo"]["_target_"] in targets
     ]
 
 

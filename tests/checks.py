@@ -15,10 +15,16 @@ import torch
 from tensordict import TensorDict
 from torch._dynamo.utils import counters
 
-from levin import capture, cells, config, envs, policy, resume, schema
+from levin import resume
 from levin.algorithms.base import Algorithm
-from levin.checkpoint import FolderCheckpointIO
-from levin.train import build, train
+from levin.config.compose import compose
+from levin.core.omega import plain
+from levin.envs.config import EnvConfig
+from levin.nn import cuda_graphs
+from levin.runs.checkpoint import FolderCheckpointIO
+from levin.runs.load import POLICY, export_policy
+from levin.runs.policy import Policy
+from levin.training.session import build, train
 from recording import graphs
 from rows import LATE, Row
 
@@ -33,7 +39,7 @@ def check(function):
 def run_row(row: Row, run: Path, *overrides: str, ckpt_path: Path | None = None) -> dict[str, Any]:
     """Train a row and give the checkpoint of its last iteration, buffer included."""
     words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, f"total_env_steps={row.env_steps}", *overrides]
-    train(config.compose(words), run, ckpt_path=ckpt_path)
+    train(compose(words), run, ckpt_path=ckpt_path)
     return saved(run)
 
 
@@ -50,7 +56,7 @@ def saved(run: Path) -> dict[str, Any]:
 
 def build_row(row: Row, *overrides: str) -> Algorithm:
     words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides]
-    algorithm, _ = build(config.compose(words))
+    algorithm, _ = build(compose(words))
     algorithm.configure_optimizers()
     return algorithm
 
@@ -165,7 +171,7 @@ def same_seed_same_run(row: Row, tmp_path: Path) -> None:
 @check
 def resume_is_exact(row: Row, tmp_path: Path) -> None:
     words = [f"algo={row.algo}", f"env={row.env}"]
-    annealed = "schedule_env_steps" in config.compose(words).algo  # one schedule for the whole, also in its first half
+    annealed = "schedule_env_steps" in compose(words).algo  # one schedule for the whole, also in its first half
     whole = [f"algo.schedule_env_steps={row.env_steps}"] if annealed else []
     straight = run_row(row, tmp_path / "straight", *whole)
     run_row(row, tmp_path / "halves", *whole, f"total_env_steps={row.env_steps // 2}")
@@ -235,13 +241,13 @@ def captured_and_eager_are_the_same(row: Row, tmp_path: Path) -> None:
     """Updates can be recorded and repeated: they wait for nothing, and nothing in them is decided anew by Python."""
     words = [f"algo={row.algo}", f"env={row.env}"]
     # A recorded optimiser reads its rate as a float32, which holds this one.
-    rates = [f"algo.{key}={2**-11}" for key in config.compose(words).algo if key == "lr" or key.endswith("_lr")]
+    rates = [f"algo.{key}={2**-11}" for key in compose(words).algo if key == "lr" or key.endswith("_lr")]
     more = [f"total_env_steps={2 * row.env_steps}", *rates]
     eager = run_row(row, tmp_path / "eager", *more)
     with graphs() as recorded, patch.object(Algorithm, "compile_losses"):
         captured = run_row(row, tmp_path / "captured", *more, "algo.compile=true")
     assert len(recorded) == row.graphs
-    assert eager["levin"]["updates"] == captured["levin"]["updates"] > capture.WARM_UP
+    assert eager["levin"]["updates"] == captured["levin"]["updates"] > cuda_graphs.WARM_UP
     for name, value in eager["state_dict"].items():
         torch.testing.assert_close(captured["state_dict"][name], value, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "captured"), strict=True):
@@ -257,20 +263,20 @@ def captured_and_eager_are_the_same(row: Row, tmp_path: Path) -> None:
 def learns_a_small_env(row: Row, tmp_path: Path) -> None:
     overrides, threshold = row.learns
     words = [f"algo={row.algo}", *LATE, *overrides]
-    result = train(config.compose(words), tmp_path / "run")
+    result = train(compose(words), tmp_path / "run")
     assert result is not None
     assert result >= threshold
 
 
 @check
 def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
-    cfg = config.compose([f"algo={row.algo}"])
+    cfg = compose([f"algo={row.algo}"])
     signature_only = {"env"}
     algorithm, _ = build(cfg)
     parameters = set(inspect.signature(type(algorithm)).parameters)
     assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML shows every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
-    assert envs.EnvConfig(**schema.plain(cfg.env)).id
+    assert EnvConfig(**plain(cfg.env)).id
 
 
 @check
@@ -280,10 +286,10 @@ def exported_policy_acts_alike(row: Row, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     shutil.copy(tmp_path / "run" / "config.yaml", kept)
-    policy.export(tmp_path / "run", kept / cells.POLICY)
-    whole, exported = policy.Policy.load(tmp_path / "run"), policy.Policy.load(kept)
+    export_policy(tmp_path / "run", kept / POLICY)
+    whole, exported = Policy.load(tmp_path / "run"), Policy.load(kept)
     observation = make_batch(whole.algorithm)["observation"].numpy()
-    before = policy.Policy(build_row(row))
+    before = Policy(build_row(row))
     assert np.array_equal(whole(observation), exported(observation))
     ours, theirs, fresh = (each.module.state_dict() for each in (whole, exported, before))
     assert same(dict(ours), dict(theirs))

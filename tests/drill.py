@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from checks import metrics, same, saved
-from levin import checkpoint, config
+from levin.config import cli
+from levin.runs import checkpoint
 
 EVERY, STEPS_PER_ITERATION = 150, 32
 WORDS = (
@@ -156,4 +157,4 @@ def main(*, kills: int = 50, terms: int = 20, seed: int = 0, jobs: int = os.cpu_
 
 
 if __name__ == "__main__":
-    main(**config.words(sys.argv[1:], as_typed=[]))
+    main(**cli.words(sys.argv[1:], as_typed=[]))

@@ -41,7 +41,7 @@ from levin.algorithms.sac_discrete import SACDiscrete
 from levin.algorithms.td3 import TD3
 from levin.algorithms.trpo import TRPO
 from levin.algorithms.world_models import WorldModels
-from levin.sequences import LATENT
+from levin.data.sequences import LATENT
 
 
 class Member(nn.Module):

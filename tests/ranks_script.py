@@ -8,11 +8,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from levin import config, resume
+from levin import resume
 from levin.algorithms.base import standardize
+from levin.config.compose import compose
 from levin.estimators import pathwise
-from levin.statistics import RunningMoments
-from levin.train import build, follow, train
+from levin.nn.normalizers import RunningMoments
+from levin.training.session import build, follow, train
 from rows import LATE, ROWS, Row
 from test_train import SMALL
 
@@ -71,7 +72,7 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
     torch.set_default_dtype(torch.float64)
     normalized = [] if "advantage" not in " ".join(row.small) else ["algo.normalize_advantage=true"]
     own = ["env.num_envs=1" if algo == "reinforce" else "env.num_envs=2", *normalized]
-    algorithm, _ = build(config.compose([f"algo={algo}", f"env={row.env}", *LATE, *row.small, *own]))
+    algorithm, _ = build(compose([f"algo={algo}", f"env={row.env}", *LATE, *row.small, *own]))
     algorithm.double()
     optimizers = algorithm.configure_optimizers()
     found: list[Tensor] = []
@@ -138,11 +139,11 @@ def statistics(rank: int | None) -> list[Tensor]:
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
     for row in PARALLEL:
-        (follow if rank else train)(config.compose(words(row)), folder / row.algo)
+        (follow if rank else train)(compose(words(row)), folder / row.algo)
     for name, pair in HALVES.items():
         run = follow if rank else train
-        run(config.compose([*pair, *TWO, "total_env_steps=320"]), folder / f"{name}_straight")
-        run(config.compose([*pair, *TWO, "total_env_steps=160"]), folder / f"{name}_halves")
+        run(compose([*pair, *TWO, "total_env_steps=320"]), folder / f"{name}_straight")
+        run(compose([*pair, *TWO, "total_env_steps=160"]), folder / f"{name}_halves")
         resume.resume(run=str(folder / f"{name}_halves"), total_env_steps=320)
     found = {algo: gradients(algo, rank) for algo in GRADIENTS}
     torch.save({"gradients": found, "statistics": statistics(rank)}, folder / f"{rank}.pt")

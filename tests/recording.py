@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from levin import capture
+from levin.nn import cuda_graphs
 
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default, aten.equal.default}
@@ -72,9 +72,9 @@ def graphs():
         return record(*args)
 
     with (
-        patch.object(capture, "possible", lambda _: True),
-        patch.object(capture, "aside", nullcontext),
-        patch.object(capture, "record", noted),
+        patch.object(cuda_graphs, "possible", lambda _: True),
+        patch.object(cuda_graphs, "aside", nullcontext),
+        patch.object(cuda_graphs, "record", noted),
         patch.object(torch.cuda, "Stream", lambda _: None),
         patch("torch.optim.rmsprop._get_capturable_supported_devices", lambda *_, **__: ["cpu"]),
     ):

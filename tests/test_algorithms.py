@@ -4,7 +4,7 @@ import pytest
 
 import checks
 import rows
-from levin import paths
+from levin.core import paths
 
 
 @pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.algo)

@@ -15,18 +15,23 @@ import gymnasium as gym
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 from checks import metrics, saved
-from levin import atari, collectors, config, envs, play
-from levin.errors import ConfigError
-from levin.loader import CollectorLoader
-from levin.replay import FrameReplay
-from levin.train import build, train
+from levin.collectors.factory import make_collector
+from levin.collectors.loader import CollectorLoader
+from levin.config.compose import compose
+from levin.core.errors import ConfigError
+from levin.data.replay import FrameReplay
+from levin.envs import atari
+from levin.envs.config import EVALUATION, TRAINING, EnvConfig
+from levin.envs.factory import describe, make_env
+from levin.training import video
+from levin.training.session import build, train
 from test_resume import in_two_halves
 
 gym.register_envs(ale_py)
 
 
-def settings(game: str, num_envs: int = 1, **kwargs) -> envs.EnvConfig:
-    return envs.EnvConfig(
+def settings(game: str, num_envs: int = 1, **kwargs) -> EnvConfig:
+    return EnvConfig(
         family="atari", id=game, num_envs=num_envs, action_repeat=4, frame_stack=4, action="none", kwargs=kwargs
     )
 
@@ -41,7 +46,7 @@ def test_frames_rewards_and_ends_are_those_of_gymnasium(game, name):
 
     Both without frames before the first observation: their number comes from other generators, and ale-py presses FIRE.
     """
-    env = envs.make(settings(game, noop_max=0, use_fire_reset=False), seed=0, purpose=envs.EVALUATION)
+    env = make_env(settings(game, noop_max=0, use_fire_reset=False), seed=0, purpose=EVALUATION)
     plain = AtariPreprocessing(gym.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=0.0), noop_max=0)
     theirs = FrameStackObservation(plain, 4, padding_type="zero")
     observation, _ = env.reset()
@@ -65,14 +70,14 @@ def test_frames_rewards_and_ends_are_those_of_gymnasium(game, name):
 
 
 def test_a_game_begins_after_up_to_30_frames_without_action():
-    frames = envs.make(settings("pong", 5), seed=0).reset()[1]["episode_frame_number"]
+    frames = make_env(settings("pong", 5), seed=0).reset()[1]["episode_frame_number"]
     assert len(set(frames.tolist())) > 2
     assert 0 < max(frames) <= 30
 
 
-@pytest.mark.parametrize(("purpose", "lives"), [(envs.TRAINING, 5), (envs.EVALUATION, 1)])
+@pytest.mark.parametrize(("purpose", "lives"), [(TRAINING, 5), (EVALUATION, 1)])
 def test_an_episode_is_a_life_in_training_and_a_game_in_evaluation(purpose, lives):
-    env = envs.make(settings("breakout"), seed=0, purpose=purpose)
+    env = make_env(settings("breakout"), seed=0, purpose=purpose)
     env.reset()
     ends = 0
     for action in random_actions(env, 400):
@@ -117,9 +122,9 @@ class Chooser(nn.Module):
 
 
 def make(name: str = "vector", num_envs: int = 2, **kwargs) -> CollectorLoader:
-    env = envs.make(settings("breakout", num_envs, **kwargs), seed=0)
+    env = make_env(settings("breakout", num_envs, **kwargs), seed=0)
     policy = TensorDictModule(Chooser(), in_keys=["observation", "is_first"], out_keys=["action"])
-    return CollectorLoader(collectors.make(name, env, policy, steps=50), env, lambda: 0)
+    return CollectorLoader(make_collector(name, env, policy, steps=50), env, lambda: 0)
 
 
 def collect(loader: CollectorLoader, rollouts: range) -> TensorDict:
@@ -192,9 +197,9 @@ def test_a_resumed_episode_begins_where_a_life_was_lost():
 
 
 def test_limit_skip_and_stack_are_those_of_the_config():
-    env = envs.make(envs.EnvConfig(family="atari", id="pong", action_repeat=5, frame_stack=2, time_limit=50), seed=0)
+    env = make_env(EnvConfig(family="atari", id="pong", action_repeat=5, frame_stack=2, time_limit=50), seed=0)
     assert env.reset()[0].shape == (1, 2, 84, 84)
-    assert (envs.describe(env)["frame_stack"], envs.describe(env)["action_repeat"]) == (2, 5)
+    assert (describe(env)["frame_stack"], describe(env)["action_repeat"]) == (2, 5)
     flags = [env.step(np.array([0]))[2:4] for _ in range(10)]
     assert [(bool(end[0]), bool(cut[0])) for end, cut in flags] == [(False, False)] * 9 + [(False, True)]
     assert env.games[0][1] == 10
@@ -216,17 +221,17 @@ def test_limit_skip_and_stack_are_those_of_the_config():
 )
 def test_what_means_nothing_here_is_refused(change, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
-        envs.make(envs.EnvConfig(**{"family": "atari", "id": "pong", **change}), seed=0)
+        make_env(EnvConfig(**{"family": "atari", "id": "pong", **change}), seed=0)
     assert "\n" not in str(error.value)
 
 
 def test_workers_are_not_for_games():
     with pytest.raises(ConfigError, match="threads of its own, and collector=torchrl-process"):
-        build(config.compose(["algo=dqn", "env=pong", "env.num_envs=2", "collector=torchrl-process"]))
+        build(compose(["algo=dqn", "env=pong", "env.num_envs=2", "collector=torchrl-process"]))
 
 
 def test_the_picture_is_that_of_the_game():
-    env = envs.make(settings("breakout", noop_max=0, use_fire_reset=False), seed=0, render=True)
+    env = make_env(settings("breakout", noop_max=0, use_fire_reset=False), seed=0, render=True)
     theirs = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0)
     env.reset()
     frame, _ = theirs.reset(seed=env.seed_of(0, 0) >> 1)
@@ -251,7 +256,7 @@ def test_dqn_in_two_halves_is_the_whole(tmp_path):
         "algo.learning_starts=32",
     )
     words = (*words, "algo.buffer_size=400", "algo.schedule_env_steps=192", "checkpoint.every=90")
-    buffer = build(config.compose([*words]))[0].buffer
+    buffer = build(compose([*words]))[0].buffer
     assert isinstance(buffer, FrameReplay)
     assert buffer.stack == 4
     in_two_halves(tmp_path, words, 192)
@@ -265,10 +270,10 @@ def test_dqn_in_two_halves_is_the_whole(tmp_path):
 
 def test_ppo_trains_and_plays(tmp_path):
     words = (*TINY, "algo=ppo", "env=pong", "algo.steps_per_iteration=16", "algo.epochs=1", "total_env_steps=96")
-    before, _ = build(config.compose([*words]))
-    train(config.compose([*words]), tmp_path)
+    before, _ = build(compose([*words]))
+    train(compose([*words]), tmp_path)
     after = saved(tmp_path)["state_dict"]
     assert all(not torch.equal(value, after[key]) for key, value in before.state_dict().items())
     assert [float(row["episode/length"]) for row in metrics(tmp_path) if row["episode/length"]] == [40.0]
-    (video,) = play.play(run=str(tmp_path))
-    assert imageio.v3.improps(video, plugin="FFMPEG").shape[1:] == (210, 160, 3)
+    (path,) = video.play(run=str(tmp_path))
+    assert imageio.v3.improps(path, plugin="FFMPEG").shape[1:] == (210, 160, 3)

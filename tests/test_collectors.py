@@ -7,10 +7,13 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from levin import collectors, config, envs
-from levin.episodes import EpisodeStatistics
-from levin.loader import CollectorLoader
-from levin.train import build
+from levin.collectors.episodes import EpisodeStatistics
+from levin.collectors.factory import make_collector
+from levin.collectors.loader import CollectorLoader
+from levin.config.compose import compose
+from levin.envs.config import EnvConfig
+from levin.envs.factory import make_env
+from levin.training.session import build
 
 
 class Linear(nn.Module):
@@ -26,10 +29,10 @@ class Linear(nn.Module):
 
 
 def make(name: str, env_id: str, num_envs: int, steps: int, *, vectorization="sync", discrete=False, **kwargs):
-    config = envs.EnvConfig(id=env_id, num_envs=num_envs, vectorization=vectorization, kwargs=kwargs)
-    env = envs.make(config, seed=0, copy=name != "vector")
+    config = EnvConfig(id=env_id, num_envs=num_envs, vectorization=vectorization, kwargs=kwargs)
+    env = make_env(config, seed=0, copy=name != "vector")
     policy = TensorDictModule(Linear(discrete), in_keys=["observation"], out_keys=["action"])
-    return env, collectors.make(name, env, policy, steps=steps, random_env_steps=0)
+    return env, make_collector(name, env, policy, steps=steps, random_env_steps=0)
 
 
 def collect(collector, rollouts: int) -> TensorDict:
@@ -40,7 +43,7 @@ def collect(collector, rollouts: int) -> TensorDict:
 def test_twins_begin_alike_and_the_second_takes_the_modes():
     """Each pair of episodes has one seed; no two pairs share theirs."""
     words = ["algo=reinforce", "env=cartpole", "algo.advantage=self_critical", "algo.episodes_per_update=3"]
-    algorithm, loader = build(config.compose([*words, "algo.transitions_per_update=1"]))
+    algorithm, loader = build(compose([*words, "algo.transitions_per_update=1"]))
     algorithm.actor.network[-1].weight.data *= 100  # modes that depend on the state
     rollouts = [next(loader) for _ in range(3)]
     starts = []
@@ -119,10 +122,10 @@ def test_random_actions_end_where_they_should():
 
 @pytest.mark.parametrize("name", ["vector", "torchrl"])
 def test_random_actions_are_in_the_units_of_the_policy(name):
-    config = envs.EnvConfig(id="Pendulum-v1", num_envs=2, action="rescale")
-    env = envs.make(config, seed=0)
+    config = EnvConfig(id="Pendulum-v1", num_envs=2, action="rescale")
+    env = make_env(config, seed=0)
     policy = TensorDictModule(Linear(), in_keys=["observation"], out_keys=["action"])
-    data = collect(collectors.make(name, env, policy, steps=100, random_env_steps=10_000), 5)
+    data = collect(make_collector(name, env, policy, steps=100, random_env_steps=10_000), 5)
     assert 0.9 < float(data["action"].abs().max()) <= 1.0
 
 

@@ -6,8 +6,12 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from levin import config, evaluate, paths, schema, train
-from levin.errors import ConfigError
+from levin import evaluate, train
+from levin.config import __main__ as print_config
+from levin.config.compose import compose
+from levin.core import paths
+from levin.core.errors import ConfigError
+from levin.core.omega import flatten, plain
 
 WRONG = [
     (["algo=sacc"], "algo=sacc is unknown; valid: sac"),
@@ -153,13 +157,13 @@ def test_the_process_exits_with_2_and_no_traceback(tmp_path):
 
 
 def test_a_whole_float_is_an_integer():
-    cfg = config.compose(["total_env_steps=1e5", "algo.buffer_size=1e4"])
+    cfg = compose(["total_env_steps=1e5", "algo.buffer_size=1e4"])
     assert (cfg.total_env_steps, cfg.algo.buffer_size) == (100_000, 10_000)
     assert isinstance(cfg.total_env_steps, int)
 
 
 def test_no_debug_file_is_a_choice():
-    assert config.compose(["debug=null"]).name == "sac_halfcheetah"
+    assert compose(["debug=null"]).name == "sac_halfcheetah"
 
 
 @pytest.mark.parametrize("word", ["run=123", "run=1e5", "run=[", "run=${x}", "run={x", "run=20260101_1"])
@@ -172,27 +176,27 @@ def test_a_path_is_what_was_typed(word, monkeypatch, capsys):
 
 
 def test_seed_0_is_a_seed():
-    assert config.compose(["seed=0"]).seed == 0
+    assert compose(["seed=0"]).seed == 0
 
 
 def test_order_of_files():
-    cfg = config.compose(["algo=sac", "env=pendulum"])
+    cfg = compose(["algo=sac", "env=pendulum"])
     assert cfg.env.id == "Pendulum-v1"
     assert cfg.name == "sac_pendulum"
     assert cfg.algo.learning_starts == 100  # tuned/sac_pendulum
-    assert config.compose(["algo=sac"]).env.id == "HalfCheetah-v4"  # algo/sac's own
-    assert config.compose(["env=pendulum", "algo.learning_starts=7"]).algo.learning_starts == 7
-    assert config.compose(["env=pendulum", "debug=smoke"]).total_env_steps == 600
+    assert compose(["algo=sac"]).env.id == "HalfCheetah-v4"  # algo/sac's own
+    assert compose(["env=pendulum", "algo.learning_starts=7"]).algo.learning_starts == 7
+    assert compose(["env=pendulum", "debug=smoke"]).total_env_steps == 600
 
 
 def test_a_composed_config_is_read_only():
     with pytest.raises(Exception, match="read-only"):
-        config.compose([]).seed = 1
+        compose([]).seed = 1
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "debug").glob("*.yaml")))
 def test_every_debug_file_composes(name):
-    config.compose([f"debug={name}", "env=pendulum", *(["algo=a2c"] if name == "lecture" else [])])
+    compose([f"debug={name}", "env=pendulum", *(["algo=a2c"] if name == "lecture" else [])])
 
 
 def test_presets_say_what_they_change_of_single_algorithms():
@@ -200,12 +204,12 @@ def test_presets_say_what_they_change_of_single_algorithms():
     assert files
     for file in files:
         debug, _, algo = file.stem.partition("_")
-        with_preset, without = (config.compose([f"algo={algo}", *words]).algo for words in ([f"debug={debug}"], []))
+        with_preset, without = (compose([f"algo={algo}", *words]).algo for words in ([f"debug={debug}"], []))
         assert with_preset != without, file.name
     with pytest.raises(
         ConfigError, match="debug=overfit is for ddpg, dqn, sac, sac_discrete, td3; of ppo it says nothing"
     ):
-        config.compose(["algo=ppo", "debug=overfit"])
+        compose(["algo=ppo", "debug=overfit"])
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "tuned").glob("*.yaml")))
@@ -216,15 +220,15 @@ def test_every_tuned_file_names_an_algorithm_and_an_env(name):
         for env in (paths.CONFIGS / "env").glob("*.yaml")
         if f"{algo.stem}_{env.stem}" == name
     )
-    cfg = config.compose([f"algo={algo}", f"env={env}"])
+    cfg = compose([f"algo={algo}", f"env={env}"])
     text = OmegaConf.load(paths.CONFIGS / "tuned" / f"{name}.yaml")
-    for key in schema.flatten(schema.plain(text)):
+    for key in flatten(plain(text)):
         assert OmegaConf.select(cfg, key) == OmegaConf.select(text, key)
 
 
 def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["config", "env=pendulum", "algo.tau=0.01"])
-    config.main()
+    print_config.main()
     lines = capsys.readouterr().out.splitlines()
     origin = {line.split(":")[0]: line.split("# ")[-1] for line in lines}
     assert origin["algo.tau"] == "command line"
@@ -234,9 +238,9 @@ def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
     assert origin["env.action"] == "configs/algo/sac.yaml"
     assert origin["seed"] == "configs/train.yaml"
     assert all(origin.values())
-    assert len(lines) == len(list(schema.flatten(schema.plain(config.compose(["env=pendulum"])))))
+    assert len(lines) == len(list(flatten(plain(compose(["env=pendulum"])))))
 
 
 def test_errors_name_the_nearest_first():
     with pytest.raises(ConfigError, match="valid: halfcheetah, halfcheetah_v5"):
-        config.compose(["env=halfcheeta"])
+        compose(["env=halfcheeta"])

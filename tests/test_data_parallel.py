@@ -13,9 +13,12 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 import ranks_script
 from checks import same
-from levin import checkpoint, config, ranks, resume
-from levin.errors import ConfigError, RunError
-from levin.train import build, train
+from levin import resume
+from levin.config.compose import compose
+from levin.core.errors import ConfigError, RunError
+from levin.runs import checkpoint
+from levin.training.distributed import sharding
+from levin.training.session import build, train
 from test_hogwild import children, gone, wait_until
 from test_resume import assert_same_run
 from test_train import SMALL
@@ -115,7 +118,7 @@ def running(tmp_path):
         wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists(), 120)
         assert process.poll() is None, process.communicate(timeout=60)[0]
         (other,) = [
-            pid for pid in children(process.pid) if b"levin.data_parallel" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            pid for pid in children(process.pid) if b"levin.training.distributed.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         yield process, run, other
     finally:
@@ -169,7 +172,7 @@ def test_an_error_of_a_rank_is_that_of_the_run(tmp_path):
         "eval.episodes=1",
     ]
     with pytest.raises(RunError, match=r"rank 1 of 2 .*the cart has left the track"):
-        train(config.compose([*PAIR, *words]), tmp_path / "run")
+        train(compose([*PAIR, *words]), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -189,11 +192,11 @@ def test_an_error_of_a_rank_is_that_of_the_run(tmp_path):
 def test_what_can_t_be_shared_is_refused(words, said):
     words = ["algo=sac", "env=pendulum", "trainer.devices=2", "env.num_envs=2", *words]
     with pytest.raises(ConfigError, match=said):
-        config.compose(words)
+        compose(words)
 
 
 def test_a_run_goes_on_with_as_many_ranks(tmp_path):
-    train(config.compose([*SMALL, "env.num_envs=2", "total_env_steps=64"]), tmp_path / "run")
+    train(compose([*SMALL, "env.num_envs=2", "total_env_steps=64"]), tmp_path / "run")
     with pytest.raises(
         ConfigError, match=r"trainer.devices=2 would change a run that was begun with trainer.devices=1"
     ):
@@ -212,17 +215,17 @@ def test_as_many_processes_as_were_asked_for(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
     for key, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(key, value)
-    assert ranks.of_this_process(config.compose(PAIR)) == 1
+    assert sharding.of_this_process(compose(PAIR)) == 1
     with pytest.raises(ConfigError, match=r"2 processes were started for trainer.devices=4 times trainer.num_nodes=1"):
-        ranks.of_this_process(config.compose([*PAIR, "trainer.devices=4", "env.num_envs=4"]))
+        sharding.of_this_process(compose([*PAIR, "trainer.devices=4", "env.num_envs=4"]))
     with pytest.raises(ConfigError, match=r"2 processes were started for trainer.devices=1"):
-        ranks.of_this_process(config.compose(SMALL))
+        sharding.of_this_process(compose(SMALL))
 
 
 def test_each_rank_has_its_share(monkeypatch):
     words = [*PAIR, "env.num_envs=6", "algo.batch_size=10", "algo.buffer_size=100", "algo.random_env_steps=51"]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    algorithm, rollouts = build(config.compose(words))
+    algorithm, rollouts = build(compose(words))
     assert rollouts.env.num_envs == 3
     assert (algorithm.batch_size, algorithm.random_env_steps) == (5, 26)
     assert algorithm.buffer.size == 50

@@ -11,16 +11,18 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from checks import metrics, same, saved
-from levin import config, open_loop, ranks
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_networks import Belief
-from levin.errors import ConfigError
-from levin.parameters import frozen
-from levin.policy import Policy
-from levin.recurrent import OneHotAction, State
-from levin.sequences import SequenceReplay
-from levin.spaces import EMPTY
-from levin.train import build, train
+from levin.config.compose import compose
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import EMPTY
+from levin.data.sequences import SequenceReplay
+from levin.model_based import open_loop
+from levin.model_based.recurrent import OneHotAction, State
+from levin.nn.parameters import frozen
+from levin.runs.policy import Policy
+from levin.training.session import build, train
 
 SMALL = (
     *("algo=dreamer", "env=pendulum", "algo.size=micro", "algo.free_nats=0"),
@@ -47,7 +49,7 @@ def spec(num_envs: int = 1, actions: int = 1, pixels: bool = False, discrete: in
 
 
 def make(*words: str) -> Dreamer:
-    algorithm, _ = build(config.compose([*SMALL, *words]))
+    algorithm, _ = build(compose([*SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -446,10 +448,10 @@ def test_a_loaded_policy_remembers_until_it_is_told():
 def test_too_early_is_said(tmp_path, monkeypatch):
     words = [*SMALL, "env.num_envs=2", "total_env_steps=100", "logger=csv"]
     with pytest.raises(ConfigError, match="less than a sequence of each env: 12"):
-        train(config.compose([*words, "algo.learning_starts=11"]), tmp_path / "run")
+        train(compose([*words, "algo.learning_starts=11"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     algorithm = make("env.num_envs=2", "algo.learning_starts=12")
-    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(ConfigError, match="less than a sequence of each env: 24"):
         algorithm.on_train_start()
 
@@ -546,10 +548,10 @@ def test_every_evaluation_shows_what_is_foreseen(tmp_path):
     """And the run is the one that it would have been without."""
     words = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=200", "eval.every=96"]
     words += ["eval.episodes=1", "logger=csv", "checkpoint.every=1000", "trainer.threads=1"]
-    train(config.compose(words), tmp_path / "shown")
+    train(compose(words), tmp_path / "shown")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dreamer, "on_evaluation", lambda *_: {})
-        train(config.compose(words), tmp_path / "hidden")
+        train(compose(words), tmp_path / "hidden")
     shown, hidden = (saved(tmp_path / name) for name in ("shown", "hidden"))
     assert same(shown["state_dict"], hidden["state_dict"])
     rows = metrics(tmp_path / "shown")
@@ -564,10 +566,10 @@ def test_every_evaluation_shows_what_is_foreseen(tmp_path):
 def test_what_is_foreseen_reaches_the_loggers(tmp_path):
     words = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=96", "eval.every=96"]
     words += ["eval.episodes=1", "checkpoint.every=1000", "trainer.threads=1"]
-    train(config.compose([*words, "logger=tensorboard"]), tmp_path / "board")
+    train(compose([*words, "logger=tensorboard"]), tmp_path / "board")
     events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
     assert [event.step for event in events.Images("pictures/open_loop")] == [96]
-    train(config.compose([*words, "logger=wandb"]), tmp_path / "wandb")
+    train(compose([*words, "logger=wandb"]), tmp_path / "wandb")
     assert list((tmp_path / "wandb").rglob("media/images/pictures/open_loop*.png"))
 
 
@@ -639,7 +641,7 @@ def test_every_hyper_parameter_has_an_effect(algo):
     words += ["algo.batch_size=2", "algo.batch_length=4", "algo.replay_ratio=0.1", "algo.learning_starts=40"]
     words += ["algo.free_nats=0", "algo.gamma=0.9"]
     words += ["algo.warm_up=3"] if algo == "dreamer_v3" else ["algo.continue_scale=1"]
-    assert CHANGES[algo].keys() == set(config.compose(words).algo) - ELSEWHERE
+    assert CHANGES[algo].keys() == set(compose(words).algo) - ELSEWHERE
     generator = torch.Generator().manual_seed(0)
     done = (torch.arange(80) % 20 == 19).view(1, 80, 1)
     shown = torch.randn(1, 81, 6, generator=generator)
@@ -648,7 +650,7 @@ def test_every_hyper_parameter_has_an_effect(algo):
     rollout = TensorDict({**steps, "next": {**after, "done": done, "terminated": done}}, batch_size=(1, 80))
 
     def result(*change: str) -> dict[str, Tensor]:
-        algorithm, _ = build(config.compose([*words, *change]))
+        algorithm, _ = build(compose([*words, *change]))
         algorithm.configure_optimizers()
         algorithm.manual_backward = lambda loss: loss.backward()
         if algo == "dreamer_v3":

@@ -11,18 +11,21 @@ from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 from torchrl.objectives import categorical_kl_terms, two_hot_cross_entropy, two_hot_decode, two_hot_encode
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
-from levin import checkpoint, config, files, open_loop
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, chosen, kl, linear, symexp, symlog
-from levin.checkpoint import FolderCheckpointIO
-from levin.errors import ConfigError
+from levin.config.compose import compose
+from levin.core import files
+from levin.core.errors import ConfigError
+from levin.core.spaces import EMPTY
+from levin.data.sequences import LATENT, SequenceReplay
 from levin.estimators.pathwise import largest
-from levin.optimizers import LaProp
-from levin.recurrent import State
-from levin.sequences import LATENT, SequenceReplay
-from levin.spaces import EMPTY
-from levin.train import build
+from levin.model_based import open_loop
+from levin.model_based.recurrent import State
+from levin.nn.optimizers import LaProp
+from levin.runs import checkpoint
+from levin.runs.checkpoint import FolderCheckpointIO
+from levin.training.session import build
 from test_dreamer import Says, records, rollouts, spec
 
 SMALL = (
@@ -32,7 +35,7 @@ SMALL = (
 
 
 def make(*words: str) -> DreamerV3:
-    algorithm, _ = build(config.compose([*SMALL, *words]))
+    algorithm, _ = build(compose([*SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm

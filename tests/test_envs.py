@@ -10,17 +10,21 @@ import pytest
 import torch
 
 import toy_envs
-from levin import config, envs, paths, schema
-from levin.errors import ConfigError
-from levin.statistics import ObservationNormalizer, RewardNormalizer
-from levin.vector_env import episode_seed
+from levin.config.compose import compose
+from levin.core import paths
+from levin.core.errors import ConfigError
+from levin.core.omega import plain
+from levin.envs.config import EVALUATION, TRAINING, EnvConfig
+from levin.envs.factory import describe, make_env, make_one
+from levin.envs.vector import episode_seed
+from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer
 
 
 def test_no_two_episodes_share_a_seed():
     seeds = [
         episode_seed(seed, purpose, rank, env, episode)
         for seed in range(4)
-        for purpose in (envs.TRAINING, envs.EVALUATION)
+        for purpose in (TRAINING, EVALUATION)
         for rank in range(3)
         for env in range(4)
         for episode in range(20)
@@ -29,18 +33,18 @@ def test_no_two_episodes_share_a_seed():
 
 
 def test_every_episode_starts_with_its_own_seed():
-    env = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=2), seed=0)
+    env = make_env(EnvConfig(id="Pendulum-v1", num_envs=2), seed=0)
     observation, _ = env.reset()
     for episode in range(3):
         for i in range(2):
-            alone, _ = gym.make("Pendulum-v1").reset(seed=episode_seed(0, envs.TRAINING, 0, i, episode))
+            alone, _ = gym.make("Pendulum-v1").reset(seed=episode_seed(0, TRAINING, 0, i, episode))
             assert np.array_equal(observation[i], alone)
         env.step(np.zeros((2, 1), np.float32))
         observation, _ = env.reset(options={"reset_mask": np.ones(2, dtype=bool)})
 
 
 def test_resetting_an_env_that_has_not_moved_begins_the_same_episode():
-    env = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=2), seed=0)
+    env = make_env(EnvConfig(id="Pendulum-v1", num_envs=2), seed=0)
     first, _ = env.reset()
     again, _ = env.reset()
     assert np.array_equal(first, again)
@@ -52,7 +56,7 @@ def test_resetting_an_env_that_has_not_moved_begins_the_same_episode():
     [("rescale", [-1, 0, 1], [-2, 1, 4]), ("clip", [-9, 0, 9], [-2, 0, 4]), ("none", [-9, 0, 9], [-9, 0, 9])],
 )
 def test_actions_arrive_in_the_units_that_were_chosen(units, given, expected):
-    env = envs.make(envs.EnvConfig(id="toy_envs:Recorder-v0", action=units), seed=0)
+    env = make_env(EnvConfig(id="toy_envs:Recorder-v0", action=units), seed=0)
     env.reset()
     toy_envs.Recorder.actions.clear()
     for action in given:
@@ -61,8 +65,8 @@ def test_actions_arrive_in_the_units_that_were_chosen(units, given, expected):
 
 
 def test_entries_of_an_observation_are_hidden():
-    whole = envs.make_one(envs.EnvConfig(id="Pendulum-v1"))
-    part = envs.make_one(envs.EnvConfig(id="Pendulum-v1", observation_entries=[1, 0]))
+    whole = make_one(EnvConfig(id="Pendulum-v1"))
+    part = make_one(EnvConfig(id="Pendulum-v1", observation_entries=[1, 0]))
     (seen, _), (shown, _) = whole.reset(seed=3), part.reset(seed=3)
     assert np.array_equal(shown, seen[[1, 0]])
     assert part.observation_space.shape == (2,)
@@ -70,13 +74,13 @@ def test_entries_of_an_observation_are_hidden():
     assert np.array_equal(part.step(action)[0], whole.step(action)[0][[1, 0]])
     for entries, sentence in (([3], "names no entries: there are 0 to 2"), ([], "names no entries")):
         with pytest.raises(ConfigError, match=sentence):
-            envs.make(envs.EnvConfig(id="Pendulum-v1", observation_entries=entries), seed=0)
+            make_env(EnvConfig(id="Pendulum-v1", observation_entries=entries), seed=0)
     with pytest.raises(ConfigError, match="is for vectors"):
-        envs.make(envs.EnvConfig(id="toy_envs:Robot-v0", observation_entries=[0]), seed=0)
+        make_env(EnvConfig(id="toy_envs:Robot-v0", observation_entries=[0]), seed=0)
 
 
 def test_action_repeat_sums_rewards_and_stops_at_the_end():
-    env = envs.make_one(envs.EnvConfig(id="toy_envs:Counting-v0", action_repeat=3, kwargs={"length": 5}))
+    env = make_one(EnvConfig(id="toy_envs:Counting-v0", action_repeat=3, kwargs={"length": 5}))
     env.reset(seed=0)
     action = np.zeros(1, np.float32)
     assert env.step(action)[1:3] == (1.0 + 2 + 3, False)
@@ -84,7 +88,7 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
 
 
 def test_time_limit_truncates():
-    env = envs.make(envs.EnvConfig(id="Pendulum-v1", time_limit=7), seed=0)
+    env = make_env(EnvConfig(id="Pendulum-v1", time_limit=7), seed=0)
     env.reset()
     flags = [env.step(np.zeros((1, 1), np.float32))[2:4] for _ in range(7)]
     assert [bool(cut[0]) for _, cut in flags] == [False] * 6 + [True]
@@ -96,13 +100,13 @@ def test_every_env_file_can_be_made_and_stepped(name):
     needed = {"gym": "env.id=toy_envs:Point-v0", "atari": "env.id=pong", "torchrl": "env.target=toy_torchrl:line"}
     needed["dream"] = f"env.run={paths.EXPERIMENTS / 'dreamer_pendulum'}"
     overrides = [f"env={name}", *([needed[name]] if name in needed else [])]
-    cfg = config.compose(overrides)
+    cfg = compose(overrides)
     if cfg.env.family == "atari":
         pytest.importorskip("ale_py", reason="the extra `atari` plays")
     if name in ("cartpole", "acrobot") or cfg.env.family == "atari":
-        cfg = config.compose([*overrides, "env.action=none"])
-    env = envs.make(envs.EnvConfig(**schema.plain(cfg.env)), seed=0)
-    spec = envs.describe(env)
+        cfg = compose([*overrides, "env.action=none"])
+    env = make_env(EnvConfig(**plain(cfg.env)), seed=0)
+    spec = describe(env)
     observation, _ = env.reset()
     assert list(observation.shape) == [env.num_envs, *spec["observation"]["shape"]]
     observation, reward, *_ = env.step(env.action_space.sample())
@@ -120,7 +124,7 @@ def test_every_env_file_can_be_made_and_stepped(name):
 )
 def test_an_unknown_id_is_one_sentence(env_id, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        envs.make(envs.EnvConfig(id=env_id), seed=0)
+        make_env(EnvConfig(id=env_id), seed=0)
 
 
 def test_a_missing_extra_is_one_sentence(monkeypatch):
@@ -128,12 +132,12 @@ def test_a_missing_extra_is_one_sentence(monkeypatch):
     for module in [name for name in sys.modules if "gymnasium.envs.mujoco" in name]:
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ConfigError, match=r"make setup|pip install"):
-        envs.make(envs.EnvConfig(id="HalfCheetah-v4"), seed=0)
+        make_env(EnvConfig(id="HalfCheetah-v4"), seed=0)
 
 
 def test_the_camera_follows_a_runner_unless_told_otherwise():
     def camera(**kwargs):
-        env = envs.make_one(envs.EnvConfig(id="HalfCheetah-v4", kwargs=kwargs), render=True)
+        env = make_one(EnvConfig(id="HalfCheetah-v4", kwargs=kwargs), render=True)
         return env.unwrapped.camera_name, env.unwrapped.camera_id
 
     assert camera() == ("track", None)
@@ -176,14 +180,14 @@ def test_reward_statistics_run_through_rollouts_and_are_cut_at_ends_only():
 def test_what_an_env_s_constructor_asserts_is_a_sentence():
     pytest.importorskip("Box2D")
     with pytest.raises(ConfigError, match=r"env.id=LunarLander-v3 can't be made: AssertionError: gravity") as error:
-        envs.make(envs.EnvConfig(id="LunarLander-v3", kwargs={"gravity": 5.0}), seed=0)
+        make_env(EnvConfig(id="LunarLander-v3", kwargs={"gravity": 5.0}), seed=0)
     assert "\n" not in str(error.value)
 
 
 def test_an_env_made_in_a_child_leaves_signals_alone():
     def child(pipe):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-        envs.make(envs.EnvConfig(id="CartPole-v1"), seed=0)
+        make_env(EnvConfig(id="CartPole-v1"), seed=0)
         pipe.send(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 
     ours, theirs = multiprocessing.Pipe()

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import AddRenderObservation
 
-from levin import config, envs, paths, schema
-from levin.vector_env import episode_seed
+from levin.config.compose import compose
+from levin.core import paths
+from levin.core.omega import plain
+from levin.envs.config import TRAINING, EnvConfig
+from levin.envs.factory import make_env
+from levin.envs.vector import episode_seed
 
 OURS = ("gym", "torchrl", "atari")  # any id, target or game
 NAMES = sorted(file.stem for file in (paths.CONFIGS / "env").glob("*.yaml") if file.stem not in OURS)
 STEPS = 200
 
 
-def plain(cfg: envs.EnvConfig) -> gym.Env:
+def unwrapped(cfg: EnvConfig) -> gym.Env:
     if cfg.family == "dm_control":
         gym.register_envs(importlib.import_module("shimmy"))
     return gym.make(cfg.id, **cfg.kwargs)
@@ -34,12 +38,12 @@ def stated(env: gym.Env, observation):
     return observation.transpose(2, 0, 1) if observation.ndim == 3 else observation
 
 
-def same_steps(cfg: envs.EnvConfig, alone: gym.Env, steps: int) -> int:
+def same_steps(cfg: EnvConfig, alone: gym.Env, steps: int) -> int:
     """Hold both against each other; the number of episodes that ended."""
-    ours, episode = envs.make(cfg, seed=3), 0
+    ours, episode = make_env(cfg, seed=3), 0
     alone.action_space.seed(5)
     seen, _ = ours.reset()
-    expected, _ = alone.reset(seed=episode_seed(3, envs.TRAINING, 0, 0, 0))
+    expected, _ = alone.reset(seed=episode_seed(3, TRAINING, 0, 0, 0))
     for _ in range(steps):
         np.testing.assert_array_equal(seen[0], stated(alone, expected))
         action = np.asarray(alone.action_space.sample())
@@ -51,14 +55,14 @@ def same_steps(cfg: envs.EnvConfig, alone: gym.Env, steps: int) -> int:
         if end or cut:
             episode += 1
             seen, _ = ours.reset(options={"reset_mask": np.ones(1, dtype=bool)})
-            expected, _ = alone.reset(seed=episode_seed(3, envs.TRAINING, 0, 0, episode))
+            expected, _ = alone.reset(seed=episode_seed(3, TRAINING, 0, 0, episode))
     ours.close(), alone.close()
     return episode
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_env_is_what_gymnasium_makes(name):
-    cfg = envs.EnvConfig(**schema.plain(config.compose([f"env={name}", "algo=a2c", "env.num_envs=1"]).env))
+    cfg = EnvConfig(**plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1"]).env))
     if cfg.family == "atari":
         pytest.skip("held against Gymnasium's preprocessing in test_atari.py")
     if cfg.family == "dream":
@@ -72,7 +76,7 @@ def test_an_env_is_what_gymnasium_makes(name):
     for word, package in needed.items():
         if word in where:
             pytest.importorskip(package)
-    ended = same_steps(cfg, plain(cfg), STEPS)
+    ended = same_steps(cfg, unwrapped(cfg), STEPS)
     assert ended or name not in ("cartpole", "pendulum", "hopper", "lunarlander")
 
 
@@ -80,18 +84,16 @@ def test_an_env_is_what_gymnasium_makes(name):
 def test_dm_control_goes_on_after_a_time_limit(name):
     """Its own episodes, of a thousand steps, are longer than the test above."""
     pytest.importorskip("shimmy")
-    cfg = schema.plain(config.compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.time_limit=60"]).env)
-    cfg = envs.EnvConfig(**cfg)
+    cfg = plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.time_limit=60"]).env)
+    cfg = EnvConfig(**cfg)
     gym.register_envs(importlib.import_module("shimmy"))
     alone = gym.make(cfg.id, max_episode_steps=60)
     assert same_steps(cfg, alone, STEPS) == 3
 
 
 def same_pictures(name: str) -> None:
-    cfg = envs.EnvConfig(
-        **schema.plain(config.compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.pixels=64"]).env)
-    )
-    envs.make(cfg, seed=3).close()  # chooses what draws
+    cfg = EnvConfig(**plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.pixels=64"]).env))
+    make_env(cfg, seed=3).close()  # chooses what draws
     size: dict = {"height": 64, "width": 64}
     if cfg.family == "dm_control":
         alone = gym.make(cfg.id, render_mode="rgb_array", render_kwargs=size | {"camera_id": 0})

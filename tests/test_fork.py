@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from levin import paths
-from levin.errors import ConfigError
+from levin.core import paths
+from levin.core.errors import ConfigError
 from levin.fork import fork
 
 SMALL = (

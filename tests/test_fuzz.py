@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from levin import config, schema
 from levin import train as command
+from levin.config.compose import compose
+from levin.core.omega import flatten, plain
 from test_train import SMALL
 
 # For every key, values that may stand together with any other's.
@@ -64,7 +65,7 @@ def broken(dice: random.Random) -> list[str]:
     good = [f"{key}={dice.choice(VALID[key])}" for key in dice.sample(sorted(VALID), 3)]
     key = dice.choice(sorted(VALID))
     number, word = dice.choice(NUMBERS), dice.choice(WORDS)
-    known = set(schema.flatten(schema.plain(config.compose([]))))
+    known = set(flatten(plain(compose([]))))
     wrong = key
     while wrong in known or wrong in ("env", ""):
         wrong = misspell(key, dice)

@@ -12,11 +12,16 @@ import torch
 from lightning import Callback
 
 from checks import metrics
-from levin import checkpoint, config, envs, files, resume, runs
+from levin import resume
 from levin import train as command
 from levin.algorithms.sac import SAC
-from levin.train import train
-from levin.vector_env import episode_seed
+from levin.config.compose import compose
+from levin.core import files
+from levin.envs.config import TRAINING
+from levin.envs.vector import episode_seed
+from levin.runs import checkpoint
+from levin.runs import folder as run_folder
+from levin.training.session import train
 from test_train import SMALL
 
 WORDS = (*SMALL, "checkpoint.every=64", "total_env_steps=640")
@@ -115,7 +120,7 @@ ENDS = [
 @pytest.mark.parametrize(("way", "cause"), ENDS)
 def test_env_step_and_episode_are_named(way, cause, tmp_path, monkeypatch, capsys):
     how, vectorization = way
-    seed = episode_seed(0, envs.TRAINING, 0, 1, 2)
+    seed = episode_seed(0, TRAINING, 0, 1, 2)
     words = (*WORDS, *FAILING, f"+env.kwargs.how={how}", "+env.kwargs.after=7", f"+env.kwargs.seed={seed}")
     words = (*words, "env.num_envs=3", f"env.vectorization={vectorization}", "env.timeout=1.5")
     said = run_and_fail((*words, "algo.steps_per_iteration=8"), tmp_path / "run", monkeypatch, capsys)
@@ -144,7 +149,7 @@ def full(*_) -> None:
 
 
 def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(tmp_path, monkeypatch, capsys):
-    train(config.compose([*WORDS]), tmp_path / "straight")
+    train(compose([*WORDS]), tmp_path / "straight")
     real, saves = files.save, []
     with monkeypatch.context() as patch:
         patch.setattr(files, "save", lambda *args: full() if len(saves) > 5 else saves.append(1) or real(*args))
@@ -202,8 +207,8 @@ def test_a_kill_while_a_run_begins_leaves_nothing_that_is_in_the_way(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         with pytest.raises(Killed):
-            train(config.compose([*WORDS]), tmp_path / "run")
+            train(compose([*WORDS]), tmp_path / "run")
     assert all(each.name.startswith(".") for each in (tmp_path / "run").iterdir())
-    cfg = config.compose([*WORDS, f"run={tmp_path / 'run'}", "total_env_steps=64"])
-    train(cfg, runs.folder(cfg))
+    cfg = compose([*WORDS, f"run={tmp_path / 'run'}", "total_env_steps=64"])
+    train(cfg, run_folder.folder(cfg))
     assert whole(tmp_path / "run") == [64]

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from checks import metrics, saved
-from levin import config, resume
-from levin.errors import RunError
-from levin.train import train
+from levin import resume
+from levin.config.compose import compose
+from levin.core.errors import RunError
+from levin.training.session import train
 
 TESTS = Path(__file__).parent
 WORDS = [
@@ -70,7 +71,7 @@ def running(tmp_path):
 def test_each_worker_compiles_for_itself(tmp_path, monkeypatch):
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda loss, options, **how: torch_compile(loss, backend="aot_eager", **how))
-    train(config.compose([*WORDS, "total_env_steps=2000", "algo.compile=true"]), tmp_path / "run")
+    train(compose([*WORDS, "total_env_steps=2000", "algo.compile=true"]), tmp_path / "run")
     pushes = saved(tmp_path / "run")["staleness"]
     assert sum(pushes) >= 400
     assert sum(pushes[1:]) > 0
@@ -111,13 +112,13 @@ def test_an_error_in_a_worker_is_that_of_the_run(tmp_path):
     """Its env raises; that of worker 0 would do so only after as many steps more."""
     words = ["env=gym", "env.id=toy_envs:FailingRank-v0", "eval.episodes=1", "total_env_steps=100_000"]
     with pytest.raises(RunError, match=r"worker 1 of 2 .*the cart has left the track"):
-        train(config.compose([*WORDS, *words, "checkpoint.every=100_000"]), tmp_path / "run")
+        train(compose([*WORDS, *words, "checkpoint.every=100_000"]), tmp_path / "run")
 
 
 def test_workers_do_not_wait_for_each_other(tmp_path):
     """Updates by others lie between pull and push, and everything is counted."""
     words = [*WORDS, "total_env_steps=6000", "checkpoint.every=100_000", "log_every=100"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     state = saved(tmp_path / "run")
     histogram = np.array(state["staleness"])
     assert histogram.sum() == state["levin"]["updates"]  # of both
@@ -130,7 +131,7 @@ def test_workers_do_not_wait_for_each_other(tmp_path):
 def test_all_workers_share_one_network(tmp_path):
     """What is saved is what all of them made of it, and the policy is that of the global network."""
     words = [*WORDS, "total_env_steps=2000", "checkpoint.every=100_000"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     state = saved(tmp_path / "run")["state_dict"]
     local = torch.cat([value.flatten() for name, value in state.items() if name.split(".")[0] in ("actor", "critic")])
     assert torch.equal(local, state["theta"])
@@ -139,7 +140,7 @@ def test_all_workers_share_one_network(tmp_path):
 
 def test_two_workers_resume(tmp_path):
     words = [*WORDS, "total_env_steps=1000", "checkpoint.every=100_000"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     before = saved(tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=2000)
     after = saved(tmp_path / "run")
@@ -153,6 +154,6 @@ def test_two_workers_resume(tmp_path):
 
 def test_adam_shares_its_statistics_too(tmp_path):
     words = [*WORDS, "total_env_steps=1000", "checkpoint.every=100_000", "algo.optimizer=adam", "algo.lr=1e-4"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     state = saved(tmp_path / "run")["state_dict"]
     assert bool((state["momentum"] != 0).any())

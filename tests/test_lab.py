@@ -5,9 +5,10 @@ import csv
 import pytest
 import torch
 
-from levin.errors import ConfigError
-from levin.estimators import LeaveOneOut, ReinMax, ScoreFunction, StraightThrough, lab, problems
-from levin.estimators.digits import evaluate, fit
+from levin.core.errors import ConfigError
+from levin.estimators import LeaveOneOut, ReinMax, ScoreFunction, StraightThrough
+from levin.lab import measure, problems
+from levin.lab.digits import evaluate, fit
 
 
 def rows_of(path):
@@ -16,8 +17,8 @@ def rows_of(path):
 
 
 def test_it_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lab, "problems", lambda: [problems.coin(), problems.five(), problems.normal()])
-    lab.lab(out=str(tmp_path), rows=300)
+    monkeypatch.setattr(measure, "problems", lambda: [problems.coin(), problems.five(), problems.normal()])
+    measure.lab(out=str(tmp_path), rows=300)
     found = {(row["problem"], row["estimator"]): row for row in rows_of(tmp_path / "lab.csv")}
     assert float(found["a choice of five", "exact"]["variance"]) < 1e-12
     assert float(found["a choice of five", "exact"]["relative_bias"]) < 1e-5
@@ -32,16 +33,16 @@ def test_it_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
 def test_wrong_words_are_sentences(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file: File exists"):
-        lab.lab(out=str(tmp_path / "file"))
+        measure.lab(out=str(tmp_path / "file"))
 
 
 def test_its_numbers_are_those_of_the_closed_forms():
     problem = problems.five()
-    found = lab.measure(LeaveOneOut(2), problem, 20_000)
+    found = measure.measure(LeaveOneOut(2), problem, 20_000)
     assert found["variance"] == pytest.approx(0.988253, rel=0.05)
     assert found["relative_bias"] < 4 * found["standard_error"]
     assert found["variance_x_evaluations"] == pytest.approx(2 * found["variance"])
-    biased = lab.measure(StraightThrough(), problem, 20_000)
+    biased = measure.measure(StraightThrough(), problem, 20_000)
     assert biased["relative_bias"] == pytest.approx(0.98388, abs=0.03)
     assert biased["mse"] == pytest.approx(
         biased["variance"] + (0.98388 * float(problem.gradient.norm())) ** 2, rel=0.05
@@ -55,7 +56,7 @@ def test_the_problems_gradients():
     torch.testing.assert_close(problems.five().gradient, expected, rtol=0, atol=6e-6)
     for make in (problems.fixed_critic, problems.imagined_step):
         problem = make()
-        found = lab.measure(LeaveOneOut(8), problem, 20_000)
+        found = measure.measure(LeaveOneOut(8), problem, 20_000)
         assert found["relative_bias"] < 5 * found["standard_error"]
 
 

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from levin import checkpoint, config, resume, schema
-from levin.loggers import CSVMetrics
-from levin.play import play
-from levin.provenance import git
-from levin.train import train
+from levin import resume
+from levin.config.compose import compose
+from levin.core.omega import plain
+from levin.envs.factory import load_env
+from levin.runs import checkpoint
+from levin.runs.provenance import git
+from levin.training.loggers import CSVMetrics
+from levin.training.session import train
+from levin.training.video import play
 from test_train import SMALL
 
 
@@ -41,7 +45,7 @@ def wandb_records(file: Path):
 
 def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     words = [*SMALL, "logger=wandb", "total_env_steps=320", "wandb_project=test", "upload=true"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     (file,) = (tmp_path / "run").rglob("*.wandb")
     end = time.monotonic() + 60
     while not (records := list(wandb_records(file))) or records[-1].WhichOneof("record_type") != "exit":
@@ -65,7 +69,7 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     assert any("eval/return_mean" in row for row in rows)
     assert [row["env_steps"] for row in rows] == sorted({row["env_steps"] for row in rows})
     assert rows[-1]["env_steps"] == 320
-    cfg = schema.plain(config.compose(words))
+    cfg = plain(compose(words))
     assert {key: settings[key] for key in cfg} == cfg
     assert "gamma" not in settings
     assert settings["seed"] == 0
@@ -78,7 +82,7 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
 
 
 def test_tensorboard_has_the_same_axis(tmp_path):
-    train(config.compose([*SMALL, "logger=tensorboard", "total_env_steps=320"]), tmp_path / "run")
+    train(compose([*SMALL, "logger=tensorboard", "total_env_steps=320"]), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("eval/return_mean")] == [224, 320]
 
@@ -100,7 +104,7 @@ def test_csv_grows_a_column_without_losing_a_row(tmp_path):
 @pytest.mark.parametrize("env", ["pendulum", "inverted_pendulum"])
 def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
     words = [*SMALL, f"env={env}", "total_env_steps=64"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     (path,) = play(run=str(tmp_path / "run"))
     frames = imageio.v3.imread(path)
     assert path.suffix == ".mp4"
@@ -111,7 +115,7 @@ def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
 
 
 def test_a_machine_that_can_not_draw_says_what_it_needs(tmp_path):
-    train(config.compose([*SMALL, "env=inverted_pendulum", "total_env_steps=64"]), tmp_path / "run")
+    train(compose([*SMALL, "env=inverted_pendulum", "total_env_steps=64"]), tmp_path / "run")
     words = [sys.executable, "-m", "levin.play", f"run={tmp_path / 'run'}"]
     environment = {key: value for key, value in os.environ.items() if "DISPLAY" not in key} | {"MUJOCO_GL": "glfw"}
     answer = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
@@ -123,10 +127,11 @@ def test_a_machine_that_can_not_draw_says_what_it_needs(tmp_path):
 def _steps(run: Path) -> int:
     """The length of the episode that `play` shows."""
     import levin
-    from levin import envs
+    from levin.envs.config import EVALUATION
+    from levin.envs.factory import make_env
 
     policy = levin.load(run)
-    env = envs.make(config.load_env(run), seed=1, purpose=envs.EVALUATION, num_envs=1)
+    env = make_env(load_env(run), seed=1, purpose=EVALUATION, num_envs=1)
     observation = env.begin([0], np.ones(1, dtype=bool))
     for step in range(1, 10_000):
         observation, _, terminated, truncated, _ = env.env.step(policy(observation))
@@ -137,7 +142,7 @@ def _steps(run: Path) -> int:
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path):
     words = [*SMALL, "logger=wandb", "wandb_project=test", "checkpoint.every=100"]
-    train(config.compose([*words, "total_env_steps=160"]), tmp_path / "run")
+    train(compose([*words, "total_env_steps=160"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=320)
     files = sorted((tmp_path / "run").rglob("*.wandb"))
     runs = [record.run for file in files for record in wandb_records(file) if record.WhichOneof("record_type") == "run"]
@@ -147,7 +152,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path):
 
 def test_a_resumed_run_hides_what_tensorboard_had_after_its_checkpoint(tmp_path):
     words = [*SMALL, "logger=tensorboard", "eval.every=32", "checkpoint.every=96"]
-    train(config.compose([*words, "total_env_steps=256"]), tmp_path / "run")
+    train(compose([*words, "total_env_steps=256"]), tmp_path / "run")
     checkpoint.discard(tmp_path / "run" / "checkpoints" / "256")
     facts = json.loads((tmp_path / "run" / "provenance.json").read_text())
     (tmp_path / "run" / "provenance.json").write_text(json.dumps({**facts, "env_steps": None}))

@@ -11,11 +11,15 @@ from torch import nn
 
 import oracles
 from checks import captured_and_eager_are_the_same, compiled_and_eager_are_the_same, make_batch, metrics, same, saved
-from levin import collectors, config, envs, resume
-from levin.distributions import Categorical, MultiCategorical, OneHot
-from levin.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
-from levin.replay import FrameReplay
-from levin.train import build, train
+from levin import resume
+from levin.collectors.factory import make_collector
+from levin.config.compose import compose
+from levin.data.replay import FrameReplay
+from levin.envs.config import EnvConfig
+from levin.envs.factory import make_env, make_one
+from levin.nn.distributions import Categorical, MultiCategorical, OneHot
+from levin.nn.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
+from levin.training.session import build, train
 from rows import LATE, ROWS
 
 CONTINUOUS, DISCRETE = ("ddpg", "td3", "sac"), ("dqn", "sac_discrete")
@@ -35,7 +39,7 @@ def small_env(algo: str) -> str:
 
 def make(algo: str, *words: str):
     """An algorithm with its optimisers, without a Trainer."""
-    algorithm, _ = build(config.compose([f"algo={algo}", small_env(algo), *SMALL, *words]))
+    algorithm, _ = build(compose([f"algo={algo}", small_env(algo), *SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -147,7 +151,7 @@ def test_train_every_and_updates_per_step(algo, train_every, updates_per_step, u
 def test_random_env_steps_and_learning_starts(algo):
     """One says until when actions are random, the other from when on updates are made; both alike without a word."""
     assert make(algo).random_env_steps == 20
-    algorithm, loader = build(config.compose([f"algo={algo}", small_env(algo), *SMALL, "algo.random_env_steps=70"]))
+    algorithm, loader = build(compose([f"algo={algo}", small_env(algo), *SMALL, "algo.random_env_steps=70"]))
     assert (algorithm.random_env_steps, algorithm.learning_starts) == (70, 20)
     assert loader.collector.random_env_steps == 70
 
@@ -210,7 +214,7 @@ def test_estimators_of_the_actor(env, critic):
     where = ["env=cartpole"] if env == "cartpole" else ["env=gym", "env.id=toy_envs:Buttons-v0"]
     words = ["algo=sac_discrete", *where, f"algo.critic={critic}", "algo.hidden_sizes=[16]", "seed=1"]
     torch.manual_seed(0)
-    algorithm = build(config.compose(words))[0]
+    algorithm = build(compose(words))[0]
     for parameter in algorithm.critic.parameters():  # far from linear
         parameter.data *= 4
     sizes = algorithm.env["action"].get("nvec")
@@ -331,10 +335,10 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
     changes = {**CHANGES, **OWN[algo]}
     if algo == "dqn":
         del changes["random_env_steps"]  # epsilon is what it has instead
-    assert changes.keys() == set(config.compose(words).algo) - {"_target_", "buffer_storage", "compile"}
+    assert changes.keys() == set(compose(words).algo) - {"_target_", "buffer_storage", "compile"}
 
     def result(name: str, *change: str) -> dict[str, torch.Tensor]:
-        train(config.compose([*words, *change]), tmp_path / name)
+        train(compose([*words, *change]), tmp_path / name)
         state = saved(tmp_path / name)["state_dict"]
         return {key: value for key, value in state.items() if not key.startswith(("noise.", "exploration."))}
 
@@ -395,9 +399,9 @@ def test_collectors_say_where_episodes_begin(name):
             self.seen.append(is_first.flatten().tolist())
             return torch.zeros(len(observation), 1)
 
-    env = envs.make(envs.EnvConfig(id="toy_envs:Counting-v0", num_envs=2, kwargs={"length": 3}), seed=0, copy=False)
+    env = make_env(EnvConfig(id="toy_envs:Counting-v0", num_envs=2, kwargs={"length": 3}), seed=0, copy=False)
     policy = TensorDictModule(Spy(), in_keys=["observation", "is_first"], out_keys=["action"])
-    collector = collectors.make(name, env, policy, steps=4)
+    collector = make_collector(name, env, policy, steps=4)
     batches = iter(collector)
     rollouts = torch.cat([next(batches) for _ in range(2)], 1)
     seen = torch.tensor(policy.module.seen[-8:]).T
@@ -417,7 +421,7 @@ def test_epsilon_greedy():
 def test_epsilon_falls_to_its_end_and_stays(tmp_path):
     words = ["algo=dqn", *SMALL, "total_env_steps=160", "algo.steps_per_iteration=10", "eval.episodes=1"]
     words += ["algo.initial_epsilon=1", "algo.final_epsilon=0.1", "algo.epsilon_fraction=0.5", "algo.replay_ratio=1"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     rows = [float(row["train/epsilon"]) for row in metrics(tmp_path / "run") if row["train/epsilon"]]
     assert rows[:9] == pytest.approx([1 - 0.9 / 8 * i for i in range(9)])
     assert rows[8:] == pytest.approx([0.1] * 8)
@@ -435,10 +439,10 @@ def test_pixels(algo, storage, tmp_path):
     words = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", *SMALL, "env.num_envs=2"]
     words += ["algo.replay_ratio=0.25", "eval.episodes=1", "algo.buffer_size=80", "algo.steps_per_iteration=4"]
     words += [f"algo.buffer_storage={storage}", *(["algo.schedule_env_steps=96"] if algo == "dqn" else [])]
-    before, _ = build(config.compose(words))
+    before, _ = build(compose(words))
     assert isinstance(before.buffer, FrameReplay)
-    train(config.compose([*words, "total_env_steps=96"]), tmp_path / "straight")
-    train(config.compose([*words, "total_env_steps=48"]), tmp_path / "halves")
+    train(compose([*words, "total_env_steps=96"]), tmp_path / "straight")
+    train(compose([*words, "total_env_steps=48"]), tmp_path / "halves")
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=96)
     straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "halves")
     for key in straight:
@@ -455,8 +459,8 @@ def test_pixels(algo, storage, tmp_path):
 
 
 def test_frames_are_stacked_as_gymnasium_says():
-    env = envs.make_one(envs.EnvConfig(id="toy_envs:Frame-v0", frame_stack=3))
-    plain = envs.make_one(envs.EnvConfig(id="toy_envs:Frame-v0"))
+    env = make_one(EnvConfig(id="toy_envs:Frame-v0", frame_stack=3))
+    plain = make_one(EnvConfig(id="toy_envs:Frame-v0"))
     assert env.observation_space.shape == (3, 36, 36)
     seen = [plain.reset(seed=1)[0]] * 3
     observation, _ = env.reset(seed=1)

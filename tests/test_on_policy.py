@@ -12,19 +12,23 @@ from torch import nn
 
 import oracles
 from checks import build_row, compiled_and_eager_are_the_same, make_batch, metrics, saved
-from levin import collectors, config, envs, resume
+from levin import resume
 from levin.algorithms.trpo import conjugate_gradient
-from levin.collectors import WholeEpisodes
-from levin.distributions import Categorical, Normal
-from levin.episodes import step_count
-from levin.errors import ConfigError
-from levin.train import build, train
+from levin.collectors.episodes import step_count
+from levin.collectors.factory import make_collector
+from levin.config.compose import compose
+from levin.core.errors import ConfigError
+from levin.data.rollout import WholeEpisodes
+from levin.envs.config import EnvConfig
+from levin.envs.factory import make_env
+from levin.nn.distributions import Categorical, Normal
+from levin.training.session import build, train
 from rows import LATE, POINT, ROWS
 
 
 def make(*words: str):
     """An algorithm with its optimisers, without a Trainer."""
-    algorithm, _ = build(config.compose([*LATE, *words]))
+    algorithm, _ = build(compose([*LATE, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -39,9 +43,9 @@ class Zero(nn.Module):
 
 
 def collector(env_id: str, steps, num_envs: int = 1, name: str = "vector", **kwargs):
-    env = envs.make(envs.EnvConfig(id=env_id, num_envs=num_envs, kwargs=kwargs), seed=0, copy=False)
+    env = make_env(EnvConfig(id=env_id, num_envs=num_envs, kwargs=kwargs), seed=0, copy=False)
     policy = TensorDictModule(Zero(), in_keys=["observation"], out_keys=["action"])
-    return collectors.make(name, env, policy, steps=steps)
+    return make_collector(name, env, policy, steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +79,10 @@ def test_step_count_runs_on_from_the_last_rollout():
 
 def test_rollouts_carry_step_counts_where_they_are_asked_for():
     words = ["algo=a2c", *POINT, "env.num_envs=3", "algo.steps_per_iteration=7"]
-    _, loader = build(config.compose([*LATE, *words, "algo.discount_state_weighting=true"]))
+    _, loader = build(compose([*LATE, *words, "algo.discount_state_weighting=true"]))
     counts = torch.cat([next(loader)["step_count"] for _ in range(7)], 1)  # episodes have twenty steps
     assert counts.squeeze(-1).tolist() == [[t % 20 for t in range(49)]] * 3
-    _, loader = build(config.compose([*LATE, *words]))
+    _, loader = build(compose([*LATE, *words]))
     assert "step_count" not in next(loader)
 
 
@@ -128,10 +132,10 @@ def test_samples_have_the_frequencies_they_should():
 def test_with_one_env_a2c_is_the_online_actor_critic(tmp_path):
     """The lecture's form of both: the same parameters over 100 steps, but for how products of other shapes round."""
     common = [*LATE, "env=cartpole", "env.num_envs=1", "total_env_steps=100", "debug=lecture", "algo.hidden_sizes=[16]"]
-    train(config.compose(["algo=a2c", *common, "algo.lr=0.01"]), tmp_path / "a2c")
+    train(compose(["algo=a2c", *common, "algo.lr=0.01"]), tmp_path / "a2c")
     online = ["algo.online=true", "algo.episodes_per_update=0", "algo.average_over=transitions"]
     words = ["algo=actor_critic", *common, *online, "algo.actor_lr=0.01", "algo.critic_lr=0.01"]
-    train(config.compose(words), tmp_path / "online")
+    train(compose(words), tmp_path / "online")
     a2c, actor_critic = (saved(tmp_path / name)["state_dict"] for name in ("a2c", "online"))
     before = make("algo=a2c", *common[len(LATE) :]).state_dict()
     assert a2c.keys() == actor_critic.keys()
@@ -143,7 +147,7 @@ def test_with_one_env_a2c_is_the_online_actor_critic(tmp_path):
 def test_the_lecture_takes_one_trajectory_per_update(tmp_path):
     for algo in ("reinforce", "actor_critic"):
         words = [f"algo={algo}", "debug=lecture", *LATE, "env=cartpole", "total_env_steps=200", "log_every=1"]
-        train(config.compose(words), tmp_path / algo)
+        train(compose(words), tmp_path / algo)
         rows = [row for row in metrics(tmp_path / algo) if row["episode/count"]]  # without that of the last evaluation
         assert len(rows) > 5
         assert all(float(row["episode/count"]) == 1 for row in rows)
@@ -258,7 +262,7 @@ def test_the_penalty_adapts(kl, factor):
 def test_penalty_keeps_the_policy_near(tmp_path):
     words = ["algo=ppo", *POINT, *LATE, "total_env_steps=2000", "algo.steps_per_iteration=200", "algo.lr=3e-3"]
     words += ["algo.batch_size=50", "algo.penalty=kl", "algo.target_kl=0.003", "algo.initial_beta=0.1"]
-    train(config.compose([*words, "log_every=200"]), tmp_path / "run")
+    train(compose([*words, "log_every=200"]), tmp_path / "run")
     rows = [row for row in metrics(tmp_path / "run") if row["train/kl"]]
     assert float(rows[-1]["train/beta"]) > 0.1
     assert np.mean([float(row["train/kl"]) for row in rows[5:]]) < 0.03
@@ -268,7 +272,7 @@ def test_target_kl_ends_the_epochs(tmp_path):
     words = ["algo=ppo", *POINT, *LATE, "total_env_steps=200", "algo.steps_per_iteration=200", "algo.batch_size=50"]
     updates = {}
     for target in ("null", "1e-9", "1e9"):
-        train(config.compose([*words, f"algo.target_kl={target}"]), tmp_path / target)
+        train(compose([*words, f"algo.target_kl={target}"]), tmp_path / target)
         updates[target] = saved(tmp_path / target)["levin"]["updates"]
     assert updates == {"null": 40, "1e-9": 4, "1e9": 40}
 
@@ -307,7 +311,7 @@ def test_pixels(algo, tmp_path):
     words += ["algo.steps_per_iteration=8", "env.num_envs=1", "env.normalize_observation=false"]
     words += ["trainer.workers=1"] if algo == "a3c" else ["env.normalize_reward=false"]
     words += ["algo.batch_size=8", "algo.epochs=1"] if algo == "ppo" else []
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     before = make(*words).state_dict()
     after = saved(tmp_path / "run")["state_dict"]
     assert not torch.equal(before["trunk.layers.0.weight"], after["trunk.layers.0.weight"])
@@ -319,7 +323,7 @@ def test_pixels(algo, tmp_path):
 def test_one_transition_per_update_can_be_learned_from(algo, tmp_path):
     """One number has no deviation to be divided by."""
     words = [f"algo={algo}", *LATE, "env=cartpole", "env.num_envs=1", "total_env_steps=5", "algo.steps_per_iteration=1"]
-    train(config.compose([*words, "algo.normalize_advantage=true", "eval.episodes=1"]), tmp_path / "run")
+    train(compose([*words, "algo.normalize_advantage=true", "eval.episodes=1"]), tmp_path / "run")
 
 
 # --- schedules
@@ -336,7 +340,7 @@ def test_schedules_reach_zero(tmp_path):
     assert seen == [1.0, 0.75, 0.25, 0.0, 0.0]
     rates = {}
     for schedule in ("constant", "linear"):
-        train(config.compose([*words, "total_env_steps=200", f"algo.lr_schedule={schedule}"]), tmp_path / schedule)
+        train(compose([*words, "total_env_steps=200", f"algo.lr_schedule={schedule}"]), tmp_path / schedule)
         (optimizer,) = saved(tmp_path / schedule)["optimizer_states"]
         rates[schedule] = optimizer["param_groups"][0]["lr"]
     assert rates == pytest.approx({"constant": 3e-4, "linear": 3e-4 * 0.25})
@@ -344,7 +348,7 @@ def test_schedules_reach_zero(tmp_path):
 
 def test_a_longer_total_stretches_the_schedule_and_says_so(tmp_path, capsys):
     words = ["algo=ppo", *POINT, *LATE, "algo.steps_per_iteration=50", "algo.batch_size=50", "algo.epochs=1"]
-    train(config.compose([*words, "total_env_steps=100"]), tmp_path / "run")
+    train(compose([*words, "total_env_steps=100"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=400)
     assert "algo.schedule_env_steps: 100 -> 400; annealed schedules change" in capsys.readouterr().out
     (optimizer,) = saved(tmp_path / "run")["optimizer_states"]
@@ -376,7 +380,7 @@ WRONG = {
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_input_is_one_sentence(words):
     with pytest.raises(ConfigError) as error:
-        build(config.compose(words.split()))
+        build(compose(words.split()))
     assert WRONG[words] in str(error.value)
     assert "\n" not in str(error.value)
 

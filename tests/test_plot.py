@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("rliable", reason="the extra `report` draws")
 
-from levin.errors import ConfigError
+from levin.core.errors import ConfigError
 from levin.plot import collect, plot
 
 

@@ -6,8 +6,8 @@ import torch
 from tensordict import TensorDict
 
 from checks import same
-from levin import replay
-from levin.errors import ConfigError
+from levin.core.errors import ConfigError
+from levin.data import replay
 
 CPU = torch.device("cpu")
 

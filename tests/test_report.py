@@ -15,14 +15,33 @@ import torch
 
 pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
 
-from levin import aggregates, cells, config, envs, paths, pictures, plot, policy, provenance, schema
-from levin.cells import Curve, Published, Reference
-from levin.envs import EnvConfig
-from levin.episodes import evaluate
-from levin.errors import ConfigError
+from levin.collectors.episodes import evaluate
+from levin.core import paths
+from levin.core.errors import ConfigError
+from levin.core.omega import plain
+from levin.envs.config import EVALUATION, EnvConfig
+from levin.envs.factory import make_env
 from levin.report import report
+from levin.results import aggregates, figures
+from levin.results.curves import CURVES, Curve, on_one_grid, read_curves
+from levin.results.result import (
+    CONFIG,
+    MAX_POLICY_BYTES,
+    SUMMARY,
+    Published,
+    Reference,
+    Result,
+    fingerprints,
+    judge_scores,
+    read_provenance,
+    read_reference,
+    result_folders,
+    score_seeds,
+)
+from levin.runs import provenance
+from levin.runs.load import POLICY, load_algorithm, load_config
 
-CELLS = [cell for cell in cells.folders() if cells.read_curves(cell)]
+CELLS = [cell for cell in result_folders() if read_curves(cell)]
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +140,8 @@ def test_what_is_changed_by_hand_is_caught(spoil, sentence, copy):
 def test_a_row_that_is_lost_is_caught_also_when_its_fingerprint_is_forged(copy):
     cell = copy / "experiments" / "sac_pendulum"
     remove_a_row(cell / "curves.csv.gz", -1)
-    facts = cells.read_provenance(cell)
-    (cell / "provenance.json").write_text(json.dumps({**facts, "files": cells.fingerprints(cell)}))
+    facts = read_provenance(cell)
+    (cell / "provenance.json").write_text(json.dumps({**facts, "files": fingerprints(cell)}))
     assert "sac_pendulum: the seeds were not evaluated at the same env steps" in report(check=True)
 
 
@@ -149,38 +168,38 @@ def test_report_rebuilds_what_was_lost(copy):
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_every_result_is_whole(cell):
-    result = cells.Result.read(cell)
-    assert (cell / cells.POLICY).stat().st_size <= cells.MAX_POLICY_BYTES
-    torch.load(cell / cells.POLICY, weights_only=True)
+    result = Result.read(cell)
+    assert (cell / POLICY).stat().st_size <= MAX_POLICY_BYTES
+    torch.load(cell / POLICY, weights_only=True)
     assert all(curve.env_steps[-1] >= result.config.total_env_steps for curve in result.evaluations.values())
     assert {"git_sha", "lock_sha256", "versions", "processor", "command", "seeds"} <= set(result.provenance)
-    first = (cell / cells.CONFIG).read_text().splitlines()
+    first = (cell / CONFIG).read_text().splitlines()
     assert first[0] == f"# {result.provenance['command']}"
     assert any(line.startswith("# expected: ") for line in first[:5])
-    with gzip.open(cell / cells.CURVES, "rt") as file:
+    with gzip.open(cell / CURVES, "rt") as file:
         assert next(csv.reader(file)) == ["seed", "env_steps", "return_mean", "return_std"]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_every_stored_policy_plays_better_than_uniform_actions(cell):
-    cfg = config.load(cell)
-    env = envs.make(EnvConfig(**schema.plain(cfg.env)), seed=1, purpose=envs.EVALUATION, num_envs=5)
-    returns, _ = evaluate(policy.load_algorithm(cell).policy(deterministic=True), env, 5)
+    cfg = load_config(cell)
+    env = make_env(EnvConfig(**plain(cfg.env)), seed=1, purpose=EVALUATION, num_envs=5)
+    returns, _ = evaluate(load_algorithm(cell).policy(deterministic=True), env, 5)
     env.close()
-    assert np.mean(returns) > cells.read_reference(cell).random_return
+    assert np.mean(returns) > read_reference(cell).random_return
 
 
 def test_a_stored_policy_earns_what_its_summary_says():
     cell = paths.EXPERIMENTS / "sac_pendulum"
-    cfg, stored = config.load(cell), cells.read_curves(cell)[0]
-    env = envs.make(EnvConfig(**schema.plain(cfg.env)), seed=cfg.eval.seed, purpose=envs.EVALUATION, num_envs=10)
-    algorithm = policy.load_algorithm(cell)
+    cfg, stored = load_config(cell), read_curves(cell)[0]
+    env = make_env(EnvConfig(**plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
+    algorithm = load_algorithm(cell)
     returns, _ = evaluate(algorithm.policy(deterministic=True), env, cfg.eval.episodes)
     env.close()
-    facts, here = cells.read_provenance(cell), provenance.collect()
+    facts, here = read_provenance(cell), provenance.collect()
     same = all(facts[key] == here[key] for key in ("processor", "cpu_capability", "versions"))
     assert np.mean(returns) == pytest.approx(stored.return_mean[-1], rel=1e-9 if same else 0.05)
-    summary = json.loads((cell / cells.SUMMARY).read_text())
+    summary = json.loads((cell / SUMMARY).read_text())
     assert summary["as_the_source_measures"]["per_seed"][0] == round(stored.return_mean[-1], 2)
     assert algorithm.env_steps == summary["env_steps"]
 
@@ -199,10 +218,10 @@ def reference(**changes):
 
 def test_a_dream_is_scored_at_its_end_though_env_steps_stand_still():
     stands = Curve(np.array([100, 400, 400, 400]), np.array([1.0, 2.0, 3.0, 4.0]), np.zeros(4))
-    assert cells.scores({0: stands}, {}, reference()).tolist() == [4]
+    assert score_seeds({0: stands}, {}, reference()).tolist() == [4]
     goes_on = Curve(np.append(stands.env_steps, 500), np.append(stands.return_mean, 9), np.zeros(5))
     assert goes_on.until(400).return_mean.tolist() == goes_on.until(350).return_mean.tolist() == [1, 2, 3, 4]
-    grid, returns = plot.on_one_grid([stands, stands])
+    grid, returns = on_one_grid([stands, stands])
     assert grid.tolist() == [100, 400, 400, 400]
     assert returns.tolist() == 2 * [[1, 2, 3, 4]]
 
@@ -212,7 +231,7 @@ def test_scores_are_measured_as_the_source_measures():
     training = {0: curve([10, 20, 30, 40, 99], [4, 4, 2, 4, 9]), 1: curve([0, 0, 10, 40, 99], [1, 1, 1, 3, 9])}
 
     def scores(**changes):
-        return cells.scores(evaluations, training, reference(**changes)).tolist()
+        return score_seeds(evaluations, training, reference(**changes)).tolist()
 
     assert scores() == [4, 8]  # at 400 env steps, not at the end
     assert scores(last=2) == [3.5, 7.5]
@@ -238,7 +257,7 @@ def test_scores_are_measured_as_the_source_measures():
 )
 def test_verdicts(changes, scores, verdict):
     published = reference().published[0].model_copy(update=changes)
-    said, because = cells.verdict(reference(published=[published]), np.array(scores))
+    said, because = judge_scores(reference(published=[published]), np.array(scores))
     assert said == verdict
     assert "85" in because
 
@@ -265,15 +284,15 @@ def test_iqm_and_its_interval():
 
 
 def test_two_algorithms_on_one_task_are_compared(copy):
-    first = cells.Result.read(copy / "experiments" / "sac_pendulum")
+    first = Result.read(copy / "experiments" / "sac_pendulum")
     config = first.config.copy()
     config.algo._target_ = "experiments.my_idea.algorithm.MyIdea"
     worse = {
         seed: Curve(each.env_steps, each.return_mean - 100, each.second) for seed, each in first.evaluations.items()
     }
-    second = cells.Result(first.cell, config, first.reference, first.provenance, worse, first.training)
-    ((label, probability, interval),) = pictures.pairs({"SAC": [first], "MyIdea": [second]})
+    second = Result(first.cell, config, first.reference, first.provenance, worse, first.training)
+    ((label, probability, interval),) = figures.pairs({"SAC": [first], "MyIdea": [second]})
     assert (label, probability) == ("SAC > MyIdea (1)", 1.0)
     assert interval.tolist() == [1, 1]
-    pictures.draw_aggregate([first, second])
+    figures.draw_aggregate([first, second])
     assert imageio.v3.imread(copy / "experiments" / "aggregate.png").shape[1] == 3 * 750

@@ -14,11 +14,16 @@ import yaml
 
 pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
 
-from levin import cells, config, paths, runs
-from levin.errors import ConfigError
+from levin.core import paths
+from levin.core.errors import ConfigError
 from levin.pin import pin
 from levin.report import BEGIN, END, report
 from levin.reproduce import _kept, _store, judge, reproduce
+from levin.results import result
+from levin.results.curves import CURVES, TRAINING, Curve, read_curves, read_run, write_curves
+from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
+from levin.runs import folder as run_folder
+from levin.runs.load import POLICY, load_config
 
 WORDS = (
     *("algo=sac", "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale", "total_env_steps=320"),
@@ -47,7 +52,7 @@ def results(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     cell = pin("toy", list(WORDS))
-    (cell / cells.REFERENCE).write_text(yaml.safe_dump(REFERENCE))
+    (cell / result.REFERENCE).write_text(yaml.safe_dump(REFERENCE))
     return cell
 
 
@@ -89,11 +94,11 @@ def work_in_a_copy(original, folder, patch):
 
 
 def say(run, **facts):
-    (run / "provenance.json").write_text(json.dumps({**runs.sessions(run), **facts}))
+    (run / "provenance.json").write_text(json.dumps({**run_folder.sessions(run), **facts}))
 
 
 def judged(cell, folders):
-    return judge(cell, cells.read_reference(cell), folders)
+    return judge(cell, read_reference(cell), folders)
 
 
 def test_a_first_run_is_judged_by_the_published_number(made):
@@ -102,8 +107,8 @@ def test_a_first_run_is_judged_by_the_published_number(made):
     assert outcome.stored == "there are no stored curves yet"
     assert sorted(each.name for each in batch.iterdir()) == ["s0", "s1", "s2", "verdict.json"]
     assert json.loads((batch / "verdict.json").read_text())["verdict"] == "reproduced"
-    assert not (cell / cells.CURVES).exists()  # only STORE=1 writes
-    assert runs.sessions(batch / "s0")["threads"] == 1
+    assert not (cell / CURVES).exists()  # only STORE=1 writes
+    assert run_folder.sessions(batch / "s0")["threads"] == 1
 
 
 def test_what_is_stored_is_whole_and_the_same_run_is_identical(stored):
@@ -112,8 +117,8 @@ def test_what_is_stored_is_whole_and_the_same_run_is_identical(stored):
     outcome = judged(cell, folders)
     assert outcome.stored == "3 of 3 curves are identical to the stored ones"
     assert outcome.good
-    assert [*cells.read_curves(cell)] == [0, 1, 2]
-    assert cells.read_curves(cell)[1].equals(cells.read_run(folders[1]))
+    assert [*read_curves(cell)] == [0, 1, 2]
+    assert read_curves(cell)[1].equals(read_run(folders[1]))
 
 
 def test_a_fresh_run_gives_the_stored_curves_and_a_shorter_one_their_beginning(stored):
@@ -127,9 +132,9 @@ def test_a_fresh_run_gives_the_stored_curves_and_a_shorter_one_their_beginning(s
 
 def test_another_number_in_a_curve_is_a_miss(stored):
     cell, folders = stored
-    curves = cells.read_curves(cell)
+    curves = read_curves(cell)
     curves[1].return_mean[0] = np.nextafter(curves[1].return_mean[0], 0)
-    cells.write_curves(cell, curves)
+    write_curves(cell, curves)
     outcome = judged(cell, folders)
     assert outcome.stored == "2 of 3 curves are identical to the stored ones"
     assert not outcome.good
@@ -137,7 +142,7 @@ def test_another_number_in_a_curve_is_a_miss(stored):
 
 def test_a_missed_gate_is_a_miss(stored):
     cell, folders = stored
-    (cell / cells.REFERENCE).write_text(yaml.safe_dump({**REFERENCE, "gate": 0.0}))
+    (cell / result.REFERENCE).write_text(yaml.safe_dump({**REFERENCE, "gate": 0.0}))
     outcome = judged(cell, folders)
     assert (outcome.verdict, outcome.good) == ("partial", False)
     assert "below" in outcome.published
@@ -160,15 +165,15 @@ def test_elsewhere_the_mean_must_lie_in_the_interval(facts, why, stored):
     outcome = judged(cell, folders)
     assert outcome.good
     assert outcome.stored.endswith(f"where 95% of such means lie ({why})")
-    far = {seed: cells.Curve(each.env_steps, each.return_mean + 100, each.second) for seed, each in evaluations(cell)}
-    cells.write_curves(cell, far)
+    far = {seed: Curve(each.env_steps, each.return_mean + 100, each.second) for seed, each in evaluations(cell)}
+    write_curves(cell, far)
     outcome = judged(cell, folders)
     assert outcome.good is False  # verdict.json takes no bool of NumPy
     assert "outside" in outcome.stored
 
 
 def evaluations(cell):
-    return cells.read_curves(cell).items()
+    return read_curves(cell).items()
 
 
 @pytest.mark.parametrize("facts", [{"git_dirty": True}, {"git_sha": "another"}])
@@ -183,23 +188,23 @@ def test_what_is_not_of_one_commit_is_not_stored(facts, stored):
 
 def test_seeds_are_added_to_those_that_are_stored(stored):
     cell, folders = stored
-    whole = {kind: (cell / kind).read_bytes() for kind in (cells.CURVES, cells.TRAINING, cells.POLICY)}
-    for kind in (*whole, cells.PROVENANCE):
+    whole = {kind: (cell / kind).read_bytes() for kind in (CURVES, TRAINING, POLICY)}
+    for kind in (*whole, PROVENANCE):
         (cell / kind).unlink()
     _store(cell, {seed: folders[seed] for seed in (0, 2)})
-    assert (cell / cells.CURVES).read_bytes() != whole[cells.CURVES]
-    earlier = cells.read_provenance(cell)
+    assert (cell / CURVES).read_bytes() != whole[CURVES]
+    earlier = read_provenance(cell)
     earlier["seeds"]["0"]["git_sha"] = "another"
     del earlier["seeds"]["2"]["git_sha"]  # results of older commits say it once, for all
-    (cell / cells.PROVENANCE).write_text(json.dumps({**earlier, "git_sha": "earlier"}))
+    (cell / PROVENANCE).write_text(json.dumps({**earlier, "git_sha": "earlier"}))
     kept = _kept(cell, [1])
     assert kept == [0, 2]
     added = {1: folders[1]}
-    assert judge(cell, cells.read_reference(cell), added).verdict == "partial"  # one seed of three
-    assert judge(cell, cells.read_reference(cell), added, kept).verdict == "reproduced"
+    assert judge(cell, read_reference(cell), added).verdict == "partial"  # one seed of three
+    assert judge(cell, read_reference(cell), added, kept).verdict == "reproduced"
     _store(cell, added, kept)
     assert whole == {kind: (cell / kind).read_bytes() for kind in whole}
-    found = cells.read_provenance(cell)["seeds"]
+    found = read_provenance(cell)["seeds"]
     assert [*found] == ["0", "1", "2"]
     assert [each["git_sha"] for each in found.values()] == ["another", earlier["git_sha"], "earlier"]
     assert report(check=True) == []
@@ -208,13 +213,13 @@ def test_seeds_are_added_to_those_that_are_stored(stored):
 
 def test_seeds_of_another_config_or_machine_are_not_added_to(stored):
     cell, _ = stored
-    facts = cells.read_provenance(cell)
-    (cell / cells.PROVENANCE).write_text(json.dumps({**facts, "cores": 1000}))
+    facts = read_provenance(cell)
+    (cell / PROVENANCE).write_text(json.dumps({**facts, "cores": 1000}))
     with pytest.raises(ConfigError, match=r'another cores; run them, too: seeds="0 1 2 3"'):
         reproduce(exp="toy", seeds="3", store=True)
-    (cell / cells.PROVENANCE).write_text(json.dumps(facts))
-    text = (cell / cells.CONFIG).read_text()
-    (cell / cells.CONFIG).write_text(text.replace("gamma: 0.99", "gamma: 0.98"))
+    (cell / PROVENANCE).write_text(json.dumps(facts))
+    text = (cell / CONFIG).read_text()
+    (cell / CONFIG).write_text(text.replace("gamma: 0.99", "gamma: 0.98"))
     with pytest.raises(ConfigError, match=r"seeds 1 2 are of another config.yaml"):
         reproduce(exp="toy", seeds="0", store=True)
 
@@ -270,14 +275,14 @@ def test_wrong_words_are_one_sentence(words, sentence, stored):
 
 def test_pin_writes_a_config_that_leaves_nothing_open_and_refuses_a_second(tmp_path, monkeypatch):
     cell = results(tmp_path, monkeypatch)
-    cfg = config.load(cell)
+    cfg = load_config(cell)
     assert (cfg.trainer.threads, cfg.trainer.accelerator, cfg.algo.gamma) == (1, "cpu", 0.99)
     with pytest.raises(ConfigError, match="is pinned already"):
         pin("toy", list(WORDS))
-    (cell / cells.REFERENCE).unlink()
-    (cell / cells.CONFIG).unlink()
+    (cell / result.REFERENCE).unlink()
+    (cell / CONFIG).unlink()
     pin("toy", list(WORDS))
-    written = yaml.safe_load((cell / cells.REFERENCE).read_text())
+    written = yaml.safe_load((cell / result.REFERENCE).read_text())
     assert -100 < written["random_return"] < 0
     with pytest.raises(ConfigError, match=r"toy/reference\.yaml"):  # what was published is still to be said
-        cells.read_reference(cell)
+        read_reference(cell)

@@ -19,12 +19,15 @@ import torch
 from tensordict import TensorDict
 
 from checks import metrics, same, saved
-from levin import checkpoint, config, files, resume, segments
-from levin.checkpoint import FolderCheckpointIO
-from levin.errors import CheckpointError, ConfigError
-from levin.guards import Preemption
-from levin.replay import Replay
-from levin.train import train
+from levin import resume
+from levin.config.compose import compose
+from levin.core import files
+from levin.core.errors import CheckpointError, ConfigError
+from levin.data.replay import Replay
+from levin.runs import checkpoint, segments
+from levin.runs.checkpoint import FolderCheckpointIO
+from levin.training.guards import Preemption
+from levin.training.session import train
 from test_train import SMALL
 
 # What is not a multiple of the iterations' 32 steps, so that every clock is between two beats where a run is cut.
@@ -50,8 +53,8 @@ def loader_state(state: dict) -> dict:
 
 
 def in_two_halves(tmp_path: Path, words: tuple[str, ...], total: int) -> None:
-    train(config.compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
-    train(config.compose([*words, f"total_env_steps={total // 2}"]), tmp_path / "halves")
+    train(compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
+    train(compose([*words, f"total_env_steps={total // 2}"]), tmp_path / "halves")
     scramble()
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=total)
     assert_same_run(tmp_path / "straight", tmp_path / "halves")
@@ -97,7 +100,7 @@ def test_two_halves_are_the_whole_on_any_gymnasium_id(tmp_path):
 
 
 def test_torchrl_s_collector_begins_new_episodes(tmp_path):
-    train(config.compose([*TINY, "collector=torchrl", "total_env_steps=224"]), tmp_path / "run")
+    train(compose([*TINY, "collector=torchrl", "total_env_steps=224"]), tmp_path / "run")
     before = saved(tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=225)
     after = saved(tmp_path / "run")
@@ -148,7 +151,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
 @pytest.mark.parametrize("env", ["pendulum", pytest.param("halfcheetah", marks=pytest.mark.slow)])
 def test_a_new_process_continues_a_killed_one(env, tmp_path):
     words = (*TINY, f"env={env}", "trainer.threads=1", "total_env_steps=2560", "checkpoint.every=150", "eval.every=700")
-    train(config.compose([*words]), tmp_path / "straight")
+    train(compose([*words]), tmp_path / "straight")
     process = start("train", *words, f"run={tmp_path / 'killed'}")
     until(lambda: checkpoint.numbered(tmp_path / "killed" / "checkpoints"), process)
     time.sleep(random.Random(env).random())
@@ -163,7 +166,7 @@ def test_a_new_process_continues_a_killed_one(env, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_saves_and_the_run_goes_on_where_it_was(name, tmp_path, capfd):
     words = (*TINY, "trainer.threads=1", "total_env_steps=1280", "checkpoint.every=100_000")
-    train(config.compose([*words]), tmp_path / "straight")
+    train(compose([*words]), tmp_path / "straight")
 
     def send() -> None:
         while not (tmp_path / "stopped" / "metrics.csv").exists():
@@ -172,7 +175,7 @@ def test_a_signal_saves_and_the_run_goes_on_where_it_was(name, tmp_path, capfd):
 
     sender = threading.Thread(target=send)
     sender.start()
-    train(config.compose([*words, "total_env_steps=1_000_000_000"]), tmp_path / "stopped")
+    train(compose([*words, "total_env_steps=1_000_000_000"]), tmp_path / "stopped")
     sender.join()
     assert not isinstance(getattr(signal.getsignal(getattr(signal, name)), "__self__", None), Preemption)
     said = capfd.readouterr()
@@ -182,7 +185,7 @@ def test_a_signal_saves_and_the_run_goes_on_where_it_was(name, tmp_path, capfd):
     total = max(1280, int(only.name) + 64)
     if total > 1280:  # a fast machine: compare with as long a run
         shutil.rmtree(tmp_path / "straight")
-        train(config.compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
+        train(compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
     resume.resume(run=str(tmp_path / "stopped"), total_env_steps=total)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
@@ -259,23 +262,23 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
 
 def test_max_time_saves_and_every_session_has_its_own(tmp_path):
     words = [*TINY, "+trainer.max_time=00:00:00:01", "total_env_steps=1_000_000", "checkpoint.every=1_000_000"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     first = int(checkpoint.numbered(tmp_path / "run" / "checkpoints")[-1].name)
     resume.resume(run=str(tmp_path / "run"))
     second = int(checkpoint.numbered(tmp_path / "run" / "checkpoints")[-1].name)
     assert second - first > 32  # had the time of the first been used up for both, one iteration would have ended it
-    train(config.compose([*TINY, f"total_env_steps={second}"]), tmp_path / "straight")
+    train(compose([*TINY, f"total_env_steps={second}"]), tmp_path / "straight")
     rows = metrics(tmp_path / "run")
     assert rows == metrics(tmp_path / "straight")[: len(rows)]
 
 
 def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_resumed(tmp_path, monkeypatch):
     words = [*TINY, "total_env_steps=256"]
-    train(config.compose(words), tmp_path / "straight")
+    train(compose(words), tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr("levin.callbacks.Metrics.on_train_end", _killed)
+        patch.setattr("levin.training.callbacks.Metrics.on_train_end", _killed)
         with pytest.raises(Killed):
-            train(config.compose(words), tmp_path / "killed")
+            train(compose(words), tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) < len(metrics(tmp_path / "straight"))
     resume.resume(run=str(tmp_path / "killed"))
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
@@ -283,11 +286,11 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_resumed(tmp_path,
 
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path, monkeypatch, capsys):
     words = [*TINY, "total_env_steps=256", "checkpoint.every=100_000"]
-    train(config.compose(words), tmp_path / "straight")
+    train(compose(words), tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr("levin.callbacks.Checkpointing.save", _killed)
+        patch.setattr("levin.training.checkpointing.Checkpointing.save", _killed)
         with pytest.raises(Killed):
-            train(config.compose(words), tmp_path / "killed")
+            train(compose(words), tmp_path / "killed")
     assert metrics(tmp_path / "killed")
     resume.resume(run=str(tmp_path / "killed"))
     assert "begins anew" in capsys.readouterr().out
@@ -427,7 +430,7 @@ def test_a_file_system_without_hard_links_copies(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(config.compose([*TINY, "total_env_steps=320"]), folder)
+    train(compose([*TINY, "total_env_steps=320"]), folder)
     return folder
 
 
@@ -479,7 +482,7 @@ def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what,
     assert "the checkpoint before it is tried" in said
     assert str(newest) in said
     assert (newest.parent / f"{newest.name}.damaged").exists()
-    train(config.compose([*TINY, "total_env_steps=384"]), tmp_path / "straight")
+    train(compose([*TINY, "total_env_steps=384"]), tmp_path / "straight")
     assert before.name in {"288", "256"}
     assert_same_run(tmp_path / "straight", run)
 
@@ -529,7 +532,7 @@ def test_what_must_survive_a_power_cut_is_forced_onto_the_disk(tmp_path, monkeyp
     forced, fsync = set(), os.fsync
     monkeypatch.setattr("os.fsync", lambda file: (forced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     run = tmp_path / "run"
-    train(config.compose([*TINY, "total_env_steps=64"]), run)
+    train(compose([*TINY, "total_env_steps=64"]), run)
     partial = run / "checkpoints" / ".64.partial"
     expected = {run, run / ".config.yaml.partial", run / ".provenance.json.partial", run / "metrics.csv"}
     expected |= {run / "checkpoints", partial, partial / "state.ckpt", partial / "manifest.json"}
@@ -637,7 +640,7 @@ def test_what_may_change_is_printed_and_changes_no_number(finished, tmp_path, ca
     said = capsys.readouterr().out
     for line in ("total_env_steps: 320 -> 640", "logger: csv -> tensorboard", "checkpoint.keep: 2 -> 5"):
         assert line in said
-    train(config.compose([*TINY, "total_env_steps=640"]), tmp_path / "straight")
+    train(compose([*TINY, "total_env_steps=640"]), tmp_path / "straight")
     for key in ("state_dict", "optimizer_states", "rng", "buffer", "loops"):
         assert same(saved(run)[key], saved(tmp_path / "straight")[key]), key
     assert metrics(run) == metrics(tmp_path / "straight")
@@ -646,7 +649,7 @@ def test_what_may_change_is_printed_and_changes_no_number(finished, tmp_path, ca
 
 def test_rows_that_were_logged_after_the_checkpoint_are_written_once(tmp_path):
     words = [*TINY, "checkpoint.every=200", "total_env_steps=640"]
-    train(config.compose(words), tmp_path / "straight")
+    train(compose(words), tmp_path / "straight")
     shutil.copytree(tmp_path / "straight", tmp_path / "killed", symlinks=True)
     checkpoint.discard(checkpoint.numbered(tmp_path / "killed" / "checkpoints")[-1])
     facts = json.loads((tmp_path / "killed" / "provenance.json").read_text())
@@ -659,7 +662,7 @@ def test_rows_that_were_logged_after_the_checkpoint_are_written_once(tmp_path):
 
 def test_an_env_that_does_not_replay_is_truncated_and_says_so_once(tmp_path):
     words = [*TINY, "env=gym", "env.id=toy_envs:Drifting-v0", "env.action=rescale", "env.normalize_reward=true"]
-    train(config.compose([*words, "env.time_limit=100", "total_env_steps=352"]), tmp_path / "run")
+    train(compose([*words, "env.time_limit=100", "total_env_steps=352"]), tmp_path / "run")
     episodes = loader_state(saved(tmp_path / "run"))["episodes"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -691,6 +694,6 @@ def test_a_killed_start_leaves_a_folder_that_can_be_continued(tmp_path, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", dying)
             with pytest.raises(Killed):
-                train(config.compose([*TINY, "total_env_steps=64"]), run)
+                train(compose([*TINY, "total_env_steps=64"]), run)
         resume.resume(run=str(run))
         assert saved(run)["levin"]["env_steps"] == 64

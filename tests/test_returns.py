@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchrl.objectives.value import functional as oracle
 
-from levin import returns
+from levin.data import returns
 
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, 64), (1, 257), (16, 5)]
 

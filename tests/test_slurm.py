@@ -11,9 +11,12 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from lightning import Callback
 
-from levin import checkpoint, config, runs
-from levin.errors import ConfigError
-from levin.train import main, train
+from levin.config.compose import compose
+from levin.core.errors import ConfigError
+from levin.runs import checkpoint
+from levin.runs import folder as run_folder
+from levin.train import main
+from levin.training.session import train
 from test_resume import TINY, assert_same_run
 
 WORDS = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
@@ -78,7 +81,7 @@ def command(folder: Path, name: str, script: str) -> None:
 
 
 def test_a_preempted_job_is_requeued_and_continues_its_run(slurm, tmp_path, capsys):
-    train(config.compose([*WORDS, *HARMLESS]), tmp_path / "straight")
+    train(compose([*WORDS, *HARMLESS]), tmp_path / "straight")
     assert slurm.train(*WORDS, *PREEMPT) == 0
     assert slurm.told() == "requeue 77\n"
     assert "levin: job 77 is requeued" in capsys.readouterr().err
@@ -102,7 +105,7 @@ def test_a_requeued_job_finds_its_run_only(slurm, tmp_path):
     assert slurm.train(*WORDS, *PREEMPT, "run=run") == 2
     slurm.patch.setenv("SLURM_JOB_ID", "77")
     assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
-    assert runs.sessions(tmp_path / "run")["env_steps"] == 320
+    assert run_folder.sessions(tmp_path / "run")["env_steps"] == 320
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_only_sigusr1_to_rank_0_of_a_job_requeues(slurm, name, environment, told
 
 
 def test_a_signal_before_the_training_requeues_at_once(slurm):
-    slurm.patch.setattr("levin.train.runs.folder", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    slurm.patch.setattr("levin.train.run_folder.folder", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
     assert slurm.train(*WORDS) == 0
     assert slurm.told() == "requeue 77\n"
     assert not Path("runs").exists()
@@ -157,7 +160,7 @@ def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
 def check_sweep(folder: Path) -> None:
     """One of the two runs was preempted and continued, and is the other one."""
     straight, preempted = sorted(folder.glob("runs/sweep_*/*/s0"))
-    assert [len(runs.sessions(run)["resumed"]) for run in (straight, preempted)] == [0, 1]
+    assert [len(run_folder.sessions(run)["resumed"]) for run in (straight, preempted)] == [0, 1]
     assert_same_run(straight, preempted)
 
 
@@ -185,10 +188,10 @@ def test_a_wrong_key_of_the_launcher_is_one_sentence(tmp_path):
 
 
 def test_a_missing_launcher_names_its_extra(monkeypatch):
-    config.compose([])  # Hydra looks for its plugins once
+    compose([])  # Hydra looks for its plugins once
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "submitit_slurm.yaml", raising=False)
     with pytest.raises(ConfigError, match=r"a package that is missing: pip install -e '.\[scale\]'"):
-        config.compose(["launcher=slurm"])
+        compose(["launcher=slurm"])
 
 
 # One array of two jobs, each begun again when it asks for it.

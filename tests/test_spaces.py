@@ -12,11 +12,14 @@ from torch import nn
 import levin
 import toy_envs
 from checks import same, saved
-from levin import collectors, config, envs
-from levin.distributions import MultiCategorical
-from levin.errors import ConfigError
-from levin.spaces import describe_space, readable, to_gym
-from levin.train import build, train
+from levin.collectors.factory import make_collector
+from levin.config.compose import compose
+from levin.core.errors import ConfigError
+from levin.core.spaces import describe_space, readable, to_gym
+from levin.envs.config import EnvConfig
+from levin.envs.factory import make_env, make_one
+from levin.nn.distributions import MultiCategorical
+from levin.training.session import build, train
 from test_resume import in_two_halves
 from test_train import SMALL
 
@@ -118,11 +121,11 @@ class Seer(nn.Module):
 def test_both_collectors_yield_the_same_parts(pixels, part):
     data = {}
     for name in ("vector", "torchrl"):
-        env = envs.make(
-            envs.EnvConfig(id="toy_envs:Robot-v0", num_envs=2, kwargs={"pixels": pixels}), seed=0, copy=name != "vector"
+        env = make_env(
+            EnvConfig(id="toy_envs:Robot-v0", num_envs=2, kwargs={"pixels": pixels}), seed=0, copy=name != "vector"
         )
         policy = TensorDictModule(Seer(part), in_keys=["observation"], out_keys=["action"])
-        collector = collectors.make(name, env, policy, steps=60)
+        collector = make_collector(name, env, policy, steps=60)
         iterator = iter(collector.iterator())
         data[name] = torch.cat([next(iterator).clone() for _ in range(2)], 1)
         collector.shutdown()
@@ -156,9 +159,9 @@ def test_others_read_a_dict(algo, tmp_path):
     words += [] if algo == "a2c" else ["algo.batch_size=16"]
     if algo in ("td3", "ddpg"):
         words += ["algo.learning_starts=16", "algo.buffer_size=100", "algo.replay_ratio=0.25"]
-    before, _ = build(config.compose(words))
+    before, _ = build(compose(words))
     start = {key: value.clone() for key, value in before.state_dict().items()}
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     after = saved(tmp_path / "run")["state_dict"]
     parts = [key for key in start if "parts.camera" in key and key.endswith("0.weight") and "target" not in key]
     assert parts
@@ -168,7 +171,7 @@ def test_others_read_a_dict(algo, tmp_path):
 def test_a_loaded_policy_takes_what_the_env_shows(tmp_path):
     words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=32", "eval.every=32"]
     words.append("algo.buffer_size=1000")  # a million such pictures are more than there is memory
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     policy = levin.load(tmp_path / "run")
     env = gym.make("toy_envs:Robot-v0")
     shown, _ = env.reset(seed=0)
@@ -210,9 +213,9 @@ def test_several_choices_are_learned_from(algo, tmp_path):
     words = [f"algo={algo}", *BUTTONS, "total_env_steps=64", "eval.every=64", "checkpoint.every=64", "env.num_envs=1"]
     words += [] if algo == "reinforce" else ["algo.steps_per_iteration=32"]
     words += ["algo.batch_size=32"] if algo in ("ppo", "trpo") else []
-    before, _ = build(config.compose(words))
+    before, _ = build(compose(words))
     start = {key: value.clone() for key, value in before.state_dict().items()}
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     after = saved(tmp_path / "run")["state_dict"]
     assert not torch.equal(start["actor.network.0.weight"], after["actor.network.0.weight"])
 
@@ -225,13 +228,13 @@ def test_several_choices_are_learned(algo, tmp_path):
     words = [f"algo={algo}", *BUTTONS, "total_env_steps=12_000", "eval.every=12_000", "checkpoint.every=12_000"]
     words += {"ppo": ["algo.steps_per_iteration=64", "env.num_envs=4", "algo.batch_size=64"]}.get(algo, [])
     words += {"trpo": ["algo.steps_per_iteration=256"]}.get(algo, [])
-    assert train(config.compose(words), tmp_path / "run") > -5
+    assert train(compose(words), tmp_path / "run") > -5
 
 
 def test_random_buttons_are_uniform():
-    env = envs.make(envs.EnvConfig(id="toy_envs:Buttons-v0"), seed=0, copy=False)
+    env = make_env(EnvConfig(id="toy_envs:Buttons-v0"), seed=0, copy=False)
     policy = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
-    collector = collectors.make("vector", env, policy, steps=3000, random_env_steps=3000)
+    collector = make_collector("vector", env, policy, steps=3000, random_env_steps=3000)
     action = next(iter(collector.iterator()))["action"][0]
     for i, size in enumerate(toy_envs.Buttons.action_space.nvec):
         share = torch.bincount(action[:, i], minlength=int(size)) / 3000
@@ -239,14 +242,14 @@ def test_random_buttons_are_uniform():
 
 
 def test_images_are_stacked_channel_first():
-    plain, stacked = (envs.make_one(envs.EnvConfig(id="toy_envs:Image-v0", frame_stack=n)) for n in (1, 3))
+    plain, stacked = (make_one(EnvConfig(id="toy_envs:Image-v0", frame_stack=n)) for n in (1, 3))
     assert plain.observation_space.shape == (8, 8, 3)
     assert stacked.observation_space.shape == (9, 8, 8)
 
 
 def test_a_stack_of_pictures_is_the_last_pictures():
-    env = envs.make_one(envs.EnvConfig(id="toy_envs:Colour-v0", frame_stack=2))
-    plain = envs.make_one(envs.EnvConfig(id="toy_envs:Colour-v0"))
+    env = make_one(EnvConfig(id="toy_envs:Colour-v0", frame_stack=2))
+    plain = make_one(EnvConfig(id="toy_envs:Colour-v0"))
     before, _ = plain.reset(seed=0)
     stack, _ = env.reset(seed=0)
     np.testing.assert_array_equal(stack, np.concatenate([before.transpose(2, 0, 1)] * 2))
@@ -261,5 +264,5 @@ def test_the_same_seed_gives_the_same_run_on_a_dict(tmp_path):
     words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=64", "eval.every=64"]
     words.append("algo.buffer_size=1000")
     for name in "ab":
-        train(config.compose(words), tmp_path / name)
+        train(compose(words), tmp_path / name)
     assert same(saved(tmp_path / "a")["state_dict"], saved(tmp_path / "b")["state_dict"])

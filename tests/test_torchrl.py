@@ -18,13 +18,20 @@ from torch import nn
 
 import toy_torchrl
 from checks import same
-from levin import collectors, config, envs, files, resume
-from levin.errors import ConfigError
-from levin.exploration import GaussianNoise, NoisyPolicy
-from levin.loader import CollectorLoader
-from levin.spaces import IS_FIRST
-from levin.torchrl_collectors import AFTER, ENV_INDEX, POLICY_VERSION, WorkersCollector
-from levin.train import build, train
+from levin import resume
+from levin.collectors.factory import make_collector
+from levin.collectors.loader import CollectorLoader
+from levin.collectors.workers import AFTER, WorkersCollector
+from levin.config.compose import compose
+from levin.core import files
+from levin.core.errors import ConfigError
+from levin.core.spaces import IS_FIRST
+from levin.data.rollout import ENV_INDEX, POLICY_VERSION
+from levin.envs.config import EVALUATION, EnvConfig
+from levin.envs.factory import describe, make_env
+from levin.envs.vector import SeededVectorEnv
+from levin.nn.exploration import GaussianNoise, NoisyPolicy
+from levin.training.session import build, train
 from test_collectors import Linear
 from test_guards import FAILING, run_and_fail, whole
 from test_train import SMALL
@@ -40,7 +47,7 @@ def make():
     made = []
 
     def build(name: str, env_id: str, num_envs: int, steps: int, module: nn.Module, **kwargs) -> WorkersCollector:
-        env = envs.make(envs.EnvConfig(id=env_id, num_envs=num_envs, kwargs=kwargs.pop("env", {})), seed=0)
+        env = make_env(EnvConfig(id=env_id, num_envs=num_envs, kwargs=kwargs.pop("env", {})), seed=0)
         keys = kwargs.pop("keys", ["observation"])
         policy = TensorDictModule(module, in_keys=keys, out_keys=["action"])
         options = {"random_env_steps": 0, "seed": 0, "version": lambda: 0, "workers": 2} | kwargs
@@ -69,9 +76,9 @@ def test_all_collectors_yield_the_same(name, env_id, discrete, make):
     batches = [next(rollouts) for _ in range(4 if name != "torchrl-async" else 12)]
     shape = (2, 25) if name == "torchrl-async" else (4, 25)
     assert {batch.shape for batch in batches} == {shape}
-    env = envs.make(envs.EnvConfig(id=env_id, num_envs=4), seed=0, copy=False)
+    env = make_env(EnvConfig(id=env_id, num_envs=4), seed=0, copy=False)
     policy = TensorDictModule(Linear(discrete), in_keys=["observation"], out_keys=["action"])
-    expected = collectors.make("vector", env, policy, steps=300).rollout()
+    expected = make_collector("vector", env, policy, steps=300).rollout()
     assert bool(expected["next", "done"].any())
     keys = ("observation", "action", *(("next", key) for key in AFTER))
     for i, found in enumerate(by_env(batches, 4)):
@@ -160,7 +167,7 @@ class Scripted:
 
 
 def test_what_is_not_finite_is_said_of_the_right_env():
-    env = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=4), seed=0)
+    env = make_env(EnvConfig(id="Pendulum-v1", num_envs=4), seed=0)
     env.reset()
     env.episodes[3] = 6
     flags = torch.zeros(2, 5, 1, dtype=torch.bool)
@@ -200,7 +207,7 @@ def test_no_episode_is_repeated_when_a_run_goes_on(name, make):
     state = first.state_dict()
     second.load_state_dict(state)
     after = next(second)
-    fresh = envs.make(envs.EnvConfig(id="Pendulum-v1", num_envs=4), seed=0)
+    fresh = make_env(EnvConfig(id="Pendulum-v1", num_envs=4), seed=0)
     expected = fresh.begin([episode + 1 for episode in state["episodes"]], np.ones(4, dtype=bool))
     index = after[ENV_INDEX][:, 0, 0]
     np.testing.assert_array_equal(after["observation"][:, 0], expected[index])
@@ -232,19 +239,19 @@ REFUSED = [
 @pytest.mark.parametrize(("words", "said"), REFUSED)
 def test_what_can_t_be_shared_is_refused(words, said):
     with pytest.raises(ConfigError, match=said):
-        build(config.compose(["env=pendulum", "collector=torchrl-async", *words]))
+        build(compose(["env=pendulum", "collector=torchrl-async", *words]))
 
 
 def test_ray_is_asked_for_by_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="collector=ray needs a package"):
-        build(config.compose(["env=pendulum", "collector=ray", "env.num_envs=2"]))
+        build(compose(["env=pendulum", "collector=ray", "env.num_envs=2"]))
 
 
 def test_hogwild_has_workers_of_its_own():
     words = ["algo=a3c", "env=cartpole", "collector=torchrl-process", "env.num_envs=2", "trainer.strategy=hogwild"]
     with pytest.raises(ConfigError, match="workers of its own"):
-        config.compose(words)
+        compose(words)
 
 
 def children() -> set[str]:
@@ -257,7 +264,7 @@ def children() -> set[str]:
 def test_sac_trains_and_goes_on(name, tmp_path):
     before = children()
     words = [*SMALL, f"collector={name}", "env.num_envs=4", "algo.steps_per_iteration=8", "total_env_steps=192"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         lags = [float(row["collect/policy_lag"]) for row in csv.DictReader(file) if row["collect/policy_lag"]]
     assert max(lags) > 0 if name == "torchrl-async" else set(lags) == {0.0}
@@ -271,7 +278,7 @@ def test_sac_trains_and_goes_on(name, tmp_path):
 def test_ppo_gets_rollouts_of_its_own_policy(tmp_path):
     words = ["algo=ppo", "env=cartpole", "collector=torchrl-process", "env.num_envs=2", "logger=csv", "log_every=64"]
     words += ["algo.steps_per_iteration=32", "algo.batch_size=32", "total_env_steps=192", "eval.episodes=1"]
-    train(config.compose(words), tmp_path / "run")
+    train(compose(words), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert {float(row["collect/policy_lag"]) for row in csv.DictReader(file) if row["collect/policy_lag"]} == {0.0}
 
@@ -343,10 +350,10 @@ def test_a_signal_to_everyone_leaves_nobody(name, signum, tmp_path):
 # --- env.family: torchrl ---------------------------------------------------------------------------------------------
 
 
-def torchrl_env(target: str, num_envs: int = 1, seed: int = 0, **kwargs) -> envs.SeededVectorEnv:
+def torchrl_env(target: str, num_envs: int = 1, seed: int = 0, **kwargs) -> SeededVectorEnv:
     name = f"toy_torchrl:{target}"
-    config = envs.EnvConfig(id=name, family="torchrl", target=name, num_envs=num_envs, kwargs=kwargs)
-    return envs.make(config, seed=seed)
+    config = EnvConfig(id=name, family="torchrl", target=name, num_envs=num_envs, kwargs=kwargs)
+    return make_env(config, seed=seed)
 
 
 @pytest.mark.parametrize("target", ["line", "transformed"])
@@ -400,8 +407,8 @@ def test_only_what_is_over_begins_again_and_time_limits_truncate(batch):
 def test_a_time_limit_truncates(batch):
     name = "toy_torchrl:transformed"  # counts steps too, to another end
     kwargs = {"batch": batch, "max_steps": 50}
-    config = envs.EnvConfig(id=name, family="torchrl", target=name, num_envs=2, time_limit=4, kwargs=kwargs)
-    env = envs.make(config, seed=0)
+    config = EnvConfig(id=name, family="torchrl", target=name, num_envs=2, time_limit=4, kwargs=kwargs)
+    env = make_env(config, seed=0)
     env.reset()
     length = np.zeros(2, int)
     for _ in range(30):
@@ -448,7 +455,7 @@ def test_envs_draw_from_a_stream_of_their_own():
 @pytest.mark.parametrize("choices", ["categorical", "one_hot"])
 def test_choices_are_numbers(choices):
     env = torchrl_env("line", 2, choices=choices)
-    assert envs.describe(env)["action"]["n"] == 3
+    assert describe(env)["action"]["n"] == 3
     before, _ = env.reset()
     after = env.step(np.array([0, 2]))[0]
     np.testing.assert_allclose(after - before, [[-0.5], [0.5]], atol=0.05)
@@ -456,8 +463,8 @@ def test_choices_are_numbers(choices):
 
 def test_evaluations_have_as_many_envs_as_a_batch_has():
     name = "toy_torchrl:line"
-    config = envs.EnvConfig(id=name, family="torchrl", target=name, num_envs=2, kwargs={"batch": 2})
-    env = envs.make(config, seed=0, purpose=envs.EVALUATION, num_envs=3)
+    config = EnvConfig(id=name, family="torchrl", target=name, num_envs=2, kwargs={"batch": 2})
+    env = make_env(config, seed=0, purpose=EVALUATION, num_envs=3)
     assert env.num_envs == 4
     assert env.reset()[0].shape == (4, 1)
 
@@ -465,7 +472,7 @@ def test_evaluations_have_as_many_envs_as_a_batch_has():
 def test_vectors_become_one():
     env = torchrl_env("line", 2, parts=True)
     observation, _ = env.reset()
-    assert envs.describe(env)["observation"]["shape"] == [3]
+    assert describe(env)["observation"]["shape"] == [3]
     np.testing.assert_allclose(observation[:, 1:], 2 * observation[:, :1].repeat(2, 1))
 
 
@@ -490,7 +497,7 @@ def test_vectors_become_one():
 )
 def test_what_makes_no_sense_for_torchrl_envs_is_refused(words, said):
     with pytest.raises(ConfigError, match=said):
-        build(config.compose(["algo=sac", "env=torchrl", *words]))
+        build(compose(["algo=sac", "env=torchrl", *words]))
 
 
 PPO = ("algo=ppo", "logger=csv", "log_every=64", "algo.steps_per_iteration=16", "algo.batch_size=16")
@@ -500,7 +507,7 @@ PPO = ("algo=ppo", "logger=csv", "log_every=64", "algo.steps_per_iteration=16", 
 @pytest.mark.parametrize("words", [SMALL, (*PPO, "+env.kwargs.batch=2")])
 def test_torchrl_envs_are_trained_in(collector, words, tmp_path):
     words = [*words, "env=torchrl", "env.target=toy_torchrl:transformed", f"collector={collector}", "env.num_envs=4"]
-    train(config.compose([*words, "total_env_steps=256", "eval.every=128", "eval.episodes=2"]), tmp_path / "run")
+    train(compose([*words, "total_env_steps=256", "eval.every=128", "eval.episodes=2"]), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert any(row["eval/return_mean"] for row in rows)
@@ -516,8 +523,8 @@ def test_an_unbatched_torchrl_env_resumes_exactly(tmp_path):
         "env.num_envs=2",
         "algo.steps_per_iteration=7",
     ]
-    train(config.compose([*words, "total_env_steps=140"]), tmp_path / "straight")
-    train(config.compose([*words, "total_env_steps=70"]), tmp_path / "run")
+    train(compose([*words, "total_env_steps=140"]), tmp_path / "straight")
+    train(compose([*words, "total_env_steps=70"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=140)
     states = [files.load(tmp_path / name / "checkpoints" / "last" / "state.ckpt") for name in ("straight", "run")]
     assert same(states[0]["state_dict"], states[1]["state_dict"])

@@ -7,8 +7,9 @@ import pytest
 
 import checks
 import rows
-from levin import config, paths
 from levin.algorithms import sac
+from levin.config.compose import compose
+from levin.core import paths
 
 ROW = """
 from dataclasses import replace
@@ -30,8 +31,7 @@ def toy(tmp_path, monkeypatch) -> rows.Row:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_sac", raising=False)
     monkeypatch.delitem(sys.modules, "toy_row", raising=False)
-    compose = config.compose
-    monkeypatch.setattr(config, "compose", lambda words: compose([*words, f"hydra.searchpath=[{tmp_path}]"]))
+    monkeypatch.setattr(checks, "compose", lambda words: compose([*words, f"hydra.searchpath=[{tmp_path}]"]))
     return __import__("toy_row").ROW
 
 

@@ -17,10 +17,11 @@ from lightning import Callback
 
 import levin
 from checks import metrics, same
-from levin import config, evaluate, resume
+from levin import evaluate, resume
 from levin.algorithms.sac import SAC
-from levin.errors import ConfigError
-from levin.train import build, train
+from levin.config.compose import compose
+from levin.core.errors import ConfigError
+from levin.training.session import build, train
 
 SMALL = (
     *("algo=sac", "env=pendulum", "logger=csv", "eval.episodes=2", "eval.every=200", "checkpoint.every=150"),
@@ -49,7 +50,7 @@ class Recorder(Callback):
 def run(folder: Path, *overrides: str, **kwargs):
     Recorder.instances.clear()
     words = [*SMALL, *overrides, "+callbacks.recorder={_target_:test_train.Recorder}"]
-    train(config.compose(words), folder, **kwargs)
+    train(compose(words), folder, **kwargs)
     return Recorder.instances[0]
 
 
@@ -196,7 +197,7 @@ def test_a_run_that_lightning_stops_is_saved_and_goes_on(tmp_path):
 
 def test_the_newest_and_the_best_checkpoint_stay(tmp_path, monkeypatch):
     results = iter([5.0, 9.0, 1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr("levin.callbacks.evaluate", lambda *_: ([next(results)], [1]))
+    monkeypatch.setattr("levin.training.evaluation.evaluate", lambda *_: ([next(results)], [1]))
     run(tmp_path / "run", "eval.every=32", "checkpoint.every=32", "checkpoint.keep=2", "total_env_steps=192")
     kept = {int(each.name) for each in (tmp_path / "run" / "checkpoints").iterdir() if each.name.isdigit()}
     assert kept == {64, 160, 192}
@@ -206,7 +207,7 @@ def test_the_newest_and_the_best_checkpoint_stay(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [1, 32])
 def test_sac_solves_pendulum(size, tmp_path):
     words = ["algo=sac", "env=pendulum", "logger=csv", "eval.episodes=100", "eval.every=20_000"]
-    result = train(config.compose([*words, f"algo.steps_per_iteration={size}"]), tmp_path / "run")
+    result = train(compose([*words, f"algo.steps_per_iteration={size}"]), tmp_path / "run")
     assert result is not None
     assert result >= -180  # RL Baselines3 Zoo: -157
 
@@ -250,7 +251,7 @@ def test_hyper_parameters_do_what_they_say(tmp_path):
         "hidden_sizes": "[16,8]",
         "activation": "tanh",
     }
-    cfg = config.compose(SMALL[:2])
+    cfg = compose(SMALL[:2])
     # Where rows are kept changes no number, and nor does compiling.
     assert changes.keys() == set(cfg.algo) - {"_target_", "buffer_storage", "compile"}
     for name, value in changes.items():

@@ -17,16 +17,20 @@ from torchrl.envs import GymWrapper, check_env_specs
 
 import toy_envs  # noqa: F401
 from checks import metrics, same, saved
-from levin import config, dodge, envs, resume
+from levin import resume
 from levin.algorithms.world_models import WorldModels
 from levin.algorithms.world_models_networks import Controllers, Memory, Mind, Mixture, Vision
-from levin.dream import DreamEnv, LatentEnv
-from levin.errors import ConfigError
+from levin.config.compose import compose
+from levin.core.errors import ConfigError
+from levin.core.spaces import EMPTY
+from levin.data.sequences import LATENT
+from levin.envs import dodge
+from levin.envs.config import EVALUATION, EnvConfig
+from levin.envs.factory import load_env, make_env, make_one
 from levin.evaluate import evaluate_run
-from levin.play import play
-from levin.sequences import LATENT
-from levin.spaces import EMPTY
-from levin.train import build, train
+from levin.model_based.dream_env import DreamEnv, LatentEnv
+from levin.training.session import build, train
+from levin.training.video import play
 
 SMALL = (
     *("algo=world_models", "env=dodge", "env.num_envs=2", "logger=csv", "log_every=20", "trainer.threads=1"),
@@ -45,7 +49,7 @@ MIXTURE = Mixture(
 
 
 def make(*words: str) -> WorldModels:
-    algorithm, _ = build(config.compose([*SMALL, *words]))
+    algorithm, _ = build(compose([*SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -297,7 +301,7 @@ class StopAt(Callback):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("straight")
-    train(config.compose([*SMALL, "algo.controller_training=dream"]), run)
+    train(compose([*SMALL, "algo.controller_training=dream"]), run)
     return run
 
 
@@ -318,7 +322,7 @@ def test_two_halves_of_any_stage_are_the_whole(clock, straight, tmp_path):
     """V and M have ten updates in one iteration."""
     words = [*SMALL, "algo.controller_training=dream"]
     words.append(f"+callbacks.stop={{_target_:test_world_models.StopAt,clock:{clock}}}")
-    cfg = config.compose(words)
+    cfg = compose(words)
     train(cfg, tmp_path / "run")
     stopped = saved(tmp_path / "run")
     assert stopped["stages"]["round"] < 2
@@ -336,13 +340,13 @@ def test_two_halves_of_any_stage_are_the_whole(clock, straight, tmp_path):
 @pytest.fixture(scope="module")
 def straight_in_the_env(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("in_the_env")
-    train(config.compose([*SMALL, *IN_THE_ENV]), run)
+    train(compose([*SMALL, *IN_THE_ENV]), run)
     return run
 
 
 @pytest.mark.parametrize("clock", [130, 200, 300])
 def test_two_halves_of_an_evolution_in_the_env_are_the_whole(clock, straight_in_the_env, tmp_path):
-    train(config.compose([*SMALL, *IN_THE_ENV, f"total_env_steps={clock}"]), tmp_path)
+    train(compose([*SMALL, *IN_THE_ENV, f"total_env_steps={clock}"]), tmp_path)
     assert saved(tmp_path)["stages"]["stage"] == "controller"
     resume.resume(run=str(tmp_path), total_env_steps=400)
     one, other = saved(straight_in_the_env), saved(tmp_path)
@@ -364,7 +368,7 @@ def test_what_is_stored_after_an_evolution_in_the_env_begins_an_episode():
 
 
 def test_replay_keeps_what_the_encoder_makes_of_each_picture():
-    algorithm, loader = build(config.compose([*SMALL, "algo.collect_env_steps=400", "total_env_steps=400"]))
+    algorithm, loader = build(compose([*SMALL, "algo.collect_env_steps=400", "total_env_steps=400"]))
     algorithm.configure_optimizers()
     for rollout, _ in zip(loader, range(8), strict=False):
         algorithm.collect(rollout)
@@ -416,8 +420,8 @@ def test_each_candidate_plays_as_often_as_it_has_to():
 
 
 def dream_env(run: Path, num_envs: int = 3, **how: Any) -> Any:
-    env = envs.EnvConfig(id="dream", family="dream", run=str(run), num_envs=num_envs, action="rescale", **how)
-    return envs.make(env, seed=0)
+    env = EnvConfig(id="dream", family="dream", run=str(run), num_envs=num_envs, action="rescale", **how)
+    return make_env(env, seed=0)
 
 
 def test_a_dream_is_an_env_for_torchrl(straight):
@@ -463,8 +467,8 @@ def test_a_dream_is_over_with_its_time(straight):
 
 def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
     """Features of `LatentEnv`, of the policy, and of M on the record of an episode."""
-    cfg = envs.EnvConfig(id="levin.dodge:Dodge-v0", run=str(straight), wrappers=["latent"])
-    latent, plain = envs.make(cfg, seed=0), envs.make(config.load_env(straight), seed=0, num_envs=1)
+    cfg = EnvConfig(id="levin.dodge:Dodge-v0", run=str(straight), wrappers=["latent"])
+    latent, plain = make_env(cfg, seed=0), make_env(load_env(straight), seed=0, num_envs=1)
     assert isinstance(latent.env, LatentEnv)
     model: Any = latent.env.model
     seen, shown = [latent.reset()[0]], [plain.reset()[0]]
@@ -498,16 +502,16 @@ def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
 def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straight, tmp_path):
     words = ["algo=ppo", "env=dream", f"env.run={straight}", "env.num_envs=4", "logger=csv", "total_env_steps=256"]
     words += ["algo.steps_per_iteration=32", "algo.batch_size=64", "eval.every=128", "eval.episodes=3"]
-    cfg = config.compose(words)
+    cfg = compose(words)
     train(cfg, tmp_path / "run")
     rows = [row for row in metrics(tmp_path / "run") if row["eval/return_mean"]]
     assert len(rows) == 2
     result = evaluate_run(run=str(tmp_path / "run"), episodes=4)
-    real = envs.make(config.load_env(tmp_path / "run"), seed=1, purpose=envs.EVALUATION, num_envs=2)
+    real = make_env(load_env(tmp_path / "run"), seed=1, purpose=EVALUATION, num_envs=2)
     assert isinstance(real.env, LatentEnv)
     assert real.env.env.single_observation_space.shape == (16, 16)
     assert result["episodes"] == 4
-    train(config.compose([*words, "total_env_steps=128"]), tmp_path / "halves")
+    train(compose([*words, "total_env_steps=128"]), tmp_path / "halves")
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=256)
     assert same(saved(tmp_path / "run")["state_dict"], saved(tmp_path / "halves")["state_dict"])
 
@@ -524,7 +528,7 @@ def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straigh
 def test_a_dreamer_s_dream(algo, env, words, tmp_path):
     small = ["algo.size=micro", "algo.batch_size=4", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"]
     small += ["algo.learning_starts=40", "env.num_envs=1", "logger=csv", "total_env_steps=64", "eval.episodes=2"]
-    train(config.compose([f"algo={algo}", f"env={env}", *small, *words]), tmp_path / "run")
+    train(compose([f"algo={algo}", f"env={env}", *small, *words]), tmp_path / "run")
     vector = dream_env(tmp_path / "run", num_envs=2)
     check_env_specs(GymWrapper(vector.env), seed=0)
     model: Any = vector.env.model
@@ -551,16 +555,16 @@ def test_a_dreamer_s_dream(algo, env, words, tmp_path):
     else:
         wanted = model.prior(drawn[0].deter).exp().flatten(-2)
     torch.testing.assert_close(mean, wanted.to(mean), rtol=0, atol=0.2)
-    real = envs.make(vector.config, seed=1, purpose=envs.EVALUATION, num_envs=2)
+    real = make_env(vector.config, seed=1, purpose=EVALUATION, num_envs=2)
     assert real.reset()[0].shape == (2, model.features)
 
 
 def test_bad_input_is_a_sentence(straight, tmp_path):
     unfinished = tmp_path / "unfinished"
     words = [*SMALL, "algo.controller_training=dream", "+callbacks.stop={_target_:test_world_models.StopAt,clock:70}"]
-    train(config.compose(words), unfinished)
+    train(compose(words), unfinished)
     other = tmp_path / "sac"
-    train(config.compose(["algo=sac", "env=pendulum", "total_env_steps=64", "logger=csv", "eval.episodes=1"]), other)
+    train(compose(["algo=sac", "env=pendulum", "total_env_steps=64", "logger=csv", "eval.episodes=1"]), other)
     for how, sentence in (
         ({"run": str(unfinished)}, "V and M of that run are not trained yet"),
         ({"run": str(other)}, "SAC, which has no model to dream in"),
@@ -568,11 +572,11 @@ def test_bad_input_is_a_sentence(straight, tmp_path):
         ({"run": str(tmp_path / "nowhere")}, "is no run folder"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            envs.make(envs.EnvConfig(id="dream", family="dream", **how), seed=0)
+            make_env(EnvConfig(id="dream", family="dream", **how), seed=0)
     with pytest.raises(ConfigError, match=r"the model of env.run reads uint8 .*, and the env shows float32"):
-        envs.make(envs.EnvConfig(id="CartPole-v1", wrappers=["latent"], run=str(straight)), seed=0)
+        make_env(EnvConfig(id="CartPole-v1", wrappers=["latent"], run=str(straight)), seed=0)
     with pytest.raises(ConfigError, match=r"env\.run="):
-        envs.make(envs.EnvConfig(id="levin.dodge:Dodge-v0", wrappers=["latent"]), seed=0)
+        make_env(EnvConfig(id="levin.dodge:Dodge-v0", wrappers=["latent"]), seed=0)
     for word, sentence in (
         ("algo.temperature=0", "algo.temperature"),
         ("env.temperature=-1", "env.temperature"),
@@ -584,9 +588,9 @@ def test_bad_input_is_a_sentence(straight, tmp_path):
         with pytest.raises(ConfigError, match=sentence):
             make(word)
     with pytest.raises(ConfigError, match="leaves none to evolve a controller in"):
-        train(config.compose([*SMALL, "algo.controller_training=real"]), tmp_path / "real")
+        train(compose([*SMALL, "algo.controller_training=real"]), tmp_path / "real")
     with pytest.raises(ConfigError, match="reads pixels, but the observations of CartPole-v1 have vectors"):
-        build(config.compose(["algo=world_models", "env=cartpole"]))
+        build(compose(["algo=world_models", "env=cartpole"]))
 
 
 def test_every_hyper_parameter_has_an_effect(tmp_path):
@@ -620,10 +624,10 @@ def test_every_hyper_parameter_has_an_effect(tmp_path):
     }
     words = [*SMALL, "algo.controller_training=dream", "algo.kl_tolerance=0", "eval.episodes=1"]
     words += ["algo.collect_env_steps=120", "total_env_steps=200"]
-    assert changes.keys() == set(config.compose(words).algo) - {"_target_", "buffer_storage", "compile"}
+    assert changes.keys() == set(compose(words).algo) - {"_target_", "buffer_storage", "compile"}
 
     def result(name: str, *change: str) -> dict[str, Tensor]:
-        train(config.compose([*words, *change]), tmp_path / name)
+        train(compose([*words, *change]), tmp_path / name)
         return saved(tmp_path / name)["state_dict"]
 
     base = result("base")
@@ -633,7 +637,7 @@ def test_every_hyper_parameter_has_an_effect(tmp_path):
 
 def test_dodge():
     """What it shows moves with the player; episodes end with a hit; the light blinks; chance is the seed's alone."""
-    env = envs.make_one(envs.EnvConfig(id="levin.dodge:Dodge-v0", kwargs={"balls": 1}))
+    env = make_one(EnvConfig(id="levin.dodge:Dodge-v0", kwargs={"balls": 1}))
     game: Any = env.unwrapped
     first, _ = env.reset(seed=3)
     assert env.observation_space.contains(first)
@@ -670,8 +674,8 @@ def test_a_dream_is_shown_beside_what_was_seen(straight, tmp_path):
 def test_races_are_drawn_once_for_an_action():
     """The frames that are shown, the rewards and the ends are those of an env that draws all of them."""
     pytest.importorskip("Box2D")
-    cfg = envs.EnvConfig(id="levin.racing:Racing-v3", action_repeat=3, time_limit=10)
-    lazy, eager = envs.make_one(cfg), envs.make_one(cfg)
+    cfg = EnvConfig(id="levin.racing:Racing-v3", action_repeat=3, time_limit=10)
+    lazy, eager = make_one(cfg), make_one(cfg)
     eager.lazy = False
     drawn = []
     game: Any = lazy.unwrapped

@@ -16,10 +16,12 @@ from statistics import mean
 import matplotlib.pyplot as plt
 import numpy as np
 
-from levin import config, runs
-from levin.aggregates import iqm_with_interval
-from levin.estimators.lab_pictures import read
-from levin.train import train
+from levin.config.compose import compose
+from levin.core.process import silence_libraries
+from levin.lab.pictures import read
+from levin.results.aggregates import iqm_with_interval
+from levin.runs import folder as run_folder
+from levin.training.session import train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "dreaming"
@@ -55,17 +57,17 @@ def run_of(words: tuple[str, ...], seed: int) -> Path:
 
 def learn(words: tuple[str, ...], seed: int) -> None:
     """One run."""
-    runs.quiet()
-    cfg, run = config.compose([*COMMON, *words, f"seed={seed}"]), run_of(words, seed)
-    if (runs.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
+    silence_libraries()
+    cfg, run = compose([*COMMON, *words, f"seed={seed}"]), run_of(words, seed)
+    if (run_folder.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
         train(cfg, run)
 
 
 def look() -> None:
     """One run of pixels."""
-    runs.quiet()
-    cfg, run = config.compose(PIXELS), RUNS / "pixels"
-    if (runs.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
+    silence_libraries()
+    cfg, run = compose(PIXELS), RUNS / "pixels"
+    if (run_folder.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
         train(cfg, run)
 
 
@@ -171,7 +173,7 @@ After so few updates the cart is foreseen, and the pole, which is thin, is not t
 
 
 if __name__ == "__main__":
-    runs.quiet()
+    silence_libraries()
     measure()
     measure_pixels()
     report()

@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from levin import config, runs
-from levin.aggregates import iqm_with_interval
+from levin.config.compose import compose
+from levin.core.process import silence_libraries
 from levin.estimators import (
     REBAR,
     Estimator,
@@ -30,10 +30,12 @@ from levin.estimators import (
     ScoreFunction,
     StraightThrough,
 )
-from levin.estimators.digits import evaluate, fit
-from levin.estimators.lab import lab, write
-from levin.estimators.lab_pictures import read
-from levin.train import train
+from levin.lab.digits import evaluate, fit
+from levin.lab.measure import lab, write
+from levin.lab.pictures import read
+from levin.results.aggregates import iqm_with_interval
+from levin.runs import folder as run_folder
+from levin.training.session import train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "estimators"
@@ -102,10 +104,10 @@ def run_of(algo: str, name: str, seed: int) -> Path:
 
 def learn(algo: str, name: str, seed: int) -> None:
     """One run."""
-    runs.quiet()
-    cfg = config.compose([*COMMON, *FORMS[algo, name], f"seed={seed}"])
+    silence_libraries()
+    cfg = compose([*COMMON, *FORMS[algo, name], f"seed={seed}"])
     run = run_of(algo, name, seed)
-    if (runs.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
+    if (run_folder.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
         train(cfg, run)
 
 
@@ -239,7 +241,7 @@ gradient between actions, which relaxations follow, is that of a network which w
 
 
 if __name__ == "__main__":
-    runs.quiet()
+    silence_libraries()
     lab(out=str(HERE))
     measure_autoencoder()
     measure_learning()

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from levin import config, resume, runs
-from levin.checkpoint import LAST
-from levin.estimators.lab_pictures import read
+from levin import resume
+from levin.config.compose import compose
+from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
-from levin.train import train
+from levin.lab.pictures import read
+from levin.runs import folder as run_folder
+from levin.runs.checkpoint import LAST
+from levin.training.session import train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "racing"
@@ -29,14 +32,14 @@ FIRST = -55  # mean return of the first generation in the log beside the paper
 
 def work(kind: str) -> None:
     """One run, from its beginning or from where it is."""
-    runs.quiet()
+    silence_libraries()
     run = RUNS / kind
-    if runs.sessions(run).get("env_steps") is not None:
+    if run_folder.sessions(run).get("env_steps") is not None:
         return
     if (run / "checkpoints" / LAST).exists():
         resume.resume(run=str(run))
     else:
-        train(config.compose([*WORDS, *KINDS[kind]]), run)
+        train(compose([*WORDS, *KINDS[kind]]), run)
 
 
 def measure() -> None:
@@ -97,6 +100,6 @@ What a night on many cores could do, with the paper's population, is pinned in
 
 
 if __name__ == "__main__":
-    runs.quiet()
+    silence_libraries()
     measure()
     report()

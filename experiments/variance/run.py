@@ -15,12 +15,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from levin import config, runs
-from levin.aggregates import iqm_with_interval
 from levin.algorithms.base import Algorithm
-from levin.collectors import VectorCollector, WholeEpisodes
-from levin.policy import load_algorithm
-from levin.train import build, train
+from levin.collectors.vector import VectorCollector
+from levin.config.compose import compose
+from levin.core.process import silence_libraries
+from levin.data.rollout import WholeEpisodes
+from levin.results.aggregates import iqm_with_interval
+from levin.runs import folder as run_folder
+from levin.runs.load import load_algorithm
+from levin.training.session import build, train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "variance"
@@ -45,7 +48,7 @@ EXACT = ["algo.discount_state_weighting=true", "algo.average_over=episodes"]
 
 def make(words: list[str]) -> tuple[Any, Any]:
     """An algorithm with its optimisers, and what collects for it; without a Trainer."""
-    algorithm, loader = build(config.compose([*COMMON, *words]))
+    algorithm, loader = build(compose([*COMMON, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = torch.Tensor.backward  # type: ignore[method-assign]
     return algorithm, loader
@@ -78,7 +81,7 @@ def half_trained_policy() -> dict[str, Tensor]:
     """A policy on its way: reward-to-go after 20,000 env steps."""
     run = RUNS / "policy"
     if not (run / "checkpoints").exists():
-        train(config.compose([*COMMON, *FORMS["reward-to-go"], "total_env_steps=20_000"]), run)
+        train(compose([*COMMON, *FORMS["reward-to-go"], "total_env_steps=20_000"]), run)
     return load_algorithm(run).actor.state_dict()  # type: ignore[union-attr]
 
 
@@ -121,9 +124,9 @@ def measure_learning() -> None:
         for name, words in FORMS.items():
             for seed in SEEDS:
                 run = RUNS / f"{name.replace(' ', '_')}_s{seed}"
-                if (runs.sessions(run).get("env_steps") or 0) < ENV_STEPS:
+                if (run_folder.sessions(run).get("env_steps") or 0) < ENV_STEPS:
                     chosen = [f"seed={seed}", f"total_env_steps={ENV_STEPS}", "eval.every=5000"]
-                    train(config.compose([*COMMON, *words, *chosen]), run)
+                    train(compose([*COMMON, *words, *chosen]), run)
                 with (run / "metrics.csv").open() as metrics:
                     rows = [row for row in csv.DictReader(metrics) if row["eval/return_mean"]]
                 # Iterations end where episodes do: a grid that all seeds share
@@ -192,7 +195,7 @@ transitions per update.
 
 
 if __name__ == "__main__":
-    runs.quiet()
+    silence_libraries()
     measure_gradients()
     measure_learning()
     report()

@@ -19,12 +19,15 @@ import matplotlib.pyplot as plt
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
-from levin import config, resume, runs
+from levin import resume
 from levin.algorithms.world_models import WorldModels
-from levin.estimators.lab_pictures import read
+from levin.config.compose import compose
+from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
-from levin.policy import load_algorithm
-from levin.train import train
+from levin.lab.pictures import read
+from levin.runs import folder as run_folder
+from levin.runs.load import load_algorithm
+from levin.training.session import train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "worlds"
@@ -56,14 +59,14 @@ class StopBeforeController(Callback):
 
 def complete(run: Path) -> bool:
     """Whether a run is there, and over."""
-    return runs.sessions(run).get("env_steps") is not None
+    return run_folder.sessions(run).get("env_steps") is not None
 
 
 def base(seed: int) -> Path:
     """A run whose V and M are trained, and nothing else."""
     run = RUNS / f"base_s{seed}"
     if not (run / "checkpoints" / "last").exists():
-        train(config.compose([*DODGE, f"seed={seed}", STOP]), run)
+        train(compose([*DODGE, f"seed={seed}", STOP]), run)
     return run
 
 
@@ -85,7 +88,7 @@ def whole(name: str, seed: int, words: list[str]) -> None:
     run = RUNS / f"{name}_s{seed}"
     if not complete(run):
         shutil.rmtree(run, ignore_errors=True)
-        train(config.compose([*words, f"seed={seed}"]), run)
+        train(compose([*words, f"seed={seed}"]), run)
 
 
 def evaluated(name: str, seed: int) -> float:
@@ -114,7 +117,7 @@ def jobs(stage: int) -> list[tuple[Any, ...]]:
 
 def work(job: tuple[Any, ...]) -> None:
     """One run."""
-    runs.quiet()
+    silence_libraries()
     function, *arguments = job
     function(*arguments)
 
@@ -228,6 +231,6 @@ training episodes.
 
 
 if __name__ == "__main__":
-    runs.quiet()
+    silence_libraries()
     measure()
     report()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from levin.policy import Policy
+    from levin.runs.policy import Policy
 
 __version__ = version("levin")
 
@@ -16,6 +16,6 @@ def load(run: str | Path) -> "Policy":
     Raises:
         ConfigError: The folder holds no checkpoint.
     """
-    from levin.policy import Policy  # torch and TorchRL take seconds to import
+    from levin.runs.policy import Policy  # torch and TorchRL take seconds to import
 
     return Policy.load(Path(run))

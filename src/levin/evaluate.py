@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from levin import config, envs, runs
-from levin.episodes import evaluate
-from levin.errors import one_sentence
-from levin.hints import NonNegativeInt, PositiveInt
-from levin.policy import load_algorithm
+from levin.collectors.episodes import evaluate
+from levin.config import cli
+from levin.core.errors import one_sentence
+from levin.core.process import silence_libraries
+from levin.core.types import NonNegativeInt, PositiveInt
+from levin.envs.config import EVALUATION
+from levin.envs.factory import load_env, make_env
+from levin.runs.load import load_algorithm
 
 
 def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt = 1) -> dict[str, Any]:
@@ -21,10 +24,10 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
         episodes: How many; the envs' seeds are not those of the evaluations during training.
         seed: Root of the envs' seeds.
     """
-    runs.quiet()
+    silence_libraries()
     algorithm = load_algorithm(Path(run))
-    env_config = config.load_env(Path(run))
-    env = envs.make(env_config, seed=seed, purpose=envs.EVALUATION, num_envs=min(episodes, 10))
+    env_config = load_env(Path(run))
+    env = make_env(env_config, seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
     returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)
     env.close()
     result = {
@@ -41,7 +44,7 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
 def main() -> None:
     """Print the mean return and its deviation."""
     with one_sentence():
-        result = evaluate_run(**config.arguments(evaluate_run))
+        result = evaluate_run(**cli.arguments(evaluate_run))
     print(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes")
 
 

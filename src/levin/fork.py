@@ -11,8 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from levin import config, paths, provenance
-from levin.errors import ConfigError, one_sentence, valid_names
+from levin.config import cli
+from levin.core import paths
+from levin.core.errors import ConfigError, one_sentence, valid_names
+from levin.runs import provenance
 
 README = """# {name}
 
@@ -84,7 +86,7 @@ def _rename(code: str, old: str, new: str) -> str:
 def main() -> None:
     """Say where it is."""
     with one_sentence():
-        folder = fork(**config.arguments(fork))
+        folder = fork(**cli.arguments(fork))
     name = folder.name
     print(f"experiments/{name}/algorithm.py is yours: change it, then make train ALGO={name}")
 

@@ -14,10 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from levin import cells, config, envs, paths, runs, schema
-from levin.episodes import evaluate
-from levin.errors import ConfigError, one_sentence
-from levin.vector_env import SeededVectorEnv
+from levin.collectors.episodes import evaluate
+from levin.config.compose import compose
+from levin.core import paths
+from levin.core.errors import ConfigError, one_sentence
+from levin.core.omega import plain
+from levin.core.process import silence_libraries
+from levin.envs.config import EVALUATION, EnvConfig
+from levin.envs.factory import make_env
+from levin.envs.vector import SeededVectorEnv
+from levin.results.result import CONFIG, REFERENCE
 
 DEFAULTS = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv")
 EPISODES = 100
@@ -30,23 +36,23 @@ def pin(exp: str, overrides: list[str]) -> Path:
         ConfigError: It is there already, or the overrides are not valid.
     """
     folder = paths.EXPERIMENTS / exp
-    if (folder / cells.CONFIG).exists():
-        raise ConfigError(f"exp={exp} is pinned already, in {folder / cells.CONFIG}")
-    cfg = config.compose([*DEFAULTS, *overrides])
+    if (folder / CONFIG).exists():
+        raise ConfigError(f"exp={exp} is pinned already, in {folder / CONFIG}")
+    cfg = compose([*DEFAULTS, *overrides])
     folder.mkdir(exist_ok=True)
-    (folder / cells.CONFIG).write_text(OmegaConf.to_yaml(cfg))
-    if not (folder / cells.REFERENCE).exists():
+    (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg))
+    if not (folder / REFERENCE).exists():
         published = dict.fromkeys(("family", "env", "mean", "std", "seeds", "metric", "source"))
         reference = {"env_steps": cfg.total_env_steps, "metric": "evaluations", "last": 1, "gate": None}
         reference |= {"gate_from": None, "random_return": random_return(cfg), "published": [published]}
-        (folder / cells.REFERENCE).write_text(yaml.safe_dump(reference, sort_keys=False))
+        (folder / REFERENCE).write_text(yaml.safe_dump(reference, sort_keys=False))
     return folder
 
 
 def random_return(cfg: DictConfig) -> float:
     """The mean return of uniform actions over 100 episodes, rounded to what their number can tell."""
-    runs.quiet()
-    env = envs.make(envs.EnvConfig(**schema.plain(cfg.env)), seed=cfg.eval.seed, purpose=envs.EVALUATION, num_envs=10)
+    silence_libraries()
+    env = make_env(EnvConfig(**plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
     policy = TensorDictModule(Uniform(env), in_keys=["observation"], out_keys=["action"])
     returns, _ = evaluate(policy, env, EPISODES)
     env.close()
@@ -72,7 +78,7 @@ def main() -> None:
         if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):
             raise ConfigError("exp is missing: exp=sac_hopper")
         folder = pin(exp, [each for each in overrides if each not in names])
-    print(f"{folder}: fill in {cells.REFERENCE}, commit, then make reproduce EXP={exp} STORE=1")
+    print(f"{folder}: fill in {REFERENCE}, commit, then make reproduce EXP={exp} STORE=1")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,10 @@
 
 import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from levin import cells, config
-from levin.errors import ConfigError, one_sentence
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from levin.config import cli
+from levin.core.errors import ConfigError, one_sentence
+from levin.results.curves import CURVES, Curve, read_curves, read_run
 
 METRICS = "metrics.csv"
 
@@ -27,6 +21,8 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
     Raises:
         ConfigError: No run is there, or it has no evaluation yet.
     """
+    from levin.results.figures import draw, new_figure, save  # rliable takes seconds to import
+
     figure, axes = new_figure()
     curves = collect(runs)
     names = {label: Path(label).name for label in curves}
@@ -38,7 +34,7 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
     return Path(out)
 
 
-def collect(runs: str) -> dict[str, list[cells.Curve]]:
+def collect(runs: str) -> dict[str, list[Curve]]:
     """The curves of the seeds, by the folder that they share.
 
     Raises:
@@ -48,16 +44,16 @@ def collect(runs: str) -> dict[str, list[cells.Curve]]:
     folders = sorted(each for each in matches if each.is_dir())
     if not folders:
         raise ConfigError(f"runs={runs} matches no folder")
-    curves: dict[str, list[cells.Curve]] = {}
+    curves: dict[str, list[Curve]] = {}
     for folder in folders:
-        if (folder / cells.CURVES).is_file():
-            curves.setdefault(str(folder), []).extend(cells.read_curves(folder).values())
+        if (folder / CURVES).is_file():
+            curves.setdefault(str(folder), []).extend(read_curves(folder).values())
         elif (folder / METRICS).is_file():
-            curves.setdefault(str(folder.parent), []).append(cells.read_run(folder))
+            curves.setdefault(str(folder.parent), []).append(read_run(folder))
         elif found := sorted(each.parent for each in folder.glob(f"*/{METRICS}")):
-            curves.setdefault(str(folder), []).extend(map(cells.read_run, found))
+            curves.setdefault(str(folder), []).extend(map(read_run, found))
         else:
-            raise ConfigError(f"{folder} is no run and no result: it has no {METRICS} and no {cells.CURVES}")
+            raise ConfigError(f"{folder} is no run and no result: it has no {METRICS} and no {CURVES}")
     for label, seeds in curves.items():
         curves[label] = [seed for seed in seeds if len(seed.env_steps)]
         if not curves[label]:
@@ -65,62 +61,10 @@ def collect(runs: str) -> dict[str, list[cells.Curve]]:
     return curves
 
 
-def on_one_grid(seeds: list[cells.Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Env steps `[evaluations]` that every seed has come to, and the returns there `[seeds, evaluations]`."""
-    grid = seeds[0].env_steps
-    if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # which may stand still
-        return grid, np.stack([curve.return_mean for curve in seeds])
-    grid = grid[grid <= min(curve.env_steps[-1] for curve in seeds)]
-    return grid, np.stack([np.interp(grid, curve.env_steps, curve.return_mean) for curve in seeds])
-
-
-def draw(axes: "Axes", label: str, seeds: list[cells.Curve]) -> None:
-    """One line, and around it the interval when there are seeds enough for one."""
-    from levin import aggregates  # rliable takes seconds to import
-
-    grid, returns = on_one_grid(seeds)
-    iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
-    (line,) = axes.plot(grid, iqm, label=label, linewidth=2)
-    axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
-def new_figure(columns: int = 1) -> "tuple[Figure, Axes]":
-    """A picture that needs no display; with more than one column, the axes are an array."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(ncols=columns, figsize=(7 if columns == 1 else 5 * columns, 4), layout="constrained")
-    for each in np.atleast_1d(axes):
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.3)
-    if columns == 1:
-        axes.set(xlabel="env steps", ylabel="evaluation return")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    return figure, axes
-
-
-def save(figure: "Figure", out: Path, source: str = "") -> None:
-    """Write the picture; `source` goes into the file as its description.
-
-    Raises:
-        ConfigError: It can't be written.
-    """
-    from matplotlib import pyplot as plt
-
-    try:
-        figure.savefig(out, dpi=150, metadata={"Description": source} if source else None)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"out={out} can't be written: {error}") from error
-    finally:
-        plt.close(figure)
-
-
 def main() -> None:
     """Print where the picture is."""
     with one_sentence():
-        print(plot(**config.arguments(plot)))
+        print(plot(**cli.arguments(plot)))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,22 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from levin import aggregates, cells, config, paths, pictures
-from levin.cells import FINAL, Result
-from levin.errors import ConfigError, one_sentence
+from levin.config import cli
+from levin.core import paths
+from levin.core.errors import ConfigError, one_sentence
+from levin.results import aggregates, figures
+from levin.results.result import (
+    CONFIG,
+    FINAL,
+    MAX_POLICY_BYTES,
+    SUMMARY,
+    Published,
+    Result,
+    fingerprints,
+    judge_scores,
+    result_folders,
+)
+from levin.runs.load import POLICY
 
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
 
@@ -33,7 +46,7 @@ def report(*, check: bool = False) -> list[str]:
     Raises:
         ConfigError: A result lacks its reference or a source in it.
     """
-    results = [Result.read(cell) for cell in cells.folders()]
+    results = [Result.read(cell) for cell in result_folders()]
     faults = {result.name: list(broken(result)) for result in results}
     wrong = [f"{name}: {each}" for name, found in faults.items() for each in found]
     if wrong and not check:
@@ -44,8 +57,8 @@ def report(*, check: bool = False) -> list[str]:
             wrong.append(f"{path.relative_to(paths.ROOT)} does not follow from the curves")
             if not check:
                 path.write_text(text)
-    for path, source, draw in pictures.expected(results):
-        if pictures.description(path) != source:
+    for path, source, draw in figures.expected(results):
+        if figures.description(path) != source:
             wrong.append(f"{path.relative_to(paths.ROOT)} was not drawn from these curves")
             if not check:
                 draw()
@@ -58,7 +71,7 @@ def broken(result: Result) -> Iterator[str]:
         if result.evaluations:
             yield "there are curves without provenance.json"
         return
-    for name, found in cells.fingerprints(result.cell).items():
+    for name, found in fingerprints(result.cell).items():
         if found != result.provenance["files"].get(name):
             yield f"{name} is not the file that provenance.json tells of"
     if sorted(map(str, result.evaluations)) != sorted(result.provenance["seeds"]):
@@ -69,8 +82,8 @@ def broken(result: Result) -> Iterator[str]:
         yield "the seeds were not evaluated at the same env steps"
     if any(grid[-1] < result.config.total_env_steps for grid in grids):
         yield "a seed did not run to the end"
-    if (result.cell / cells.POLICY).stat().st_size > cells.MAX_POLICY_BYTES:
-        yield f"{cells.POLICY} is larger than {cells.MAX_POLICY_BYTES} bytes"
+    if (result.cell / POLICY).stat().st_size > MAX_POLICY_BYTES:
+        yield f"{POLICY} is larger than {MAX_POLICY_BYTES} bytes"
 
 
 def expected_texts(results: list[Result]) -> Iterator[tuple[Path, str]]:
@@ -79,9 +92,9 @@ def expected_texts(results: list[Result]) -> Iterator[tuple[Path, str]]:
     for result in results:
         summary = summarise(result)
         rows.append(row(result, summary))
-        yield result.cell / cells.CONFIG, header(result, summary) + OmegaConf.to_yaml(result.config)
+        yield result.cell / CONFIG, header(result, summary) + OmegaConf.to_yaml(result.config)
         if summary:
-            yield result.cell / cells.SUMMARY, json.dumps(summary, indent=2) + "\n"
+            yield result.cell / SUMMARY, json.dumps(summary, indent=2) + "\n"
     for path, columns in ((paths.EXPERIMENTS / "README.md", COLUMNS), (paths.ROOT / "README.md", SHORT)):
         yield path, _between_marks(path, table(rows, columns))
 
@@ -90,7 +103,7 @@ def summarise(result: Result) -> dict[str, Any]:
     """The numbers of a result; empty before the first run."""
     if not result.evaluations:
         return {}
-    verdict, said = cells.verdict(result.reference, result.scores)
+    verdict, said = judge_scores(result.reference, result.scores)
     wall = [each["wall_seconds"] for each in result.provenance["seeds"].values()]
     env_steps = int(min(curve.env_steps[-1] for curve in result.evaluations.values()))
     return {
@@ -182,7 +195,7 @@ def row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _cited(published: cells.Published) -> str:
+def _cited(published: Published) -> str:
     runs = "one run" if published.seeds == 1 else f"{published.seeds} seeds"
     repository, at, rest = published.source.partition("@")
     commit, _, path = rest.partition(":")
@@ -215,7 +228,7 @@ def _between_marks(path: Path, text: str) -> str:
 def main() -> None:
     """Say what was rebuilt; with check=true, what is wrong, and exit 1."""
     with one_sentence():
-        arguments = config.arguments(report)
+        arguments = cli.arguments(report)
         wrong = report(**arguments)
     if arguments.get("check"):
         print("\n".join(wrong) or "every number follows from its curves")

@@ -20,10 +20,27 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from levin import aggregates, cells, config, paths, policy, provenance, report, runs, schema
-from levin.cells import TRAINING
-from levin.errors import ConfigError, RunError, one_sentence
-from levin.hints import PositiveInt
+from levin import report
+from levin.config import cli, schema
+from levin.core import paths
+from levin.core.errors import ConfigError, RunError, one_sentence
+from levin.core.types import PositiveInt
+from levin.results import aggregates
+from levin.results.curves import CURVES, TRAINING, Curve, Curves, read_curves, read_run, write_curves
+from levin.results.result import (
+    CONFIG,
+    PROVENANCE,
+    Reference,
+    fingerprints,
+    judge_scores,
+    read_provenance,
+    read_reference,
+    result_folder,
+    score_seeds,
+)
+from levin.runs import folder as run_folder
+from levin.runs import provenance
+from levin.runs.load import POLICY, export_policy, load_config
 
 RUNS = Path("runs/reproduce")
 DONE = "verdict.json"
@@ -65,9 +82,9 @@ def reproduce(
         ConfigError: There is no such result, or what is run can't be stored.
         RunError: It was stopped, or a run failed. The same command goes on.
     """
-    cell = cells.folder(exp)
-    cfg, reference = config.load(cell), cells.read_reference(cell)
-    chosen = _seeds(seeds) or sorted(cells.read_curves(cell)) or [0, 1, 2]
+    cell = result_folder(exp)
+    cfg, reference = load_config(cell), read_reference(cell)
+    chosen = _seeds(seeds) or sorted(read_curves(cell)) or [0, 1, 2]
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true keeps whole runs only: leave total_env_steps alone")
     kept = _kept(cell, chosen) if store else []
@@ -85,37 +102,37 @@ def reproduce(
     return outcome
 
 
-def judge(cell: Path, reference: cells.Reference, folders: dict[int, Path], kept: Sequence[int] = ()) -> Outcome:
+def judge(cell: Path, reference: Reference, folders: dict[int, Path], kept: Sequence[int] = ()) -> Outcome:
     """Hold finished runs, seed -> folder, against a result's curves and, with the kept seeds, its published number."""
-    evaluations = {seed: cells.read_run(run) for seed, run in folders.items()}
-    training = {seed: cells.read_run(run, TRAINING) for seed, run in folders.items()}
+    evaluations = {seed: read_run(run) for seed, run in folders.items()}
+    training = {seed: read_run(run, TRAINING) for seed, run in folders.items()}
     same, stored = _compare(cell, reference, evaluations, training, folders)
     if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps:
         return Outcome("not run", f"the published number is at {reference.env_steps:,} env steps", stored, same)
-    known, known_training = cells.read_curves(cell), cells.read_curves(cell, TRAINING)
+    known, known_training = read_curves(cell), read_curves(cell, TRAINING)
     evaluations |= {seed: known[seed] for seed in kept}
     training |= {seed: known_training[seed] for seed in kept}
-    found = cells.scores(evaluations, training, reference)
-    verdict, published = cells.verdict(reference, found)
+    found = score_seeds(evaluations, training, reference)
+    verdict, published = judge_scores(reference, found)
     missed = found.mean() < reference.gate
     return Outcome(verdict, published, stored, same and not missed)
 
 
 def _compare(
     cell: Path,
-    reference: cells.Reference,
-    evaluations: cells.Curves,
-    training: cells.Curves,
+    reference: Reference,
+    evaluations: Curves,
+    training: Curves,
     folders: dict[int, Path],
 ) -> tuple[bool, str]:
     """Whether the curves are the stored ones as far as they can be, and one sentence."""
-    before = cells.read_provenance(cell)
+    before = read_provenance(cell)
     if not before:
         return True, "there are no stored curves yet"
-    known, known_training = cells.read_curves(cell), cells.read_curves(cell, TRAINING)
+    known, known_training = read_curves(cell), read_curves(cell, TRAINING)
     common = sorted(set(known) & set(evaluations))
-    others = [key for run in folders.values() for key in _differences(before, runs.sessions(run))]
-    if config.load(cell).trainer.get("workers", 1) > 1:
+    others = [key for run in folders.values() for key in _differences(before, run_folder.sessions(run))]
+    if load_config(cell).trainer.get("workers", 1) > 1:
         others.append("order in which the workers came")
     if common and not others:
         identical = [
@@ -128,19 +145,19 @@ def _compare(
     why = f"another {', '.join(dict.fromkeys(others))}" if others else "other seeds"
     if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps or len(known) < 2:
         return True, f"nothing to compare with the stored curves ({why})"
-    ours = cells.scores(evaluations, training, reference)
-    low, high = aggregates.prediction_interval(cells.scores(known, known_training, reference), len(ours))
+    ours = score_seeds(evaluations, training, reference)
+    low, high = aggregates.prediction_interval(score_seeds(known, known_training, reference), len(ours))
     inside = bool(low <= ours.mean() <= high)
     where = f"{'in' if inside else 'out'}side [{low:.1f}, {high:.1f}], where 95% of such means lie"
     return inside, f"mean {ours.mean():.1f} is {where} ({why})"
 
 
-def _is_prefix(ours: cells.Curve, stored: cells.Curve) -> bool:
+def _is_prefix(ours: Curve, stored: Curve) -> bool:
     """Whether the curve is how the stored one begins. A shorter run ends with an evaluation and a row of its own."""
     shared = np.isin(ours.env_steps, stored.env_steps)
     if len(ours.env_steps) < len(stored.env_steps):
         shared[-1:] &= ours.equals(stored.until(int(ours.env_steps[-1])))
-    ours = cells.Curve(ours.env_steps[shared], ours.return_mean[shared], ours.second[shared])
+    ours = Curve(ours.env_steps[shared], ours.return_mean[shared], ours.second[shared])
     return len(ours.env_steps) > 0 and ours.equals(stored.until(int(ours.env_steps[-1])))
 
 
@@ -165,15 +182,15 @@ def _prepare(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
         folders = {seed: batch / f"s{seed}" for seed in seeds}
         begun = sorted(each.name for each in batch.glob("s*"))
         if not (batch / DONE).exists() and begun == sorted(each.name for each in folders.values()):
-            commits = {runs.sessions(run).get("git_sha", commit) for run in folders.values()}
-            if commits == {commit} and all(config.load(each[1]) == _of_seed(cfg, *each) for each in folders.items()):
+            commits = {run_folder.sessions(run).get("git_sha", commit) for run in folders.values()}
+            if commits == {commit} and all(load_config(each[1]) == _of_seed(cfg, *each) for each in folders.items()):
                 print(f"{batch}: goes on", flush=True)
                 return folders
     batch = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}" / exp
     folders = {seed: batch / f"s{seed}" for seed in seeds}
     for seed, run in folders.items():
         run.mkdir(parents=True)
-        (run / cells.CONFIG).write_text(OmegaConf.to_yaml(_of_seed(cfg, seed, run)))
+        (run / CONFIG).write_text(OmegaConf.to_yaml(_of_seed(cfg, seed, run)))
     print(f"{batch}: begins", flush=True)
     return folders
 
@@ -246,13 +263,13 @@ def _kept(cell: Path, seeds: list[int]) -> list[int]:
     Raises:
         ConfigError: They come from another config or machine.
     """
-    before = cells.read_provenance(cell)
+    before = read_provenance(cell)
     kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
     if kept:
         here = provenance.collect()
         others = [key for key in ONE_MACHINE if before[key] != here[key]]
-        if before["files"][cells.CONFIG] != cells.fingerprints(cell)[cells.CONFIG]:
-            others.append(cells.CONFIG)
+        if before["files"][CONFIG] != fingerprints(cell)[CONFIG]:
+            others.append(CONFIG)
         if others:
             every = " ".join(map(str, sorted([*kept, *seeds])))
             raise ConfigError(
@@ -268,7 +285,7 @@ def _store(cell: Path, folders: dict[int, Path], kept: Sequence[int] = ()) -> No
     Raises:
         ConfigError: They are not of one commit.
     """
-    facts = {seed: runs.sessions(run) for seed, run in folders.items()}
+    facts = {seed: run_folder.sessions(run) for seed, run in folders.items()}
     sessions = [session for each in facts.values() for session in (each, *each["resumed"])]
     first = next(iter(facts.values()))
     if any(session["git_dirty"] for session in sessions) or len({session["git_sha"] for session in sessions}) > 1:
@@ -276,26 +293,26 @@ def _store(cell: Path, folders: dict[int, Path], kept: Sequence[int] = ()) -> No
             "store=true keeps what one commit gives, and these runs are of changed files or of several commits; "
             f"commit, remove {next(iter(folders.values())).parent} and run again"
         )
-    before = cells.read_provenance(cell)
-    for kind in (cells.CURVES, TRAINING):
-        known = cells.read_curves(cell, kind)
-        cells.write_curves(
+    before = read_provenance(cell)
+    for kind in (CURVES, TRAINING):
+        known = read_curves(cell, kind)
+        write_curves(
             cell,
-            {seed: known[seed] for seed in kept} | {seed: cells.read_run(run, kind) for seed, run in folders.items()},
+            {seed: known[seed] for seed in kept} | {seed: read_run(run, kind) for seed, run in folders.items()},
             kind,
         )
     seeds = {seed: {"git_sha": before["git_sha"], **before["seeds"][str(seed)]} for seed in kept}
     seeds |= {seed: {key: each[key] for key in ("git_sha", "date", "wall_seconds")} for seed, each in facts.items()}
     if min(seeds) in folders:
-        policy.export(folders[min(seeds)], cell / cells.POLICY)
+        export_policy(folders[min(seeds)], cell / POLICY)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty")
     origin = {
         "command": f'make reproduce EXP={cell.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
         **{key: value for key, value in first.items() if key not in dropped},
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
-        "files": cells.fingerprints(cell),
+        "files": fingerprints(cell),
     }
-    (cell / cells.PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")
+    (cell / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")
     report.report()
 
 
@@ -303,7 +320,7 @@ def main() -> None:
     """Print the verdict; exit 1 on a miss."""
     with one_sentence():
         os.chdir(paths.ROOT)
-        outcome = reproduce(**config.arguments(reproduce))
+        outcome = reproduce(**cli.arguments(reproduce))
     print(f"stored: {outcome.stored}")
     print(f"published: {outcome.published}")
     print(f"verdict: {outcome.verdict}{'' if outcome.good else ', and a miss'}")

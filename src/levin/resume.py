@@ -7,8 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from levin import checkpoint, config, provenance, ranks, runs, schema, slurm
-from levin.errors import ConfigError, one_sentence, valid_names
+from levin.config import cli, schema
+from levin.core.errors import ConfigError, one_sentence, valid_names
+from levin.core.omega import flatten, plain
+from levin.runs import checkpoint, provenance, slurm
+from levin.runs import folder as run_folder
+from levin.runs.load import algorithm_class, load_config
+from levin.training.distributed import sharding
 
 # What may differ from the saved config: nothing of it changes a number that was or will be computed.
 MAY_CHANGE = (
@@ -29,10 +34,10 @@ def resume(*, run: str, **changes: Any) -> float | None:
     Raises:
         ConfigError: A change is not allowed, or what is saved is not whole, or is beyond the new total.
     """
-    from levin.train import follow, train
+    from levin.training.session import follow, train
 
     folder = Path(run)
-    cfg = config.load(folder)
+    cfg = load_config(folder)
     total = cfg.total_env_steps
     lines = change(cfg, changes)
     if cfg.total_env_steps != total and cfg.algo.get("schedule_env_steps") == total:
@@ -42,14 +47,14 @@ def resume(*, run: str, **changes: Any) -> float | None:
         )
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
-    name = schema.algorithm_class(cfg).__name__
-    if ranks.of_this_process(cfg):  # torchrun or srun has started it: the first rank looks after the folder
-        if (runs.sessions(folder).get("env_steps") or 0) < cfg.total_env_steps:
+    name = algorithm_class(cfg).__name__
+    if sharding.of_this_process(cfg):  # torchrun or srun has started it: the first rank looks after the folder
+        if (run_folder.sessions(folder).get("env_steps") or 0) < cfg.total_env_steps:
             begun = checkpoint.numbered(folder / "checkpoints")
             follow(cfg, folder, checkpoint.newest(folder, buffer=True, algorithm=name) if begun else None)
         return None
     print(*lines, sep="\n", end="\n" if lines else "")
-    with runs.lock(folder):
+    with run_folder.lock(folder):
         pass  # a process that still trains here must not lose its checkpoints to this one
     path, env_steps = None, 0
     if checkpoint.numbered(folder / "checkpoints"):
@@ -59,7 +64,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
         print(f"run={run} has no checkpoint yet: it begins anew")
     if cfg.total_env_steps != total and env_steps >= cfg.total_env_steps:
         raise ConfigError(f"run={run} has {env_steps} env steps already; to go on, say a larger total_env_steps")
-    if (runs.sessions(folder).get("env_steps") or 0) >= cfg.total_env_steps:
+    if (run_folder.sessions(folder).get("env_steps") or 0) >= cfg.total_env_steps:
         # A job that resumes until it is done must see no failure.
         print(f"run={run} is complete with {env_steps} env steps; to go on, say a larger total_env_steps")
         return None
@@ -79,7 +84,7 @@ def change(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
     lines = []
     OmegaConf.set_struct(cfg, False)
     for key, value in changes.items():
-        known = [*schema.flatten(schema.plain(cfg)), *MAY_CHANGE]
+        known = [*flatten(plain(cfg)), *MAY_CHANGE]
         if key not in known:
             raise ConfigError(f"{key} is unknown; {valid_names(key, MAY_CHANGE)}")
         old = OmegaConf.select(cfg, key)
@@ -97,7 +102,7 @@ def change(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
 
 def differences(run: Path) -> list[str]:
     """One sentence for each fact of the last session that is another now: numbers may differ from here on."""
-    facts = runs.sessions(run)
+    facts = run_folder.sessions(run)
     if not facts:
         return []
     before, now = ({**each, **each["versions"]} for each in ([facts, *facts["resumed"]][-1], provenance.collect()))
@@ -111,7 +116,7 @@ def differences(run: Path) -> list[str]:
 def main() -> None:
     """Continue the run that the command line names."""
     with one_sentence():
-        words = config.words(sys.argv[1:], as_typed=["run"])
+        words = cli.words(sys.argv[1:], as_typed=["run"])
         for key in words:  # what even no saved config can have
             if "." not in key and key not in ("run", *inspect.signature(schema.top_level).parameters):
                 raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")

@@ -19,9 +19,15 @@ from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from levin import config, resume, runs, schema, train
-from levin.errors import ConfigError, RunError, one_sentence
-from levin.paths import CONFIGS
+from levin import resume
+from levin.config import cli
+from levin.config.compose import UNSAID, complete, compose, with_search_path
+from levin.core.errors import ConfigError, RunError, one_sentence
+from levin.core.omega import flatten, plain
+from levin.core.paths import CONFIGS
+from levin.core.process import say
+from levin.runs import folder as run_folder
+from levin.training.session import train
 
 FLAGS = ("-m", "--multirun")
 
@@ -35,13 +41,13 @@ def sweep(words: list[str]) -> None:
     Raises:
         ConfigError: One of the values is not valid; nothing was run.
     """
-    words = [word for word in words if word not in (*FLAGS, *config.UNSAID)]
-    parsed = [each for each in config.parse(words) if not each.key_or_group.startswith("hydra")]
+    words = [word for word in words if word not in (*FLAGS, *UNSAID)]
+    parsed = [each for each in cli.parse(words) if not each.key_or_group.startswith("hydra")]
     choices = {str(each.key_or_group): _values(each) for each in parsed}
     first = [values[0] for values in choices.values()]
     for i, values in enumerate(choices.values()):
         for value in values:
-            config.compose([*first[:i], value, *first[i + 1 :]])
+            compose([*first[:i], value, *first[i + 1 :]])
     same = [key for key, values in choices.items() if len(values) == 1 or key == "seed"]
     options = {
         "hydra.sweep.dir": f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S}",
@@ -52,10 +58,10 @@ def sweep(words: list[str]) -> None:
         "hydra/hydra_logging": "disabled",
     }
     ours = [f"{key}={value}" for key, value in options.items()]
-    sys.argv[1:] = ["--multirun", *ours, *config.with_search_path(words)]
+    sys.argv[1:] = ["--multirun", *ours, *with_search_path(words)]
     run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)
     if "launcher" in choices:
-        said = {str(each.key_or_group): str(each.value()) for each in config.parse(words)}
+        said = {str(each.key_or_group): str(each.value()) for each in cli.parse(words)}
         _wait(run_all, said.get("hydra.sweep.dir", options["hydra.sweep.dir"]))
     else:
         run_all()
@@ -70,7 +76,7 @@ def _wait(run_all: Callable[[], None], folder: str) -> None:
     """
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # for the jobs: on USR2 they would be requeued without saving
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback, and raises nothing
-    runs.say(f"jobs of {folder}: what they print is in {folder}/.submitit")
+    say(f"jobs of {folder}: what they print is in {folder}/.submitit")
     try:
         run_all()
     except HydraException as error:
@@ -87,23 +93,23 @@ def job(cfg: DictConfig) -> float | None:
     run = Path(hydra.runtime.output_dir)
     try:
         with one_sentence():
-            cfg = config.complete(cfg, hydra.runtime.choices)
+            cfg = complete(cfg, hydra.runtime.choices)
             said = _said(cfg, list(hydra.overrides.task))
-            result = resume.resume(run=str(run), **said) if runs.begun(run) else train.train(cfg, run)
+            result = resume.resume(run=str(run), **said) if run_folder.begun(run) else train(cfg, run)
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise
         traceback.print_exc()  # Hydra would send the error to the process that waits, without where it was raised
         raise SystemExit(1) from None
-    if runs.sessions(run)["env_steps"] is None and "max_time" not in cfg.trainer:
+    if run_folder.sessions(run)["env_steps"] is None and "max_time" not in cfg.trainer:
         raise SystemExit(0)  # a signal: it ends the sweep, not this run alone
     return result
 
 
 def _said(cfg: DictConfig, words: list[str]) -> dict[str, Any]:
     """The values that the command line chose: those of a run that has begun must be the same."""
-    keys = [str(each.key_or_group) for each in config.parse(words)]
-    leaves = schema.flatten(schema.plain(cfg))
+    keys = [str(each.key_or_group) for each in cli.parse(words)]
+    leaves = flatten(plain(cfg))
     said = {leaf: OmegaConf.select(cfg, leaf) for leaf in leaves if any(f"{leaf}.".startswith(f"{k}.") for k in keys)}
     return {"name": cfg.name, **{key: value for key, value in said.items() if value is not None}}
 

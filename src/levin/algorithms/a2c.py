@@ -36,19 +36,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
-from levin import returns
 from levin.algorithms.base import Algorithm, Batch, standardize
-from levin.hints import (
-    Activation,
-    Fraction,
-    NonNegativeFloat,
-    OptimizerName,
-    PositiveFloat,
-    PositiveInt,
-    Schedule,
-)
-from levin.networks import Actor, Critic, trunk
-from levin.spaces import EnvSpec
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerName, PositiveFloat, PositiveInt, Schedule
+from levin.data import returns
+from levin.nn.networks import Actor, Critic, trunk
 
 
 class A2C(Algorithm):

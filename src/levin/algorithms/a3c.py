@@ -36,13 +36,13 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from levin import returns
 from levin.algorithms.base import Algorithm, Batch
-from levin.errors import RunError
-from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, trunk
-from levin.parameters import clip_grad_norm, flatten
-from levin.spaces import EnvSpec
+from levin.core.errors import RunError
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
+from levin.data import returns
+from levin.nn.networks import Actor, Critic, trunk
+from levin.nn.parameters import clip_grad_norm, flatten
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
 

@@ -42,12 +42,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
-from levin import ranks
 from levin.algorithms.base import Algorithm, Batch, standardize
-from levin.collectors import WholeEpisodes
-from levin.distributions import Categorical
-from levin.errors import ConfigError
-from levin.hints import (
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec
+from levin.core.types import (
     Activation,
     Fraction,
     NonNegativeFloat,
@@ -56,8 +55,9 @@ from levin.hints import (
     PositiveFloat,
     PositiveInt,
 )
-from levin.networks import Actor, Critic, trunk
-from levin.spaces import EnvSpec
+from levin.data.rollout import WholeEpisodes
+from levin.nn.distributions import Categorical
+from levin.nn.networks import Actor, Critic, trunk
 
 
 class ActorCritic(Algorithm):
@@ -162,7 +162,7 @@ class ActorCritic(Algorithm):
 
     def update(self, batch: TensorDictBase) -> None:
         """The steps of the critic, then one of the actor, on transitions `[B]`."""
-        share = ranks.weight(len(batch))  # 1, unless several processes have episodes of other lengths
+        share = distributed.weight(len(batch))  # 1, unless several processes have episodes of other lengths
         weight = self.weight(batch)  # by the critic as it was when the policy acted
         for _ in range(self.critic_updates):
             critic_loss = self.critic_loss(batch)
@@ -171,7 +171,7 @@ class ActorCritic(Algorithm):
             self.record(weight_std=weight.std(correction=0))
             weight = standardize(weight)
         actor_loss, entropy = self.actor_loss(batch, weight)
-        actor_share = ranks.weight(batch["next", "done"].sum()) if self.average_over == "episodes" else share
+        actor_share = distributed.weight(batch["next", "done"].sum()) if self.average_over == "episodes" else share
         loss = actor_share * actor_loss - share * self.entropy_coef * entropy
         self.step(self.actor_optimizer, loss, self.max_grad_norm)
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)

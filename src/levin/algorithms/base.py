@@ -15,15 +15,16 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
-from levin import capture, ranks
-from levin.collectors import WholeEpisodes
-from levin.errors import ConfigError
-from levin.hints import OptimizerName
-from levin.networks import StochasticPolicy
-from levin.parameters import FlatParameter, clip_grad_norm, flatten
-from levin.replay import Replay
-from levin.spaces import EnvSpec, dtypes
-from levin.statistics import ObservationNormalizer, RewardNormalizer
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec, dtypes
+from levin.core.types import OptimizerName
+from levin.data.replay import Replay
+from levin.data.rollout import WholeEpisodes
+from levin.nn import cuda_graphs
+from levin.nn.networks import StochasticPolicy
+from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer
+from levin.nn.parameters import FlatParameter, clip_grad_norm, flatten
 
 Batch = Mapping[NestedKey, Tensor]  # what a loss reads: a TensorDict, or a dict of its tensors by the same keys
 PROGRESS = ("env_steps", "updates", "iterations", "recorded")
@@ -53,10 +54,10 @@ def compiled(loss: Callable, *, dynamic: bool) -> Callable:
 
 def standardize(values: Tensor) -> Tensor:
     """To mean 0 and deviation 1, over all ranks; a single one, which has no deviation, stays what it is."""
-    if ranks.size() > 1:
-        count = ranks.total_number(values.numel())
-        deviation = values - ranks.total(values.sum()) / count
-        return deviation / ((ranks.total(deviation.square().sum()) / (count - 1)).sqrt() + 1e-8)
+    if distributed.size() > 1:
+        count = distributed.total_number(values.numel())
+        deviation = values - distributed.total(values.sum()) / count
+        return deviation / ((distributed.total(deviation.square().sum()) / (count - 1)).sqrt() + 1e-8)
     return (values - values.mean()) / (values.std() + 1e-8) if values.numel() > 1 else values
 
 
@@ -146,9 +147,9 @@ class Algorithm(LightningModule):
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.iteration_begun = self.env_steps
         if isinstance(self.steps_per_iteration, WholeEpisodes):  # of which others have had longer or shorter ones
-            self.env_steps += int(ranks.total_number(batch.shape.numel()))
+            self.env_steps += int(distributed.total_number(batch.shape.numel()))
         else:
-            self.env_steps += batch.shape.numel() * ranks.size()  # of a TensorDict that is empty, numel is 1
+            self.env_steps += batch.shape.numel() * distributed.size()  # of a TensorDict that is empty, numel is 1
         self.iterations += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
@@ -161,7 +162,7 @@ class Algorithm(LightningModule):
     @property
     def dream_steps(self) -> int:
         """Steps that were imagined, over all ranks."""
-        return self.updates * self.dream_steps_per_update * ranks.size()
+        return self.updates * self.dream_steps_per_update * distributed.size()
 
     def finished(self, total_env_steps: int) -> bool:
         """Whether the run is complete."""
@@ -216,7 +217,7 @@ class Algorithm(LightningModule):
         else:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        ranks.average_gradients(parameters)
+        distributed.average_gradients(parameters)
         if max_grad_norm is not None:
             clip_grad_norm(parameters, max_grad_norm)
         optimizer.step()
@@ -234,8 +235,8 @@ class Algorithm(LightningModule):
     def take(self) -> dict[str, float]:
         """The means since the last call, and the seconds spent. The one place that waits for the device."""
         row = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
-        if ranks.size() > 1:
-            means = ranks.average(torch.tensor(list(row.values()), device=self.device))
+        if distributed.size() > 1:
+            means = distributed.average(torch.tensor(list(row.values()), device=self.device))
             row = dict(zip(row, means.tolist(), strict=True))
         row["time/sample"] = self.sample_seconds
         self.recorded, self.sample_seconds = {}, 0.0
@@ -289,8 +290,8 @@ class Algorithm(LightningModule):
             self.buffer.load_state_dict(self._saved_buffer, self.device)
             self.buffer.restart(torch.as_tensor(self.trainer.train_dataloader.strayed))  # type: ignore[union-attr]
             self._saved_buffer = None
-        if capture.possible(self.device):
+        if cuda_graphs.possible(self.device):
             for name in self.captured:
                 method = MethodType(getattr(type(self), name), self)
-                graph = capture.Captured(method, lambda: self.recorded, self.trainer.optimizers, self.device)
+                graph = cuda_graphs.Captured(method, lambda: self.recorded, self.trainer.optimizers, self.device)
                 setattr(self, name, graph)

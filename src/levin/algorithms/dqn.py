@@ -41,14 +41,14 @@ from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 from torch.optim import Adam, Optimizer
 
-from levin import replay
 from levin.algorithms.base import Algorithm, Batch
-from levin.exploration import EpsilonGreedy, Greedy
-from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import mlp, single, trunk
-from levin.parameters import flatten
-from levin.replay import Replay
-from levin.spaces import EnvSpec
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.data import replay
+from levin.data.replay import Replay
+from levin.nn.exploration import EpsilonGreedy, Greedy
+from levin.nn.networks import mlp, single, trunk
+from levin.nn.parameters import flatten
 
 
 class DQN(Algorithm):

@@ -49,16 +49,18 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
-from levin import open_loop, ranks, returns
 from levin.algorithms.base import Algorithm, Batch
 from levin.algorithms.dreamer_networks import Policy, WorldModel, centred
-from levin.errors import ConfigError
-from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import mlp, single
-from levin.parameters import frozen
-from levin.recurrent import Carry, OneHotAction, RecurrentPolicy, State
-from levin.sequences import SequenceReplay, check_begins_late_enough
-from levin.spaces import IS_FIRST, EnvSpec
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import IS_FIRST, EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.data import returns
+from levin.data.sequences import SequenceReplay, check_begins_late_enough
+from levin.model_based import open_loop
+from levin.model_based.recurrent import Carry, OneHotAction, RecurrentPolicy, State
+from levin.nn.networks import mlp, single
+from levin.nn.parameters import frozen
 
 # deter, stoch, hidden, units
 SIZES = {"micro": (64, 8, 64, 64), "small": (128, 16, 128, 128), "paper": (200, 30, 200, 400)}
@@ -192,7 +194,7 @@ class Dreamer(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        check_begins_late_enough(self.learning_starts, self.batch_length * self.env["num_envs"] * ranks.size())
+        check_begins_late_enough(self.learning_starts, self.batch_length * self.env["num_envs"] * distributed.size())
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -241,7 +243,7 @@ class Dreamer(Algorithm):
 
     def with_free_nats(self, kl: Tensor) -> Tensor:
         """max(E KL, free nats), the mean that of all ranks."""
-        return torch.where(ranks.average(kl.detach()) > self.free_nats, kl, self.free_nats)
+        return torch.where(distributed.average(kl.detach()) > self.free_nats, kl, self.free_nats)
 
     def model_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """E KL(q || p), and E[- log p(o|s) - log p(r|s) - log p(continue|s)], over `[B, T]`.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from levin.distributions import OneHot, SquashedNormal
-from levin.errors import ConfigError
-from levin.networks import action_size, mlp, single
-from levin.recurrent import OneHotAction, State, ended, stacked
-from levin.spaces import EnvSpec, Space
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec, Space
+from levin.model_based.recurrent import OneHotAction, State, ended, stacked
+from levin.nn.distributions import OneHot, SquashedNormal
+from levin.nn.networks import action_size, mlp, single
 
 MIN_STD = 0.1  # of a latent
 MEAN_SCALE = 5.0  # of the policy before it is squashed

@@ -55,18 +55,20 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
-from levin import open_loop, ranks, returns
 from levin.algorithms.base import Algorithm, Batch
 from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, WorldModel, head, kl, symexp, symlog
-from levin.errors import ConfigError
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import IS_FIRST, EnvSpec
+from levin.core.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.data import returns
+from levin.data.sequences import LATENT, SequenceReplay, check_begins_late_enough
 from levin.estimators import GumbelSoftmax, ReinMax, StraightThrough
-from levin.hints import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import single
-from levin.optimizers import LaProp
-from levin.parameters import frozen
-from levin.recurrent import Carry, RecurrentPolicy, State, stacked
-from levin.sequences import LATENT, SequenceReplay, check_begins_late_enough
-from levin.spaces import IS_FIRST, EnvSpec
+from levin.model_based import open_loop
+from levin.model_based.recurrent import Carry, RecurrentPolicy, State, stacked
+from levin.nn.networks import single
+from levin.nn.optimizers import LaProp
+from levin.nn.parameters import frozen
 
 ESTIMATORS = {"straight_through": StraightThrough(), "reinmax": ReinMax(), "gumbel_softmax": GumbelSoftmax(hard=True)}
 
@@ -187,7 +189,9 @@ class DreamerV3(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        check_begins_late_enough(self.learning_starts, (self.batch_length + 1) * self.env["num_envs"] * ranks.size())
+        check_begins_late_enough(
+            self.learning_starts, (self.batch_length + 1) * self.env["num_envs"] * distributed.size()
+        )
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -325,7 +329,7 @@ class DreamerV3(Algorithm):
     @torch.no_grad()
     def return_scale(self, target: Tensor) -> Tensor:
         """max(1, S), S the moving average of how far the 5th and the 95th percentile of returns are apart; Eq. 12."""
-        found = torch.quantile(ranks.everything(target.detach().flatten()), self.percentiles)
+        found = torch.quantile(distributed.everything(target.detach().flatten()), self.percentiles)
         self.return_range.lerp_(found, 1 - self.return_decay)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1.0)
 

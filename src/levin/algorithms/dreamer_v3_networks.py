@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, max_pool2d, one_hot, rms_norm, silu
 
-from levin.distributions import Normal, OneHot
-from levin.errors import ConfigError
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec
 from levin.estimators.pathwise import Relaxation
-from levin.networks import action_size, single
-from levin.recurrent import OneHotAction, State, ended, stacked, unimixed
-from levin.spaces import EnvSpec
+from levin.model_based.recurrent import OneHotAction, State, ended, stacked, unimixed
+from levin.nn.distributions import Normal, OneHot
+from levin.nn.networks import action_size, single
 
 BLOCKS = 8  # of the GRU's block-diagonal matrices
 UNIMIX = 0.01  # share of a uniform distribution in every categorical one

@@ -41,13 +41,14 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
-from levin import ranks, returns
 from levin.algorithms.base import Algorithm, Batch, standardize
-from levin.distributions import Categorical, Normal
-from levin.errors import ConfigError
-from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
-from levin.networks import Actor, Critic, trunk
-from levin.spaces import EnvSpec
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
+from levin.data import returns
+from levin.nn.distributions import Categorical, Normal
+from levin.nn.networks import Actor, Critic, trunk
 
 
 class PPO(Algorithm):
@@ -162,7 +163,7 @@ class PPO(Algorithm):
         if self.penalty == "kl":
             with torch.no_grad():
                 new = self.actor(self.trunk(data["observation"]))
-            self.update_beta(ranks.average(old.kl(new).mean()))  # type: ignore[arg-type]
+            self.update_beta(distributed.average(old.kl(new).mean()))  # type: ignore[arg-type]
 
     def epoch(self, data: TensorDictBase, old: Categorical | Normal, clip_epsilon: Tensor) -> Tensor:
         """One pass over the rollout `[B]` in shuffled minibatches. Returns the mean KL divergence."""
@@ -172,7 +173,7 @@ class PPO(Algorithm):
         for batch, rows in zip(batches, order.split(self.batch_size), strict=True):
             kls.append(self.update(batch, old[rows] if self.penalty == "kl" else None, clip_epsilon))
             self.updates += 1
-        return ranks.average(torch.stack(kls).mean())
+        return distributed.average(torch.stack(kls).mean())
 
     @torch.no_grad()
     def evaluate(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Categorical | Normal]:

@@ -45,22 +45,15 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from levin import ranks, returns
 from levin.algorithms.base import Algorithm, Batch, standardize
-from levin.collectors import WholeEpisodes
-from levin.errors import ConfigError
-from levin.exploration import GreedyTwin, TwinPolicy
-from levin.hints import (
-    Activation,
-    Fraction,
-    NonNegativeFloat,
-    OptimizerName,
-    PositiveFloat,
-    PositiveInt,
-    Schedule,
-)
-from levin.networks import Actor, Critic, trunk
-from levin.spaces import IS_FIRST, EnvSpec
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import IS_FIRST, EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerName, PositiveFloat, PositiveInt, Schedule
+from levin.data import returns
+from levin.data.rollout import WholeEpisodes
+from levin.nn.exploration import GreedyTwin, TwinPolicy
+from levin.nn.networks import Actor, Critic, trunk
 
 
 class REINFORCE(Algorithm):
@@ -171,7 +164,7 @@ class REINFORCE(Algorithm):
         """One gradient step of the policy on whole episodes `[N, T]`, and those of the baseline."""
         weight = self.weight(rollout)  # before V has seen these episodes: a baseline must not know them
         rollout, weight = self.drawn(rollout, weight)
-        share = ranks.weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
+        share = distributed.weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
         if self.critic is not None:
             for _ in range(self.critic_updates):
                 critic_loss = self.critic_loss(rollout)
@@ -183,7 +176,7 @@ class REINFORCE(Algorithm):
         actor_loss, entropy = self.actor_loss(rollout, weight)
         linear = self.entropy_schedule == "linear"
         entropy_coef = self.entropy_coef * (self.remaining(self.schedule_env_steps) if linear else 1.0)
-        actor_share = ranks.weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else share
+        actor_share = distributed.weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else share
         self.step(self.optimizer, actor_share * actor_loss - share * entropy_coef * entropy, self.max_grad_norm)
         self.record(actor_loss=actor_loss, entropy=entropy)
 

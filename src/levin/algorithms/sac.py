@@ -40,14 +40,14 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from levin import replay
 from levin.algorithms.base import Algorithm, Batch
-from levin.distributions import SquashedNormal
-from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import ActionCritic, StochasticPolicy, mlp, orthogonal_, single, trunk
-from levin.parameters import frozen
-from levin.replay import Replay
-from levin.spaces import EnvSpec
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.data import replay
+from levin.data.replay import Replay
+from levin.nn.distributions import SquashedNormal
+from levin.nn.networks import ActionCritic, StochasticPolicy, mlp, orthogonal_, single, trunk
+from levin.nn.parameters import frozen
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
 

@@ -47,16 +47,16 @@ from torch import Tensor, nn
 from torch.nn.functional import huber_loss, mse_loss
 from torch.optim import Adam, Optimizer
 
-from levin import replay
 from levin.algorithms.base import Algorithm, Batch
-from levin.distributions import Categorical, MultiCategorical, OneHot
-from levin.errors import ConfigError
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.data import replay
+from levin.data.replay import Replay
 from levin.estimators import Estimator, Exact, GumbelSoftmax, LeaveOneOut, ReinMax, StraightThrough
-from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import ActionCritic, Actor, EnsembleMLP, single, trunk
-from levin.parameters import frozen
-from levin.replay import Replay
-from levin.spaces import EnvSpec
+from levin.nn.distributions import Categorical, MultiCategorical, OneHot
+from levin.nn.networks import ActionCritic, Actor, EnsembleMLP, single, trunk
+from levin.nn.parameters import frozen
 
 MOST_VALUES = 2**20  # of Q, in one update
 ActorEstimator = Literal["exact", "loo", "straight_through", "gumbel_softmax", "reinmax"]

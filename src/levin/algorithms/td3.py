@@ -37,14 +37,14 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from levin import replay
 from levin.algorithms.base import Algorithm, Batch
-from levin.exploration import GaussianNoise, NoisyPolicy
-from levin.hints import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.networks import ActionCritic, DeterministicActor, DeterministicPolicy
-from levin.parameters import frozen
-from levin.replay import Replay
-from levin.spaces import EnvSpec
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.data import replay
+from levin.data.replay import Replay
+from levin.nn.exploration import GaussianNoise, NoisyPolicy
+from levin.nn.networks import ActionCritic, DeterministicActor, DeterministicPolicy
+from levin.nn.parameters import frozen
 
 
 class TD3(Algorithm):

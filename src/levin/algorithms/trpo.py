@@ -41,14 +41,15 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
-from levin import ranks, returns
 from levin.algorithms.base import Algorithm, Batch, standardize
-from levin.distributions import Categorical, Normal
-from levin.errors import ConfigError
-from levin.hints import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from levin.networks import Actor, Critic, trunk
-from levin.parameters import assign
-from levin.spaces import EnvSpec
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec
+from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from levin.data import returns
+from levin.nn.distributions import Categorical, Normal
+from levin.nn.networks import Actor, Critic, trunk
+from levin.nn.parameters import assign
 
 
 class TRPO(Algorithm):
@@ -165,7 +166,7 @@ class TRPO(Algorithm):
         features = self.trunk(batch["observation"])
         new = self.actor(features)
         old = new.detach()
-        gradient = ranks.average(self.flat_gradient(self.surrogate(batch, new, old)))
+        gradient = distributed.average(self.flat_gradient(self.surrogate(batch, new, old)))
         product = self.fisher_vector_product(old.kl(new).mean())
         direction, residual = conjugate_gradient(product, gradient, self.cg_iterations)
         step = (2 * self.target_kl / (direction @ product(direction))).sqrt() * direction
@@ -186,7 +187,7 @@ class TRPO(Algorithm):
     def fisher_vector_product(self, kl: Tensor) -> Callable[[Tensor], Tensor]:
         """v -> (F + damping I) v, `[P] -> [P]`: F is the Hessian of the mean KL(pi_k || pi) where both are the same."""
         gradient = self.flat_gradient(kl, create_graph=True)
-        return lambda v: ranks.average(self.flat_gradient(gradient @ v)) + self.cg_damping * v
+        return lambda v: distributed.average(self.flat_gradient(gradient @ v)) + self.cg_damping * v
 
     @torch.no_grad()
     def line_search(
@@ -201,8 +202,8 @@ class TRPO(Algorithm):
         for tried in range(self.line_search_steps):
             assign(self.actor_parameters, start + self.line_search_shrink**tried * step)
             new = self.actor(features)
-            improvement = ranks.average(self.surrogate(batch, new, old) - before)
-            kl = ranks.average(old.kl(new).mean())
+            improvement = distributed.average(self.surrogate(batch, new, old) - before)
+            kl = distributed.average(old.kl(new).mean())
             if improvement > 0 and kl <= self.target_kl:
                 return improvement, kl, torch.tensor(tried + 1.0)
         assign(self.actor_parameters, start)

@@ -49,15 +49,16 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
-from levin import open_loop, ranks
 from levin.algorithms.base import Algorithm, Batch
 from levin.algorithms.world_models_networks import Controllers, Player, Trials, WorldModel
-from levin.dream import STARTS, DreamEnv, policy_space
-from levin.errors import ConfigError
-from levin.hints import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.recurrent import Carry
-from levin.sequences import LATENT, SequenceReplay
-from levin.spaces import IS_FIRST, EnvSpec
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.spaces import IS_FIRST, EnvSpec
+from levin.core.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.data.sequences import LATENT, SequenceReplay
+from levin.model_based import open_loop
+from levin.model_based.dream_env import STARTS, DreamEnv, policy_space
+from levin.model_based.recurrent import Carry
 
 UPDATES = 50  # of V or M in an iteration, at most
 EVALUATED = 100  # dreams of an evaluation
@@ -190,7 +191,7 @@ class WorldModels(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if ranks.size() > 1:
+        if distributed.size() > 1:
             raise ConfigError("WorldModels trains in one process: trainer.devices=1")
         if self.stage == "controller":
             self.evolution = self.evolved()

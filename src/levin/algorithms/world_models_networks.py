@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from levin.dream import STARTS
-from levin.errors import ConfigError
-from levin.networks import action_size, mlp, single
-from levin.recurrent import Carry
-from levin.spaces import EnvSpec
+from levin.core.errors import ConfigError
+from levin.core.spaces import EnvSpec
+from levin.model_based.dream_env import STARTS
+from levin.model_based.recurrent import Carry
+from levin.nn.networks import action_size, mlp, single
 
 HIDDEN = 256  # of V, where pictures are not 64 x 64
 LOG_STD = (-7.0, 7.0)  # of a mixture's parts

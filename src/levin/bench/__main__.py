@@ -6,11 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from levin import config, provenance, schema
 from levin.bench.peers import COMPARISONS, compare, ours, table
-from levin.envs import EnvConfig
-from levin.errors import one_sentence
-from levin.hints import PositiveInt
+from levin.config import cli
+from levin.config.compose import compose
+from levin.core.errors import one_sentence
+from levin.core.omega import plain
+from levin.core.types import PositiveInt
+from levin.envs.config import EnvConfig
+from levin.runs import provenance
 
 
 def checkpoint(*, rounds: int, threads: int) -> None:
@@ -85,7 +88,7 @@ def bench(
                 continue
             words = [f"env={name}", "algo=a2c", f"env.num_envs={num_envs}"]
             print(f"\n{name} x {num_envs}, random actions", end="")
-            rates = beside_the_env(EnvConfig(**schema.plain(config.compose(words).env)), segments)
+            rates = beside_the_env(EnvConfig(**plain(compose(words).env)), segments)
             table(rates, "the env alone", "vector steps/s")
     else:
         for task in COMPARISONS[what]:
@@ -94,4 +97,4 @@ def bench(
 
 if __name__ == "__main__":
     with one_sentence():
-        bench(**config.arguments(bench))
+        bench(**cli.arguments(bench))

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from tensordict import TensorDict
 
 from levin.algorithms.base import Algorithm
-from levin.callbacks import Checkpointing
+from levin.training.checkpointing import Checkpointing
 
 EVERY = 10_000  # env steps between two checkpoints, as train.yaml has it
 

@@ -13,9 +13,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from levin import collectors, envs, runs
-from levin.networks import mlp
-from levin.spaces import random_actions
+from levin.collectors.factory import make_collector
+from levin.core.process import keep_freed_memory, silence_libraries
+from levin.core.spaces import random_actions
+from levin.envs.config import EnvConfig
+from levin.envs.factory import describe, make_env, make_one
+from levin.nn.networks import mlp
 
 STEPS = 256  # vector steps per rollout
 SHORT = 128  # as PPO's: longer ones are not kept by `keep_freed_memory`
@@ -40,9 +43,9 @@ class Chooser(nn.Module):
 class HandWritten:
     """The loop one would write by hand for one env: no seeds, no statistics, no resume."""
 
-    def __init__(self, config: envs.EnvConfig, policy: nn.Module) -> None:
+    def __init__(self, config: EnvConfig, policy: nn.Module) -> None:
         self.env = SyncVectorEnv(
-            [lambda: envs.make_one(config)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False
+            [lambda: make_one(config)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False
         )
         self.policy = policy
         self.current, _ = self.env.reset(seed=0)
@@ -73,15 +76,15 @@ class HandWritten:
 
 def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
     """Vector steps per second of each side in each round."""
-    runs.quiet()
-    config = envs.EnvConfig(id=env_id, num_envs=num_envs)
-    spec = envs.describe(envs.make(config, seed=0))
+    silence_libraries()
+    config = EnvConfig(id=env_id, num_envs=num_envs)
+    spec = describe(make_env(config, seed=0))
     discrete = spec["action"]["type"] == "discrete"
     num_actions = spec["action"]["n"] if discrete else int(np.prod(spec["action"]["shape"]))
     policy = Chooser(int(np.prod(spec["observation"]["shape"])), num_actions, discrete)
     module = TensorDictModule(policy, in_keys=["observation"], out_keys=["action"])
-    vector = collectors.make("vector", envs.make(config, seed=0, copy=False), module, steps=STEPS, random_env_steps=0)
-    torchrl = collectors.make("torchrl", envs.make(config, seed=0), module, steps=STEPS, random_env_steps=0)
+    vector = make_collector("vector", make_env(config, seed=0, copy=False), module, steps=STEPS, random_env_steps=0)
+    torchrl = make_collector("torchrl", make_env(config, seed=0), module, steps=STEPS, random_env_steps=0)
     mine, theirs = iter(vector.iterator()), iter(torchrl.iterator())
     sides = {
         "hand-written loop": HandWritten(config, policy).rollout,
@@ -91,19 +94,19 @@ def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
     return interleaved(sides, rounds)
 
 
-def beside_the_env(config: envs.EnvConfig, rounds: int) -> dict[str, list[float]]:
+def beside_the_env(config: EnvConfig, rounds: int) -> dict[str, list[float]]:
     """Vector steps per second of each side in each round, without a policy. Needs the extra of the family."""
-    runs.quiet()
-    runs.keep_freed_memory()  # as a run does
-    env = envs.make(config, seed=0, copy=False)
+    silence_libraries()
+    keep_freed_memory()  # as a run does
+    env = make_env(config, seed=0, copy=False)
     nobody = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
-    collector = collectors.make("vector", env, nobody, steps=SHORT, random_env_steps=NEVER)
+    collector = make_collector("vector", env, nobody, steps=SHORT, random_env_steps=NEVER)
     rollouts = iter(collector.iterator())
     alone = stepping(config, random_actions(env.single_action_space, SHORT, config.num_envs))
     return interleaved({"the env alone": alone, "levin": lambda: next(rollouts)}, rounds, SHORT)
 
 
-def stepping(config: envs.EnvConfig, actions: np.ndarray) -> Callable[[], None]:
+def stepping(config: EnvConfig, actions: np.ndarray) -> Callable[[], None]:
     """A loop that steps the envs by `actions` `[T, N, *A]`, and keeps nothing."""
     if config.family == "atari":
         from ale_py.vector_env import AtariVectorEnv
@@ -117,7 +120,7 @@ def stepping(config: envs.EnvConfig, actions: np.ndarray) -> Callable[[], None]:
 
         return play
     mode = AutoresetMode.DISABLED
-    env = SyncVectorEnv([lambda: envs.make_one(config)] * config.num_envs, autoreset_mode=mode, copy=False)
+    env = SyncVectorEnv([lambda: make_one(config)] * config.num_envs, autoreset_mode=mode, copy=False)
     env.reset(seed=0)
 
     def step() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from levin.algorithms.world_models import WorldModels
 from levin.bench.peers import spec, table
-from levin.dream import DreamEnv, policy_space
-from levin.spaces import EMPTY
+from levin.core.spaces import EMPTY
+from levin.model_based.dream_env import DreamEnv, policy_space
 
 POPULATION, ROLLOUTS, LENGTH = 32, 4, 200
 PEER = "one env at a time"

@@ -39,8 +39,8 @@ from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.dreamer_v3_networks import BINS, UNIMIX
 from levin.algorithms.dreamer_v3_networks import SIZES as V3_SIZES
 from levin.bench.peers import spec, table
-from levin.sequences import LATENT
-from levin.spaces import EMPTY, EnvSpec
+from levin.core.spaces import EMPTY, EnvSpec
+from levin.data.sequences import LATENT
 
 BATCH = 16
 PEER = "TorchRL"

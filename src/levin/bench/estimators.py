@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, OneHotCategorical
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from levin import provenance
 from levin.bench.peers import PYTHON, Worker
-from levin.errors import ConfigError
+from levin.core.errors import ConfigError
 from levin.estimators import (
     ARM,
     ARMS,
@@ -33,6 +32,7 @@ from levin.estimators import (
     UnorderedSet,
     WithoutReplacement,
 )
+from levin.runs import provenance
 
 CHOICES = {"rows": 128, "choices": 4, "values": 10}
 ONE = {"rows": 128, "choices": 1, "values": 10}

@@ -7,7 +7,8 @@ from time import perf_counter
 import torch
 from tensordict import TensorDict
 
-from levin import provenance, replay
+from levin.data import replay
+from levin.runs import provenance
 
 CPU = torch.device("cpu")
 BATCH = 256

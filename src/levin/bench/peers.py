@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
-from levin import config, paths, provenance, runs
 from levin.bench.pace import REPORT
-from levin.errors import ConfigError
-from levin.spaces import EnvSpec, Space
-from levin.train import build
+from levin.config.compose import compose
+from levin.core import paths
+from levin.core.errors import ConfigError
+from levin.core.process import keep_freed_memory
+from levin.core.spaces import EnvSpec, Space
+from levin.runs import provenance
+from levin.training.session import build
 
 PYTHON = paths.ROOT / ".venv-bench" / "bin" / "python"
 NEVER = 1_000_000_000
@@ -211,8 +214,8 @@ class Floor:
 
     def __init__(self, task: Comparison, threads: int) -> None:
         words = [f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}", *task.ours]
-        runs.keep_freed_memory()
-        self.algorithm, self.loader = build(config.compose([*words, f"trainer.threads={threads}"]))
+        keep_freed_memory()
+        self.algorithm, self.loader = build(compose([*words, f"trainer.threads={threads}"]))
         self.algorithm.configure_optimizers()
         self.algorithm.manual_backward = torch.Tensor.backward  # type: ignore[method-assign]
         self.steps = 0

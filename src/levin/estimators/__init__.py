@@ -13,15 +13,7 @@ from levin.estimators.pathwise import (
     Reparameterized,
     StraightThrough,
 )
-from levin.estimators.score import (
-    Dice,
-    Exact,
-    LeaveOneOut,
-    MovingAverage,
-    OptimalConstant,
-    ScoreFunction,
-    SelfCritical,
-)
+from levin.estimators.score import Dice, Exact, LeaveOneOut, MovingAverage, OptimalConstant, ScoreFunction, SelfCritical
 from levin.estimators.subsets import SumAndSample, UnorderedSet, WithoutReplacement
 
 __all__ = [

@@ -1,0 +1,86 @@
+"""Whole episodes: the statistics of those that end during training, and those that are played to evaluate a policy."""
+
+import numpy as np
+import torch
+from tensordict.nn import TensorDictModule
+
+from levin.core.spaces import tensors
+from levin.data.rollout import act
+from levin.envs.vector import SeededVectorEnv
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the episodes that ended, summed over rollouts `[N, T]`.
+
+    Gymnasium's own wrapper miscounts when autoreset is disabled.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        self.open_return = np.zeros(num_envs)
+        self.open_length = np.zeros(num_envs, dtype=np.int64)
+
+    def update(
+        self, reward: np.ndarray, done: np.ndarray, envs: np.ndarray | None = None
+    ) -> tuple[list[float], list[int]]:
+        """Take in `[n, T]` rewards and ends; give the returns and lengths of the episodes that ended, in time order.
+
+        Args:
+            envs: `[n]`, which env each row is of; without it, all in their order.
+        """
+        ended = []
+        totals = np.cumsum(reward, axis=1, dtype=np.float64)
+        for row, i in enumerate(range(len(reward)) if envs is None else envs):
+            start, before = 0, 0.0  # of the open episode, within this rollout
+            for end in np.flatnonzero(done[row]):
+                length = self.open_length[i] + end + 1 - start
+                ended.append((end, self.open_return[i] + totals[row, end] - before, int(length)))
+                self.open_return[i] = self.open_length[i] = 0
+                start, before = end + 1, totals[row, end]
+            self.open_return[i] += totals[row, -1] - before
+            self.open_length[i] += done.shape[1] - start
+        ended.sort(key=lambda episode: episode[0])
+        return [float(each[1]) for each in ended], [each[2] for each in ended]
+
+
+def step_count(done: np.ndarray, begun: np.ndarray) -> np.ndarray:
+    """The number of each step in its episode, from 0: `[N, T]`.
+
+    Args:
+        done: `[N, T]`, ends of episodes.
+        begun: `[N]`, steps that each open episode already had.
+    """
+    steps = np.arange(done.shape[1])
+    ends = np.where(done, steps, np.iinfo(np.int64).min)[:, :-1]
+    # [N, T]: where the last episode ended before each step
+    last = np.maximum.accumulate(np.concatenate([-1 - begun[:, None], ends], axis=1), axis=1)
+    return steps - last - 1
+
+
+@torch.inference_mode()
+def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
+    """The undiscounted returns and the lengths of `episodes` episodes.
+
+    Each env plays a fixed number of episodes: counting the first to finish would favour short ones.
+    """
+    num_envs = env.num_envs
+    device = next(iter(policy.parameters()), torch.empty(0)).device
+    quota = [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    lengths: list[list[int]] = [[] for _ in range(num_envs)]
+    total, length = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
+    done = np.ones(num_envs, dtype=bool)
+    observation = env.begin([0] * num_envs, done)
+    while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
+        batch = tensors(env.observation, observation, device)
+        observation, reward, terminated, truncated, _ = env.step(act(policy, batch, done).cpu().numpy())
+        total += reward
+        length += 1
+        done = terminated | truncated
+        if done.any():
+            for i in np.flatnonzero(done):
+                returns[i].append(float(total[i]))
+                lengths[i].append(int(length[i]))
+            total[done], length[done] = 0, 0
+            observation, _ = env.reset(options={"reset_mask": done})
+    pairs = list(zip(returns, lengths, quota, strict=True))
+    return [x for each, _, n in pairs for x in each[:n]], [x for _, each, n in pairs for x in each[:n]]

@@ -1,0 +1,148 @@
+"""Choose and build the collector that `collector=` names, and the loader around it."""
+
+from importlib.util import find_spec
+
+from tensordict.nn import TensorDictModule
+from torchrl.collectors import BaseCollector, Collector
+
+from levin.algorithms.base import Algorithm
+from levin.collectors.loader import CollectorLoader
+from levin.collectors.torchrl import wrap
+from levin.collectors.vector import VectorCollector
+from levin.collectors.workers import NAMES, WorkersCollector
+from levin.core.errors import ConfigError
+from levin.core.spaces import IS_FIRST
+from levin.data.rollout import WholeEpisodes
+from levin.envs.vector import SeededVectorEnv
+from levin.nn.exploration import OrnsteinUhlenbeckNoise
+
+
+def make_loader(
+    name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int = 0, workers: int = 1
+) -> CollectorLoader:
+    """Build the rollouts of an algorithm's policy in an env, as the Trainer takes them.
+
+    Args:
+        name: `vector`, `torchrl`, or one of `workers.NAMES`.
+        seed: The root of the random streams of workers.
+        workers: Processes of the collectors that have some.
+    """
+    if name in NAMES:
+        collector = make_workers_collector(name, env, algorithm, seed=seed, workers=workers)
+    else:
+        steps, random_env_steps = algorithm.steps_per_iteration, algorithm.random_env_steps
+        collector = make_collector(name, env, algorithm.policy(), steps=steps, random_env_steps=random_env_steps)
+    return CollectorLoader(
+        collector,
+        env,
+        lambda: algorithm.iterations,
+        step_count=algorithm.step_count,
+        collects=lambda: algorithm.collects,
+    )
+
+
+def make_collector(
+    name: str, env: SeededVectorEnv, policy: TensorDictModule, *, steps: int | WholeEpisodes, random_env_steps: int = 0
+) -> BaseCollector:
+    """Build a collector in this process: `vector` is our own, `torchrl` is TorchRL's over the same env.
+
+    Args:
+        steps: Vector steps per rollout (T), or whole episodes.
+        random_env_steps: Env steps with uniformly random actions before the policy is asked.
+
+    Raises:
+        ConfigError: Whole episodes of several envs, or by TorchRL's collector.
+    """
+    if isinstance(steps, WholeEpisodes) and env.num_envs > 1:
+        # Of several envs the first to finish would be taken: short episodes would count too often.
+        raise ConfigError(f"whole episodes are collected one after the other: env.num_envs={env.num_envs} must be 1")
+    if name == "vector":
+        return VectorCollector(env, policy, steps=steps, random_env_steps=random_env_steps)
+    if isinstance(steps, WholeEpisodes):
+        raise ConfigError(f"collector={name} has rollouts of one length; whole episodes need collector=vector")
+    return Collector(
+        wrap(env, is_first=IS_FIRST in policy.in_keys),
+        policy,
+        frames_per_batch=steps * env.num_envs,
+        total_frames=-1,
+        init_random_frames=random_env_steps or None,
+        trust_policy=True,
+        auto_register_policy_transforms=False,
+        track_traj_ids=False,
+    )
+
+
+def make_workers_collector(
+    name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int, workers: int
+) -> WorkersCollector:
+    """Build a collector whose envs are stepped by several processes.
+
+    Raises:
+        ConfigError: The envs can't be shared among them, or the algorithm can't learn from such rollouts.
+    """
+    for is_asked, message in _refusals(name, env, algorithm, workers):
+        if is_asked:
+            raise ConfigError(message)
+    return WorkersCollector(
+        name,
+        env,
+        algorithm.policy(),
+        steps=algorithm.steps_per_iteration,  # type: ignore[arg-type]  # whole episodes are refused
+        random_env_steps=algorithm.random_env_steps,
+        seed=seed,
+        version=lambda: algorithm.iterations,
+        workers=workers,
+    )
+
+
+def _refusals(name: str, env: SeededVectorEnv, algorithm: Algorithm, workers: int) -> list[tuple[bool, str]]:
+    """Return what a collector of several processes can't do: whether this run asks for it, and the message."""
+    num_envs, policy, asynchronous = env.num_envs, algorithm.policy(), name == "torchrl-async"
+    size = getattr(env.env, "size", 1)  # envs that `env.target` makes at once
+    return [
+        (
+            num_envs % workers > 0,
+            f"env.num_envs={num_envs} can't be shared among collector_workers={workers}: "
+            f"set env.num_envs={-(-num_envs // workers) * workers}, or collector_workers to a divisor",
+        ),
+        (
+            env.config.family == "atari",
+            f"ale-py has threads of its own, and collector={name} is not for it: set collector=vector",
+        ),
+        (
+            (num_envs // workers) % size > 0,
+            f"env.target makes {size} envs at once, and collector_workers={workers} have {num_envs // workers} each: "
+            f"set env.num_envs={size * workers}",
+        ),
+        (
+            isinstance(algorithm.steps_per_iteration, WholeEpisodes),
+            f"collector={name} has rollouts of one length; whole episodes need collector=vector",
+        ),
+        (
+            env.config.vectorization == "async",
+            f"the workers of collector={name} are processes already: set env.vectorization=sync",
+        ),
+        (
+            any(isinstance(each, OrnsteinUhlenbeckNoise) for each in policy.modules()),
+            f"noise that remembers itself can't be sent to the workers of collector={name}: set algo.noise=gaussian",
+        ),
+        (
+            IS_FIRST in policy.in_keys,
+            f"a policy with a memory can't be sent to the workers of collector={name}: "
+            "set collector=vector, or torchrl",
+        ),
+        (
+            asynchronous and algorithm.buffer is None,
+            f"{type(algorithm).__name__} learns from what its own policy did, and collector=torchrl-async yields what "
+            "older ones did: set collector=torchrl-process",
+        ),
+        (
+            asynchronous and env.config.normalize_reward,
+            "env.normalize_reward looks at all envs step by step, and collector=torchrl-async yields those of one "
+            "worker: set env.normalize_reward=false",
+        ),
+        (
+            name == "ray" and find_spec("ray") is None,
+            "collector=ray needs a package that is missing: pip install -e '.[scale]'",
+        ),
+    ]

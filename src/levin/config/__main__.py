@@ -1,0 +1,57 @@
+"""Print every value of a composed config and the file that set it. `python -m levin.config algo=sac`."""
+
+import sys
+from pathlib import Path
+
+import yaml
+from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from levin.config.cli import parse
+from levin.config.compose import GROUPS, SEARCH_PATH, compose, with_search_path
+from levin.core.errors import one_sentence
+from levin.core.omega import flatten, plain
+from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
+
+
+def origins(overrides: list[str]) -> dict[str, str]:
+    """Every key, and the file that set its value."""
+    overrides = with_search_path(overrides)
+    parsed = parse(overrides)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        from hydra.core.global_hydra import GlobalHydra
+
+        loader = GlobalHydra.instance().config_loader()
+        assert isinstance(loader, ConfigLoaderImpl)
+        files = loader.compute_defaults_list("train", overrides, RunMode.RUN).defaults
+    origin = {"name": "configs/algo, configs/env"}
+    for file in files:
+        found = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *EXPERIMENTS.glob("*"))]
+        for path in filter(Path.exists, found):
+            values = yaml.safe_load(path.read_text()) or {}
+            values.pop("defaults", None)
+            prefix = f"{file.package}." if file.package and file.package != "_global_" else ""
+            origin |= dict.fromkeys(flatten(values, prefix), str(path.relative_to(ROOT)))
+    for each in parsed:
+        if each.key_or_group not in (*GROUPS, SEARCH_PATH):
+            origin = {key: of for key, of in origin.items() if not key.startswith(f"{each.key_or_group}.")}
+            origin[each.key_or_group] = "command line"
+    return origin
+
+
+def main() -> None:
+    """Print `key: value  # file` for every value of the composed config."""
+    with one_sentence():
+        overrides = sys.argv[1:]
+        config, origin = compose(overrides), origins(overrides)
+        rows = [(key, OmegaConf.select(config, key)) for key in flatten(plain(config))]
+        lines = [(f"{key}: {'null' if value is None else value}", origin.get(key, "")) for key, value in rows]
+        width = max(len(line) for line, _ in lines)
+        for line, of in lines:
+            print(f"{line:<{width}}  # {of}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Parse the `key=value` words of a command line."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from levin.config import schema
+from levin.core.errors import ConfigError
+
+
+def arguments(command: Callable[..., Any]) -> dict[str, Any]:
+    """The `key=value` words of the command line, held against the signature of the command.
+
+    Raises:
+        ConfigError: Unknown or missing key, wrong type, out of range.
+    """
+    hints = get_type_hints(command)
+    values = words(sys.argv[1:], as_typed=[key for key, hint in hints.items() if hint is str])
+    schema.bind(command, "", values)
+    return values
+
+
+def words(words: list[str], *, as_typed: list[str]) -> dict[str, Any]:
+    """`["a=1", "b.c=x"] -> {"a": 1, "b.c": "x"}`.
+
+    Args:
+        words: Of the command line.
+        as_typed: Keys, such as those of paths, whose values stay what was typed, whatever a parser would make of them.
+
+    Raises:
+        ConfigError: One is not of the form key=value.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word} is not of the form key=value")
+        if key in as_typed:
+            values[key] = value
+        else:
+            (override,) = parse([word])
+            values[override.key_or_group] = override.value()
+    return values
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """The words of a command line. Raises ConfigError when they are not of the form key=value."""
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(f"{' '.join(overrides)} is not of the form key=value") from error

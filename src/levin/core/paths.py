@@ -1,0 +1,7 @@
+"""Where things are in the repository."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "configs"
+EXPERIMENTS = ROOT / "experiments"

@@ -1,0 +1,233 @@
+"""What estimators are worth, measured: `python -m levin.estimators.lab [out=runs/lab] [rows=20000]`.
+
+For every problem and every estimator that can be asked: bias, variance, their sum, the direction, and the price in
+evaluations and milliseconds. Writes lab.csv, lab.png, curves.csv and curves.png, and prints the table.
+"""
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from levin.config import cli
+from levin.core.errors import ConfigError, one_sentence
+from levin.estimators.base import Estimator, TooManyValuesError
+from levin.estimators.binary import ARM, ARMS, DisARM
+from levin.estimators.control_variates import LAX, REBAR, RELAX
+from levin.estimators.measure_valued import MeasureValued
+from levin.estimators.pathwise import GumbelRao, GumbelSoftmax, ReinMax, Reparameterized, StraightThrough
+from levin.estimators.score import Exact, LeaveOneOut, OptimalConstant, ScoreFunction, SelfCritical
+from levin.estimators.subsets import SumAndSample, UnorderedSet, WithoutReplacement
+from levin.lab.problems import Problem, coin, five, problems
+
+ROWS_TIMED = 128
+POINTS = 200_000  # that are valued at once
+Maker = Callable[[Problem], Estimator]
+
+
+class Critic(nn.Module):
+    """c of RELAX and LAX: `[*B, *E] -> [*B]`."""
+
+    def __init__(self, dims: int, size: int) -> None:
+        super().__init__()
+        self.dims = dims  # of an event
+        self.layers = nn.Sequential(nn.Linear(size, 10), nn.Tanh(), nn.Linear(10, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z.flatten(-self.dims)).squeeze(-1)
+
+
+def learned(kind: type[RELAX] | type[LAX], updates: int = 400) -> Maker:
+    """With a critic that has learned on other draws."""
+
+    def make(problem: Problem) -> Estimator:
+        torch.manual_seed(0)
+        theta = problem.theta.expand(256, *problem.theta.shape)
+        event = problem.family(theta).event_shape
+        estimator = kind(Critic(len(event), event.numel()))
+        optimizer = torch.optim.Adam(estimator.parameters(), lr=1e-2)
+        for _ in range(updates):
+            draws = estimator.sample(problem.family(theta))
+            loss = estimator.variance(estimator.gradient(draws, problem.cost(draws.value)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return estimator.requires_grad_(False)
+
+    return make
+
+
+def plain(estimator: Estimator) -> Maker:
+    """The same for every problem."""
+    return lambda _: estimator
+
+
+SCORES: dict[str, Maker] = {
+    "score": plain(ScoreFunction()),
+    "self-critical": plain(SelfCritical()),
+    "leave-one-out, 2": plain(LeaveOneOut(2)),
+    "leave-one-out, 4": plain(LeaveOneOut(4)),
+    "optimal constant, 4": plain(OptimalConstant(4)),
+}
+RELAXATIONS: dict[str, Maker] = {
+    "straight-through": plain(StraightThrough()),
+    "Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5)),
+    "ST Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5, hard=True)),
+    "Gumbel-Rao, 0.5": plain(GumbelRao()),
+    "ReinMax": plain(ReinMax()),
+}
+FINITE: dict[str, Maker] = {
+    "exact": plain(Exact()),
+    **SCORES,
+    "sum and sample, 3": plain(SumAndSample(3)),
+    "unordered set, 3": plain(UnorderedSet(3)),
+    "without replacement, 4": plain(WithoutReplacement(4)),
+    "measure-valued": plain(MeasureValued()),
+    "REBAR": plain(REBAR()),
+    "RELAX": learned(RELAX),
+    **RELAXATIONS,
+}
+ESTIMATORS: dict[str, dict[str, Maker]] = {
+    "choices": FINITE,
+    "coins": {**FINITE, "ARM": plain(ARM()), "DisARM": plain(DisARM()), "ARMS, 4": plain(ARMS(4))},
+    "normal": {
+        "reparameterised": plain(Reparameterized()),
+        **SCORES,
+        "measure-valued": plain(MeasureValued()),
+        "LAX": learned(LAX),
+    },
+}
+
+
+def estimates(estimator: Estimator, problem: Problem, rows: int) -> Iterator[Tensor]:
+    """`rows` of them, in chunks `[n, *P]`."""
+    with torch.no_grad():
+        points = estimator.sample(problem.family(problem.theta.unsqueeze(0))).value
+    at_once = max(1, POINTS // (points.shape[0] * max(1, problem.cost(points)[0].numel())))
+    for start in range(0, rows, at_once):
+        leaf = problem.theta.expand(min(at_once, rows - start), *problem.theta.shape).clone().requires_grad_()
+        yield torch.autograd.grad(estimator(problem.family(leaf), problem.cost).sum(), leaf)[0]
+
+
+def measure(estimator: Estimator, problem: Problem, rows: int) -> dict[str, float]:
+    """What the table says of one estimator."""
+    torch.manual_seed(0)
+    each = torch.cat(list(estimates(estimator, problem, rows))).double().flatten(1)  # [rows, P]
+    exact = problem.gradient.double().flatten()
+    mean, variance = each.mean(0), float(each.var(0).sum())
+    bias = float((mean - exact).norm())
+    evals = len(estimator.sample(problem.family(problem.theta.unsqueeze(0))).value)
+    ms = milliseconds(estimator, problem)
+    return {
+        "relative_bias": bias / float(exact.norm()),
+        "standard_error": (variance / rows) ** 0.5 / float(exact.norm()),
+        "variance": variance,
+        "mse": variance + bias**2,
+        "relative_mse": (variance + bias**2) / float(exact.square().sum()),
+        "cosine": float(nn.functional.cosine_similarity(mean, exact, dim=0)),
+        "evaluations": evals,
+        "ms": ms,
+        "variance_x_evaluations": variance * evals,
+        "variance_x_ms": variance * ms,
+    }
+
+
+def milliseconds(estimator: Estimator, problem: Problem, repeats: int = 15) -> float:
+    """Of the estimates of 128 rows, with one thread; the median."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = []
+    for _ in range(repeats):
+        leaf = problem.theta.expand(ROWS_TIMED, *problem.theta.shape).clone().requires_grad_()
+        start = perf_counter()
+        estimator(problem.family(leaf), problem.cost).sum().backward()
+        times.append(perf_counter() - start)
+    torch.set_num_threads(threads)
+    return 1000 * median(times)
+
+
+def table(rows: int) -> list[dict[str, Any]]:
+    """Every problem and every estimator that can be asked."""
+    found = []
+    for problem in problems():
+        number = rows if problem.theta.numel() < 100 else max(200, rows // 20)
+        for name, make in ESTIMATORS[problem.kind].items():
+            try:
+                result = measure(make(problem), problem, number)
+            except TooManyValuesError:
+                continue
+            kind = "relaxation" if name in RELAXATIONS else "unbiased"
+            found.append({"problem": problem.name, "estimator": name, "kind": kind, **result})
+            print("  ".join([f"{problem.name:<30}{name:<26}", *said(result)]), flush=True)
+    return found
+
+
+def said(result: dict[str, float]) -> list[str]:
+    """A line of the table."""
+    bias = f"bias {result['relative_bias']:.3f} ± {result['standard_error']:.3f}"
+    cost = f"{result['evaluations']:.0f} evaluations, {result['ms']:.2f} ms"
+    return [bias, f"variance {result['variance']:.3g}", f"cosine {result['cosine']:.3f}", cost]
+
+
+def curves(rows: int) -> list[dict[str, Any]]:
+    """Over theta of a coin, and over the temperature of what has one."""
+    found = []
+    for theta in torch.linspace(0.05, 0.95, 13).tolist():
+        problem = coin(0.45, theta)
+        for name in ("score", "leave-one-out, 2", "leave-one-out, 4", "ARM", "DisARM", "REBAR", "measure-valued"):
+            result = measure(ESTIMATORS["coins"][name](problem), problem, rows)
+            found.append({"axis": "theta", "x": theta, "estimator": name, **result})
+    problem = five()
+    for tau in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0):
+        relaxed = {
+            "Gumbel-softmax": GumbelSoftmax(tau),
+            "ST Gumbel-softmax": GumbelSoftmax(tau, hard=True),
+            "Gumbel-Rao": GumbelRao(tau),
+            "ReinMax": ReinMax(tau),
+            "REBAR": REBAR(tau=tau),
+        }
+        for name, estimator in relaxed.items():
+            found.append({"axis": "tau", "x": tau, "estimator": name, **measure(estimator, problem, rows)})
+    return found
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """As CSV, six digits."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def lab(*, out: str = "runs/lab", rows: Annotated[int, Field(ge=2)] = 20_000) -> None:
+    """Measure, write and draw.
+
+    Args:
+        out: The folder.
+        rows: Estimates for each number, fewer for the autoencoder.
+
+    Raises:
+        ConfigError: The folder can't be made.
+    """
+    from levin.lab.pictures import draw
+
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out}: {error.strerror}") from None
+    write(folder / "lab.csv", table(rows))
+    write(folder / "curves.csv", curves(rows))
+    draw(folder)
+    print(f"{folder}: lab.csv, lab.png, curves.csv, curves.png")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        lab(**cli.arguments(lab))

@@ -1,0 +1,4 @@
+"""Neural networks and what trains them: layers, distributions, normalizers, exploration noise, optimizers, CUDA graphs.
+
+Start reading at `networks.py`. Algorithms build their actors and critics from it.
+"""

@@ -1,0 +1,4 @@
+"""Reported results in `experiments/`: learning curves, published numbers, verdicts, tables and figures.
+
+Start reading at `result.py`: what the folder of a result holds.
+"""

@@ -1,0 +1,85 @@
+"""Learning curves: read from a run's metrics or a result's stored file, and written."""
+
+import csv
+import gzip
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+CURVES, TRAINING = "curves.csv.gz", "training.csv.gz"
+COLUMNS = {CURVES: ("return_mean", "return_std"), TRAINING: ("return_mean", "episodes")}
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What is known of one seed: each array `[rows]`, and `second` is the column's deviation or count."""
+
+    env_steps: np.ndarray
+    return_mean: np.ndarray
+    second: np.ndarray
+
+    def equals(self, other: "Curve") -> bool:
+        """Whether every number is the same, to the last bit."""
+        return all(
+            np.array_equal(getattr(self, key), getattr(other, key)) for key in ("env_steps", "return_mean", "second")
+        )
+
+    def until(self, env_steps: int) -> "Curve":
+        """The rows up to the first env steps at or past `env_steps`, where an iteration ended.
+
+        There may be several of those: what is trained in dreams takes no env step.
+        """
+        last = self.env_steps[self.env_steps >= env_steps][:1]
+        rows = slice(0, int(np.searchsorted(self.env_steps, last[0], "right")) if len(last) else None)
+        return Curve(self.env_steps[rows], self.return_mean[rows], self.second[rows])
+
+
+Curves = dict[int, Curve]
+
+
+def read_curves(cell: Path, kind: str = CURVES) -> Curves:
+    """The stored curves of each seed; empty before the first run."""
+    if not (cell / kind).is_file():
+        return {}
+    with gzip.open(cell / kind, "rt") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        seed: _curve([row for row in rows if int(row["seed"]) == seed], "env_steps", *COLUMNS[kind])
+        for seed in sorted({int(row["seed"]) for row in rows})
+    }
+
+
+def read_run(run: Path, kind: str = CURVES) -> Curve:
+    """The same, of a run folder's metrics."""
+    columns = {CURVES: ("eval/return_mean", "eval/return_std"), TRAINING: ("episode/return", "episode/count")}[kind]
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get(columns[0])]
+    return _curve(rows, "env_steps", *columns)
+
+
+def _curve(rows: Iterable[dict[str, str]], *columns: str) -> Curve:
+    return Curve(*(np.array([float(row[column]) for row in rows]) for column in columns))
+
+
+def write_curves(cell: Path, curves: Curves, kind: str = CURVES) -> None:
+    """Every number in full; the same curves give the same bytes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["seed", "env_steps", *COLUMNS[kind]])
+    for seed, curve in sorted(curves.items()):
+        for env_steps, *values in zip(curve.env_steps, curve.return_mean, curve.second, strict=True):
+            writer.writerow([seed, int(env_steps), *map(float, values)])
+    with (cell / kind).open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+        packed.write(text.getvalue().encode())
+
+
+def on_one_grid(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Env steps `[evaluations]` that every seed has come to, and the returns there `[seeds, evaluations]`."""
+    grid = seeds[0].env_steps
+    if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # which may stand still
+        return grid, np.stack([curve.return_mean for curve in seeds])
+    grid = grid[grid <= min(curve.env_steps[-1] for curve in seeds)]
+    return grid, np.stack([np.interp(grid, curve.env_steps, curve.return_mean) for curve in seeds])

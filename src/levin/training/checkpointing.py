@@ -1,0 +1,98 @@
+"""Callback that saves checkpoints and decides which are kept."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.loggers import WandbLogger
+
+from levin.algorithms.base import Algorithm
+from levin.core import distributed
+from levin.core.errors import ConfigError
+from levin.core.rng import rng_state, set_rng_state
+from levin.core.types import PositiveInt
+from levin.runs import checkpoint
+from levin.runs.checkpoint import STATE
+from levin.training import loggers
+from levin.training.callbacks import Clock
+from levin.training.evaluation import Evaluation
+
+
+class Checkpointing(Checkpoint):
+    """Saves `checkpoints/<clock>/` at the end of an iteration, and keeps the newest and the best.
+
+    Being a `Checkpoint`, it comes after all other callbacks, and so knows of every wish to stop (`max_time`). Only here
+    a state can be continued exactly: from one of a closed epoch, Lightning resumes with a batch less.
+
+    Args:
+        every: Env steps between two checkpoints. The last iteration is always saved.
+        keep: How many of the newest to keep; the one that evaluated best is kept beside them.
+        run: The run folder.
+        evaluation: Whose result a checkpoint of the same iteration is judged by.
+    """
+
+    def __init__(self, *, every: PositiveInt, keep: PositiveInt, run: Path, evaluation: Evaluation) -> None:
+        self.keep, self.folder, self.evaluation = keep, run / "checkpoints", evaluation
+        self.clock = Clock(every)
+        self.returns: dict[str, float] = {}  # folder name -> its evaluation
+        self._rng: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder = distributed.broadcast(self.folder)
+        if trainer.is_global_zero:
+            self.folder.mkdir(exist_ok=True)
+            checkpoint.clean(self.folder)
+        self.clock.rung = cast(Algorithm, pl_module).clock // self.clock.every
+        if self._rng is not None:
+            set_rng_state(self._rng)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        algorithm = cast(Algorithm, pl_module)
+        trainer.should_stop = distributed.agree(trainer.should_stop)
+        if self.clock.rings(algorithm.clock) or trainer.should_stop:
+            self.save(trainer, algorithm)
+
+    def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Save now, and remove what need not be kept."""
+        name = str(algorithm.clock)
+        if self.evaluation.at == algorithm.clock and self.evaluation.return_mean is not None:
+            self.returns[name] = self.evaluation.return_mean
+        for logger in trainer.loggers:
+            if isinstance(logger, loggers.CSVMetrics):
+                logger.sync()
+        trainer.save_checkpoint(self.folder / name / STATE)
+        if trainer.is_global_zero:
+            self._prune()
+
+    def _prune(self) -> None:
+        folders = {each.name: each for each in checkpoint.numbered(self.folder)}
+        self.returns = {name: self.returns[name] for name in folders if name in self.returns}
+        best = max(self.returns, key=lambda name: self.returns[name], default=None)
+        for name in list(folders)[: -self.keep]:
+            if name != best:
+                checkpoint.discard(folders[name])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng"] = rng_state()
+        checkpoint["ranks"] = distributed.size()
+        for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
+            del checkpoint["callbacks"][key]  # `max_time` is that of one session: a run that used it up can go on
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                checkpoint["wandb_id"] = logger.experiment.id
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("ranks", 1)
+        if saved != distributed.size():
+            raise ConfigError(
+                f"the checkpoint is of {saved} ranks, and this run has {distributed.size()}: trainer.devices={saved}"
+            )
+        # Drawn numbers are taken back last, when everything is built: see `on_train_start`.
+        self._rng = checkpoint["rng"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"returns": dict(self.returns)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.returns = dict(state_dict["returns"])

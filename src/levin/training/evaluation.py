@@ -1,0 +1,95 @@
+"""Callback that evaluates the policy on envs of its own."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+
+from levin.algorithms.base import Algorithm
+from levin.collectors.episodes import evaluate
+from levin.core import distributed
+from levin.core.types import NonNegativeInt, PositiveInt
+from levin.envs.config import EVALUATION, EnvConfig
+from levin.envs.factory import make_env
+from levin.envs.vector import SeededVectorEnv
+from levin.training import loggers
+from levin.training.callbacks import Budget, Clock, Metrics
+
+
+class Evaluation(Callback):
+    """Deterministic episodes on envs of their own, with the same seeds every time.
+
+    Args:
+        every: Env steps between two evaluations.
+        episodes: Episodes of each.
+        seed: Of the evaluation's envs; apart from the run's own.
+        env: The env of the run. Its statistics are only read.
+        metrics: Where the results go.
+        budget: A run that has spent it is evaluated once more.
+        run: The run folder, for what algorithms draw.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: PositiveInt,
+        episodes: PositiveInt,
+        seed: NonNegativeInt,
+        env: EnvConfig,
+        metrics: Metrics,
+        budget: Budget,
+        run: Path,
+    ) -> None:
+        self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
+        self.pictures = run / "pictures"
+        self.clock = Clock(every)
+        self.vector_env: SeededVectorEnv | None = None
+        self.return_mean: float | None = None  # of the last evaluation
+        self.at, self.env_steps = 0, 0  # when it was, by the clock and in env steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.rung = cast(Algorithm, pl_module).clock // self.clock.every
+        if trainer.is_global_zero:
+            num_envs = min(self.episodes, 10)
+            self.vector_env = make_env(self.env, seed=self.seed, purpose=EVALUATION, num_envs=num_envs)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        algorithm = cast(Algorithm, pl_module)
+        if self.clock.rings(algorithm.clock):
+            self.evaluate(trainer, algorithm)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        algorithm = cast(Algorithm, pl_module)
+        if self.budget.spent and self.at != algorithm.clock:
+            self.evaluate(trainer, algorithm)
+        self.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the envs."""
+        if self.vector_env is not None:
+            self.vector_env.close()
+
+    def evaluate(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Add the results of the policy as it is now to the row. The other ranks wait for them."""
+        row, start = {}, perf_counter()
+        if self.vector_env is not None:
+            returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
+            row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
+            row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
+            loggers.show(trainer.loggers, self.pictures, algorithm.clock)
+            row["time/evaluate"] = perf_counter() - start
+        row = distributed.broadcast(row)
+        self.return_mean, self.at, self.env_steps = row["eval/return_mean"], algorithm.clock, algorithm.env_steps
+        self.metrics.row |= row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"return_mean": self.return_mean, "env_steps": self.env_steps, "at": self.at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.return_mean, self.env_steps = state_dict["return_mean"], state_dict["env_steps"]
+        self.at = state_dict.get("at", self.env_steps)  # checkpoints of before it was counted have none

@@ -1,0 +1,163 @@
+"""Where metrics go. The x-axis is `env_steps` in all of them; CSV is always written."""
+
+import csv
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from levin.core import files
+from levin.runs import checkpoint
+
+
+def make(
+    name: str | None, run: Path, config: dict[str, Any], git_sha: str, ckpt_path: Path | None = None
+) -> list[Logger]:
+    """`metrics.csv`, and the one the user asked for; by default Weights & Biases where there is a login.
+
+    Args:
+        ckpt_path: The checkpoint that the run is continued from.
+    """
+    wandb_id, clock = None, -1
+    if ckpt_path is not None:
+        _, wandb_id = checkpoint.env_steps_and_wandb_id(ckpt_path)
+        clock = int(ckpt_path.resolve().parent.name)
+    loggers: list[Logger] = [CSVMetrics(run)]
+    if name == "tensorboard":
+        loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=clock + 1))
+    elif name != "csv" and (_wandb_login() or name == "wandb"):
+        import wandb
+
+        experiment = wandb.init(
+            project=config["wandb_project"],
+            name=run.name,
+            group=config["name"],
+            dir=run,
+            id=wandb_id,
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline"),  # type: ignore[arg-type]
+        )
+        experiment.define_metric("env_steps")
+        experiment.define_metric("*", step_metric="env_steps")
+        loggers.append(WandbLogger(experiment=experiment, save_dir=run))
+    for logger in loggers:
+        logger.log_hyperparams({**config, "git_sha": git_sha})
+    return loggers
+
+
+def _wandb_login() -> bool:
+    import wandb  # takes a second, and most runs go without
+
+    return os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False)
+
+
+def show(loggers: list[Logger], folder: Path, env_steps: int) -> None:
+    """Send the pictures `<env_steps>.png` and `<env_steps>_<part>.png` to Weights & Biases or TensorBoard."""
+    for picture in sorted(folder.glob("*.png")):
+        steps, _, part = picture.stem.partition("_")
+        if steps != str(env_steps):
+            continue
+        name = f"pictures/{part or 'open_loop'}"
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                logger.experiment.log({name: wandb.Image(str(picture)), "env_steps": env_steps})
+            elif isinstance(logger, TensorBoardLogger):
+                import imageio
+
+                pixels = np.atleast_3d(imageio.imread(picture))
+                logger.experiment.add_image(name, pixels, env_steps, dataformats="HWC")
+
+
+def upload(loggers: list[Logger], run: Path) -> None:
+    """Send the run's videos and its last checkpoint's weights to Weights & Biases."""
+    import wandb
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for video in sorted((run / "videos").glob("*.mp4")):
+                logger.experiment.log({f"video/{video.stem}": wandb.Video(str(video))})
+            artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
+            artifact.add_file(str(run / "checkpoints" / "last" / "state.ckpt"))
+            artifact.add_file(str(run / "config.yaml"))
+            logger.experiment.log_artifact(artifact)
+
+
+def close(loggers: list[Logger]) -> None:
+    """Write out what is still in memory; an offline Weights & Biases run says how to upload it."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+class CSVMetrics(Logger):
+    """One wide `metrics.csv`, `env_steps` first. A metric that appears later becomes a new column."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.path = run / "metrics.csv"
+        self.columns: list[str] = []
+        if self.path.exists():
+            header = self._read().partition("\n")[0]
+            self.columns = header.split(",") if header else []
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """config.yaml stands beside it."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"env_steps": step, **metrics}
+        new = [name for name in row if name not in self.columns]
+        if new:
+            rows = self.rows()
+            self.columns += new
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    def rows(self) -> list[dict[str, str]]:
+        """What has been written so far."""
+        if not self.path.exists():
+            return []
+        return list(csv.DictReader(io.StringIO(self._read(), newline="")))
+
+    def _read(self) -> str:
+        return self.path.read_text(errors="replace")  # a crash may leave anything after the last row that counts
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` rows: those that the checkpoint knows, from which a run is continued."""
+        rows = self.rows()
+        if len(rows) < count:
+            warnings.warn(f"{self.path} has lost {count - len(rows)} of its {count} rows", stacklevel=2)
+        if self.columns:
+            self._rewrite(rows[:count])
+
+    def sync(self) -> None:
+        """Force the rows onto the disk."""
+        if self.path.exists():
+            files.sync(self.path)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        files.sync(partial)
+        partial.replace(self.path)

@@ -1,0 +1,70 @@
+"""Lightning's Trainer, as a run needs it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+
+from levin.collectors.loader import CollectorLoader
+from levin.core.errors import ConfigError
+from levin.core.omega import plain
+from levin.envs.config import EnvConfig
+from levin.runs import checkpoint
+from levin.training.callbacks import Budget, Metrics, Statistics, Throughput
+from levin.training.checkpointing import Checkpointing
+from levin.training.distributed import sharding
+from levin.training.distributed.data_parallel import DataParallel
+from levin.training.distributed.hogwild import Hogwild, Workers
+from levin.training.evaluation import Evaluation
+from levin.training.guards import FiniteGuard, Preemption
+from levin.training.progress import ProgressBar
+
+
+def build(
+    cfg: DictConfig,
+    run: Path,
+    env: EnvConfig,
+    rollouts: Callable[[int, int], CollectorLoader],
+    ckpt_path: Path | None = None,
+) -> tuple[Trainer, Budget, Evaluation]:
+    """Lightning's Trainer with our callbacks and the user's; its loggers come when the run folder is there.
+
+    Args:
+        rollouts: Makes the rollouts of another worker of the same run: rank, env steps so far -> loader.
+        ckpt_path: What other ranks go on from, where they are started here.
+
+    Raises:
+        ConfigError: The Trainer refuses an argument, or a callback can't be made.
+    """
+    budget = Budget(cfg.total_env_steps)
+    metrics = Metrics(cfg.log_every, budget)
+    evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget, run=run)
+    ours = [
+        *(Statistics(), budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
+        Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),
+    ]
+    if not sharding.of_this_process(cfg):
+        ours.append(ProgressBar(run, budget, metrics))
+    options = {key: value for key, value in plain(cfg.trainer).items() if key not in ("threads", "workers")}
+    if cfg.trainer.strategy == "hogwild":
+        options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, rollouts)), "accelerator": "cpu"}
+        ours.insert(ours.index(evaluation), Workers(strategy))
+    if cfg.trainer.strategy == "ddp" or sharding.planned(cfg) > 1:
+        options |= {"strategy": DataParallel(cfg, run, ckpt_path) if sharding.planned(cfg) > 1 else "auto"}
+    fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
+    quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    plugins = checkpoint.FolderCheckpointIO()
+    try:
+        theirs = [instantiate(each) for each in cfg.callbacks.values()]
+        trainer = Trainer(**{**fixed, **quiet, **options}, plugins=plugins, callbacks=[*ours, *theirs])  # type: ignore[arg-type]
+    except (HydraException, MisconfigurationException, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the Trainer can't be made: {' '.join(str(error).split())}") from error
+    if cfg.collector != "vector" and trainer.strategy.root_device.type != "cpu":
+        raise ConfigError(
+            f"collector={cfg.collector} runs on the CPU: add trainer.accelerator=cpu, or take collector=vector"
+        )
+    return trainer, budget, evaluation
