@@ -72,7 +72,7 @@ variance: .venv/.core .venv/.report ## Measures the variance of the policy gradi
 	$(BIN)/python -m experiments.variance.run
 
 lab: .venv/.core .venv/.report ## [ARGS="out=runs/lab rows=20000"] Measures gradient estimators on known gradients, minutes
-	$(BIN)/python -m levin.estimators.lab $(ARGS)
+	$(BIN)/python -m levin.lab $(ARGS)
 
 estimators: .venv/.core .venv/.report ## The lab, an autoencoder and two algorithms with other estimators again, half an hour
 	$(BIN)/python -m experiments.estimators.run
@@ -119,7 +119,7 @@ format: .venv/.dev ## Let ruff mend what it can
 	$(BIN)/ruff format
 
 lock: ## Refresh requirements.lock: the newest versions that the ranges of pyproject.toml allow
-	$(PYTHON) src/levin/lock.py
+	$(PYTHON) scripts/lock.py
 
 clean: ## Remove caches; runs stay
 	rm -rf .pytest_cache .ruff_cache build dist

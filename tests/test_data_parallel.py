@@ -118,7 +118,9 @@ def running(tmp_path):
         wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists(), 120)
         assert process.poll() is None, process.communicate(timeout=60)[0]
         (other,) = [
-            pid for pid in children(process.pid) if b"levin.training.distributed.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            pid
+            for pid in children(process.pid)
+            if b"levin.training.distributed.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         yield process, run, other
     finally:

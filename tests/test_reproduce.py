@@ -17,11 +17,13 @@ pytest.importorskip("rliable", reason="the extra `report` computes the intervals
 from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.pin import pin
-from levin.report import BEGIN, END, report
-from levin.reproduce import _kept, _store, judge, reproduce
+from levin.report import report
+from levin.reproduce import reproduce
 from levin.results import result
 from levin.results.curves import CURVES, TRAINING, Curve, read_curves, read_run, write_curves
+from levin.results.reproduction import judge, kept_seeds, store_runs
 from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
+from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
 from levin.runs.load import POLICY, load_config
 
@@ -74,7 +76,8 @@ def stored_once(made, tmp_path_factory):
         cell, folders = work_in_a_copy(made[0].parents[1], folder, patch)
         for run in folders.values():
             say(run, git_dirty=False)
-        _store(cell, folders)
+        store_runs(cell, folders)
+        report()
     return folder
 
 
@@ -182,7 +185,7 @@ def test_what_is_not_of_one_commit_is_not_stored(facts, stored):
     before = {path: path.read_bytes() for path in cell.iterdir()}
     say(folders[1], **facts)
     with pytest.raises(ConfigError, match="what one commit gives"):
-        _store(cell, folders)
+        store_runs(cell, folders)
     assert before == {path: path.read_bytes() for path in cell.iterdir()}
 
 
@@ -191,24 +194,26 @@ def test_seeds_are_added_to_those_that_are_stored(stored):
     whole = {kind: (cell / kind).read_bytes() for kind in (CURVES, TRAINING, POLICY)}
     for kind in (*whole, PROVENANCE):
         (cell / kind).unlink()
-    _store(cell, {seed: folders[seed] for seed in (0, 2)})
+    store_runs(cell, {seed: folders[seed] for seed in (0, 2)})
+    report()
     assert (cell / CURVES).read_bytes() != whole[CURVES]
     earlier = read_provenance(cell)
     earlier["seeds"]["0"]["git_sha"] = "another"
     del earlier["seeds"]["2"]["git_sha"]  # results of older commits say it once, for all
     (cell / PROVENANCE).write_text(json.dumps({**earlier, "git_sha": "earlier"}))
-    kept = _kept(cell, [1])
+    kept = kept_seeds(cell, [1])
     assert kept == [0, 2]
     added = {1: folders[1]}
     assert judge(cell, read_reference(cell), added).verdict == "partial"  # one seed of three
     assert judge(cell, read_reference(cell), added, kept).verdict == "reproduced"
-    _store(cell, added, kept)
+    store_runs(cell, added, kept)
+    report()
     assert whole == {kind: (cell / kind).read_bytes() for kind in whole}
     found = read_provenance(cell)["seeds"]
     assert [*found] == ["0", "1", "2"]
     assert [each["git_sha"] for each in found.values()] == ["another", earlier["git_sha"], "earlier"]
     assert report(check=True) == []
-    assert _kept(cell, [0, 1, 2]) == []
+    assert kept_seeds(cell, [0, 1, 2]) == []
 
 
 def test_seeds_of_another_config_or_machine_are_not_added_to(stored):

@@ -1,4 +1,4 @@
-"""What estimators are worth, measured: `python -m levin.estimators.lab [out=runs/lab] [rows=20000]`.
+"""Measure gradient estimators on problems whose gradient is known: `python -m levin.lab [out=runs/lab] [rows=20000]`.
 
 For every problem and every estimator that can be asked: bias, variance, their sum, the direction, and the price in
 evaluations and milliseconds. Writes lab.csv, lab.png, curves.csv and curves.png, and prints the table.
@@ -15,8 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from levin.config import cli
-from levin.core.errors import ConfigError, one_sentence
+from levin.core.errors import ConfigError
 from levin.estimators.base import Estimator, TooManyValuesError
 from levin.estimators.binary import ARM, ARMS, DisARM
 from levin.estimators.control_variates import LAX, REBAR, RELAX
@@ -226,8 +225,3 @@ def lab(*, out: str = "runs/lab", rows: Annotated[int, Field(ge=2)] = 20_000) ->
     write(folder / "curves.csv", curves(rows))
     draw(folder)
     print(f"{folder}: lab.csv, lab.png, curves.csv, curves.png")
-
-
-if __name__ == "__main__":
-    with one_sentence():
-        lab(**cli.arguments(lab))

@@ -7,6 +7,7 @@ Everything else follows from these: see `levin.report`.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -226,3 +227,24 @@ class Result:
     def finals(self) -> np.ndarray:
         """`[seeds]`: the mean of the last evaluations of each."""
         return np.array([curve.return_mean[-FINAL:].mean() for curve in self.evaluations.values()])
+
+
+def broken(result: Result) -> Iterator[str]:
+    """What no rebuilding mends: files that are not those of the provenance, and seeds that did not run to the end."""
+    if not result.provenance:
+        if result.evaluations:
+            yield "there are curves without provenance.json"
+        return
+    for name, found in fingerprints(result.cell).items():
+        if found != result.provenance["files"].get(name):
+            yield f"{name} is not the file that provenance.json tells of"
+    if sorted(map(str, result.evaluations)) != sorted(result.provenance["seeds"]):
+        yield "the seeds of curves.csv.gz are not those of provenance.json"
+    grids = [curve.env_steps.tolist() for curve in result.evaluations.values()]
+    every = result.config.eval.every  # an iteration of whole episodes, or of several workers, ends a little later
+    if any([step // every for step in grid] != [step // every for step in grids[0]] for grid in grids):
+        yield "the seeds were not evaluated at the same env steps"
+    if any(grid[-1] < result.config.total_env_steps for grid in grids):
+        yield "a seed did not run to the end"
+    if (result.cell / POLICY).stat().st_size > MAX_POLICY_BYTES:
+        yield f"{POLICY} is larger than {MAX_POLICY_BYTES} bytes"

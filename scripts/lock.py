@@ -6,7 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 HEADER = "# A pip constraints file, written by `make lock`. pip takes the build of torch that it finds: CUDA, or CPU.\n"
 
 if __name__ == "__main__":
