@@ -15,7 +15,7 @@ from checks import same, saved
 from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
-from levin.core.spaces import describe_space, readable, to_gym
+from levin.core.spaces import NetworkInput, describe_space, to_gym
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env, make_one
 from levin.nn.distributions import MultiCategorical
@@ -44,7 +44,8 @@ def batch_of(space: gym.Space, num: int):
 @pytest.mark.parametrize("space", NUMBERS.values(), ids=NUMBERS.keys())
 def test_numbers_become_the_vector_that_gymnasium_makes_of_them(space):
     samples, batch = batch_of(space, 7)
-    observation, read = readable(describe_space(space))
+    read = NetworkInput(describe_space(space))
+    observation = read.space
     expected = np.stack([gym.spaces.flatten(space, sample) for sample in samples]).astype(np.float32)
     assert observation["shape"] == list(expected.shape[1:])
     assert read(batch).dtype == np.float32
@@ -58,10 +59,11 @@ def test_numbers_become_the_vector_that_gymnasium_makes_of_them(space):
 def test_pixels_become_channel_first(shape, expected):
     space = Box(0, 255, shape, np.uint8)
     samples, batch = batch_of(space, 3)
-    observation, read = readable(describe_space(space))
+    read = NetworkInput(describe_space(space))
+    observation = read.space
     assert tuple(observation["shape"]) == expected
     assert observation["dtype"] == "uint8"
-    seen = read(batch) if read else batch
+    seen = read(batch)
     assert seen.shape == (3, *expected)
     channel = samples[1][..., 0] if shape[-1] == 3 else samples[1].reshape(expected)[0]
     np.testing.assert_array_equal(seen[1][0], channel)
@@ -74,7 +76,8 @@ def test_bytes_in_a_row_are_a_vector():
 def test_pixels_and_numbers_stand_side_by_side():
     space = Dict({"eye": Dict({"left": Box(0, 255, (5, 6, 1), np.uint8)}), "x": Box(-1, 1, (2,)), "n": Discrete(3)})
     samples, batch = batch_of(space, 4)
-    observation, read = readable(describe_space(space))
+    read = NetworkInput(describe_space(space))
+    observation = read.space
     seen = read(batch)
     assert {name: part["shape"] for name, part in observation["spaces"].items()} == {
         "eye_left": [1, 5, 6],
@@ -88,12 +91,13 @@ def test_pixels_and_numbers_stand_side_by_side():
 def test_two_parts_of_one_name_are_refused():
     space = Dict({"vector": Box(0, 255, (5, 6, 1), np.uint8), "x": Box(-1, 1, (2,))})
     with pytest.raises(ConfigError, match="same name"):
-        readable(describe_space(space))
+        NetworkInput(describe_space(space))
 
 
 @pytest.mark.parametrize("space", [Box(-1, 1, (3,)), Box(-1, 1, (3, 4)), MultiBinary(4)])
 def test_a_box_of_numbers_stays_what_it_is(space):
-    assert readable(describe_space(space)) == (describe_space(space), None)
+    read = NetworkInput(describe_space(space))
+    assert (read.space, read.is_identity) == (describe_space(space), True)
 
 
 @pytest.mark.parametrize("shape", [(4, 84, 84, 3), (2, 2, 2, 2, 2)])

@@ -19,6 +19,7 @@ import toy_envs  # noqa: F401
 from checks import metrics, same, saved
 from levin import resume
 from levin.algorithms.world_models import WorldModels
+from levin.algorithms.world_models_evolution import Evolution
 from levin.algorithms.world_models_networks import Controllers, Memory, Mind, Mixture, Vision
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
@@ -224,28 +225,29 @@ def test_continuous_actions_are_within_their_bounds():
 
 def test_the_evolution_finds_the_minimum_of_a_sphere():
     algorithm = make("algo.population=12", "algo.initial_std=0.5", "algo.generations=1000")
-    algorithm.begun = {"seed": 1, "mean": torch.full((20,), 0.5)}
-    algorithm.evolution = algorithm.evolved()
+    algorithm.evolution.begin(1, torch.full((20,), 0.5))
     for _ in range(300):
         asked = algorithm.evolution.ask()
-        algorithm.evolution.tell(asked, [float(each @ each) for each in asked])
-    assert float(np.square(algorithm.evolution.result.xfavorite).sum()) < 1e-8
+        mean = algorithm.evolution.tell(asked, -torch.tensor([float(each @ each) for each in asked]).double())
+    assert float(mean.square().sum()) < 1e-8
 
 
 def test_the_evolution_is_made_again_from_what_is_known():
     algorithm = make("algo.generations=1000")
-    algorithm.begun = {"seed": 3, "mean": torch.zeros(algorithm.controllers.size)}
-    algorithm.evolution = algorithm.evolved()
+    algorithm.evolution.begin(3, torch.zeros(algorithm.controllers.size))
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
     for _ in range(5):
-        asked = algorithm.ask()
+        asked = algorithm.evolution.ask()
         algorithm.tell(asked, torch.tensor([float(each.sum()) for each in asked]).double())
     assert (np.random.get_state()[1] == before).all(), "the run's own numbers are not touched"
-    again = algorithm.evolved()
-    for ours, theirs in zip(algorithm.ask(), again.ask(), strict=True):
+    mean = algorithm.evolution.strategy.result.xfavorite
+    assert (algorithm.controllers.best.numpy() == mean.astype(np.float32)).all()
+    again = Evolution(algorithm.population, algorithm.evolution.initial_std)
+    again.load_state_dict(algorithm.evolution.state_dict())
+    again.restore()
+    for ours, theirs in zip(algorithm.evolution.ask(), again.ask(), strict=True):
         assert np.array_equal(ours, theirs)
-    assert (algorithm.controllers.best.numpy() == algorithm.evolution.result.xfavorite.astype(np.float32)).all()
 
 
 def test_the_same_controller_has_the_same_return_in_the_same_dreams():
@@ -357,11 +359,10 @@ def test_two_halves_of_an_evolution_in_the_env_are_the_whole(clock, straight_in_
 
 def test_what_is_stored_after_an_evolution_in_the_env_begins_an_episode():
     algorithm = make("algo.controller_training=real", "algo.generations=1", "total_env_steps=1000")
-    algorithm.begun = {"seed": 1, "mean": torch.zeros(algorithm.controllers.size)}
-    algorithm.evolution = algorithm.evolved()
+    algorithm.evolution.begin(1, torch.zeros(algorithm.controllers.size))
     algorithm.stage = "controller"
     algorithm.buffer.begins, algorithm.buffer.reward = torch.zeros(2, 1, dtype=torch.bool), torch.ones(2, 1)
-    algorithm.tell(algorithm.ask(), torch.arange(4.0).double())
+    algorithm.tell(algorithm.evolution.ask(), torch.arange(4.0).double())
     assert algorithm.stage == "collect"
     assert algorithm.buffer.begins.all()
     assert not algorithm.buffer.reward.any()
@@ -382,8 +383,7 @@ def test_replay_keeps_what_the_encoder_makes_of_each_picture():
 
 def test_trials_that_a_resume_cut_short_are_made_again():
     algorithm = make("algo.controller_training=real", "algo.population=2", "algo.rollouts=1", "env.num_envs=1")
-    algorithm.begun = {"seed": 1, "mean": torch.zeros(algorithm.controllers.size)}
-    algorithm.evolution = algorithm.evolved()
+    algorithm.evolution.begin(1, torch.zeros(algorithm.controllers.size))
     algorithm.stage = "controller"
     algorithm.next_generation()
     algorithm.next_generation = lambda: None
@@ -398,7 +398,7 @@ def test_trials_that_a_resume_cut_short_are_made_again():
     algorithm.act(rollout([1, 2, 2], [2]))  # the episode of trial 1 was lost after two steps
     assert algorithm.trials.queue == [0, 1, 1]
     assert algorithm.spent == 1
-    assert algorithm.fitness[0].tolist() == [2.0, 2.0]
+    assert algorithm.evolution.fitness[0].tolist() == [2.0, 2.0]
 
 
 def test_each_candidate_plays_as_often_as_it_has_to():

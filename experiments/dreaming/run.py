@@ -1,27 +1,23 @@
 """What a dream is worth, and what a memory: Pendulum-v1, and the same with the velocity hidden; and one of pixels.
 
-`make dreaming` writes learning.csv, pixels.csv, pictures and README.md beside this file. Runs that are there are not
-made again.
+`make study NAME=dreaming` writes learning.csv, pixels.csv, pictures and README.md beside this file. Runs that are
+there are not made again.
 """
 
-import csv
-import os
 import shutil
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from experiments.study import evaluations, in_processes, train_once, write_table
 
-from levin.config.compose import compose
 from levin.core.process import silence_libraries
 from levin.lab.pictures import read
 from levin.results.aggregates import iqm_with_interval
-from levin.runs import folder as run_folder
-from levin.training.session import train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "dreaming"
@@ -57,29 +53,25 @@ def run_of(words: tuple[str, ...], seed: int) -> Path:
 
 def learn(words: tuple[str, ...], seed: int) -> None:
     """One run."""
-    silence_libraries()
-    cfg, run = compose([*COMMON, *words, f"seed={seed}"]), run_of(words, seed)
-    if (run_folder.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
-        train(cfg, run)
+    train_once([*COMMON, *words, f"seed={seed}"], run_of(words, seed))
 
 
 def look() -> None:
     """One run of pixels."""
-    silence_libraries()
-    cfg, run = compose(PIXELS), RUNS / "pixels"
-    if (run_folder.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
-        train(cfg, run)
+    train_once(PIXELS, RUNS / "pixels")
+
+
+def work(function: Callable[..., None], *arguments: Any) -> None:
+    """One run of either kind."""
+    function(*arguments)
 
 
 def measure_pixels() -> None:
     """Write pixels.csv, the errors of every evaluation, and pixels.png, what was foreseen in the last."""
-    with (RUNS / "pixels" / "metrics.csv").open() as metrics:
-        rows = [row for row in csv.DictReader(metrics) if row.get("eval/open_loop_45")]
+    rows = [row for row in evaluations(RUNS / "pixels") if row.get("eval/open_loop_45")]
     names = [f"{what}_{ahead}" for what in ("open_loop", "repeat_last") for ahead in AHEAD]
-    with (HERE / "pixels.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["env_steps", "updates", *names])
-        writer.writerows([row["env_steps"], row["updates"], *(row[f"eval/{name}"] for name in names)] for row in rows)
+    lines = ([row["env_steps"], row["updates"], *(row[f"eval/{name}"] for name in names)] for row in rows)
+    write_table(HERE / "pixels.csv", ["env_steps", "updates", *names], lines)
     pictures = (RUNS / "pixels" / "pictures").glob("*.png")
     shutil.copy(max(pictures, key=lambda picture: int(picture.stem)), HERE / "pixels.png")
 
@@ -87,18 +79,14 @@ def measure_pixels() -> None:
 def measure() -> None:
     """Write learning.csv: every evaluation of every run."""
     jobs = [(words, seed) for seed in SEEDS for words in DISTINCT]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(look), *(pool.submit(learn, *job) for job in jobs)]:
-            done.result()
-    with (HERE / "learning.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "seed", "env_steps", "return_mean", "open_loop_15", "repeat_last_15"])
-        for words, seed in jobs:
-            with (run_of(words, seed) / "metrics.csv").open() as metrics:
-                rows = [row for row in csv.DictReader(metrics) if row["eval/return_mean"]]
-            for row in rows:
-                error = [row.get(f"eval/{name}_15", "") for name in ("open_loop", "repeat_last")]
-                writer.writerow([" ".join(words), seed, row["env_steps"], row["eval/return_mean"], *error])
+    in_processes(work, [(look,), *((learn, *job) for job in jobs)])
+    rows = []
+    for words, seed in jobs:
+        for row in evaluations(run_of(words, seed)):
+            error = [row.get(f"eval/{name}_15", "") for name in ("open_loop", "repeat_last")]
+            rows.append([" ".join(words), seed, row["env_steps"], row["eval/return_mean"], *error])
+    columns = ["run", "seed", "env_steps", "return_mean", "open_loop_15", "repeat_last_15"]
+    write_table(HERE / "learning.csv", columns, rows)
 
 
 def report() -> None:
@@ -144,9 +132,9 @@ def report() -> None:
 
 TEXT = """# What a dream is worth, and what a memory
 
-Made by `make dreaming`: `learning.csv`, the picture and this page. 20,000 env steps of Pendulum-v1 each, evaluations of
-20 episodes. "Foreseen" is the squared error of the observation 15 steps ahead as a share of that of repeating the last
-one.
+Made by `make study NAME=dreaming`: `learning.csv`, the picture and this page. 20,000 env steps of Pendulum-v1 each,
+evaluations of 20 episodes. "Foreseen" is the squared error of the observation 15 steps ahead as a share of that of
+repeating the last one.
 
 | | | return at 5,000 | at 20,000 | its seeds | foreseen |
 |---|---|---|---|---|---|

@@ -1,24 +1,18 @@
 """What estimators of a gradient are worth: on known gradients, in an autoencoder, and in two algorithms.
 
-`make estimators` writes lab.csv and curves.csv (levin.estimators.lab), autoencoder.csv, learning.csv, their pictures
-and README.md beside this file. Training runs that are there are not made again.
+`make study NAME=estimators` writes lab.csv and curves.csv (levin.lab), autoencoder.csv, learning.csv, their
+pictures and README.md beside this file. Training runs that are there are not made again.
 """
 
-import csv
-import os
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from experiments.study import evaluations, in_processes, train_once, write_table
 
-from levin.config.compose import compose
 from levin.core.process import silence_libraries
 from levin.estimators import (
     REBAR,
@@ -34,8 +28,6 @@ from levin.lab.digits import evaluate, fit
 from levin.lab.measure import lab, write
 from levin.lab.pictures import read
 from levin.results.aggregates import iqm_with_interval
-from levin.runs import folder as run_folder
-from levin.training.session import train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "estimators"
@@ -77,12 +69,6 @@ FORMS = {
 }
 
 
-def at_once(function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
-    """As many as there are cores, each with one thread."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return [done.result() for done in [pool.submit(function, *job) for job in jobs]]
-
-
 def autoencode(name: str, seed: int) -> float:
     """Test -ELBO."""
     torch.set_num_threads(1)
@@ -92,7 +78,7 @@ def autoencode(name: str, seed: int) -> float:
 def measure_autoencoder() -> None:
     """Write autoencoder.csv."""
     jobs = [(name, seed) for name in AUTOENCODER for seed in SEEDS]
-    found = zip(jobs, at_once(autoencode, jobs), strict=True)
+    found = zip(jobs, in_processes(autoencode, jobs), strict=True)
     rows = [{"estimator": name, "seed": seed, "negative_elbo": elbo} for (name, seed), elbo in found]
     write(HERE / "autoencoder.csv", rows)
 
@@ -104,26 +90,20 @@ def run_of(algo: str, name: str, seed: int) -> Path:
 
 def learn(algo: str, name: str, seed: int) -> None:
     """One run."""
-    silence_libraries()
-    cfg = compose([*COMMON, *FORMS[algo, name], f"seed={seed}"])
-    run = run_of(algo, name, seed)
-    if (run_folder.sessions(run).get("env_steps") or 0) < cfg.total_env_steps:
-        train(cfg, run)
+    train_once([*COMMON, *FORMS[algo, name], f"seed={seed}"], run_of(algo, name, seed))
 
 
 def measure_learning() -> None:
     """Write learning.csv: every evaluation of every run."""
     jobs = [(*form, seed) for seed in SEEDS for form in FORMS]
-    at_once(learn, jobs)
-    with (HERE / "learning.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["algorithm", "estimator", "seed", "env_steps", "return_mean"])
-        for algo, name, seed in jobs:
-            with (run_of(algo, name, seed) / "metrics.csv").open() as metrics:
-                rows = [row for row in csv.DictReader(metrics) if row["eval/return_mean"]]
-            for row in rows:  # iterations end where episodes do: a grid that all seeds share
-                steps = int(row["env_steps"]) // 2000 * 2000
-                writer.writerow([algo, name, seed, steps, row["eval/return_mean"]])
+    in_processes(learn, jobs)
+    rows = [
+        # Iterations end where episodes do: a grid that all seeds share.
+        [algo, name, seed, int(row["env_steps"]) // 2000 * 2000, row["eval/return_mean"]]
+        for algo, name, seed in jobs
+        for row in evaluations(run_of(algo, name, seed))
+    ]
+    write_table(HERE / "learning.csv", ["algorithm", "estimator", "seed", "env_steps", "return_mean"], rows)
 
 
 def draw_learning() -> dict[tuple[str, str], float]:
@@ -201,7 +181,7 @@ def report() -> None:
 
 TEXT = """# What estimators of a gradient are worth
 
-Made by `make estimators`: tables, pictures and this page. What the estimators are:
+Made by `make study NAME=estimators`: tables, pictures and this page. What the estimators are:
 [src/levin/estimators](../../src/levin/estimators/README.md).
 
 ## On known gradients

@@ -1,25 +1,18 @@
 """World Models in CarRacing-v3, with M trained and with M as it was initialised.
 
-`make racing` writes returns.csv, a picture and README.md beside this file. Runs that are there are not made again, and
-one that was interrupted goes on.
+`make study NAME=racing` writes returns.csv, a picture and README.md beside this file. Runs that are there are not made
+again, and one that was interrupted goes on.
 """
 
-import csv
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+from experiments.study import evaluations, in_processes, train_once, write_table
 
-from levin import resume
-from levin.config.compose import compose
 from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
 from levin.lab.pictures import read
-from levin.runs import folder as run_folder
-from levin.runs.checkpoint import LAST
-from levin.training.session import train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "racing"
@@ -32,30 +25,19 @@ FIRST = -55  # mean return of the first generation in the log beside the paper
 
 def work(kind: str) -> None:
     """One run, from its beginning or from where it is."""
-    silence_libraries()
-    run = RUNS / kind
-    if run_folder.sessions(run).get("env_steps") is not None:
-        return
-    if (run / "checkpoints" / LAST).exists():
-        resume.resume(run=str(run))
-    else:
-        train(compose([*WORDS, *KINDS[kind]]), run)
+    train_once([*WORDS, *KINDS[kind]], RUNS / kind)
 
 
 def measure() -> None:
     """Write returns.csv: every evaluation, and the last controller on other tracks."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        list(pool.map(work, KINDS))
-    with (HERE / "returns.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["memory", "env_steps", "return_mean", "return_std", "episodes"])
-        for kind in KINDS:
-            with (RUNS / kind / "metrics.csv").open() as metrics:
-                rows = [row for row in csv.DictReader(metrics) if row.get("eval/return_mean")]
-            for row in rows:
-                writer.writerow([kind, row["env_steps"], row["eval/return_mean"], row["eval/return_std"], TRACKS])
-            last = evaluate_run(run=str(RUNS / kind), episodes=TESTED)
-            writer.writerow([kind, rows[-1]["env_steps"], last["return_mean"], last["return_std"], TESTED])
+    in_processes(work, [(kind,) for kind in KINDS])
+    lines: list[list[Any]] = []
+    for kind in KINDS:
+        rows = evaluations(RUNS / kind)
+        lines += [[kind, row["env_steps"], row["eval/return_mean"], row["eval/return_std"], TRACKS] for row in rows]
+        last = evaluate_run(run=str(RUNS / kind), episodes=TESTED)
+        lines.append([kind, rows[-1]["env_steps"], last["return_mean"], last["return_std"], TESTED])
+    write_table(HERE / "returns.csv", ["memory", "env_steps", "return_mean", "return_std", "episodes"], lines)
 
 
 def report() -> None:
@@ -80,10 +62,10 @@ def report() -> None:
 
 TEXT = """# World Models in CarRacing-v3
 
-Made by `make racing`: `returns.csv`, the picture and this page. V and M learn from 20,000 env steps of random actions,
-of four frames each; C is evolved in the env, in generations of 32 episodes: an hour on one core. Means and deviations
-over episodes. The first generation in the log beside the paper has -55; the paper's controller, after 1800 generations
-of 1024 episodes, 906.
+Made by `make study NAME=racing`: `returns.csv`, the picture and this page. V and M learn from 20,000 env steps of
+random actions, of four frames each; C is evolved in the env, in generations of 32 episodes: an hour on one core. Means
+and deviations over episodes. The first generation in the log beside the paper has -55; the paper's controller, after
+1800 generations of 1024 episodes, 906.
 
 | M | env steps | the run's last evaluation, 16 tracks | 100 other tracks |
 |---|---|---|---|

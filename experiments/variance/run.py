@@ -1,6 +1,6 @@
 """The lecture's claim, measured: each step from simple REINFORCE to the advantage takes variance out of the gradient.
 
-`make variance` writes gradient.csv (the variance of the gradient of one trajectory, for one fixed policy on
+`make study NAME=variance` writes gradient.csv (the variance of the gradient of one trajectory, for one fixed policy on
 CartPole-v1), curves.csv (returns while learning, five seeds each), variance.png and README.md beside this file.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from experiments.study import evaluations, train_once, write_table
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from levin.config.compose import compose
 from levin.core.process import silence_libraries
 from levin.data.rollout import WholeEpisodes
 from levin.results.aggregates import iqm_with_interval
-from levin.runs import folder as run_folder
 from levin.runs.load import load_algorithm
 from levin.training.session import build, train
 
@@ -107,31 +107,26 @@ def gradients(policy: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 def measure_gradients() -> None:
     """Write gradient.csv: Var[g] = E sum_i (g_i - E g_i)^2, its standard error, and the norm of E g."""
-    with (HERE / "gradient.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["form", "variance", "standard_error", "mean_norm"])
-        for name, each in gradients(half_trained_policy()).items():
-            squares = ((each - each.mean(0)) ** 2).sum(1)  # [SAMPLES, P] -> [SAMPLES]
-            error = squares.std(ddof=1) / SAMPLES**0.5
-            writer.writerow([name, f"{squares.mean():.6g}", f"{error:.3g}", f"{np.linalg.norm(each.mean(0)):.6g}"])
+    rows = []
+    for name, each in gradients(half_trained_policy()).items():
+        squares = ((each - each.mean(0)) ** 2).sum(1)  # [SAMPLES, P] -> [SAMPLES]
+        error = squares.std(ddof=1) / SAMPLES**0.5
+        rows.append([name, f"{squares.mean():.6g}", f"{error:.3g}", f"{np.linalg.norm(each.mean(0)):.6g}"])
+    write_table(HERE / "gradient.csv", ["form", "variance", "standard_error", "mean_norm"], rows)
 
 
 def measure_learning() -> None:
     """Write curves.csv: every evaluation of every seed. A run that is there is not made again."""
-    with (HERE / "curves.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["form", "seed", "env_steps", "return_mean"])
-        for name, words in FORMS.items():
-            for seed in SEEDS:
-                run = RUNS / f"{name.replace(' ', '_')}_s{seed}"
-                if (run_folder.sessions(run).get("env_steps") or 0) < ENV_STEPS:
-                    chosen = [f"seed={seed}", f"total_env_steps={ENV_STEPS}", "eval.every=5000"]
-                    train(compose([*COMMON, *words, *chosen]), run)
-                with (run / "metrics.csv").open() as metrics:
-                    rows = [row for row in csv.DictReader(metrics) if row["eval/return_mean"]]
-                # Iterations end where episodes do: a grid that all seeds share
-                for row in rows:
-                    writer.writerow([name, seed, int(row["env_steps"]) // 5000 * 5000, row["eval/return_mean"]])
+    rows = []
+    for name, words in FORMS.items():
+        for seed in SEEDS:
+            run = RUNS / f"{name.replace(' ', '_')}_s{seed}"
+            chosen = [f"seed={seed}", f"total_env_steps={ENV_STEPS}", "eval.every=5000"]
+            train_once([*COMMON, *words, *chosen], run)
+            # Iterations end where episodes do: a grid that all seeds share.
+            grid = [(int(row["env_steps"]) // 5000 * 5000, row["eval/return_mean"]) for row in evaluations(run)]
+            rows += [[name, seed, *each] for each in grid]
+    write_table(HERE / "curves.csv", ["form", "seed", "env_steps", "return_mean"], rows)
 
 
 def read(name: str, convert: Callable[[dict[str, str]], Any]) -> list[Any]:
@@ -180,7 +175,7 @@ def report() -> None:
 
 TEXT = """# The variance of the policy gradient
 
-The lecture's claim, measured on CartPole-v1 by `make variance`, which writes everything here.
+The lecture's claim, measured on CartPole-v1 by `make study NAME=variance`, which writes everything here.
 
 {table}
 

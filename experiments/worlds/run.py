@@ -2,20 +2,19 @@
 
 At five temperatures, without a memory, and in two rounds. While anything is trained in a dream, no env takes a step.
 
-`make worlds` writes returns.csv, generations.csv, pictures and README.md beside this file. Runs that are there are not
-made again.
+`make study NAME=worlds` writes returns.csv, generations.csv, pictures and README.md beside this file. Runs that are
+there are not made again.
 """
 
-import csv
-import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
+from experiments.study import evaluations, in_processes, is_complete, train_once, write_table
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
@@ -25,7 +24,6 @@ from levin.config.compose import compose
 from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
 from levin.lab.pictures import read
-from levin.runs import folder as run_folder
 from levin.runs.load import load_algorithm
 from levin.training.session import train
 
@@ -57,11 +55,6 @@ class StopBeforeController(Callback):
             trainer.should_stop = True
 
 
-def complete(run: Path) -> bool:
-    """Whether a run is there, and over."""
-    return run_folder.sessions(run).get("env_steps") is not None
-
-
 def base(seed: int) -> Path:
     """A run whose V and M are trained, and nothing else."""
     run = RUNS / f"base_s{seed}"
@@ -73,7 +66,7 @@ def base(seed: int) -> Path:
 def branch(seed: int, temperature: float) -> None:
     """C of the base's V and M, in dreams of this temperature."""
     run = RUNS / f"tau{temperature}_s{seed}"
-    if complete(run):
+    if is_complete(run):
         return
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(RUNS / f"base_s{seed}", run, symlinks=True)
@@ -85,10 +78,7 @@ def branch(seed: int, temperature: float) -> None:
 
 def whole(name: str, seed: int, words: list[str]) -> None:
     """A run from its beginning."""
-    run = RUNS / f"{name}_s{seed}"
-    if not complete(run):
-        shutil.rmtree(run, ignore_errors=True)
-        train(compose([*words, f"seed={seed}"]), run)
+    train_once([*words, f"seed={seed}"], RUNS / f"{name}_s{seed}")
 
 
 def evaluated(name: str, seed: int) -> float:
@@ -115,40 +105,31 @@ def jobs(stage: int) -> list[tuple[Any, ...]]:
     return many + [(whole, name, seed, words) for name, words in OTHERS.items() for seed in SEEDS]
 
 
-def work(job: tuple[Any, ...]) -> None:
+def work(function: Callable[..., Any], *arguments: Any) -> None:
     """One run."""
-    silence_libraries()
-    function, *arguments = job
     function(*arguments)
 
 
 def measure() -> None:
     """Write returns.csv, a row for each run, and generations.csv, of the runs at the paper's temperature."""
     for stage in (0, 1):
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            list(pool.map(work, jobs(stage)))
+        in_processes(work, jobs(stage))
     names = [*(f"tau{temperature}" for temperature in TEMPERATURES), *OTHERS, "ppo", "sac"]
-    with (HERE / "returns.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "seed", "dream_return", "return", "env_steps", "dream_steps"])
-        for name in names:
-            for seed in SEEDS:
-                with (RUNS / f"{name}_s{seed}" / "metrics.csv").open() as metrics:
-                    rows = list(csv.DictReader(metrics))
-                steps = rows[-1]["env_steps"]
-                counts = (0, steps) if name in ("ppo", "sac") else (steps, rows[-1]["dream_steps"])
-                writer.writerow([name, seed, dreamt(name, seed, rows), evaluated(name, seed), *counts])
-    with (HERE / "generations.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["temperature", "seed", "generation", "dream_return", "return"])
-        for temperature in TEMPERATURES:
-            for seed in SEEDS:
-                with (RUNS / f"tau{temperature}_s{seed}" / "metrics.csv").open() as metrics:
-                    rows = [row for row in csv.DictReader(metrics) if row.get("train/generations")]
-                    rows = [row for row in rows if row["eval/dream_return"]]
-                for row in rows:
-                    found = [row["train/generations"], row["eval/dream_return"], row["eval/return_mean"]]
-                    writer.writerow([temperature, seed, *found])
+    lines = []
+    for name, seed in product(names, SEEDS):
+        rows = read(RUNS / f"{name}_s{seed}" / "metrics.csv")
+        steps = rows[-1]["env_steps"]
+        counts = (0, steps) if name in ("ppo", "sac") else (steps, rows[-1]["dream_steps"])
+        lines.append([name, seed, dreamt(name, seed, rows), evaluated(name, seed), *counts])
+    columns = ["run", "seed", "dream_return", "return", "env_steps", "dream_steps"]
+    write_table(HERE / "returns.csv", columns, lines)
+    lines = []
+    for temperature, seed in product(TEMPERATURES, SEEDS):
+        for row in evaluations(RUNS / f"tau{temperature}_s{seed}"):
+            if row.get("train/generations") and row["eval/dream_return"]:
+                found = [row["train/generations"], row["eval/dream_return"], row["eval/return_mean"]]
+                lines.append([temperature, seed, *found])
+    write_table(HERE / "generations.csv", ["temperature", "seed", "generation", "dream_return", "return"], lines)
 
 
 def spread(values: list[float]) -> str:
@@ -208,9 +189,10 @@ def report() -> None:
 
 TEXT = """# What comes of dreams
 
-Made by `make worlds`: `returns.csv`, `generations.csv`, the picture and this page. 150,000 env steps of the dodge game
-with random actions train V and M; C is evolved in dreams alone, where no env takes a step. Returns are the means of 100
-episodes, with the deviation over three seeds; uniform actions have {words[Dodge]}, and an episode is over at 200.
+Made by `make study NAME=worlds`: `returns.csv`, `generations.csv`, the picture and this page. 150,000 env steps of the
+dodge game with random actions train V and M; C is evolved in dreams alone, where no env takes a step. Returns are the
+means of 100 episodes, with the deviation over three seeds; uniform actions have {words[Dodge]}, and an episode is over
+at 200.
 
 | temperature | in the dream | in the env | apart |
 |---|---|---|---|

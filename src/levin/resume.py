@@ -14,6 +14,7 @@ from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
 from levin.training.distributed import sharding
+from levin.training.session import follow, train
 
 # What may differ from the saved config: nothing of it changes a number that was or will be computed.
 MAY_CHANGE = (
@@ -34,8 +35,6 @@ def resume(*, run: str, **changes: Any) -> float | None:
     Raises:
         ConfigError: A change is not allowed, or what is saved is not whole, or is beyond the new total.
     """
-    from levin.training.session import follow, train
-
     folder = Path(run)
     cfg = load_config(folder)
     total = cfg.total_env_steps

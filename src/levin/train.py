@@ -8,6 +8,7 @@ from levin.config.compose import compose
 from levin.core.errors import one_sentence
 from levin.runs import folder as run_folder
 from levin.runs import slurm
+from levin.sweep import sweep
 from levin.training.distributed import sharding
 from levin.training.session import follow, train
 
@@ -17,8 +18,6 @@ def main() -> None:
     with one_sentence():
         words = sys.argv[1:]
         if any(word in ("-m", "--multirun") or word.startswith("launcher=") for word in words):
-            from levin.sweep import sweep
-
             sweep(words)
             return
         slurm.requeue_on_signal()

@@ -56,7 +56,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
-from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, WorldModel, head, kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, head, kl, symexp, symlog
+from levin.algorithms.dreamer_v3_world_model_networks import WorldModel
 from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST, EnvSpec

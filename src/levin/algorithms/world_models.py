@@ -39,10 +39,8 @@ Metrics:
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import cma
 import numpy as np
 import torch
-from cma.sigma_adaptation import CMAAdaptSigmaCSA
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
@@ -50,6 +48,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
+from levin.algorithms.world_models_evolution import Evolution, dream_returns
 from levin.algorithms.world_models_networks import Controllers, Player, Trials, WorldModel
 from levin.core import distributed
 from levin.core.errors import ConfigError
@@ -57,13 +56,13 @@ from levin.core.spaces import IS_FIRST, EnvSpec
 from levin.core.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data.sequences import LATENT, SequenceReplay
 from levin.model_based import open_loop
-from levin.model_based.dream_env import STARTS, DreamEnv, policy_space
+from levin.model_based.dream_env import STARTS, policy_space
 from levin.model_based.recurrent import Carry
 
 UPDATES = 50  # of V or M in an iteration, at most
 EVALUATED = 100  # dreams of an evaluation
 TRIAL = "trial"
-KEPT = ("round", "stage", "spent", "dreams", "dream_steps_taken", "fitness", "begun", "returns", "open")
+KEPT = ("round", "stage", "spent", "dreams", "dream_steps_taken", "returns", "open")
 
 
 class WorldModels(Algorithm):
@@ -159,7 +158,7 @@ class WorldModels(Algorithm):
         self.memory_batch_length, self.max_grad_norm, self.end_weight = memory_batch_length, max_grad_norm, end_weight
         self.controller_training, self.temperature, self.dream_length = controller_training, temperature, dream_length
         self.generations, self.population, self.rollouts = generations, population, rollouts
-        self.initial_std, self.steps_per_iteration = initial_std, steps_per_iteration
+        self.steps_per_iteration = steps_per_iteration
 
         self.model = WorldModel(env, latent_size, memory_size, mixtures, end_weight)
         self.controllers = Controllers(latent_size if controller_input == "latent" else self.model.features, env)
@@ -169,9 +168,7 @@ class WorldModels(Algorithm):
         self.round, self.stage = 0, "collect"  # collect, vision, memory, controller
         self.spent = 0  # updates or generations of this stage
         self.dream_steps_taken, self.dreams = 0, 0  # episodes
-        self.evolution: cma.CMAEvolutionStrategy | None = None
-        self.fitness: list[Tensor] = []  # [P] of each generation of this round
-        self.begun: dict[str, Any] = {}  # what this round's evolution began with
+        self.evolution = Evolution(population, initial_std)
         self.returns: dict[int, float] = {}  # of the trials of this generation
         self.open = [(-1, 0.0)] * env["num_envs"]  # trial and return so far, of the open episode
         if compile:
@@ -194,23 +191,25 @@ class WorldModels(Algorithm):
         if distributed.size() > 1:
             raise ConfigError("WorldModels trains in one process: trainer.devices=1")
         if self.stage == "controller":
-            self.evolution = self.evolved()
+            self.evolution.restore()
             if self.controller_training == "real":
-                self.asked = self.ask()
+                self.asked = self.evolution.ask()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["stages"] = {name: getattr(self, name) for name in KEPT} | {"trials": self.trials.state_dict()}
+        stages = {name: getattr(self, name) for name in KEPT} | self.evolution.state_dict()
+        checkpoint["stages"] = {**stages, "trials": self.trials.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         for name in KEPT:
             setattr(self, name, checkpoint["stages"][name])
+        self.evolution.load_state_dict(checkpoint["stages"])
         self.trials.load_state_dict(checkpoint["stages"]["trials"])
 
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         row: dict[str, float] = {}
-        if self.fitness:
+        if self.evolution.fitness:
             dreams, _ = self.dreamt(self.controllers.best.unsqueeze(0), list(range(EVALUATED)))
             row["eval/dream_return"] = float(dreams.mean())
         if self.stage != "collect" and len(self.buffer) > open_loop.CONTEXT:
@@ -316,7 +315,7 @@ class WorldModels(Algorithm):
         """Store what was played, until this round's share is there."""
         latent = torch.zeros(*rollout.shape, 2 * self.latent_size, device=rollout.device)
         self.buffer.extend(rollout.exclude(TRIAL).set(LATENT, latent))
-        if self.env_steps - self.begun.get("env_steps", 0) >= self.collect_env_steps / self.rounds:
+        if self.env_steps - self.evolution.begun.get("env_steps", 0) >= self.collect_env_steps / self.rounds:
             self.enter("vision")
 
     def see(self) -> None:
@@ -347,16 +346,14 @@ class WorldModels(Algorithm):
         if self.spent >= self.memory_updates:
             self.keep_starts()
             seed = int(torch.randint(1, 2**31, ()))
-            self.begun = {"seed": seed, "mean": self.controllers.best.cpu().clone()}
-            self.fitness = []
-            self.evolution = self.evolved()
+            self.evolution.begin(seed, self.controllers.best.cpu().clone())
             self.enter("controller")
             if self.controller_training == "real":
                 self.next_generation()
 
     def dream(self) -> None:
         """One generation of C, in dreams; all candidates have the same chances."""
-        asked = self.ask()
+        asked = self.evolution.ask()
         seeds = torch.randint(2**31, (self.rollouts,)).tolist()
         returns, lengths = self.dreamt(torch.from_numpy(np.stack(asked)).float(), seeds)
         self.dreams += returns.numel()
@@ -392,7 +389,7 @@ class WorldModels(Algorithm):
 
     def next_generation(self) -> None:
         """Let the next candidates play, each as often as it has to."""
-        self.asked = self.ask()
+        self.asked = self.evolution.ask()
         self.returns, self.open = {}, [(-1, 0.0)] * len(self.open)
         queue = [candidate for _ in range(self.rollouts) for candidate in range(self.population)]
         self.trials.begin(torch.from_numpy(np.stack(self.asked)).float(), queue)
@@ -446,57 +443,23 @@ class WorldModels(Algorithm):
         terms = {"nll": nll.detach(), "reward_loss": reward_loss.detach(), "end_loss": end_loss.detach()}
         return nll + reward_loss + end_loss, terms
 
-    # --- C
-
-    def evolved(self) -> cma.CMAEvolutionStrategy:
-        """This round's CMA-ES, after the generations that have been.
-
-        It is not saved but made again: it draws from a stream of its own, and its fitness is known.
-        """
-        stream = np.random.default_rng(self.begun["seed"])
-        options: dict[str, Any] = {"popsize": self.population, "verbose": -9, "seed": np.nan}
-        options["AdaptSigma"] = CMAAdaptSigmaCSA  # as published
-        options["randn"] = lambda *shape: stream.standard_normal(shape)
-        evolution = cma.CMAEvolutionStrategy(self.begun["mean"].double().numpy(), self.initial_std, options)
-        for fitness in self.fitness:
-            evolution.tell(evolution.ask(), (-fitness).tolist())
-        return evolution
-
-    def ask(self) -> list[np.ndarray]:
-        """The candidates of this generation, `[n]` each."""
-        assert self.evolution is not None
-        return self.evolution.ask()
+    # --- C, whose evolution is in `world_models_evolution.py`
 
     def tell(self, asked: list[np.ndarray], fitness: Tensor) -> None:
-        """Let them have these mean returns `[P]`; the controller becomes the mean of their distribution."""
-        assert self.evolution is not None
-        self.evolution.tell(asked, (-fitness).tolist())
-        self.fitness.append(fitness)
-        self.controllers.best.copy_(torch.from_numpy(self.evolution.result.xfavorite))
+        """Report the mean returns `[P]` of a generation; the controller becomes the mean of their distribution."""
+        self.controllers.best.copy_(self.evolution.tell(asked, fitness))
         self.spent += 1
         self.record(fitness=fitness.mean(), fitness_best=fitness.max(), generations=torch.tensor(float(self.spent)))
         if self.spent >= self.generations:
             self.round += 1
-            self.begun["env_steps"] = self.env_steps
-            self.trials.begin(torch.from_numpy(np.stack(self.ask())).float(), [])
+            self.evolution.begun["env_steps"] = self.env_steps
+            self.trials.begin(torch.from_numpy(np.stack(self.evolution.ask())).float(), [])
             if self.controller_training == "real":  # what was played since is not stored
                 self.buffer.restart(torch.ones(len(self.open), dtype=torch.bool))
             self.enter("collect")
 
     def dreamt(self, numbers: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
         """Returns and lengths of controllers `[P, n]` in dreams with these seeds `[R]`: both `[P, R]`."""
-        shape, num = (len(numbers), len(seeds)), len(numbers) * len(seeds)
-        numbers, actions = numbers.to(self.device), policy_space(self.env["action"])
-        how: dict[str, Any] = {"temperature": self.temperature, "time_limit": self.dream_length}
-        env = DreamEnv(self.model, self.model.starts, actions, num_envs=num, **how)
-        env.reset(seed=seeds * len(numbers))
-        feature, goes_on = env.mind.feature, np.ones(num, dtype=bool)
-        total, length = np.zeros(num), np.zeros(num)
-        with torch.inference_mode():
-            while goes_on.any():
-                action = self.controllers(numbers, feature.unflatten(0, shape))
-                feature, reward, ends, cuts = env.advance(action.flatten(0, 1))
-                total += reward * goes_on
-                length += goes_on
-                goes_on &= ~(ends | cuts)
-        return torch.from_numpy(total).unflatten(0, shape), torch.from_numpy(length).unflatten(0, shape)
+        actions, numbers = policy_space(self.env["action"]), numbers.to(self.device)
+        how = {"temperature": self.temperature, "time_limit": self.dream_length}
+        return dream_returns(self.model, self.controllers, numbers, seeds, actions, **how)

@@ -1,7 +1,5 @@
 """Wrap vector envs for TorchRL's own collectors."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from tensordict import NestedKey
 from torchrl.envs import (
@@ -14,12 +12,10 @@ from torchrl.envs import (
 )
 
 from levin.core.spaces import IS_FIRST
-
-if TYPE_CHECKING:
-    from levin.envs.vector import SeededVectorEnv
+from levin.envs.vector import SeededVectorEnv
 
 
-def wrap(env: "SeededVectorEnv", *, is_first: bool) -> EnvBase:
+def wrap(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
     """The vector env as TorchRL's collectors take it, with the keys of ours."""
     wrapped = GymWrapper(env, categorical_action_encoding=True)
     if parts := list(env.observation.get("spaces", {})):

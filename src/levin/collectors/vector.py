@@ -1,12 +1,12 @@
-"""Where rollouts come from.
+"""The default collector: a tight loop over a gymnasium vector env, in this process.
 
-Every collector is a TorchRL `BaseCollector` and yields the same TensorDict `[N, T]`:
-`observation, action, next: {observation, reward, terminated, truncated, done}`, with reward and flags `[N, T, 1]`.
+Every collector is a TorchRL `BaseCollector` and yields the rollout that `levin.data.rollout` describes.
 """
 
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,24 @@ def moved(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, dict):
         return {name: part.to(device) for name, part in inputs.items()}
     return inputs.to(device)
+
+
+@dataclass(kw_only=True)
+class RolloutArrays:
+    """Arrays `[N, T, *]` that one rollout is written into, one of each per part of an observation that is a dict.
+
+    `ended` holds, for every step in which episodes ended, its number, the envs `[N]`, and their last observations;
+    `states` the memory of a policy that has one, `[N, *]` at each step.
+    """
+
+    observation: list[np.ndarray]
+    following: list[np.ndarray]
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    ended: list[tuple[int, np.ndarray, list[np.ndarray]]] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
 
 
 class VectorCollector(BaseCollector):
@@ -91,32 +109,46 @@ class VectorCollector(BaseCollector):
 
     def _collect(self, steps: int, *, until_done: bool = False) -> TensorDict:
         """The next `steps` transitions of every env; fewer with `until_done`, when the first episode ends."""
-        env, num_envs = self.env, self.env.num_envs
         if self._observation is None:
-            self._observation = self._copy(env.reset()[0])
-        # Allocated per rollout, not reused: whoever holds the last rollout keeps what it was given.
-        observation = [np.empty((num_envs, steps, *part.shape[1:]), part.dtype) for part in self._observation]
-        following = [np.empty_like(part) for part in observation]
-        over: list[tuple[int, np.ndarray, list[np.ndarray]]] = []  # step, mask [N]: what the ended episodes showed last
-        reward = np.empty((num_envs, steps), np.float32)
-        terminated, truncated = np.empty((2, num_envs, steps), bool)
-        action = self._actions(steps)
+            self._observation = self._copy(self.env.reset()[0])
+        arrays = self._allocate(self._observation, steps)
+        taken = self._step(arrays, self._observation, until_done=until_done)
+        return self._assemble(arrays, taken)
 
+    def _allocate(self, now: list[np.ndarray], steps: int) -> RolloutArrays:
+        """Make room for one rollout. Not reused: whoever holds the last rollout keeps what it was given."""
+        num_envs = self.env.num_envs
+        observation = [np.empty((num_envs, steps, *part.shape[1:]), part.dtype) for part in now]
+        terminated, truncated = np.empty((2, num_envs, steps), bool)
+        return RolloutArrays(
+            observation=observation,
+            following=[np.empty_like(part) for part in observation],
+            action=self._actions(steps),
+            reward=np.empty((num_envs, steps), np.float32),
+            terminated=terminated,
+            truncated=truncated,
+        )
+
+    def _step(self, arrays: RolloutArrays, now: list[np.ndarray], *, until_done: bool) -> int:
+        """Let the policy act in the envs and write down what comes of it, the hot loop. Returns the steps taken."""
+        env, observation, following, action = self.env, arrays.observation, arrays.following, arrays.action
+        reward, terminated, truncated = arrays.reward, arrays.terminated, arrays.truncated
+        steps = taken = action.shape[1]
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
         num_random = self._num_random(steps)
         if num_random:
-            action[:, :num_random] = random_actions(env.single_action_space, num_envs, num_random)
-        current: list[Any] = self._observation
-        kept: list[Tensor] = []  # [N, *] each: what the policy gives beside the action
+            action[:, :num_random] = random_actions(env.single_action_space, env.num_envs, num_random)
+        current: list[Any] = now
         with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
             for t in range(steps):
                 if t >= num_random:
                     chosen, state = self._ask(current, device)
                     action[:, t] = chosen.numpy()
                     if state is not None:
-                        kept.append(state)
+                        arrays.states.append(state)
                 env.send(action[:, t])
-                # What a step starts from is what the one before led to, but behind the end of an episode: mended below.
+                # What a step starts from is what the one before led to, but behind the end of an episode: `_assemble`
+                # mends that.
                 for part, before, value in zip(observation, following, current, strict=True):
                     part[:, t] = before[:, t - 1] = value
                 seen, rewards, ends, cuts, _ = env.receive()
@@ -126,40 +158,48 @@ class VectorCollector(BaseCollector):
                 truncated[:, t] = cuts
                 self._first = done = ends | cuts
                 if done.any():
-                    over.append((t, done, [np.asarray(value)[done] for value in current]))
+                    arrays.ended.append((t, done, [np.asarray(value)[done] for value in current]))
                     self._opened[done & ~env.goes_on] = self.vector_steps + t + 1
                     current = self._split(env.reset(options={"reset_mask": done})[0])
                     if until_done:
-                        steps = t + 1
+                        taken = t + 1
                         break
         self._observation = [
             np.array(value, dtype=part.dtype) for value, part in zip(current, observation, strict=True)
         ]
-        shown = [torch.from_numpy(part[:, :steps]) for part in observation]
-        after = [torch.from_numpy(part[:, :steps]) for part in following]
-        for part, last in zip(after, self._observation, strict=True):
-            part[:, -1] = torch.from_numpy(last)
-        for t, done, parts in over:
-            for part, last in zip(after, parts, strict=True):
-                part.numpy()[done, t] = last
-        self.vector_steps += steps
-        self._remember(action[:, :steps])
-        outcome = [torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in (reward, terminated, truncated)]  # [N, T, 1]
-        beside = {self.policy.out_keys[1]: torch.stack(kept, 1).cpu()} if kept else {}
+        self.vector_steps += taken
+        self._remember(action[:, :taken])
+        return taken
+
+    def _assemble(self, arrays: RolloutArrays, steps: int) -> TensorDict:
+        """Build the rollout `[N, steps]`, in which every episode ends with its own last observation."""
+        assert self._observation is not None
+        for part, last in zip(arrays.following, self._observation, strict=True):
+            part[:, steps - 1] = last
+        for t, done, parts in arrays.ended:
+            for part, last in zip(arrays.following, parts, strict=True):
+                part[done, t] = last
+        flags = (arrays.reward, arrays.terminated, arrays.truncated)
+        reward, terminated, truncated = (torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in flags)  # [N, T, 1]
+        beside = {self.policy.out_keys[1]: torch.stack(arrays.states, 1).cpu()} if arrays.states else {}
+        shown, after = (
+            self._joined([torch.from_numpy(part[:, :steps]) for part in parts])
+            for parts in (arrays.observation, arrays.following)
+        )
         return TensorDict(
             {
                 **beside,
-                "observation": self._joined(shown),
-                "action": torch.from_numpy(action[:, :steps]),
+                "observation": shown,
+                "action": torch.from_numpy(arrays.action[:, :steps]),
                 "next": {
-                    "observation": self._joined(after),
-                    "reward": outcome[0],
-                    "terminated": outcome[1],
-                    "truncated": outcome[2],
-                    "done": outcome[1] | outcome[2],
+                    "observation": after,
+                    "reward": reward,
+                    "terminated": terminated,
+                    "truncated": truncated,
+                    "done": terminated | truncated,
                 },
             },
-            batch_size=(num_envs, steps),
+            batch_size=(self.env.num_envs, steps),
         )
 
     def _ask(self, current: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:

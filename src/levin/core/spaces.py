@@ -100,34 +100,48 @@ def is_channel_last(shape: list[int]) -> bool:
     return len(shape) == 3 and shape[-1] in CHANNELS and shape[0] not in CHANNELS
 
 
-def readable(shown: Space) -> tuple[Space, Callable[[Any], Any] | None]:
-    """What networks read of what an env shows, and what makes a batch of it from a batch of that; None: nothing to do.
+class NetworkInput:
+    """Convert observations of an env, one batch at a time, into the input of networks.
 
     A box of numbers stays. Pixels become `[C, H, W]`. Of everything else numbers become one flat vector, those of
     finite sets one-hot. Pixels with something beside them are a dict: they by their names, all the rest as `vector`.
 
+    Args:
+        shown: The env's observation space.
+
+    Attributes:
+        space: The space of the networks' input.
+        is_identity: Whether there is nothing to convert.
+
     Raises:
         ConfigError: Two parts have the same name.
     """
-    if shown["type"] == "box" and shown["shape"] and (shown["dtype"] != "uint8" or _channel_first(shown) == shown):
-        return shown, None
-    leaves = list(_leaves(shown))
-    images = {_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
-    numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
-    parts = {name: _channel_first(leaf) for name, (_, leaf) in images.items()}
-    if numbers:
-        parts[VECTOR] = {**EMPTY, "shape": [sum(_width(leaf) for _, leaf in numbers)]}
-    if len(parts) < len(leaves) - len(numbers) + bool(numbers):
-        raise ConfigError(f"two parts of the env's observation have the same name, or pixels that of {VECTOR}")
 
-    def read(observation: Any) -> Any:
-        found = {name: _pixels(_at(observation, path), leaf) for name, (path, leaf) in images.items()}
-        if numbers:
-            flat = [_flat(_at(observation, path), leaf) for path, leaf in numbers]
+    def __init__(self, shown: Space) -> None:
+        self.space = shown
+        self.is_identity = shown["type"] == "box" and bool(shown["shape"])
+        self.is_identity &= shown["dtype"] != "uint8" or _channel_first(shown) == shown
+        if self.is_identity:
+            return
+        leaves = list(_leaves(shown))
+        self._images = {_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
+        self._numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
+        parts = {name: _channel_first(leaf) for name, (_, leaf) in self._images.items()}
+        if self._numbers:
+            parts[VECTOR] = {**EMPTY, "shape": [sum(_width(leaf) for _, leaf in self._numbers)]}
+        if len(parts) < len(leaves) - len(self._numbers) + bool(self._numbers):
+            raise ConfigError(f"two parts of the env's observation have the same name, or pixels that of {VECTOR}")
+        self.space = {**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
+
+    def __call__(self, observation: Any) -> Any:
+        """Convert a batch `[N, *S]` of the env's observations, or of each of their parts."""
+        if self.is_identity:
+            return observation
+        found = {name: _pixels(_at(observation, path), leaf) for name, (path, leaf) in self._images.items()}
+        if self._numbers:
+            flat = [_flat(_at(observation, path), leaf) for path, leaf in self._numbers]
             found[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")
-        return found if len(parts) > 1 else next(iter(found.values()))
-
-    return ({**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))), read
+        return found if len(found) > 1 else next(iter(found.values()))
 
 
 def _name(path: tuple[str, ...]) -> str:

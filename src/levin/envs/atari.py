@@ -10,7 +10,7 @@ Deviations from Baselines, all of ale-py:
     - The first observation of a game is one frame on top of three black ones, and the stack outlives a lost life.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ale_py import roms
@@ -18,9 +18,7 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 
 from levin.core.errors import ConfigError, valid_names
-
-if TYPE_CHECKING:
-    from levin.envs.config import EnvConfig
+from levin.envs.config import EnvConfig
 
 FRAMES_PER_SECOND = 60
 
@@ -123,7 +121,7 @@ class AtariGames(AtariVectorEnv):
         return tuple(self.frames[:, -1])
 
 
-def make(config: "EnvConfig", num_envs: int, *, training: bool, view: bool) -> AtariGames:
+def make(config: EnvConfig, num_envs: int, *, training: bool, view: bool) -> AtariGames:
     """The games that a config asks for.
 
     Raises:

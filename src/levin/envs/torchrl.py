@@ -1,4 +1,4 @@
-"""Any TorchRL `EnvBase` as a gymnasium `VectorEnv`: what `env.family=torchrl` is. And the way back, for its collectors.
+"""Any TorchRL `EnvBase` as a gymnasium `VectorEnv`: what `env.family=torchrl` is.
 
 Simulators that have a TorchRL wrapper run unchanged, with every collector, in evaluations and when a run resumes.
 """
@@ -7,7 +7,7 @@ import importlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -29,9 +29,6 @@ from torchrl.envs import (
 )
 
 from levin.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 LIMIT = "time_limit_steps"  # counts them; an env may have a count of its own
 

@@ -3,7 +3,7 @@
 import multiprocessing
 import traceback
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -11,11 +11,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.utils import batch_space
 
 from levin.core.errors import RunError
-from levin.core.spaces import action_units, describe_action, describe_space, readable, to_gym
+from levin.core.spaces import NetworkInput, action_units, describe_action, describe_space, to_gym
+from levin.envs.config import EnvConfig
 from levin.envs.torchrl import TorchRLVectorEnv
-
-if TYPE_CHECKING:
-    from levin.envs.config import EnvConfig
 
 
 def episode_seed(seed: int, purpose: int, rank: int, env: int, episode: int) -> int:
@@ -33,7 +31,7 @@ class SeededVectorEnv(VectorWrapper):
     """
 
     def __init__(
-        self, env: VectorEnv, config: "EnvConfig", *, seed: int, purpose: int, rank: int, first: int = 0
+        self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int, first: int = 0
     ) -> None:
         super().__init__(env)
         self.config, self.first = config, first
@@ -52,9 +50,9 @@ class SeededVectorEnv(VectorWrapper):
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
             self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.shown = describe_space(env.single_observation_space)
-        self.observation, read = readable(self.shown)
-        self.read = read or (lambda observation: observation)
-        if read is not None:
+        self.read = NetworkInput(self.shown)
+        self.observation = self.read.space
+        if not self.read.is_identity:
             self.single_observation_space = to_gym(self.observation)
             self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 

@@ -4,7 +4,7 @@ In a dream a policy sees what the model believes, and no env takes a step. In th
 makes of each observation. So what was trained in a dream acts in the env, and is evaluated there.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -15,10 +15,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from levin.core.errors import ConfigError
-from levin.core.spaces import Space, action_units, describe_action, describe_space, readable, tensors
-
-if TYPE_CHECKING:
-    pass
+from levin.core.spaces import NetworkInput, Space, action_units, describe_action, describe_space, tensors
 
 STARTS = 64  # first observations of episodes, that dreams begin with
 BLOCK = 32  # steps whose chance is drawn at once
@@ -157,10 +154,10 @@ class LatentEnv(VectorWrapper):
     def __init__(self, env: VectorEnv, model: Model, units: str, reads: Space) -> None:
         super().__init__(env)
         self.model = model
-        self.space, read = readable(describe_space(env.single_observation_space))
+        self.read = NetworkInput(describe_space(env.single_observation_space))
+        self.space = self.read.space
         if self.space != reads:
             raise ConfigError(f"the model of env.run reads {_said(reads)}, and the env shows {_said(self.space)}")
-        self.read = read or (lambda observation: observation)
         action = describe_action(env.single_action_space)
         self.to_env = action_units(action, units)
         self.single_observation_space = Box(-np.inf, np.inf, (model.features,), np.float32)

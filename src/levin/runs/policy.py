@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from levin.algorithms.base import Algorithm
-from levin.core.spaces import action_units, is_single, readable, tensors, unsqueeze
+from levin.core.spaces import NetworkInput, action_units, is_single, tensors, unsqueeze
 from levin.data.rollout import act
 from levin.runs.load import load_algorithm
 
@@ -27,7 +27,7 @@ class Policy:
         self.module = self.policy.module
         self._begun = False
         self.shown = self.env.get("shown", self.env["observation"])
-        self._read = readable(self.shown)[1]
+        self._read = NetworkInput(self.shown)
         self._to_env = action_units(self.env["action"], self.env["action_units"])
 
     @classmethod
@@ -39,7 +39,7 @@ class Policy:
     def __call__(self, observation: Any, is_first: bool | np.ndarray | None = None) -> np.ndarray:
         single = is_single(self.shown, observation)
         batch = unsqueeze(observation) if single else observation
-        batch = tensors(self.env["observation"], self._read(batch) if self._read else batch)
+        batch = tensors(self.env["observation"], self._read(batch))
         first = np.asarray(not self._begun if is_first is None else is_first)
         num = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
         action = self._to_env(act(self.policy, batch, np.broadcast_to(first, num).copy()).numpy())

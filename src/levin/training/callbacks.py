@@ -32,6 +32,17 @@ class Clock:
         return False
 
 
+class Statistics(Callback):
+    """Lets the observation normaliser take in a rollout, when the iteration that it was collected for is over."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
+    ) -> None:
+        normalizer = cast(Algorithm, pl_module).observation_normalizer
+        if isinstance(normalizer, ObservationNormalizer):
+            normalizer.update(batch["observation"])
+
+
 class Budget(Callback):
     """Ends the run when it is complete, at the end of an iteration."""
 
@@ -48,15 +59,18 @@ class Budget(Callback):
             trainer.should_stop = self.spent = True
 
 
-class Statistics(Callback):
-    """Lets the observation normaliser take in a rollout, when the iteration that it was collected for is over."""
+class Throughput(Callback):
+    """Seconds spent in `training_step`. On a GPU work is queued, and the wait shows where the queue is read."""
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
-    ) -> None:
-        normalizer = cast(Algorithm, pl_module).observation_normalizer
-        if isinstance(normalizer, ObservationNormalizer):
-            normalizer.update(batch["observation"])
+    def __init__(self, metrics: "Metrics") -> None:
+        self.metrics = metrics
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        row = self.metrics.row
+        row["time/iteration"] = row.get("time/iteration", 0.0) + perf_counter() - self.start
 
 
 class Metrics(Callback):
@@ -118,17 +132,3 @@ class Metrics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.row, self.rows = dict(state_dict["row"]), state_dict["rows"]
-
-
-class Throughput(Callback):
-    """Seconds spent in `training_step`. On a GPU work is queued, and the wait shows where the queue is read."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.start = perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        row = self.metrics.row
-        row["time/iteration"] = row.get("time/iteration", 0.0) + perf_counter() - self.start

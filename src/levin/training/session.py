@@ -1,4 +1,22 @@
-"""Train an algorithm: compose -> seed -> build -> `Trainer.fit`. `python -m levin.train algo=sac env=pendulum`."""
+"""The training session: build the parts of a run, and let Lightning's Trainer turn them in one loop.
+
+Each step of the loop, and the function that does it:
+
+    build env, algorithm and collector, seeded              build
+    build the Trainer and its callbacks                     trainer.build
+    restore a checkpoint, if the run is continued           runs.checkpoint.FolderCheckpointIO.load_checkpoint
+    until the run is complete or asked to stop:             (Trainer.fit)
+        rollout <- the policy acts, T steps in N envs       collectors.loader.CollectorLoader.__next__
+        every update that the rollout owes                  Algorithm.training_step
+        running statistics take in the rollout              callbacks.Statistics
+        complete, signalled, or not finite?                 callbacks.Budget, guards.Preemption, guards.FiniteGuard
+        evaluate the policy on envs of its own              evaluation.Evaluation         (each `eval.every`)
+        write a row of metrics                              callbacks.Metrics             (each `log_every`)
+        save a checkpoint                                   checkpointing.Checkpointing   (each `checkpoint.every`)
+    evaluate once more, write the last row                  the same, if the run is complete
+
+Everything below `training_step` is a callback, called in the order of `trainer.build` when an iteration ends.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -8,8 +26,8 @@ import torch
 from omegaconf import DictConfig
 
 from levin.algorithms.base import Algorithm
-from levin.collectors import loader
 from levin.collectors.factory import make_loader
+from levin.collectors.loader import CollectorLoader
 from levin.core import rng
 from levin.core.omega import plain
 from levin.core.process import keep_freed_memory, say, silence_libraries
@@ -42,7 +60,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         say(f"{cfg.name}, seed {cfg.seed}: {run}")
         trainer.loggers = loggers.make(cfg.logger, run, plain(cfg), facts["git_sha"], ckpt_path)
         try:
-            trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
+            trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
         finally:
             rollouts.collector.shutdown()
         run_folder.finish(run, perf_counter() - start, algorithm.env_steps if budget.spent else None)
@@ -57,20 +75,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     return evaluation.return_mean
 
 
-def follow(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> None:
-    """Train as one of the further ranks of a run: the first of them has the folder, evaluates and logs."""
-    silence_libraries()
-    keep_freed_memory()
-    algorithm, rollouts = build(cfg)
-    trainer, *_ = lightning_trainer.build(cfg, run, rollouts.env.config, partial(make_rollouts, cfg, algorithm))
-    try:
-        trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
-    finally:
-        rollouts.collector.shutdown()
-
-
-def build(cfg: DictConfig) -> tuple[Algorithm, loader.CollectorLoader]:
-    """Seed, and make the env, the algorithm and what collects for it, all as this rank has it."""
+def build(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
+    """Seed this process and build its env, its algorithm, and the loader of its rollouts, all as this rank has them."""
     together, rank, cfg = sharding.planned(cfg), sharding.of_this_process(cfg), sharding.share(cfg)
     if cfg.trainer.threads or together > 1:
         torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // together))
@@ -85,8 +91,19 @@ def build(cfg: DictConfig) -> tuple[Algorithm, loader.CollectorLoader]:
     return algorithm, make_training_loader(cfg, env, algorithm)
 
 
-def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: int) -> loader.CollectorLoader:
-    """Seed this process as one of a run's workers, and make what collects for it.
+def make_training_env(cfg: DictConfig, rank: int) -> SeededVectorEnv:
+    """Build the vector env of one process of a run."""
+    config = EnvConfig(**plain(cfg.env))
+    return make_env(config, seed=cfg.seed, rank=rank, copy=cfg.collector != "vector")
+
+
+def make_training_loader(cfg: DictConfig, env: SeededVectorEnv, algorithm: Algorithm) -> CollectorLoader:
+    """Build the loader of an algorithm's rollouts, by the collector that the config names."""
+    return make_loader(cfg.collector, env, algorithm, seed=cfg.seed, workers=cfg.get("collector_workers", 2))
+
+
+def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: int) -> CollectorLoader:
+    """Seed this process as one of a run's workers, and build the loader of its rollouts.
 
     Nothing is drawn again when the run resumes: the numbers of episodes begin at `env_steps`, of which each takes one
     or more.
@@ -97,12 +114,13 @@ def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: i
     return make_training_loader(cfg, env, algorithm)
 
 
-def make_training_loader(cfg: DictConfig, env: SeededVectorEnv, algorithm: Algorithm) -> loader.CollectorLoader:
-    """What collects for an algorithm."""
-    return make_loader(cfg.collector, env, algorithm, seed=cfg.seed, workers=cfg.get("collector_workers", 2))
-
-
-def make_training_env(cfg: DictConfig, rank: int) -> SeededVectorEnv:
-    """The vector env of one process of a run."""
-    config = EnvConfig(**plain(cfg.env))
-    return make_env(config, seed=cfg.seed, rank=rank, copy=cfg.collector != "vector")
+def follow(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> None:
+    """Train as a rank other than the first, which alone writes the run folder, evaluates and logs."""
+    silence_libraries()
+    keep_freed_memory()
+    algorithm, rollouts = build(cfg)
+    trainer, *_ = lightning_trainer.build(cfg, run, rollouts.env.config, partial(make_rollouts, cfg, algorithm))
+    try:
+        trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
+    finally:
+        rollouts.collector.shutdown()

@@ -10,12 +10,11 @@ from omegaconf import OmegaConf
 
 from levin.core import distributed
 from levin.core.errors import ConfigError, RunError
+from levin.training.session import follow
 
 
 def main() -> None:
     """One of the ranks that `RanksLauncher` starts."""
-    from levin.training.session import follow
-
     orders = json.load(sys.stdin)
     config = OmegaConf.create(orders["config"])
     OmegaConf.set_readonly(config, True)
