@@ -15,7 +15,7 @@ from levin.estimators import pathwise
 from levin.nn.normalizers import RunningMoments
 from levin.training.session import build, follow, train
 from rows import LATE, ROWS, Row
-from test_train import SMALL
+from short_runs import SMALL
 
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1")
 ITERATIONS = 20

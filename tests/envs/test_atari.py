@@ -25,7 +25,7 @@ from levin.envs.config import EVALUATION, TRAINING, EnvConfig
 from levin.envs.factory import describe, make_env
 from levin.training import video
 from levin.training.session import build, train
-from test_resume import in_two_halves
+from short_runs import in_two_halves
 
 gym.register_envs(ale_py)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import toy_torchrl
 from checks import same
+from failures import FAILING, run_and_fail, whole
 from levin import resume
 from levin.collectors.factory import make_collector
 from levin.collectors.loader import CollectorLoader
@@ -32,9 +33,8 @@ from levin.envs.factory import describe, make_env
 from levin.envs.vector import SeededVectorEnv
 from levin.nn.exploration import GaussianNoise, NoisyPolicy
 from levin.training.session import build, train
-from test_collectors import Linear
-from test_guards import FAILING, run_and_fail, whole
-from test_train import SMALL
+from policies import Linear
+from short_runs import SMALL
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 LOCAL = ["torchrl-process", "torchrl-async"]

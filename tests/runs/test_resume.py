@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -13,52 +12,16 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from tensordict import TensorDict
 
 from checks import metrics, same, saved
 from levin import resume
 from levin.config.compose import compose
-from levin.core import files
-from levin.core.errors import CheckpointError, ConfigError
-from levin.data.replay import Replay
-from levin.runs import checkpoint, segments
-from levin.runs.checkpoint import FolderCheckpointIO
+from levin.core.errors import ConfigError
+from levin.runs import checkpoint
 from levin.training.guards import Preemption
 from levin.training.session import train
-from test_train import SMALL
-
-# What is not a multiple of the iterations' 32 steps, so that every clock is between two beats where a run is cut.
-CLOCKS = ("eval.every=70", "checkpoint.every=90", "log_every=50")
-TINY = (*SMALL, *CLOCKS)
-
-
-def scramble() -> None:
-    random.seed(9), np.random.seed(9), torch.manual_seed(9)
-    torch.rand(17)
-
-
-def assert_same_run(straight: Path, resumed: Path) -> None:
-    expected, got = saved(straight), saved(resumed)
-    assert expected.keys() == got.keys()
-    for key in expected:
-        assert same(expected[key], got[key]), key
-    assert metrics(straight) == metrics(resumed)
-
-
-def loader_state(state: dict) -> dict:
-    return state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
-
-
-def in_two_halves(tmp_path: Path, words: tuple[str, ...], total: int) -> None:
-    train(compose([*words, f"total_env_steps={total}"]), tmp_path / "straight")
-    train(compose([*words, f"total_env_steps={total // 2}"]), tmp_path / "halves")
-    scramble()
-    resume.resume(run=str(tmp_path / "halves"), total_env_steps=total)
-    assert_same_run(tmp_path / "straight", tmp_path / "halves")
-
+from short_runs import CLOCKS, SMALL, TINY, Killed, assert_same_run, in_two_halves, kill, loader_state
 
 VARIANTS = {
     "one step per iteration": ("algo.steps_per_iteration=1",),
@@ -129,13 +92,11 @@ def test_longer_halves_are_the_whole(env, tmp_path):
 
 
 def start(command: str, *words: str, start_new_session: bool = False) -> subprocess.Popen:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", f"levin.{command}", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
         start_new_session=start_new_session,
     )
 
@@ -276,7 +237,7 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_resumed(tmp_path,
     words = [*TINY, "total_env_steps=256"]
     train(compose(words), tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr("levin.training.callbacks.Metrics.on_train_end", _killed)
+        patch.setattr("levin.training.callbacks.Metrics.on_train_end", kill)
         with pytest.raises(Killed):
             train(compose(words), tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) < len(metrics(tmp_path / "straight"))
@@ -288,311 +249,13 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, monkeypatch, capsys):
     words = [*TINY, "total_env_steps=256", "checkpoint.every=100_000"]
     train(compose(words), tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr("levin.training.checkpointing.Checkpointing.save", _killed)
+        patch.setattr("levin.training.checkpointing.Checkpointing.save", kill)
         with pytest.raises(Killed):
             train(compose(words), tmp_path / "killed")
     assert metrics(tmp_path / "killed")
     resume.resume(run=str(tmp_path / "killed"))
     assert "begins anew" in capsys.readouterr().out
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
-def _killed(*_) -> None:
-    raise Killed
-
-
-def state(step: int, buffer: Replay | None) -> dict:
-    return {
-        "algorithm": "Toy",
-        "levin": {"env_steps": step},
-        "weights": torch.full((100,), float(step)),
-        "buffer": buffer and buffer.state_dict(),
-    }
-
-
-def rows(start: int, stop: int) -> TensorDict:
-    value = torch.arange(start, stop, dtype=torch.float32).reshape(1, -1, 1)  # [T] -> [N, T, 1]
-    after = {"observation": value + 1, "reward": value, "terminated": value > 0}
-    return TensorDict({"observation": value, "action": value, "next": after}, batch_size=(1, stop - start))
-
-
-OPERATIONS = ("mkdir", "link", "fsync", "rename", "replace", "symlink", "unlink", "rmdir", "open")
-
-
-def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """Save three checkpoints and prune the first; stop before the k-th operation, for every k."""
-
-    def work(folder: Path) -> None:
-        writer, buffer = FolderCheckpointIO(), Replay(20, "memory")
-        for step in (8, 16, 24):
-            buffer.extend(rows(step - 8, step))
-            writer.save_checkpoint(state(step, buffer), folder / str(step) / checkpoint.STATE)
-        writer.remove_checkpoint(folder / "8" / checkpoint.STATE)
-
-    def stop_at(k: int) -> list[str]:
-        done = []
-
-        def wrap(name, real):
-            def wrapped(*args, **kwargs):
-                if len(done) == k:
-                    raise Killed
-                done.append(name)
-                return real(*args, **kwargs)
-
-            return wrapped
-
-        with monkeypatch.context() as patch:
-            for name in OPERATIONS:
-                patch.setattr(os, name, wrap(name, getattr(os, name)))
-            try:
-                work(folder)
-            except Killed:
-                return done
-        return [*done, "end"]
-
-    for k in range(1000):
-        folder = tmp_path / str(k) / "checkpoints"
-        folder.mkdir(parents=True)
-        done = stop_at(k)
-        whole = checkpoint.numbered(folder)
-        renames = [i for i, name in enumerate(done) if name == "rename"]
-        assert len(whole) >= min(2, len(renames))
-        for each in whole:
-            checkpoint.verify(each, buffer=True)
-            step = int(each.name)
-            loaded = FolderCheckpointIO().load_checkpoint(each / checkpoint.STATE)
-            assert torch.equal(loaded["weights"], torch.full((100,), float(step)))
-            stored = torch.cat(list(loaded["buffer"]["data"]))["observation"].flatten()
-            assert stored.tolist() == list(range(max(0, step - 20), step))
-        checkpoint.clean(folder)
-        assert {each.name for each in folder.iterdir()} <= {"8", "16", "24", "last"}
-        if done[-1:] == ["end"]:
-            break
-    assert k > 40
-    assert [each.name for each in whole] == ["16", "24"]
-
-
-def test_only_new_rows_are_written(tmp_path):
-    writer, buffer = FolderCheckpointIO(), Replay(1000, "memory")
-    for step in range(100, 1301, 100):
-        buffer.extend(rows(step - 100, step))
-        writer.save_checkpoint(state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
-    newest = tmp_path / "1300" / checkpoint.BUFFER
-    assert len(list(newest.iterdir())) == 10  # the ring holds 1000
-    before = {path.name: path.stat().st_ino for path in (tmp_path / "1200" / checkpoint.BUFFER).iterdir()}
-    shared = [path for path in newest.iterdir() if before.get(path.name) == path.stat().st_ino]
-    assert len(shared) == 9
-    for old in list(tmp_path.iterdir()):
-        if old.name.isdigit() and old.name != "1300":
-            checkpoint.discard(old)
-    checkpoint.verify(tmp_path / "1300", buffer=True)
-
-
-def test_a_buffer_is_saved_without_doubling_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "PIECE_BYTES", 1000)
-    largest = []
-    real = files.save
-    monkeypatch.setattr(
-        files, "save", lambda value, path: largest.append(sum(x.nbytes for x in value.values())) or real(value, path)
-    )
-    buffer = Replay(1000, "memory")
-    buffer.extend(rows(0, 600))
-    buffer.extend(rows(600, 1500))
-    (tmp_path / "buffer").mkdir()
-    segments.save(buffer.data, 1500, tmp_path / "buffer", tmp_path / "none", {})
-    assert max(largest) <= 1000
-    restored = Replay(1000, "memory")
-    data = segments.load(tmp_path / "buffer", 1500, 1000)
-    restored.load_state_dict({"written": 1500, "length": 1000, "data": data}, torch.device("cpu"))
-    assert same(restored.data.to_dict(), buffer.data.to_dict())
-    buffer.extend(rows(1500, 1507)), restored.extend(rows(1500, 1507))
-    assert same(restored.data.to_dict(), buffer.data.to_dict())
-
-
-def test_a_file_system_without_hard_links_copies(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    writer, buffer = FolderCheckpointIO(), Replay(100, "memory")
-    for step in (10, 20):
-        buffer.extend(rows(step - 10, step))
-        writer.save_checkpoint(state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
-    checkpoint.discard(tmp_path / "10")
-    checkpoint.verify(tmp_path / "20", buffer=True)
-    assert len(list((tmp_path / "20" / checkpoint.BUFFER).iterdir())) == 2
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    train(compose([*TINY, "total_env_steps=320"]), folder)
-    return folder
-
-
-def damage(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    if how == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "bit-flipped":
-        middle = len(data) // 2
-        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
-    else:
-        path.unlink()
-
-
-@pytest.mark.parametrize("how", ["truncated", "bit-flipped", "empty", "missing"])
-@pytest.mark.parametrize("what", ["state.ckpt", "manifest.json", "buffer"])
-def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what, finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
-    for folder in checkpoint.numbered(run / "checkpoints"):
-        for file in (folder / "buffer").iterdir():  # a copy has lost the links between the checkpoints
-            first = next(run.glob(f"checkpoints/*/buffer/{file.name}"))
-            if not first.samefile(file):
-                file.unlink()
-                file.hardlink_to(first)
-    newest, before = checkpoint.numbered(run / "checkpoints")[::-1][:2]
-    path = (
-        newest / what
-        if what != "buffer"
-        else max((newest / "buffer").iterdir(), key=lambda file: int(file.name.split("_")[0]))
-    )
-    damage(path, how)
-    if (what, how) == ("manifest.json", "bit-flipped"):
-        try:
-            json.loads(path.read_text())
-        except ValueError:
-            pass
-        else:
-            pytest.skip("the flipped bit left the manifest readable: the sums in it are then compared")
-    with pytest.raises(CheckpointError) as error:
-        checkpoint.newest(newest, buffer=True)
-    assert str(newest) in str(error.value)
-    assert "\n" not in str(error.value)
-    capsys.readouterr()
-    resume.resume(run=str(run), total_env_steps=384)
-    said = capsys.readouterr().err
-    assert "the checkpoint before it is tried" in said
-    assert str(newest) in said
-    assert (newest.parent / f"{newest.name}.damaged").exists()
-    train(compose([*TINY, "total_env_steps=384"]), tmp_path / "straight")
-    assert before.name in {"288", "256"}
-    assert_same_run(tmp_path / "straight", run)
-
-
-def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
-    newest = checkpoint.numbered(run / "checkpoints")[-1]
-    shutil.copytree(newest, newest.with_name(f"{newest.name}.damaged"))
-    damage(newest / "state.ckpt", "empty")
-    resume.resume(run=str(run), total_env_steps=352)
-    assert saved(run)["levin"]["env_steps"] == 352
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "sentence"),
-    [
-        ("provenance.json", b"", "provenance.json is damaged; the run can be continued without it"),
-        ("config.yaml", b"algo: {gamma: ", "config.yaml is damaged"),
-        ("config.yaml", b"", "config.yaml is damaged: it holds no keys"),
-    ],
-)
-def test_a_damaged_file_of_the_run_is_one_sentence(name, content, sentence, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
-    (run / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=sentence):
-        resume.resume(run=str(run), total_env_steps=384)
-
-
-def test_damaged_metrics_are_a_warning(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
-    (run / "metrics.csv").write_bytes(b"")
-    with pytest.warns(UserWarning, match="has lost"):
-        resume.resume(run=str(run), total_env_steps=384)
-    assert metrics(run)[-1]["env_steps"] == "384"
-
-
-def test_a_run_may_have_a_number_for_a_name(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "7", symlinks=True)
-    resume.resume(run=str(tmp_path / "7"), total_env_steps=352)
-    assert saved(tmp_path / "7")["levin"]["env_steps"] == 352
-
-
-def test_what_must_survive_a_power_cut_is_forced_onto_the_disk(tmp_path, monkeypatch):
-    forced, fsync = set(), os.fsync
-    monkeypatch.setattr("os.fsync", lambda file: (forced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
-    run = tmp_path / "run"
-    train(compose([*TINY, "total_env_steps=64"]), run)
-    partial = run / "checkpoints" / ".64.partial"
-    expected = {run, run / ".config.yaml.partial", run / ".provenance.json.partial", run / "metrics.csv"}
-    expected |= {run / "checkpoints", partial, partial / "state.ckpt", partial / "manifest.json"}
-    assert {str(path) for path in expected} <= forced
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
-    for folder in checkpoint.numbered(run / "checkpoints"):
-        damage(folder / "state.ckpt", "empty")
-    with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
-        resume.resume(run=str(run), total_env_steps=384)
-
-
-class Evil:
-    def __reduce__(self):
-        return (Path.touch, (Path(os.environ["LEVIN_TEST_EVIL"]),))
-
-
-def test_a_malicious_pickle_is_not_executed(finished, tmp_path, monkeypatch):
-    monkeypatch.setenv("LEVIN_TEST_EVIL", str(tmp_path / "executed"))
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
-    for folder in checkpoint.numbered(run / "checkpoints"):
-        for file in (folder / "state.ckpt", sorted((folder / "buffer").iterdir())[-1]):
-            torch.save({"evil": Evil()}, file)
-            manifest = json.loads((folder / "manifest.json").read_text())
-            name = str(file.relative_to(folder))
-            manifest["files"][name] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
-            (folder / "manifest.json").write_text(json.dumps(manifest))
-        checkpoint.verify(folder, buffer=True)  # the attacker knows how to count
-        with pytest.raises(CheckpointError, match="can't be read"):
-            files.load(file)
-        (folder / "state.ckpt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ConfigError):
-        resume.resume(run=str(run), total_env_steps=384)
-    with pytest.raises(ConfigError):
-        checkpoint.env_steps_and_wandb_id(checkpoint.numbered(run / "checkpoints")[-1] / "state.ckpt")
-    assert not (tmp_path / "executed").exists()
-
-
-def _crc32(file: Path) -> int:
-    import zlib
-
-    return zlib.crc32(file.read_bytes())
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "sentence"), [("format", 99, "has format 99"), ("algorithm", "PPO", "is of PPO")]
-)
-def test_another_format_or_algorithm_is_refused_and_not_taken_for_damage(key, value, sentence, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
-    newest = checkpoint.numbered(run / "checkpoints")[-1]
-    manifest = json.loads((newest / "manifest.json").read_text())
-    (newest / "manifest.json").write_text(json.dumps({**manifest, key: value}))
-    with pytest.raises(ConfigError, match=sentence):
-        resume.resume(run=str(run), total_env_steps=384)
-    assert newest.exists()
 
 
 def test_another_commit_or_version_is_a_warning(finished, tmp_path, capsys):

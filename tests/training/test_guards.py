@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -12,40 +11,18 @@ import torch
 from lightning import Callback
 
 from checks import metrics
+from failures import FAILING, run_and_fail, whole
 from levin import resume
-from levin import train as command
 from levin.algorithms.sac import SAC
 from levin.config.compose import compose
 from levin.core import files
 from levin.envs.config import TRAINING
 from levin.envs.vector import episode_seed
-from levin.runs import checkpoint
 from levin.runs import folder as run_folder
 from levin.training.session import train
-from test_train import SMALL
+from short_runs import SMALL
 
 WORDS = (*SMALL, "checkpoint.every=64", "total_env_steps=640")
-FAILING = ("env=gym", "env.id=toy_envs:Failing-v0", "env.action=rescale", "eval.every=100_000", "eval.episodes=1")
-
-
-def run_and_fail(words: tuple[str, ...], run: Path, monkeypatch, capsys) -> str:
-    """The sentence that the run ends in."""
-    monkeypatch.setattr(sys, "argv", ["train", *words, f"run={run}"])
-    with pytest.raises(SystemExit) as stop:
-        command.main()
-    said = capsys.readouterr().err.strip()
-    assert stop.value.code == 1
-    assert said.startswith("levin: ")
-    assert "\n" not in said
-    assert "Traceback" not in said
-    return said
-
-
-def whole(run: Path) -> list[int]:
-    folders = checkpoint.numbered(run / "checkpoints")
-    for folder in folders:
-        checkpoint.verify(folder, buffer=True)
-    return [int(folder.name) for folder in folders]
 
 
 def spoil(monkeypatch, method: str, at: int, change) -> None:

@@ -8,7 +8,7 @@ import pytest
 from levin import train as command
 from levin.config.compose import compose
 from levin.core.omega import flatten, plain
-from test_train import SMALL
+from short_runs import SMALL
 
 # For every key, values that may stand together with any other's.
 VALID = {

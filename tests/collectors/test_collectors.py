@@ -14,18 +14,7 @@ from levin.config.compose import compose
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 from levin.training.session import build
-
-
-class Linear(nn.Module):
-    """A deterministic policy with one parameter."""
-
-    def __init__(self, discrete: bool = False) -> None:
-        super().__init__()
-        self.weight, self.discrete = nn.Parameter(torch.tensor(0.1)), discrete
-
-    def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        action = torch.sin(observation.sum(-1, keepdim=True) * self.weight)
-        return (action.squeeze(-1) > 0).long() if self.discrete else action
+from policies import Linear
 
 
 def make(name: str, env_id: str, num_envs: int, steps: int, *, vectorization="sync", discrete=False, **kwargs):

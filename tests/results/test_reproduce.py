@@ -1,7 +1,6 @@
 """A pinned config, run anew and compared."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -52,7 +51,6 @@ def results(folder, monkeypatch):
     monkeypatch.setattr(paths, "ROOT", folder)
     monkeypatch.setattr(paths, "EXPERIMENTS", folder / "experiments")
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     cell = pin("toy", list(WORDS))
     (cell / result.REFERENCE).write_text(yaml.safe_dump(REFERENCE))
     return cell
@@ -92,7 +90,6 @@ def work_in_a_copy(original, folder, patch):
     patch.setattr(paths, "ROOT", folder)
     patch.setattr(paths, "EXPERIMENTS", folder / "experiments")
     patch.chdir(folder)
-    patch.setenv("PYTHONPATH", os.path.dirname(__file__))
     return folder / "experiments" / "toy", {seed: next(folder.glob(f"runs/*/*/toy/s{seed}")) for seed in range(3)}
 
 

@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +14,8 @@ from levin import resume
 from levin.config.compose import compose
 from levin.core.errors import RunError
 from levin.training.session import train
+from processes import children, gone, wait_until
 
-TESTS = Path(__file__).parent
 WORDS = [
     "algo=a3c",
     "env=cartpole",
@@ -30,32 +28,13 @@ WORDS = [
 LONG = [*WORDS, "total_env_steps=100_000_000", "checkpoint.every=2000", "log_every=500"]
 
 
-def children(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def gone(pid: int) -> bool:
-    """Whether a process is no more, or only waits for its parent to notice."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def running(tmp_path):
     """A run of two workers in processes of its own, that has begun; and the pid of the second worker."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "levin.train", *LONG, f"run={run}"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists())

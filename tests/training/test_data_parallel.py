@@ -19,17 +19,16 @@ from levin.core.errors import ConfigError, RunError
 from levin.runs import checkpoint
 from levin.training.distributed import sharding
 from levin.training.session import build, train
-from test_hogwild import children, gone, wait_until
-from test_resume import assert_same_run
-from test_train import SMALL
+from processes import children, gone, wait_until
+from short_runs import SMALL, assert_same_run
 
-TESTS = Path(__file__).parent
+RANKS_SCRIPT = Path(__file__).parents[1] / "support" / "ranks_script.py"
 
 
 def at_once(*commands: list[str]) -> list[subprocess.Popen]:
     """As torchrun does: one process for each rank."""
     port = str(find_free_network_port())
-    paths = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    paths = os.pathsep.join(filter(None, sys.path))
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths}
     return [
         subprocess.Popen(
@@ -47,7 +46,7 @@ def at_once(*commands: list[str]) -> list[subprocess.Popen]:
 def two(tmp_path_factory) -> Path:
     """The folder of what two ranks have done."""
     folder = tmp_path_factory.mktemp("two")
-    command = [str(TESTS / "ranks_script.py"), str(folder)]
+    command = [str(RANKS_SCRIPT), str(folder)]
     processes = at_once(command, command)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
@@ -112,7 +111,7 @@ def running(tmp_path):
     words = [*PAIR, "total_env_steps=1_000_000_000", "checkpoint.every=500", f"run={run}"]
     command = [sys.executable, "-m", "levin.train", *words]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists(), 120)

@@ -17,7 +17,7 @@ from levin.runs import checkpoint
 from levin.runs import folder as run_folder
 from levin.train import main
 from levin.training.session import train
-from test_resume import TINY, assert_same_run
+from short_runs import TINY, assert_same_run
 
 WORDS = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
 PREEMPT = ("+callbacks.preempt._target_=test_slurm.Preempt",)
@@ -148,8 +148,7 @@ def test_a_requeue_that_fails_is_one_sentence(slurm, reason, capsys):
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
     """Two jobs, of which one is preempted."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path, "PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)}
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)}
     both = (*PREEMPT, "+callbacks.preempt.name=SIGCONT,SIGUSR1")
     command = [sys.executable, "-m", "levin.train", "-m", *WORDS, *both, *words]
     return subprocess.run(

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -29,7 +28,7 @@ class Recorder(BasicSweeper):
 
 
 def train(folder, *words):
-    path = os.pathsep.join([str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
     command = [sys.executable, "-m", "levin.train", *SMALL, *words]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}

@@ -27,13 +27,6 @@ K = 3
 PARAMETERS = ("first", "second", "third", "scale")
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 class Chain:
     """Three choices, each depending on those before, and costs of them that have a parameter too."""
 

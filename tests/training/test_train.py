@@ -22,11 +22,7 @@ from levin.algorithms.sac import SAC
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
 from levin.training.session import build, train
-
-SMALL = (
-    *("algo=sac", "env=pendulum", "logger=csv", "eval.episodes=2", "eval.every=200", "checkpoint.every=150"),
-    *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=50"),
-)
+from short_runs import SMALL
 
 
 class Recorder(Callback):

@@ -20,8 +20,7 @@ from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env, make_one
 from levin.nn.distributions import MultiCategorical
 from levin.training.session import build, train
-from test_resume import in_two_halves
-from test_train import SMALL
+from short_runs import SMALL, in_two_halves
 
 NUMBERS = {
     "discrete": Discrete(4, start=2),

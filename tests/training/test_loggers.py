@@ -21,7 +21,7 @@ from levin.runs.provenance import git
 from levin.training.loggers import CSVMetrics
 from levin.training.session import train
 from levin.training.video import play
-from test_train import SMALL
+from short_runs import SMALL
 
 
 def wandb_records(file: Path):

@@ -1,0 +1,149 @@
+"""Files of a checkpoint: whole or absent after a kill, only new rows written, forced onto the disk."""
+
+import os
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+
+from checks import same
+from levin.config.compose import compose
+from levin.core import files
+from levin.data.replay import Replay
+from levin.runs import checkpoint, segments
+from levin.runs.checkpoint import FolderCheckpointIO
+from levin.training.session import train
+from short_runs import TINY, Killed
+
+
+def state(step: int, buffer: Replay | None) -> dict:
+    return {
+        "algorithm": "Toy",
+        "levin": {"env_steps": step},
+        "weights": torch.full((100,), float(step)),
+        "buffer": buffer and buffer.state_dict(),
+    }
+
+
+def rows(start: int, stop: int) -> TensorDict:
+    value = torch.arange(start, stop, dtype=torch.float32).reshape(1, -1, 1)  # [T] -> [N, T, 1]
+    after = {"observation": value + 1, "reward": value, "terminated": value > 0}
+    return TensorDict({"observation": value, "action": value, "next": after}, batch_size=(1, stop - start))
+
+
+OPERATIONS = ("mkdir", "link", "fsync", "rename", "replace", "symlink", "unlink", "rmdir", "open")
+
+
+def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Save three checkpoints and prune the first; stop before the k-th operation, for every k."""
+
+    def work(folder: Path) -> None:
+        writer, buffer = FolderCheckpointIO(), Replay(20, "memory")
+        for step in (8, 16, 24):
+            buffer.extend(rows(step - 8, step))
+            writer.save_checkpoint(state(step, buffer), folder / str(step) / checkpoint.STATE)
+        writer.remove_checkpoint(folder / "8" / checkpoint.STATE)
+
+    def stop_at(k: int) -> list[str]:
+        done = []
+
+        def wrap(name, real):
+            def wrapped(*args, **kwargs):
+                if len(done) == k:
+                    raise Killed
+                done.append(name)
+                return real(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in OPERATIONS:
+                patch.setattr(os, name, wrap(name, getattr(os, name)))
+            try:
+                work(folder)
+            except Killed:
+                return done
+        return [*done, "end"]
+
+    for k in range(1000):
+        folder = tmp_path / str(k) / "checkpoints"
+        folder.mkdir(parents=True)
+        done = stop_at(k)
+        whole = checkpoint.numbered(folder)
+        renames = [i for i, name in enumerate(done) if name == "rename"]
+        assert len(whole) >= min(2, len(renames))
+        for each in whole:
+            checkpoint.verify(each, buffer=True)
+            step = int(each.name)
+            loaded = FolderCheckpointIO().load_checkpoint(each / checkpoint.STATE)
+            assert torch.equal(loaded["weights"], torch.full((100,), float(step)))
+            stored = torch.cat(list(loaded["buffer"]["data"]))["observation"].flatten()
+            assert stored.tolist() == list(range(max(0, step - 20), step))
+        checkpoint.clean(folder)
+        assert {each.name for each in folder.iterdir()} <= {"8", "16", "24", "last"}
+        if done[-1:] == ["end"]:
+            break
+    assert k > 40
+    assert [each.name for each in whole] == ["16", "24"]
+
+
+def test_only_new_rows_are_written(tmp_path):
+    writer, buffer = FolderCheckpointIO(), Replay(1000, "memory")
+    for step in range(100, 1301, 100):
+        buffer.extend(rows(step - 100, step))
+        writer.save_checkpoint(state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
+    newest = tmp_path / "1300" / checkpoint.BUFFER
+    assert len(list(newest.iterdir())) == 10  # the ring holds 1000
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "1200" / checkpoint.BUFFER).iterdir()}
+    shared = [path for path in newest.iterdir() if before.get(path.name) == path.stat().st_ino]
+    assert len(shared) == 9
+    for old in list(tmp_path.iterdir()):
+        if old.name.isdigit() and old.name != "1300":
+            checkpoint.discard(old)
+    checkpoint.verify(tmp_path / "1300", buffer=True)
+
+
+def test_a_buffer_is_saved_without_doubling_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(segments, "PIECE_BYTES", 1000)
+    largest = []
+    real = files.save
+    monkeypatch.setattr(
+        files, "save", lambda value, path: largest.append(sum(x.nbytes for x in value.values())) or real(value, path)
+    )
+    buffer = Replay(1000, "memory")
+    buffer.extend(rows(0, 600))
+    buffer.extend(rows(600, 1500))
+    (tmp_path / "buffer").mkdir()
+    segments.save(buffer.data, 1500, tmp_path / "buffer", tmp_path / "none", {})
+    assert max(largest) <= 1000
+    restored = Replay(1000, "memory")
+    data = segments.load(tmp_path / "buffer", 1500, 1000)
+    restored.load_state_dict({"written": 1500, "length": 1000, "data": data}, torch.device("cpu"))
+    assert same(restored.data.to_dict(), buffer.data.to_dict())
+    buffer.extend(rows(1500, 1507)), restored.extend(rows(1500, 1507))
+    assert same(restored.data.to_dict(), buffer.data.to_dict())
+
+
+def test_a_file_system_without_hard_links_copies(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    writer, buffer = FolderCheckpointIO(), Replay(100, "memory")
+    for step in (10, 20):
+        buffer.extend(rows(step - 10, step))
+        writer.save_checkpoint(state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
+    checkpoint.discard(tmp_path / "10")
+    checkpoint.verify(tmp_path / "20", buffer=True)
+    assert len(list((tmp_path / "20" / checkpoint.BUFFER).iterdir())) == 2
+
+
+def test_what_must_survive_a_power_cut_is_forced_onto_the_disk(tmp_path, monkeypatch):
+    forced, fsync = set(), os.fsync
+    monkeypatch.setattr("os.fsync", lambda file: (forced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    run = tmp_path / "run"
+    train(compose([*TINY, "total_env_steps=64"]), run)
+    partial = run / "checkpoints" / ".64.partial"
+    expected = {run, run / ".config.yaml.partial", run / ".provenance.json.partial", run / "metrics.csv"}
+    expected |= {run / "checkpoints", partial, partial / "state.ckpt", partial / "manifest.json"}
+    assert {str(path) for path in expected} <= forced

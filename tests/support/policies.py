@@ -1,0 +1,16 @@
+"""Policies whose actions tests can compute by hand."""
+
+import torch
+from torch import nn
+
+
+class Linear(nn.Module):
+    """A deterministic policy with one parameter."""
+
+    def __init__(self, discrete: bool = False) -> None:
+        super().__init__()
+        self.weight, self.discrete = nn.Parameter(torch.tensor(0.1)), discrete
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        action = torch.sin(observation.sum(-1, keepdim=True) * self.weight)
+        return (action.squeeze(-1) > 0).long() if self.discrete else action
