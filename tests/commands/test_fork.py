@@ -50,9 +50,10 @@ def test_a_fork_trains_with_its_own_loss_and_merges_with_upstream(clone, tmp_pat
     tuned = (clone / "experiments/my_idea/tuned/my_idea_pendulum.yaml").read_text()
     assert tuned == (paths.CONFIGS / "tuned" / "sac_pendulum.yaml").read_text()
 
-    train = "from levin import config, train; from pathlib import Path; import sys\n"
+    train = "from levin.config.compose import compose; from levin.training.session import train\n"
+    train += "from pathlib import Path; import sys\n"
     train += "for algo, run in [each.split('=') for each in sys.argv[1:]]:\n"
-    train += f"    train.train(config.compose(['algo=' + algo, *{SMALL}]), Path(run))"
+    train += f"    train(compose(['algo=' + algo, *{SMALL}]), Path(run))"
     run(clone, python, "-c", train, f"sac={tmp_path}/sac", f"my_idea={tmp_path}/my_idea")
     before = untimed(tmp_path / "sac" / "metrics.csv")
     assert before == untimed(tmp_path / "my_idea" / "metrics.csv")  # nothing is changed yet

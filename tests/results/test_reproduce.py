@@ -233,7 +233,8 @@ def test_what_is_stopped_goes_on(stored, tmp_path):
     script = f"""
 import sys
 from pathlib import Path
-from levin import paths, reproduce
+from levin import reproduce
+from levin.core import paths
 paths.ROOT, paths.EXPERIMENTS = Path({str(folder)!r}), Path({str(folder / "experiments")!r})
 sys.argv = ["reproduce", "exp=toy", "seeds=0", "jobs=1"]
 reproduce.main()

@@ -267,9 +267,9 @@ def test_a_buffer_costs_its_tensors():
     code = """
 import resource, torch
 from tensordict import TensorDict
-from levin import config, schema
-from levin.train import build
-algorithm, loader = build(config.compose(["env=halfcheetah"]))
+from levin.config.compose import compose
+from levin.training.session import build
+algorithm, loader = build(compose(["env=halfcheetah"]))
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 def chunk(n):
@@ -330,8 +330,9 @@ for name in ("mujoco", "Box2D", "ale_py", "dm_control", "shimmy", "rliable", "ra
 from levin import train
 sys.argv = ["train", "env=pendulum", "debug=smoke", "total_env_steps=128", "run=" + sys.argv[1]]
 train.main()
-from levin import collectors, envs
-env = envs.make(envs.EnvConfig(id="CartPole-v1", num_envs=2), seed=0)
+from levin.envs.config import EnvConfig
+from levin.envs.factory import make_env
+env = make_env(EnvConfig(id="CartPole-v1", num_envs=2), seed=0)
 env.reset()
 """
     answer = subprocess.run(

@@ -1,4 +1,7 @@
-"""Estimates of the gradient of an expectation, by draws from what it is over: see the README beside this file."""
+"""Gradient estimators: score function, pathwise, Gumbel-softmax and their like, for any expectation over draws.
+
+Start reading at `README.md`, which says what each is for, or at `base.py`, what all of them share.
+"""
 
 from levin.estimators.base import Draws, Estimator, attach, magic_box
 from levin.estimators.binary import ARM, ARMS, DisARM

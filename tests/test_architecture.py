@@ -1,0 +1,136 @@
+"""The packages of `levin` are layers: each imports only from those above it, and nothing goes in circles."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "levin"
+LAYERS = (
+    *("core", "estimators", "nn", "data", "model_based", "algorithms", "runs", "envs", "collectors", "training"),
+    *("config", "results", "lab", "bench"),
+)
+ONLY = {"core": set(), "estimators": {"core"}, "results": {"core", "runs"}}  # packages that need fewer than they may
+COMMANDS = {"train", "resume", "sweep", "evaluate", "play", "plot", "pin", "fork", "reproduce", "report"}
+ENV_IDS = {"dodge", "racing"}  # modules that configs name: levin.dodge:Dodge-v0
+FILES = 12  # of a package, `__init__.py` included
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name below `levin`: `envs.vector`; a package by its own."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, also within functions and for type hints."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name.removeprefix("levin.") for name in found if name.startswith("levin.")}
+    return names & MODULES.keys()
+
+
+GRAPH = {name: imports(path) - {name} for name, path in MODULES.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of two or more nodes (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            component = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def layer(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """The imports of packages that no package may have."""
+    wrong = []
+    for name, others in graph.items():
+        if layer(name) not in LAYERS:
+            continue
+        above = ONLY.get(layer(name), set(LAYERS[: LAYERS.index(layer(name))])) | {layer(name)}
+        wrong += [f"{name} -> {other}" for other in sorted(others) if other and layer(other) not in above]
+    return wrong
+
+
+def test_every_package_is_in_the_list_and_every_file_is_in_a_package():
+    assert {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
+    assert {path.stem for path in SOURCE.glob("*.py")} == {"__init__"} | COMMANDS | ENV_IDS
+
+
+def test_packages_import_only_from_those_above_them():
+    assert upward(GRAPH) == []
+
+
+def test_no_import_goes_in_circles():
+    assert circles(GRAPH) == []
+
+
+def test_what_these_tests_look_for_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    graph = {"nn.networks": {"envs.vector", "core.errors"}, "results.result": {"envs.config", "runs.load"}}
+    assert upward(graph) == ["nn.networks -> envs.vector", "results.result -> envs.config"]
+    assert GRAPH["lab.measure"] >= {"lab.pictures", "core.errors"}, "imports within functions count"
+
+
+@pytest.mark.parametrize("package", [*LAYERS, "training.distributed"])
+def test_a_package_is_small_and_its_docstring_says_where_to_start(package):
+    folder = SOURCE / package.replace(".", "/")
+    files = sorted(path.name for path in folder.glob("*.py"))
+    if package != "algorithms":
+        assert len(files) <= FILES
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert docstring is not None
+    named = [word.strip("`.,;:") for word in docstring.split()]
+    assert any(word.endswith((".py", ".md")) and (folder / word).exists() for word in named), "names a file to start at"
+
+
+def test_nothing_in_src_imports_experiments_or_tests():
+    for path in MODULES.values():
+        tree = ast.parse(path.read_text())
+        names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if name.partition(".")[0] in ("experiments", "tests", "support")], path
+
+
+def test_tests_mirror_the_packages():
+    folders = defaultdict(list)
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        folders[path.parent.name].append(path.name)
+    assert set(folders) <= {"tests", "commands", "scripts", *LAYERS}
+    names = [name for each in folders.values() for name in each]
+    assert len(names) == len(set(names)), "pytest imports test files by their names alone"
