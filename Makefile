@@ -1,31 +1,44 @@
-# `make` prints this help. Variables come from the command line only.
+# `make` prints this help. Variables come from the command line only, and reach no shell but in quotes.
 VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
+unexport $(VARIABLES)
 
 PYTHON ?= python3
-algo := $(or $(ALGO),sac)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+
+# A text, and what was typed for a variable, as one word of the shell: nothing in it is expanded.
+quote = '$(subst ','\'',$1)'
+typed = $(call quote,$(value $1))
+# ARGS are several words. Where they hold quotes of their own, the shell reads those.
+args = $(if $(findstring ",$(value ARGS))$(findstring ',$(value ARGS)),$(value ARGS),$(foreach word,$(value ARGS),$(call quote,$(word))))
+
+algo := $(or $(value ALGO),sac)
 # The env that the algorithm's YAML names, unless ENV does; and the extra that the env's YAML asks for.
 algo_yaml := $(wildcard configs/algo/$(algo).yaml experiments/*/algo/$(algo).yaml)
-env_name := $(or $(ENV),$(shell sed -n 's|.*override /env: *||p' $(algo_yaml) /dev/null))
+quoted = $(foreach file,$1,$(call quote,$(file)))
+env_name := $(or $(value ENV),$(shell sed -n 's|.*override /env: *\([a-z0-9_]*\).*|\1|p' $(call quoted,$(algo_yaml)) /dev/null))
 # A pinned config says it again.
-extra := $(shell sed -n 's/^\# needs the extra: *//p' $(or $(wildcard experiments/$(EXP)/config.yaml),configs/env/$(env_name).yaml) 2>/dev/null)
+env_yaml := $(or $(wildcard experiments/$(value EXP)/config.yaml),configs/env/$(env_name).yaml)
+extra := $(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$(env_yaml)) 2>/dev/null)
 # What the tests of every family and the types need.
 suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
-run = run=$(if $(EXP),experiments/$(EXP),$(RUN))
+run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
+seeds := $(or $(value SEEDS),$(value SEED),0)
 comma := ,
 space := $() $()
-choices := algo=$(algo) $(if $(ENV),env=$(ENV)) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
+choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
+studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report variance lab estimators dreaming worlds racing fork bench bench-setup test test-slow drill proof lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report study fork bench bench-setup test test-slow drill proof lint format lock clean
 
 help: ## Print this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: .venv/.dev ## Make .venv and install what is missing
+##@ Use
+setup: .venv/.dev ## Make .venv and install what is missing; every other command does so by itself
 
 .venv/.core: pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,76 +50,57 @@ setup: .venv/.dev ## Make .venv and install what is missing
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-train: $(needs) ## ALGO=sac [ENV=pendulum] [SEED=0] [SEEDS="0 1"] [STEPS=20000] [RUN=path] [ARGS="algo.gamma=0.98"] or [ARGS="-m algo.tau=.005,.01"]
-ifneq ($(filter -m --multirun launcher=%,$(ARGS)),)
-	$(BIN)/python -m levin.train $(choices) seed=$(subst $(space),$(comma),$(strip $(or $(SEEDS),$(SEED),0)))
+train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [RUN=path] [ARGS="algo.gamma=0.98"]
+ifneq ($(filter -m --multirun launcher=%,$(value ARGS)),)
+	$(BIN)/python -m levin.train $(choices) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
 else
-	@$(foreach seed,$(or $(SEEDS),$(SEED),0),set -x; $(BIN)/python -m levin.train $(choices) seed=$(seed) $(if $(RUN),run=$(RUN)$(if $(word 2,$(SEEDS)),/s$(seed))) || exit $$?;)
+	@$(foreach seed,$(seeds),set -x; $(BIN)/python -m levin.train $(choices) seed=$(call quote,$(seed)) $(if $(value RUN),$(call quote,run=$(value RUN)$(if $(word 2,$(value SEEDS)),/s$(seed)))) || exit $$?;)
 endif
 
 resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS is the new total
-	$(BIN)/python -m levin.resume run=$(RUN) $(if $(STEPS),total_env_steps=$(STEPS)) $(ARGS)
+	$(BIN)/python -m levin.resume $(run) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
 
 config: .venv/.core ## [ALGO=] [ENV=] prints every value and the file that set it
 	@$(BIN)/python -m levin.config $(choices)
 
 evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] writes evaluation.json
-	$(BIN)/python -m levin.evaluate $(run) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
+	$(BIN)/python -m levin.evaluate $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED))
 
 play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] writes videos/*.mp4
-	$(BIN)/python -m levin.play $(run) $(if $(EPISODES),episodes=$(EPISODES)) $(if $(SEED),seed=$(SEED))
+	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED))
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws evaluation curves
-	$(BIN)/python -m levin.plot "runs=$(RUNS)" $(ARGS)
-
-reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] runs it anew, compares, judges
-	$(BIN)/python -m levin.reproduce exp=$(EXP) $(if $(SEEDS),seeds="$(SEEDS)") $(if $(STEPS),total_env_steps=$(STEPS)) $(if $(JOBS),jobs=$(JOBS)) $(if $(STORE),store=true)
+	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
 
 fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/my_idea/
-	$(BIN)/python -m levin.fork algo=$(algo) name=$(NAME)
+	$(BIN)/python -m levin.fork $(call quote,algo=$(algo)) name=$(call typed,NAME)
+
+##@ Results
+reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] runs it anew, compares, judges
+	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(if $(value JOBS),jobs=$(call typed,JOBS)) $(if $(value STORE),store=true)
 
 pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] begins a new result in experiments/
-	$(BIN)/python -m levin.pin exp=$(EXP) $(choices)
-
-variance: .venv/.core .venv/.report ## Measures the variance of the policy gradient's forms again, half an hour
-	$(BIN)/python -m experiments.variance.run
-
-lab: .venv/.core .venv/.report ## [ARGS="out=runs/lab rows=20000"] Measures gradient estimators on known gradients, minutes
-	$(BIN)/python -m levin.lab $(ARGS)
-
-estimators: .venv/.core .venv/.report ## The lab, an autoencoder and two algorithms with other estimators again, half an hour
-	$(BIN)/python -m experiments.estimators.run
-
-dreaming: .venv/.core .venv/.report ## Dreamer with and without its dream's gradient and a memory, beside SAC, again, an hour
-	$(BIN)/python -m experiments.dreaming.run
-
-worlds: .venv/.core .venv/.report ## World Models in the dodge game, and PPO and SAC in dreams, again, an hour
-	$(BIN)/python -m experiments.worlds.run
-
-racing: .venv/.core .venv/.box2d .venv/.report ## World Models in CarRacing, with M trained and untrained, again, two hours
-	$(BIN)/python -m experiments.racing.run
+	$(BIN)/python -m levin.pin exp=$(call typed,EXP) $(choices)
 
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
-	$(BIN)/python -m levin.report $(if $(CHECK),check=true)
+	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)
 
-bench: .venv/.core .venv/.mujoco ## [WHAT=sac|td3|ddpg|dqn|ppo|a2c|trpo|collect|memory|checkpoint|estimators|dreamer|dream] speed beside the peers, interleaved
-	$(BIN)/python -m levin.bench what=$(or $(WHAT),sac) $(ARGS)
+study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2d) ## NAME=variance (dreaming, estimators, lab, racing, worlds) measures again, up to two hours
+	@$(if $(filter $(studies),$(value NAME)),,printf 'levin: NAME=%s is no study; valid: $(studies)\n' $(call typed,NAME) >&2; exit 2)
+	$(BIN)/python -m $(if $(filter lab,$(value NAME)),levin.lab $(args),experiments.$(value NAME).run)
 
-bench-setup: ## Install the peers into an environment of their own
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
-
+##@ Develop
 test: $(suite) ## Tests, in minutes
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(args)
 
 test-slow: $(suite) .venv/.scale ## Tests that train for minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(args)
 
 drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills runs, resumes them and compares; minutes
-	$(BIN)/python tests/drill.py $(ARGS)
+	$(BIN)/python tests/drill.py $(args)
 
-proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares every row's numbers and speed with a commit's
-	$(BIN)/python scripts/proof.py --base $(BASE) $(ARGS)
+proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares numbers and speed with a commit's
+	$(BIN)/python scripts/proof.py --base $(call typed,BASE) $(args)
 
 lint: $(suite) ## Ruff, codespell, pyright
 	$(BIN)/ruff check
@@ -117,6 +111,13 @@ lint: $(suite) ## Ruff, codespell, pyright
 format: .venv/.dev ## Let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: .venv/.core .venv/.mujoco ## [WHAT=ppo] speed beside the peers: sac td3 ddpg dqn ppo a2c trpo collect dreamer dream ...
+	$(BIN)/python -m levin.bench what=$(call quote,$(or $(value WHAT),sac)) $(args)
+
+bench-setup: ## Install the peers into an environment of their own
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
 
 lock: ## Refresh requirements.lock: the newest versions that the ranges of pyproject.toml allow
 	$(PYTHON) scripts/lock.py

@@ -126,6 +126,17 @@ def test_a_run_folder_that_is_not_writable_is_refused(place, monkeypatch, capsys
     assert "can't be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "path", ["it's (a) try", "lr=0.1,tau=[1]", "größe", "a#1", "5", 'say "yes"', "{x", "~a", "a\\b"]
+)
+def test_a_run_folder_is_what_was_typed(path):
+    assert compose(["algo=ppo", "env=cartpole", f"run=runs/{path}"]).run == f"runs/{path}"
+    assert compose([f"run={path}"]).run == path
+    assert compose(["run=null"]).run is None
+    with pytest.raises(ConfigError, match="name another folder"):
+        compose(["run=${seed}"])
+
+
 @pytest.mark.parametrize("command", ["evaluate", "play", "resume"])
 @pytest.mark.parametrize(
     ("words", "sentence"),

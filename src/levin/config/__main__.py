@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from levin.config.cli import parse
-from levin.config.compose import GROUPS, SEARCH_PATH, compose, with_search_path
+from levin.config.compose import GROUPS, SEARCH_PATH, compose, take_run, with_search_path
 from levin.core.errors import one_sentence
 from levin.core.omega import flatten, plain
 from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
@@ -18,7 +18,7 @@ from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
 
 def origins(overrides: list[str]) -> dict[str, str]:
     """Every key, and the file that set its value."""
-    overrides = with_search_path(overrides)
+    overrides, run = take_run(with_search_path(overrides))
     parsed = parse(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         from hydra.core.global_hydra import GlobalHydra
@@ -38,6 +38,8 @@ def origins(overrides: list[str]) -> dict[str, str]:
         if each.key_or_group not in (*GROUPS, SEARCH_PATH):
             origin = {key: of for key, of in origin.items() if not key.startswith(f"{each.key_or_group}.")}
             origin[each.key_or_group] = "command line"
+    if run is not None:
+        origin["run"] = "command line"
     return origin
 
 

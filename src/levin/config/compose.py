@@ -30,7 +30,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     Raises:
         ConfigError: Anything in them is not valid.
     """
-    overrides = with_search_path(overrides)
+    overrides, run = take_run(with_search_path(overrides))
     _check_groups(parse(overrides))
     overrides = [each for each in overrides if each not in UNSAID]
     try:
@@ -39,6 +39,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
             choices = config.hydra.runtime.choices
             OmegaConf.set_struct(config, False)
             del config["hydra"]
+            config.run = config.run if run is None else run
             return complete(config, choices, check_values=check_values)
     except ConfigError:
         raise
@@ -61,6 +62,22 @@ def complete(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
         schema.check(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def take_run(overrides: list[str]) -> tuple[list[str], str | None]:
+    """Take `run=path` out of the overrides: a path is what was typed, whatever Hydra's grammar would make of it.
+
+    Returns:
+        The other overrides, and the path; None without one.
+
+    Raises:
+        ConfigError: OmegaConf would take the path for a reference to another key.
+    """
+    others = [each for each in overrides if not each.startswith("run=") or each == "run=null"]
+    typed = [each.removeprefix("run=") for each in overrides if each not in others]
+    if typed and "${" in typed[-1]:
+        raise ConfigError(f"run={typed[-1]} holds ${{, which a config takes for another key; name another folder")
+    return others, typed[-1] if typed else None
 
 
 def with_search_path(overrides: list[str]) -> list[str]:

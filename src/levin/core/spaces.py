@@ -118,7 +118,7 @@ class NetworkInput:
     """
 
     def __init__(self, shown: Space) -> None:
-        self.space = shown
+        self.space: Space = shown
         self.is_identity = shown["type"] == "box" and bool(shown["shape"])
         self.is_identity &= shown["dtype"] != "uint8" or _channel_first(shown) == shown
         if self.is_identity:

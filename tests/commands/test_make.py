@@ -1,0 +1,119 @@
+"""The Makefile: what is typed reaches the commands word by word, and nothing of it is executed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NASTY = (
+    "runs/my run",
+    "runs/it's (a) try",
+    'runs/"quoted"',
+    "runs/lr=0.1,tau=[1]",
+    "runs/größe",
+    "$(touch pwned)",
+    "$(shell touch pwned)",
+    "`touch pwned`",
+    "a;touch pwned",
+    "a & touch pwned",
+    "${HOME}/$HOME/~",
+    "a|b>pwned",
+    "*",
+    "back\\slash",
+)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout whose python writes down its arguments, everything being installed."""
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "experiments" / "worlds").mkdir(parents=True)
+    (tmp_path / "experiments" / "worlds" / "run.py").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open('said', 'a'))\n"
+    )
+    python.chmod(0o755)
+    for name in ("core", "dev", "report", "mujoco", "box2d", "dmc", "atari"):
+        (tmp_path / ".venv" / f".{name}").touch()
+    return tmp_path
+
+
+def make(checkout: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *words], cwd=checkout, capture_output=True, text=True, check=False)
+
+
+def said(checkout: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (checkout / "said").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", NASTY)
+@pytest.mark.parametrize("command", ["train", "resume", "evaluate", "play"])
+def test_a_run_folder_of_any_name_arrives_as_it_was_typed(command, path, checkout):
+    answer = make(checkout, command, f"RUN={path}", "STEPS=64", "ENV=pendulum")
+    assert answer.returncode == 0, answer.stderr
+    (words,) = said(checkout)
+    assert words[:2] == ["-m", f"levin.{command}"]
+    assert f"run={path}" in words
+    assert not (checkout / "pwned").exists()
+
+
+@pytest.mark.parametrize("text", [each for each in NASTY if " " not in each and "'" not in each and '"' not in each])
+@pytest.mark.parametrize("name", ["ALGO", "ENV", "EXP", "STEPS", "SEED", "ARGS"])
+def test_no_variable_is_executed(name, text, checkout):
+    words = {"ALGO": f"algo={text}", "ENV": f"env={text}", "EXP": None, "STEPS": f"total_env_steps={text}"}
+    words |= {"SEED": f"seed={text}", "ARGS": text}
+    answer = make(checkout, "train", f"{name}={text}")
+    assert answer.returncode == 0, answer.stderr
+    (arrived,) = said(checkout)
+    assert words[name] is None or words[name] in arrived
+    assert not (checkout / "pwned").exists()
+
+
+@pytest.mark.parametrize("text", ["- override /env: pendulum$(touch pwned)", "- override /env: a;touch${IFS}pwned"])
+def test_nothing_in_a_yaml_is_executed(text, checkout):
+    idea = checkout / "experiments" / "idea $(touch pwned)" / "algo"
+    idea.mkdir(parents=True)
+    (idea / "sac.yaml").write_text(text)
+    (checkout / "configs" / "algo" / "sac.yaml").write_text(text)
+    (checkout / "configs" / "env" / "pendulum.yaml").write_text("# needs the extra: `touch pwned`\n")
+    assert make(checkout).returncode == 0
+    assert make(checkout, "train").returncode == 0
+    assert not (checkout / "pwned").exists()
+
+
+def test_seeds_have_a_folder_each_and_quotes_are_the_shells(checkout):
+    answer = make(checkout, "train", "RUN=my run", "SEEDS=0 1", 'ARGS=+callbacks.x.y="a b" algo.tau=.1')
+    assert answer.returncode == 0, answer.stderr
+    first, second = said(checkout)
+    assert first == ["-m", "levin.train", "algo=sac", "+callbacks.x.y=a b", "algo.tau=.1", "seed=0", "run=my run/s0"]
+    assert second[-2:] == ["seed=1", "run=my run/s1"]
+
+
+def test_variables_of_the_environment_do_not_count(checkout, monkeypatch):
+    monkeypatch.setenv("ALGO", "ppo")
+    assert make(checkout, "train").returncode == 0
+    assert "algo=sac" in said(checkout)[0]
+
+
+def test_a_study_has_a_name(checkout):
+    assert make(checkout, "study", "NAME=worlds").returncode == 0
+    assert make(checkout, "study", "NAME=lab", "ARGS=rows=20").returncode == 0
+    assert said(checkout) == [["-m", "experiments.worlds.run"], ["-m", "levin.lab", "rows=20"]]
+    answer = make(checkout, "study", "NAME=world;touch pwned")
+    assert "levin: NAME=world;touch pwned is no study; valid: worlds lab" in answer.stderr
+    assert not (checkout / "pwned").exists()
+
+
+def test_the_help_fits_on_one_screen(checkout):
+    lines = make(checkout).stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    assert [line for line in lines if line in ("Use", "Results", "Develop")] == ["Use", "Results", "Develop"]
