@@ -1,12 +1,14 @@
 """The packages of `levin` are layers: each imports only from those above it, and nothing goes in circles."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "levin"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "levin"
 LAYERS = (
     *("core", "estimators", "nn", "data", "model_based", "algorithms", "runs", "envs", "collectors", "training"),
     *("config", "results", "lab", "bench"),
@@ -134,3 +136,38 @@ def test_tests_mirror_the_packages():
     assert set(folders) <= {"tests", "commands", "scripts", *LAYERS}
     names = [name for each in folders.values() for name in each]
     assert len(names) == len(set(names)), "pytest imports test files by their names alone"
+
+
+PROSE = [
+    path
+    for pattern in (
+        "*.md",
+        "Makefile",
+        "pyproject.toml",
+        "src/**/*.py",
+        "src/**/*.md",
+        "configs/**/*.yaml",
+        "experiments/**/*.md",
+    )
+    for path in ROOT.glob(pattern)
+]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_module_and_test_that_prose_names_is_there(path):
+    text = path.read_text()
+    for name in re.findall(r"`levin\.([a-z_0-9.]*[a-z_0-9])", text):
+        parts = name.split(".")
+        assert any(".".join(parts[:n]) in MODULES for n in (len(parts), len(parts) - 1)) or name in ("load", "name"), (
+            name
+        )
+    for name in re.findall(r"\b((?:src|tests|configs|scripts)/[\w/]+\.(?:py|yaml|md))", text):
+        assert (ROOT / name).exists() or "x." in name, name
+    if path.suffix == ".md":
+        files = {file.name for folder in ("src", "tests") for file in (ROOT / folder).rglob("*.py")}
+        defined = set(
+            re.findall(r"def (test_\w+)", "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py")))
+        )
+        for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", text):
+            assert name in files or name in ("x.py", "algorithm.py", "run.py"), name
+        assert set(re.findall(r"`(test_\w+)(?:\[[^`]*\])?`", text)) <= defined

@@ -67,7 +67,7 @@ class Algorithm(LightningModule):
     `trainer.global_step` counts calls of `optimizer.step`, so it is never used: `env_steps` and `updates` are ours.
 
     Args:
-        env: Spaces and normalisation of the env (`envs.describe`); plain values.
+        env: Spaces and normalisation of the env (`levin.envs.factory.describe`); plain values.
 
     Raises:
         ConfigError: The algorithm can't act in that action space, or read that observation.
@@ -75,7 +75,9 @@ class Algorithm(LightningModule):
 
     actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # and "uint8": pixels
-    lock_free: ClassVar[bool] = False  # whether several processes may train it at once (strategies.Hogwild)
+    lock_free: ClassVar[bool] = (
+        False  # whether several processes may train it at once (levin.training.distributed.hogwild)
+    )
     trunk: nn.Module  # of a stochastic actor, and
     actor: nn.Module  # itself: what `policy` is made of
     steps_per_iteration: int | WholeEpisodes  # vector steps of a rollout

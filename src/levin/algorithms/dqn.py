@@ -55,7 +55,7 @@ class DQN(Algorithm):
     """Deep Q-network with a target network, experience replay and epsilon-greedy exploration.
 
     Args:
-        env: Spaces of the env (`envs.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe`).
         gamma: Discount. Paper, extended data table 1: 0.99.
         lr: Adam. CleanRL: 2.5e-4, as the paper's RMSprop.
         tau: Step of the target towards Q. Paper: 1, a copy.

@@ -36,7 +36,7 @@ Metrics:
     train/value_loss: squared error of v.
     train/imagined_return: E[V_lambda].
     train/entropy: of pi, nats, where that is known (discrete actions).
-    eval/open_loop_5, ...: see `levin.open_loop`.
+    eval/open_loop_5, ...: see `levin.model_based.open_loop`.
 """
 
 from pathlib import Path
@@ -70,7 +70,7 @@ class Dreamer(Algorithm):
     """World model, and an actor-critic that learns in its dreams.
 
     Args:
-        env: Spaces of the env (`envs.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe`).
         gamma: Discount. Paper: 0.99, as for all that follows.
         return_lambda: Decay of the lambda-return: 0.95.
         horizon: Imagined steps, H: 15.

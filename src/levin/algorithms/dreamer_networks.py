@@ -237,7 +237,7 @@ class WorldModel(nn.Module):
         deter, seed = self.transition(state, self.into_action(action))
         return State(deter, belief(self.prior_head(seed)).sample())
 
-    # What `levin.dream` asks for
+    # What `levin.model_based.dream_env` asks for
 
     @property
     def noise(self) -> int:

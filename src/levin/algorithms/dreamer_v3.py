@@ -40,7 +40,7 @@ Metrics:
     train/entropy: of pi, nats.
     train/prior_entropy, train/posterior_entropy: of the state, nats.
     train/clipped: share of parameters whose gradient was clipped.
-    eval/open_loop_5, ...: see `levin.open_loop`.
+    eval/open_loop_5, ...: see `levin.model_based.open_loop`.
 """
 
 from contextlib import nullcontext
@@ -80,7 +80,7 @@ class DreamerV3(Algorithm):
     Values are those of the code beside the paper, https://github.com/danijar/dreamerv3, for vectors of DM Control.
 
     Args:
-        env: Spaces of the env (`envs.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe`).
         gamma: Discount: 1 - 1/333.
         return_lambda: Decay of the lambda-return: 0.95.
         horizon: Imagined steps, H: 15.

@@ -151,7 +151,7 @@ class WorldModel(nn.Module):
             return deter, self.drawn(self.prior(deter))
         return deter, chosen(single(self.prior_head(deter)).unflatten(-1, self.choices)).flatten(-2)
 
-    # What `levin.dream` asks for
+    # What `levin.model_based.dream_env` asks for
 
     def encoded(self, action: Tensor) -> Tensor:
         """Actions of a policy as the model reads them: `[N, A]`."""

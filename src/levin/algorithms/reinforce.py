@@ -60,7 +60,7 @@ class REINFORCE(Algorithm):
     """Monte-Carlo policy gradient on whole episodes.
 
     Args:
-        env: Spaces of the env (`envs.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe`).
         gamma: Discount. SLM-Lab: 0.99, as for all that follows.
         advantage: What weighs an action: the `return` of the episode, the `reward_to_go`, or that minus a `baseline`,
             which is learned, `leave_one_out`, or `self_critical`. Every other episode is then one of the modes, which

@@ -56,7 +56,7 @@ class SAC(Algorithm):
     """Soft actor-critic with twin critics, a squashed Gaussian actor and a learned temperature.
 
     Args:
-        env: Spaces of the env (`envs.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe`).
         gamma: Discount. Table 1: 0.99.
         tau: Step of the target critics towards the critics. Table 1: 0.005.
         actor_lr: Adam. Table 1: 3e-4, as for the next two.

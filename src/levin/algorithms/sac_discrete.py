@@ -66,7 +66,7 @@ class SACDiscrete(Algorithm):
     """Soft actor-critic with twin critics and a learned temperature; expectations over actions exact or estimated.
 
     Args:
-        env: Spaces of the env (`envs.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe`).
         gamma: Discount. Paper, table 2: 0.99.
         tau: Step of the target critics towards the critics. SLM-Lab: 0.005.
         actor_lr: Adam. Paper: 3e-4, as for the next two.

@@ -33,7 +33,7 @@ Metrics:
     train/generations: of this round.
     train/dream_length: steps of dreamt episodes.
     eval/dream_return: of the controller that is evaluated, in 100 dreams.
-    eval/open_loop_5, ...: see `levin.open_loop`.
+    eval/open_loop_5, ...: see `levin.model_based.open_loop`.
 """
 
 from pathlib import Path
@@ -71,7 +71,7 @@ class WorldModels(Algorithm):
     Values are those of the paper and of its code for CarRacing, https://github.com/hardmaru/WorldModelsExperiments.
 
     Args:
-        env: Spaces of the env (`envs.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe`).
         rounds: How often all of it is done; each begins with what the one before has learned.
         collect_env_steps: Env steps of all collections together.
         latent_size: Z: 32.

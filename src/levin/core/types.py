@@ -1,4 +1,4 @@
-"""Number ranges for `__init__` hints. `schema.check` holds every YAML value against them."""
+"""Number ranges for `__init__` hints. `levin.config.schema.check` holds every YAML value against them."""
 
 from typing import Annotated, Literal
 

@@ -16,8 +16,8 @@ class EnvConfig:
     Args:
         id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. Of Atari a game, as in `space_invaders`.
         family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`; `atari` is
-            ale-py's vector env, see `levin.atari`; with `torchrl` the id is only a name, and with `dream`, which is the
-            model of `run`.
+            ale-py's vector env, see `levin.envs.atari`; with `torchrl` the id is only a name, and with `dream`, which is
+            the model of `run`.
         target: `my_module:make_env`, what makes a `torchrl.envs.EnvBase`, of one env or a batch of them.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
@@ -35,10 +35,11 @@ class EnvConfig:
         observation_clip: Bound on a normalised observation.
         normalize_reward: Divide by the running deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
-        run: Whose model is dreamt in, or seen with: of world_models, dreamer or dreamer_v3. See `levin.dream`.
+        run: Whose model is dreamt in, or seen with: of world_models, dreamer or dreamer_v3. See
+            `levin.model_based.dream_env`.
         temperature: Of a dream's draws, tau.
         wrappers: `[latent]` shows what the model of `run` makes of each observation.
-        kwargs: Passed on to `gymnasium.make`, `levin.atari.AtariGames`, or the target.
+        kwargs: Passed on to `gymnasium.make`, `levin.envs.atari.AtariGames`, or the target.
     """
 
     id: str

@@ -28,7 +28,7 @@ def restarted() -> bool:
 
 
 def requeue_on_signal() -> None:
-    """Let SIGUSR1 requeue this SLURM job. While a run trains, `guards.Preemption` takes the signal, to save first."""
+    """Let SIGUSR1 requeue this SLURM job. While a run trains, `Preemption` takes the signal, to save first."""
     if job() is not None:
         signal.signal(signal.SIGUSR1, partial(_requeue, os.getpid()))
 
