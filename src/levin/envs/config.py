@@ -16,8 +16,8 @@ class EnvConfig:
     Args:
         id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. Of Atari a game, as in `space_invaders`.
         family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`; `atari` is
-            ale-py's vector env, see `levin.envs.atari`; with `torchrl` the id is only a name, and with `dream`, which is
-            the model of `run`.
+            ale-py's vector env, see `levin.envs.atari`; with `torchrl` the id is only a name, and with `dream`,
+            which is the model of `run`.
         target: `my_module:make_env`, what makes a `torchrl.envs.EnvBase`, of one env or a batch of them.
         num_envs: Copies that are stepped together.
         vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
