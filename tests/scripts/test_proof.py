@@ -1,0 +1,62 @@
+"""scripts/proof.py: what it calls identical, what it calls faster, and which results it names."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "proof.py"
+
+
+@pytest.fixture(scope="module")
+def proof():
+    spec = importlib.util.spec_from_file_location("proof", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ONE = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.nextafter(ONE, torch.tensor(2.0)),
+        ONE.double(),
+        ONE.view(3, 2),
+        ONE[:1],
+        ONE.tolist(),
+        ONE * torch.tensor([1, 1, math.nan]),
+    ],
+    ids=["one bit", "dtype", "shape", "length", "no tensor", "nan"],
+)
+def test_what_differs_anywhere_is_not_identical(proof, other):
+    assert not proof.identical({"a": [ONE], "b": 1}, {"a": [other], "b": 1})
+    assert not proof.identical([ONE, other], [ONE, ONE])
+
+
+def test_equal_bits_are_identical_and_other_zeros_are_not(proof):
+    nan = torch.tensor([math.nan, 1.0])
+    assert proof.identical({"a": [nan, 1, "x", None]}, {"a": [nan.clone(), 1, "x", None]})
+    assert proof.identical(math.nan, math.nan)
+    assert not proof.identical(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not proof.identical({"a": 1}, {"a": 1, "b": 2})
+    assert not proof.identical([1, 2], [1, 2, 3])
+
+
+def test_steps_per_second_leave_out_the_first_row_and_evaluations(proof, tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "env_steps,eval/return_mean,time/env_steps_per_second\n100,,1\n200,,50\n300,,100\n400,7.0,1\n"
+    )
+    assert proof.steps_per_second(tmp_path) == pytest.approx(200 / (2 + 1))
+
+
+def test_stored_results_are_those_of_the_algorithms(proof):
+    assert proof.stored_results(set()) == []
+    found = proof.stored_results({"sac"})
+    assert "sac_pendulum" in found
+    assert "sac_discrete_cartpole" not in found
+    assert "sac_halfcheetah_1m" not in found, "it has no curves yet"
