@@ -1,4 +1,4 @@
-# `make` prints this help. Variables come from the command line only, and reach no shell but in quotes.
+# `make` prints this help. Variables come from the command line only. None is read by the shell, but ARGS with quotes.
 VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
@@ -29,6 +29,8 @@ seeds := $(or $(value SEEDS),$(value SEED),0)
 comma := ,
 space := $() $()
 choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
+# One of them, or nothing: not a word more.
+study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studies)))
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
@@ -86,8 +88,8 @@ report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture a
 	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)
 
 study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2d) ## NAME=variance (dreaming, estimators, lab, racing, worlds) measures again, up to two hours
-	@$(if $(filter $(studies),$(value NAME)),,printf 'levin: NAME=%s is no study; valid: $(studies)\n' $(call typed,NAME) >&2; exit 2)
-	$(BIN)/python -m $(if $(filter lab,$(value NAME)),levin.lab $(args),experiments.$(value NAME).run)
+	@$(if $(study),,printf 'levin: NAME=%s is no study; valid: $(studies)\n' $(call typed,NAME) >&2; exit 2)
+	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab $(args),experiments.$(study).run)
 
 ##@ Develop
 test: $(suite) ## Tests, in minutes

@@ -6,24 +6,34 @@ made again, and one that was interrupted continues from its checkpoint.
 
 import csv
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from levin import resume
 from levin.config.compose import compose
+from levin.core.omega import plain
 from levin.core.process import silence_libraries
 from levin.runs import checkpoint
 from levin.runs import folder as run_folder
+from levin.runs.load import load_config
 from levin.training.session import train
 
 
 def in_processes(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Call a function with each tuple of arguments, in as many processes as there are cores. Returns in their order."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=silence_libraries) as pool:
-        return [done.result() for done in [pool.submit(function, *job) for job in jobs]]
+        return list(pool.map(_call, repeat(function), jobs))  # the first error ends those that wait
+
+
+def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
+    return function(*job)
 
 
 def is_complete(run: Path) -> bool:
@@ -32,13 +42,25 @@ def is_complete(run: Path) -> bool:
 
 
 def train_once(words: list[str], run: Path) -> None:
-    """Train a run with these overrides, unless it is complete."""
-    if is_complete(run):
+    """Train a run with these overrides, unless it is complete. One that was begun with others begins anew."""
+    cfg = compose(words)
+    begun = run_folder.begun(run)
+    if begun and not _is_of(run, cfg):
+        shutil.rmtree(run)
+    elif begun and is_complete(run):
         return
     if checkpoint.numbered(run / "checkpoints"):
         resume.resume(run=str(run))
     else:
-        train(compose(words), run)
+        train(cfg, run)
+
+
+def _is_of(run: Path, cfg: DictConfig) -> bool:
+    """Return whether a run was begun with this config; how many threads it took is not the config's to say."""
+    saved, wanted = plain(load_config(run)), plain(cfg)
+    for each in (saved, wanted):
+        each["trainer"].pop("threads")
+    return saved == wanted
 
 
 def evaluations(run: Path) -> list[dict[str, str]]:

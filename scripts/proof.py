@@ -4,6 +4,8 @@ Each row of tests/rows.py is trained for a short run at BASE, in a worktree of i
 that users type. Checkpoints are read with `torch.load` alone, so nothing of the code that is judged judges itself. Runs
 alternate between the two trees, which makes their ratio of speeds mean something on a busy machine. Exits 0 when every
 number is identical to the bit and no row is slower, 1 otherwise.
+
+A row is one collector, one process, eager: `--words collector=torchrl` and the like look at other ways.
 """
 
 import argparse
@@ -27,7 +29,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from rows import ROWS, Row  # noqa: E402
 
-PARTS = ("parameters", "optimiser", "buffer", "random state", "metrics")
+PARTS = ("parameters", "optimiser", "buffer", "random state", "other state", "metrics")
+UNSAID = ("state_dict", "optimizer_states", "buffer", "rng", "hyper_parameters")  # not in "other state"
 COMMON = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv", "eval.every=100_000", "eval.episodes=1")
 SLOWER = 0.9  # ratio of steps/s that every pair must be below, of at least PAIRS_TO_JUDGE, to call a row slower
 PAIRS_TO_JUDGE = 3
@@ -45,9 +48,9 @@ def worktree(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
 
 
-def train(tree: Path, row: Row, env_steps: int, run: Path) -> str | None:
+def train(tree: Path, row: Row, env_steps: int, more: list[str], run: Path) -> str | None:
     """Train a row with the code of a tree. Returns None, or the last line of what it said when it failed."""
-    words = [f"algo={row.algo}", f"env={row.env}", *row.small, *COMMON, f"total_env_steps={env_steps}"]
+    words = [f"algo={row.algo}", f"env={row.env}", *row.small, *COMMON, f"total_env_steps={env_steps}", *more]
     words += [f"log_every={max(1, env_steps // 8)}", f"checkpoint.every={env_steps}", f"run={run}"]
     done = subprocess.run(
         [sys.executable, "-m", "levin.train", *words],
@@ -62,14 +65,28 @@ def train(tree: Path, row: Row, env_steps: int, run: Path) -> str | None:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Read what a run computed, by the names of PARTS."""
+    """Read what a run computed, by the names of PARTS.
+
+    Raises:
+        ValueError: It made no update, so nothing was learned that could differ.
+    """
     checkpoint = run / "checkpoints" / "last"
     state = torch.load(checkpoint / "state.ckpt", weights_only=True)
+    if not state["levin"]["updates"]:
+        raise ValueError(f"{run} made no update")
     files = sorted((checkpoint / "buffer").glob("*"))
     buffer = {file.name: torch.load(file, weights_only=True) for file in files}
-    metrics = [{name: value for name, value in each.items() if not name.startswith("time/")} for each in rows_of(run)]
-    values = (state["state_dict"], state["optimizer_states"], [state.get("buffer"), buffer], state["rng"], metrics)
+    other = untimed({key: value for key, value in state.items() if key not in UNSAID})
+    values = (state["state_dict"], state["optimizer_states"], [state.get("buffer"), buffer], state["rng"], other)
+    values = (*values, [list(each.items()) for each in map(untimed, rows_of(run))])
     return dict(zip(PARTS, values, strict=True))
+
+
+def untimed(value: Any) -> Any:
+    """Return a nested value without the entries `time/...` of its dicts."""
+    if isinstance(value, dict):
+        return {key: untimed(each) for key, each in value.items() if not str(key).startswith("time/")}
+    return type(value)(map(untimed, value)) if isinstance(value, list | tuple) else value
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:
@@ -99,7 +116,9 @@ def identical(a: Any, b: Any) -> bool:
         return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(identical, a, b))
-    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+    if isinstance(a, float):
+        return isinstance(b, float) and a.hex() == b.hex()
+    return type(a) is type(b) and a == b
 
 
 def stored_results(algos: set[str]) -> list[str]:
@@ -112,7 +131,9 @@ def stored_results(algos: set[str]) -> list[str]:
     ]
 
 
-def compare(row: Row, trees: dict[str, Path], env_steps: int, pairs: int) -> tuple[list[str], list[float]]:
+def compare(
+    row: Row, trees: dict[str, Path], env_steps: int, more: list[str], pairs: int
+) -> tuple[list[str], list[float]]:
     """Train a row in both trees. Returns the cells of its line in the table, and the ratios here / BASE of steps/s."""
     if not (trees["base"] / f"configs/algo/{row.algo}.yaml").exists():
         return ["new"] * len(PARTS), []
@@ -121,13 +142,14 @@ def compare(row: Row, trees: dict[str, Path], env_steps: int, pairs: int) -> tup
         with tempfile.TemporaryDirectory(prefix="levin-proof-") as folder:
             runs = {name: Path(folder) / name for name in trees}
             for name in sorted(trees, reverse=bool(pair % 2)):  # base first, then here first, ...
-                if failed := train(trees[name], row, env_steps, runs[name]):
+                if failed := train(trees[name], row, env_steps, more, runs[name]):
                     print(f"{row.algo} failed at {name}: {failed}", file=sys.stderr)
                     return ["failed"] * len(PARTS), []
             before, after = read(runs["base"]), read(runs["here"])
             for part in PARTS:
                 same[part] &= identical(before[part], after[part])
-            ratios.append(steps_per_second(runs["here"]) / steps_per_second(runs["base"]))
+            ratio = steps_per_second(runs["here"]) / steps_per_second(runs["base"])
+            ratios += [] if math.isnan(ratio) else [ratio]
     return ["identical" if same[part] else "DIFFERS" for part in PARTS], ratios
 
 
@@ -138,18 +160,23 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], help="algorithms; all of tests/rows.py without a word")
     parser.add_argument("--pairs", type=int, default=1, help="runs of each row in each tree")
     parser.add_argument("--length", type=int, default=4, help="times the env steps of the row")
+    parser.add_argument("--words", nargs="*", default=[], help="more overrides, algo.compile=true")
     options = parser.parse_args()
+    if options.pairs < 1 or options.length < 1:
+        parser.error("--pairs and --length are 1 or more")
     if unknown := set(options.rows) - {row.algo for row in ROWS}:
         parser.error(f"--rows {' '.join(sorted(unknown))}: no row of tests/rows.py")
     chosen = [row for row in ROWS if not options.rows or row.algo in options.rows]
-    changed, slower = set(), set()
+    changed, slower, new = set(), set(), set()
     with worktree(options.base) as base:
         print("| row | env steps |", " | ".join(PARTS), "| steps/s here / base |")
         print("|---|---|" + "---|" * (len(PARTS) + 1))
         for row in chosen:
             env_steps = row.env_steps * options.length
-            found, ratios = compare(row, {"base": base, "here": ROOT}, env_steps, options.pairs)
-            if set(found) - {"identical", "new"}:
+            found, ratios = compare(row, {"base": base, "here": ROOT}, env_steps, options.words, options.pairs)
+            if "new" in found:
+                new.add(row.algo)
+            elif set(found) != {"identical"}:
                 changed.add(row.algo)
             if len(ratios) >= PAIRS_TO_JUDGE and max(ratios) < SLOWER:
                 slower.add(row.algo)
@@ -160,9 +187,12 @@ def main() -> None:
         print(f"stored results of these algorithms: {' '.join(stored_results(changed)) or 'none'}")
     if slower:
         print(f"slower in every pair: {' '.join(sorted(slower))}")
-    if not changed and not slower:
-        print(f"every number is identical to the bit in {len(chosen)} rows")
-    raise SystemExit(bool(changed or slower))
+    if new:
+        print(f"not compared, since the commit has no such algorithm: {' '.join(sorted(new))}")
+    compared = len(chosen) - len(new)
+    if compared and not changed and not slower:
+        print(f"every number is identical to the bit in {compared} rows")
+    raise SystemExit(bool(changed or slower or not compared))
 
 
 if __name__ == "__main__":

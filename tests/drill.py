@@ -14,6 +14,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent / "support"))  # pytest finds it by pyproject.toml
+
 from checks import metrics, same, saved
 from levin.config import cli
 from levin.runs import checkpoint

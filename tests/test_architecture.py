@@ -1,7 +1,10 @@
 """The packages of `levin` are layers: each imports only from those above it, and nothing goes in circles."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -124,9 +127,18 @@ def test_a_package_is_small_and_its_docstring_says_where_to_start(package):
 
 def test_nothing_in_src_imports_experiments_or_tests():
     for path in MODULES.values():
-        tree = ast.parse(path.read_text())
-        names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        assert not [name for name in names if name.partition(".")[0] in ("experiments", "tests", "support")], path
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        helpers = {file.stem for folder in ("tests", "tests/support") for file in (ROOT / folder).glob("*.py")}
+        assert not {layer(name) for name in names} & {"experiments", "tests", *helpers}, path
+
+
+def test_the_drill_starts_without_pytest():
+    code = "import runpy, sys; sys.path.insert(0, 'tests'); runpy.run_path('tests/drill.py', run_name='drill')"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_tests_mirror_the_packages():

@@ -1,4 +1,4 @@
-"""The Makefile: what is typed reaches the commands word by word, and nothing of it is executed."""
+"""The Makefile: what is typed reaches the commands word by word, and only ARGS with quotes are read by the shell."""
 
 import json
 import shutil
@@ -65,16 +65,49 @@ def test_a_run_folder_of_any_name_arrives_as_it_was_typed(command, path, checkou
     assert not (checkout / "pwned").exists()
 
 
-@pytest.mark.parametrize("text", [each for each in NASTY if " " not in each and "'" not in each and '"' not in each])
-@pytest.mark.parametrize("name", ["ALGO", "ENV", "EXP", "STEPS", "SEED", "ARGS"])
-def test_no_variable_is_executed(name, text, checkout):
-    words = {"ALGO": f"algo={text}", "ENV": f"env={text}", "EXP": None, "STEPS": f"total_env_steps={text}"}
-    words |= {"SEED": f"seed={text}", "ARGS": text}
-    answer = make(checkout, "train", f"{name}={text}")
-    assert answer.returncode == 0, answer.stderr
-    (arrived,) = said(checkout)
-    assert words[name] is None or words[name] in arrived
+PAYLOADS = (
+    "$(touch${IFS}pwned)",
+    "$(shell touch pwned)",
+    "`touch${IFS}pwned`",
+    "worlds;touch${IFS}pwned;",
+    "x>pwned|y",
+)
+TYPED = {  # command -> the variables that it passes on
+    "train": ("ALGO", "ENV", "EXP", "STEPS", "SEED", "SEEDS", "ARGS", "RUN"),
+    "resume": ("RUN", "STEPS", "ARGS"),
+    "config": ("ALGO", "ENV", "STEPS", "ARGS"),
+    "evaluate": ("RUN", "EXP", "EPISODES", "SEED"),
+    "play": ("RUN", "EXP", "EPISODES", "SEED"),
+    "plot": ("RUNS", "ARGS"),
+    "fork": ("ALGO", "NAME"),
+    "reproduce": ("EXP", "SEEDS", "STEPS", "JOBS", "STORE"),
+    "pin": ("EXP", "ALGO", "ENV", "STEPS", "ARGS"),
+    "report": ("CHECK",),
+    "study": ("NAME",),
+    "bench": ("WHAT", "ARGS"),
+    "drill": ("ARGS",),
+    "proof": ("BASE", "ARGS"),
+    "test": ("ARGS",),
+    "help": ("ALGO", "ENV", "EXP", "NAME"),
+}
+
+
+@pytest.mark.parametrize("text", PAYLOADS)
+@pytest.mark.parametrize(("command", "name"), [(command, name) for command, names in TYPED.items() for name in names])
+def test_no_variable_is_executed(command, name, text, checkout):
+    make(checkout, command, f"{name}={text}")
+    make(checkout, command, f"{name}=worlds {text}")
     assert not (checkout / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("ALGO", "algo={}"), ("ENV", "env={}"), ("STEPS", "total_env_steps={}"), ("SEED", "seed={}"), ("ARGS", "{}")],
+)
+def test_a_value_arrives_as_it_was_typed(name, word, checkout):
+    text = "[1,2]*$HOME\\größe"
+    assert make(checkout, "train", f"{name}={text}").returncode == 0
+    assert word.format(text) in said(checkout)[0]
 
 
 @pytest.mark.parametrize("text", ["- override /env: pendulum$(touch pwned)", "- override /env: a;touch${IFS}pwned"])
@@ -107,6 +140,7 @@ def test_a_study_has_a_name(checkout):
     assert make(checkout, "study", "NAME=worlds").returncode == 0
     assert make(checkout, "study", "NAME=lab", "ARGS=rows=20").returncode == 0
     assert said(checkout) == [["-m", "experiments.worlds.run"], ["-m", "levin.lab", "rows=20"]]
+    assert make(checkout, "study", "NAME=worlds lab").returncode == 2
     answer = make(checkout, "study", "NAME=world;touch pwned")
     assert "levin: NAME=world;touch pwned is no study; valid: worlds lab" in answer.stderr
     assert not (checkout / "pwned").exists()

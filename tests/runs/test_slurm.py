@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
-from lightning import Callback
 
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
@@ -20,26 +19,8 @@ from levin.training.session import train
 from short_runs import TINY, assert_same_run
 
 WORDS = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
-PREEMPT = ("+callbacks.preempt._target_=test_slurm.Preempt",)
+PREEMPT = ("+callbacks.preempt._target_=preempt.Preempt",)
 HARMLESS = (*PREEMPT, "+callbacks.preempt.name=SIGCONT")
-
-
-class Preempt(Callback):
-    """Sends a signal to the process of a run that has not been resumed."""
-
-    def __init__(self, name: str = "SIGUSR1") -> None:
-        self.signal = signal.Signals[name]
-
-    def on_train_start(self, trainer, algorithm):
-        self.fresh = algorithm.env_steps == 0
-
-    def on_train_batch_end(self, trainer, algorithm, *_):
-        if self.fresh and algorithm.env_steps >= 96:
-            os.kill(os.getpid(), self.signal)
-            self.fresh = False
-
-    def teardown(self, trainer, algorithm, stage):
-        assert "lightning" not in str(signal.getsignal(signal.SIGUSR1))  # it would requeue the job itself
 
 
 class Slurm:

@@ -45,6 +45,42 @@ def test_equal_bits_are_identical_and_other_zeros_are_not(proof):
     assert not proof.identical(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not proof.identical({"a": 1}, {"a": 1, "b": 2})
     assert not proof.identical([1, 2], [1, 2, 3])
+    assert not proof.identical(1, True)
+    assert not proof.identical(1, 1.0)
+    assert not proof.identical(0.0, -0.0)
+
+
+def row(proof):
+    return next(each for each in proof.ROWS if each.algo == "sac")
+
+
+def test_a_row_that_the_commit_does_not_have_is_new(proof, tmp_path):
+    found, ratios = proof.compare(row(proof), {"base": tmp_path, "here": proof.ROOT}, 8, [], 1)
+    assert (set(found), ratios) == ({"new"}, [])
+
+
+@pytest.mark.parametrize("part", [None, 0, 5])
+def test_what_differs_in_one_pair_is_said(proof, part, monkeypatch):
+    def read(run):
+        pair["reads"] += 1
+        spoiled = run.name == "here" and pair["reads"] > 2  # in the second pair
+        return {name: int(spoiled and i == part) for i, name in enumerate(proof.PARTS)}
+
+    pair = {"reads": 0}
+    monkeypatch.setattr(proof, "train", lambda *_: None)
+    monkeypatch.setattr(proof, "read", read)
+    monkeypatch.setattr(proof, "steps_per_second", lambda run: {"base": 2.0, "here": 1.0}[run.name])
+    found, ratios = proof.compare(row(proof), {"base": proof.ROOT, "here": proof.ROOT}, 8, [], 2)
+    assert found == ["DIFFERS" if i == part else "identical" for i in range(len(proof.PARTS))]
+    assert ratios == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("words", [["--pairs", "0"], ["--rows", "sacc"], []])
+def test_wrong_words_are_refused(proof, words, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["proof.py", *(["--base", "HEAD"] if words else []), *words])
+    with pytest.raises(SystemExit) as stop:
+        proof.main()
+    assert stop.value.code == 2
 
 
 def test_steps_per_second_leave_out_the_first_row_and_evaluations(proof, tmp_path):
@@ -59,4 +95,3 @@ def test_stored_results_are_those_of_the_algorithms(proof):
     found = proof.stored_results({"sac"})
     assert "sac_pendulum" in found
     assert "sac_discrete_cartpole" not in found
-    assert "sac_halfcheetah_1m" not in found, "it has no curves yet"

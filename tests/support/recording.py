@@ -52,7 +52,7 @@ class Recording(TorchDispatchMode):
 
 
 def record(function: Callable[[], Any], _: Any) -> tuple[Any, Callable[[], None]]:
-    """As `capture.record`."""
+    """As `cuda_graphs.record`."""
     drawn = torch.get_rng_state()
     with Recording() as recording:
         result = function()

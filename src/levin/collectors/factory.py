@@ -80,13 +80,14 @@ def make_workers_collector(
     Raises:
         ConfigError: The envs can't be shared among them, or the algorithm can't learn from such rollouts.
     """
-    for is_asked, message in _refusals(name, env, algorithm, workers):
+    policy = algorithm.policy()
+    for is_asked, message in _refusals(name, env, algorithm, policy, workers):
         if is_asked:
             raise ConfigError(message)
     return WorkersCollector(
         name,
         env,
-        algorithm.policy(),
+        policy,
         steps=algorithm.steps_per_iteration,  # type: ignore[arg-type]  # whole episodes are refused
         random_env_steps=algorithm.random_env_steps,
         seed=seed,
@@ -95,9 +96,11 @@ def make_workers_collector(
     )
 
 
-def _refusals(name: str, env: SeededVectorEnv, algorithm: Algorithm, workers: int) -> list[tuple[bool, str]]:
+def _refusals(
+    name: str, env: SeededVectorEnv, algorithm: Algorithm, policy: TensorDictModule, workers: int
+) -> list[tuple[bool, str]]:
     """Return what a collector of several processes can't do: whether this run asks for it, and the message."""
-    num_envs, policy, asynchronous = env.num_envs, algorithm.policy(), name == "torchrl-async"
+    num_envs, asynchronous = env.num_envs, name == "torchrl-async"
     size = getattr(env.env, "size", 1)  # envs that `env.target` makes at once
     return [
         (

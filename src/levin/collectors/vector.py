@@ -248,7 +248,7 @@ class VectorCollector(BaseCollector):
             self.env.close()
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        raise RuntimeError("every episode has its own seed already: pass `seed` to envs.make")
+        raise RuntimeError("every episode has its own seed already: pass `seed` to levin.envs.factory.make_env")
 
     def state_dict(self) -> OrderedDict[str, Any]:
         """Plain values and tensors: counters, the current observation, and the actions of the open episodes."""

@@ -1,4 +1,4 @@
-"""What a worker of `torchrl_collectors` does: it makes its envs, acts in them, and leaves word if it can't."""
+"""What a worker of `levin.collectors.workers` does: it makes its envs, acts in them, and leaves word if it can't."""
 
 import ctypes
 import json

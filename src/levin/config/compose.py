@@ -73,11 +73,13 @@ def take_run(overrides: list[str]) -> tuple[list[str], str | None]:
     Raises:
         ConfigError: OmegaConf would take the path for a reference to another key.
     """
-    others = [each for each in overrides if not each.startswith("run=") or each == "run=null"]
-    typed = [each.removeprefix("run=") for each in overrides if each not in others]
-    if typed and "${" in typed[-1]:
-        raise ConfigError(f"run={typed[-1]} holds ${{, which a config takes for another key; name another folder")
-    return others, typed[-1] if typed else None
+    others = [each for each in overrides if not each.startswith("run=")]
+    typed = [each.removeprefix("run=") for each in overrides if each.startswith("run=")]
+    if not typed or typed[-1] == "null":
+        return others, None
+    if "${" in typed[-1] or typed[-1] == "???":
+        raise ConfigError(f"run={typed[-1]} is what a config takes for another key or none; name another folder")
+    return others, typed[-1]
 
 
 def with_search_path(overrides: list[str]) -> list[str]:

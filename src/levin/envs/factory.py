@@ -80,7 +80,7 @@ def make_env(
 def make_vector(
     config: EnvConfig, num_envs: int | None, *, training: bool = False, render: bool = False, copy: bool = True
 ) -> VectorEnv:
-    """As `make`, without seeds and with the actions of the env."""
+    """As `make_env`, without seeds and with the actions of the env."""
     families = {"torchrl": _make_torchrl, "atari": _make_atari, "dream": make_dream}
     return families.get(config.family, _make_gymnasium)(config, num_envs, training=training, render=render, copy=copy)
 

@@ -16,7 +16,7 @@ from levin.core.paths import ROOT
 from levin.runs import slurm
 
 PACKAGES = ("levin", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco", "numpy", "hydra-core")
-CODE = ("src", "configs", "requirements.lock", "experiments/*/*.py", "experiments/*/algo")
+CODE = ("src", "configs", "requirements.lock", "experiments/*.py", "experiments/*/*.py", "experiments/*/algo")
 
 
 def collect() -> dict[str, Any]:
