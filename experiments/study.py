@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from levin import resume
 from levin.config.compose import compose
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.core.process import silence_libraries
 from levin.runs import checkpoint
 from levin.runs import folder as run_folder
@@ -57,7 +57,7 @@ def train_once(words: list[str], run: Path) -> None:
 
 def _is_of(run: Path, cfg: DictConfig) -> bool:
     """Return whether a run was begun with this config; how many threads it took is not the config's to say."""
-    saved, wanted = plain(load_config(run)), plain(cfg)
+    saved, wanted = to_plain(load_config(run)), to_plain(cfg)
     for each in (saved, wanted):
         each["trainer"].pop("threads")
     return saved == wanted

@@ -18,13 +18,13 @@ from torch._dynamo.utils import counters
 from levin import resume
 from levin.algorithms.base import Algorithm
 from levin.config.compose import compose
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.envs.config import EnvConfig
 from levin.nn import cuda_graphs
 from levin.runs.checkpoint import FolderCheckpointIO
 from levin.runs.load import POLICY, export_policy
 from levin.runs.policy import Policy
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from recording import graphs
 from rows import LATE, Row
 
@@ -56,7 +56,7 @@ def saved(run: Path) -> dict[str, Any]:
 
 def build_row(row: Row, *overrides: str) -> Algorithm:
     words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides]
-    algorithm, _ = build(compose(words))
+    algorithm, _ = build_run(compose(words))
     algorithm.configure_optimizers()
     return algorithm
 
@@ -272,11 +272,11 @@ def learns_a_small_env(row: Row, tmp_path: Path) -> None:
 def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
     cfg = compose([f"algo={row.algo}"])
     signature_only = {"env"}
-    algorithm, _ = build(cfg)
+    algorithm, _ = build_run(cfg)
     parameters = set(inspect.signature(type(algorithm)).parameters)
     assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML shows every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
-    assert EnvConfig(**plain(cfg.env)).id
+    assert EnvConfig(**to_plain(cfg.env)).id
 
 
 @check

@@ -159,4 +159,4 @@ def main(*, kills: int = 50, terms: int = 20, seed: int = 0, jobs: int = os.cpu_
 
 
 if __name__ == "__main__":
-    main(**cli.words(sys.argv[1:], as_typed=[]))
+    main(**cli.parse_overrides(sys.argv[1:], as_typed=[]))

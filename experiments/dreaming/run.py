@@ -16,7 +16,7 @@ import numpy as np
 from experiments.study import evaluations, in_processes, train_once, write_table
 
 from levin.core.process import silence_libraries
-from levin.lab.pictures import read
+from levin.lab.pictures import read_csv
 from levin.results.aggregates import iqm_with_interval
 
 HERE = Path(__file__).parent
@@ -93,7 +93,7 @@ def report() -> None:
     """README.md and learning.png from the table alone."""
     curves: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     shares: dict[str, list[float]] = defaultdict(list)
-    for row in read(HERE / "learning.csv"):
+    for row in read_csv(HERE / "learning.csv"):
         steps = int(row["env_steps"]) // 1000 * 1000
         curves[row["run"]][steps].append(float(row["return_mean"]))
         if row["open_loop_15"]:
@@ -118,7 +118,7 @@ def report() -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "learning.png", dpi=110)
     plt.close(figure)
-    last = read(HERE / "pixels.csv")[-1]
+    last = read_csv(HERE / "pixels.csv")[-1]
     errors = {ahead: [float(last[f"{what}_{ahead}"]) for what in ("open_loop", "repeat_last")] for ahead in AHEAD}
     seen = [f"| {ahead} | {foreseen:.1f} | {repeated:.1f} |" for ahead, (foreseen, repeated) in errors.items()]
     words = {

@@ -24,9 +24,9 @@ from levin.estimators import (
     ScoreFunction,
     StraightThrough,
 )
-from levin.lab.digits import evaluate, fit
-from levin.lab.measure import lab, write
-from levin.lab.pictures import read
+from levin.lab.digits import test_loss, train_autoencoder
+from levin.lab.measure import lab, write_csv
+from levin.lab.pictures import read_csv
 from levin.results.aggregates import iqm_with_interval
 
 HERE = Path(__file__).parent
@@ -72,7 +72,7 @@ FORMS = {
 def autoencode(name: str, seed: int) -> float:
     """Test -ELBO."""
     torch.set_num_threads(1)
-    return evaluate(fit(AUTOENCODER[name][0], seed))
+    return test_loss(train_autoencoder(AUTOENCODER[name][0], seed))
 
 
 def measure_autoencoder() -> None:
@@ -80,7 +80,7 @@ def measure_autoencoder() -> None:
     jobs = [(name, seed) for name in AUTOENCODER for seed in SEEDS]
     found = zip(jobs, in_processes(autoencode, jobs), strict=True)
     rows = [{"estimator": name, "seed": seed, "negative_elbo": elbo} for (name, seed), elbo in found]
-    write(HERE / "autoencoder.csv", rows)
+    write_csv(HERE / "autoencoder.csv", rows)
 
 
 def run_of(algo: str, name: str, seed: int) -> Path:
@@ -109,7 +109,7 @@ def measure_learning() -> None:
 def draw_learning() -> dict[tuple[str, str], float]:
     """learning.png; gives the mean return over each run, averaged over the seeds."""
     curves: dict[tuple[str, str], dict[int, list[float]]] = {form: defaultdict(list) for form in FORMS}
-    for row in read(HERE / "learning.csv"):
+    for row in read_csv(HERE / "learning.csv"):
         curves[row["algorithm"], row["estimator"]][int(row["env_steps"])].append(float(row["return_mean"]))
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     for axes, algorithm in zip(panels, ("REINFORCE", "SAC-discrete"), strict=True):
@@ -132,7 +132,7 @@ def draw_learning() -> dict[tuple[str, str], float]:
 def autoencoder_table() -> str:
     """Markdown."""
     elbos: dict[str, list[float]] = defaultdict(list)
-    for row in read(HERE / "autoencoder.csv"):
+    for row in read_csv(HERE / "autoencoder.csv"):
         elbos[row["estimator"]].append(float(row["negative_elbo"]))
     lines = ["| estimator | test -ELBO, nats | per seed | a first implementation's |", "|---|---|---|---|"]
     for name, values in sorted(elbos.items(), key=lambda each: mean(each[1])):
@@ -146,7 +146,7 @@ def autoencoder_table() -> str:
 
 def lab_table() -> str:
     """Markdown: relative bias and variance of all estimators on the finite problems."""
-    rows = read(HERE / "lab.csv")
+    rows = read_csv(HERE / "lab.csv")
     names = list(dict.fromkeys(row["problem"] for row in rows))
     estimators = list(dict.fromkeys(row["estimator"] for row in rows))
     cells = {(row["problem"], row["estimator"]): row for row in rows}
@@ -173,7 +173,7 @@ def report() -> None:
     learned = "\n".join(f"| {algo} | {name} | {value:.0f} |" for (algo, name), value in returns.items())
     tables = {"lab": lab_table(), "autoencoder": autoencoder_table(), "learned": learned}
     variance = {
-        row["estimator"]: float(row["variance"]) for row in read(HERE / "lab.csv") if row["problem"] == "a coin"
+        row["estimator"]: float(row["variance"]) for row in read_csv(HERE / "lab.csv") if row["problem"] == "a coin"
     }
     text = TEXT.format(**tables, seeds=len(SEEDS), ratio=variance["score"] / variance["leave-one-out, 2"])
     (HERE / "README.md").write_text(text)

@@ -12,7 +12,7 @@ from experiments.study import evaluations, in_processes, train_once, write_table
 
 from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
-from levin.lab.pictures import read
+from levin.lab.pictures import read_csv
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "racing"
@@ -42,7 +42,7 @@ def measure() -> None:
 
 def report() -> None:
     """README.md and learning.png from the table alone."""
-    table = read(HERE / "returns.csv")
+    table = read_csv(HERE / "returns.csv")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     lines = []
     for kind in KINDS:

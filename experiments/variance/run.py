@@ -23,7 +23,7 @@ from levin.core.process import silence_libraries
 from levin.data.rollout import WholeEpisodes
 from levin.results.aggregates import iqm_with_interval
 from levin.runs.load import load_algorithm
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "variance"
@@ -48,7 +48,7 @@ EXACT = ["algo.discount_state_weighting=true", "algo.average_over=episodes"]
 
 def make(words: list[str]) -> tuple[Any, Any]:
     """An algorithm with its optimisers, and what collects for it; without a Trainer."""
-    algorithm, loader = build(compose([*COMMON, *words]))
+    algorithm, loader = build_run(compose([*COMMON, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = torch.Tensor.backward  # type: ignore[method-assign]
     return algorithm, loader

@@ -23,7 +23,7 @@ from levin.algorithms.world_models import WorldModels
 from levin.config.compose import compose
 from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
-from levin.lab.pictures import read
+from levin.lab.pictures import read_csv
 from levin.runs.load import load_algorithm
 from levin.training.session import train
 
@@ -117,7 +117,7 @@ def measure() -> None:
     names = [*(f"tau{temperature}" for temperature in TEMPERATURES), *OTHERS, "ppo", "sac"]
     lines = []
     for name, seed in product(names, SEEDS):
-        rows = read(RUNS / f"{name}_s{seed}" / "metrics.csv")
+        rows = read_csv(RUNS / f"{name}_s{seed}" / "metrics.csv")
         steps = rows[-1]["env_steps"]
         counts = (0, steps) if name in ("ppo", "sac") else (steps, rows[-1]["dream_steps"])
         lines.append([name, seed, dreamt(name, seed, rows), evaluated(name, seed), *counts])
@@ -139,7 +139,7 @@ def spread(values: list[float]) -> str:
 
 def report() -> None:
     """README.md and worlds.png from the tables alone."""
-    table = read(HERE / "returns.csv")
+    table = read_csv(HERE / "returns.csv")
     real = {name: [float(row["return"]) for row in table if row["run"] == name] for name in {r["run"] for r in table}}
     dream = {name: [float(row["dream_return"]) for row in table if row["run"] == name] for name in real}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -152,7 +152,7 @@ def report() -> None:
     left.axhline(RANDOM["Dodge"], color="gray", linestyle=":", label="uniform actions")
     left.set(xlabel="temperature", ylabel="return", title=f"Dodge, {len(SEEDS)} seeds, mean and deviation")
     left.legend(frameon=False)
-    rows = read(HERE / "generations.csv")
+    rows = read_csv(HERE / "generations.csv")
     for temperature, style in ((0.1, "--"), (1.15, "-")):
         for key, color in (("dream_return", "#2b6cb0"), ("return", "#c05621")):
             by_generation: dict[int, list[float]] = {}

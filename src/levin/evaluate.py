@@ -8,7 +8,7 @@ import numpy as np
 
 from levin.collectors.episodes import evaluate
 from levin.config import cli
-from levin.core.errors import one_sentence
+from levin.core.errors import exit_on_user_error
 from levin.core.process import silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION
@@ -43,8 +43,8 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
 
 def main() -> None:
     """Print the mean return and its deviation."""
-    with one_sentence():
-        result = evaluate_run(**cli.arguments(evaluate_run))
+    with exit_on_user_error():
+        result = evaluate_run(**cli.command_arguments(evaluate_run))
     print(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes")
 
 

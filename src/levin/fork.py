@@ -13,7 +13,7 @@ import yaml
 
 from levin.config import cli
 from levin.core import paths
-from levin.core.errors import ConfigError, one_sentence, valid_names
+from levin.core.errors import ConfigError, exit_on_user_error, valid_names
 from levin.runs import provenance
 
 README = """# {name}
@@ -85,8 +85,8 @@ def _rename(code: str, old: str, new: str) -> str:
 
 def main() -> None:
     """Say where it is."""
-    with one_sentence():
-        folder = fork(**cli.arguments(fork))
+    with exit_on_user_error():
+        folder = fork(**cli.command_arguments(fork))
     name = folder.name
     print(f"experiments/{name}/algorithm.py is yours: change it, then make train ALGO={name}")
 

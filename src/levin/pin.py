@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from levin.collectors.episodes import evaluate
 from levin.config.compose import compose
 from levin.core import paths
-from levin.core.errors import ConfigError, one_sentence
-from levin.core.omega import plain
+from levin.core.errors import ConfigError, exit_on_user_error
+from levin.core.omega import to_plain
 from levin.core.process import silence_libraries
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
@@ -52,7 +52,7 @@ def pin(exp: str, overrides: list[str]) -> Path:
 def random_return(cfg: DictConfig) -> float:
     """The mean return of uniform actions over 100 episodes, rounded to what their number can tell."""
     silence_libraries()
-    env = make_env(EnvConfig(**plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
+    env = make_env(EnvConfig(**to_plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
     policy = TensorDictModule(Uniform(env), in_keys=["observation"], out_keys=["action"])
     returns, _ = evaluate(policy, env, EPISODES)
     env.close()
@@ -73,7 +73,7 @@ class Uniform(nn.Module):
 
 def main() -> None:
     """Say what to do next."""
-    with one_sentence():
+    with exit_on_user_error():
         names, overrides = [each for each in sys.argv[1:] if each.startswith("exp=")], sys.argv[1:]
         if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):
             raise ConfigError("exp is missing: exp=sac_hopper")

@@ -4,7 +4,7 @@ import glob
 from pathlib import Path
 
 from levin.config import cli
-from levin.core.errors import ConfigError, one_sentence
+from levin.core.errors import ConfigError, exit_on_user_error
 from levin.results.curves import CURVES, Curve, read_curves, read_run
 
 METRICS = "metrics.csv"
@@ -21,20 +21,20 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
     Raises:
         ConfigError: No run is there, or it has no evaluation yet.
     """
-    from levin.results.figures import draw, new_figure, save  # rliable takes seconds to import
+    from levin.results.figures import draw_line, new_figure, save_figure  # rliable takes seconds to import
 
     figure, axes = new_figure()
-    curves = collect(runs)
+    curves = collect_curves(runs)
     names = {label: Path(label).name for label in curves}
     for label, seeds in curves.items():
         name = names[label] if list(names.values()).count(names[label]) == 1 else label
-        draw(axes, f"{name} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})", seeds)
+        draw_line(axes, f"{name} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})", seeds)
     axes.legend(frameon=False)
-    save(figure, Path(out))
+    save_figure(figure, Path(out))
     return Path(out)
 
 
-def collect(runs: str) -> dict[str, list[Curve]]:
+def collect_curves(runs: str) -> dict[str, list[Curve]]:
     """The curves of the seeds, by the folder that they share.
 
     Raises:
@@ -63,8 +63,8 @@ def collect(runs: str) -> dict[str, list[Curve]]:
 
 def main() -> None:
     """Print where the picture is."""
-    with one_sentence():
-        print(plot(**cli.arguments(plot)))
+    with exit_on_user_error():
+        print(plot(**cli.command_arguments(plot)))
 
 
 if __name__ == "__main__":

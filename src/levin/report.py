@@ -6,11 +6,11 @@ and `README.md`, and `experiments/aggregate.png`.
 
 from levin.config import cli
 from levin.core import paths
-from levin.core.errors import ConfigError, one_sentence
+from levin.core.errors import ConfigError, exit_on_user_error
 from levin.results import figures
 from levin.results.result import (
     Result,
-    broken,
+    find_broken,
     result_folders,
 )
 from levin.results.tables import expected_texts
@@ -29,7 +29,7 @@ def report(*, check: bool = False) -> list[str]:
         ConfigError: A result lacks its reference or a source in it.
     """
     results = [Result.read(cell) for cell in result_folders()]
-    faults = {result.name: list(broken(result)) for result in results}
+    faults = {result.name: list(find_broken(result)) for result in results}
     wrong = [f"{name}: {each}" for name, found in faults.items() for each in found]
     if wrong and not check:
         raise ConfigError("; ".join(wrong))
@@ -40,7 +40,7 @@ def report(*, check: bool = False) -> list[str]:
             if not check:
                 path.write_text(text)
     for path, source, draw in figures.expected(results):
-        if figures.description(path) != source:
+        if figures.read_description(path) != source:
             wrong.append(f"{path.relative_to(paths.ROOT)} was not drawn from these curves")
             if not check:
                 draw()
@@ -49,8 +49,8 @@ def report(*, check: bool = False) -> list[str]:
 
 def main() -> None:
     """Say what was rebuilt; with check=true, what is wrong, and exit 1."""
-    with one_sentence():
-        arguments = cli.arguments(report)
+    with exit_on_user_error():
+        arguments = cli.command_arguments(report)
         wrong = report(**arguments)
     if arguments.get("check"):
         print("\n".join(wrong) or "every number follows from its curves")

@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli, schema
 from levin.core import paths
-from levin.core.errors import ConfigError, RunError, one_sentence
+from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.types import PositiveInt
 from levin.report import report
 from levin.results.curves import read_curves
-from levin.results.reproduction import Outcome, judge, kept_seeds, store_runs
+from levin.results.reproduction import Outcome, judge_runs, kept_seeds, store_runs
 from levin.results.result import (
     CONFIG,
     read_reference,
@@ -62,7 +62,7 @@ def reproduce(
     """
     cell = result_folder(exp)
     cfg, reference = load_config(cell), read_reference(cell)
-    chosen = _seeds(seeds) or sorted(read_curves(cell)) or [0, 1, 2]
+    chosen = _parse_seeds(seeds) or sorted(read_curves(cell)) or [0, 1, 2]
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true keeps whole runs only: leave total_env_steps alone")
     kept = kept_seeds(cell, chosen) if store else []
@@ -71,8 +71,8 @@ def reproduce(
     folders = _prepare(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
     cores = os.cpu_count() or 1
-    _run(folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1))))
-    outcome = judge(cell, reference, folders, kept)
+    _train_seeds(folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1))))
+    outcome = judge_runs(cell, reference, folders, kept)
     if store:
         store_runs(cell, folders, kept)
         report()
@@ -81,7 +81,7 @@ def reproduce(
     return outcome
 
 
-def _seeds(words: str) -> list[int]:
+def _parse_seeds(words: str) -> list[int]:
     if not all(word.isdigit() for word in words.split()):
         raise ConfigError(f"seeds={words}: whole numbers, separated by spaces")
     return sorted(map(int, words.split()))
@@ -95,30 +95,30 @@ def _prepare(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
         begun = sorted(each.name for each in batch.glob("s*"))
         if not (batch / DONE).exists() and begun == sorted(each.name for each in folders.values()):
             commits = {run_folder.sessions(run).get("git_sha", commit) for run in folders.values()}
-            if commits == {commit} and all(load_config(each[1]) == _of_seed(cfg, *each) for each in folders.items()):
+            if commits == {commit} and all(load_config(each[1]) == _config_of_seed(cfg, *each) for each in folders.items()):
                 print(f"{batch}: goes on", flush=True)
                 return folders
     batch = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}" / exp
     folders = {seed: batch / f"s{seed}" for seed in seeds}
     for seed, run in folders.items():
         run.mkdir(parents=True)
-        (run / CONFIG).write_text(OmegaConf.to_yaml(_of_seed(cfg, seed, run)))
+        (run / CONFIG).write_text(OmegaConf.to_yaml(_config_of_seed(cfg, seed, run)))
     print(f"{batch}: begins", flush=True)
     return folders
 
 
-def _of_seed(cfg: DictConfig, seed: int, run: Path) -> DictConfig:
+def _config_of_seed(cfg: DictConfig, seed: int, run: Path) -> DictConfig:
     cfg = cfg.copy()
     cfg.seed, cfg.run = seed, str(run)
     return cfg
 
 
-def _run(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
+def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
     """Train what is not complete yet, each seed in a process of its own; say how far they are twice a minute."""
     waiting = dict(folders)
     running: dict[int, subprocess.Popen[bytes]] = {}
     last_said = time.monotonic()
-    with _stopping(running):
+    with _stop_on_exit(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 seed, run = next(iter(waiting.items()))
@@ -151,7 +151,7 @@ def _env_steps(run: Path) -> int:
 
 
 @contextmanager
-def _stopping(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]:
+def _stop_on_exit(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]:
     """Let no run outlive this process: whatever ends it, they are asked to save, and waited for."""
 
     def stop(*_: Any) -> None:
@@ -171,9 +171,9 @@ def _stopping(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]:
 
 def main() -> None:
     """Print the verdict; exit 1 on a miss."""
-    with one_sentence():
+    with exit_on_user_error():
         os.chdir(paths.ROOT)
-        outcome = reproduce(**cli.arguments(reproduce))
+        outcome = reproduce(**cli.command_arguments(reproduce))
     print(f"stored: {outcome.stored}")
     print(f"published: {outcome.published}")
     print(f"verdict: {outcome.verdict}{'' if outcome.good else ', and a miss'}")

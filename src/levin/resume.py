@@ -8,13 +8,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli, schema
-from levin.core.errors import ConfigError, one_sentence, valid_names
-from levin.core.omega import flatten, plain
+from levin.core.errors import ConfigError, exit_on_user_error, valid_names
+from levin.core.omega import flat_keys, to_plain
 from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
 from levin.training.distributed import sharding
-from levin.training.session import follow, train
+from levin.training.session import train_rank, train
 
 # What may differ from the saved config: nothing of it changes a number that was or will be computed.
 MAY_CHANGE = (
@@ -38,7 +38,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
     folder = Path(run)
     cfg = load_config(folder)
     total = cfg.total_env_steps
-    lines = change(cfg, changes)
+    lines = apply_changes(cfg, changes)
     if cfg.total_env_steps != total and cfg.algo.get("schedule_env_steps") == total:
         cfg.algo.schedule_env_steps = cfg.total_env_steps
         lines.append(
@@ -47,10 +47,10 @@ def resume(*, run: str, **changes: Any) -> float | None:
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     name = algorithm_class(cfg).__name__
-    if sharding.of_this_process(cfg):  # torchrun or srun has started it: the first rank looks after the folder
+    if sharding.process_rank(cfg):  # torchrun or srun has started it: the first rank looks after the folder
         if (run_folder.sessions(folder).get("env_steps") or 0) < cfg.total_env_steps:
             begun = checkpoint.numbered(folder / "checkpoints")
-            follow(cfg, folder, checkpoint.newest(folder, buffer=True, algorithm=name) if begun else None)
+            train_rank(cfg, folder, checkpoint.newest(folder, buffer=True, algorithm=name) if begun else None)
         return None
     print(*lines, sep="\n", end="\n" if lines else "")
     with run_folder.lock(folder):
@@ -67,14 +67,14 @@ def resume(*, run: str, **changes: Any) -> float | None:
         # A job that resumes until it is done must see no failure.
         print(f"run={run} is complete with {env_steps} env steps; to go on, say a larger total_env_steps")
         return None
-    for line in differences(folder):
+    for line in environment_changes(folder):
         print(f"levin: {line}", file=sys.stderr)
     if path is not None:
         checkpoint.set_aside_newer(path.parent)
     return train(cfg, folder, ckpt_path=path)
 
 
-def change(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
+def apply_changes(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
     """Put the changes into the saved config; one line for each value that is now another.
 
     Raises:
@@ -83,7 +83,7 @@ def change(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
     lines = []
     OmegaConf.set_struct(cfg, False)
     for key, value in changes.items():
-        known = [*flatten(plain(cfg)), *MAY_CHANGE]
+        known = [*flat_keys(to_plain(cfg)), *MAY_CHANGE]
         if key not in known:
             raise ConfigError(f"{key} is unknown; {valid_names(key, MAY_CHANGE)}")
         old = OmegaConf.select(cfg, key)
@@ -99,7 +99,7 @@ def change(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
     return lines
 
 
-def differences(run: Path) -> list[str]:
+def environment_changes(run: Path) -> list[str]:
     """One sentence for each fact of the last session that is another now: numbers may differ from here on."""
     facts = run_folder.sessions(run)
     if not facts:
@@ -114,8 +114,8 @@ def differences(run: Path) -> list[str]:
 
 def main() -> None:
     """Continue the run that the command line names."""
-    with one_sentence():
-        words = cli.words(sys.argv[1:], as_typed=["run"])
+    with exit_on_user_error():
+        words = cli.parse_overrides(sys.argv[1:], as_typed=["run"])
         for key in words:  # what even no saved config can have
             if "." not in key and key not in ("run", *inspect.signature(schema.top_level).parameters):
                 raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")

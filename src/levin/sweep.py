@@ -21,11 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from levin import resume
 from levin.config import cli
-from levin.config.compose import UNSAID, complete, compose, with_search_path
-from levin.core.errors import ConfigError, RunError, one_sentence
-from levin.core.omega import flatten, plain
+from levin.config.compose import NULL_DEFAULTS, finalize, compose, with_search_path
+from levin.core.errors import ConfigError, RunError, exit_on_user_error
+from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
-from levin.core.process import say
+from levin.core.process import print_line
 from levin.runs import folder as run_folder
 from levin.training.session import train
 
@@ -41,9 +41,9 @@ def sweep(words: list[str]) -> None:
     Raises:
         ConfigError: One of the values is not valid; nothing was run.
     """
-    words = [word for word in words if word not in (*FLAGS, *UNSAID)]
-    parsed = [each for each in cli.parse(words) if not each.key_or_group.startswith("hydra")]
-    choices = {str(each.key_or_group): _values(each) for each in parsed}
+    words = [word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)]
+    parsed = [each for each in cli.parse_hydra_overrides(words) if not each.key_or_group.startswith("hydra")]
+    choices = {str(each.key_or_group): _parse_values(each) for each in parsed}
     first = [values[0] for values in choices.values()]
     for i, values in enumerate(choices.values()):
         for value in values:
@@ -59,15 +59,15 @@ def sweep(words: list[str]) -> None:
     }
     ours = [f"{key}={value}" for key, value in options.items()]
     sys.argv[1:] = ["--multirun", *ours, *with_search_path(words)]
-    run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)
+    run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)
     if "launcher" in choices:
-        said = {str(each.key_or_group): str(each.value()) for each in cli.parse(words)}
-        _wait(run_all, said.get("hydra.sweep.dir", options["hydra.sweep.dir"]))
+        said = {str(each.key_or_group): str(each.value()) for each in cli.parse_hydra_overrides(words)}
+        _wait_for_jobs(run_all, said.get("hydra.sweep.dir", options["hydra.sweep.dir"]))
     else:
         run_all()
 
 
-def _wait(run_all: Callable[[], None], folder: str) -> None:
+def _wait_for_jobs(run_all: Callable[[], None], folder: str) -> None:
     """Submit the runs as jobs, whose folder this is, and wait for them.
 
     Raises:
@@ -76,7 +76,7 @@ def _wait(run_all: Callable[[], None], folder: str) -> None:
     """
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # for the jobs: on USR2 they would be requeued without saving
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback, and raises nothing
-    say(f"jobs of {folder}: what they print is in {folder}/.submitit")
+    print_line(f"jobs of {folder}: what they print is in {folder}/.submitit")
     try:
         run_all()
     except HydraException as error:
@@ -87,14 +87,14 @@ def _wait(run_all: Callable[[], None], folder: str) -> None:
         raise SystemExit(130) from None  # what SLURM runs goes on
 
 
-def job(cfg: DictConfig) -> float | None:
+def run_job(cfg: DictConfig) -> float | None:
     """One run of the sweep, or what is left of it: submitit calls it again for a job that was preempted."""
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
     try:
-        with one_sentence():
-            cfg = complete(cfg, hydra.runtime.choices)
-            said = _said(cfg, list(hydra.overrides.task))
+        with exit_on_user_error():
+            cfg = finalize(cfg, hydra.runtime.choices)
+            said = _chosen_values(cfg, list(hydra.overrides.task))
             result = resume.resume(run=str(run), **said) if run_folder.begun(run) else train(cfg, run)
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
@@ -106,15 +106,15 @@ def job(cfg: DictConfig) -> float | None:
     return result
 
 
-def _said(cfg: DictConfig, words: list[str]) -> dict[str, Any]:
+def _chosen_values(cfg: DictConfig, words: list[str]) -> dict[str, Any]:
     """The values that the command line chose: those of a run that has begun must be the same."""
-    keys = [str(each.key_or_group) for each in cli.parse(words)]
-    leaves = flatten(plain(cfg))
+    keys = [str(each.key_or_group) for each in cli.parse_hydra_overrides(words)]
+    leaves = flat_keys(to_plain(cfg))
     said = {leaf: OmegaConf.select(cfg, leaf) for leaf in leaves if any(f"{leaf}.".startswith(f"{k}.") for k in keys)}
     return {"name": cfg.name, **{key: value for key, value in said.items() if value is not None}}
 
 
-def _values(override: Override) -> list[str]:
+def _parse_values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
     value: Any = override.value()

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from levin import resume
 from levin.config.compose import compose
-from levin.core.errors import one_sentence
+from levin.core.errors import exit_on_user_error
 from levin.runs import folder as run_folder
 from levin.runs import slurm
 from levin.sweep import sweep
 from levin.training.distributed import sharding
-from levin.training.session import follow, train
+from levin.training.session import train_rank, train
 
 
 def main() -> None:
     """Compose the config from the command line and train; many of them with `-m`, as jobs with `launcher=`."""
-    with one_sentence():
+    with exit_on_user_error():
         words = sys.argv[1:]
         if any(word in ("-m", "--multirun") or word.startswith("launcher=") for word in words):
             sweep(words)
@@ -24,8 +24,8 @@ def main() -> None:
         cfg = compose(words)
         if (before := run_folder.of_this_job(cfg)) is not None:
             resume.resume(run=str(before))
-        elif sharding.of_this_process(cfg):
-            follow(cfg, Path(cfg.run or "runs"))
+        elif sharding.process_rank(cfg):
+            train_rank(cfg, Path(cfg.run or "runs"))
         else:
             train(cfg, run_folder.folder(cfg))
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from checks import metrics, same, saved
 from dreams import Says, records, rollouts, spec
 from levin.algorithms.dreamer import Dreamer
-from levin.algorithms.dreamer_networks import Belief
+from levin.algorithms.dreamer_networks import GaussianState
 from levin.config.compose import compose
 from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.data.sequences import SequenceReplay
 from levin.model_based import open_loop
 from levin.model_based.recurrent import OneHotAction, State
-from levin.nn.parameters import frozen
+from levin.nn.parameters import freeze
 from levin.runs.policy import Policy
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 
 SMALL = (
     *("algo=dreamer", "env=pendulum", "algo.size=micro", "algo.free_nats=0"),
@@ -31,7 +31,7 @@ SMALL = (
 
 
 def make(*words: str) -> Dreamer:
-    algorithm, _ = build(compose([*SMALL, *words]))
+    algorithm, _ = build_run(compose([*SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -223,8 +223,8 @@ def test_the_model_without_a_memory_has_none():
 
 def test_kl_of_gaussians_and_free_nats():
     zero, one, two = torch.zeros(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0)
-    assert Belief(zero, one).kl(Belief(one, two)).item() == pytest.approx(0.443147, abs=1e-6)
-    assert Belief(one, two).kl(Belief(zero, one)).item() == pytest.approx(1.306853, abs=1e-6)
+    assert GaussianState(zero, one).kl(GaussianState(one, two)).item() == pytest.approx(0.443147, abs=1e-6)
+    assert GaussianState(one, two).kl(GaussianState(zero, one)).item() == pytest.approx(1.306853, abs=1e-6)
     for free_nats in (1e6, 0.0):
         algorithm = make(f"algo.free_nats={free_nats}")
         kl, *_ = algorithm.model_loss(records())
@@ -285,7 +285,7 @@ def test_the_dream_is_differentiated_into_the_policy_alone():
     # the loss of the actor alone
     algorithm = make()
     algorithm.zero_grad()
-    with frozen([*algorithm.model_parameters, *algorithm.critic_parameters]):
+    with freeze([*algorithm.model_parameters, *algorithm.critic_parameters]):
         algorithm.dream(start)[0].backward()
     for name, value in algorithm.named_parameters():
         moved = value.grad is not None and value.grad.abs().sum() > 0
@@ -436,7 +436,7 @@ def echo(folder: Path, shifted: bool) -> tuple[float, float]:
         kl, loss, _, _ = algorithm.model_loss(batch)
         algorithm.step(algorithm.model_optimizer, 0.1 * kl + 10 * loss)
     batch = algorithm.buffer.sample(1, 64, torch.device("cpu"))[0]
-    found = open_loop.foreseen(algorithm.buffer, algorithm.device, algorithm.foresee, folder / "echo.png")
+    found = open_loop.evaluate_open_loop(algorithm.buffer, algorithm.device, algorithm.foresee, folder / "echo.png")
     assert (found["eval/open_loop_5"] < 0.2 * found["eval/repeat_last_5"]) != shifted
     with torch.no_grad():
         states, _, _ = algorithm.model.observe(batch["observation"], batch["action"], batch["is_first"])
@@ -563,7 +563,7 @@ def test_every_hyper_parameter_has_an_effect(algo):
     rollout = TensorDict({**steps, "next": {**after, "done": done, "terminated": done}}, batch_size=(1, 80))
 
     def result(*change: str) -> dict[str, Tensor]:
-        algorithm, _ = build(compose([*words, *change]))
+        algorithm, _ = build_run(compose([*words, *change]))
         algorithm.configure_optimizers()
         algorithm.manual_backward = lambda loss: loss.backward()
         if algo == "dreamer_v3":

@@ -11,7 +11,7 @@ from torchrl.objectives import two_hot_decode, two_hot_encode
 from dreams import Says
 from dreams_v3 import drawn, make, with_noise
 from levin.algorithms.dreamer_v3 import DreamerV3
-from levin.algorithms.dreamer_v3_networks import kl, linear
+from levin.algorithms.dreamer_v3_networks import categorical_kl, linear
 from levin.data.sequences import LATENT
 from levin.model_based.recurrent import State
 
@@ -107,7 +107,7 @@ def test_the_model_loss_clamps_each_state():
     posterior = flat.detach().clone()
     posterior[0, 0] = torch.tensor([5.0] + [0.0] * (posterior.shape[-1] - 1)).log_softmax(-1)
     algorithm.model.prior = lambda deter: flat.flatten(0, 1)
-    large = kl(posterior, flat)[0, 0].item()
+    large = categorical_kl(posterior, flat)[0, 0].item()
     assert large > 5
     found = [algorithm.model_loss(batch, state, posterior)[0].item()]
     algorithm.dynamics_scale = algorithm.representation_scale = 0.0

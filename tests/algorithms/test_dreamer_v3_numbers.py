@@ -10,7 +10,7 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 from dreams import spec
 from dreams_v3 import count, drawn, make
 from levin.algorithms.dreamer_v3 import DreamerV3
-from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, chosen, kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, sample_one_hot, categorical_kl, symexp, symlog
 from levin.model_based.recurrent import State
 from levin.nn.optimizers import LaProp
 
@@ -106,16 +106,16 @@ def test_kl_with_a_share_of_a_uniform_distribution():
     model = make().model
     model.choices = (1, 4)
     peak, flat = (model.log_probs(torch.tensor([numbers])) for numbers in ([2.0, 0, 0, 0], [0.0] * 4))
-    assert kl(peak, flat).item() == pytest.approx(0.458838, abs=1e-6)
-    assert kl(flat, peak).item() == pytest.approx(0.444200, abs=1e-6)
+    assert categorical_kl(peak, flat).item() == pytest.approx(0.458838, abs=1e-6)
+    assert categorical_kl(flat, peak).item() == pytest.approx(0.444200, abs=1e-6)
     one, other = (model.log_probs(torch.tensor([numbers])) for numbers in ([99.0, 0, 0, 0], [0.0, 99, 0, 0]))
     assert one.exp().flatten().tolist() == pytest.approx([0.9925, 0.0025, 0.0025, 0.0025])
-    assert kl(one, other).item() == pytest.approx(5.924097, abs=1e-5)
+    assert categorical_kl(one, other).item() == pytest.approx(5.924097, abs=1e-5)
     numbers = torch.randn(2, 3, 8 * 5)
     model.choices = (8, 5)
     mixed = [model.log_probs(each) for each in numbers]
     theirs = categorical_kl_terms(*(each.unflatten(-1, (8, 5)) for each in numbers), unimix=0.01)
-    found = kl(*mixed).squeeze(-1)
+    found = categorical_kl(*mixed).squeeze(-1)
     assert any(torch.allclose(found, each.reshape(found.shape), atol=1e-5) for each in theirs if each.numel() == 3) or (
         theirs[0].ndim == 0 and torch.allclose(found.clamp(min=1).mean(), theirs[0], atol=1e-5)
     )
@@ -128,7 +128,7 @@ def test_free_nats_are_of_a_state_and_not_of_each_choice():
     numbers[..., 0] = 0.4041  # whose KL to a uniform one is 0.02
     numbers.requires_grad_()
     ours, theirs = numbers.log_softmax(-1), torch.zeros(1, 32, 2).log_softmax(-1)
-    found = kl(ours, theirs)
+    found = categorical_kl(ours, theirs)
     assert found.item() == pytest.approx(0.64, abs=2e-3)
     free = found.clamp(min=algorithm.free_nats).mean()
     free.backward()
@@ -174,12 +174,12 @@ def test_draws_are_one_hot_and_their_gradient_is_that_of_the_mixture():
 
 def test_draws_without_a_gradient_have_the_same_distribution():
     logits = torch.tensor([[2.0, 0.0, -1.0, -50.0], [0.0, 0.0, 0.0, 3.0]])
-    draws = chosen(logits.expand(100_000, 2, 4))
+    draws = sample_one_hot(logits.expand(100_000, 2, 4))
     assert (draws.sum(-1) == 1).all()
     wanted = 0.99 * logits.softmax(-1) + 0.01 / 4
     error = (wanted * (1 - wanted) / len(draws)).sqrt()
     assert ((draws.mean(0) - wanted).abs() < 5 * error).all()
-    assert torch.equal(chosen(torch.tensor([[0.0, 1e9]] * 3)).sum(-1), torch.ones(3))
+    assert torch.equal(sample_one_hot(torch.tensor([[0.0, 1e9]] * 3)).sum(-1), torch.ones(3))
 
 
 # --- the optimiser

@@ -6,7 +6,7 @@ from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 from dreams_v3 import drawn, make, observed, with_noise
 from levin.algorithms.dreamer_v3_networks import SIZES
 from levin.data.sequences import LATENT
-from levin.estimators.pathwise import largest
+from levin.estimators.pathwise import one_hot_argmax
 from levin.model_based.recurrent import State
 
 
@@ -33,7 +33,7 @@ def test_observing_a_sequence_is_observing_step_by_step():
 def test_acting_is_observing():
     """What the policy believed in an env is what the model makes of the records of it, from the first state on."""
     algorithm = make()
-    algorithm.model.drawn = lambda log_probs: largest(log_probs).flatten(-2)
+    algorithm.model.drawn = lambda log_probs: one_hot_argmax(log_probs).flatten(-2)
     policy, data = algorithm.policy().module, drawn(algorithm, first=(4,))
     kept, chosen = [], []
     with torch.no_grad():

@@ -16,10 +16,10 @@ from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.data.replay import FrameReplay
 from levin.envs.config import EnvConfig
-from levin.envs.factory import make_env, make_one
+from levin.envs.factory import make_env, make_single_env
 from levin.nn.distributions import Categorical, MultiCategorical, OneHot
 from levin.nn.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from rows import LATE, ROWS
 
 CONTINUOUS, DISCRETE = ("ddpg", "td3", "sac"), ("dqn", "sac_discrete")
@@ -39,7 +39,7 @@ def small_env(algo: str) -> str:
 
 def make(algo: str, *words: str):
     """An algorithm with its optimisers, without a Trainer."""
-    algorithm, _ = build(compose([f"algo={algo}", small_env(algo), *SMALL, *words]))
+    algorithm, _ = build_run(compose([f"algo={algo}", small_env(algo), *SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -151,7 +151,7 @@ def test_train_every_and_updates_per_step(algo, train_every, updates_per_step, u
 def test_random_env_steps_and_learning_starts(algo):
     """One says until when actions are random, the other from when on updates are made; both alike without a word."""
     assert make(algo).random_env_steps == 20
-    algorithm, loader = build(compose([f"algo={algo}", small_env(algo), *SMALL, "algo.random_env_steps=70"]))
+    algorithm, loader = build_run(compose([f"algo={algo}", small_env(algo), *SMALL, "algo.random_env_steps=70"]))
     assert (algorithm.random_env_steps, algorithm.learning_starts) == (70, 20)
     assert loader.collector.random_env_steps == 70
 
@@ -214,7 +214,7 @@ def test_estimators_of_the_actor(env, critic):
     where = ["env=cartpole"] if env == "cartpole" else ["env=gym", "env.id=toy_envs:Buttons-v0"]
     words = ["algo=sac_discrete", *where, f"algo.critic={critic}", "algo.hidden_sizes=[16]", "seed=1"]
     torch.manual_seed(0)
-    algorithm = build(compose(words))[0]
+    algorithm = build_run(compose(words))[0]
     for parameter in algorithm.critic.parameters():  # far from linear
         parameter.data *= 4
     sizes = algorithm.env["action"].get("nvec")
@@ -439,7 +439,7 @@ def test_pixels(algo, storage, tmp_path):
     words = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", *SMALL, "env.num_envs=2"]
     words += ["algo.replay_ratio=0.25", "eval.episodes=1", "algo.buffer_size=80", "algo.steps_per_iteration=4"]
     words += [f"algo.buffer_storage={storage}", *(["algo.schedule_env_steps=96"] if algo == "dqn" else [])]
-    before, _ = build(compose(words))
+    before, _ = build_run(compose(words))
     assert isinstance(before.buffer, FrameReplay)
     train(compose([*words, "total_env_steps=96"]), tmp_path / "straight")
     train(compose([*words, "total_env_steps=48"]), tmp_path / "halves")
@@ -459,8 +459,8 @@ def test_pixels(algo, storage, tmp_path):
 
 
 def test_frames_are_stacked_as_gymnasium_says():
-    env = make_one(EnvConfig(id="toy_envs:Frame-v0", frame_stack=3))
-    plain = make_one(EnvConfig(id="toy_envs:Frame-v0"))
+    env = make_single_env(EnvConfig(id="toy_envs:Frame-v0", frame_stack=3))
+    plain = make_single_env(EnvConfig(id="toy_envs:Frame-v0"))
     assert env.observation_space.shape == (3, 36, 36)
     seen = [plain.reset(seed=1)[0]] * 3
     observation, _ = env.reset(seed=1)

@@ -22,13 +22,13 @@ from levin.data.rollout import WholeEpisodes
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 from levin.nn.distributions import Categorical, Normal
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from rows import LATE, POINT, ROWS
 
 
 def make(*words: str):
     """An algorithm with its optimisers, without a Trainer."""
-    algorithm, _ = build(compose([*LATE, *words]))
+    algorithm, _ = build_run(compose([*LATE, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -79,10 +79,10 @@ def test_step_count_runs_on_from_the_last_rollout():
 
 def test_rollouts_carry_step_counts_where_they_are_asked_for():
     words = ["algo=a2c", *POINT, "env.num_envs=3", "algo.steps_per_iteration=7"]
-    _, loader = build(compose([*LATE, *words, "algo.discount_state_weighting=true"]))
+    _, loader = build_run(compose([*LATE, *words, "algo.discount_state_weighting=true"]))
     counts = torch.cat([next(loader)["step_count"] for _ in range(7)], 1)  # episodes have twenty steps
     assert counts.squeeze(-1).tolist() == [[t % 20 for t in range(49)]] * 3
-    _, loader = build(compose([*LATE, *words]))
+    _, loader = build_run(compose([*LATE, *words]))
     assert "step_count" not in next(loader)
 
 
@@ -380,7 +380,7 @@ WRONG = {
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_input_is_one_sentence(words):
     with pytest.raises(ConfigError) as error:
-        build(compose(words.split()))
+        build_run(compose(words.split()))
     assert WRONG[words] in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -20,18 +20,18 @@ from checks import metrics, same, saved
 from levin import resume
 from levin.algorithms.world_models import WorldModels
 from levin.algorithms.world_models_evolution import Evolution
-from levin.algorithms.world_models_networks import Controllers, Memory, Mind, Mixture, Vision
+from levin.algorithms.world_models_networks import Controllers, Memory, LatentState, Mixture, Vision
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
 from levin.core.spaces import EMPTY
 from levin.data.sequences import LATENT
 from levin.envs import dodge
 from levin.envs.config import EVALUATION, EnvConfig
-from levin.envs.factory import load_env, make_env, make_one
+from levin.envs.factory import load_env, make_env, make_single_env
 from levin.evaluate import evaluate_run
 from levin.model_based.dream_env import DreamEnv, LatentEnv
-from levin.training.session import build, train
-from levin.training.video import play
+from levin.training.session import build_run, train
+from levin.training.video import record_video
 
 SMALL = (
     *("algo=world_models", "env=dodge", "env.num_envs=2", "logger=csv", "log_every=20", "trainer.threads=1"),
@@ -50,7 +50,7 @@ MIXTURE = Mixture(
 
 
 def make(*words: str) -> WorldModels:
-    algorithm, _ = build(compose([*SMALL, *words]))
+    algorithm, _ = build_run(compose([*SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -369,7 +369,7 @@ def test_what_is_stored_after_an_evolution_in_the_env_begins_an_episode():
 
 
 def test_replay_keeps_what_the_encoder_makes_of_each_picture():
-    algorithm, loader = build(compose([*SMALL, "algo.collect_env_steps=400", "total_env_steps=400"]))
+    algorithm, loader = build_run(compose([*SMALL, "algo.collect_env_steps=400", "total_env_steps=400"]))
     algorithm.configure_optimizers()
     for rollout, _ in zip(loader, range(8), strict=False):
         algorithm.collect(rollout)
@@ -495,7 +495,7 @@ def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
         for t in range(num):
             policy.carry.action = policy.carry.action if t == 0 else model.encoded(torch.from_numpy(actions[t - 1]))
             policy(pictures[t : t + 1], torch.tensor([[t == 0]]))
-            feature = Mind(policy.carry.stoch, *policy.carry.deter.chunk(2, -1)).feature
+            feature = LatentState(policy.carry.stoch, *policy.carry.deter.chunk(2, -1)).feature
             torch.testing.assert_close(feature, torch.from_numpy(seen[t]), rtol=1e-4, atol=1e-5)
 
 
@@ -548,10 +548,10 @@ def test_a_dreamer_s_dream(algo, env, words, tmp_path):
     assert all(torch.allclose(each.stoch, cold[0].stoch, atol=1e-2) for each in cold)
     mean = torch.stack([each.stoch for each in drawn]).mean(0)
     if algo == "dreamer":
-        from levin.algorithms.dreamer_networks import belief
+        from levin.algorithms.dreamer_networks import to_gaussian
 
         _, seed = model.transition(mind, model.into_action(encoded))
-        wanted = belief(model.prior_head(seed)).mean
+        wanted = to_gaussian(model.prior_head(seed)).mean
     else:
         wanted = model.prior(drawn[0].deter).exp().flatten(-2)
     torch.testing.assert_close(mean, wanted.to(mean), rtol=0, atol=0.2)
@@ -590,7 +590,7 @@ def test_bad_input_is_a_sentence(straight, tmp_path):
     with pytest.raises(ConfigError, match="leaves none to evolve a controller in"):
         train(compose([*SMALL, "algo.controller_training=real"]), tmp_path / "real")
     with pytest.raises(ConfigError, match="reads pixels, but the observations of CartPole-v1 have vectors"):
-        build(compose(["algo=world_models", "env=cartpole"]))
+        build_run(compose(["algo=world_models", "env=cartpole"]))
 
 
 def test_every_hyper_parameter_has_an_effect(tmp_path):
@@ -637,7 +637,7 @@ def test_every_hyper_parameter_has_an_effect(tmp_path):
 
 def test_dodge():
     """What it shows moves with the player; episodes end with a hit; the light blinks; chance is the seed's alone."""
-    env = make_one(EnvConfig(id="levin.dodge:Dodge-v0", kwargs={"balls": 1}))
+    env = make_single_env(EnvConfig(id="levin.dodge:Dodge-v0", kwargs={"balls": 1}))
     game: Any = env.unwrapped
     first, _ = env.reset(seed=3)
     assert env.observation_space.contains(first)
@@ -663,7 +663,7 @@ def test_dodge():
 
 def test_a_dream_is_shown_beside_what_was_seen(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    _, beside = play(run=str(tmp_path / "run"))
+    _, beside = record_video(run=str(tmp_path / "run"))
     assert beside.name == f"{120 + 40 + 48}_0_dream.mp4"
     frames = imageio.mimread(beside)
     assert frames[0].shape == (256, 528, 3)
@@ -675,7 +675,7 @@ def test_races_are_drawn_once_for_an_action():
     """The frames that are shown, the rewards and the ends are those of an env that draws all of them."""
     pytest.importorskip("Box2D")
     cfg = EnvConfig(id="levin.racing:Racing-v3", action_repeat=3, time_limit=10)
-    lazy, eager = make_one(cfg), make_one(cfg)
+    lazy, eager = make_single_env(cfg), make_single_env(cfg)
     eager.lazy = False
     drawn = []
     game: Any = lazy.unwrapped

@@ -13,7 +13,7 @@ from levin.collectors.loader import CollectorLoader
 from levin.config.compose import compose
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
-from levin.training.session import build
+from levin.training.session import build_run
 from policies import Linear
 
 
@@ -32,7 +32,7 @@ def collect(collector, rollouts: int) -> TensorDict:
 def test_twins_begin_alike_and_the_second_takes_the_modes():
     """Each pair of episodes has one seed; no two pairs share theirs."""
     words = ["algo=reinforce", "env=cartpole", "algo.advantage=self_critical", "algo.episodes_per_update=3"]
-    algorithm, loader = build(compose([*words, "algo.transitions_per_update=1"]))
+    algorithm, loader = build_run(compose([*words, "algo.transitions_per_update=1"]))
     algorithm.actor.network[-1].weight.data *= 100  # modes that depend on the state
     rollouts = [next(loader) for _ in range(3)]
     starts = []

@@ -29,10 +29,10 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST
 from levin.data.rollout import ENV_INDEX, POLICY_VERSION
 from levin.envs.config import EVALUATION, EnvConfig
-from levin.envs.factory import describe, make_env
+from levin.envs.factory import describe_env, make_env
 from levin.envs.vector import SeededVectorEnv
 from levin.nn.exploration import GaussianNoise, NoisyPolicy
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from policies import Linear
 from short_runs import SMALL
 
@@ -239,13 +239,13 @@ REFUSED = [
 @pytest.mark.parametrize(("words", "said"), REFUSED)
 def test_what_can_t_be_shared_is_refused(words, said):
     with pytest.raises(ConfigError, match=said):
-        build(compose(["env=pendulum", "collector=torchrl-async", *words]))
+        build_run(compose(["env=pendulum", "collector=torchrl-async", *words]))
 
 
 def test_ray_is_asked_for_by_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="collector=ray needs a package"):
-        build(compose(["env=pendulum", "collector=ray", "env.num_envs=2"]))
+        build_run(compose(["env=pendulum", "collector=ray", "env.num_envs=2"]))
 
 
 def test_hogwild_has_workers_of_its_own():
@@ -455,7 +455,7 @@ def test_envs_draw_from_a_stream_of_their_own():
 @pytest.mark.parametrize("choices", ["categorical", "one_hot"])
 def test_choices_are_numbers(choices):
     env = torchrl_env("line", 2, choices=choices)
-    assert describe(env)["action"]["n"] == 3
+    assert describe_env(env)["action"]["n"] == 3
     before, _ = env.reset()
     after = env.step(np.array([0, 2]))[0]
     np.testing.assert_allclose(after - before, [[-0.5], [0.5]], atol=0.05)
@@ -472,7 +472,7 @@ def test_evaluations_have_as_many_envs_as_a_batch_has():
 def test_vectors_become_one():
     env = torchrl_env("line", 2, parts=True)
     observation, _ = env.reset()
-    assert describe(env)["observation"]["shape"] == [3]
+    assert describe_env(env)["observation"]["shape"] == [3]
     np.testing.assert_allclose(observation[:, 1:], 2 * observation[:, :1].repeat(2, 1))
 
 
@@ -497,7 +497,7 @@ def test_vectors_become_one():
 )
 def test_what_makes_no_sense_for_torchrl_envs_is_refused(words, said):
     with pytest.raises(ConfigError, match=said):
-        build(compose(["algo=sac", "env=torchrl", *words]))
+        build_run(compose(["algo=sac", "env=torchrl", *words]))
 
 
 PPO = ("algo=ppo", "logger=csv", "log_every=64", "algo.steps_per_iteration=16", "algo.batch_size=16")

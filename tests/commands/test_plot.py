@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("rliable", reason="the extra `report` draws")
 
 from levin.core.errors import ConfigError
-from levin.plot import collect, plot
+from levin.plot import collect_curves, plot
 
 
 def write_run(folder, returns):
@@ -35,8 +35,8 @@ def test_two_algorithms_are_two_curves(two_algorithms):
 
 
 def test_seeds_are_found_in_runs_and_in_folders_of_runs(two_algorithms):
-    whole = collect(f"{two_algorithms}/sac_point")
-    each = collect(f"{two_algorithms}/sac_point/*")
+    whole = collect_curves(f"{two_algorithms}/sac_point")
+    each = collect_curves(f"{two_algorithms}/sac_point/*")
     assert list(whole) == list(each) == [f"{two_algorithms}/sac_point"]
     for curves in (whole, each):
         (seeds,) = curves.values()
@@ -46,7 +46,7 @@ def test_seeds_are_found_in_runs_and_in_folders_of_runs(two_algorithms):
 def test_a_result_in_git_can_be_drawn(tmp_path):
     with gzip.open(tmp_path / "curves.csv.gz", "wt") as file:
         file.write("seed,env_steps,return_mean,return_std\n0,100,1,0\n0,200,3,0\n1,100,2,0\n1,200,4,0\n")
-    (curves,) = collect(str(tmp_path)).values()
+    (curves,) = collect_curves(str(tmp_path)).values()
     assert [(curve.env_steps.tolist(), curve.return_mean.tolist()) for curve in curves] == [
         ([100, 200], [1.0, 3.0]),
         ([100, 200], [2.0, 4.0]),

@@ -11,7 +11,7 @@ from levin.config import __main__ as print_config
 from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
-from levin.core.omega import flatten, plain
+from levin.core.omega import flat_keys, to_plain
 
 WRONG = [
     (["algo=sacc"], "algo=sacc is unknown; valid: sac"),
@@ -233,7 +233,7 @@ def test_every_tuned_file_names_an_algorithm_and_an_env(name):
     )
     cfg = compose([f"algo={algo}", f"env={env}"])
     text = OmegaConf.load(paths.CONFIGS / "tuned" / f"{name}.yaml")
-    for key in flatten(plain(text)):
+    for key in flat_keys(to_plain(text)):
         assert OmegaConf.select(cfg, key) == OmegaConf.select(text, key)
 
 
@@ -249,7 +249,7 @@ def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
     assert origin["env.action"] == "configs/algo/sac.yaml"
     assert origin["seed"] == "configs/train.yaml"
     assert all(origin.values())
-    assert len(lines) == len(list(flatten(plain(compose(["env=pendulum"])))))
+    assert len(lines) == len(list(flat_keys(to_plain(compose(["env=pendulum"])))))
 
 
 def test_errors_name_the_nearest_first():

@@ -7,7 +7,7 @@ import pytest
 
 from levin import train as command
 from levin.config.compose import compose
-from levin.core.omega import flatten, plain
+from levin.core.omega import flat_keys, to_plain
 from short_runs import SMALL
 
 # For every key, values that may stand together with any other's.
@@ -65,7 +65,7 @@ def broken(dice: random.Random) -> list[str]:
     good = [f"{key}={dice.choice(VALID[key])}" for key in dice.sample(sorted(VALID), 3)]
     key = dice.choice(sorted(VALID))
     number, word = dice.choice(NUMBERS), dice.choice(WORDS)
-    known = set(flatten(plain(compose([]))))
+    known = set(flat_keys(to_plain(compose([]))))
     wrong = key
     while wrong in known or wrong in ("env", ""):
         wrong = misspell(key, dice)

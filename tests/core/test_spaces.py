@@ -17,9 +17,9 @@ from levin.config.compose import compose
 from levin.core.errors import ConfigError
 from levin.core.spaces import NetworkInput, describe_space, to_gym
 from levin.envs.config import EnvConfig
-from levin.envs.factory import make_env, make_one
+from levin.envs.factory import make_env, make_single_env
 from levin.nn.distributions import MultiCategorical
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from short_runs import SMALL, in_two_halves
 
 NUMBERS = {
@@ -162,7 +162,7 @@ def test_others_read_a_dict(algo, tmp_path):
     words += [] if algo == "a2c" else ["algo.batch_size=16"]
     if algo in ("td3", "ddpg"):
         words += ["algo.learning_starts=16", "algo.buffer_size=100", "algo.replay_ratio=0.25"]
-    before, _ = build(compose(words))
+    before, _ = build_run(compose(words))
     start = {key: value.clone() for key, value in before.state_dict().items()}
     train(compose(words), tmp_path / "run")
     after = saved(tmp_path / "run")["state_dict"]
@@ -216,7 +216,7 @@ def test_several_choices_are_learned_from(algo, tmp_path):
     words = [f"algo={algo}", *BUTTONS, "total_env_steps=64", "eval.every=64", "checkpoint.every=64", "env.num_envs=1"]
     words += [] if algo == "reinforce" else ["algo.steps_per_iteration=32"]
     words += ["algo.batch_size=32"] if algo in ("ppo", "trpo") else []
-    before, _ = build(compose(words))
+    before, _ = build_run(compose(words))
     start = {key: value.clone() for key, value in before.state_dict().items()}
     train(compose(words), tmp_path / "run")
     after = saved(tmp_path / "run")["state_dict"]
@@ -245,14 +245,14 @@ def test_random_buttons_are_uniform():
 
 
 def test_images_are_stacked_channel_first():
-    plain, stacked = (make_one(EnvConfig(id="toy_envs:Image-v0", frame_stack=n)) for n in (1, 3))
+    plain, stacked = (make_single_env(EnvConfig(id="toy_envs:Image-v0", frame_stack=n)) for n in (1, 3))
     assert plain.observation_space.shape == (8, 8, 3)
     assert stacked.observation_space.shape == (9, 8, 8)
 
 
 def test_a_stack_of_pictures_is_the_last_pictures():
-    env = make_one(EnvConfig(id="toy_envs:Colour-v0", frame_stack=2))
-    plain = make_one(EnvConfig(id="toy_envs:Colour-v0"))
+    env = make_single_env(EnvConfig(id="toy_envs:Colour-v0", frame_stack=2))
+    plain = make_single_env(EnvConfig(id="toy_envs:Colour-v0"))
     before, _ = plain.reset(seed=0)
     stack, _ = env.reset(seed=0)
     np.testing.assert_array_equal(stack, np.concatenate([before.transpose(2, 0, 1)] * 2))

@@ -22,9 +22,9 @@ from levin.core.errors import ConfigError
 from levin.data.replay import FrameReplay
 from levin.envs import atari
 from levin.envs.config import EVALUATION, TRAINING, EnvConfig
-from levin.envs.factory import describe, make_env
+from levin.envs.factory import describe_env, make_env
 from levin.training import video
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from short_runs import in_two_halves
 
 gym.register_envs(ale_py)
@@ -98,7 +98,7 @@ def test_an_episode_is_a_life_in_training_and_a_game_in_evaluation(purpose, live
 
 def test_rewards_are_cut_in_training_only_and_scores_never():
     training, evaluation, told = (
-        atari.make(settings("space_invaders", **kwargs), 1, training=training, view=False)
+        atari.make_atari_games(settings("space_invaders", **kwargs), 1, training=training, view=False)
         for training, kwargs in ((True, {}), (False, {}), (True, {"reward_clipping": False}))
     )
     for env in (training, evaluation, told):
@@ -199,7 +199,7 @@ def test_a_resumed_episode_begins_where_a_life_was_lost():
 def test_limit_skip_and_stack_are_those_of_the_config():
     env = make_env(EnvConfig(family="atari", id="pong", action_repeat=5, frame_stack=2, time_limit=50), seed=0)
     assert env.reset()[0].shape == (1, 2, 84, 84)
-    assert (describe(env)["frame_stack"], describe(env)["action_repeat"]) == (2, 5)
+    assert (describe_env(env)["frame_stack"], describe_env(env)["action_repeat"]) == (2, 5)
     flags = [env.step(np.array([0]))[2:4] for _ in range(10)]
     assert [(bool(end[0]), bool(cut[0])) for end, cut in flags] == [(False, False)] * 9 + [(False, True)]
     assert env.games[0][1] == 10
@@ -227,7 +227,7 @@ def test_what_means_nothing_here_is_refused(change, sentence):
 
 def test_workers_are_not_for_games():
     with pytest.raises(ConfigError, match="threads of its own, and collector=torchrl-process"):
-        build(compose(["algo=dqn", "env=pong", "env.num_envs=2", "collector=torchrl-process"]))
+        build_run(compose(["algo=dqn", "env=pong", "env.num_envs=2", "collector=torchrl-process"]))
 
 
 def test_the_picture_is_that_of_the_game():
@@ -256,7 +256,7 @@ def test_dqn_in_two_halves_is_the_whole(tmp_path):
         "algo.learning_starts=32",
     )
     words = (*words, "algo.buffer_size=400", "algo.schedule_env_steps=192", "checkpoint.every=90")
-    buffer = build(compose([*words]))[0].buffer
+    buffer = build_run(compose([*words]))[0].buffer
     assert isinstance(buffer, FrameReplay)
     assert buffer.stack == 4
     in_two_halves(tmp_path, words, 192)
@@ -270,10 +270,10 @@ def test_dqn_in_two_halves_is_the_whole(tmp_path):
 
 def test_ppo_trains_and_plays(tmp_path):
     words = (*TINY, "algo=ppo", "env=pong", "algo.steps_per_iteration=16", "algo.epochs=1", "total_env_steps=96")
-    before, _ = build(compose([*words]))
+    before, _ = build_run(compose([*words]))
     train(compose([*words]), tmp_path)
     after = saved(tmp_path)["state_dict"]
     assert all(not torch.equal(value, after[key]) for key, value in before.state_dict().items())
     assert [float(row["episode/length"]) for row in metrics(tmp_path) if row["episode/length"]] == [40.0]
-    (path,) = video.play(run=str(tmp_path))
+    (path,) = video.record_video(run=str(tmp_path))
     assert imageio.v3.improps(path, plugin="FFMPEG").shape[1:] == (210, 160, 3)

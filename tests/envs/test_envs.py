@@ -13,9 +13,9 @@ import toy_envs
 from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.envs.config import EVALUATION, TRAINING, EnvConfig
-from levin.envs.factory import describe, make_env, make_one
+from levin.envs.factory import describe_env, make_env, make_single_env
 from levin.envs.vector import episode_seed
 from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer
 
@@ -65,8 +65,8 @@ def test_actions_arrive_in_the_units_that_were_chosen(units, given, expected):
 
 
 def test_entries_of_an_observation_are_hidden():
-    whole = make_one(EnvConfig(id="Pendulum-v1"))
-    part = make_one(EnvConfig(id="Pendulum-v1", observation_entries=[1, 0]))
+    whole = make_single_env(EnvConfig(id="Pendulum-v1"))
+    part = make_single_env(EnvConfig(id="Pendulum-v1", observation_entries=[1, 0]))
     (seen, _), (shown, _) = whole.reset(seed=3), part.reset(seed=3)
     assert np.array_equal(shown, seen[[1, 0]])
     assert part.observation_space.shape == (2,)
@@ -80,7 +80,7 @@ def test_entries_of_an_observation_are_hidden():
 
 
 def test_action_repeat_sums_rewards_and_stops_at_the_end():
-    env = make_one(EnvConfig(id="toy_envs:Counting-v0", action_repeat=3, kwargs={"length": 5}))
+    env = make_single_env(EnvConfig(id="toy_envs:Counting-v0", action_repeat=3, kwargs={"length": 5}))
     env.reset(seed=0)
     action = np.zeros(1, np.float32)
     assert env.step(action)[1:3] == (1.0 + 2 + 3, False)
@@ -105,8 +105,8 @@ def test_every_env_file_can_be_made_and_stepped(name):
         pytest.importorskip("ale_py", reason="the extra `atari` plays")
     if name in ("cartpole", "acrobot") or cfg.env.family == "atari":
         cfg = compose([*overrides, "env.action=none"])
-    env = make_env(EnvConfig(**plain(cfg.env)), seed=0)
-    spec = describe(env)
+    env = make_env(EnvConfig(**to_plain(cfg.env)), seed=0)
+    spec = describe_env(env)
     observation, _ = env.reset()
     assert list(observation.shape) == [env.num_envs, *spec["observation"]["shape"]]
     observation, reward, *_ = env.step(env.action_space.sample())
@@ -137,7 +137,7 @@ def test_a_missing_extra_is_one_sentence(monkeypatch):
 
 def test_the_camera_follows_a_runner_unless_told_otherwise():
     def camera(**kwargs):
-        env = make_one(EnvConfig(id="HalfCheetah-v4", kwargs=kwargs), render=True)
+        env = make_single_env(EnvConfig(id="HalfCheetah-v4", kwargs=kwargs), render=True)
         return env.unwrapped.camera_name, env.unwrapped.camera_id
 
     assert camera() == ("track", None)

@@ -13,7 +13,7 @@ from gymnasium.wrappers import AddRenderObservation
 
 from levin.config.compose import compose
 from levin.core import paths
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.envs.config import TRAINING, EnvConfig
 from levin.envs.factory import make_env
 from levin.envs.vector import episode_seed
@@ -62,7 +62,7 @@ def same_steps(cfg: EnvConfig, alone: gym.Env, steps: int) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_env_is_what_gymnasium_makes(name):
-    cfg = EnvConfig(**plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1"]).env))
+    cfg = EnvConfig(**to_plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1"]).env))
     if cfg.family == "atari":
         pytest.skip("held against Gymnasium's preprocessing in test_atari.py")
     if cfg.family == "dream":
@@ -84,7 +84,7 @@ def test_an_env_is_what_gymnasium_makes(name):
 def test_dm_control_goes_on_after_a_time_limit(name):
     """Its own episodes, of a thousand steps, are longer than the test above."""
     pytest.importorskip("shimmy")
-    cfg = plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.time_limit=60"]).env)
+    cfg = to_plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.time_limit=60"]).env)
     cfg = EnvConfig(**cfg)
     gym.register_envs(importlib.import_module("shimmy"))
     alone = gym.make(cfg.id, max_episode_steps=60)
@@ -92,7 +92,7 @@ def test_dm_control_goes_on_after_a_time_limit(name):
 
 
 def same_pictures(name: str) -> None:
-    cfg = EnvConfig(**plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.pixels=64"]).env))
+    cfg = EnvConfig(**to_plain(compose([f"env={name}", "algo=a2c", "env.num_envs=1", "env.pixels=64"]).env))
     make_env(cfg, seed=3).close()  # chooses what draws
     size: dict = {"height": 64, "width": 64}
     if cfg.family == "dm_control":

@@ -45,7 +45,7 @@ from levin.estimators import (
     WithoutReplacement,
     pathwise,
 )
-from levin.estimators.base import enumerated
+from levin.estimators.base import enumerate_values
 
 # --- a choice of five, every outcome
 
@@ -139,7 +139,7 @@ def subsets_of(estimator, num: int) -> tuple[Tensor, Tensor]:
 def test_every_set_of_draws(num, variance):
     indices, probability = subsets_of(UnorderedSet, num)
     leaf = LOGITS.expand(indices.shape[1], K).clone().requires_grad_()
-    values, log_prob = enumerated(choice(leaf))
+    values, log_prob = enumerate_values(choice(leaf))
     estimator = UnorderedSet(num)
     draws = estimator.at(values, log_prob, indices)
     surrogate = estimator.surrogate(draws, square(draws.value))
@@ -157,7 +157,7 @@ def test_every_rest_of_sum_and_sample(num, variance):
     probability = LOGITS.softmax(-1)[rest] / LOGITS.softmax(-1)[rest].sum()
     indices = torch.cat([first.unsqueeze(1).expand(-1, len(rest)), rest.unsqueeze(0)])  # [num, M]
     leaf = LOGITS.expand(len(rest), K).clone().requires_grad_()
-    values, log_prob = enumerated(choice(leaf))
+    values, log_prob = enumerate_values(choice(leaf))
     estimator = SumAndSample(num)
     draws = estimator.at(values, log_prob, indices)
     surrogate = estimator.surrogate(draws, square(draws.value))
@@ -193,7 +193,7 @@ def test_one_value_that_dominates(dtype, gap):
             drawn = torch.zeros(len(orders), 4).scatter(1, orders[:, :j], 1.0)
             probability = probability * p[each] / (p * (1 - drawn)).sum(1)
         leaf = logits.expand(len(orders), 4).clone().requires_grad_()
-        values, log_prob = enumerated(choice(leaf))
+        values, log_prob = enumerate_values(choice(leaf))
         estimator = UnorderedSet(num)
         draws = estimator.at(values, log_prob, orders.T)
         each = torch.autograd.grad(estimator.surrogate(draws, cost(draws.value)).sum(), leaf)[0].double()
@@ -236,7 +236,7 @@ def test_the_value_is_an_estimate_of_the_cost(estimator, family):
     def cost(z: Tensor) -> Tensor:
         return (z.flatten(z.ndim - logits.ndim) * torch.arange(float(logits.numel()))).sum(-1).square()
 
-    values, log_prob = enumerated(make(logits))
+    values, log_prob = enumerate_values(make(logits))
     expected = (log_prob.exp() * cost(values)).sum()
     torch.manual_seed(0)
     found = estimator(make(logits.expand(50_000, *logits.shape)), cost)

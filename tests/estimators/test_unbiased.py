@@ -178,8 +178,8 @@ class Unconditional(GumbelRao):
 
     def relaxed_sample(self, logits):
         many = logits.expand(self.rao, *logits.shape)
-        y = ((many + pathwise.gumbel(many)) / self.tau).softmax(-1).mean(0)
-        return pathwise.through(pathwise.drawn(logits), y)
+        y = ((many + pathwise.sample_gumbel(many)) / self.tau).softmax(-1).mean(0)
+        return pathwise.straight_through(pathwise.sample_one_hot(logits), y)
 
 
 class TwiceTheCost(WithoutReplacement):

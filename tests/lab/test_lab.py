@@ -8,7 +8,7 @@ import torch
 from levin.core.errors import ConfigError
 from levin.estimators import LeaveOneOut, ReinMax, ScoreFunction, StraightThrough
 from levin.lab import measure, problems
-from levin.lab.digits import evaluate, fit
+from levin.lab.digits import test_loss, train_autoencoder
 
 
 def rows_of(path):
@@ -17,7 +17,7 @@ def rows_of(path):
 
 
 def test_it_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "problems", lambda: [problems.coin(), problems.five(), problems.normal()])
+    monkeypatch.setattr(measure, "problems", lambda: [problems.single_coin(), problems.choice_of_five(), problems.gaussian_mean()])
     measure.lab(out=str(tmp_path), rows=300)
     found = {(row["problem"], row["estimator"]): row for row in rows_of(tmp_path / "lab.csv")}
     assert float(found["a choice of five", "exact"]["variance"]) < 1e-12
@@ -37,12 +37,12 @@ def test_wrong_words_are_sentences(tmp_path):
 
 
 def test_its_numbers_are_those_of_the_closed_forms():
-    problem = problems.five()
-    found = measure.measure(LeaveOneOut(2), problem, 20_000)
+    problem = problems.choice_of_five()
+    found = measure.measure_estimator(LeaveOneOut(2), problem, 20_000)
     assert found["variance"] == pytest.approx(0.988253, rel=0.05)
     assert found["relative_bias"] < 4 * found["standard_error"]
     assert found["variance_x_evaluations"] == pytest.approx(2 * found["variance"])
-    biased = measure.measure(StraightThrough(), problem, 20_000)
+    biased = measure.measure_estimator(StraightThrough(), problem, 20_000)
     assert biased["relative_bias"] == pytest.approx(0.98388, abs=0.03)
     assert biased["mse"] == pytest.approx(
         biased["variance"] + (0.98388 * float(problem.gradient.norm())) ** 2, rel=0.05
@@ -50,13 +50,13 @@ def test_its_numbers_are_those_of_the_closed_forms():
 
 
 def test_the_problems_gradients():
-    assert problems.coin(0.499, 0.3).gradient.item() == pytest.approx(4.2e-4, rel=1e-4)
+    assert problems.single_coin(0.499, 0.3).gradient.item() == pytest.approx(4.2e-4, rel=1e-4)
     assert problems.shared_coins().gradient.item() == pytest.approx(-0.045, rel=1e-5)
     expected = torch.tensor([-0.19385, 0.21157, 0.29045, -0.30337, -0.00480])
-    torch.testing.assert_close(problems.five().gradient, expected, rtol=0, atol=6e-6)
+    torch.testing.assert_close(problems.choice_of_five().gradient, expected, rtol=0, atol=6e-6)
     for make in (problems.fixed_critic, problems.imagined_step):
         problem = make()
-        found = measure.measure(LeaveOneOut(8), problem, 20_000)
+        found = measure.measure_estimator(LeaveOneOut(8), problem, 20_000)
         assert found["relative_bias"] < 5 * found["standard_error"]
 
 
@@ -67,5 +67,5 @@ def test_the_problems_gradients():
 )
 def test_the_autoencoder_of_digits(estimator, elbo):
     """Beside what a first implementation gave, within 0.6 nats over three seeds."""
-    found = [evaluate(fit(estimator, seed)) for seed in range(3)]
+    found = [test_loss(train_autoencoder(estimator, seed)) for seed in range(3)]
     assert sum(found) / 3 == pytest.approx(elbo, abs=0.6)

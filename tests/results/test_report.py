@@ -18,12 +18,12 @@ pytest.importorskip("rliable", reason="the extra `report` computes the intervals
 from levin.collectors.episodes import evaluate
 from levin.core import paths
 from levin.core.errors import ConfigError
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
 from levin.report import report
 from levin.results import aggregates, figures
-from levin.results.curves import CURVES, Curve, on_one_grid, read_curves
+from levin.results.curves import CURVES, Curve, align_curves, read_curves
 from levin.results.result import (
     CONFIG,
     MAX_POLICY_BYTES,
@@ -31,7 +31,7 @@ from levin.results.result import (
     Published,
     Reference,
     Result,
-    fingerprints,
+    file_fingerprints,
     judge_scores,
     read_provenance,
     read_reference,
@@ -141,7 +141,7 @@ def test_a_row_that_is_lost_is_caught_also_when_its_fingerprint_is_forged(copy):
     cell = copy / "experiments" / "sac_pendulum"
     remove_a_row(cell / "curves.csv.gz", -1)
     facts = read_provenance(cell)
-    (cell / "provenance.json").write_text(json.dumps({**facts, "files": fingerprints(cell)}))
+    (cell / "provenance.json").write_text(json.dumps({**facts, "files": file_fingerprints(cell)}))
     assert "sac_pendulum: the seeds were not evaluated at the same env steps" in report(check=True)
 
 
@@ -183,7 +183,7 @@ def test_every_result_is_whole(cell):
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_every_stored_policy_plays_better_than_uniform_actions(cell):
     cfg = load_config(cell)
-    env = make_env(EnvConfig(**plain(cfg.env)), seed=1, purpose=EVALUATION, num_envs=5)
+    env = make_env(EnvConfig(**to_plain(cfg.env)), seed=1, purpose=EVALUATION, num_envs=5)
     returns, _ = evaluate(load_algorithm(cell).policy(deterministic=True), env, 5)
     env.close()
     assert np.mean(returns) > read_reference(cell).random_return
@@ -192,7 +192,7 @@ def test_every_stored_policy_plays_better_than_uniform_actions(cell):
 def test_a_stored_policy_earns_what_its_summary_says():
     cell = paths.EXPERIMENTS / "sac_pendulum"
     cfg, stored = load_config(cell), read_curves(cell)[0]
-    env = make_env(EnvConfig(**plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
+    env = make_env(EnvConfig(**to_plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
     algorithm = load_algorithm(cell)
     returns, _ = evaluate(algorithm.policy(deterministic=True), env, cfg.eval.episodes)
     env.close()
@@ -221,7 +221,7 @@ def test_a_dream_is_scored_at_its_end_though_env_steps_stand_still():
     assert score_seeds({0: stands}, {}, reference()).tolist() == [4]
     goes_on = Curve(np.append(stands.env_steps, 500), np.append(stands.return_mean, 9), np.zeros(5))
     assert goes_on.until(400).return_mean.tolist() == goes_on.until(350).return_mean.tolist() == [1, 2, 3, 4]
-    grid, returns = on_one_grid([stands, stands])
+    grid, returns = align_curves([stands, stands])
     assert grid.tolist() == [100, 400, 400, 400]
     assert returns.tolist() == 2 * [[1, 2, 3, 4]]
 
@@ -291,7 +291,7 @@ def test_two_algorithms_on_one_task_are_compared(copy):
         seed: Curve(each.env_steps, each.return_mean - 100, each.second) for seed, each in first.evaluations.items()
     }
     second = Result(first.cell, config, first.reference, first.provenance, worse, first.training)
-    ((label, probability, interval),) = figures.pairs({"SAC": [first], "MyIdea": [second]})
+    ((label, probability, interval),) = figures.algorithm_pairs({"SAC": [first], "MyIdea": [second]})
     assert (label, probability) == ("SAC > MyIdea (1)", 1.0)
     assert interval.tolist() == [1, 1]
     figures.draw_aggregate([first, second])

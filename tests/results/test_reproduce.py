@@ -20,7 +20,7 @@ from levin.report import report
 from levin.reproduce import reproduce
 from levin.results import result
 from levin.results.curves import CURVES, TRAINING, Curve, read_curves, read_run, write_curves
-from levin.results.reproduction import judge, kept_seeds, store_runs
+from levin.results.reproduction import judge_runs, kept_seeds, store_runs
 from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
 from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
@@ -98,7 +98,7 @@ def say(run, **facts):
 
 
 def judged(cell, folders):
-    return judge(cell, read_reference(cell), folders)
+    return judge_runs(cell, read_reference(cell), folders)
 
 
 def test_a_first_run_is_judged_by_the_published_number(made):
@@ -201,8 +201,8 @@ def test_seeds_are_added_to_those_that_are_stored(stored):
     kept = kept_seeds(cell, [1])
     assert kept == [0, 2]
     added = {1: folders[1]}
-    assert judge(cell, read_reference(cell), added).verdict == "partial"  # one seed of three
-    assert judge(cell, read_reference(cell), added, kept).verdict == "reproduced"
+    assert judge_runs(cell, read_reference(cell), added).verdict == "partial"  # one seed of three
+    assert judge_runs(cell, read_reference(cell), added, kept).verdict == "reproduced"
     store_runs(cell, added, kept)
     report()
     assert whole == {kind: (cell / kind).read_bytes() for kind in whole}

@@ -10,7 +10,7 @@ from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.config.compose import compose
 from levin.data.sequences import LATENT
 from levin.model_based.recurrent import State
-from levin.training.session import build
+from levin.training.session import build_run
 
 SMALL = (
     *("algo=dreamer_v3", "env=pendulum", "env.num_envs=1", "algo.size=micro", "algo.learning_starts=40"),
@@ -19,7 +19,7 @@ SMALL = (
 
 
 def make(*words: str) -> DreamerV3:
-    algorithm, _ = build(compose([*SMALL, *words]))
+    algorithm, _ = build_run(compose([*SMALL, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm

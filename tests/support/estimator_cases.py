@@ -15,7 +15,7 @@ from given import Given
 from levin.estimators import (
     pathwise,
 )
-from levin.estimators.base import enumerated
+from levin.estimators.base import enumerate_values
 
 # The reference problems: a choice of five, and three coins
 LOGITS = torch.tensor([0.5, -0.3, 0.2, 1.0, -1.0], dtype=torch.float64)
@@ -56,7 +56,7 @@ def coin_square(z: Tensor) -> Tensor:
 def exact_gradient(family, logits: Tensor, function) -> Tensor:
     """By enumeration."""
     leaf = logits.clone().requires_grad_()
-    values, log_prob = enumerated(family(leaf))
+    values, log_prob = enumerate_values(family(leaf))
     return torch.autograd.grad((log_prob.exp() * function(values)).sum(), leaf)[0]
 
 

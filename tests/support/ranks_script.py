@@ -13,7 +13,7 @@ from levin.algorithms.base import standardize
 from levin.config.compose import compose
 from levin.estimators import pathwise
 from levin.nn.normalizers import RunningMoments
-from levin.training.session import build, follow, train
+from levin.training.session import build_run, train_rank, train
 from rows import LATE, ROWS, Row
 from short_runs import SMALL
 
@@ -72,7 +72,7 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
     torch.set_default_dtype(torch.float64)
     normalized = [] if "advantage" not in " ".join(row.small) else ["algo.normalize_advantage=true"]
     own = ["env.num_envs=1" if algo == "reinforce" else "env.num_envs=2", *normalized]
-    algorithm, _ = build(compose([f"algo={algo}", f"env={row.env}", *LATE, *row.small, *own]))
+    algorithm, _ = build_run(compose([f"algo={algo}", f"env={row.env}", *LATE, *row.small, *own]))
     algorithm.double()
     optimizers = algorithm.configure_optimizers()
     found: list[Tensor] = []
@@ -86,7 +86,7 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
         optimizer.step = step
     algorithm.manual_backward = lambda loss: loss.backward()
     randn_like, torch.randn_like = torch.randn_like, lambda value: torch.sin(1000 * value.detach() + 1)
-    gumbel, pathwise.gumbel = pathwise.gumbel, torch.zeros_like
+    gumbel, pathwise.sample_gumbel = pathwise.sample_gumbel, torch.zeros_like
     rand_like, torch.rand_like = torch.rand_like, lambda value: torch.full_like(value, 0.5)
     if algo.startswith("dreamer"):  # whose noise follows from noise, so that this one would blow up the last digit
         torch.randn_like = torch.zeros_like
@@ -111,7 +111,7 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
             algorithm.update(records)
         else:
             algorithm.update(data.reshape(-1))
-    torch.randn_like, torch.rand_like, pathwise.gumbel = randn_like, rand_like, gumbel
+    torch.randn_like, torch.rand_like, pathwise.sample_gumbel = randn_like, rand_like, gumbel
     torch.set_default_dtype(torch.float32)
     return [*(each.clone() for each in found), *(each.detach().clone() for each in algorithm.parameters())]
 
@@ -139,9 +139,9 @@ def statistics(rank: int | None) -> list[Tensor]:
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
     for row in PARALLEL:
-        (follow if rank else train)(compose(words(row)), folder / row.algo)
+        (train_rank if rank else train)(compose(words(row)), folder / row.algo)
     for name, pair in HALVES.items():
-        run = follow if rank else train
+        run = train_rank if rank else train
         run(compose([*pair, *TWO, "total_env_steps=320"]), folder / f"{name}_straight")
         run(compose([*pair, *TWO, "total_env_steps=160"]), folder / f"{name}_halves")
         resume.resume(run=str(folder / f"{name}_halves"), total_env_steps=320)

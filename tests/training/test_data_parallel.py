@@ -18,7 +18,7 @@ from levin.config.compose import compose
 from levin.core.errors import ConfigError, RunError
 from levin.runs import checkpoint
 from levin.training.distributed import sharding
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from processes import children, gone, wait_until
 from short_runs import SMALL, assert_same_run
 
@@ -216,17 +216,17 @@ def test_as_many_processes_as_were_asked_for(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
     for key, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(key, value)
-    assert sharding.of_this_process(compose(PAIR)) == 1
+    assert sharding.process_rank(compose(PAIR)) == 1
     with pytest.raises(ConfigError, match=r"2 processes were started for trainer.devices=4 times trainer.num_nodes=1"):
-        sharding.of_this_process(compose([*PAIR, "trainer.devices=4", "env.num_envs=4"]))
+        sharding.process_rank(compose([*PAIR, "trainer.devices=4", "env.num_envs=4"]))
     with pytest.raises(ConfigError, match=r"2 processes were started for trainer.devices=1"):
-        sharding.of_this_process(compose(SMALL))
+        sharding.process_rank(compose(SMALL))
 
 
 def test_each_rank_has_its_share(monkeypatch):
     words = [*PAIR, "env.num_envs=6", "algo.batch_size=10", "algo.buffer_size=100", "algo.random_env_steps=51"]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    algorithm, rollouts = build(compose(words))
+    algorithm, rollouts = build_run(compose(words))
     assert rollouts.env.num_envs == 3
     assert (algorithm.batch_size, algorithm.random_env_steps) == (5, 26)
     assert algorithm.buffer.size == 50

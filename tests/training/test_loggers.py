@@ -14,13 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from levin import resume
 from levin.config.compose import compose
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.envs.factory import load_env
 from levin.runs import checkpoint
-from levin.runs.provenance import git
+from levin.runs.provenance import run_git
 from levin.training.loggers import CSVMetrics
 from levin.training.session import train
-from levin.training.video import play
+from levin.training.video import record_video
 from short_runs import SMALL
 
 
@@ -69,11 +69,11 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     assert any("eval/return_mean" in row for row in rows)
     assert [row["env_steps"] for row in rows] == sorted({row["env_steps"] for row in rows})
     assert rows[-1]["env_steps"] == 320
-    cfg = plain(compose(words))
+    cfg = to_plain(compose(words))
     assert {key: settings[key] for key in cfg} == cfg
     assert "gamma" not in settings
     assert settings["seed"] == 0
-    assert settings["git_sha"] == git("rev-parse", "HEAD")
+    assert settings["git_sha"] == run_git("rev-parse", "HEAD")
     assert set(axes.values()) <= {"env_steps", ""}
     assert "env_steps" in axes.values()
     assert any(key.startswith("video/") for row in history for key in row)
@@ -105,7 +105,7 @@ def test_csv_grows_a_column_without_losing_a_row(tmp_path):
 def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
     words = [*SMALL, f"env={env}", "total_env_steps=64"]
     train(compose(words), tmp_path / "run")
-    (path,) = play(run=str(tmp_path / "run"))
+    (path,) = record_video(run=str(tmp_path / "run"))
     frames = imageio.v3.imread(path)
     assert path.suffix == ".mp4"
     assert len(frames) == (200 if env == "pendulum" else _steps(tmp_path / "run"))

@@ -21,7 +21,7 @@ from levin import evaluate, resume
 from levin.algorithms.sac import SAC
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
-from levin.training.session import build, train
+from levin.training.session import build_run, train
 from short_runs import SMALL
 
 
@@ -317,7 +317,7 @@ def test_no_environment_and_no_object_is_pickled(tmp_path):
     for file in (tmp_path / "run" / "checkpoints" / "64").rglob("*"):
         if file.is_file() and file.name != "manifest.json":
             torch.load(file, weights_only=True)
-    torch.save({"env": build}, tmp_path / "evil.ckpt")
+    torch.save({"env": build_run}, tmp_path / "evil.ckpt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "evil.ckpt", weights_only=True)
 

@@ -40,7 +40,7 @@ from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerName, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
-from levin.nn.networks import Actor, Critic, trunk
+from levin.nn.networks import Actor, Critic, make_trunk
 
 
 class A2C(Algorithm):
@@ -99,7 +99,7 @@ class A2C(Algorithm):
         self.normalize_advantage, self.entropy_coef, self.value_coef = normalize_advantage, entropy_coef, value_coef
         self.max_grad_norm = max_grad_norm
 
-        self.trunk, features = trunk(env)
+        self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
         if compile:

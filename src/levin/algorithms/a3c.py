@@ -41,8 +41,8 @@ from levin.core.errors import RunError
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
-from levin.nn.networks import Actor, Critic, trunk
-from levin.nn.parameters import clip_grad_norm, flatten
+from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.parameters import clip_grad_norm, flatten_parameters
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
 
@@ -107,7 +107,7 @@ class A3C(Algorithm):
         self.entropy_coef, self.value_coef, self.max_grad_norm = entropy_coef, value_coef, max_grad_norm
 
         # theta', the copy of this worker
-        self.trunk, features = trunk(env)
+        self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
         self.local_parameters = list(self.parameters())
@@ -135,7 +135,7 @@ class A3C(Algorithm):
 
         The policy acts and is evaluated by theta': between two iterations it is what theta was at the last pull.
         """
-        flat = flatten(self.local_parameters)
+        flat = flatten_parameters(self.local_parameters)
         self.local = flat.data
         self.local.grad = flat.grad
 

@@ -57,7 +57,7 @@ from levin.core.types import (
 )
 from levin.data.rollout import WholeEpisodes
 from levin.nn.distributions import Categorical
-from levin.nn.networks import Actor, Critic, trunk
+from levin.nn.networks import Actor, Critic, make_trunk
 
 
 class ActorCritic(Algorithm):
@@ -138,7 +138,7 @@ class ActorCritic(Algorithm):
         self.optimizer_name, self.actor_lr, self.critic_lr = optimizer, actor_lr, critic_lr
         self.critic_updates, self.entropy_coef, self.max_grad_norm = critic_updates, entropy_coef, max_grad_norm
 
-        self.trunk, features = trunk(env)
+        self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         if critic == "advantage":
             self.critic = Critic(features, hidden_sizes, activation)
@@ -162,7 +162,7 @@ class ActorCritic(Algorithm):
 
     def update(self, batch: TensorDictBase) -> None:
         """The steps of the critic, then one of the actor, on transitions `[B]`."""
-        share = distributed.weight(len(batch))  # 1, unless several processes have episodes of other lengths
+        share = distributed.rank_weight(len(batch))  # 1, unless several processes have episodes of other lengths
         weight = self.weight(batch)  # by the critic as it was when the policy acted
         for _ in range(self.critic_updates):
             critic_loss = self.critic_loss(batch)
@@ -171,7 +171,7 @@ class ActorCritic(Algorithm):
             self.record(weight_std=weight.std(correction=0))
             weight = standardize(weight)
         actor_loss, entropy = self.actor_loss(batch, weight)
-        actor_share = distributed.weight(batch["next", "done"].sum()) if self.average_over == "episodes" else share
+        actor_share = distributed.rank_weight(batch["next", "done"].sum()) if self.average_over == "episodes" else share
         loss = actor_share * actor_loss - share * self.entropy_coef * entropy
         self.step(self.actor_optimizer, loss, self.max_grad_norm)
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)

@@ -17,20 +17,20 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from levin.core import distributed
 from levin.core.errors import ConfigError
-from levin.core.spaces import EnvSpec, dtypes
+from levin.core.spaces import EnvSpec, observation_dtypes
 from levin.core.types import OptimizerName
 from levin.data.replay import Replay
 from levin.data.rollout import WholeEpisodes
 from levin.nn import cuda_graphs
 from levin.nn.networks import StochasticPolicy
 from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer
-from levin.nn.parameters import FlatParameter, clip_grad_norm, flatten
+from levin.nn.parameters import FlatParameter, clip_grad_norm, flatten_parameters
 
 Batch = Mapping[NestedKey, Tensor]  # what a loss reads: a TensorDict, or a dict of its tensors by the same keys
 PROGRESS = ("env_steps", "updates", "iterations", "recorded")
 
 
-def compiled(loss: Callable, *, dynamic: bool) -> Callable:
+def compile_loss(loss: Callable, *, dynamic: bool) -> Callable:
     """`torch.compile` of a function of a batch, as one graph; it draws the random numbers of the eager one.
 
     Args:
@@ -54,10 +54,10 @@ def compiled(loss: Callable, *, dynamic: bool) -> Callable:
 
 def standardize(values: Tensor) -> Tensor:
     """To mean 0 and deviation 1, over all ranks; a single one, which has no deviation, stays what it is."""
-    if distributed.size() > 1:
-        count = distributed.total_number(values.numel())
-        deviation = values - distributed.total(values.sum()) / count
-        return deviation / ((distributed.total(deviation.square().sum()) / (count - 1)).sqrt() + 1e-8)
+    if distributed.world_size() > 1:
+        count = distributed.all_reduce_number(values.numel())
+        deviation = values - distributed.all_reduce_sum(values.sum()) / count
+        return deviation / ((distributed.all_reduce_sum(deviation.square().sum()) / (count - 1)).sqrt() + 1e-8)
     return (values - values.mean()) / (values.std() + 1e-8) if values.numel() > 1 else values
 
 
@@ -97,10 +97,10 @@ class Algorithm(LightningModule):
                 f"{type(self).__name__} acts in {' and '.join(self.actions)} action spaces, "
                 f"but the action space of {env['id']} is {env['action']['type']}"
             )
-        if not dtypes(env["observation"]) <= set(self.observations):
+        if not observation_dtypes(env["observation"]) <= set(self.observations):
             names = {"float32": "vectors", "uint8": "pixels"}
             reads, shown = (
-                {names[each] for each in kinds} for kinds in (self.observations, dtypes(env["observation"]))
+                {names[each] for each in kinds} for kinds in (self.observations, observation_dtypes(env["observation"]))
             )
             raise ConfigError(
                 f"{type(self).__name__} reads {' and '.join(sorted(reads))}, but the observations of {env['id']} have "
@@ -149,9 +149,9 @@ class Algorithm(LightningModule):
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.iteration_begun = self.env_steps
         if isinstance(self.steps_per_iteration, WholeEpisodes):  # of which others have had longer or shorter ones
-            self.env_steps += int(distributed.total_number(batch.shape.numel()))
+            self.env_steps += int(distributed.all_reduce_number(batch.shape.numel()))
         else:
-            self.env_steps += batch.shape.numel() * distributed.size()  # of a TensorDict that is empty, numel is 1
+            self.env_steps += batch.shape.numel() * distributed.world_size()  # of a TensorDict that is empty, numel is 1
         self.iterations += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
@@ -164,7 +164,7 @@ class Algorithm(LightningModule):
     @property
     def dream_steps(self) -> int:
         """Steps that were imagined, over all ranks."""
-        return self.updates * self.dream_steps_per_update * distributed.size()
+        return self.updates * self.dream_steps_per_update * distributed.world_size()
 
     def finished(self, total_env_steps: int) -> bool:
         """Whether the run is complete."""
@@ -191,7 +191,7 @@ class Algorithm(LightningModule):
         torch.compiler.reset()  # runs of one process do not count as recompilations of one another
         dynamic = isinstance(self.steps_per_iteration, WholeEpisodes)
         for name in names:
-            setattr(self, name, compiled(getattr(self, name), dynamic=dynamic))
+            setattr(self, name, compile_loss(getattr(self, name), dynamic=dynamic))
 
     def capture(self, *names: str) -> None:
         """Have these methods be CUDA graphs where all of the run is on one GPU; elsewhere they stay what they are."""
@@ -199,7 +199,7 @@ class Algorithm(LightningModule):
 
     def make_optimizer(self, name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
         """Adam and RMSprop with the epsilon that on-policy codebases give them (1e-5), or plain SGD; on one vector."""
-        parameters = [flatten(parameters)]
+        parameters = [flatten_parameters(parameters)]
         if name == "adam":
             return Adam(parameters, lr=lr, eps=1e-5, fused=True)
         if name == "rmsprop":
@@ -237,8 +237,8 @@ class Algorithm(LightningModule):
     def take(self) -> dict[str, float]:
         """The means since the last call, and the seconds spent. The one place that waits for the device."""
         row = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
-        if distributed.size() > 1:
-            means = distributed.average(torch.tensor(list(row.values()), device=self.device))
+        if distributed.world_size() > 1:
+            means = distributed.all_reduce_mean(torch.tensor(list(row.values()), device=self.device))
             row = dict(zip(row, means.tolist(), strict=True))
         row["time/sample"] = self.sample_seconds
         self.recorded, self.sample_seconds = {}, 0.0
@@ -292,7 +292,7 @@ class Algorithm(LightningModule):
             self.buffer.load_state_dict(self._saved_buffer, self.device)
             self.buffer.restart(torch.as_tensor(self.trainer.train_dataloader.strayed))  # type: ignore[union-attr]
             self._saved_buffer = None
-        if cuda_graphs.possible(self.device):
+        if cuda_graphs.can_capture(self.device):
             for name in self.captured:
                 method = MethodType(getattr(type(self), name), self)
                 graph = cuda_graphs.Captured(method, lambda: self.recorded, self.trainer.optimizers, self.device)

@@ -45,7 +45,7 @@ from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
 from levin.nn.networks import ActionCritic, DeterministicActor, DeterministicPolicy
-from levin.nn.parameters import frozen
+from levin.nn.parameters import freeze
 
 
 class DDPG(Algorithm):
@@ -117,7 +117,7 @@ class DDPG(Algorithm):
             if noise == "gaussian"
             else OrnsteinUhlenbeckNoise(exploration_noise, [env["num_envs"], *env["action"]["shape"]])
         )
-        self.buffer = replay.make(env, buffer_size, buffer_storage)
+        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update")
@@ -142,7 +142,7 @@ class DDPG(Algorithm):
     def update(self, batch: TensorDictBase) -> None:
         critic_loss, q_value = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss)
-        with frozen(self.critic_parameters):
+        with freeze(self.critic_parameters):
             actor_loss = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss)
         self.update_target()

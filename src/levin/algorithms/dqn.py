@@ -47,8 +47,8 @@ from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegative
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import EpsilonGreedy, Greedy
-from levin.nn.networks import mlp, single, trunk
-from levin.nn.parameters import flatten
+from levin.nn.networks import mlp, as_float32, make_trunk
+from levin.nn.parameters import flatten_parameters
 
 
 class DQN(Algorithm):
@@ -115,19 +115,19 @@ class DQN(Algorithm):
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
         self.steps_per_iteration = steps_per_iteration
 
-        features, num_features = trunk(env)
+        features, num_features = make_trunk(env)
         self.critic = nn.Sequential(features, mlp([num_features, *hidden_sizes, env["action"]["n"]], activation))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.exploration = EpsilonGreedy(initial_epsilon)
-        self.buffer = replay.make(env, buffer_size, buffer_storage)
+        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss")
             self.capture("update_critic")
 
     def configure_optimizers(self) -> Optimizer:
-        self.optimizer = Adam([flatten(self.critic.parameters())], lr=self.lr, fused=True)
+        self.optimizer = Adam([flatten_parameters(self.critic.parameters())], lr=self.lr, fused=True)
         return self.optimizer
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
@@ -159,10 +159,10 @@ class DQN(Algorithm):
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
-            q_next = single(self.target_critic(observation))  # [B, A]
+            q_next = as_float32(self.target_critic(observation))  # [B, A]
             action = (self.critic(observation) if self.double_q else q_next).argmax(-1, keepdim=True)  # [B, 1]
             target = reward + self.gamma * ~terminated * q_next.gather(-1, action)  # a truncation still bootstraps
-        q = single(self.critic(batch["observation"])).gather(-1, batch["action"].unsqueeze(-1))  # [B, A] -> [B, 1]
+        q = as_float32(self.critic(batch["observation"])).gather(-1, batch["action"].unsqueeze(-1))  # [B, A] -> [B, 1]
         loss = huber_loss(q, target) if self.huber else (q - target).square().mean()
         return loss, q.detach().mean()
 

@@ -50,17 +50,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
-from levin.algorithms.dreamer_networks import Policy, WorldModel, centred
+from levin.algorithms.dreamer_networks import Policy, WorldModel, center_pixels
 from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST, EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import returns
-from levin.data.sequences import SequenceReplay, check_begins_late_enough
+from levin.data.sequences import SequenceReplay, check_learning_starts
 from levin.model_based import open_loop
 from levin.model_based.recurrent import Carry, OneHotAction, RecurrentPolicy, State
-from levin.nn.networks import mlp, single
-from levin.nn.parameters import frozen
+from levin.nn.networks import mlp, as_float32
+from levin.nn.parameters import freeze
 
 # deter, stoch, hidden, units
 SIZES = {"micro": (64, 8, 64, 64), "small": (128, 16, 128, 128), "paper": (200, 30, 200, 400)}
@@ -142,7 +142,7 @@ class Dreamer(Algorithm):
             raise ConfigError("Dreamer models observations and rewards as they are: env.normalize_... must be false")
         if buffer_size // env["num_envs"] < batch_length:
             raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
-        check_begins_late_enough(learning_starts, batch_length * env["num_envs"])
+        check_learning_starts(learning_starts, batch_length * env["num_envs"])
         if horizon < 2:
             raise ConfigError("algo.horizon=1 leaves nothing to learn from: the last imagined step is a value only")
         if entropy_coef and env["action"]["type"] != "discrete":
@@ -194,7 +194,7 @@ class Dreamer(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        check_begins_late_enough(self.learning_starts, self.batch_length * self.env["num_envs"] * distributed.size())
+        check_learning_starts(self.learning_starts, self.batch_length * self.env["num_envs"] * distributed.world_size())
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -204,7 +204,7 @@ class Dreamer(Algorithm):
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         if len(self.buffer) < self.batch_length:
             return {}
-        return open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
+        return open_loop.evaluate_open_loop(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
 
     def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
         """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
@@ -219,7 +219,7 @@ class Dreamer(Algorithm):
             name: ((part + 0.5) * 255 if part.ndim == 4 else part).unflatten(0, window.shape)
             for name, part in self.model.decode(feature).items()
         }
-        reward = single(self.model.reward_model(feature))
+        reward = as_float32(self.model.reward_model(feature))
         return observation, reward.unflatten(0, window.shape)
 
     def dream_model(self) -> WorldModel:
@@ -231,7 +231,7 @@ class Dreamer(Algorithm):
         kl, loss, start, terms = self.model_loss(batch)
         model_loss = self.kl_scale * self.with_free_nats(kl) + loss
         self.step(self.model_optimizer, model_loss, self.max_grad_norm)
-        with frozen([*self.model_parameters, *self.critic_parameters]):
+        with freeze([*self.model_parameters, *self.critic_parameters]):
             actor_loss, feature, target, weight, entropy = self.dream(start)
             self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
         value_loss = self.value_loss(feature, target, weight)
@@ -243,7 +243,7 @@ class Dreamer(Algorithm):
 
     def with_free_nats(self, kl: Tensor) -> Tensor:
         """max(E KL, free nats), the mean that of all ranks."""
-        return torch.where(distributed.average(kl.detach()) > self.free_nats, kl, self.free_nats)
+        return torch.where(distributed.all_reduce_mean(kl.detach()) > self.free_nats, kl, self.free_nats)
 
     def model_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """E KL(q || p), and E[- log p(o|s) - log p(r|s) - log p(continue|s)], over `[B, T]`.
@@ -260,15 +260,15 @@ class Dreamer(Algorithm):
         decoded = self.model.decode(feature)
         observation_loss = torch.stack(
             [
-                (0.5 * (decoded[name] - centred(part)).square().flatten(1)).sum(-1).mean()
+                (0.5 * (decoded[name] - center_pixels(part)).square().flatten(1)).sum(-1).mean()
                 for name, part in self.model.of(observation).items()
             ]
         ).sum()
-        reward_loss = 0.5 * (single(self.model.reward_model(feature)) - reward).square().mean()
+        reward_loss = 0.5 * (as_float32(self.model.reward_model(feature)) - reward).square().mean()
         loss = observation_loss + reward_loss
         terms = {"kl": kl.detach(), "observation_loss": observation_loss.detach(), "reward_loss": reward_loss.detach()}
         if self.model.continue_model is not None:
-            logit = single(self.model.continue_model(feature))
+            logit = as_float32(self.model.continue_model(feature))
             continue_loss = binary_cross_entropy_with_logits(logit, self.gamma * (~is_terminal).float())
             loss, terms["continue_loss"] = loss + self.continue_scale * continue_loss, continue_loss.detach()
         start = {name: each.detach().flatten(0, 1) for name, each in states._asdict().items()}
@@ -306,11 +306,11 @@ class Dreamer(Algorithm):
         c is gamma, or what the continue model says. Also gives the weight of each: the product of the c before it.
         Both `[N, H-1, 1]`.
         """
-        reward, value = single(self.model.reward_model(feature)), single(self.critic(feature))
+        reward, value = as_float32(self.model.reward_model(feature)), as_float32(self.critic(feature))
         if self.model.continue_model is None:
             goes_on = torch.full_like(reward, self.gamma)
         else:
-            goes_on = single(self.model.continue_model(feature)).sigmoid()
+            goes_on = as_float32(self.model.continue_model(feature)).sigmoid()
         one_step = reward[:, :-1] + goes_on[:, :-1] * (1 - self.return_lambda) * value[:, 1:]
         decay = self.return_lambda * goes_on[:, :-1]
         target = returns.discounted_sum(torch.cat([one_step, value[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1))
@@ -340,11 +340,11 @@ class Dreamer(Algorithm):
 
     def baseline(self, seen: Tensor) -> Tensor:
         """b(s_t) = (v(s_t) - r_t) / c_t, what V_lambda(s_{t+1}) is expected to be: `[N, H-1, 1]`."""
-        reward, value = single(self.model.reward_model(seen)), single(self.critic(seen))
+        reward, value = as_float32(self.model.reward_model(seen)), as_float32(self.critic(seen))
         if self.model.continue_model is None:
             return (value - reward) / self.gamma
-        return (value - reward) / single(self.model.continue_model(seen)).sigmoid().clamp(min=0.1)
+        return (value - reward) / as_float32(self.model.continue_model(seen)).sigmoid().clamp(min=0.1)
 
     def value_loss(self, feature: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """E[weight (v(s_t) - V_lambda(s_t))^2 / 2], all without a gradient but v's."""
-        return 0.5 * (weight * (single(self.critic(feature)) - target).square()).mean()
+        return 0.5 * (weight * (as_float32(self.critic(feature)) - target).square()).mean()

@@ -11,15 +11,15 @@ from torch.nn.functional import softplus
 
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec, Space
-from levin.model_based.recurrent import OneHotAction, State, ended, stacked
+from levin.model_based.recurrent import OneHotAction, State, sample_episode_end, stack_steps
 from levin.nn.distributions import OneHot, SquashedNormal
-from levin.nn.networks import action_size, mlp, single
+from levin.nn.networks import action_size, mlp, as_float32
 
 MIN_STD = 0.1  # of a latent
 MEAN_SCALE = 5.0  # of the policy before it is squashed
 
 
-class Belief(NamedTuple):
+class GaussianState(NamedTuple):
     """A Gaussian over the drawn part of a state: both `[..., S]`."""
 
     mean: Tensor
@@ -31,7 +31,7 @@ class Belief(NamedTuple):
 
     def detach(self) -> "Belief":
         """The same, without a gradient."""
-        return Belief(self.mean.detach(), self.std.detach())
+        return GaussianState(self.mean.detach(), self.std.detach())
 
     def kl(self, other: "Belief") -> Tensor:
         """KL(self || other), summed over S: `[...]`."""
@@ -39,10 +39,10 @@ class Belief(NamedTuple):
         return (0.5 * (variance + ((self.mean - other.mean) / other.std).square() - 1 - variance.log())).sum(-1)
 
 
-def belief(numbers: Tensor) -> Belief:
+def to_gaussian(numbers: Tensor) -> GaussianState:
     """`[..., 2 S]`, any numbers."""
-    mean, std = single(numbers).chunk(2, -1)
-    return Belief(mean, softplus(std) + MIN_STD)
+    mean, std = as_float32(numbers).chunk(2, -1)
+    return GaussianState(mean, softplus(std) + MIN_STD)
 
 
 class PixelEncoder(nn.Module):
@@ -61,7 +61,7 @@ class PixelEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.layers(centred(pixels))
+        return self.layers(center_pixels(pixels))
 
 
 class PixelDecoder(nn.Module):
@@ -81,7 +81,7 @@ class PixelDecoder(nn.Module):
         return self.layers(self.dense(feature)[..., None, None])
 
 
-class SideBySide(nn.Module):
+class MultiEncoder(nn.Module):
     """A network for each part of an observation: encoders are asked with a dict, and give one vector `[B, *]`."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
@@ -96,7 +96,7 @@ class SideBySide(nn.Module):
         return {name: part(feature) for name, part in self.parts.items()}
 
 
-def centred(observation: Tensor) -> Tensor:
+def center_pixels(observation: Tensor) -> Tensor:
     """Pixels to [-0.5, 0.5], the same when acting and when learning; vectors as they are."""
     return observation.float() / 255 - 0.5 if observation.dtype == torch.uint8 else observation
 
@@ -142,8 +142,8 @@ class WorldModel(nn.Module):
         if "" in networks:
             self.encoder, self.decoder, _ = networks[""]
         else:
-            self.encoder = SideBySide({name: encoder for name, (encoder, _, _) in networks.items()})
-            self.decoder = SideBySide({name: decoder for name, (_, decoder, _) in networks.items()})
+            self.encoder = MultiEncoder({name: encoder for name, (encoder, _, _) in networks.items()})
+            self.decoder = MultiEncoder({name: decoder for name, (_, decoder, _) in networks.items()})
         self.act = mlp([1, 1, 1], activation)[1]  # the activation alone
         self.into_stoch = nn.Linear(stoch, hidden)
         self.into_action = nn.Linear(self.actions, hidden, bias=False)
@@ -182,25 +182,25 @@ class WorldModel(nn.Module):
 
     def decode(self, feature: Tensor) -> dict[str, Tensor]:
         """The parts of the observation `[B, *S]` of features `[B, F]`, pixels around 0."""
-        if isinstance(self.decoder, SideBySide):
-            return {name: single(part) for name, part in self.decoder.decode(feature).items()}
-        return {"": single(self.decoder(feature))}
+        if isinstance(self.decoder, MultiEncoder):
+            return {name: as_float32(part) for name, part in self.decoder.decode(feature).items()}
+        return {"": as_float32(self.decoder(feature))}
 
     def transition(self, state: State, from_action: Tensor) -> tuple[Tensor, Tensor]:
         """deter' `[B, D]` and what the prior reads, given the action's part of the first layer `[B, hidden]`."""
         x = self.act(self.into_stoch(state.stoch) + from_action)
         if self.memory is None:
             return state.deter, x
-        deter = single(self.memory(x, state.deter))
+        deter = as_float32(self.memory(x, state.deter))
         return deter, deter
 
-    def posterior(self, deter: Tensor, embedded: Tensor) -> Belief:
+    def posterior(self, deter: Tensor, embedded: Tensor) -> GaussianState:
         """The state encoder: q(stoch | deter, observation)."""
         # A copy, as some activations work in place
         x = embedded.clone() if self.from_deter is None else embedded + self.from_deter(deter)
-        return belief(self.posterior_head(self.act(x)))
+        return to_gaussian(self.posterior_head(self.act(x)))
 
-    def observe(self, observation: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, Belief, Belief]:
+    def observe(self, observation: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, GaussianState, GaussianState]:
         """The states `[B, T, *]` that a sequence of records leads to, their posteriors and priors.
 
         What does not depend on the state before is computed for all times at once.
@@ -223,8 +223,8 @@ class WorldModel(nn.Module):
             states.append(state)
             posteriors.append(posterior)
             seeds.append(seed)
-        prior = belief(self.prior_head(torch.stack(seeds, 1)))
-        return State(*stacked(states)), Belief(*stacked(posteriors)), prior
+        prior = to_gaussian(self.prior_head(torch.stack(seeds, 1)))
+        return State(*stack_steps(states)), GaussianState(*stack_steps(posteriors)), prior
 
     def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
         """The state after an action `[B, A]` and the observation that it led to; not drawn: its mean."""
@@ -235,7 +235,7 @@ class WorldModel(nn.Module):
     def imagine_step(self, state: State, action: Tensor) -> State:
         """The state after an action, as the transition model imagines it."""
         deter, seed = self.transition(state, self.into_action(action))
-        return State(deter, belief(self.prior_head(seed)).sample())
+        return State(deter, to_gaussian(self.prior_head(seed)).sample())
 
     # What `levin.model_based.dream_env` asks for
 
@@ -266,13 +266,13 @@ class WorldModel(nn.Module):
             temperature: tau: sqrt(tau) is a factor of the deviation, 1 / tau one of the log-odds of an end.
         """
         deter, seed = self.transition(state, self.into_action(action))
-        prior = belief(self.prior_head(seed))
+        prior = to_gaussian(self.prior_head(seed))
         stoch = torch.addcmul(prior.mean, prior.std, noise[:, :-1], value=math.sqrt(temperature))
         state = State(deter, stoch)
-        reward = single(self.reward_model(state.feature))
+        reward = as_float32(self.reward_model(state.feature))
         if self.continue_model is None:
             return state, reward, torch.zeros_like(reward, dtype=torch.bool)
-        ends = ended(single(self.continue_model(state.feature)).sigmoid() / self.gamma, noise[:, -1:], temperature)
+        ends = sample_episode_end(as_float32(self.continue_model(state.feature)).sigmoid() / self.gamma, noise[:, -1:], temperature)
         return state, reward, ends
 
 
@@ -295,7 +295,7 @@ class Policy(nn.Module):
         self.network = mlp([features, *[units] * 4, num if self.one_hot else 2 * num], activation)
 
     def forward(self, feature: Tensor) -> "SquashedNormal | OneHotAction":
-        numbers = single(self.network(feature))
+        numbers = as_float32(self.network(feature))
         if self.one_hot is not None:
             return OneHotAction(numbers)
         loc, std = numbers.chunk(2, -1)

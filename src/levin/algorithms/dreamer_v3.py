@@ -56,20 +56,20 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
-from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, head, kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, output_head, categorical_kl, symexp, symlog
 from levin.algorithms.dreamer_v3_world_model_networks import WorldModel
 from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST, EnvSpec
 from levin.core.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import returns
-from levin.data.sequences import LATENT, SequenceReplay, check_begins_late_enough
+from levin.data.sequences import LATENT, SequenceReplay, check_learning_starts
 from levin.estimators import GumbelSoftmax, ReinMax, StraightThrough
 from levin.model_based import open_loop
-from levin.model_based.recurrent import Carry, RecurrentPolicy, State, stacked
-from levin.nn.networks import single
+from levin.model_based.recurrent import Carry, RecurrentPolicy, State, stack_steps
+from levin.nn.networks import as_float32
 from levin.nn.optimizers import LaProp
-from levin.nn.parameters import frozen
+from levin.nn.parameters import freeze
 
 ESTIMATORS = {"straight_through": StraightThrough(), "reinmax": ReinMax(), "gumbel_softmax": GumbelSoftmax(hard=True)}
 
@@ -151,7 +151,7 @@ class DreamerV3(Algorithm):
             raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
         if batch_length < 2:
             raise ConfigError("algo.batch_length=1 leaves nothing to learn values from: two records are the least")
-        check_begins_late_enough(learning_starts, (batch_length + 1) * env["num_envs"])
+        check_learning_starts(learning_starts, (batch_length + 1) * env["num_envs"])
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
         self.dream_steps_per_update = batch_size * batch_length * horizon
@@ -164,7 +164,7 @@ class DreamerV3(Algorithm):
         widths = SIZES[size]
         self.model = WorldModel(env, size=widths, estimator=ESTIMATORS[latent_estimator], gamma=gamma)
         self.actor = Policy(self.model.features, env, widths.units)
-        self.critic = head(self.model.features, widths.units, 3, BINS, scale=0.0)
+        self.critic = output_head(self.model.features, widths.units, 3, BINS, scale=0.0)
         self.slow_critic = deepcopy(self.critic).requires_grad_(False)
         self.two_hot = self.model.two_hot
         self.register_buffer("return_range", torch.zeros(2))
@@ -190,8 +190,8 @@ class DreamerV3(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        check_begins_late_enough(
-            self.learning_starts, (self.batch_length + 1) * self.env["num_envs"] * distributed.size()
+        check_learning_starts(
+            self.learning_starts, (self.batch_length + 1) * self.env["num_envs"] * distributed.world_size()
         )
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
@@ -202,7 +202,7 @@ class DreamerV3(Algorithm):
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         if len(self.buffer) <= self.batch_length:
             return {}
-        return open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
+        return open_loop.evaluate_open_loop(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
 
     def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
         """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
@@ -213,12 +213,12 @@ class DreamerV3(Algorithm):
         path = [first, *(State(*each) for each in zip(*(part.unbind(1) for part in states), strict=True))]
         for t in range(open_loop.CONTEXT - 1, window.shape[1] - 1):
             path.append(State(*self.model.imagine_step(*path[-1], window["action"][:, t])))
-        state = State(*(part.flatten(0, 1) for part in stacked(path)))
+        state = State(*(part.flatten(0, 1) for part in stack_steps(path)))
         foreseen = {
             name: (part * 255 if part.ndim == 4 else symexp(part)).unflatten(0, window.shape)
             for name, part in self.model.decode(state).items()
         }
-        reward = self.two_hot.mean(single(self.model.reward_model(state.feature)))
+        reward = self.two_hot.mean(as_float32(self.model.reward_model(state.feature)))
         return foreseen, reward.unflatten(0, window.shape)
 
     def dream_model(self) -> WorldModel:
@@ -262,19 +262,19 @@ class DreamerV3(Algorithm):
         observation, reward, is_terminal = (batch[key][:, 1:] for key in ("observation", "reward", "is_terminal"))
         flat = State(*(part.flatten(0, 1) for part in state))  # [B, T, *] -> [B T, *]
         prior = self.model.prior(flat.deter).unflatten(0, state.deter.shape[:2])
-        raw = kl(posterior.detach(), prior)
+        raw = categorical_kl(posterior.detach(), prior)
         dynamics = raw.clamp(min=self.free_nats).mean()
-        representation = kl(posterior, prior.detach()).clamp(min=self.free_nats).mean()
+        representation = categorical_kl(posterior, prior.detach()).clamp(min=self.free_nats).mean()
         observation_loss = self.observation_loss(self.model.decode(flat), self.model.of(observation.flatten(0, 1)))
         feature = flat.feature
-        reward_log_probs = single(self.model.reward_model(feature)).log_softmax(-1)
+        reward_log_probs = as_float32(self.model.reward_model(feature)).log_softmax(-1)
         reward_loss = self.two_hot.loss(reward_log_probs, reward.flatten(0, 1)).mean()
         goes_on = self.gamma * (~is_terminal).float().flatten(0, 1)
-        continue_loss = binary_cross_entropy_with_logits(single(self.model.continue_model(feature)), goes_on)
+        continue_loss = binary_cross_entropy_with_logits(as_float32(self.model.continue_model(feature)), goes_on)
         loss = observation_loss + reward_loss + continue_loss
         loss = loss + self.dynamics_scale * dynamics + self.representation_scale * representation
         terms = {"observation_loss": observation_loss, "reward_loss": reward_loss, "continue_loss": continue_loss}
-        terms |= {"kl": raw.mean(), "prior_entropy": entropy_of(prior), "posterior_entropy": entropy_of(posterior)}
+        terms |= {"kl": raw.mean(), "prior_entropy": latent_entropy(prior), "posterior_entropy": latent_entropy(posterior)}
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def observation_loss(self, decoded: dict[str, Tensor], observation: dict[str, Tensor]) -> Tensor:
@@ -295,7 +295,7 @@ class DreamerV3(Algorithm):
         dynamics = self.actor_gradient == "dynamics"
         state = State(*(part.requires_grad_(dynamics) for part in state))  # all steps are alike
         features, log_probs, entropies = [state.feature], [], []
-        with frozen(self.model.parameters()):
+        with freeze(self.model.parameters()):
             for _ in range(self.horizon):
                 policy = self.actor(features[-1].detach())
                 action = policy.sample()
@@ -316,11 +316,11 @@ class DreamerV3(Algorithm):
             feature: `[N, H + 1, F]`.
             logits: Of the critic for them, without a gradient in them.
         """
-        with frozen([*self.model.parameters(), *self.critic.parameters()]):
+        with freeze([*self.model.parameters(), *self.critic.parameters()]):
             dynamics = self.actor_gradient == "dynamics"
-            value = self.two_hot.mean(single(self.critic(feature) if dynamics else logits.detach()))
-            reward = self.two_hot.mean(single(self.model.reward_model(feature[:, 1:])))
-            goes_on = single(self.model.continue_model(feature)).sigmoid()
+            value = self.two_hot.mean(as_float32(self.critic(feature) if dynamics else logits.detach()))
+            reward = self.two_hot.mean(as_float32(self.model.reward_model(feature[:, 1:])))
+            goes_on = as_float32(self.model.continue_model(feature)).sigmoid()
         after = goes_on[:, 1:]
         one_step = reward + after * (1 - self.return_lambda) * value[:, 1:]
         decay = self.return_lambda * after
@@ -330,7 +330,7 @@ class DreamerV3(Algorithm):
     @torch.no_grad()
     def return_scale(self, target: Tensor) -> Tensor:
         """max(1, S), S the moving average of how far the 5th and the 95th percentile of returns are apart; Eq. 12."""
-        found = torch.quantile(distributed.everything(target.detach().flatten()), self.percentiles)
+        found = torch.quantile(distributed.all_gather(target.detach().flatten()), self.percentiles)
         self.return_range.lerp_(found, 1 - self.return_decay)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1.0)
 
@@ -345,8 +345,8 @@ class DreamerV3(Algorithm):
     def value_loss(self, logits: Tensor, feature: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """-E[w_t (log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t))], Eq. 10, of distributions `[..., 255]`."""
         with torch.no_grad():
-            slow = self.two_hot.mean(single(self.slow_critic(feature)))
-        log_probs = single(logits).log_softmax(-1)
+            slow = self.two_hot.mean(as_float32(self.slow_critic(feature)))
+        log_probs = as_float32(logits).log_softmax(-1)
         return (weight * (self.two_hot.loss(log_probs, target) + self.two_hot.loss(log_probs, slow))).mean()
 
     def replay_value_loss(self, batch: Batch, state: State, imagined: Tensor) -> Tensor:
@@ -374,6 +374,6 @@ class DreamerV3(Algorithm):
         torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), self.slow_tau)
 
 
-def entropy_of(log_probs: Tensor) -> Tensor:
+def latent_entropy(log_probs: Tensor) -> Tensor:
     """Of a state's categoricals `[..., S, K]`, in nats, in the mean over all others."""
     return -(log_probs.exp() * log_probs).sum((-1, -2)).mean()

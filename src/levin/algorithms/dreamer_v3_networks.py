@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, interpolate, max_pool2d, rms_norm, silu
 from levin.core.spaces import EnvSpec
 from levin.model_based.recurrent import OneHotAction, State
 from levin.nn.distributions import Normal
-from levin.nn.networks import action_size, single
+from levin.nn.networks import action_size, as_float32
 
 BLOCKS = 8  # of the GRU's block-diagonal matrices
 UNIMIX = 0.01  # share of a uniform distribution in every categorical one
@@ -80,18 +80,18 @@ class NormSiLU(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return silu(rms_norm(single(x), self.scale.shape, self.scale, EPS))
+        return silu(rms_norm(as_float32(x), self.scale.shape, self.scale, EPS))
 
 
-def layers(inputs: int, units: int, num: int) -> nn.Sequential:
+def norm_mlp(inputs: int, units: int, num: int) -> nn.Sequential:
     """`[..., inputs] -> [..., units]`."""
     sizes = pairwise([inputs, *[units] * num])
     return nn.Sequential(*(part for before, after in sizes for part in (linear(before, after), NormSiLU(after))))
 
 
-def head(inputs: int, units: int, num: int, outputs: int, scale: float = 1.0) -> nn.Sequential:
+def output_head(inputs: int, units: int, num: int, outputs: int, scale: float = 1.0) -> nn.Sequential:
     """Layers, and a linear one whose weights are `scale` times as large."""
-    return nn.Sequential(*layers(inputs, units, num), linear(units, outputs, scale=scale))
+    return nn.Sequential(*norm_mlp(inputs, units, num), linear(units, outputs, scale=scale))
 
 
 class BlockLinear(nn.Module):
@@ -112,7 +112,7 @@ class BlockLinear(nn.Module):
         return torch.bmm(blocks, self.weight) if self.bias is None else torch.baddbmm(self.bias, blocks, self.weight)
 
 
-def joined(blocks: Tensor) -> Tensor:
+def merge_blocks(blocks: Tensor) -> Tensor:
     """`[BLOCKS, B, *] -> [B, BLOCKS * *]`."""
     return blocks.transpose(0, 1).flatten(1)
 
@@ -126,9 +126,9 @@ class BlockGRU(nn.Module):
     def __init__(self, size: Size, actions: int) -> None:
         super().__init__()
         hidden, deter, fan_in = size.hidden, size.deter, size.deter + BLOCKS * 3 * size.hidden
-        self.from_deter = layers(deter, hidden, 1)
-        self.from_stoch = layers(size.stoch * size.classes, hidden, 1)
-        self.from_action = layers(actions, hidden, 1)
+        self.from_deter = norm_mlp(deter, hidden, 1)
+        self.from_stoch = norm_mlp(size.stoch * size.classes, hidden, 1)
+        self.from_action = norm_mlp(actions, hidden, 1)
         self.mix_deter = BlockLinear(deter, deter, fan_in, bias=False)
         self.mix_state = linear(2 * hidden, deter, fan_in=fan_in)
         self.mix_action = linear(hidden, deter, fan_in=fan_in, bias=False)
@@ -141,12 +141,12 @@ class BlockGRU(nn.Module):
 
     def forward(self, state: State, action_part: Tensor) -> Tensor:
         inputs = torch.cat([self.from_deter(state.deter), self.from_stoch(state.stoch)], -1)
-        x = self.norm(joined(self.mix_deter(state.deter)) + self.mix_state(inputs) + action_part)
-        reset, candidate, update = single(self.gates(x)).chunk(3, -1)  # [BLOCKS, B, D / BLOCKS] each
+        x = self.norm(merge_blocks(self.mix_deter(state.deter)) + self.mix_state(inputs) + action_part)
+        reset, candidate, update = as_float32(self.gates(x)).chunk(3, -1)  # [BLOCKS, B, D / BLOCKS] each
         candidate = torch.tanh(reset.sigmoid() * candidate)
         update = (update - 1).sigmoid()
         before = state.deter.unflatten(-1, (BLOCKS, -1)).transpose(0, 1)
-        return joined(torch.lerp(before, candidate, update))
+        return merge_blocks(torch.lerp(before, candidate, update))
 
 
 class ConvNormSiLU(nn.Module):
@@ -189,7 +189,7 @@ class PixelDecoder(nn.Module):
         flat = 16 * widths[0]
         self.from_deter = BlockLinear(size.deter, flat, size.deter)
         self.from_stoch = nn.Sequential(
-            *layers(size.stoch * size.classes, 2 * size.units, 1), linear(2 * size.units, flat)
+            *norm_mlp(size.stoch * size.classes, 2 * size.units, 1), linear(2 * size.units, flat)
         )
         self.norm = NormSiLU(widths[0])
         self.convolutions = nn.ModuleList(ConvNormSiLU(*pair) for pair in pairwise(widths))
@@ -203,7 +203,7 @@ class PixelDecoder(nn.Module):
         for convolution in self.convolutions:
             x = convolution(interpolate(x, scale_factor=2.0))
         x = conv2d(interpolate(x, scale_factor=2.0), self.last, self.bias, padding="same")
-        return single(x).sigmoid()
+        return as_float32(x).sigmoid()
 
 
 class Policy(nn.Module):
@@ -213,10 +213,10 @@ class Policy(nn.Module):
         super().__init__()
         self.discrete = env["action"]["type"] == "discrete"
         num = action_size(env)
-        self.network = head(features, units, 3, num if self.discrete else 2 * num, scale=0.01)
+        self.network = output_head(features, units, 3, num if self.discrete else 2 * num, scale=0.01)
 
     def forward(self, feature: Tensor) -> OneHotAction | Normal:
-        numbers = single(self.network(feature))
+        numbers = as_float32(self.network(feature))
         if self.discrete:
             return OneHotAction(numbers, UNIMIX)
         loc, std = numbers.chunk(2, -1)
@@ -253,7 +253,7 @@ class TwoHot(nn.Module):
         return -torch.lerp(lower_log, upper_log, weight)
 
 
-def chosen(logits: Tensor) -> Tensor:
+def sample_one_hot(logits: Tensor) -> Tensor:
     """A one-hot draw from each mixture `[..., K]` with a uniform distribution, without a gradient.
 
     By the distribution function, with one random number: with one for each class, and PyTorch's softmax over so few,
@@ -267,6 +267,6 @@ def chosen(logits: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, place, 1.0)
 
 
-def kl(ours: Tensor, theirs: Tensor) -> Tensor:
+def categorical_kl(ours: Tensor, theirs: Tensor) -> Tensor:
     """KL of categoricals `[..., S, K]` as log-probabilities, summed over S: `[..., 1]`."""
     return (ours.exp() * (ours - theirs)).sum((-1, -2)).unsqueeze(-1)

@@ -16,18 +16,18 @@ from levin.algorithms.dreamer_v3_networks import (
     PixelEncoder,
     Size,
     TwoHot,
-    chosen,
-    head,
-    layers,
+    sample_one_hot,
+    output_head,
+    norm_mlp,
     linear,
     symlog,
 )
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.estimators.pathwise import Relaxation
-from levin.model_based.recurrent import State, ended, stacked, unimixed
+from levin.model_based.recurrent import State, sample_episode_end, stack_steps, mix_with_uniform
 from levin.nn.distributions import OneHot
-from levin.nn.networks import action_size, single
+from levin.nn.networks import action_size, as_float32
 
 
 class WorldModel(nn.Module):
@@ -58,8 +58,8 @@ class WorldModel(nn.Module):
                 encoders[f"{name}_"], decoders[f"{name}_"] = encoder, PixelDecoder(size, shape[0])
                 embedding += encoder.size
             elif part["dtype"] != "uint8" and len(shape) == 1:
-                encoders[f"{name}_"] = layers(shape[0], size.units, 3)
-                decoders[f"{name}_"] = head(self.features, size.units, 3, shape[0])
+                encoders[f"{name}_"] = norm_mlp(shape[0], size.units, 3)
+                decoders[f"{name}_"] = output_head(self.features, size.units, 3, shape[0])
                 embedding += size.units
             else:
                 raise ConfigError(
@@ -68,13 +68,13 @@ class WorldModel(nn.Module):
                 )
         self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
         self.gru = BlockGRU(size, self.actions)
-        self.prior_head = head(size.deter, size.hidden, 2, self.stoch)
+        self.prior_head = output_head(size.deter, size.hidden, 2, self.stoch)
         self.from_embedding = linear(embedding, size.hidden, fan_in=embedding + size.deter)
         self.from_deter = linear(size.deter, size.hidden, fan_in=embedding + size.deter, bias=False)
         self.posterior_norm = NormSiLU(size.hidden)
         self.posterior_head = linear(size.hidden, self.stoch)
-        self.reward_model = head(self.features, size.units, 1, BINS, scale=0.0)
-        self.continue_model = head(self.features, size.units, 1, 1)
+        self.reward_model = output_head(self.features, size.units, 1, BINS, scale=0.0)
+        self.continue_model = output_head(self.features, size.units, 1, 1)
 
     def of(self, observation: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts of an observation."""
@@ -90,7 +90,7 @@ class WorldModel(nn.Module):
 
     def log_probs(self, numbers: Tensor) -> Tensor:
         """Of the categoricals of a state: `[..., S K] -> [..., S, K]`."""
-        return unimixed(single(numbers).unflatten(-1, self.choices), UNIMIX)
+        return mix_with_uniform(as_float32(numbers).unflatten(-1, self.choices), UNIMIX)
 
     def drawn(self, log_probs: Tensor) -> Tensor:
         """`[..., S, K] -> [..., S K]`, with the gradient of the estimator."""
@@ -128,7 +128,7 @@ class WorldModel(nn.Module):
             state = State(deter, stoch)
             states.append(state)
             posteriors.append(log_probs)
-        return State(*stacked(states)), torch.stack(posteriors, 1)
+        return State(*stack_steps(states)), torch.stack(posteriors, 1)
 
     def observe_step(
         self, deter: Tensor, stoch: Tensor, action_part: Tensor, embedded: Tensor, goes_on: Tensor
@@ -149,7 +149,7 @@ class WorldModel(nn.Module):
         deter = self.gru(State(deter, stoch), self.gru.action_part(action))
         if torch.is_grad_enabled():
             return deter, self.drawn(self.prior(deter))
-        return deter, chosen(single(self.prior_head(deter)).unflatten(-1, self.choices)).flatten(-2)
+        return deter, sample_one_hot(as_float32(self.prior_head(deter)).unflatten(-1, self.choices)).flatten(-2)
 
     # What `levin.model_based.dream_env` asks for
 
@@ -180,15 +180,15 @@ class WorldModel(nn.Module):
         chosen = (torch.special.ndtr(noise[:, :-1]).unsqueeze(-1) >= below).sum(-1)
         stoch = one_hot(chosen, self.choices[1]).to(deter).flatten(-2)
         state = State(deter, stoch)
-        reward = self.two_hot.mean(single(self.reward_model(state.feature)))
-        goes_on = single(self.continue_model(state.feature)).sigmoid() / self.gamma
-        return state, reward, ended(goes_on, noise[:, -1:], temperature)
+        reward = self.two_hot.mean(as_float32(self.reward_model(state.feature)))
+        goes_on = as_float32(self.continue_model(state.feature)).sigmoid() / self.gamma
+        return state, reward, sample_episode_end(goes_on, noise[:, -1:], temperature)
 
     def decode(self, state: State) -> dict[str, Tensor]:
         """The parts of the observation `[B, *S]`: numbers after symlog, pixels in (0, 1)."""
         decoders = {name: self.decoders[f"{name}_"] for name in self.parts}
         return {
-            name: decoder(state) if isinstance(decoder, PixelDecoder) else single(decoder(state.feature))
+            name: decoder(state) if isinstance(decoder, PixelDecoder) else as_float32(decoder(state.feature))
             for name, decoder in decoders.items()
         }
 

@@ -48,7 +48,7 @@ from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
 from levin.nn.distributions import Categorical, Normal
-from levin.nn.networks import Actor, Critic, trunk
+from levin.nn.networks import Actor, Critic, make_trunk
 
 
 class PPO(Algorithm):
@@ -129,7 +129,7 @@ class PPO(Algorithm):
         self.normalize_advantage, self.entropy_coef, self.value_coef = normalize_advantage, entropy_coef, value_coef
         self.max_grad_norm = max_grad_norm
 
-        self.trunk, features = trunk(env)
+        self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
         self.register_buffer("beta", torch.tensor(initial_beta) if penalty == "kl" else None)
@@ -163,7 +163,7 @@ class PPO(Algorithm):
         if self.penalty == "kl":
             with torch.no_grad():
                 new = self.actor(self.trunk(data["observation"]))
-            self.update_beta(distributed.average(old.kl(new).mean()))  # type: ignore[arg-type]
+            self.update_beta(distributed.all_reduce_mean(old.kl(new).mean()))  # type: ignore[arg-type]
 
     def epoch(self, data: TensorDictBase, old: Categorical | Normal, clip_epsilon: Tensor) -> Tensor:
         """One pass over the rollout `[B]` in shuffled minibatches. Returns the mean KL divergence."""
@@ -173,7 +173,7 @@ class PPO(Algorithm):
         for batch, rows in zip(batches, order.split(self.batch_size), strict=True):
             kls.append(self.update(batch, old[rows] if self.penalty == "kl" else None, clip_epsilon))
             self.updates += 1
-        return distributed.average(torch.stack(kls).mean())
+        return distributed.all_reduce_mean(torch.stack(kls).mean())
 
     @torch.no_grad()
     def evaluate(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Categorical | Normal]:

@@ -52,8 +52,8 @@ from levin.core.spaces import IS_FIRST, EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerName, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
 from levin.data.rollout import WholeEpisodes
-from levin.nn.exploration import GreedyTwin, TwinPolicy
-from levin.nn.networks import Actor, Critic, trunk
+from levin.nn.exploration import AlternatingGreedy, PairedPolicy
+from levin.nn.networks import Actor, Critic, make_trunk
 
 
 class REINFORCE(Algorithm):
@@ -134,17 +134,17 @@ class REINFORCE(Algorithm):
                 "algo.advantage=leave_one_out compares episodes: algo.episodes_per_update must be 2 or more"
             )
 
-        self.trunk, features = trunk(env)
+        self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation) if advantage == "baseline" else None
-        self.twin = GreedyTwin() if advantage == "self_critical" else None
+        self.twin = AlternatingGreedy() if advantage == "self_critical" else None
         if compile:
             self.compile_losses("squared_error", "actor_loss")
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         if self.twin is None or deterministic:
             return super().policy(deterministic=deterministic)
-        chooser = TwinPolicy(self.observation_normalizer, self.trunk, self.actor, self.twin)
+        chooser = PairedPolicy(self.observation_normalizer, self.trunk, self.actor, self.twin)
         return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=["action"])
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -164,7 +164,7 @@ class REINFORCE(Algorithm):
         """One gradient step of the policy on whole episodes `[N, T]`, and those of the baseline."""
         weight = self.weight(rollout)  # before V has seen these episodes: a baseline must not know them
         rollout, weight = self.drawn(rollout, weight)
-        share = distributed.weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
+        share = distributed.rank_weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
         if self.critic is not None:
             for _ in range(self.critic_updates):
                 critic_loss = self.critic_loss(rollout)
@@ -176,7 +176,7 @@ class REINFORCE(Algorithm):
         actor_loss, entropy = self.actor_loss(rollout, weight)
         linear = self.entropy_schedule == "linear"
         entropy_coef = self.entropy_coef * (self.remaining(self.schedule_env_steps) if linear else 1.0)
-        actor_share = distributed.weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else share
+        actor_share = distributed.rank_weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else share
         self.step(self.optimizer, actor_share * actor_loss - share * entropy_coef * entropy, self.max_grad_norm)
         self.record(actor_loss=actor_loss, entropy=entropy)
 

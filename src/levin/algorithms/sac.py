@@ -46,8 +46,8 @@ from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegative
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.distributions import SquashedNormal
-from levin.nn.networks import ActionCritic, StochasticPolicy, mlp, orthogonal_, single, trunk
-from levin.nn.parameters import frozen
+from levin.nn.networks import ActionCritic, StochasticPolicy, mlp, orthogonal_, as_float32, make_trunk
+from levin.nn.parameters import freeze
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
 
@@ -119,7 +119,7 @@ class SAC(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = replay.make(env, buffer_size, buffer_storage)
+        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update")
@@ -144,7 +144,7 @@ class SAC(Algorithm):
     def update(self, batch: TensorDictBase) -> None:
         critic_loss, q_value = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss)
-        with frozen(self.critic_parameters):
+        with freeze(self.critic_parameters):
             actor_loss, log_prob = self.actor_loss(batch)
             alpha_loss = self.alpha_loss(log_prob)
             self.step(self.actor_optimizer, actor_loss + alpha_loss)
@@ -188,11 +188,11 @@ class Actor(nn.Module):
     def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
         num_actions = math.prod(env["action"]["shape"])
-        self.trunk, num_features = trunk(env)
+        self.trunk, num_features = make_trunk(env)
         self.network = mlp([num_features, *hidden_sizes, 2 * num_actions], activation)
         orthogonal_(self.network)
         self.network[-1].weight.data[num_actions:] /= 2**0.5  # type: ignore[operator]  # the deviations: a gain of 1
 
     def forward(self, observation: Tensor) -> SquashedNormal:
-        loc, log_std = single(self.network(self.trunk(observation))).chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
+        loc, log_std = as_float32(self.network(self.trunk(observation))).chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]
         return SquashedNormal(loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))

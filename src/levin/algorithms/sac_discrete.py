@@ -55,8 +55,8 @@ from levin.data import replay
 from levin.data.replay import Replay
 from levin.estimators import Estimator, Exact, GumbelSoftmax, LeaveOneOut, ReinMax, StraightThrough
 from levin.nn.distributions import Categorical, MultiCategorical, OneHot
-from levin.nn.networks import ActionCritic, Actor, EnsembleMLP, single, trunk
-from levin.nn.parameters import frozen
+from levin.nn.networks import ActionCritic, Actor, EnsembleMLP, as_float32, make_trunk
+from levin.nn.parameters import freeze
 
 MOST_VALUES = 2**20  # of Q, in one update
 ActorEstimator = Literal["exact", "loo", "straight_through", "gumbel_softmax", "reinmax"]
@@ -139,20 +139,20 @@ class SACDiscrete(Algorithm):
         self.target_entropy = 0.98 * self.one_hot.max_entropy if target_entropy is None else target_entropy
         self.critic_form = critic
         self.estimator = self.make_estimator(actor_estimator, actor_draws, actor_tau)
-        self.trunk, num_features = trunk(env)
+        self.trunk, num_features = make_trunk(env)
         self.actor = Actor(num_features, env, hidden_sizes, activation)
         if critic == "state_action":
             self.critic = ActionCritic(2, env, hidden_sizes, activation)
         elif env["action"]["type"] == "discrete":
             sizes = [num_features, *hidden_sizes, env["action"]["n"]]
-            self.critic = nn.Sequential(trunk(env)[0], EnsembleMLP(2, sizes, activation))
+            self.critic = nn.Sequential(make_trunk(env)[0], EnsembleMLP(2, sizes, activation))
         else:
             raise ConfigError("algo.critic=state lists every action, for several choices take algo.critic=state_action")
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = replay.make(env, buffer_size, buffer_storage)
+        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update")
@@ -189,7 +189,7 @@ class SACDiscrete(Algorithm):
     def update(self, batch: TensorDictBase) -> None:
         critic_loss, q_value = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
-        with frozen(self.critic_parameters):
+        with freeze(self.critic_parameters):
             actor_loss, entropy = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
         alpha_loss = self.alpha_loss(entropy)
@@ -210,7 +210,7 @@ class SACDiscrete(Algorithm):
             policy = self.actor(self.trunk(observation))
             if self.critic_form == "state":
                 log_probs = policy.log_probs  # [B, A]
-                q_next = single(self.target_critic(observation)).amin(0)  # [2, B, A] -> [B, A]
+                q_next = as_float32(self.target_critic(observation)).amin(0)  # [2, B, A] -> [B, A]
                 soft_value = log_probs.exp() * (q_next - self.log_alpha.exp() * log_probs)
                 soft_value = soft_value.sum(-1, keepdim=True)  # [B, A] -> [B, 1]
             else:
@@ -219,7 +219,7 @@ class SACDiscrete(Algorithm):
             target = reward + self.gamma * ~terminated * soft_value  # a truncation still bootstraps
         if self.critic_form == "state":
             action = batch["action"].expand(2, -1).unsqueeze(-1)  # [B] -> [2, B, 1]
-            q = single(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
+            q = as_float32(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
         else:
             q = self.critic(batch["observation"], self.one_hot.encode(batch["action"]))  # [2, B, 1]
         regression = huber_loss if self.huber else mse_loss
@@ -236,7 +236,7 @@ class SACDiscrete(Algorithm):
         """E_{a ~ pi}[min_i Q_i(s,a)]: `[B, 1]`, its gradient in pi by `actor_estimator`."""
         if self.critic_form == "state":
             with torch.no_grad():
-                q = single(self.critic(observation)).amin(0)  # [2, B, A] -> [B, A]
+                q = as_float32(self.critic(observation)).amin(0)  # [2, B, A] -> [B, A]
             if isinstance(self.estimator, Exact):
                 assert isinstance(policy, Categorical)
                 return (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]

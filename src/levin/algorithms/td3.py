@@ -44,7 +44,7 @@ from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import GaussianNoise, NoisyPolicy
 from levin.nn.networks import ActionCritic, DeterministicActor, DeterministicPolicy
-from levin.nn.parameters import frozen
+from levin.nn.parameters import freeze
 
 
 class TD3(Algorithm):
@@ -117,7 +117,7 @@ class TD3(Algorithm):
         self.online_parameters: list[Tensor] = [*self.critic_parameters, *self.actor.parameters()]
         self.target_parameters: list[Tensor] = [*self.target_critic.parameters(), *self.target_actor.parameters()]
         self.noise = GaussianNoise(exploration_noise)
-        self.buffer = replay.make(env, buffer_size, buffer_storage)
+        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update_critic", "update_actor")
@@ -148,7 +148,7 @@ class TD3(Algorithm):
         self.record(q_value=q_value, critic_loss=critic_loss)
 
     def update_actor(self, batch: TensorDictBase) -> None:
-        with frozen(self.critic_parameters):
+        with freeze(self.critic_parameters):
             actor_loss = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss)
         self.update_target()

@@ -48,8 +48,8 @@ from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from levin.data import returns
 from levin.nn.distributions import Categorical, Normal
-from levin.nn.networks import Actor, Critic, trunk
-from levin.nn.parameters import assign
+from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.parameters import assign_parameters
 
 
 class TRPO(Algorithm):
@@ -111,7 +111,7 @@ class TRPO(Algorithm):
         self.critic_lr, self.critic_epochs, self.batch_size = critic_lr, critic_epochs, batch_size
         self.steps_per_iteration, self.normalize_advantage = steps_per_iteration, normalize_advantage
 
-        self.trunk, features = trunk(env)
+        self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
         self.actor_parameters = list(self.actor.parameters())
@@ -166,7 +166,7 @@ class TRPO(Algorithm):
         features = self.trunk(batch["observation"])
         new = self.actor(features)
         old = new.detach()
-        gradient = distributed.average(self.flat_gradient(self.surrogate(batch, new, old)))
+        gradient = distributed.all_reduce_mean(self.flat_gradient(self.surrogate(batch, new, old)))
         product = self.fisher_vector_product(old.kl(new).mean())
         direction, residual = conjugate_gradient(product, gradient, self.cg_iterations)
         step = (2 * self.target_kl / (direction @ product(direction))).sqrt() * direction
@@ -187,7 +187,7 @@ class TRPO(Algorithm):
     def fisher_vector_product(self, kl: Tensor) -> Callable[[Tensor], Tensor]:
         """v -> (F + damping I) v, `[P] -> [P]`: F is the Hessian of the mean KL(pi_k || pi) where both are the same."""
         gradient = self.flat_gradient(kl, create_graph=True)
-        return lambda v: distributed.average(self.flat_gradient(gradient @ v)) + self.cg_damping * v
+        return lambda v: distributed.all_reduce_mean(self.flat_gradient(gradient @ v)) + self.cg_damping * v
 
     @torch.no_grad()
     def line_search(
@@ -200,13 +200,13 @@ class TRPO(Algorithm):
         start = parameters_to_vector(self.actor_parameters)
         before = self.surrogate(batch, old, old)
         for tried in range(self.line_search_steps):
-            assign(self.actor_parameters, start + self.line_search_shrink**tried * step)
+            assign_parameters(self.actor_parameters, start + self.line_search_shrink**tried * step)
             new = self.actor(features)
-            improvement = distributed.average(self.surrogate(batch, new, old) - before)
-            kl = distributed.average(old.kl(new).mean())
+            improvement = distributed.all_reduce_mean(self.surrogate(batch, new, old) - before)
+            kl = distributed.all_reduce_mean(old.kl(new).mean())
             if improvement > 0 and kl <= self.target_kl:
                 return improvement, kl, torch.tensor(tried + 1.0)
-        assign(self.actor_parameters, start)
+        assign_parameters(self.actor_parameters, start)
         return torch.zeros_like(before), torch.zeros_like(before), torch.tensor(self.line_search_steps + 1.0)
 
     def critic_loss(self, batch: Batch) -> Tensor:

@@ -188,7 +188,7 @@ class WorldModels(Algorithm):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             raise ConfigError("WorldModels trains in one process: trainer.devices=1")
         if self.stage == "controller":
             self.evolution.restore()
@@ -213,7 +213,7 @@ class WorldModels(Algorithm):
             dreams, _ = self.dreamt(self.controllers.best.unsqueeze(0), list(range(EVALUATED)))
             row["eval/dream_return"] = float(dreams.mean())
         if self.stage != "collect" and len(self.buffer) > open_loop.CONTEXT:
-            row |= open_loop.foreseen(self.buffer, self.device, self.foresee, folder / f"{self.clock}.png")
+            row |= open_loop.evaluate_open_loop(self.buffer, self.device, self.foresee, folder / f"{self.clock}.png")
         return row
 
     def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:

@@ -12,7 +12,7 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.model_based.dream_env import STARTS
 from levin.model_based.recurrent import Carry
-from levin.nn.networks import action_size, mlp, single
+from levin.nn.networks import action_size, mlp, as_float32
 
 HIDDEN = 256  # of V, where pictures are not 64 x 64
 LOG_STD = (-7.0, 7.0)  # of a mixture's parts
@@ -56,11 +56,11 @@ class Vision(nn.Module):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | picture), both `[B, Z]`."""
         features = self.encoder(pixels.float() / 255)
-        return single(self.mean(features)), single(self.log_variance(features))
+        return as_float32(self.mean(features)), as_float32(self.log_variance(features))
 
     def decode(self, z: Tensor) -> Tensor:
         """The picture in (0, 1): `[B, C, H, W]`."""
-        return single(self.decoder(z)).sigmoid()
+        return as_float32(self.decoder(z)).sigmoid()
 
 
 class Mixture(NamedTuple):
@@ -104,7 +104,7 @@ class Memory(nn.Module):
 
     def forward(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """One step: `inputs` `[B, 4 cells]` is `from_input([z, a])`; `hidden` and `cell` `[B, cells]`."""
-        gates = single(inputs) + single(self.from_hidden(hidden))
+        gates = as_float32(inputs) + as_float32(self.from_hidden(hidden))
         come_in, keep, candidate, go_out = gates.chunk(4, -1)
         cell = keep.sigmoid() * cell + come_in.sigmoid() * candidate.tanh()
         return go_out.sigmoid() * cell.tanh(), cell
@@ -126,13 +126,13 @@ class Memory(nn.Module):
 
     def foresee(self, hidden: Tensor) -> tuple[Mixture, Tensor, Tensor]:
         """The mixture of the next z, the reward that comes with it, and the logit of the end: of `[..., cells]`."""
-        numbers = single(self.mixture_head(hidden)).unflatten(-1, (3, self.z, self.mixtures))
+        numbers = as_float32(self.mixture_head(hidden)).unflatten(-1, (3, self.z, self.mixtures))
         log_share, mean, log_std = numbers.unbind(-3)
         mixture = Mixture(log_share.log_softmax(-1), mean, log_std.clamp(*LOG_STD))
-        return mixture, single(self.reward_head(hidden)), single(self.end_head(hidden))
+        return mixture, as_float32(self.reward_head(hidden)), as_float32(self.end_head(hidden))
 
 
-class Mind(NamedTuple):
+class LatentState(NamedTuple):
     """What is known at a moment: z of what is seen, and what M remembers of before, all `[N, *]`."""
 
     z: Tensor
@@ -177,25 +177,25 @@ class WorldModel(nn.Module):
         """Actions as M reads them: `[N, A]` in [-1, 1], of finite ones `[N]` one-hot."""
         return one_hot(action, self.actions).float() if self.discrete else action.clamp(-1, 1)
 
-    def begin(self, observation: Tensor) -> Mind:
+    def begin(self, observation: Tensor) -> LatentState:
         """At the first observation of an episode."""
         z, _ = self.vision.encode(observation)
         nothing = z.new_zeros(len(z), self.memory.cells)
-        return Mind(z, nothing, nothing)
+        return LatentState(z, nothing, nothing)
 
-    def remember(self, mind: Mind, action: Tensor) -> tuple[Tensor, Tensor]:
+    def remember(self, mind: LatentState, action: Tensor) -> tuple[Tensor, Tensor]:
         """M's step: what is remembered after an action `[N, A]`."""
         return self.memory(self.memory.from_input(torch.cat([mind.z, action], -1)), mind.hidden, mind.cell)
 
-    def see(self, mind: Mind, action: Tensor, observation: Tensor) -> Mind:
+    def see(self, mind: LatentState, action: Tensor, observation: Tensor) -> LatentState:
         """After an action, and what it led to. z is the mean of q(z | picture).
 
         # Deviation: the paper draws z also when it acts.
         """
         z, _ = self.vision.encode(observation)
-        return Mind(z, *self.remember(mind, action))
+        return LatentState(z, *self.remember(mind, action))
 
-    def dream(self, mind: Mind, action: Tensor, noise: Tensor, temperature: float) -> tuple[Mind, Tensor, Tensor]:
+    def dream(self, mind: LatentState, action: Tensor, noise: Tensor, temperature: float) -> tuple[LatentState, Tensor, Tensor]:
         """After an action, as M has it: the mind, the reward `[N, 1]`, and whether the episode ends `[N, 1]`.
 
         Args:
@@ -208,9 +208,9 @@ class WorldModel(nn.Module):
         hidden, cell = self.remember(mind, action)
         mixture, reward, logit = self.memory.foresee(hidden)
         ends = torch.special.ndtr(noise[:, -1:]) < ((logit - math.log(self.end_weight)) / temperature).sigmoid()
-        return Mind(mixture.sample(noise[:, :-1], temperature), hidden, cell), reward, ends
+        return LatentState(mixture.sample(noise[:, :-1], temperature), hidden, cell), reward, ends
 
-    def decode(self, mind: Mind) -> Tensor:
+    def decode(self, mind: LatentState) -> Tensor:
         """What it looks like: `[N, C, H, W]`, from 0 to 255."""
         return 255 * self.vision.decode(mind.z)
 
@@ -295,7 +295,7 @@ class Player(nn.Module):
         carry = self.carry
         carry.begin(is_first)
         if self.trials is None or self.trials.numbers is not None:
-            before = Mind(carry.stoch, *carry.deter.chunk(2, -1))
+            before = LatentState(carry.stoch, *carry.deter.chunk(2, -1))
             carry.deter = torch.cat(self.model.remember(before, carry.action), -1) * ~is_first
             carry.stoch, _ = self.model.vision.encode(observation)
         if self.trials is None:
@@ -309,7 +309,7 @@ class Player(nn.Module):
 
     def choose(self, numbers: Tensor) -> Tensor:
         """Of one controller each, `[N, n] -> [N, *A]`."""
-        mind = Mind(self.carry.stoch, *self.carry.deter.chunk(2, -1))
+        mind = LatentState(self.carry.stoch, *self.carry.deter.chunk(2, -1))
         return self.controllers(numbers, mind.feature.unsqueeze(1)).squeeze(1)
 
     def wander(self, is_first: Tensor) -> Tensor:

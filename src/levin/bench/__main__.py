@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from levin.bench.peers import COMPARISONS, compare, ours, table
+from levin.bench.peers import COMPARISONS, compare, levin_command, print_table
 from levin.config import cli
 from levin.config.compose import compose
-from levin.core.errors import one_sentence
-from levin.core.omega import plain
+from levin.core.errors import exit_on_user_error
+from levin.core.omega import to_plain
 from levin.core.types import PositiveInt
 from levin.envs.config import EnvConfig
 from levin.runs import provenance
@@ -22,7 +22,7 @@ def checkpoint(*, rounds: int, threads: int) -> None:
     (task,) = COMPARISONS["sac"]
     probe = f"{{_target_:levin.bench.checkpoint.Probe,start:{task.warm_up},segment:{task.segment},rounds:{rounds}}}"
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that runs are on
-        words = ours(task, (), Path(folder) / "run", threads, f"+callbacks.probe={probe}")
+        words = levin_command(task, (), Path(folder) / "run", threads, f"+callbacks.probe={probe}")
         subprocess.run(words, check=True)
 
 
@@ -73,11 +73,11 @@ def bench(
 
         memory(rounds=segments, threads=threads)
     elif what == "collect":
-        from levin.bench.collect import beside_the_env, collect
+        from levin.bench.collect import compare_env_stepping, compare_collectors
 
         for env_id, num_envs in (("CartPole-v1", 8), ("HalfCheetah-v4", 1)):
             print(f"\n{env_id} x {num_envs}, 64-64 policy", end="")
-            table(collect(env_id, num_envs, segments), "hand-written loop", "vector steps/s")
+            print_table(compare_collectors(env_id, num_envs, segments), "hand-written loop", "vector steps/s")
         for name, num_envs, package in (
             *(("pong", 8, "ale_py"), ("breakout", 8, "ale_py")),
             *(("lunarlander", 8, "Box2D"), ("bipedalwalker", 1, "Box2D"), ("carracing", 1, "Box2D")),
@@ -88,13 +88,13 @@ def bench(
                 continue
             words = [f"env={name}", "algo=a2c", f"env.num_envs={num_envs}"]
             print(f"\n{name} x {num_envs}, random actions", end="")
-            rates = beside_the_env(EnvConfig(**plain(compose(words).env)), segments)
-            table(rates, "the env alone", "vector steps/s")
+            rates = compare_env_stepping(EnvConfig(**to_plain(compose(words).env)), segments)
+            print_table(rates, "the env alone", "vector steps/s")
     else:
         for task in COMPARISONS[what]:
             compare(task, segments=segments, threads=threads)
 
 
 if __name__ == "__main__":
-    with one_sentence():
-        bench(**cli.arguments(bench))
+    with exit_on_user_error():
+        bench(**cli.command_arguments(bench))

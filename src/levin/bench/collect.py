@@ -17,7 +17,7 @@ from levin.collectors.factory import make_collector
 from levin.core.process import keep_freed_memory, silence_libraries
 from levin.core.spaces import random_actions
 from levin.envs.config import EnvConfig
-from levin.envs.factory import describe, make_env, make_one
+from levin.envs.factory import describe_env, make_env, make_single_env
 from levin.nn.networks import mlp
 
 STEPS = 256  # vector steps per rollout
@@ -45,7 +45,7 @@ class HandWritten:
 
     def __init__(self, config: EnvConfig, policy: nn.Module) -> None:
         self.env = SyncVectorEnv(
-            [lambda: make_one(config)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False
+            [lambda: make_single_env(config)] * config.num_envs, autoreset_mode=AutoresetMode.DISABLED, copy=False
         )
         self.policy = policy
         self.current, _ = self.env.reset(seed=0)
@@ -74,11 +74,11 @@ class HandWritten:
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
-def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
+def compare_collectors(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
     """Vector steps per second of each side in each round."""
     silence_libraries()
     config = EnvConfig(id=env_id, num_envs=num_envs)
-    spec = describe(make_env(config, seed=0))
+    spec = describe_env(make_env(config, seed=0))
     discrete = spec["action"]["type"] == "discrete"
     num_actions = spec["action"]["n"] if discrete else int(np.prod(spec["action"]["shape"]))
     policy = Chooser(int(np.prod(spec["observation"]["shape"])), num_actions, discrete)
@@ -91,10 +91,10 @@ def collect(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
         "levin": lambda: next(mine),
         "TorchRL Collector": lambda: next(theirs),
     }
-    return interleaved(sides, rounds)
+    return time_interleaved(sides, rounds)
 
 
-def beside_the_env(config: EnvConfig, rounds: int) -> dict[str, list[float]]:
+def compare_env_stepping(config: EnvConfig, rounds: int) -> dict[str, list[float]]:
     """Vector steps per second of each side in each round, without a policy. Needs the extra of the family."""
     silence_libraries()
     keep_freed_memory()  # as a run does
@@ -102,11 +102,11 @@ def beside_the_env(config: EnvConfig, rounds: int) -> dict[str, list[float]]:
     nobody = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
     collector = make_collector("vector", env, nobody, steps=SHORT, random_env_steps=NEVER)
     rollouts = iter(collector.iterator())
-    alone = stepping(config, random_actions(env.single_action_space, SHORT, config.num_envs))
-    return interleaved({"the env alone": alone, "levin": lambda: next(rollouts)}, rounds, SHORT)
+    alone = make_stepper(config, random_actions(env.single_action_space, SHORT, config.num_envs))
+    return time_interleaved({"the env alone": alone, "levin": lambda: next(rollouts)}, rounds, SHORT)
 
 
-def stepping(config: EnvConfig, actions: np.ndarray) -> Callable[[], None]:
+def make_stepper(config: EnvConfig, actions: np.ndarray) -> Callable[[], None]:
     """A loop that steps the envs by `actions` `[T, N, *A]`, and keeps nothing."""
     if config.family == "atari":
         from ale_py.vector_env import AtariVectorEnv
@@ -120,7 +120,7 @@ def stepping(config: EnvConfig, actions: np.ndarray) -> Callable[[], None]:
 
         return play
     mode = AutoresetMode.DISABLED
-    env = SyncVectorEnv([lambda: make_one(config)] * config.num_envs, autoreset_mode=mode, copy=False)
+    env = SyncVectorEnv([lambda: make_single_env(config)] * config.num_envs, autoreset_mode=mode, copy=False)
     env.reset(seed=0)
 
     def step() -> None:
@@ -132,7 +132,7 @@ def stepping(config: EnvConfig, actions: np.ndarray) -> Callable[[], None]:
     return step
 
 
-def interleaved(sides: dict[str, Callable[[], object]], rounds: int, steps: int = STEPS) -> dict[str, list[float]]:
+def time_interleaved(sides: dict[str, Callable[[], object]], rounds: int, steps: int = STEPS) -> dict[str, list[float]]:
     """Steps per second of each side in each round, of rollouts of `steps`."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):

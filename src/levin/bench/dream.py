@@ -6,16 +6,16 @@ import numpy as np
 import torch
 
 from levin.algorithms.world_models import WorldModels
-from levin.bench.peers import spec, table
+from levin.bench.peers import fake_env_spec, print_table
 from levin.core.spaces import EMPTY
 from levin.model_based.dream_env import DreamEnv, policy_space
 
 POPULATION, ROLLOUTS, LENGTH = 32, 4, 200
 PEER = "one env at a time"
-SPEC = spec({**EMPTY, "shape": [1, 16, 16], "dtype": "uint8"}, {**EMPTY, "type": "discrete", "dtype": "int64", "n": 3})
+SPEC = fake_env_spec({**EMPTY, "shape": [1, 16, 16], "dtype": "uint8"}, {**EMPTY, "type": "discrete", "dtype": "int64", "n": 3})
 
 
-def one_by_one(algorithm: WorldModels, numbers: torch.Tensor, steps: int) -> float:
+def dream_one_by_one(algorithm: WorldModels, numbers: torch.Tensor, steps: int) -> float:
     """Steps per second of as many envs, each stepped for itself."""
     model, actions = algorithm.model, policy_space(SPEC["action"])
     envs = [
@@ -47,6 +47,6 @@ def dream(*, rounds: int, threads: int) -> None:
         start = perf_counter()
         _, length = algorithm.dreamt(numbers, list(range(ROLLOUTS)))
         rates["a population at once"].append(float(length.sum()) / (perf_counter() - start))
-        rates[PEER].append(one_by_one(algorithm, numbers, steps=5))
+        rates[PEER].append(dream_one_by_one(algorithm, numbers, steps=5))
     print(f"\nLSTM 128, z 24, {POPULATION} candidates x {ROLLOUTS} dreams of {LENGTH} steps", end="")
-    table(rates, PEER, "dream steps/s")
+    print_table(rates, PEER, "dream steps/s")

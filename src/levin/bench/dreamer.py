@@ -38,7 +38,7 @@ from levin.algorithms.dreamer import SIZES, Dreamer
 from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.dreamer_v3_networks import BINS, UNIMIX
 from levin.algorithms.dreamer_v3_networks import SIZES as V3_SIZES
-from levin.bench.peers import spec, table
+from levin.bench.peers import fake_env_spec, print_table
 from levin.core.spaces import EMPTY, EnvSpec
 from levin.data.sequences import LATENT
 
@@ -89,14 +89,14 @@ class Side:
             raise RuntimeError("a parameter has got no gradient, or not a finite one")
 
 
-def vectors(sizes: Sizes) -> EnvSpec:
+def vector_env(sizes: Sizes) -> EnvSpec:
     """An env of vectors and continuous actions."""
     bound = [1.0] * sizes.actions
     low = [-each for each in bound]
-    return spec({**EMPTY, "shape": [sizes.observation]}, {**EMPTY, "shape": [sizes.actions], "low": low, "high": bound})
+    return fake_env_spec({**EMPTY, "shape": [sizes.observation]}, {**EMPTY, "shape": [sizes.actions], "low": low, "high": bound})
 
 
-def records(sizes: Sizes) -> TensorDict:
+def random_records(sizes: Sizes) -> TensorDict:
     """Random sequences `[B, 1 + T]`, of episodes that go on."""
     lead = (BATCH, 1 + sizes.length)
     data = {key: torch.zeros(*lead, 1, dtype=torch.bool) for key in ("is_first", "is_terminal", "is_last")}
@@ -105,7 +105,7 @@ def records(sizes: Sizes) -> TensorDict:
     return TensorDict(data, batch_size=lead)
 
 
-def transitions(sequence: TensorDict, state: int, belief: int) -> TensorDict:
+def as_torchrl_transitions(sequence: TensorDict, state: int, belief: int) -> TensorDict:
     """The same as TorchRL has them, `[B, T]`: the action of a record, and what it led to."""
     lead = (BATCH, sequence.shape[1] - 1)
     names = {"observation": "observation", "reward": "reward", "done": "is_last", "terminated": "is_terminal"}
@@ -115,14 +115,14 @@ def transitions(sequence: TensorDict, state: int, belief: int) -> TensorDict:
     return TensorDict({**data, "next": after}, batch_size=lead).clone()  # contiguous, as replay's are
 
 
-def ours(algorithm: Dreamer | DreamerV3, batch: TensorDict) -> Side:
+def make_levin_side(algorithm: Dreamer | DreamerV3, batch: TensorDict) -> Side:
     """An algorithm without a Trainer."""
     algorithm.configure_optimizers()
     algorithm.manual_backward = Tensor.backward  # type: ignore[method-assign]
     return Side(lambda: algorithm.update(batch), [each for each in algorithm.parameters() if each.requires_grad])
 
 
-def led_to(*keys: str) -> list[Any]:
+def next_keys(*keys: str) -> list[Any]:
     """Keys of what comes next; `_` for what nobody asks for."""
     return [key if key == "_" else ("next", key) for key in keys]
 
@@ -137,7 +137,7 @@ def dream_env(transition: Any, reward: Any, state: int, belief: int, actions: in
     return env
 
 
-def bounded(numbers: Tensor) -> tuple[Tensor, Tensor]:
+def bounded_gaussian(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Location and deviation of DreamerV3's Gaussian: `[..., 2 A] -> [..., A], [..., A]`."""
     loc, std = numbers.chunk(2, -1)
     return loc.tanh(), 0.9 * (std + 2).sigmoid() + 0.1
@@ -156,16 +156,16 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     encoder = modules.DreamerV3MLP(V3.observation, None, depth=3, num_cells=units)
     reward, goes_on, two_hot = head(BINS, depth=1, outscale=0.0), head(1, depth=1), modules.SymExpTwoHot(BINS)
     rollout = modules.RSSMRolloutV3(
-        wire(prior, [*STATE, "action"], led_to("prior_logits", "state", "belief")),
-        wire(posterior, led_to("belief", "encoded_latents"), led_to("posterior_logits", "state")),
+        wire(prior, [*STATE, "action"], next_keys("prior_logits", "state", "belief")),
+        wire(posterior, next_keys("belief", "encoded_latents"), next_keys("posterior_logits", "state")),
     )
     model = Chain(
-        wire(objectives.symlog, led_to("observation"), led_to("squeezed")),
-        wire(encoder, led_to("squeezed"), led_to("encoded_latents")),
+        wire(objectives.symlog, next_keys("observation"), next_keys("squeezed")),
+        wire(encoder, next_keys("squeezed"), next_keys("encoded_latents")),
         rollout,
-        wire(head(V3.observation, depth=3), led_to(*STATE), led_to("reco_pixels")),
-        wire(reward, led_to(*STATE), led_to("reward_logits")),
-        wire(goes_on, led_to(*STATE), led_to("continue_pred")),
+        wire(head(V3.observation, depth=3), next_keys(*STATE), next_keys("reco_pixels")),
+        wire(reward, next_keys(*STATE), next_keys("reward_logits")),
+        wire(goes_on, next_keys(*STATE), next_keys("continue_pred")),
     )
     if compiled:
         rollout.compile_rollout("step")
@@ -175,7 +175,7 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     goes_on = Chain(wire(goes_on, STATE, ["logit"]), wire(torch.sigmoid, ["logit"], ["continuation"]))
     actor = Choose(
         wire(head(2 * V3.actions, depth=3, outscale=0.01), STATE, ["numbers"]),
-        wire(bounded, ["numbers"], ["loc", "scale"]),
+        wire(bounded_gaussian, ["numbers"], ["loc", "scale"]),
         ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=modules.IndependentNormal),
     )
     value = Chain(
@@ -196,7 +196,7 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     loss = objectives.DreamerV3Loss(model_loss, actor_loss, value_loss, replay_value_loss_weight=0.3)
     learned = list(chain(model.parameters(), actor.parameters(), value.parameters()))
     optimizer = DreamerV3Optimizer(learned)
-    sample = transitions(sequence, state, belief)
+    sample = as_torchrl_transitions(sequence, state, belief)
 
     def update() -> None:
         losses = loss(sample)
@@ -217,17 +217,17 @@ def torchrl_v1(sequence: TensorDict, *, compiled: bool = False) -> Side:
     posterior = modules.RSSMPosterior(hidden, state, rnn_hidden_dim=belief, obs_embed_dim=units)
     reward = network(state + belief, 1, depth=2)
     rollout = modules.RSSMRollout(
-        wire(prior, [*STATE, "action"], led_to("prior_mean", "prior_std", "_", "belief")),
-        wire(posterior, led_to("belief", "encoded_latents"), led_to("posterior_mean", "posterior_std", "state")),
+        wire(prior, [*STATE, "action"], next_keys("prior_mean", "prior_std", "_", "belief")),
+        wire(posterior, next_keys("belief", "encoded_latents"), next_keys("posterior_mean", "posterior_std", "state")),
     )
     if compiled:
         rollout.compile()  # as its example has it
     encoded = Chain(
-        wire(network(V1.observation, units, depth=2), led_to("observation"), led_to("encoded_latents")),
+        wire(network(V1.observation, units, depth=2), next_keys("observation"), next_keys("encoded_latents")),
         rollout,
-        wire(network(state + belief, V1.observation, depth=2), led_to(*STATE), led_to("reco_pixels")),
+        wire(network(state + belief, V1.observation, depth=2), next_keys(*STATE), next_keys("reco_pixels")),
     )
-    model = modules.WorldModelWrapper(encoded, wire(reward, led_to(*STATE), led_to("reward")))
+    model = modules.WorldModelWrapper(encoded, wire(reward, next_keys(*STATE), next_keys("reward")))
     dreamt = torch.compile(prior, dynamic=False) if compiled else prior
     transition, reward = wire(dreamt, [*STATE, "action"], ["_", "_", *STATE]), wire(reward, STATE, ["reward"])
     squashed = {"distribution_class": modules.TanhNormal, "distribution_kwargs": {"tanh_loc": True}}
@@ -236,7 +236,7 @@ def torchrl_v1(sequence: TensorDict, *, compiled: bool = False) -> Side:
         ProbabilisticTensorDictModule(["loc", "scale"], ["action"], **squashed),
     )
     value = wire(network(state + belief, 1, depth=3), STATE, ["state_value"])
-    sample = transitions(sequence, state, belief)
+    sample = as_torchrl_transitions(sequence, state, belief)
     actor(sample.clone())  # its first layer is lazy
     model_loss = objectives.DreamerModelLoss(model, delayed_clamp=True, lambda_reco=1 / sample.numel())
     model_loss.set_keys(pixels="observation")
@@ -264,7 +264,7 @@ def torchrl_v1(sequence: TensorDict, *, compiled: bool = False) -> Side:
     return Side(update, list(chain(*learned)))
 
 
-def compared(title: str, sides: dict[str, Side], sizes: Sizes, rounds: int) -> None:
+def compare_sides(title: str, sides: dict[str, Side], sizes: Sizes, rounds: int) -> None:
     """Print how fast they are, in turns, after two segments that warm up."""
     for side in sides.values():
         side.segment(2 * sizes.updates)
@@ -275,7 +275,7 @@ def compared(title: str, sides: dict[str, Side], sizes: Sizes, rounds: int) -> N
             rates[name].append(side.segment(sizes.updates))
     counts = ", ".join(f"{name} {side.size:,}" for name, side in sides.items())
     print(f"\n{title}, {BATCH} x {sizes.length}, dreams of {sizes.horizon}; parameters: {counts}", end="")
-    table(rates, PEER, "updates/minute")
+    print_table(rates, PEER, "updates/minute")
 
 
 def dreamer(*, rounds: int, threads: int) -> None:
@@ -283,18 +283,18 @@ def dreamer(*, rounds: int, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     compiles = shutil.which(os.environ.get("CXX", "g++")) is not None
-    batch = records(V1)
-    v1 = partial(Dreamer, env=vectors(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon)
-    sides = {"levin": ours(v1(), batch[:, 1:].clone()), PEER: torchrl_v1(batch)}
+    batch = random_records(V1)
+    v1 = partial(Dreamer, env=vector_env(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon)
+    sides = {"levin": make_levin_side(v1(), batch[:, 1:].clone()), PEER: torchrl_v1(batch)}
     if compiles:
-        sides |= {"levin, compiled": ours(v1(compile=True), batch[:, 1:].clone())}
+        sides |= {"levin, compiled": make_levin_side(v1(compile=True), batch[:, 1:].clone())}
         sides |= {f"{PEER}, compiled": torchrl_v1(batch, compiled=True)}
-    compared("Dreamer, micro", sides, V1, rounds)
-    batch, size = records(V3), V3_SIZES["1m"]
+    compare_sides("Dreamer, micro", sides, V1, rounds)
+    batch, size = random_records(V3), V3_SIZES["1m"]
     batch[LATENT] = torch.zeros(*batch.shape, size.deter + size.stoch, dtype=torch.bfloat16)  # with class numbers
-    v3 = partial(DreamerV3, env=vectors(V3), size="1m", batch_size=BATCH, batch_length=V3.length, horizon=V3.horizon)
-    sides = {"levin": ours(v3(), batch), PEER: torchrl_v3(batch)}
+    v3 = partial(DreamerV3, env=vector_env(V3), size="1m", batch_size=BATCH, batch_length=V3.length, horizon=V3.horizon)
+    sides = {"levin": make_levin_side(v3(), batch), PEER: torchrl_v3(batch)}
     if compiles:
-        sides |= {"levin, compiled": ours(v3(compile=True), batch)}
+        sides |= {"levin, compiled": make_levin_side(v3(compile=True), batch)}
         sides |= {f"{PEER}, compiled": torchrl_v3(batch, compiled=True)}
-    compared("DreamerV3, 1m", sides, V3, rounds)
+    compare_sides("DreamerV3, 1m", sides, V3, rounds)

@@ -84,12 +84,12 @@ TASKS = [
 ]
 
 
-class Ours:
+class LevinSide:
     """Estimates by one of our estimators, or with `floor` its cost and log-probability alone, as often."""
 
     def __init__(self, task: Task, number: int, *, floor: bool = False) -> None:
         self.number = number
-        self.step = (floor_of if floor else step_of)(task)
+        self.step = (make_floor if floor else make_step)(task)
         for _ in range(5):
             self.step()
 
@@ -101,12 +101,12 @@ class Ours:
         return self.number / (perf_counter() - start)
 
 
-def problem(task: Task) -> tuple[Callable[[], Distribution], Callable[[Tensor], Tensor], list[Tensor]]:
+def make_problem(task: Task) -> tuple[Callable[[], Distribution], Callable[[Tensor], Tensor], list[Tensor]]:
     """The distribution anew, the cost of points `[S, B, *E] -> [S, B]`, and all parameters."""
     torch.manual_seed(0)
     rows, choices, values = (task.sizes[key] for key in ("rows", "choices", "values"))
     if task.kind == "autoencoder":
-        return autoencoder(rows, choices, values, task.sizes["pixels"])
+        return make_autoencoder(rows, choices, values, task.sizes["pixels"])
     coins = task.kind == "coins"
     shape = (rows, choices) if coins else (rows, choices, values) if choices > 1 else (rows, values)
     parameter, weight = torch.randn(shape, requires_grad=True), torch.randn(shape[1:])
@@ -122,7 +122,7 @@ def problem(task: Task) -> tuple[Callable[[], Distribution], Callable[[Tensor], 
     return dist, cost, [parameter]
 
 
-def autoencoder(
+def make_autoencoder(
     rows: int, choices: int, values: int, pixels: int
 ) -> tuple[Callable[[], Distribution], Callable[[Tensor], Tensor], list[Tensor]]:
     """Of the size that MNIST's have."""
@@ -145,9 +145,9 @@ def autoencoder(
     return dist, cost, [*encoder.parameters(), *decoder.parameters()]
 
 
-def step_of(task: Task) -> Callable[[], None]:
+def make_step(task: Task) -> Callable[[], None]:
     """One estimate of the gradient of the mean over the rows."""
-    dist, cost, parameters = problem(task)
+    dist, cost, parameters = make_problem(task)
 
     def step() -> None:
         for parameter in parameters:
@@ -157,9 +157,9 @@ def step_of(task: Task) -> Callable[[], None]:
     return step
 
 
-def floor_of(task: Task) -> Callable[[], None]:
+def make_floor(task: Task) -> Callable[[], None]:
     """The same cost of as many points, and one log-probability of them, with their gradients: no sampling."""
-    dist, cost, parameters = problem(task)
+    dist, cost, parameters = make_problem(task)
     draws = task.estimator.sample(dist())
     points = draws.value.detach().requires_grad_(draws.value.requires_grad)
 
@@ -186,7 +186,7 @@ def estimators(*, rounds: int, threads: int, number: int = 100) -> None:
     for task in TASKS:
         count = number // 5 if task.kind == "autoencoder" else number
         with ExitStack() as stack:
-            sides: dict[str, Ours | Worker] = {"ours": Ours(task, count), "floor": Ours(task, count, floor=True)}
+            sides: dict[str, LevinSide | Worker] = {"ours": LevinSide(task, count), "floor": LevinSide(task, count, floor=True)}
             if task.peer:
                 words = [task.kind, task.peer, str(threads), str(count), json.dumps(task.sizes)]
                 sides["peer"] = peer = Worker([str(PYTHON), str(script), *words])

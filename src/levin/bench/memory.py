@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 BATCH = 256
 
 
-def vectors(num: int) -> TensorDict:
+def vector_transitions(num: int) -> TensorDict:
     """Transitions `[1, num]` of HalfCheetah's shapes."""
     flags = torch.zeros(1, num, 1, dtype=torch.bool)
     after = {"observation": torch.randn(1, num, 17), "reward": torch.randn(1, num, 1), "terminated": flags}
@@ -22,7 +22,7 @@ def vectors(num: int) -> TensorDict:
     return TensorDict({**first, "next": {**after, "done": flags}}, batch_size=[1, num])
 
 
-def frames(num: int) -> TensorDict:
+def frame_transitions(num: int) -> TensorDict:
     """Transitions `[1, num]` of Atari's shapes, four frames at a time, in episodes of 500 steps."""
     stream = torch.randint(256, (1, num + 4, 84, 84), dtype=torch.uint8)
     observation = stream.unfold(1, 4, 1).movedim(-1, 2)  # [1, num + 1, 4, 84, 84]
@@ -33,7 +33,7 @@ def frames(num: int) -> TensorDict:
     return TensorDict({"observation": observation[:, :-1], "action": action, "next": after}, batch_size=[1, num])
 
 
-def resident() -> float:
+def resident_megabytes() -> float:
     """Of this process, in MB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
@@ -44,14 +44,14 @@ def memory(*, rounds: int, threads: int) -> None:
     torch.set_num_threads(threads)
     print(f"{provenance.processor()}, {threads} threads; medians of {rounds} x 100 draws of {BATCH}")
     filled = (
-        ("HalfCheetah, 1,000,000 transitions", replay.Replay(1_000_000, "memory"), vectors, 1_000_000),
-        ("Atari, 100,000 frames", replay.FrameReplay(100_000, "memory", 4), frames, 100_000),
+        ("HalfCheetah, 1,000,000 transitions", replay.Replay(1_000_000, "memory"), vector_transitions, 1_000_000),
+        ("Atari, 100,000 frames", replay.FrameReplay(100_000, "memory", 4), frame_transitions, 100_000),
     )
     for name, buffer, rollout, size in filled:
-        before = resident()
+        before = resident_megabytes()
         while len(buffer) < size:
             buffer.extend(rollout(1000))
-        after = resident()
+        after = resident_megabytes()
         times = []
         for _ in range(rounds):
             start = perf_counter()

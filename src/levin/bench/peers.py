@@ -20,7 +20,7 @@ from levin.core.errors import ConfigError
 from levin.core.process import keep_freed_memory
 from levin.core.spaces import EnvSpec, Space
 from levin.runs import provenance
-from levin.training.session import build
+from levin.training.session import build_run
 
 PYTHON = paths.ROOT / ".venv-bench" / "bin" / "python"
 NEVER = 1_000_000_000
@@ -71,7 +71,7 @@ COMPARISONS = {
             warm_up=640,
             segment=512,
             peer={"learning_starts": 320},
-            ours=("algo.learning_starts=320",),
+            levin_command=("algo.learning_starts=320",),
             variants=CHUNKS,
         )
     ],
@@ -86,7 +86,7 @@ COMPARISONS = {
                 warm_up=640,
                 segment=512,
                 peer={"learning_starts": 320} | EQUAL_NETS,
-                ours=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
+                levin_command=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
                 variants=CHUNKS,
             )
         ]
@@ -113,7 +113,7 @@ COMPARISONS = {
                 "exploration_final_eps": 0.05,
                 "policy_kwargs": {"net_arch": [120, 84]},
             },
-            ours=(
+            levin_command=(
                 *("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
                 *("algo.huber=true", "algo.max_grad_norm=10"),
             ),
@@ -132,7 +132,7 @@ COMPARISONS = {
             warm_up=4096,
             segment=16384,
             peer={"n_steps": 128, "batch_size": 256, "n_epochs": 4},
-            ours=(
+            levin_command=(
                 *("algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", "algo.lr=3e-4"),
                 *("algo.gamma=0.99", "algo.gae_lambda=0.95", "algo.clip_schedule=constant"),
             ),
@@ -146,7 +146,7 @@ COMPARISONS = {
             warm_up=4096,
             segment=4096,
             peer={"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
-            ours=(
+            levin_command=(
                 *("algo.steps_per_iteration=2048", "algo.recompute_advantage=false", "algo.normalize_advantage=true"),
                 *("algo.clip_value=false", "algo.value_coef=1.0", "algo.initial_log_std=0.0", *RAW),
             ),
@@ -154,7 +154,7 @@ COMPARISONS = {
         ),
     ],
     "a2c": [
-        Comparison(algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, ours=RAW)
+        Comparison(algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, levin_command=RAW)
     ],
     "trpo": [
         Comparison(
@@ -173,7 +173,7 @@ COMPARISONS = {
                 "target_kl": 0.04,
                 "learning_rate": 1e-3,
             },
-            ours=("algo.target_kl=0.04", *RAW),
+            levin_command=("algo.target_kl=0.04", *RAW),
         )
     ],
 }
@@ -215,7 +215,7 @@ class Floor:
     def __init__(self, task: Comparison, threads: int) -> None:
         words = [f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}", *task.ours]
         keep_freed_memory()
-        self.algorithm, self.loader = build(compose([*words, f"trainer.threads={threads}"]))
+        self.algorithm, self.loader = build_run(compose([*words, f"trainer.threads={threads}"]))
         self.algorithm.configure_optimizers()
         self.algorithm.manual_backward = torch.Tensor.backward  # type: ignore[method-assign]
         self.steps = 0
@@ -243,12 +243,12 @@ class Floor:
         self.loader.collector.shutdown()
 
 
-def pace(task: Comparison) -> str:
+def pace_callback(task: Comparison) -> str:
     """The callback that takes turns."""
     return f"+callbacks.pace={{_target_:levin.bench.pace.Pace,start:{task.warm_up},segment:{task.segment}}}"
 
 
-def ours(task: Comparison, variant: tuple[str, ...], folder: Path, threads: int, callback: str) -> list[str]:
+def levin_command(task: Comparison, variant: tuple[str, ...], folder: Path, threads: int, callback: str) -> list[str]:
     """The real command, with everything but evaluation and checkpoints, which the peer does not do either."""
     return [
         *(sys.executable, "-m", "levin.train", f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}"),
@@ -272,7 +272,7 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         commands = {"Stable-Baselines3": [str(PYTHON), str(script), task.algo, task.env_id, *map(str, words)]}
         for i, (name, variant) in enumerate(task.variants.items()):
-            commands[name] = ours(task, variant, Path(folder) / str(i), threads, pace(task))
+            commands[name] = levin_command(task, variant, Path(folder) / str(i), threads, pace_callback(task))
         workers: dict[str, Worker | Floor] = {name: Worker(command) for name, command in commands.items()}
         workers[FLOOR] = Floor(task, threads)
         for worker in workers.values():
@@ -283,13 +283,13 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
         for _ in range(segments):
             for name, worker in workers.items():
                 rates[name].append(worker.segment())
-    table(rates, "Stable-Baselines3", "env steps/s")
+    print_table(rates, "Stable-Baselines3", "env steps/s")
     for name in task.variants:
         share = statistics.median(a / b for a, b in zip(rates[name], rates[FLOOR], strict=True))
         print(f"{name} runs at {share:.0%} of {FLOOR}")
 
 
-def spec(observation: Space, action: Space) -> EnvSpec:
+def fake_env_spec(observation: Space, action: Space) -> EnvSpec:
     """An env that is none: its spaces are all that an algorithm asks for."""
     return {
         "id": "a benchmark",
@@ -303,7 +303,7 @@ def spec(observation: Space, action: Space) -> EnvSpec:
     }
 
 
-def table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
+def print_table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
     """Median rate of each, and the median over rounds of its ratio to the peer in the same round."""
     print(f"\n{provenance.processor()}; medians of {len(rates[peer])} rounds, interleaved")
     for name, values in rates.items():

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
 
-from levin.core.spaces import tensors
+from levin.core.spaces import to_tensors
 from levin.data.rollout import act
 from levin.envs.vector import SeededVectorEnv
 
@@ -71,7 +71,7 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
     done = np.ones(num_envs, dtype=bool)
     observation = env.begin([0] * num_envs, done)
     while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
-        batch = tensors(env.observation, observation, device)
+        batch = to_tensors(env.observation, observation, device)
         observation, reward, terminated, truncated, _ = env.step(act(policy, batch, done).cpu().numpy())
         total += reward
         length += 1

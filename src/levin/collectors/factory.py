@@ -7,7 +7,7 @@ from torchrl.collectors import BaseCollector, Collector
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
-from levin.collectors.torchrl import wrap
+from levin.collectors.torchrl import to_torchrl
 from levin.collectors.vector import VectorCollector
 from levin.collectors.workers import NAMES, WorkersCollector
 from levin.core.errors import ConfigError
@@ -61,7 +61,7 @@ def make_collector(
     if isinstance(steps, WholeEpisodes):
         raise ConfigError(f"collector={name} has rollouts of one length; whole episodes need collector=vector")
     return Collector(
-        wrap(env, is_first=IS_FIRST in policy.in_keys),
+        to_torchrl(env, is_first=IS_FIRST in policy.in_keys),
         policy,
         frames_per_batch=steps * env.num_envs,
         total_frames=-1,

@@ -74,7 +74,7 @@ class CollectorLoader:
         envs = np.arange(len(rollout)) if indices is None else indices[:, 0, 0].numpy()
         after: TensorDict = rollout.get("next")
         reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
-        for what in (*parts(after.get("observation")), *parts(rollout.get("observation")), reward):
+        for what in (*observation_tensors(after.get("observation")), *observation_tensors(rollout.get("observation")), reward):
             self._check_finite(np.asarray(what), done, envs)
         if self.step_count:
             count = step_count(done, self.statistics.open_length[envs])
@@ -103,7 +103,7 @@ class CollectorLoader:
         """Means over the episodes that ended since the last call, their count, and the seconds spent collecting."""
         row = {"time/collect": self.seconds}
         returns, lengths = (
-            [x for part in distributed.gather(each) for x in part] for each in (self.returns, self.lengths)
+            [x for part in distributed.gather_objects(each) for x in part] for each in (self.returns, self.lengths)
         )
         if returns:
             row |= {"episode/return": float(np.mean(returns)), "episode/length": float(np.mean(lengths))}
@@ -142,6 +142,6 @@ class CollectorLoader:
         self.statistics.open_length[self.strayed] = 0
 
 
-def parts(observation: Tensor | TensorDictBase) -> list[Tensor]:
+def observation_tensors(observation: Tensor | TensorDictBase) -> list[Tensor]:
     """The tensors of an observation: one, unless it is a dict."""
     return [observation] if isinstance(observation, Tensor) else list(observation.values())

@@ -15,7 +15,7 @@ from levin.core.spaces import IS_FIRST
 from levin.envs.vector import SeededVectorEnv
 
 
-def wrap(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
+def to_torchrl(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
     """The vector env as TorchRL's collectors take it, with the keys of ours."""
     wrapped = GymWrapper(env, categorical_action_encoding=True)
     if parts := list(env.observation.get("spaces", {})):

@@ -17,14 +17,14 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.collectors import BaseCollector
 
-from levin.core.spaces import IS_FIRST, random_actions, tensors
+from levin.core.spaces import IS_FIRST, random_actions, to_tensors
 from levin.data.rollout import WholeEpisodes
 from levin.envs.vector import SeededVectorEnv
 
 CHUNK = 256  # vector steps at a time, while the length of a rollout is not known
 
 
-def moved(inputs: Any, device: torch.device) -> Any:
+def to_device(inputs: Any, device: torch.device) -> Any:
     """What a policy takes, on its device: a tensor, or one for each part of an observation."""
     if isinstance(inputs, dict):
         return {name: part.to(device) for name, part in inputs.items()}
@@ -204,11 +204,11 @@ class VectorCollector(BaseCollector):
 
     def _ask(self, current: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The policy's actions `[N, *A]`, and what it gives beside them."""
-        inputs = [tensors(self.env.observation, self._joined(current))]
+        inputs = [to_tensors(self.env.observation, self._joined(current))]
         if self.takes_is_first:
             inputs.append(torch.from_numpy(self._first).unsqueeze(-1))  # [N] -> [N, 1]
         if device.type != "cpu":
-            inputs = [moved(each, device) for each in inputs]
+            inputs = [to_device(each, device) for each in inputs]
         chosen = self.policy.module(*inputs)
         return (chosen[0].cpu(), chosen[1]) if isinstance(chosen, tuple) else (chosen.cpu(), None)
 

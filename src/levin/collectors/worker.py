@@ -19,7 +19,7 @@ from torch import Tensor, multiprocessing, nn
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
-from levin.collectors.torchrl import wrap
+from levin.collectors.torchrl import to_torchrl
 from levin.core import rng
 from levin.core.errors import RunError
 from levin.core.process import ignore_signals
@@ -33,7 +33,7 @@ START = 60.0  # seconds in which a worker makes its envs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class WorkerShare:
     """What one worker has of a run: its envs `first` to `first + num_envs - 1`.
 
     Args:
@@ -51,7 +51,7 @@ class Share:
     is_first: bool
 
 
-def make_worker_env(share: Share) -> EnvBase:
+def make_worker_env(share: WorkerShare) -> EnvBase:
     """Seed the process of a worker, and make its envs."""
     ignore_signals()
     if sys.platform == "linux" and multiprocessing.parent_process() is not None:
@@ -61,15 +61,15 @@ def make_worker_env(share: Share) -> EnvBase:
     rng.seed_everything(share.seed, rank=1 + share.worker, env_steps=share.env_steps)
     env = make_env(share.config, seed=share.seed, num_envs=share.num_envs, first=share.first)
     env.begin(share.episodes, np.ones(share.num_envs, dtype=bool))
-    return wrap(env, is_first=share.is_first)
+    return to_torchrl(env, is_first=share.is_first)
 
 
 def make_policy(policy: TensorDictModule, space: Space, timeout: float) -> "Acting":
     """In the process of a worker, where `policy` is a copy."""
-    return Acting(policy, space, timeout)
+    return WorkerPolicy(policy, space, timeout)
 
 
-class Acting(TensorDictModuleBase):
+class WorkerPolicy(TensorDictModuleBase):
     """A policy in a worker: writes the version of its weights beside every action, and begins with random ones.
 
     Args:
@@ -102,19 +102,19 @@ class Acting(TensorDictModuleBase):
     @torch.no_grad()
     def load(self, weights: list[np.ndarray], version: int) -> None:
         """Take over what `weights_of` gave."""
-        for tensor, value in zip(tensors_of(self.policy), weights, strict=True):
+        for tensor, value in zip(policy_tensors(self.policy), weights, strict=True):
             tensor.copy_(torch.tensor(value))
         self.version.fill_(version)
 
 
-def tensors_of(policy: nn.Module) -> list[Tensor]:
+def policy_tensors(policy: nn.Module) -> list[Tensor]:
     """All that a policy's actions depend on."""
     return [*policy.parameters(), *policy.buffers()]
 
 
-def weights_of(policy: nn.Module) -> list[np.ndarray]:
+def policy_weights(policy: nn.Module) -> list[np.ndarray]:
     """Not a copy, where they are on the CPU: what is sent to another process is copied then and there."""
-    return [each.detach().cpu().numpy() for each in tensors_of(policy)]
+    return [each.detach().cpu().numpy() for each in policy_tensors(policy)]
 
 
 class Worker(Collector):
@@ -136,7 +136,7 @@ class Worker(Collector):
 
     def load(self, weights: list[np.ndarray], version: int, random_steps: int) -> None:
         """What the next rollout is collected with. Called between two of them."""
-        assert isinstance(self.policy, Acting)
+        assert isinstance(self.policy, WorkerPolicy)
         self.policy.load(weights, version)
         self.policy.random_steps = random_steps
 
@@ -147,13 +147,13 @@ class Worker(Collector):
             if self.reports is None:
                 raise
             report = Path(self.reports) / str(self.worker_idx)
-            report.write_text(json.dumps([one_line(error), traceback.format_exc()]))
+            report.write_text(json.dumps([summarize_error(error), traceback.format_exc()]))
             os._exit(1)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def one_line(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """What a worker says of an error, in one line."""
     first = (str(error).splitlines() or [""])[0]
     return first if isinstance(error, RunError) else f"raised {type(error).__name__}: {first}"

@@ -29,7 +29,7 @@ from torchrl.collectors import BaseCollector, MultiAsyncCollector, MultiSyncColl
 from torchrl.collectors.distributed import RayCollector
 from torchrl.envs import EnvBase
 
-from levin.collectors.worker import Share, Worker, make_policy, make_worker_env, one_line, weights_of
+from levin.collectors.worker import WorkerShare, Worker, make_policy, make_worker_env, summarize_error, policy_weights
 from levin.core.errors import RunError
 from levin.core.process import SIGNALS
 from levin.core.spaces import IS_FIRST
@@ -184,9 +184,9 @@ class WorkersCollector(BaseCollector):
         collector._weight_sync_initialized = True  # again: it would warn
         return collector
 
-    def _share(self, worker: int) -> Share:
+    def _share(self, worker: int) -> WorkerShare:
         first = worker * self.num_envs
-        return Share(
+        return WorkerShare(
             worker=worker,
             config=self.env.config,
             seed=self.seed,
@@ -200,7 +200,7 @@ class WorkersCollector(BaseCollector):
     def _orders(self, worker: int, begun: int = 0) -> tuple[list[np.ndarray], int, int]:
         """What `Worker.load` takes, `begun` rollouts of the worker not being counted yet."""
         taken = self.vector_steps[worker] + begun * self.steps
-        return weights_of(self.policy), self.version(), max(0, -(-self.random_env_steps // self.env.num_envs) - taken)
+        return policy_weights(self.policy), self.version(), max(0, -(-self.random_env_steps // self.env.num_envs) - taken)
 
     def _finish(self, rollout: Any) -> TensorDict:
         """What TorchRL collected `[W, n, T]` or `[n, T]`, in the order of the envs and nothing beside it."""
@@ -223,7 +223,7 @@ class WorkersCollector(BaseCollector):
             return error
         late = f"did not come back within env.timeout={self.env.config.timeout:g} seconds"
         cause = getattr(error, "cause", None) or error  # of Ray's: what a worker raised
-        who, said = "a worker", one_line(cause)
+        who, said = "a worker", summarize_error(cause)
         if "ActorDied" in type(error).__name__:
             said = f"died, or {late}"
         for worker, process in enumerate(getattr(self.collector, "procs", ())):

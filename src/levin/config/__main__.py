@@ -9,17 +9,17 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from levin.config.cli import parse
+from levin.config.cli import parse_hydra_overrides
 from levin.config.compose import GROUPS, SEARCH_PATH, compose, take_run, with_search_path
-from levin.core.errors import one_sentence
-from levin.core.omega import flatten, plain
+from levin.core.errors import exit_on_user_error
+from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
 
 
-def origins(overrides: list[str]) -> dict[str, str]:
+def value_origins(overrides: list[str]) -> dict[str, str]:
     """Every key, and the file that set its value."""
     overrides, run = take_run(with_search_path(overrides))
-    parsed = parse(overrides)
+    parsed = parse_hydra_overrides(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         from hydra.core.global_hydra import GlobalHydra
 
@@ -33,7 +33,7 @@ def origins(overrides: list[str]) -> dict[str, str]:
             values = yaml.safe_load(path.read_text()) or {}
             values.pop("defaults", None)
             prefix = f"{file.package}." if file.package and file.package != "_global_" else ""
-            origin |= dict.fromkeys(flatten(values, prefix), str(path.relative_to(ROOT)))
+            origin |= dict.fromkeys(flat_keys(values, prefix), str(path.relative_to(ROOT)))
     for each in parsed:
         if each.key_or_group not in (*GROUPS, SEARCH_PATH):
             origin = {key: of for key, of in origin.items() if not key.startswith(f"{each.key_or_group}.")}
@@ -45,10 +45,10 @@ def origins(overrides: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Print `key: value  # file` for every value of the composed config."""
-    with one_sentence():
+    with exit_on_user_error():
         overrides = sys.argv[1:]
-        config, origin = compose(overrides), origins(overrides)
-        rows = [(key, OmegaConf.select(config, key)) for key in flatten(plain(config))]
+        config, origin = compose(overrides), value_origins(overrides)
+        rows = [(key, OmegaConf.select(config, key)) for key in flat_keys(to_plain(config))]
         lines = [(f"{key}: {'null' if value is None else value}", origin.get(key, "")) for key, value in rows]
         width = max(len(line) for line, _ in lines)
         for line, of in lines:

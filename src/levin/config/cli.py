@@ -12,19 +12,19 @@ from levin.config import schema
 from levin.core.errors import ConfigError
 
 
-def arguments(command: Callable[..., Any]) -> dict[str, Any]:
+def command_arguments(command: Callable[..., Any]) -> dict[str, Any]:
     """The `key=value` words of the command line, held against the signature of the command.
 
     Raises:
         ConfigError: Unknown or missing key, wrong type, out of range.
     """
     hints = get_type_hints(command)
-    values = words(sys.argv[1:], as_typed=[key for key, hint in hints.items() if hint is str])
-    schema.bind(command, "", values)
+    values = parse_overrides(sys.argv[1:], as_typed=[key for key, hint in hints.items() if hint is str])
+    schema.check_section(command, "", values)
     return values
 
 
-def words(words: list[str], *, as_typed: list[str]) -> dict[str, Any]:
+def parse_overrides(words: list[str], *, as_typed: list[str]) -> dict[str, Any]:
     """`["a=1", "b.c=x"] -> {"a": 1, "b.c": "x"}`.
 
     Args:
@@ -42,12 +42,12 @@ def words(words: list[str], *, as_typed: list[str]) -> dict[str, Any]:
         if key in as_typed:
             values[key] = value
         else:
-            (override,) = parse([word])
+            (override,) = parse_hydra_overrides([word])
             values[override.key_or_group] = override.value()
     return values
 
 
-def parse(overrides: list[str]) -> list[Override]:
+def parse_hydra_overrides(overrides: list[str]) -> list[Override]:
     """The words of a command line. Raises ConfigError when they are not of the form key=value."""
     try:
         return OverridesParser.create().parse_overrides(overrides)

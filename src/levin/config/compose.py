@@ -14,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from levin.config import schema
-from levin.config.cli import parse
+from levin.config.cli import parse_hydra_overrides
 from levin.core.errors import ConfigError, valid_names
-from levin.core.omega import flatten, plain
+from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS, EXPERIMENTS
 
 SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
-UNSAID = ("debug=null", "launcher=null")  # the defaults, which Hydra does not take as words
+NULL_DEFAULTS = ("debug=null", "launcher=null")  # the defaults, which Hydra does not take as words
 
 
 def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
@@ -31,8 +31,8 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
         ConfigError: Anything in them is not valid.
     """
     overrides, run = take_run(with_search_path(overrides))
-    _check_groups(parse(overrides))
-    overrides = [each for each in overrides if each not in UNSAID]
+    _check_groups(parse_hydra_overrides(overrides))
+    overrides = [each for each in overrides if each not in NULL_DEFAULTS]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             config = hydra_compose("train", overrides, return_hydra_config=True)
@@ -40,14 +40,14 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
             OmegaConf.set_struct(config, False)
             del config["hydra"]
             config.run = config.run if run is None else run
-            return complete(config, choices, check_values=check_values)
+            return finalize(config, choices, check_values=check_values)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise _explain(error, overrides) from error
+        raise _explain_error(error, overrides) from error
 
 
-def complete(config: DictConfig, choices: Mapping[str, str], *, check_values: bool = True) -> DictConfig:
+def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bool = True) -> DictConfig:
     """Name, resolve, check and freeze what Hydra has composed.
 
     Raises:
@@ -112,14 +112,14 @@ def _check_debug(debug: str, algo: str) -> None:
         raise ConfigError(f"debug={debug} is for {', '.join(told)}; of {algo} it says nothing")
 
 
-def _explain(error: Exception, overrides: list[str]) -> ConfigError:
+def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
     """Hydra says that a key is not in the struct; find which, and what it could have been."""
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/launcher/"):
         return ConfigError("launcher needs a package that is missing: pip install -e '.[scale]'")
-    parsed = parse(overrides)
+    parsed = parse_hydra_overrides(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     if len(groups) < len(parsed):
-        valid = [key for key in flatten(plain(compose(groups, check_values=False))) if key != "name"]
+        valid = [key for key in flat_keys(to_plain(compose(groups, check_values=False))) if key != "name"]
         for each in parsed:
             key = each.key_or_group
             if (

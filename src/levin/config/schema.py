@@ -9,7 +9,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core.errors import ConfigError, valid_names
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EnvConfig
 from levin.runs.load import algorithm_class
@@ -18,7 +18,7 @@ from levin.training.distributed import sharding
 from levin.training.evaluation import Evaluation
 
 # Lightning's arguments that would act on the wrong clock, or not at all under manual optimisation.
-OURS = {
+OWN_TRAINER_KEYS = {
     "max_epochs": "total_env_steps",
     "min_epochs": "total_env_steps",
     "max_steps": "total_env_steps",
@@ -56,15 +56,15 @@ def check(config: DictConfig) -> None:
     for key, callback in config.callbacks.items():
         if not isinstance(callback, DictConfig) or "_target_" not in callback:
             raise ConfigError(f"callbacks.{key} is a section with a _target_: {{_target_: my_module.MyCallback}}")
-    bind(top_level, "", config, skip=("env", "algo", "eval", "checkpoint", "trainer", "callbacks"))
-    bind(EnvConfig, "env.", config.env)
-    bind(algorithm_class(config), "algo.", config.algo, skip=("_target_",), given=("env",))
-    bind(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget", "run"))
-    bind(Checkpointing, "checkpoint.", config.checkpoint, given=("run", "evaluation"))
-    for name, ours in OURS.items():
+    check_section(top_level, "", config, skip=("env", "algo", "eval", "checkpoint", "trainer", "callbacks"))
+    check_section(EnvConfig, "env.", config.env)
+    check_section(algorithm_class(config), "algo.", config.algo, skip=("_target_",), given=("env",))
+    check_section(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget", "run"))
+    check_section(Checkpointing, "checkpoint.", config.checkpoint, given=("run", "evaluation"))
+    for name, ours in OWN_TRAINER_KEYS.items():
         if name in config.trainer:
             raise ConfigError(f"trainer.{name} does not act here; say {ours} instead")
-    bind(trainer_options, "trainer.", config.trainer, ignore_unknown=True)
+    check_section(trainer_options, "trainer.", config.trainer, ignore_unknown=True)
     _check_trainer_keys(config.trainer)
     _check_workers(config)
 
@@ -99,7 +99,7 @@ def trainer_options(
 
 
 def _check_trainer_keys(trainer: DictConfig) -> None:
-    valid = {"threads", "workers", *inspect.signature(Trainer.__init__).parameters} - {"self", *OURS}
+    valid = {"threads", "workers", *inspect.signature(Trainer.__init__).parameters} - {"self", *OWN_TRAINER_KEYS}
     for key in map(str, trainer):
         if key not in valid:
             raise ConfigError(f"trainer.{key} is unknown; {valid_names(key, valid)}")
@@ -110,12 +110,12 @@ def _check_workers(config: DictConfig) -> None:
     if trainer.strategy != "hogwild":
         if workers > 1:
             raise ConfigError(f"trainer.workers={workers} are processes of trainer.strategy=hogwild")
-        if sharding.planned(config) > 1 and algorithm_class(config).lock_free:
+        if sharding.configured_world_size(config) > 1 and algorithm_class(config).lock_free:
             raise ConfigError(
                 f"the workers of {algorithm_class(config).__name__} share their parameters, not their gradients: "
                 f"trainer.strategy=hogwild trainer.workers={trainer.devices}"
             )
-        sharding.share(config)  # refuses what can't be divided
+        sharding.shard_config(config)  # refuses what can't be divided
         return
     if trainer.devices > 1:
         raise ConfigError("trainer.strategy=hogwild has workers, not devices: trainer.devices=1")
@@ -135,7 +135,7 @@ def _check_workers(config: DictConfig) -> None:
             raise ConfigError("running statistics can't be shared without a lock: env.normalize_*=false, or one worker")
 
 
-def bind(
+def check_section(
     target: Callable[..., Any],
     prefix: str,
     section: DictConfig | dict[str, Any],
@@ -147,7 +147,7 @@ def bind(
     """Check a section against the signature that will take it. `given` arguments are not the config's to say."""
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     parameters = inspect.signature(target).parameters
-    content = plain(section) if isinstance(section, DictConfig) else section
+    content = to_plain(section) if isinstance(section, DictConfig) else section
     values = {str(key): value for key, value in content.items() if key not in skip}
     valid = [name for name in parameters if name not in given]
     for name, value in values.items():

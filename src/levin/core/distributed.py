@@ -18,7 +18,7 @@ class RankLostError(RunError):
     """Another process of the run has ended."""
 
 
-def size() -> int:
+def world_size() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -28,89 +28,89 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum over ranks of a tensor, which is the same on all of them; differentiable nowhere.
 
     Raises:
         RankLostError: One of them is gone.
     """
-    if size() == 1:
+    if world_size() == 1:
         return value
     value = value.detach().clone().contiguous()
-    _together(lambda: dist.all_reduce(value))
+    _call_collective(lambda: dist.all_reduce(value))
     return value
 
 
-def total_number(number: float) -> float:
+def all_reduce_number(number: float) -> float:
     """The sum over ranks of a number. Waits for the device where there are several."""
-    return number if size() == 1 else float(total(torch.tensor(number, dtype=torch.float64, device=_device())))
+    return number if world_size() == 1 else float(all_reduce_sum(torch.tensor(number, dtype=torch.float64, device=_device())))
 
 
-def average(value: Tensor) -> Tensor:
+def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean over ranks of a tensor."""
-    return value if size() == 1 else total(value) / size()
+    return value if world_size() == 1 else all_reduce_sum(value) / world_size()
 
 
-def everything(value: Tensor) -> Tensor:
+def all_gather(value: Tensor) -> Tensor:
     """The values `[n]` of all ranks, one after the other; each has as many."""
-    if size() == 1:
+    if world_size() == 1:
         return value
-    found = [torch.empty_like(value) for _ in range(size())]
-    _together(lambda: dist.all_gather(found, value.contiguous()))
+    found = [torch.empty_like(value) for _ in range(world_size())]
+    _call_collective(lambda: dist.all_gather(found, value.contiguous()))
     return torch.cat(found)
 
 
-def weight(samples: int | Tensor) -> float:
+def rank_weight(samples: int | Tensor) -> float:
     """What the mean over a rank's samples counts in the average over ranks, where others may have more or fewer."""
-    if size() == 1:
+    if world_size() == 1:
         return 1.0
-    return float(samples) * size() / total_number(float(samples))
+    return float(samples) * world_size() / all_reduce_number(float(samples))
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
     """Set the gradients to their mean over ranks, all by one message."""
-    if size() == 1:
+    if world_size() == 1:
         return
     gradients = [each.grad for each in parameters if each.grad is not None]
-    whole = average(torch.cat([each.flatten() for each in gradients]))
+    whole = all_reduce_mean(torch.cat([each.flatten() for each in gradients]))
     for gradient, part in zip(gradients, whole.split([each.numel() for each in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
-def agree(wish: bool) -> bool:
+def any_rank(wish: bool) -> bool:
     """Whether any of them wants to."""
-    return total_number(wish) > 0
+    return all_reduce_number(wish) > 0
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """What each of them has, in their order."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
-    found = [None] * size()
-    _together(lambda: dist.all_gather_object(found, value))
+    found = [None] * world_size()
+    _call_collective(lambda: dist.all_gather_object(found, value))
     return found
 
 
-def broadcast(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What the first of them has."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     found = [value]
-    _together(lambda: dist.broadcast_object_list(found))
+    _call_collective(lambda: dist.broadcast_object_list(found))
     return found[0]
 
 
 def barrier() -> None:
     """Wait until all of them are here."""
-    if size() > 1:
-        _together(dist.barrier)
+    if world_size() > 1:
+        _call_collective(dist.barrier)
 
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _together(call: Callable[[], Any]) -> None:
+def _call_collective(call: Callable[[], Any]) -> None:
     try:
         call()
     except RuntimeError as error:  # of the backend, in its own words

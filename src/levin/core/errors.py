@@ -26,7 +26,7 @@ def valid_names(wrong: str, valid: Iterable[str]) -> str:
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """Turn a `ConfigError` into its sentence and exit code 2, a `RunError` into its sentence and exit code 1."""
     try:
         yield

@@ -6,15 +6,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 
-def plain(section: DictConfig) -> dict[str, Any]:
+def to_plain(section: DictConfig) -> dict[str, Any]:
     """The section as a resolved dict."""
     return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def flat_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """`{"a": {"b": 1}} -> "a.b"`: the keys of all leaves."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flat_keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

@@ -17,7 +17,7 @@ def ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line, for whoever still listens: Ctrl-C also ends the `tee` behind a pipe, and the run must be saved."""
     try:
         print(text, flush=True)

@@ -124,11 +124,11 @@ class NetworkInput:
         if self.is_identity:
             return
         leaves = list(_leaves(shown))
-        self._images = {_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
+        self._images = {_key_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
         self._numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
         parts = {name: _channel_first(leaf) for name, (_, leaf) in self._images.items()}
         if self._numbers:
-            parts[VECTOR] = {**EMPTY, "shape": [sum(_width(leaf) for _, leaf in self._numbers)]}
+            parts[VECTOR] = {**EMPTY, "shape": [sum(_flat_size(leaf) for _, leaf in self._numbers)]}
         if len(parts) < len(leaves) - len(self._numbers) + bool(self._numbers):
             raise ConfigError(f"two parts of the env's observation have the same name, or pixels that of {VECTOR}")
         self.space = {**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
@@ -137,14 +137,14 @@ class NetworkInput:
         """Convert a batch `[N, *S]` of the env's observations, or of each of their parts."""
         if self.is_identity:
             return observation
-        found = {name: _pixels(_at(observation, path), leaf) for name, (path, leaf) in self._images.items()}
+        found = {name: _to_channel_first(_select_part(observation, path), leaf) for name, (path, leaf) in self._images.items()}
         if self._numbers:
-            flat = [_flat(_at(observation, path), leaf) for path, leaf in self._numbers]
+            flat = [_flatten(_select_part(observation, path), leaf) for path, leaf in self._numbers]
             found[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")
         return found if len(found) > 1 else next(iter(found.values()))
 
 
-def _name(path: tuple[str, ...]) -> str:
+def _key_name(path: tuple[str, ...]) -> str:
     """Of pixels in an observation, as networks and TensorDicts can have it."""
     name = "_".join(path).replace(".", "_")
     return f"{name}_pixels" if name in RESERVED else name
@@ -157,7 +157,7 @@ def _leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
         yield from _leaves(part, (*path, name))
 
 
-def _at(observation: Any, path: tuple[str, ...]) -> np.ndarray:
+def _select_part(observation: Any, path: tuple[str, ...]) -> np.ndarray:
     for name in path:
         observation = observation[int(name)] if isinstance(observation, tuple) else observation[name]
     return np.asarray(observation)
@@ -171,19 +171,19 @@ def _channel_first(space: Space) -> Space:
     return {**space, "shape": [shape[2], *shape[:2]]} if is_channel_last(shape) else space
 
 
-def _pixels(observation: np.ndarray, space: Space) -> np.ndarray:
+def _to_channel_first(observation: np.ndarray, space: Space) -> np.ndarray:
     """`[N, *S] -> [N, C, H, W]`."""
     if len(space["shape"]) == 2:
         return observation[:, None]
     return np.moveaxis(observation, -1, 1) if is_channel_last(space["shape"]) else observation
 
 
-def _width(space: Space) -> int:
+def _flat_size(space: Space) -> int:
     """How many numbers `_flat` makes of it."""
     return sum(space.get("nvec", [])) or space["n"] or math.prod(space["shape"])
 
 
-def _flat(observation: np.ndarray, space: Space) -> np.ndarray:
+def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
     """`[N, *S] -> [N, D]`; of finite sets, whether it is each of their members."""
     flat = observation.reshape(len(observation), -1)
     if space["type"] == "box":
@@ -201,23 +201,23 @@ def to_gym(space: Space) -> gym.Space:
     return Box(low, high, tuple(space["shape"]), np.dtype(space["dtype"]).type)
 
 
-def dtypes(space: Space) -> set[str]:
+def observation_dtypes(space: Space) -> set[str]:
     """Of what networks read."""
     return {part["dtype"] for part in space.get("spaces", {"": space}).values()}
 
 
-def tensors(space: Space, observation: Any, device: torch.device | None = None) -> Any:
+def to_tensors(space: Space, observation: Any, device: torch.device | None = None) -> Any:
     """A batch of what networks read, as they take it: `[N, *S]`, or such a tensor for each part of a dict."""
     if "spaces" in space:
-        return {name: tensors(part, observation[name], device) for name, part in space["spaces"].items()}
+        return {name: to_tensors(part, observation[name], device) for name, part in space["spaces"].items()}
     batch = torch.from_numpy(np.ascontiguousarray(observation, dtype=space["dtype"]))
     return batch if device is None else batch.to(device)
 
 
-def is_single(shown: Space, observation: Any) -> bool:
+def is_unbatched(shown: Space, observation: Any) -> bool:
     """Whether what an env showed is one observation, not a batch."""
     path, leaf = next(_leaves(shown))
-    return _at(observation, path).ndim == len(leaf["shape"])
+    return _select_part(observation, path).ndim == len(leaf["shape"])
 
 
 def unsqueeze(observation: Any) -> Any:
@@ -229,7 +229,7 @@ def unsqueeze(observation: Any) -> Any:
     return np.asarray(observation)[None]
 
 
-def action_units(space: Space, units: str) -> Callable[[np.ndarray], np.ndarray]:
+def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndarray]:
     """The map from the policy's actions `[N, *A]` to those of the env."""
     if space["type"] != "box":
         first = np.array(space.get("starts", space["start"]))

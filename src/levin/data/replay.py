@@ -15,14 +15,14 @@ KEYS = ("observation", "action", ("next", "observation"), ("next", "reward"), ("
 DRAW_BYTES = 64 << 20  # at most, however many batches are due
 
 
-def make(env: EnvSpec, size: int, storage: str) -> "Replay":
+def make_replay(env: EnvSpec, size: int, storage: str) -> "Replay":
     """What fits the env: pixels are stored frame by frame."""
     if env["observation"]["dtype"] == "uint8":
         return FrameReplay(size, storage, env.get("frame_stack", 1))
     return Replay(size, storage)
 
 
-def moved(sample: TensorDict, device: torch.device) -> TensorDict:
+def to_device(sample: TensorDict, device: torch.device) -> TensorDict:
     """On the device; what is on a CPU may have no device, and would be copied."""
     return sample if device.type == "cpu" else sample.to(device, non_blocking=True)
 
@@ -75,7 +75,7 @@ class Replay:
 
     def draw(self, num: int, device: torch.device) -> TensorDict:
         """`num` transitions `[num]` on the device."""
-        return moved(self.buffer.sample(num), device)  # type: ignore[arg-type]
+        return to_device(self.buffer.sample(num), device)  # type: ignore[arg-type]
 
     def restart(self, envs: Tensor) -> None:
         """Of these envs `[N]` an open episode could not be resumed: what comes next does not follow what came last."""
@@ -187,7 +187,7 @@ class FrameReplay(Replay):
         after = {"observation": frames[:, 1:].flatten(1, 2)}  # views: one copy serves both
         after |= {key: data[key][at] for key in ("reward", "terminated")}
         sample = {"observation": frames[:, :-1].flatten(1, 2), "action": data["action"][at], "next": after}
-        return moved(TensorDict(sample, batch_size=[num]), device)
+        return to_device(TensorDict(sample, batch_size=[num]), device)
 
     def state_dict(self) -> dict[str, Any] | None:
         state = super().state_dict()

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
-from levin.data.replay import Replay, moved
+from levin.data.replay import Replay, to_device
 from levin.nn.distributions import OneHot
 
 RECORD = ("observation", "action", "reward", "is_first", "is_terminal", "is_last")
 LATENT = "latent"  # what a policy remembered when it acted
 
 
-def check_begins_late_enough(learning_starts: int, least: int) -> None:
+def check_learning_starts(learning_starts: int, least: int) -> None:
     """Raises ConfigError when there would be an update before there is a sequence of each env, of `least` records."""
     if learning_starts < least:
         raise ConfigError(f"algo.learning_starts={learning_starts} is less than a sequence of each env: {least}")
@@ -112,7 +112,7 @@ class SequenceReplay(Replay):
         drawn = self.at(rows, env)
         if LATENT in self.keys:
             drawn["row"], drawn["env"] = rows, env.expand_as(rows)
-        return moved(drawn, device)
+        return to_device(drawn, device)
 
     def at(self, rows: Tensor, env: Tensor) -> TensorDict:
         """The records in these rows `[num, length]` of these envs `[num, 1]`."""

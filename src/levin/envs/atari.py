@@ -121,7 +121,7 @@ class AtariGames(AtariVectorEnv):
         return tuple(self.frames[:, -1])
 
 
-def make(config: EnvConfig, num_envs: int, *, training: bool, view: bool) -> AtariGames:
+def make_atari_games(config: EnvConfig, num_envs: int, *, training: bool, view: bool) -> AtariGames:
     """The games that a config asks for.
 
     Raises:

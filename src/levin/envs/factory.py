@@ -22,13 +22,13 @@ from gymnasium.wrappers import AddRenderObservation
 
 from levin.algorithms.base import Algorithm
 from levin.core.errors import ConfigError
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.core.process import ignore_signals
-from levin.core.spaces import EnvSpec, dtypes, tensors
+from levin.core.spaces import EnvSpec, observation_dtypes, to_tensors
 from levin.envs.config import TRAINING, EnvConfig
-from levin.envs.torchrl import TorchRLVectorEnv, target
+from levin.envs.torchrl import TorchRLVectorEnv, import_target
 from levin.envs.vector import SeededVectorEnv
-from levin.envs.wrappers import ActionRepeat, show_entries, stack_frames
+from levin.envs.wrappers import ActionRepeat, select_entries, stack_frames
 from levin.model_based.dream_env import STARTS, DreamEnv, LatentEnv, Model, policy_space
 from levin.runs.load import load_algorithm, load_config
 
@@ -89,7 +89,7 @@ def registered_limit(config: EnvConfig) -> int | None:
     """Steps of the env before truncation, as its id was registered."""
     if config.family in ("atari", "torchrl"):
         return None
-    env = make_one(config)
+    env = make_single_env(config)
     env.close()
     return env.spec.max_episode_steps if env.spec else None
 
@@ -97,21 +97,21 @@ def registered_limit(config: EnvConfig) -> int | None:
 def _make_gymnasium(
     config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool
 ) -> SyncVectorEnv | AsyncVectorEnv:
-    one, count = partial(make_one, config, render), num_envs or config.num_envs
+    one, count = partial(make_single_env, config, render), num_envs or config.num_envs
     if config.vectorization == "sync":
         return SyncVectorEnv([one] * count, copy=copy, autoreset_mode=AutoresetMode.DISABLED)
     one().close()  # an error inside a worker process would be a traceback
     # TorchRL makes `spawn` the default, and every worker would import all of this for seconds. OpenGL, which has drawn
     # here already, does not survive a fork.
     start = "fork" if sys.platform == "linux" and not config.pixels else None
-    deaf = partial(_make_deaf, one, os.getpid())
+    deaf = partial(_make_without_signals, one, os.getpid())
     env = AsyncVectorEnv([deaf] * count, copy=copy, context=start, autoreset_mode=AutoresetMode.DISABLED)
     for process in env.processes:
         process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
     return env
 
 
-def _make_deaf(one: Callable[[], gym.Env], parent: int) -> gym.Env:
+def _make_without_signals(one: Callable[[], gym.Env], parent: int) -> gym.Env:
     if os.getpid() != parent:  # where one is made too, to be looked at
         ignore_signals()
     return one()
@@ -120,7 +120,7 @@ def _make_deaf(one: Callable[[], gym.Env], parent: int) -> gym.Env:
 def _make_atari(config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool) -> VectorEnv:
     from levin.envs import atari  # needs the extra
 
-    return atari.make(config, num_envs or config.num_envs, training=training, view=render)
+    return atari.make_atari_games(config, num_envs or config.num_envs, training=training, view=render)
 
 
 def _make_torchrl(
@@ -139,11 +139,11 @@ def _make_torchrl(
     for name, (wanted, instead) in refused.items():
         if wanted:
             raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
-    one, count = partial(target(config.target), **config.kwargs), num_envs or config.num_envs
+    one, count = partial(import_target(config.target), **config.kwargs), num_envs or config.num_envs
     return TorchRLVectorEnv(one, count, time_limit=config.time_limit, round_up=not training)
 
 
-def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
+def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
     """One copy, without the vector around it."""
     module, _, name = config.id.rpartition(":")
     if module:
@@ -152,7 +152,7 @@ def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
         config.id,
         max_episode_steps=config.time_limit,
         disable_env_checker=True,  # one Python call less per step
-        **_view(config, name, render),
+        **_render_options(config, name, render),
         **config.kwargs,
     )
     if config.pixels:
@@ -160,11 +160,11 @@ def make_one(config: EnvConfig, render: bool = False) -> gym.Env:
     if config.action_repeat > 1:
         env = ActionRepeat(env, config.action_repeat)
     if config.observation_entries is not None:
-        env = show_entries(env, config.observation_entries)
+        env = select_entries(env, config.observation_entries)
     return stack_frames(env, config.frame_stack) if config.frame_stack > 1 else env
 
 
-def _view(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:
+def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:
     """What `gymnasium.make` must be told of the picture, if there is to be one: not every env knows the words."""
     side = config.pixels
     view: dict[str, Any] = {"render_mode": "rgb_array"} if render or side else {}
@@ -191,14 +191,14 @@ def _mujoco_warning(message: str) -> None:
         warnings.warn(f"MuJoCo: {message}", stacklevel=2)
 
 
-def describe(env: SeededVectorEnv) -> EnvSpec:
+def describe_env(env: SeededVectorEnv) -> EnvSpec:
     """What the algorithm needs to know of the env.
 
     Raises:
         ConfigError: Pixels are to be normalised.
     """
     config = env.config
-    if config.normalize_observation and (dtypes(env.observation) != {"float32"} or "spaces" in env.observation):
+    if config.normalize_observation and (observation_dtypes(env.observation) != {"float32"} or "spaces" in env.observation):
         raise ConfigError(f"{config.id} shows pixels, which are not normalised: env.normalize_observation=false")
     return {
         "id": config.id,
@@ -214,7 +214,7 @@ def describe(env: SeededVectorEnv) -> EnvSpec:
     }
 
 
-def model_of(run: str) -> tuple[Algorithm, Model]:
+def load_world_model(run: str) -> tuple[Algorithm, Model]:
     """The algorithm of a run and its model, on the CPU, the parameters frozen.
 
     Raises:
@@ -235,7 +235,7 @@ def make_dream(config: EnvConfig, num_envs: int | None, *, training: bool, rende
     if config.run is None:
         raise ConfigError("a dream is that of a run: env.run=runs/..., of world_models, dreamer or dreamer_v3")
     source, num_envs = load_env(Path(config.run)), num_envs or config.num_envs
-    algorithm, model = model_of(config.run)
+    algorithm, model = load_world_model(config.run)
     if not training:
         env = make_vector(replace(source, time_limit=config.time_limit or source.time_limit), num_envs, render=render)
         return LatentEnv(env, model, source.action, algorithm.env["observation"])
@@ -253,7 +253,7 @@ def wrap_latent(env: VectorEnv, config: EnvConfig) -> LatentEnv:
     """Envs as the model of `env.run` sees them. Raises ConfigError when no run is named, or it reads something else."""
     if config.run is None:
         raise ConfigError("env.wrappers=[latent] is what the model of a run sees: env.run=runs/...")
-    algorithm, model = model_of(config.run)
+    algorithm, model = load_world_model(config.run)
     return LatentEnv(env, model, config.action, algorithm.env["observation"])
 
 
@@ -262,10 +262,10 @@ def first_observations(source: EnvConfig) -> Any:
     env = make_env(source, seed=0, num_envs=1)
     each = [env.begin([episode], np.ones(1, dtype=bool)) for episode in range(STARTS)]
     env.close()
-    return tensors(env.observation, _together(each))
+    return to_tensors(env.observation, _stack_observations(each))
 
 
-def _together(observations: list[Any]) -> Any:
+def _stack_observations(observations: list[Any]) -> Any:
     if isinstance(observations[0], dict):
         return {name: np.concatenate([each[name] for each in observations]) for name in observations[0]}
     return np.concatenate(observations)
@@ -273,4 +273,4 @@ def _together(observations: list[Any]) -> Any:
 
 def load_env(run: Path) -> EnvConfig:
     """The env that a run was made in."""
-    return EnvConfig(**plain(load_config(run).env))
+    return EnvConfig(**to_plain(load_config(run).env))

@@ -33,7 +33,7 @@ from levin.core.errors import ConfigError
 LIMIT = "time_limit_steps"  # counts them; an env may have a count of its own
 
 
-def target(name: str) -> Callable[..., EnvBase]:
+def import_target(name: str) -> Callable[..., EnvBase]:
     """`my_module:make_env`.
 
     Raises:
@@ -90,7 +90,7 @@ class TorchRLVectorEnv(VectorEnv):
         self.num_envs = count * self.size
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self.keys = observation_keys(first)
-        self.to_action, self.single_action_space = action_of(first)
+        self.to_action, self.single_action_space = action_converter(first)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         spaces = {".".join(key): observation_space(first.observation_spec_unbatched[key]) for key in self.keys}
         self.single_observation_space = Dict(spaces) if len(spaces) > 1 else next(iter(spaces.values()))
@@ -167,24 +167,24 @@ class TorchRLVectorEnv(VectorEnv):
 
 def observation_keys(env: EnvBase) -> list[tuple[str, ...]]:
     """The leaves of what an env shows, without what transforms count."""
-    counted = {path(key) for each in transforms(env) for key in counts(each)}
-    keys = [path(key) for key in env.observation_spec.keys(include_nested=True, leaves_only=True)]
+    counted = {as_path(key) for each in list_transforms(env) for key in counted_keys(each)}
+    keys = [as_path(key) for key in env.observation_spec.keys(include_nested=True, leaves_only=True)]
     return [key for key in keys if key not in counted]
 
 
-def counts(transform: Transform) -> list[NestedKey]:
+def counted_keys(transform: Transform) -> list[NestedKey]:
     """The keys of what a transform only counts: it is no observation."""
     if isinstance(transform, StepCounter):
         return transform.step_count_keys
     return list(transform.out_keys) if isinstance(transform, InitTracker | RewardSum) else []
 
 
-def path(key: NestedKey) -> tuple[str, ...]:
+def as_path(key: NestedKey) -> tuple[str, ...]:
     """`"a" -> ("a",)`"""
     return (key,) if isinstance(key, str) else tuple(key)  # type: ignore[arg-type, return-value]
 
 
-def transforms(env: EnvBase) -> list[Transform]:
+def list_transforms(env: EnvBase) -> list[Transform]:
     """All of them, outermost env first."""
     found: list[Transform] = []
     while isinstance(env, TransformedEnv):
@@ -202,7 +202,7 @@ def observation_space(spec: TensorSpec) -> gym.Space:
     return Box(-np.inf, np.inf, tuple(spec.shape), np.float32)
 
 
-def action_of(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Space]:
+def action_converter(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Space]:
     """The door from actions `[B, *A]` to those of an env, and their space.
 
     Raises:

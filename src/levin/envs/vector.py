@@ -11,7 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.utils import batch_space
 
 from levin.core.errors import RunError
-from levin.core.spaces import NetworkInput, action_units, describe_action, describe_space, to_gym
+from levin.core.spaces import NetworkInput, action_converter, describe_action, describe_space, to_gym
 from levin.envs.config import EnvConfig
 from levin.envs.torchrl import TorchRLVectorEnv
 
@@ -45,7 +45,7 @@ class SeededVectorEnv(VectorWrapper):
         self._begun = [-1] * self.num_envs  # of them, when each was reset; no reset yet counts as a move
         self._actions: np.ndarray | None = None  # sent, in the env's units
         self.action = describe_action(env.single_action_space)
-        self._to_env = action_units(self.action, config.action)
+        self._to_env = action_converter(self.action, config.action)
         if config.action == "rescale" and isinstance(env.single_action_space, Box):  # the space is the policy's too
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
             self.action_space = batch_space(self.single_action_space, self.num_envs)

@@ -59,7 +59,7 @@ def stack_frames(env: gym.Env, num: int) -> gym.Env:
     return ReshapeObservation(stacked, (shape[0] * shape[1], *shape[2:]))
 
 
-def show_entries(env: gym.Env, entries: list[int]) -> gym.Env:
+def select_entries(env: gym.Env, entries: list[int]) -> gym.Env:
     """Show these numbers of a vector only, in this order.
 
     Raises:

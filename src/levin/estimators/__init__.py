@@ -3,7 +3,7 @@
 Start reading at `README.md`, which says what each is for, or at `base.py`, what all of them share.
 """
 
-from levin.estimators.base import Draws, Estimator, attach, magic_box
+from levin.estimators.base import Draws, Estimator, attach_score, magic_box
 from levin.estimators.binary import ARM, ARMS, DisARM
 from levin.estimators.control_variates import LAX, REBAR, RELAX
 from levin.estimators.graph import StochasticGraph

@@ -87,7 +87,7 @@ class Estimator(ABC):
         Raises:
             TypeError: The estimator is not for that distribution.
         """
-        base, _ = split(dist)
+        base, _ = split_independent(dist)
         if self.families is not None and not isinstance(base, tuple(FAMILIES[each] for each in self.families)):
             names = " and ".join(FAMILIES[each].__name__ for each in self.families)
             raise TypeError(f"{type(self).__name__} is for {names}, not for {type(base).__name__}: take {self.instead}")
@@ -99,8 +99,8 @@ class Estimator(ABC):
         Raises:
             ValueError: There is not one cost for each point.
         """
-        cost = checked(draws, cost)
-        return attach(self.mean(draws, cost), self.score(draws, cost))
+        cost = check_costs(draws, cost)
+        return attach_score(self.mean(draws, cost), self.score(draws, cost))
 
     def __call__(self, dist: Distribution, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`[*B]`: both steps, for a cost at hand, `[S, *B, *E] -> [S, *B]`."""
@@ -108,7 +108,7 @@ class Estimator(ABC):
         return self.surrogate(draws, function(draws.value))
 
 
-def checked(draws: Draws, cost: Tensor) -> Tensor:
+def check_costs(draws: Draws, cost: Tensor) -> Tensor:
     """One cost for each point, and a floating one. Raises ValueError when there is another number of them."""
     known = draws.weight if draws.weight is not None else draws.log_prob
     points = draws.value.shape[: cost.ndim] if known is None else known.shape
@@ -117,7 +117,7 @@ def checked(draws: Draws, cost: Tensor) -> Tensor:
     return cost if cost.is_floating_point() else cost.to(torch.get_default_dtype())
 
 
-def attach(value: Tensor, score: Tensor) -> Tensor:
+def attach_score(value: Tensor, score: Tensor) -> Tensor:
     """The value, with the gradient of both."""
     return value + (score - score.detach())  # in this order: the score may be much larger
 
@@ -127,7 +127,7 @@ def magic_box(log_prob: Tensor) -> Tensor:
     return (log_prob - log_prob.detach()).exp()
 
 
-def split(dist: Any) -> tuple[Any, int]:
+def split_independent(dist: Any) -> tuple[Any, int]:
     """What `Independent` wraps, with its parameters, and how many of the batch dimensions belong to the event."""
     dims = 0
     while isinstance(dist, Independent):
@@ -145,19 +145,19 @@ def event_sum(values: Tensor, dist: Distribution) -> Tensor:
     return trailing_sum(values, values.ndim - len(dist.event_shape))
 
 
-def above_zero(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
     """Raises ValueError for a temperature that is none."""
     if value <= 0:
         raise ValueError(f"{name} is a temperature above 0, got {value}")
 
 
-def enumerated(dist: Distribution) -> tuple[Tensor, Tensor]:
+def enumerate_values(dist: Distribution) -> tuple[Tensor, Tensor]:
     """All values of a finite distribution, also of several independent choices: `[M, *B, *E]`, log p `[M, *B]`.
 
     Raises:
         TooManyValuesError: There are more than `MAX_SUPPORT`.
     """
-    base, dims = split(dist)
+    base, dims = split_independent(dist)
     if dims == 0:
         support = base.enumerate_support()
         return support, base.log_prob(support)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from levin.estimators.base import Draws, Estimator, event_sum, split
-from levin.estimators.score import several
+from levin.estimators.base import Draws, Estimator, event_sum, split_independent
+from levin.estimators.score import check_num_draws
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class AtLogits(Estimator):
 
     def at_logits(self, dist: Distribution, draws: Tensor, factor: Tensor) -> Draws:
         """Points `[S, *B, *E]` whose costs are to be multiplied by `factor` `[S, *B, *E]` and summed."""
-        base, _ = split(dist)
+        base, _ = split_independent(dist)
         term = event_sum(factor.detach() * base.logits, dist)  # linear in l: [S, *B, *E] -> [S, *B]
         return Draws(draws, term)
 
@@ -37,11 +37,11 @@ class ARM(AtLogits):
     """(f(1[u > 1 - p]) - f(1[u < p])) (u - 1/2), u ~ U(0, 1). Source: Yin and Zhou 2019."""
 
     def draw(self, dist: Distribution) -> Draws:
-        return self.at(dist, torch.rand_like(logits(dist)))
+        return self.at(dist, torch.rand_like(bernoulli_logits(dist)))
 
     def at(self, dist: Distribution, u: Tensor) -> Draws:
         """The pair of a uniform `[*B, *E]`."""
-        p = logits(dist).sigmoid()
+        p = bernoulli_logits(dist).sigmoid()
         pair = torch.stack([u > 1 - p, u < p]).to(u)
         return self.at_logits(dist, pair, torch.stack([u - 0.5, 0.5 - u]))
 
@@ -54,12 +54,12 @@ class DisARM(AtLogits):
     """
 
     def draw(self, dist: Distribution) -> Draws:
-        u, p = torch.rand_like(logits(dist)), logits(dist).sigmoid()
+        u, p = torch.rand_like(bernoulli_logits(dist)), bernoulli_logits(dist).sigmoid()
         return self.at(dist, (1 - u < p).to(u), (u < p).to(u))
 
     def at(self, dist: Distribution, b: Tensor, other: Tensor) -> Draws:
         """The pair of draws, both `[*B, *E]`."""
-        factor = 0.5 * (1 - 2 * other) * (b != other) * logits(dist).abs().sigmoid()
+        factor = 0.5 * (1 - 2 * other) * (b != other) * bernoulli_logits(dist).abs().sigmoid()
         return self.at_logits(dist, torch.stack([b, other]), torch.stack([factor, -factor]))
 
 
@@ -77,10 +77,10 @@ class ARMS(AtLogits):
     num: int = 4
 
     def __post_init__(self) -> None:
-        several("ARMS", self.num, 2)
+        check_num_draws("ARMS", self.num, 2)
 
     def draw(self, dist: Distribution) -> Draws:
-        l = logits(dist)  # noqa: E741
+        l = bernoulli_logits(dist)  # noqa: E741
         p, less = l.sigmoid(), (-l.abs()).sigmoid()  # less: of p and 1 - p
         exponential = torch.empty(self.num, *l.shape, dtype=l.dtype, device=l.device).exponential_()
         u = (1 - exponential / exponential.sum(0)).clamp(min=0) ** (self.num - 1)
@@ -93,6 +93,6 @@ class ARMS(AtLogits):
         return self.at_logits(dist, b, factor - factor.mean(0))
 
 
-def logits(dist: Distribution) -> Tensor:
+def bernoulli_logits(dist: Distribution) -> Tensor:
     """Of a Bernoulli, `[*B, *E]`, without a gradient."""
-    return split(dist)[0].logits.detach()
+    return split_independent(dist)[0].logits.detach()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
-from levin.estimators.base import Draws, Estimator, above_zero, attach, checked, split, trailing_sum
-from levin.estimators.pathwise import gumbel, gumbel_given, largest
+from levin.estimators.base import Draws, Estimator, check_positive, attach_score, check_costs, split_independent, trailing_sum
+from levin.estimators.pathwise import sample_gumbel, sample_gumbel_given, one_hot_argmax
 
 DISCRETE = ("bernoulli", "one_hot")
 
@@ -36,7 +36,7 @@ class REBAR(Estimator):
     unbiased: ClassVar = "f is defined and differentiable at relaxed points"
 
     def __post_init__(self) -> None:
-        above_zero("tau", self.tau)
+        check_positive("tau", self.tau)
 
     def draw(self, dist: Distribution) -> Draws:
         b, y, other = relaxed_pair(choice_logits(dist), self.tau, dist)
@@ -79,11 +79,11 @@ class RELAX(Estimator, nn.Module):
 
     def __init__(self, critic: nn.Module, tau: float = 0.5) -> None:
         super().__init__()
-        above_zero("tau", tau)
+        check_positive("tau", tau)
         self.critic, self.tau = critic, tau
 
     def draw(self, dist: Distribution) -> Draws:
-        base, _ = split(dist)
+        base, _ = split_independent(dist)
         logits = choice_logits(dist)
         leaf = logits.detach().requires_grad_()  # gradients of c stay apart from those of f
         b, y, other = relaxed_pair(leaf, self.tau, dist)
@@ -94,7 +94,7 @@ class RELAX(Estimator, nn.Module):
     def gradient(self, draws: Draws, cost: Tensor) -> Tensor:
         """g `[*B, *E]` in the logits, differentiable in the critic."""
         parameter, leaf, score, y, other = draws.aux
-        relaxed, conditional = valued(self.critic, y, cost), valued(self.critic, other, cost)
+        relaxed, conditional = critic_values(self.critic, y, cost), critic_values(self.critic, other, cost)
         (path,) = torch.autograd.grad((relaxed - conditional).sum(), leaf, create_graph=True)
         path = path if leaf.ndim == parameter.ndim else path[..., 0]  # the logit 0 of a Bernoulli is no parameter
         weight = cost[0].detach() - conditional
@@ -106,9 +106,9 @@ class RELAX(Estimator, nn.Module):
 
     def surrogate(self, draws: Draws, cost: Tensor, gradient: Tensor | None = None) -> Tensor:
         """As that of every estimator; a `gradient` at hand is not computed again."""
-        cost = checked(draws, cost)
+        cost = check_costs(draws, cost)
         gradient = self.gradient(draws, cost) if gradient is None else gradient
-        return attach(self.mean(draws, cost), trailing_sum(gradient.detach() * draws.aux[0], cost.ndim - 1))
+        return attach_score(self.mean(draws, cost), trailing_sum(gradient.detach() * draws.aux[0], cost.ndim - 1))
 
     __call__ = Estimator.__call__  # and not that of a module
 
@@ -131,7 +131,7 @@ class LAX(Estimator, nn.Module):
         self.critic = critic
 
     def draw(self, dist: Distribution) -> Draws:
-        base, _ = split(dist)
+        base, _ = split_independent(dist)
         parameters = torch.stack(torch.broadcast_tensors(base.loc, base.scale))  # [2, *B, *E]
         leaf = parameters.detach().requires_grad_()
         noise = torch.randn_like(leaf[0])
@@ -142,7 +142,7 @@ class LAX(Estimator, nn.Module):
     def gradient(self, draws: Draws, cost: Tensor) -> Tensor:
         """g `[2, *B, *E]` in mean and deviation, differentiable in the critic."""
         _, leaf, score, z = draws.aux
-        relaxed = valued(self.critic, z, cost)
+        relaxed = critic_values(self.critic, z, cost)
         (path,) = torch.autograd.grad(relaxed.sum(), leaf, create_graph=True)
         weight = cost[0].detach() - relaxed
         return weight.view(*weight.shape, *[1] * (z.ndim - weight.ndim)) * score + path
@@ -151,14 +151,14 @@ class LAX(Estimator, nn.Module):
 
     def surrogate(self, draws: Draws, cost: Tensor, gradient: Tensor | None = None) -> Tensor:
         """As that of every estimator; a `gradient` at hand is not computed again."""
-        cost = checked(draws, cost)
+        cost = check_costs(draws, cost)
         gradient = self.gradient(draws, cost) if gradient is None else gradient
-        return attach(self.mean(draws, cost), trailing_sum((gradient.detach() * draws.aux[0]).sum(0), cost.ndim - 1))
+        return attach_score(self.mean(draws, cost), trailing_sum((gradient.detach() * draws.aux[0]).sum(0), cost.ndim - 1))
 
     __call__ = Estimator.__call__  # and not that of a module
 
 
-def valued(critic: nn.Module, points: Tensor, cost: Tensor) -> Tensor:
+def critic_values(critic: nn.Module, points: Tensor, cost: Tensor) -> Tensor:
     """c of the points, `[*B]`. Raises ValueError when the critic gives another shape than costs `[1, *B]` have."""
     values = critic(points)
     if values.shape != cost.shape[1:]:
@@ -168,7 +168,7 @@ def valued(critic: nn.Module, points: Tensor, cost: Tensor) -> Tensor:
 
 def choice_logits(dist: Distribution) -> Tensor:
     """The logits of choices `[*B, *E, K]`, all finite; a Bernoulli is the first of two, with the logits (l, 0)."""
-    base, _ = split(dist)
+    base, _ = split_independent(dist)
     logits = base.logits.clamp(min=torch.finfo(base.logits.dtype).min)
     return torch.stack([logits, torch.zeros_like(logits)], -1) if isinstance(base, Bernoulli) else logits
 
@@ -176,10 +176,10 @@ def choice_logits(dist: Distribution) -> Tensor:
 def relaxed_pair(logits: Tensor, tau: float, dist: Distribution) -> tuple[Tensor, Tensor, Tensor]:
     """b, y and y~ of those logits, in the form of `dist`: each `[*B, *E]`. b has no gradient, the others have."""
     log_probs = logits.log_softmax(-1)
-    z = log_probs + gumbel(log_probs)
-    b = largest(z.detach())
-    other = gumbel_given(b, log_probs)
+    z = log_probs + sample_gumbel(log_probs)
+    b = one_hot_argmax(z.detach())
+    other = sample_gumbel_given(b, log_probs)
     points = b, (z / tau).softmax(-1), (other / tau).softmax(-1)
-    if isinstance(split(dist)[0], Bernoulli):
+    if isinstance(split_independent(dist)[0], Bernoulli):
         return points[0][..., 0], points[1][..., 0], points[2][..., 0]
     return points

@@ -123,7 +123,7 @@ class StochasticGraph:
                 terms.append(self._surrogate_of(index, charged))
             if others:
                 terms.append(self._mean_over(index, others))
-        return total(terms)
+        return sum_terms(terms)
 
     def _surrogate_of(self, index: int, terms: list[Cost]) -> Cost:
         """What a node is charged with, as seen before it was sampled."""
@@ -132,14 +132,14 @@ class StochasticGraph:
         if self.prune:  # through later costs, and through the parameters of the node itself
             source = draws.value if draws.value.grad_fn is not None else dist.log_prob(draws.value)
             of = set[int]().union(self._reached(source, index), *(term.of for term in terms)) - {index}
-        return Cost(estimator.surrogate(draws, with_points(total(terms), draws)), index, of)
+        return Cost(estimator.surrogate(draws, with_points(sum_terms(terms), draws)), index, of)
 
     def _mean_over(self, index: int, terms: list[Cost]) -> Cost:
         """What a node has no part in: its expectation over the points."""
         _, _, estimator, draws, _ = self.nodes[index]
         of = set[int]().union(*(term.of for term in terms))
         # The plain mean: that of Dice has a gradient of its own
-        return Cost(Estimator.mean(estimator, draws, with_points(total(terms), draws)), index, of)
+        return Cost(Estimator.mean(estimator, draws, with_points(sum_terms(terms), draws)), index, of)
 
     def _check_new(self, name: str) -> None:
         if name in self.costs or any(node.name == name for node in self.nodes):
@@ -156,7 +156,7 @@ class StochasticGraph:
         return set(nodes) - unread
 
 
-def total(terms: list[Cost]) -> Tensor:
+def sum_terms(terms: list[Cost]) -> Tensor:
     """Their sum."""
     return torch.stack([term.value for term in terms]).sum(0)
 

@@ -3,7 +3,7 @@
 from torch import Size, Tensor
 from torch.distributions import Independent, OneHotCategorical
 
-from levin.estimators.pathwise import Relaxation, StraightThrough, drawn
+from levin.estimators.pathwise import Relaxation, StraightThrough, sample_one_hot
 
 
 class DiscreteLatent(Independent):
@@ -48,4 +48,4 @@ class DiscreteLatent(Independent):
 
     def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
         """Draws, without a gradient."""
-        return drawn(self.logits.expand(*sample_shape, *self.logits.shape))
+        return sample_one_hot(self.logits.expand(*sample_shape, *self.logits.shape))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal, Poisson
 
-from levin.estimators.base import Draws, Estimator, event_sum, split
+from levin.estimators.base import Draws, Estimator, event_sum, split_independent
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MeasureValued(Estimator):
     families: ClassVar = ("bernoulli", "one_hot", "categorical", "poisson", "normal")
 
     def draw(self, dist: Distribution) -> Draws:
-        base, _ = split(dist)
+        base, _ = split_independent(dist)
         if isinstance(base, Normal):
             return self.normal(dist, base)
         if isinstance(base, Poisson):
@@ -36,7 +36,7 @@ class MeasureValued(Estimator):
 
     def choices(self, dist: Distribution, drawn: Tensor) -> Draws:
         """`[*B, *E]` with each part at each of its values: `[D K, *B, *E]`."""
-        base, dims = split(dist)
+        base, dims = split_independent(dist)
         values = base.enumerate_support()  # each part at value k: [K, *base, *e]
         log_prob = base.log_prob(values)  # [K, *base]
         parts = torch.eye(
@@ -53,23 +53,23 @@ class MeasureValued(Estimator):
 
     def poisson(self, dist: Distribution, base: Poisson) -> Draws:
         drawn = dist.sample()
-        more = steps(dist, drawn)  # [D, *B, *E]
+        more = unit_steps(dist, drawn)  # [D, *B, *E]
         term = event_sum(more * base.rate, dist)  # [D, *B]
         return Draws(
-            torch.cat([drawn.unsqueeze(0), drawn + more]), torch.cat([-term.sum(0, keepdim=True), term]), first(term)
+            torch.cat([drawn.unsqueeze(0), drawn + more]), torch.cat([-term.sum(0, keepdim=True), term]), first_draw_weights(term)
         )
 
     def normal(self, dist: Distribution, base: Normal) -> Draws:
         if base.scale.requires_grad:
             raise TypeError("MeasureValued is for the mean of a Normal: detach its scale, or take Reparameterized")
         drawn = dist.sample()
-        at = steps(dist, drawn)
+        at = unit_steps(dist, drawn)
         away = base.scale * (2 * torch.empty_like(drawn).exponential_()).sqrt()
         points = torch.cat([drawn + at * (base.loc + sign * away - drawn) for sign in (1, -1)]).detach()
         term = event_sum(at * base.loc / (base.scale * math.sqrt(2 * math.pi)), dist)
         term = torch.cat([term, -term])
         return Draws(
-            torch.cat([drawn.unsqueeze(0), points]), torch.cat([torch.zeros_like(term[:1]), term]), first(term)
+            torch.cat([drawn.unsqueeze(0), points]), torch.cat([torch.zeros_like(term[:1]), term]), first_draw_weights(term)
         )
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ class MeasureValued(Estimator):
         return (cost.detach() * draws.log_prob).sum(0)
 
 
-def steps(dist: Distribution, drawn: Tensor) -> Tensor:
+def unit_steps(dist: Distribution, drawn: Tensor) -> Tensor:
     """1 at one part of the event, 0 elsewhere: `[D, *B, *E]`."""
     size = dist.event_shape.numel()
     each = torch.eye(size, device=drawn.device, dtype=drawn.dtype)
     return each.view(size, *[1] * len(dist.batch_shape), *dist.event_shape).expand(size, *drawn.shape)
 
 
-def first(term: Tensor) -> Tensor:
+def first_draw_weights(term: Tensor) -> Tensor:
     """The weights of E f, where the first of the points is the draw."""
     return torch.cat([torch.ones_like(term[:1]), torch.zeros_like(term)]).detach()

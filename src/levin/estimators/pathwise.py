@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution
 
-from levin.estimators.base import Draws, Estimator, above_zero, split
-from levin.estimators.score import several
+from levin.estimators.base import Draws, Estimator, check_positive, split_independent
+from levin.estimators.score import check_num_draws
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Reparameterized(Estimator):
     unbiased: ClassVar = "f is differentiable, or Lipschitz and so almost everywhere"
 
     def __post_init__(self) -> None:
-        several("Reparameterized", self.num, 1)
+        check_num_draws("Reparameterized", self.num, 1)
 
     def draw(self, dist: Distribution) -> Draws:
         if not dist.has_rsample:
             raise TypeError(
-                f"there is no path through a sample of {type(split(dist)[0]).__name__}: take ScoreFunction or "
+                f"there is no path through a sample of {type(split_independent(dist)[0]).__name__}: take ScoreFunction or "
                 "LeaveOneOut, or StraightThrough, GumbelSoftmax or ReinMax of a OneHotCategorical"
             )
         return Draws(dist.rsample(torch.Size([self.num])))
@@ -52,12 +52,12 @@ class Relaxation(Estimator):
     instead: ClassVar = "a OneHotCategorical instead of a Categorical, or Reparameterized for what is continuous"
 
     def __post_init__(self) -> None:
-        several(type(self).__name__, self.num, 1)
+        check_num_draws(type(self).__name__, self.num, 1)
         for name in ("tau", "tau_forward", "tau_backward"):
-            above_zero(name, getattr(self, name, 1.0))
+            check_positive(name, getattr(self, name, 1.0))
 
     def draw(self, dist: Distribution) -> Draws:
-        base, _ = split(dist)
+        base, _ = split_independent(dist)
         if isinstance(base, Bernoulli):
             logits = torch.stack([base.logits, torch.zeros_like(base.logits)], -1)
             return Draws(self.relaxed_sample(logits.expand(self.num, *logits.shape))[..., 0])
@@ -76,7 +76,7 @@ class StraightThrough(Relaxation):
     unbiased: ClassVar = "f is linear in each choice"
 
     def relaxed_sample(self, logits: Tensor) -> Tensor:
-        return through(drawn(logits), logits.softmax(-1))
+        return straight_through(sample_one_hot(logits), logits.softmax(-1))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DecoupledStraightThrough(Relaxation):
     unbiased: ClassVar = "f is linear in each choice, and both temperatures are 1"
 
     def relaxed_sample(self, logits: Tensor) -> Tensor:
-        return through(drawn(logits / self.tau_forward), (logits / self.tau_backward).softmax(-1))
+        return straight_through(sample_one_hot(logits / self.tau_forward), (logits / self.tau_backward).softmax(-1))
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class GumbelSoftmax(Relaxation):
     unbiased: ClassVar = "never, at a temperature above 0"
 
     def relaxed_sample(self, logits: Tensor) -> Tensor:
-        y = ((logits + gumbel(logits)) / self.tau).softmax(-1)
-        return through(largest(y.detach()), y) if self.hard else y
+        y = ((logits + sample_gumbel(logits)) / self.tau).softmax(-1)
+        return straight_through(one_hot_argmax(y.detach()), y) if self.hard else y
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ class GumbelRao(Relaxation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        several("GumbelRao", self.rao, 1)
+        check_num_draws("GumbelRao", self.rao, 1)
 
     def relaxed_sample(self, logits: Tensor) -> Tensor:
-        draw = drawn(logits)
+        draw = sample_one_hot(logits)
         many = logits.expand(self.rao, *logits.shape)
-        perturbed = gumbel_given(draw.expand_as(many), many.detach().log_softmax(-1))
+        perturbed = sample_gumbel_given(draw.expand_as(many), many.detach().log_softmax(-1))
         y = ((perturbed.detach() + many - many.detach()) / self.tau).softmax(-1).mean(0)  # only l carries the gradient
-        return through(draw, y)
+        return straight_through(draw, y)
 
 
 @dataclass(frozen=True)
@@ -158,33 +158,33 @@ class ReinMax(Relaxation):
     unbiased: ClassVar = "f is quadratic in each choice, and tau is 1"
 
     def relaxed_sample(self, logits: Tensor) -> Tensor:
-        draw, p = drawn(logits), logits.softmax(-1)
+        draw, p = sample_one_hot(logits), logits.softmax(-1)
         middle = (draw + (logits / self.tau).softmax(-1)) / 2
         middle = ((middle.log() - logits).detach() + logits).softmax(-1)  # the same, with the gradient of a softmax
-        return through(draw, 2 * middle - p / 2)
+        return straight_through(draw, 2 * middle - p / 2)
 
 
-def through(value: Tensor, relaxed: Tensor) -> Tensor:
+def straight_through(value: Tensor, relaxed: Tensor) -> Tensor:
     """The value, with the gradient of what is relaxed."""
     return value + (relaxed - relaxed.detach())
 
 
-def gumbel(logits: Tensor) -> Tensor:
+def sample_gumbel(logits: Tensor) -> Tensor:
     """Standard Gumbel noise of that shape."""
     return -torch.empty_like(logits).exponential_().log()
 
 
-def largest(values: Tensor) -> Tensor:
+def one_hot_argmax(values: Tensor) -> Tensor:
     """1 where `[..., K]` is largest, else 0. Without the check of PyTorch's `one_hot`, which waits for a device."""
     return torch.zeros_like(values).scatter_(-1, values.argmax(-1, keepdim=True), 1.0)
 
 
-def drawn(logits: Tensor) -> Tensor:
+def sample_one_hot(logits: Tensor) -> Tensor:
     """A one-hot draw for each of `[..., K]`, without a gradient."""
-    return largest(logits.detach() + gumbel(logits))
+    return one_hot_argmax(logits.detach() + sample_gumbel(logits))
 
 
-def gumbel_given(draw: Tensor, log_probs: Tensor) -> Tensor:
+def sample_gumbel_given(draw: Tensor, log_probs: Tensor) -> Tensor:
     """log p + G given that `draw` is its largest, differentiable in `log_probs`: all `[..., K]`.
 
     The largest is a standard Gumbel variable; the others are cut off there. Source: Maddison et al. 2014.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from levin.estimators.base import Draws, Estimator, enumerated, event_sum, magic_box, split
+from levin.estimators.base import Draws, Estimator, enumerate_values, event_sum, magic_box, split_independent
 
 
-def several(name: str, num: int, least: int) -> None:
+def check_num_draws(name: str, num: int, least: int) -> None:
     """Raises ValueError when an estimator is asked for with too few draws."""
     if num < least:
         raise ValueError(f"{name} needs {least} draws or more, got {num}")
@@ -29,7 +29,7 @@ class Exact(Estimator):
     families: ClassVar = ("bernoulli", "categorical", "one_hot")
 
     def draw(self, dist: Distribution) -> Draws:
-        return self.at(dist, enumerated(dist)[0])
+        return self.at(dist, enumerate_values(dist)[0])
 
     def at(self, dist: Distribution, values: Tensor) -> Draws:
         """All values `[M, *B, *E]`, or all that have a probability."""
@@ -55,16 +55,16 @@ class ScoreFunction(Estimator):
     unbiased: ClassVar = "always, with a baseline that does not depend on the draw"
 
     def __post_init__(self) -> None:
-        several("ScoreFunction", self.num, 1)
+        check_num_draws("ScoreFunction", self.num, 1)
 
     def draw(self, dist: Distribution) -> Draws:
-        return at(dist, dist.sample(torch.Size([self.num])))
+        return draws_at(dist, dist.sample(torch.Size([self.num])))
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         if isinstance(self.baseline, Tensor) and self.baseline.shape != cost.shape[1:]:
             shapes = f"{tuple(self.baseline.shape)}, and the costs are {tuple(cost.shape)}"
             raise ValueError(f"a baseline has the shape of the batch, got {shapes}")
-        return weighted(draws, cost - self.baseline)
+        return weighted_score(draws, cost - self.baseline)
 
 
 class MovingAverage(Estimator, nn.Module):
@@ -83,7 +83,7 @@ class MovingAverage(Estimator, nn.Module):
 
     def __init__(self, decay: float = 0.95, num: int = 1) -> None:
         super().__init__()
-        several("MovingAverage", num, 1)
+        check_num_draws("MovingAverage", num, 1)
         if not 0 <= decay < 1:
             raise ValueError(f"a decay is in [0, 1), got {decay}")
         self.decay, self.num = decay, num
@@ -92,10 +92,10 @@ class MovingAverage(Estimator, nn.Module):
         self.register_buffer("total", torch.zeros(1))  # of the weights, so that the first costs count in full
 
     def draw(self, dist: Distribution) -> Draws:
-        return at(dist, dist.sample(torch.Size([self.num])))
+        return draws_at(dist, dist.sample(torch.Size([self.num])))
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        score = weighted(draws, cost - self.average / self.total.clamp(min=1e-8))
+        score = weighted_score(draws, cost - self.average / self.total.clamp(min=1e-8))
         with torch.no_grad():
             self.average.lerp_(cost.mean().to(self.average), 1 - self.decay)
             self.total.lerp_(torch.ones_like(self.total), 1 - self.decay)
@@ -116,17 +116,17 @@ class SelfCritical(Estimator):
     families: ClassVar = ("bernoulli", "categorical", "one_hot", "normal")
 
     def __post_init__(self) -> None:
-        several("SelfCritical", self.num, 1)
+        check_num_draws("SelfCritical", self.num, 1)
 
     def draw(self, dist: Distribution) -> Draws:
         drawn = dist.sample(torch.Size([self.num]))
-        value = torch.cat([drawn, greedy(dist).detach().unsqueeze(0).to(drawn)])
-        weight = torch.full([self.num + 1, *dist.batch_shape], 1 / self.num, device=value.device, dtype=dtype(dist))
+        value = torch.cat([drawn, most_probable(dist).detach().unsqueeze(0).to(drawn)])
+        weight = torch.full([self.num + 1, *dist.batch_shape], 1 / self.num, device=value.device, parameter_dtype=parameter_dtype(dist))
         weight[-1] = 0  # no draw
         return Draws(value, dist.log_prob(value), weight)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        return weighted(draws, cost - cost[-1])
+        return weighted_score(draws, cost - cost[-1])
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ class LeaveOneOut(Estimator):
     unbiased: ClassVar = "always, for two draws or more"
 
     def __post_init__(self) -> None:
-        several("LeaveOneOut", self.num, 2)
+        check_num_draws("LeaveOneOut", self.num, 2)
 
     def draw(self, dist: Distribution) -> Draws:
-        return at(dist, dist.sample(torch.Size([self.num])))
+        return draws_at(dist, dist.sample(torch.Size([self.num])))
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        return weighted(draws, cost - cost.mean(0)) * (self.num / (self.num - 1))
+        return weighted_score(draws, cost - cost.mean(0)) * (self.num / (self.num - 1))
 
 
 @dataclass(frozen=True)
@@ -168,16 +168,16 @@ class OptimalConstant(Estimator):
     unbiased: ClassVar = "always: the constant of a draw is made of the others"
 
     def __post_init__(self) -> None:
-        several("OptimalConstant", self.num, 2)
+        check_num_draws("OptimalConstant", self.num, 2)
 
     def draw(self, dist: Distribution) -> Draws:
         value = dist.sample(torch.Size([self.num]))
-        return at(dist, value, (squared_score(dist, value),))
+        return draws_at(dist, value, (squared_score(dist, value),))
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         (square,) = draws.aux
         others, costs = square.sum(0) - square, (square * cost.detach()).sum(0) - square * cost.detach()
-        return weighted(draws, cost - costs / others.clamp(min=1e-12))
+        return weighted_score(draws, cost - costs / others.clamp(min=1e-12))
 
 
 @dataclass(frozen=True)
@@ -194,32 +194,32 @@ class Dice(Estimator):
     unbiased: ClassVar = "always, at every order"
 
     def __post_init__(self) -> None:
-        several("Dice", self.num, 1)
+        check_num_draws("Dice", self.num, 1)
 
     def draw(self, dist: Distribution) -> Draws:
-        return at(dist, dist.sample(torch.Size([self.num])))
+        return draws_at(dist, dist.sample(torch.Size([self.num])))
 
     def mean(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
         return (magic_box(draws.log_prob) * cost).mean(0)
 
 
-def at(dist: Distribution, value: Tensor, aux: tuple[Tensor, ...] = ()) -> Draws:
+def draws_at(dist: Distribution, value: Tensor, aux: tuple[Tensor, ...] = ()) -> Draws:
     """Points `[S, *B, *E]` that were drawn, with their log-probability."""
     value = value.detach()
     return Draws(value, dist.log_prob(value), None, aux)
 
 
-def weighted(draws: Draws, weight: Tensor) -> Tensor:
+def weighted_score(draws: Draws, weight: Tensor) -> Tensor:
     """sum_s w_s weight_s log p(z_s): its gradient is the score function's. `[S, *B] -> [*B]`."""
     assert draws.log_prob is not None
     terms = weight.detach() * draws.log_prob
     return terms.mean(0) if draws.weight is None else (draws.weight * terms).sum(0)
 
 
-def greedy(dist: Distribution) -> Tensor:
+def most_probable(dist: Distribution) -> Tensor:
     """The most probable value `[*B, *E]`; of a Bernoulli with p = 1/2, 0."""
-    base, _ = split(dist)
+    base, _ = split_independent(dist)
     if isinstance(base, torch.distributions.Bernoulli):
         return (base.logits > 0).to(base.logits)
     return base.mode
@@ -227,7 +227,7 @@ def greedy(dist: Distribution) -> Tensor:
 
 def squared_score(dist: Distribution, value: Tensor) -> Tensor:
     """|grad log p(z)|^2 in the logits, or in the mean of a Normal: `[S, *B]`."""
-    base, _ = split(dist)
+    base, _ = split_independent(dist)
     with torch.no_grad():
         if isinstance(base, torch.distributions.Normal):
             return event_sum(((value - base.loc) / base.scale**2).square(), dist)
@@ -237,7 +237,7 @@ def squared_score(dist: Distribution, value: Tensor) -> Tensor:
         return event_sum((value - base.probs).square(), dist)
 
 
-def dtype(dist: Distribution) -> torch.dtype:
+def parameter_dtype(dist: Distribution) -> torch.dtype:
     """Of the parameters, and so of the costs."""
-    base, _ = split(dist)
+    base, _ = split_independent(dist)
     return base.loc.dtype if isinstance(base, torch.distributions.Normal) else base.logits.dtype

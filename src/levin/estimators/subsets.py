@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import logsigmoid
 
-from levin.estimators.base import Draws, Estimator, enumerated
-from levin.estimators.pathwise import gumbel
-from levin.estimators.score import several
+from levin.estimators.base import Draws, Estimator, enumerate_values
+from levin.estimators.pathwise import sample_gumbel
+from levin.estimators.score import check_num_draws
 
 FINITE = ("bernoulli", "categorical", "one_hot")
 
@@ -35,12 +35,12 @@ class SumAndSample(Estimator):
     families: ClassVar = FINITE
 
     def __post_init__(self) -> None:
-        several("SumAndSample", self.num, 2)
+        check_num_draws("SumAndSample", self.num, 2)
 
     def draw(self, dist: Distribution) -> Draws:
-        values, log_prob = possible(dist)
-        first = limited(log_prob, self.num - 1, spare=1)
-        perturbed = log_prob.detach() + gumbel(log_prob)
+        values, log_prob = enumerate_support(dist)
+        first = limit_num(log_prob, self.num - 1, spare=1)
+        perturbed = log_prob.detach() + sample_gumbel(log_prob)
         chosen = log_prob.detach().topk(first, 0).indices  # [n - 1, *B]
         rest = perturbed.scatter(0, chosen, -torch.inf).argmax(0, keepdim=True)
         return self.at(values, log_prob, torch.cat([chosen, rest]))
@@ -50,7 +50,7 @@ class SumAndSample(Estimator):
         rest = log_prob.detach().exp().scatter(0, indices[:-1], 0.0).sum(0, keepdim=True)  # 1 - P(C)
         log_prob = log_prob.gather(0, indices)
         weight = torch.cat([log_prob[:-1].detach().exp(), rest])
-        return Draws(pick(values, indices), log_prob, weight)
+        return Draws(take_rows(values, indices), log_prob, weight)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
@@ -77,23 +77,23 @@ class UnorderedSet(Estimator):
     families: ClassVar = FINITE
 
     def __post_init__(self) -> None:
-        several("UnorderedSet", self.num, 2)
+        check_num_draws("UnorderedSet", self.num, 2)
 
     def draw(self, dist: Distribution) -> Draws:
-        values, log_prob = possible(dist)
-        num = limited(log_prob, self.num)
-        return self.at(values, log_prob, (log_prob.detach() + gumbel(log_prob)).topk(num, 0).indices)
+        values, log_prob = enumerate_support(dist)
+        num = limit_num(log_prob, self.num)
+        return self.at(values, log_prob, (log_prob.detach() + sample_gumbel(log_prob)).topk(num, 0).indices)
 
     def at(self, values: Tensor, log_prob: Tensor, indices: Tensor) -> Draws:
         """Those of the values `[M, *B, *E]` at `indices` `[n, *B]`: the set S, in any order."""
         rest = log_prob.detach().exp().scatter(0, indices, 0.0).sum(0)  # 1 - p(S), without its loss of digits
         log_prob = log_prob.gather(0, indices)
         first, second = self.ratios(log_prob.detach().exp(), rest)
-        return Draws(pick(values, indices), log_prob, log_prob.detach().exp() * first, (second,))
+        return Draws(take_rows(values, indices), log_prob, log_prob.detach().exp() * first, (second,))
 
     def ratios(self, prob: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """R(S, s) `[n, *B]` and R(S, s, t) `[n, n, *B]` of the probabilities `[n, *B]`; `[*B]` that of all others."""
-        log_v, w = nodes(prob.dtype, prob.device)
+        log_v, w = quadrature_nodes(prob.dtype, prob.device)
         least = torch.finfo(prob.dtype).tiny ** 0.5
         ratio = prob.clamp(min=least) / rest.clamp(min=least)
         log_factor = (ratio.unsqueeze(-1) * log_v).expm1().neg().log()  # log(1 - v^ratio): [n, *B, Q]
@@ -128,18 +128,18 @@ class WithoutReplacement(Estimator):
     families: ClassVar = FINITE
 
     def __post_init__(self) -> None:
-        several("WithoutReplacement", self.num, 2)
+        check_num_draws("WithoutReplacement", self.num, 2)
 
     def draw(self, dist: Distribution) -> Draws:
-        values, log_prob = possible(dist)
-        num = limited(log_prob, self.num)
-        perturbed = log_prob.detach() + gumbel(log_prob)
+        values, log_prob = enumerate_support(dist)
+        num = limit_num(log_prob, self.num)
+        perturbed = log_prob.detach() + sample_gumbel(log_prob)
         perturbed = torch.cat([perturbed, torch.full_like(perturbed[:1], -torch.inf)])  # where there is no (n+1)-th
         top, indices = perturbed.topk(num + 1, 0)
         indices = indices[:-1]
         log_prob = log_prob.gather(0, indices)
         included = -(-(log_prob.detach() - top[-1]).exp()).expm1()  # q(s)
-        return Draws(pick(values, indices), log_prob, log_prob.detach().exp() / included)
+        return Draws(take_rows(values, indices), log_prob, log_prob.detach().exp() / included)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
@@ -149,7 +149,7 @@ class WithoutReplacement(Estimator):
 
 
 @cache
-def nodes(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def quadrature_nodes(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """log v and weights of an integral over v in [0, 1]: of even steps in t, v = sigmoid(pi sinh t).
 
     The nodes crowd at both ends, where v^r bends for a large and for a small r.
@@ -160,18 +160,18 @@ def nodes(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     return logsigmoid(u).to(dtype), weight.to(dtype)
 
 
-def possible(dist: Distribution) -> tuple[Tensor, Tensor]:
+def enumerate_support(dist: Distribution) -> tuple[Tensor, Tensor]:
     """`enumerated`, where nothing is impossible: a value without a probability has hardly any."""
-    values, log_prob = enumerated(dist)
+    values, log_prob = enumerate_values(dist)
     return values, log_prob.clamp(min=math.log(torch.finfo(log_prob.dtype).tiny))
 
 
-def pick(values: Tensor, indices: Tensor) -> Tensor:
+def take_rows(values: Tensor, indices: Tensor) -> Tensor:
     """Of `[M, *B, *E]` those at `[n, *B]`: `[n, *B, *E]`."""
     index = indices.view(*indices.shape, *[1] * (values.ndim - indices.ndim))
     return values.gather(0, index.expand(*indices.shape, *values.shape[indices.ndim :]))
 
 
-def limited(log_prob: Tensor, num: int, spare: int = 0) -> int:
+def limit_num(log_prob: Tensor, num: int, spare: int = 0) -> int:
     """How many of the values `[M, *B]` to take: `num`, but no more than there are, less `spare`."""
     return min(num, len(log_prob) - spare)

@@ -24,7 +24,7 @@ TRAIN = 1500  # of 1,797
 
 
 @cache
-def digits() -> tuple[Tensor, Tensor]:
+def load_digits() -> tuple[Tensor, Tensor]:
     """8 x 8 pixels, 0 or 1: `[1500, 64]` to train on, `[297, 64]` to test on. Raises ConfigError without the data."""
     try:
         from sklearn.datasets import load_digits
@@ -65,10 +65,10 @@ class Autoencoder(nn.Module):
         return (cost + self.divergence(posterior)).mean()
 
 
-def fit(estimator: Estimator, seed: int, updates: int = 2500, batch_size: int = 100, lr: float = 1e-3) -> Autoencoder:
+def train_autoencoder(estimator: Estimator, seed: int, updates: int = 2500, batch_size: int = 100, lr: float = 1e-3) -> Autoencoder:
     """Trained with Adam."""
     torch.manual_seed(seed)
-    model, (data, _) = Autoencoder(), digits()
+    model, (data, _) = Autoencoder(), load_digits()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     for _ in range(updates):
         loss = model.loss(data[torch.randint(len(data), (batch_size,))], estimator)
@@ -79,9 +79,9 @@ def fit(estimator: Estimator, seed: int, updates: int = 2500, batch_size: int = 
 
 
 @torch.no_grad()
-def evaluate(model: Autoencoder, draws: int = 20) -> float:
+def test_loss(model: Autoencoder, draws: int = 20) -> float:
     """-ELBO of the test digits in nats, with so many draws for each."""
-    _, test = digits()
+    _, test = load_digits()
     posterior = model.posterior(test)
     cost = model.reconstruction(posterior.sample((draws,)), test).mean(0)
     return float((cost + model.divergence(posterior)).mean())

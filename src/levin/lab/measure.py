@@ -23,7 +23,7 @@ from levin.estimators.measure_valued import MeasureValued
 from levin.estimators.pathwise import GumbelRao, GumbelSoftmax, ReinMax, Reparameterized, StraightThrough
 from levin.estimators.score import Exact, LeaveOneOut, OptimalConstant, ScoreFunction, SelfCritical
 from levin.estimators.subsets import SumAndSample, UnorderedSet, WithoutReplacement
-from levin.lab.problems import Problem, coin, five, problems
+from levin.lab.problems import Problem, single_coin, choice_of_five, all_problems
 
 ROWS_TIMED = 128
 POINTS = 200_000  # that are valued at once
@@ -42,7 +42,7 @@ class Critic(nn.Module):
         return self.layers(z.flatten(-self.dims)).squeeze(-1)
 
 
-def learned(kind: type[RELAX] | type[LAX], updates: int = 400) -> Maker:
+def with_learned_critic(kind: type[RELAX] | type[LAX], updates: int = 400) -> Maker:
     """With a critic that has learned on other draws."""
 
     def make(problem: Problem) -> Estimator:
@@ -62,49 +62,49 @@ def learned(kind: type[RELAX] | type[LAX], updates: int = 400) -> Maker:
     return make
 
 
-def plain(estimator: Estimator) -> Maker:
+def without_critic(estimator: Estimator) -> Maker:
     """The same for every problem."""
     return lambda _: estimator
 
 
 SCORES: dict[str, Maker] = {
-    "score": plain(ScoreFunction()),
-    "self-critical": plain(SelfCritical()),
-    "leave-one-out, 2": plain(LeaveOneOut(2)),
-    "leave-one-out, 4": plain(LeaveOneOut(4)),
-    "optimal constant, 4": plain(OptimalConstant(4)),
+    "score": without_critic(ScoreFunction()),
+    "self-critical": without_critic(SelfCritical()),
+    "leave-one-out, 2": without_critic(LeaveOneOut(2)),
+    "leave-one-out, 4": without_critic(LeaveOneOut(4)),
+    "optimal constant, 4": without_critic(OptimalConstant(4)),
 }
 RELAXATIONS: dict[str, Maker] = {
-    "straight-through": plain(StraightThrough()),
-    "Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5)),
-    "ST Gumbel-softmax, 0.5": plain(GumbelSoftmax(0.5, hard=True)),
-    "Gumbel-Rao, 0.5": plain(GumbelRao()),
-    "ReinMax": plain(ReinMax()),
+    "straight-through": without_critic(StraightThrough()),
+    "Gumbel-softmax, 0.5": without_critic(GumbelSoftmax(0.5)),
+    "ST Gumbel-softmax, 0.5": without_critic(GumbelSoftmax(0.5, hard=True)),
+    "Gumbel-Rao, 0.5": without_critic(GumbelRao()),
+    "ReinMax": without_critic(ReinMax()),
 }
 FINITE: dict[str, Maker] = {
-    "exact": plain(Exact()),
+    "exact": without_critic(Exact()),
     **SCORES,
-    "sum and sample, 3": plain(SumAndSample(3)),
-    "unordered set, 3": plain(UnorderedSet(3)),
-    "without replacement, 4": plain(WithoutReplacement(4)),
-    "measure-valued": plain(MeasureValued()),
-    "REBAR": plain(REBAR()),
-    "RELAX": learned(RELAX),
+    "sum and sample, 3": without_critic(SumAndSample(3)),
+    "unordered set, 3": without_critic(UnorderedSet(3)),
+    "without replacement, 4": without_critic(WithoutReplacement(4)),
+    "measure-valued": without_critic(MeasureValued()),
+    "REBAR": without_critic(REBAR()),
+    "RELAX": with_learned_critic(RELAX),
     **RELAXATIONS,
 }
 ESTIMATORS: dict[str, dict[str, Maker]] = {
     "choices": FINITE,
-    "coins": {**FINITE, "ARM": plain(ARM()), "DisARM": plain(DisARM()), "ARMS, 4": plain(ARMS(4))},
+    "coins": {**FINITE, "ARM": without_critic(ARM()), "DisARM": without_critic(DisARM()), "ARMS, 4": without_critic(ARMS(4))},
     "normal": {
-        "reparameterised": plain(Reparameterized()),
+        "reparameterised": without_critic(Reparameterized()),
         **SCORES,
-        "measure-valued": plain(MeasureValued()),
-        "LAX": learned(LAX),
+        "measure-valued": without_critic(MeasureValued()),
+        "LAX": with_learned_critic(LAX),
     },
 }
 
 
-def estimates(estimator: Estimator, problem: Problem, rows: int) -> Iterator[Tensor]:
+def collect_estimates(estimator: Estimator, problem: Problem, rows: int) -> Iterator[Tensor]:
     """`rows` of them, in chunks `[n, *P]`."""
     with torch.no_grad():
         points = estimator.sample(problem.family(problem.theta.unsqueeze(0))).value
@@ -114,15 +114,15 @@ def estimates(estimator: Estimator, problem: Problem, rows: int) -> Iterator[Ten
         yield torch.autograd.grad(estimator(problem.family(leaf), problem.cost).sum(), leaf)[0]
 
 
-def measure(estimator: Estimator, problem: Problem, rows: int) -> dict[str, float]:
+def measure_estimator(estimator: Estimator, problem: Problem, rows: int) -> dict[str, float]:
     """What the table says of one estimator."""
     torch.manual_seed(0)
-    each = torch.cat(list(estimates(estimator, problem, rows))).double().flatten(1)  # [rows, P]
+    each = torch.cat(list(collect_estimates(estimator, problem, rows))).double().flatten(1)  # [rows, P]
     exact = problem.gradient.double().flatten()
     mean, variance = each.mean(0), float(each.var(0).sum())
     bias = float((mean - exact).norm())
     evals = len(estimator.sample(problem.family(problem.theta.unsqueeze(0))).value)
-    ms = milliseconds(estimator, problem)
+    ms = time_estimates(estimator, problem)
     return {
         "relative_bias": bias / float(exact.norm()),
         "standard_error": (variance / rows) ** 0.5 / float(exact.norm()),
@@ -137,7 +137,7 @@ def measure(estimator: Estimator, problem: Problem, rows: int) -> dict[str, floa
     }
 
 
-def milliseconds(estimator: Estimator, problem: Problem, repeats: int = 15) -> float:
+def time_estimates(estimator: Estimator, problem: Problem, repeats: int = 15) -> float:
     """Of the estimates of 128 rows, with one thread; the median."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -151,38 +151,38 @@ def milliseconds(estimator: Estimator, problem: Problem, repeats: int = 15) -> f
     return 1000 * median(times)
 
 
-def table(rows: int) -> list[dict[str, Any]]:
+def measure_all(rows: int) -> list[dict[str, Any]]:
     """Every problem and every estimator that can be asked."""
     found = []
-    for problem in problems():
+    for problem in all_problems():
         number = rows if problem.theta.numel() < 100 else max(200, rows // 20)
         for name, make in ESTIMATORS[problem.kind].items():
             try:
-                result = measure(make(problem), problem, number)
+                result = measure_estimator(make(problem), problem, number)
             except TooManyValuesError:
                 continue
             kind = "relaxation" if name in RELAXATIONS else "unbiased"
             found.append({"problem": problem.name, "estimator": name, "kind": kind, **result})
-            print("  ".join([f"{problem.name:<30}{name:<26}", *said(result)]), flush=True)
+            print("  ".join([f"{problem.name:<30}{name:<26}", *format_row(result)]), flush=True)
     return found
 
 
-def said(result: dict[str, float]) -> list[str]:
+def format_row(result: dict[str, float]) -> list[str]:
     """A line of the table."""
     bias = f"bias {result['relative_bias']:.3f} ± {result['standard_error']:.3f}"
     cost = f"{result['evaluations']:.0f} evaluations, {result['ms']:.2f} ms"
     return [bias, f"variance {result['variance']:.3g}", f"cosine {result['cosine']:.3f}", cost]
 
 
-def curves(rows: int) -> list[dict[str, Any]]:
+def measure_curves(rows: int) -> list[dict[str, Any]]:
     """Over theta of a coin, and over the temperature of what has one."""
     found = []
     for theta in torch.linspace(0.05, 0.95, 13).tolist():
-        problem = coin(0.45, theta)
+        problem = single_coin(0.45, theta)
         for name in ("score", "leave-one-out, 2", "leave-one-out, 4", "ARM", "DisARM", "REBAR", "measure-valued"):
-            result = measure(ESTIMATORS["coins"][name](problem), problem, rows)
+            result = measure_estimator(ESTIMATORS["coins"][name](problem), problem, rows)
             found.append({"axis": "theta", "x": theta, "estimator": name, **result})
-    problem = five()
+    problem = choice_of_five()
     for tau in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0):
         relaxed = {
             "Gumbel-softmax": GumbelSoftmax(tau),
@@ -192,11 +192,11 @@ def curves(rows: int) -> list[dict[str, Any]]:
             "REBAR": REBAR(tau=tau),
         }
         for name, estimator in relaxed.items():
-            found.append({"axis": "tau", "x": tau, "estimator": name, **measure(estimator, problem, rows)})
+            found.append({"axis": "tau", "x": tau, "estimator": name, **measure_estimator(estimator, problem, rows)})
     return found
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """As CSV, six digits."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -214,14 +214,14 @@ def lab(*, out: str = "runs/lab", rows: Annotated[int, Field(ge=2)] = 20_000) ->
     Raises:
         ConfigError: The folder can't be made.
     """
-    from levin.lab.pictures import draw
+    from levin.lab.pictures import draw_lab
 
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out={out}: {error.strerror}") from None
-    write(folder / "lab.csv", table(rows))
-    write(folder / "curves.csv", curves(rows))
-    draw(folder)
+    write_csv(folder / "lab.csv", measure_all(rows))
+    write_csv(folder / "curves.csv", measure_curves(rows))
+    draw_lab(folder)
     print(f"{folder}: lab.csv, lab.png, curves.csv, curves.png")

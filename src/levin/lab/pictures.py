@@ -9,16 +9,16 @@ import matplotlib.pyplot as plt
 UNBIASED, BIASED = "#2b6cb0", "#c05621"
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a table."""
     with path.open() as file:
         return list(csv.DictReader(file))
 
 
-def draw(folder: Path) -> None:
+def draw_lab(folder: Path) -> None:
     """lab.png and curves.png from lab.csv and curves.csv."""
-    draw_table(read(folder / "lab.csv"), folder / "lab.png")
-    draw_curves(read(folder / "curves.csv"), folder / "curves.png")
+    draw_table(read_csv(folder / "lab.csv"), folder / "lab.png")
+    draw_curves(read_csv(folder / "curves.csv"), folder / "curves.png")
 
 
 def draw_table(rows: list[dict[str, str]], path: Path) -> None:

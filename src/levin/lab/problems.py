@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
 
-from levin.estimators.base import enumerated
+from levin.estimators.base import enumerate_values
 from levin.estimators.score import LeaveOneOut
-from levin.lab.digits import digits, fit
+from levin.lab.digits import load_digits, train_autoencoder
 
 
 class Problem(NamedTuple):
@@ -48,44 +48,44 @@ def choices(logits: Tensor) -> Distribution:
     return Independent(one_choice(logits), 1, validate_args=False)
 
 
-def by_enumeration(
+def enumerated_problem(
     name: str, kind: str, theta: Tensor, family: Callable[[Tensor], Distribution], cost: Callable[[Tensor], Tensor]
 ) -> Problem:
     """A problem of finitely many values."""
     leaf = theta.double().unsqueeze(0).requires_grad_()
-    values, log_prob = enumerated(family(leaf))
+    values, log_prob = enumerate_values(family(leaf))
     with torch.no_grad():
         costs = cost(values.float()).double()
     (gradient,) = torch.autograd.grad((log_prob.exp() * costs).sum(), leaf)
     return Problem(name, kind, theta, family, cost, gradient[0].float())
 
 
-def coin(target: float = 0.499, theta: float = 0.3) -> Problem:
+def single_coin(target: float = 0.499, theta: float = 0.3) -> Problem:
     """E[(b - t)^2]: the toy of REBAR and all that came after."""
     logit = torch.tensor([math.log(theta / (1 - theta))])
-    return by_enumeration("a coin", "coins", logit, coins, lambda z: (z[..., 0] - target).square())
+    return enumerated_problem("a coin", "coins", logit, coins, lambda z: (z[..., 0] - target).square())
 
 
 def shared_coins() -> Problem:
     """Three coins with one logit, E[|x - p|^2]: the toy of Liu et al. 2019 and Kool et al. 2020."""
     goal = torch.tensor([0.6, 0.51, 0.48])
-    return by_enumeration(
+    return enumerated_problem(
         *("three coins, one logit", "coins", torch.zeros(1)),
         lambda logit: coins(logit.expand(*logit.shape[:-1], 3)),
         lambda x: (x - goal.to(x)).square().sum(-1),
     )
 
 
-def five() -> Problem:
+def choice_of_five() -> Problem:
     """One choice of five, a square of what is chosen."""
     weight = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4])
-    return by_enumeration(
+    return enumerated_problem(
         *("a choice of five", "choices", torch.tensor([0.5, -0.3, 0.2, 1.0, -1.0]), one_choice),
         lambda z: ((z * weight.to(z)).sum(-1) - 0.45).square() + 1,
     )
 
 
-def normal() -> Problem:
+def gaussian_mean() -> Problem:
     """E[(x - k)^2] of a Gaussian, in its mean."""
     return Problem(
         *("a Gaussian and a square", "normal", torch.tensor([1.0])),
@@ -95,7 +95,7 @@ def normal() -> Problem:
     )
 
 
-def network(inputs: int, seed: int) -> nn.Sequential:
+def fixed_network(inputs: int, seed: int) -> nn.Sequential:
     """A fixed function, far from linear."""
     torch.manual_seed(seed)
     layers = nn.Sequential(nn.Linear(inputs, 32), nn.Tanh(), nn.Linear(32, 1)).requires_grad_(False)
@@ -106,9 +106,9 @@ def network(inputs: int, seed: int) -> nn.Sequential:
 
 def fixed_critic() -> Problem:
     """The actor of discrete SAC: three choices of three, Q(s, a) a network that reads them, one state."""
-    q = network(9, seed=0)
+    q = fixed_network(9, seed=0)
     theta = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
-    return by_enumeration(
+    return enumerated_problem(
         *("discrete SAC, a fixed critic", "choices", theta, choices), lambda a: -q(a.flatten(-2)).squeeze(-1)
     )
 
@@ -122,18 +122,18 @@ def imagined_step() -> Problem:
     heads = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 9)).requires_grad_(False)
     heads[0].weight.mul_(2)  # type: ignore[operator]
     goal, theta = torch.randn(9), torch.randn(4, 4)
-    return by_enumeration(
+    return enumerated_problem(
         *("a step of a dream", "choices", theta, choices), lambda z: (heads(z.flatten(-2)) - goal).square().sum(-1)
     )
 
 
-def reconstruction(rows: int = 8, draws: int = 400_000) -> Problem:
+def autoencoder_reconstruction(rows: int = 8, draws: int = 400_000) -> Problem:
     """The reconstruction of digits by a half-trained autoencoder, in the logits of a few of them.
 
     Too many values to go through: the gradient is that of very many draws.
     """
-    model = fit(LeaveOneOut(4), seed=0, updates=1000).requires_grad_(False)
-    x = digits()[1][:rows]
+    model = train_autoencoder(LeaveOneOut(4), seed=0, updates=1000).requires_grad_(False)
+    x = load_digits()[1][:rows]
     theta = model.posterior(x).logits.detach()  # [rows, 8, 8]
 
     def cost(z: Tensor) -> Tensor:
@@ -146,6 +146,6 @@ def reconstruction(rows: int = 8, draws: int = 400_000) -> Problem:
     return Problem("an autoencoder of digits", "choices", theta, choices, cost, total / (draws // at_once))
 
 
-def problems() -> list[Problem]:
+def all_problems() -> list[Problem]:
     """All of them."""
-    return [coin(), shared_coins(), five(), normal(), fixed_critic(), imagined_step(), reconstruction()]
+    return [single_coin(), shared_coins(), choice_of_five(), gaussian_mean(), fixed_critic(), imagined_step(), autoencoder_reconstruction()]

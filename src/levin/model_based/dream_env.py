@@ -15,13 +15,13 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from levin.core.errors import ConfigError
-from levin.core.spaces import NetworkInput, Space, action_units, describe_action, describe_space, tensors
+from levin.core.spaces import NetworkInput, Space, action_converter, describe_action, describe_space, to_tensors
 
 STARTS = 64  # first observations of episodes, that dreams begin with
 BLOCK = 32  # steps whose chance is drawn at once
 
 
-class Mind(Protocol):
+class LatentState(Protocol):
     """What a model knows at a moment: a named tuple of tensors `[N, *]`."""
 
     @property
@@ -58,7 +58,7 @@ def policy_space(space: Space) -> gym.Space:
     return Discrete(space["n"]) if space["type"] == "discrete" else Box(-1.0, 1.0, tuple(space["shape"]))
 
 
-def masked(mask: Tensor, new: Any, old: Any) -> Any:
+def where_mask(mask: Tensor, new: Any, old: Any) -> Any:
     """A mind of the new where the mask `[N]` is true, and of the old elsewhere."""
     pairs = zip(new, old, strict=True)
     return type(old)(*(torch.where(mask.unsqueeze(-1), part, before) for part, before in pairs))
@@ -117,7 +117,7 @@ class DreamEnv(VectorEnv):
         self.length[mask] = 0
         rows = torch.from_numpy(start).to(self.device)
         begun = type(self.first)(*(part[rows] for part in self.first))
-        self.mind = masked(torch.from_numpy(mask).to(self.device), begun, self.mind)
+        self.mind = where_mask(torch.from_numpy(mask).to(self.device), begun, self.mind)
         return self.mind.feature.cpu().numpy(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -157,9 +157,9 @@ class LatentEnv(VectorWrapper):
         self.read = NetworkInput(describe_space(env.single_observation_space))
         self.space = self.read.space
         if self.space != reads:
-            raise ConfigError(f"the model of env.run reads {_said(reads)}, and the env shows {_said(self.space)}")
+            raise ConfigError(f"the model of env.run reads {_describe_space(reads)}, and the env shows {_describe_space(self.space)}")
         action = describe_action(env.single_action_space)
-        self.to_env = action_units(action, units)
+        self.to_env = action_converter(action, units)
         self.single_observation_space = Box(-np.inf, np.inf, (model.features,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.single_action_space = policy_space(action)
@@ -171,8 +171,8 @@ class LatentEnv(VectorWrapper):
         """As of the envs."""
         mask = torch.from_numpy(options["reset_mask"] if options else np.ones(self.num_envs, dtype=bool))
         observation, info = self.env.reset(seed=seed, options=options)
-        begun = self.model.begin(tensors(self.space, self.read(observation)))
-        self.mind = begun if self.mind is None else masked(mask, begun, self.mind)
+        begun = self.model.begin(to_tensors(self.space, self.read(observation)))
+        self.mind = begun if self.mind is None else where_mask(mask, begun, self.mind)
         return self.mind.feature.numpy(), info
 
     @torch.inference_mode()
@@ -180,12 +180,12 @@ class LatentEnv(VectorWrapper):
         """As of the envs."""
         observation, *rest = self.env.step(self.to_env(actions))
         action = self.model.encoded(torch.as_tensor(actions))
-        self.mind = self.model.see(self.mind, action, tensors(self.space, self.read(observation)))
+        self.mind = self.model.see(self.mind, action, to_tensors(self.space, self.read(observation)))
         return self.mind.feature.numpy(), *rest  # type: ignore[return-value]
 
 
-def _said(space: Space) -> str:
+def _describe_space(space: Space) -> str:
     """An observation in words."""
     if "spaces" in space:
-        return ", ".join(f"{name}: {_said(part)}" for name, part in space["spaces"].items())
+        return ", ".join(f"{name}: {_describe_space(part)}" for name, part in space["spaces"].items())
     return f"{space['dtype']} {space['shape']}"

@@ -14,17 +14,17 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from levin.data.replay import moved
+from levin.data.replay import to_device
 from levin.data.sequences import SequenceReplay
 
 CONTEXT = 5  # moments that are seen
 AHEAD = (1, 5, 15, 45)  # steps that are foreseen
 WINDOWS = 16
-Foresee = Callable[[TensorDict], tuple[dict[str, Tensor], Tensor]]
+OpenLoopPredictor = Callable[[TensorDict], tuple[dict[str, Tensor], Tensor]]
 
 
 @torch.no_grad()
-def foreseen(buffer: SequenceReplay, device: torch.device, foresee: Foresee, path: Path) -> dict[str, float]:
+def evaluate_open_loop(buffer: SequenceReplay, device: torch.device, foresee: OpenLoopPredictor, path: Path) -> dict[str, float]:
     """The errors, and pictures at `path`; nothing where there is no part of an episode that is long enough.
 
     Args:
@@ -36,7 +36,7 @@ def foreseen(buffer: SequenceReplay, device: torch.device, foresee: Foresee, pat
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a run goes on as if nothing had been drawn
         torch.manual_seed(0)
-        window = windows(buffer, device)
+        window = sample_windows(buffer, device)
         if window is None:
             return {}
         observation, reward = foresee(window)
@@ -58,7 +58,7 @@ def foreseen(buffer: SequenceReplay, device: torch.device, foresee: Foresee, pat
     return found
 
 
-def windows(buffer: SequenceReplay, device: torch.device) -> TensorDict | None:
+def sample_windows(buffer: SequenceReplay, device: torch.device) -> TensorDict | None:
     """Parts of episodes `[WINDOWS, L]`, as long as there are for AHEAD; None: there are none."""
     for ahead in reversed(AHEAD):
         length = CONTEXT + ahead
@@ -68,7 +68,7 @@ def windows(buffer: SequenceReplay, device: torch.device) -> TensorDict | None:
         begins: Tensor = buffer.data.get("is_first")[rows[:, 1:], env][..., 0].any(1)
         whole = (~begins).nonzero().squeeze(1)[:WINDOWS]
         if len(whole) == WINDOWS:
-            return moved(buffer.at(rows[whole], env[whole]), device)
+            return to_device(buffer.at(rows[whole], env[whole]), device)
     return None
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from levin.estimators import StraightThrough
-from levin.estimators.pathwise import largest
+from levin.estimators.pathwise import one_hot_argmax
 
 
 class State(NamedTuple):
@@ -22,12 +22,12 @@ class State(NamedTuple):
         return torch.cat([self.stoch, self.deter], -1)
 
 
-def stacked(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+def stack_steps(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
     """Each part of T tuples: `[B, T, *]`."""
     return (torch.stack(part, 1) for part in zip(*steps, strict=True))
 
 
-def ended(goes_on: Tensor, chance: Tensor, temperature: float) -> Tensor:
+def sample_episode_end(goes_on: Tensor, chance: Tensor, temperature: float) -> Tensor:
     """Whether a dreamt episode ends, of the probability that it goes on and a standard normal number; all `[N, 1]`."""
     log_odds = torch.logit(1 - goes_on.clamp(max=1.0), eps=1e-6) / temperature
     return torch.special.ndtr(chance) < log_odds.sigmoid()
@@ -49,7 +49,7 @@ class Model(Sizes, Protocol):
         ...
 
 
-def unimixed(logits: Tensor, share: float) -> Tensor:
+def mix_with_uniform(logits: Tensor, share: float) -> Tensor:
     """The log-probabilities `[..., K]` of a mixture with a uniform distribution."""
     if not share:
         return logits.log_softmax(-1)
@@ -65,12 +65,12 @@ class OneHotAction:
     """
 
     def __init__(self, logits: Tensor, unimix: float = 0.0) -> None:
-        self.log_probs = unimixed(logits, unimix)
+        self.log_probs = mix_with_uniform(logits, unimix)
 
     @property
     def mode(self) -> Tensor:
         """The most probable action."""
-        return largest(self.log_probs)
+        return one_hot_argmax(self.log_probs)
 
     def sample(self) -> Tensor:
         """A draw."""

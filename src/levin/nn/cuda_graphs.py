@@ -21,12 +21,12 @@ Metrics = dict[str, tuple[Tensor, int]]  # name -> sum, count
 Result = TypeVar("Result")
 
 
-def possible(device: torch.device) -> bool:
+def can_capture(device: torch.device) -> bool:
     """Whether methods can be recorded there: on a GPU, and without messages to other ranks in between."""
-    return device.type == "cuda" and distributed.size() == 1
+    return device.type == "cuda" and distributed.world_size() == 1
 
 
-def record(function: Callable[[], Result], stream: torch.cuda.Stream) -> tuple[Result, Callable[[], None]]:
+def capture_graph(function: Callable[[], Result], stream: torch.cuda.Stream) -> tuple[Result, Callable[[], None]]:
     """What the function gives, in memory that every replay fills; and the replay. Recording itself computes nothing."""
     graph = torch.cuda.CUDAGraph()
     # Other threads may use the device meanwhile.
@@ -36,7 +36,7 @@ def record(function: Callable[[], Result], stream: torch.cuda.Stream) -> tuple[R
 
 
 @contextmanager
-def aside(stream: torch.cuda.Stream) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     """On the stream of the recording, as gradients belong to the stream that they were first accumulated on."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -77,7 +77,7 @@ class Captured:
         """Raises ValueError when a tensor has another shape than when the method was recorded."""
         self.calls += 1
         if self.calls <= WARM_UP:
-            with aside(self.stream):
+            with on_stream(self.stream):
                 return self.method(batch, *others)
         if self.replay is None:
             self._record(batch, others)
@@ -93,18 +93,18 @@ class Captured:
     def _record(self, batch: TensorDictBase, others: Sequence[Tensor | None]) -> None:
         static = batch.clone()
         constants = [each.clone() if isinstance(each, Tensor) else each for each in others]
-        self.inputs = tensors(static, constants)  # listed first: a method may put other entries into its batch
+        self.inputs = all_tensors(static, constants)  # listed first: a method may put other entries into its batch
         totals = self.recorded()
         before = dict(totals)
         totals.clear()
         with self._capturable():
-            self.result, self.replay = record(lambda: self.method(static, *constants), self.stream)
+            self.result, self.replay = capture_graph(lambda: self.method(static, *constants), self.stream)
         self.metrics = dict(totals)
         totals.clear()
         totals.update(before)
 
     def _fill(self, batch: TensorDictBase, others: Sequence[Tensor | None]) -> None:
-        given = tensors(batch, others)
+        given = all_tensors(batch, others)
         shapes = [each.shape for each in given]
         if shapes != [each.shape for each in self.inputs]:
             raise ValueError(f"what was recorded with other shapes is called with {shapes}")
@@ -136,7 +136,7 @@ class Captured:
             group.update(old)
 
 
-def tensors(batch: TensorDictBase, others: Sequence[Tensor | None]) -> list[Tensor]:
+def all_tensors(batch: TensorDictBase, others: Sequence[Tensor | None]) -> list[Tensor]:
     """All of a call, in one order."""
     entries = batch.items(include_nested=True, leaves_only=True, sort=True)
     return [value for _, value in entries] + [each for each in others if isinstance(each, Tensor)]

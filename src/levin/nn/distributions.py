@@ -81,15 +81,15 @@ class MultiCategorical:
 
     def log_prob(self, action: Tensor) -> Tensor:
         """`[..., 1]`."""
-        return sum_of(part.log_prob(choice) for part, choice in zip(self.parts, action.unbind(-1), strict=True))
+        return sum_terms(part.log_prob(choice) for part, choice in zip(self.parts, action.unbind(-1), strict=True))
 
     def entropy(self) -> Tensor:
         """In nats, `[..., 1]`."""
-        return sum_of(part.entropy() for part in self.parts)
+        return sum_terms(part.entropy() for part in self.parts)
 
     def kl(self, other: "MultiCategorical") -> Tensor:
         """KL(self || other) in nats, `[..., 1]`."""
-        return sum_of(part.kl(their) for part, their in zip(self.parts, other.parts, strict=True))
+        return sum_terms(part.kl(their) for part, their in zip(self.parts, other.parts, strict=True))
 
 
 class OneHot:
@@ -138,7 +138,7 @@ class OneHot:
         return torch.cat(parts, -1)
 
 
-def sum_of(terms: Iterable[Tensor]) -> Tensor:
+def sum_terms(terms: Iterable[Tensor]) -> Tensor:
     """Of tensors of one shape."""
     return torch.stack(list(terms)).sum(0)
 

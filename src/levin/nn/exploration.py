@@ -91,7 +91,7 @@ class Greedy(nn.Module):
         return values.argmax(-1)
 
 
-class GreedyTwin(nn.Module):
+class AlternatingGreedy(nn.Module):
     """Whether an episode is the second of a pair, whose actions are not drawn: `[1, 1] -> [1, 1]`, in turns."""
 
     second: Tensor
@@ -105,10 +105,10 @@ class GreedyTwin(nn.Module):
         return self.second
 
 
-class TwinPolicy(nn.Module):
+class PairedPolicy(nn.Module):
     """One episode with draws from the policy, the next one with its modes: `[1, *S], [1, 1] -> [1, *A]`."""
 
-    def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: nn.Module, twin: GreedyTwin) -> None:
+    def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: nn.Module, twin: AlternatingGreedy) -> None:
         super().__init__()
         self.normalizer, self.trunk, self.actor, self.twin = normalizer, trunk, actor, twin
 

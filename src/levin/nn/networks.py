@@ -56,7 +56,7 @@ def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
-def single(outputs: Tensor) -> Tensor:
+def as_float32(outputs: Tensor) -> Tensor:
     """Densities, values and losses are float32, also where mixed precision runs a network in half of it."""
     return outputs.float() if outputs.dtype.itemsize < 4 else outputs
 
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
 
     def __init__(self, parts: Mapping[str, Space], env_id: str) -> None:
         super().__init__()
-        trunks = {name: box_trunk(part, env_id) for name, part in parts.items()}
+        trunks = {name: make_box_trunk(part, env_id) for name, part in parts.items()}
         self.parts = nn.ModuleDict({name: part for name, (part, _) in trunks.items()})
         self.num_features = sum(num_features for _, num_features in trunks.values())
 
@@ -143,19 +143,19 @@ class Encoder(nn.Module):
         return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
 
 
-def trunk(env: EnvSpec) -> tuple[nn.Module, int]:
+def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
     """What reads an observation, and how many features `[B, F]` it gives: the Nature CNN for pixels, else nothing.
 
     Raises:
         ConfigError: Pixels that are not `[C, H, W]`, or too few for the convolutions.
     """
     if "spaces" not in env["observation"]:
-        return box_trunk(env["observation"], env["id"])
+        return make_box_trunk(env["observation"], env["id"])
     encoder = Encoder(env["observation"]["spaces"], env["id"])
     return encoder, encoder.num_features
 
 
-def box_trunk(space: Space, env_id: str) -> tuple[nn.Module, int]:
+def make_box_trunk(space: Space, env_id: str) -> tuple[nn.Module, int]:
     """`trunk` of one box."""
     shape = space["shape"]
     if space["dtype"] != "uint8":
@@ -199,7 +199,7 @@ class Actor(nn.Module):
             self.log_std = nn.Parameter(torch.full((outputs,), initial_log_std))
 
     def forward(self, features: Tensor) -> Categorical | MultiCategorical | Normal:
-        outputs = single(self.network(features))
+        outputs = as_float32(self.network(features))
         if self.sizes:
             return MultiCategorical(outputs, self.sizes)
         return Categorical(outputs) if self.discrete else Normal(outputs, self.log_std)
@@ -215,7 +215,7 @@ class Critic(nn.Module):
         orthogonal_(self.network[-1], gain=1.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        return single(self.network(features))
+        return as_float32(self.network(features))
 
 
 class StochasticPolicy(nn.Module):
@@ -235,11 +235,11 @@ class DeterministicActor(nn.Module):
 
     def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
-        self.trunk, num_features = trunk(env)
+        self.trunk, num_features = make_trunk(env)
         self.network = mlp([num_features, *hidden_sizes, math.prod(env["action"]["shape"])], activation)
 
     def forward(self, observation: Tensor) -> Tensor:
-        return single(self.network(self.trunk(observation))).tanh()
+        return as_float32(self.network(self.trunk(observation))).tanh()
 
 
 class DeterministicPolicy(nn.Module):
@@ -261,16 +261,16 @@ class ActionCritic(nn.Module):
 
     def __init__(self, num: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
-        self.trunk, num_features = trunk(env)
+        self.trunk, num_features = make_trunk(env)
         self.ensemble = EnsembleMLP(num, [num_features + action_size(env), *hidden_sizes, 1], activation)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         features = self.trunk(observation)
         if action.ndim > 2:
             several = torch.cat([features.expand(*action.shape[:-1], -1), action], -1)  # [S, B, F + A]
-            return single(self.ensemble(several.flatten(0, -2))).unflatten(1, action.shape[:-1])
-        return single(self.ensemble(torch.cat([features, action], -1)))
+            return as_float32(self.ensemble(several.flatten(0, -2))).unflatten(1, action.shape[:-1])
+        return as_float32(self.ensemble(torch.cat([features, action], -1)))
 
     def first(self, observation: Tensor, action: Tensor) -> Tensor:
         """Q_1(s, a) alone, at its own cost: `[B, 1]`."""
-        return single(self.ensemble.first(torch.cat([self.trunk(observation), action], -1)))
+        return as_float32(self.ensemble.first(torch.cat([self.trunk(observation), action], -1)))

@@ -33,10 +33,10 @@ class RunningMoments(nn.Module):
         """Take in `samples` `[B, *shape]`."""
         samples = samples.double()
         mean, var, count = samples.mean(0), samples.var(0, correction=0), len(samples)
-        if distributed.size() > 1:  # their samples are samples like these
-            count = distributed.total(torch.full_like(self.count, count))
-            own, mean = mean, distributed.total(mean * len(samples)) / count
-            var = distributed.total((var + (own - mean).square()) * len(samples)) / count
+        if distributed.world_size() > 1:  # their samples are samples like these
+            count = distributed.all_reduce_sum(torch.full_like(self.count, count))
+            own, mean = mean, distributed.all_reduce_sum(mean * len(samples)) / count
+            var = distributed.all_reduce_sum((var + (own - mean).square()) * len(samples)) / count
         total = self.count + count
         delta = mean - self.mean
         # Before the first sample the variance is a stand-in of 1 with a weight of 0.

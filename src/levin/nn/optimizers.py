@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from levin.nn.parameters import flatten
+from levin.nn.parameters import flatten_parameters
 
 
 class LaProp(Optimizer):
@@ -51,7 +51,7 @@ class LaProp(Optimizer):
         self.each: list[Tensor] = [*parameters]
         self.clipped = torch.zeros(())  # the share of them whose gradient was, in the last step
         defaults = {"lr": lr, "clip": clip, "norm_min": norm_min, "warm_up": warm_up}
-        super().__init__([flatten(parameters)], {**defaults, "beta1": beta1, "beta2": beta2, "eps": eps})
+        super().__init__([flatten_parameters(parameters)], {**defaults, "beta1": beta1, "beta2": beta2, "eps": eps})
         whole = self.param_groups[0]["params"][0]
         self.state[whole] = {
             "step": torch.zeros((), device=whole.device),

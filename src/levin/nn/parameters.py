@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+def freeze(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Gradients flow through these parameters, but none are computed for them."""
     parameters = list(parameters)
     for parameter in parameters:
@@ -41,7 +41,7 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> None:
         gradient.mul_((max_norm / (gradient.norm() + 1e-6)).clamp_(max=1.0))
 
 
-def flatten(parameters: Iterable[nn.Parameter]) -> FlatParameter:
+def flatten_parameters(parameters: Iterable[nn.Parameter]) -> FlatParameter:
     """Turn parameters into views of one vector, for an optimiser that then steps on that alone.
 
     To clip, to zero and to step on a dozen small tensors one by one takes as long as a quarter of a small update. Call
@@ -57,7 +57,7 @@ def flatten(parameters: Iterable[nn.Parameter]) -> FlatParameter:
 
 
 @torch.no_grad()
-def assign(parameters: Iterable[Tensor], vector: Tensor) -> None:
+def assign_parameters(parameters: Iterable[Tensor], vector: Tensor) -> None:
     """Copy the parts of a vector `[P]` into parameters.
 
     PyTorch's own `vector_to_parameters` makes them views of it. Products of what is aligned in another way round in

@@ -20,7 +20,7 @@ def iqm_with_interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Of scores `[seeds, tasks, frames]`. One seed has no interval: its ends are then the value itself.
     """
-    return _estimate(scores, iqm)
+    return _bootstrap(scores, iqm)
 
 
 def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, np.ndarray]:
@@ -30,11 +30,11 @@ def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> tuple[fl
         ours: `[seeds, tasks]`.
         theirs: `[other seeds, tasks]`, the same tasks.
     """
-    estimate, interval = _estimate([ours, theirs], lambda x, y: np.array([probability(x, y)]))
+    estimate, interval = _bootstrap([ours, theirs], lambda x, y: np.array([probability(x, y)]))
     return float(estimate[0]), interval[:, 0]
 
 
-def _estimate(
+def _bootstrap(
     scores: np.ndarray | list[np.ndarray], statistic: Callable[..., np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     before = np.random.get_state()

@@ -47,7 +47,7 @@ def read_curves(cell: Path, kind: str = CURVES) -> Curves:
     with gzip.open(cell / kind, "rt") as file:
         rows = list(csv.DictReader(file))
     return {
-        seed: _curve([row for row in rows if int(row["seed"]) == seed], "env_steps", *COLUMNS[kind])
+        seed: _curve_from_rows([row for row in rows if int(row["seed"]) == seed], "env_steps", *COLUMNS[kind])
         for seed in sorted({int(row["seed"]) for row in rows})
     }
 
@@ -57,10 +57,10 @@ def read_run(run: Path, kind: str = CURVES) -> Curve:
     columns = {CURVES: ("eval/return_mean", "eval/return_std"), TRAINING: ("episode/return", "episode/count")}[kind]
     with (run / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get(columns[0])]
-    return _curve(rows, "env_steps", *columns)
+    return _curve_from_rows(rows, "env_steps", *columns)
 
 
-def _curve(rows: Iterable[dict[str, str]], *columns: str) -> Curve:
+def _curve_from_rows(rows: Iterable[dict[str, str]], *columns: str) -> Curve:
     return Curve(*(np.array([float(row[column]) for row in rows]) for column in columns))
 
 
@@ -76,7 +76,7 @@ def write_curves(cell: Path, curves: Curves, kind: str = CURVES) -> None:
         packed.write(text.getvalue().encode())
 
 
-def on_one_grid(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
+def align_curves(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
     """Env steps `[evaluations]` that every seed has come to, and the returns there `[seeds, evaluations]`."""
     grid = seeds[0].env_steps
     if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # which may stand still

@@ -11,8 +11,8 @@ import numpy as np
 from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.results import aggregates
-from levin.results.curves import CURVES, TRAINING, Curve, on_one_grid
-from levin.results.result import PICTURE, Result, fingerprints, judge_scores
+from levin.results.curves import CURVES, TRAINING, Curve, align_curves
+from levin.results.result import PICTURE, Result, file_fingerprints, judge_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,14 +37,14 @@ def _source(*results: Result) -> str:
     digest = hashlib.sha256(DRAWING.encode())
     for result in results:
         digest.update(result.name.encode())
-        files = fingerprints(result.cell)
+        files = file_fingerprints(result.cell)
         digest.update(files[CURVES].encode())
         digest.update(files[TRAINING].encode())
         digest.update(result.reference.model_dump_json().encode())
     return digest.hexdigest()
 
 
-def description(path: Path) -> str | None:
+def read_description(path: Path) -> str | None:
     """The fingerprint that a picture carries."""
     if not path.is_file():
         return None
@@ -58,7 +58,7 @@ def draw_result(result: Result) -> None:
     """The curve of a result, with the published numbers drawn in."""
     figure, axes = new_figure()
     curves = result.evaluations if result.reference.metric == "evaluations" else result.training
-    draw(axes, f"{result.algorithm}, {len(curves)} seeds", list(curves.values()))
+    draw_line(axes, f"{result.algorithm}, {len(curves)} seeds", list(curves.values()))
     if result.reference.metric != "evaluations":
         axes.set_ylabel("training return")
     for published, color in zip(
@@ -73,7 +73,7 @@ def draw_result(result: Result) -> None:
     )
     axes.set_title(f"{result.env}: {judge_scores(result.reference, result.scores)[0]}")
     axes.legend(frameon=False, loc="lower right")
-    save(figure, result.cell / PICTURE, _source(result))
+    save_figure(figure, result.cell / PICTURE, _source(result))
 
 
 def draw_aggregate(results: list[Result]) -> None:
@@ -81,7 +81,7 @@ def draw_aggregate(results: list[Result]) -> None:
     by_algorithm: dict[str, list[Result]] = {}
     for result in results:
         by_algorithm.setdefault(result.algorithm, []).append(result)
-    compared = list(pairs(by_algorithm))
+    compared = list(algorithm_pairs(by_algorithm))
     figure, axes = new_figure(3 if compared else 2)
     efficiency, end, *improvement = axes  # type: ignore[misc]
     share, labels = np.linspace(0.05, 1, 20), []
@@ -109,12 +109,12 @@ def draw_aggregate(results: list[Result]) -> None:
             axis.set_yticks(range(len(compared)), [each[0] for each in compared])
         axis.axvline(0.5, color="gray", linestyle=":")
         axis.set(xlim=(0, 1), title="P(the first is better) on one task (pairs)")
-    save(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
+    save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
 
 
 def _normalised(result: Result, share: np.ndarray) -> np.ndarray:
     """Evaluation curves on shares of the budget: `[seeds, shares]`."""
-    grid, returns = on_one_grid(list(result.evaluations.values()))
+    grid, returns = align_curves(list(result.evaluations.values()))
     at = share * result.config.total_env_steps
     return result.reference.normalise(np.stack([np.interp(at, grid, each) for each in returns]))
 
@@ -125,7 +125,7 @@ def _aligned(tasks: list[np.ndarray]) -> np.ndarray:
     return np.stack([each[:seeds] for each in tasks], axis=1)
 
 
-def pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
+def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
     """Each two algorithms that share tasks, and the number of results that do: P(the first is better) at the end."""
     names = list(by_algorithm)
     for i, first in enumerate(names):
@@ -137,9 +137,9 @@ def pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, n
                 yield f"{first} > {second} ({len(shared)})", *aggregates.probability_of_improvement(left, right)
 
 
-def draw(axes: "Axes", label: str, seeds: list[Curve]) -> None:
+def draw_line(axes: "Axes", label: str, seeds: list[Curve]) -> None:
     """One line, and around it the interval when there are seeds enough for one."""
-    grid, returns = on_one_grid(seeds)
+    grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
     (line,) = axes.plot(grid, iqm, label=label, linewidth=2)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -162,7 +162,7 @@ def new_figure(columns: int = 1) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def save(figure: "Figure", out: Path, source: str = "") -> None:
+def save_figure(figure: "Figure", out: Path, source: str = "") -> None:
     """Write the picture; `source` goes into the file as its description.
 
     Raises:

@@ -15,7 +15,7 @@ from levin.results.result import (
     CONFIG,
     PROVENANCE,
     Reference,
-    fingerprints,
+    file_fingerprints,
     judge_scores,
     read_provenance,
     score_seeds,
@@ -40,11 +40,11 @@ class Outcome:
     good: bool
 
 
-def judge(cell: Path, reference: Reference, folders: dict[int, Path], kept: Sequence[int] = ()) -> Outcome:
+def judge_runs(cell: Path, reference: Reference, folders: dict[int, Path], kept: Sequence[int] = ()) -> Outcome:
     """Hold finished runs, seed -> folder, against a result's curves and, with the kept seeds, its published number."""
     evaluations = {seed: read_run(run) for seed, run in folders.items()}
     training = {seed: read_run(run, TRAINING) for seed, run in folders.items()}
-    same, stored = _compare(cell, reference, evaluations, training, folders)
+    same, stored = _compare_curves(cell, reference, evaluations, training, folders)
     if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps:
         return Outcome("not run", f"the published number is at {reference.env_steps:,} env steps", stored, same)
     known, known_training = read_curves(cell), read_curves(cell, TRAINING)
@@ -56,7 +56,7 @@ def judge(cell: Path, reference: Reference, folders: dict[int, Path], kept: Sequ
     return Outcome(verdict, published, stored, same and not missed)
 
 
-def _compare(
+def _compare_curves(
     cell: Path,
     reference: Reference,
     evaluations: Curves,
@@ -69,7 +69,7 @@ def _compare(
         return True, "there are no stored curves yet"
     known, known_training = read_curves(cell), read_curves(cell, TRAINING)
     common = sorted(set(known) & set(evaluations))
-    others = [key for run in folders.values() for key in _differences(before, run_folder.sessions(run))]
+    others = [key for run in folders.values() for key in _provenance_differences(before, run_folder.sessions(run))]
     if load_config(cell).trainer.get("workers", 1) > 1:
         others.append("order in which the workers came")
     if common and not others:
@@ -99,7 +99,7 @@ def _is_prefix(ours: Curve, stored: Curve) -> bool:
     return len(ours.env_steps) > 0 and ours.equals(stored.until(int(ours.env_steps[-1])))
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _provenance_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     vendors = (before["processor"].split(" ")[0], now["processor"].split(" ")[0])
     found = ["CPU vendor"] if len(set(vendors)) > 1 else []
     if before["gpus"] or now["gpus"]:
@@ -118,7 +118,7 @@ def kept_seeds(cell: Path, seeds: list[int]) -> list[int]:
     if kept:
         here = provenance.collect()
         others = [key for key in ONE_MACHINE if before[key] != here[key]]
-        if before["files"][CONFIG] != fingerprints(cell)[CONFIG]:
+        if before["files"][CONFIG] != file_fingerprints(cell)[CONFIG]:
             others.append(CONFIG)
         if others:
             every = " ".join(map(str, sorted([*kept, *seeds])))
@@ -160,6 +160,6 @@ def store_runs(cell: Path, folders: dict[int, Path], kept: Sequence[int] = ()) -
         "command": f'make reproduce EXP={cell.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
         **{key: value for key, value in first.items() if key not in dropped},
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
-        "files": fingerprints(cell),
+        "files": file_fingerprints(cell),
     }
     (cell / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")

@@ -115,7 +115,7 @@ def read_provenance(cell: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def fingerprints(cell: Path) -> dict[str, str]:
+def file_fingerprints(cell: Path) -> dict[str, str]:
     """The SHA-256 of each file that a run made or was made from. Comments of the config do not count."""
     found = {}
     for name in (CONFIG, CURVES, TRAINING, POLICY):
@@ -229,13 +229,13 @@ class Result:
         return np.array([curve.return_mean[-FINAL:].mean() for curve in self.evaluations.values()])
 
 
-def broken(result: Result) -> Iterator[str]:
+def find_broken(result: Result) -> Iterator[str]:
     """What no rebuilding mends: files that are not those of the provenance, and seeds that did not run to the end."""
     if not result.provenance:
         if result.evaluations:
             yield "there are curves without provenance.json"
         return
-    for name, found in fingerprints(result.cell).items():
+    for name, found in file_fingerprints(result.cell).items():
         if found != result.provenance["files"].get(name):
             yield f"{name} is not the file that provenance.json tells of"
     if sorted(map(str, result.evaluations)) != sorted(result.provenance["seeds"]):

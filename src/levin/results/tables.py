@@ -30,12 +30,12 @@ def expected_texts(results: list[Result]) -> Iterator[tuple[Path, str]]:
     rows = []
     for result in results:
         summary = summarise(result)
-        rows.append(row(result, summary))
-        yield result.cell / CONFIG, header(result, summary) + OmegaConf.to_yaml(result.config)
+        rows.append(table_row(result, summary))
+        yield result.cell / CONFIG, config_header(result, summary) + OmegaConf.to_yaml(result.config)
         if summary:
             yield result.cell / SUMMARY, json.dumps(summary, indent=2) + "\n"
     for path, columns in ((paths.EXPERIMENTS / "README.md", COLUMNS), (paths.ROOT / "README.md", SHORT)):
-        yield path, _between_marks(path, table(rows, columns))
+        yield path, _between_marks(path, markdown_table(rows, columns))
 
 
 def summarise(result: Result) -> dict[str, Any]:
@@ -71,18 +71,18 @@ def _statistics(scores: np.ndarray) -> dict[str, Any]:
     return {"per_seed": per_seed, "mean": mean[0], "iqm": middle[0], "interval": ends}
 
 
-def header(result: Result, summary: dict[str, Any]) -> str:
+def config_header(result: Result, summary: dict[str, Any]) -> str:
     """The comments that a pinned config opens with."""
     lines = [f"make reproduce EXP={result.name}"]
     if summary:
         minutes, facts = max(summary["wall_seconds"]) / 60, result.provenance
         lines = [facts["command"], f"{_hardware(facts)}: {minutes:.0f} minutes a seed"]
         score = summary["as_the_source_measures"]
-        lines.append(f"expected: {score['mean']:.1f} at {summary['env_steps']:,} env steps, {_measured(result)}")
+        lines.append(f"expected: {score['mean']:.1f} at {summary['env_steps']:,} env steps, {_describe_measure(result)}")
     first = next(iter(result.reference.published), None)
     number = f"published: {first.number} ({first.family}, {first.env})" if first else "no published number"
     lines.append(f"{number}; {summary.get('verdict', 'not run')}")
-    if extra := _extra(result):
+    if extra := _required_extra(result):
         lines.append(f"needs the extra: {extra}")
     return "".join(f"# {line}\n" for line in lines)
 
@@ -93,7 +93,7 @@ def _hardware(facts: dict[str, Any]) -> str:
     return f"{device}, {facts['cpu_capability']}, {threads} of {facts['cores']} cores"
 
 
-def _measured(result: Result) -> str:
+def _describe_measure(result: Result) -> str:
     """How this result is measured, as its source is."""
     last, episodes = result.reference.last, result.config.eval.episodes
     return {
@@ -103,7 +103,7 @@ def _measured(result: Result) -> str:
     }[result.reference.metric]
 
 
-def _extra(result: Result) -> str | None:
+def _required_extra(result: Result) -> str | None:
     """What the env's YAML says must be installed."""
     mark = "# needs the extra:"
     for file in sorted((paths.CONFIGS / "env").glob("*.yaml")):
@@ -117,7 +117,7 @@ COLUMNS = ("result", "env steps", "seeds", "ours", "95% interval", "measured by"
 SHORT = ("result", "env steps", "seeds", "ours", "published, nearest", "verdict")
 
 
-def row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
+def table_row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
     """A result in the tables."""
     ours = summary.get("as_the_source_measures")
     return {
@@ -126,15 +126,15 @@ def row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
         "seeds": str(len(result.evaluations)),
         "ours": f"{ours['mean']:.1f}" if ours else "",
         "95% interval": f"{ours['interval'][0]:.1f} to {ours['interval'][1]:.1f}" if ours else "",
-        "measured by": _measured(result),
-        "published": "; ".join(map(_cited, result.reference.published)) or "none",
-        "published, nearest": next(map(_cited, result.reference.published), "none"),
+        "measured by": _describe_measure(result),
+        "published": "; ".join(map(_citation, result.reference.published)) or "none",
+        "published, nearest": next(map(_citation, result.reference.published), "none"),
         "gate": f"{result.reference.gate:g}: {result.reference.gate_from}",
         "verdict": summary.get("verdict", "not run"),
     }
 
 
-def _cited(published: Published) -> str:
+def _citation(published: Published) -> str:
     runs = "one run" if published.seeds == 1 else f"{published.seeds} seeds"
     repository, at, rest = published.source.partition("@")
     commit, _, path = rest.partition(":")
@@ -147,7 +147,7 @@ def _cited(published: Published) -> str:
     return f"{published.number} ({name}: {published.source})"
 
 
-def table(rows: list[dict[str, str]], columns: tuple[str, ...]) -> str:
+def markdown_table(rows: list[dict[str, str]], columns: tuple[str, ...]) -> str:
     """In Markdown."""
     lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -31,13 +31,13 @@ class FolderCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
-        partial = _partial(folder, distributed.rank())
+        partial = _partial_path(folder, distributed.rank())
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         sums = {}
         if checkpoint.get("buffer") is not None:
             (partial / BUFFER).mkdir()
-            saved = _manifest(self.before)["files"] if self.before and self.before.exists() else {}
+            saved = _read_manifest(self.before)["files"] if self.before and self.before.exists() else {}
             known = {name.removeprefix(f"{BUFFER}/"): of for name, of in saved.items() if name.startswith(BUFFER)}
             known.pop(REWRITTEN, None)
             rows, written = checkpoint["buffer"].pop("data"), checkpoint["buffer"]["written"]
@@ -48,7 +48,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
             sums = {f"{BUFFER}/{name}": of for name, of in new.items()}
         sums[STATE] = files.save(checkpoint, partial / STATE)
         facts = {"algorithm": checkpoint["algorithm"], "env_steps": checkpoint["levin"]["env_steps"], "files": sums}
-        files.save_json({"format": FORMAT, "ranks": distributed.size(), **facts}, partial / MANIFEST)
+        files.save_json({"format": FORMAT, "ranks": distributed.world_size(), **facts}, partial / MANIFEST)
         if distributed.rank():
             files.sync(partial)
             self.before = folder / f"rank{distributed.rank()}"
@@ -56,13 +56,13 @@ class FolderCheckpointIO(TorchCheckpointIO):
             distributed.barrier()  # the first rank has taken it over
             return
         distributed.barrier()
-        for rank in range(1, distributed.size()):
-            _partial(folder, rank).rename(partial / f"rank{rank}")
+        for rank in range(1, distributed.world_size()):
+            _partial_path(folder, rank).rename(partial / f"rank{rank}")
         files.sync(partial)
         if folder.exists():  # not the one before: nothing is saved twice at the same moment of the clock
             discard(folder)
         partial.rename(folder)
-        _point(folder.with_name(LAST), folder.name)
+        _relink(folder.with_name(LAST), folder.name)
         files.sync(folder.parent)
         self.before = folder
         distributed.barrier()
@@ -86,7 +86,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
         discard(Path(path).parent)
 
 
-def _partial(folder: Path, rank: int) -> Path:
+def _partial_path(folder: Path, rank: int) -> Path:
     """Where a rank writes what becomes its part of a checkpoint."""
     return folder.with_name(f".{folder.name}.{rank}.partial" if rank else f".{folder.name}.partial")
 
@@ -99,21 +99,21 @@ def discard(folder: Path) -> None:
     shutil.rmtree(removed)
 
 
-def _point(link: Path, target: str) -> None:
+def _relink(link: Path, target: str) -> None:
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
     partial.replace(link)
 
 
-def clean(folder: Path) -> None:
+def remove_partial(folder: Path) -> None:
     """Delete what a killed run left half-written or half-deleted in its `checkpoints/`."""
     for pattern in (".*.partial", ".*.removed"):
         for left in folder.glob(pattern):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
     Raises:
@@ -143,7 +143,7 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
         CheckpointError: It is not whole.
         ConfigError: It is of another format or algorithm.
     """
-    manifest = _manifest(folder)
+    manifest = _read_manifest(folder)
     if algorithm not in (None, manifest["algorithm"]):
         raise ConfigError(f"{folder} is of {manifest['algorithm']}, and the run is of {algorithm}")
     for name, expected in manifest["files"].items():
@@ -154,7 +154,7 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
             verify(folder / f"rank{rank}", buffer=buffer)
 
 
-def newest(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> Path:
+def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> Path:
     """The `state.ckpt` of a run's newest whole checkpoint; the folder or file of a checkpoint is taken as it is.
 
     Whatever is damaged is named on stderr.
@@ -172,7 +172,7 @@ def newest(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> 
     if path.name == STATE:
         verify(path.parent, buffer=buffer, algorithm=algorithm)
         return path
-    folders = numbered(run / "checkpoints")
+    folders = list_checkpoints(run / "checkpoints")
     for folder in reversed(folders):
         try:
             verify(folder, buffer=buffer, algorithm=algorithm)
@@ -185,14 +185,14 @@ def newest(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> 
     raise ConfigError(f"run={run} holds no checkpoint; a run folder has checkpoints/{LAST}/{STATE}")
 
 
-def numbered(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints/`, oldest first."""
     return sorted((each for each in folder.glob("*") if each.name.isdigit()), key=lambda each: int(each.name))
 
 
 def set_aside_newer(folder: Path) -> None:
     """Rename the checkpoints after this one, which are damaged: those that follow take their names."""
-    for newer in numbered(folder.parent):
+    for newer in list_checkpoints(folder.parent):
         if int(newer.name) > int(folder.name):
             aside = newer.with_name(f"{newer.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)

@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from levin.core import files
 from levin.core.errors import ConfigError, RunError
 from levin.runs import checkpoint, slurm
-from levin.runs.provenance import command
+from levin.runs.provenance import command_line
 
 CONFIG, PROVENANCE = "config.yaml", "provenance.json"
 
 
-def folder(config: DictConfig) -> Path:
+def new_run_path(config: DictConfig) -> Path:
     """Where a new run will live: `run`, or `runs/<algo>_<env>/s<seed>_<time>`.
 
     Raises:
@@ -33,19 +33,19 @@ def folder(config: DictConfig) -> Path:
     return run
 
 
-def of_this_job(config: DictConfig) -> Path | None:
+def find_requeued_run(config: DictConfig) -> Path | None:
     """Where the run lives that this command began in this SLURM job, before that was requeued."""
     if not slurm.restarted():
         return None
     folders = [Path(config.run)] if config.run else Path("runs", config.name).glob(f"s{config.seed}_*")
     for each in sorted(folders, reverse=True):
-        facts = sessions(each)
-        if (facts.get("slurm_job"), facts.get("command")) == (slurm.job(), command()):
+        facts = read_provenance(each)
+        if (facts.get("slurm_job"), facts.get("command")) == (slurm.job(), command_line()):
             return each
     return None
 
 
-def begun(run: Path) -> bool:
+def has_begun(run: Path) -> bool:
     """Whether a run lives in the folder already."""
     return (run / CONFIG).exists()
 
@@ -61,7 +61,7 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         config = config.copy()
         OmegaConf.set_readonly(config, False)
         config.trainer.threads = torch.get_num_threads()  # results depend on it: a resumed run takes as many
-        facts = sessions(run)
+        facts = read_provenance(run)
         if resumed and facts:
             facts["resumed"].append(provenance)
         else:
@@ -73,14 +73,14 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
 
 
-def finish(run: Path, seconds: float, env_steps: int | None) -> None:
+def record_end(run: Path, seconds: float, env_steps: int | None) -> None:
     """Add the wall time of this session, and the env steps of a run that is complete."""
-    facts = sessions(run)
+    facts = read_provenance(run)
     facts |= {"env_steps": env_steps, "wall_seconds": round(facts["wall_seconds"] + seconds, 1)}
     _write(run / PROVENANCE, json.dumps(facts, indent=2) + "\n")
 
 
-def sessions(run: Path) -> dict[str, Any]:
+def read_provenance(run: Path) -> dict[str, Any]:
     """What provenance.json says: of the first session, and under `resumed` of each later one; empty without a file.
 
     Raises:
@@ -123,7 +123,7 @@ def lock(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def survivable(run: Path) -> Iterator[None]:
+def report_failure(run: Path) -> Iterator[None]:
     """Say in one sentence what ended a run and where it can be taken up again.
 
     Raises:

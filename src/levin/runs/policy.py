@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from levin.algorithms.base import Algorithm
-from levin.core.spaces import NetworkInput, action_units, is_single, tensors, unsqueeze
+from levin.core.spaces import NetworkInput, action_converter, is_unbatched, to_tensors, unsqueeze
 from levin.data.rollout import act
 from levin.runs.load import load_algorithm
 
@@ -28,7 +28,7 @@ class Policy:
         self._begun = False
         self.shown = self.env.get("shown", self.env["observation"])
         self._read = NetworkInput(self.shown)
-        self._to_env = action_units(self.env["action"], self.env["action_units"])
+        self._to_env = action_converter(self.env["action"], self.env["action_units"])
 
     @classmethod
     def load(cls, run: Path) -> "Policy":
@@ -37,9 +37,9 @@ class Policy:
 
     @torch.inference_mode()
     def __call__(self, observation: Any, is_first: bool | np.ndarray | None = None) -> np.ndarray:
-        single = is_single(self.shown, observation)
+        single = is_unbatched(self.shown, observation)
         batch = unsqueeze(observation) if single else observation
-        batch = tensors(self.env["observation"], self._read(batch))
+        batch = to_tensors(self.env["observation"], self._read(batch))
         first = np.asarray(not self._begun if is_first is None else is_first)
         num = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
         action = self._to_env(act(self.policy, batch, np.broadcast_to(first, num).copy()).numpy())

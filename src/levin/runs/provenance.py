@@ -19,19 +19,19 @@ PACKAGES = ("levin", "torch", "torchrl", "tensordict", "lightning", "gymnasium",
 CODE = ("src", "configs", "requirements.lock", "experiments/*.py", "experiments/*/*.py", "experiments/*/algo")
 
 
-def collect() -> dict[str, Any]:
+def collect_provenance() -> dict[str, Any]:
     """Plain values, for `provenance.json`. `git_dirty` says that the code or its configs are not the commit's."""
     lock = ROOT / "requirements.lock"
     return {
-        "command": command(),
+        "command": command_line(),
         "slurm_job": slurm.job(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_sha": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
+        "git_sha": run_git("rev-parse", "HEAD"),
+        "git_dirty": bool(run_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
-        "processor": processor(),
+        "processor": processor_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -39,18 +39,18 @@ def collect() -> dict[str, Any]:
     }
 
 
-def command() -> str:
+def command_line() -> str:
     """The command line of this process."""
     return " ".join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
-def git(*words: str) -> str:
+def run_git(*words: str) -> str:
     """What git prints, or an empty string outside a repository."""
     answer = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     return answer.stdout.strip()
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name, as the system gives it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

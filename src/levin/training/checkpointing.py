@@ -39,7 +39,7 @@ class Checkpointing(Checkpoint):
         self._rng: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.folder = distributed.broadcast(self.folder)
+        self.folder = distributed.broadcast_object(self.folder)
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             checkpoint.clean(self.folder)
@@ -49,7 +49,7 @@ class Checkpointing(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        trainer.should_stop = distributed.agree(trainer.should_stop)
+        trainer.should_stop = distributed.any_rank(trainer.should_stop)
         if self.clock.rings(algorithm.clock) or trainer.should_stop:
             self.save(trainer, algorithm)
 
@@ -75,7 +75,7 @@ class Checkpointing(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng"] = rng_state()
-        checkpoint["ranks"] = distributed.size()
+        checkpoint["ranks"] = distributed.world_size()
         for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
             del checkpoint["callbacks"][key]  # `max_time` is that of one session: a run that used it up can go on
         for logger in trainer.loggers:
@@ -84,9 +84,9 @@ class Checkpointing(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("ranks", 1)
-        if saved != distributed.size():
+        if saved != distributed.world_size():
             raise ConfigError(
-                f"the checkpoint is of {saved} ranks, and this run has {distributed.size()}: trainer.devices={saved}"
+                f"the checkpoint is of {saved} ranks, and this run has {distributed.world_size()}: trainer.devices={saved}"
             )
         # Drawn numbers are taken back last, when everything is built: see `on_train_start`.
         self._rng = checkpoint["rng"]

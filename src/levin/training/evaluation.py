@@ -81,9 +81,9 @@ class Evaluation(Callback):
             returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
             row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
             row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
-            loggers.show(trainer.loggers, self.pictures, algorithm.clock)
+            loggers.log_pictures(trainer.loggers, self.pictures, algorithm.clock)
             row["time/evaluate"] = perf_counter() - start
-        row = distributed.broadcast(row)
+        row = distributed.broadcast_object(row)
         self.return_mean, self.at, self.env_steps = row["eval/return_mean"], algorithm.clock, algorithm.env_steps
         self.metrics.row |= row
 

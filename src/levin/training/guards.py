@@ -64,7 +64,7 @@ class Preemption(Callback):
             signal.signal(each, handler)
 
 
-def pass_on(trainer: Trainer) -> None:
+def forward_sigusr1(trainer: Trainer) -> None:
     """Let SIGUSR1, if it ended the run, reach whoever waited for it before: submitit or `slurm` requeues the job."""
     (preemption,) = (each for each in trainer.callbacks if isinstance(each, Preemption))  # type: ignore[attr-defined]
     if preemption.preempted and callable(signal.getsignal(signal.SIGUSR1)):

@@ -15,7 +15,7 @@ from levin.core import files
 from levin.runs import checkpoint
 
 
-def make(
+def make_loggers(
     name: str | None, run: Path, config: dict[str, Any], git_sha: str, ckpt_path: Path | None = None
 ) -> list[Logger]:
     """`metrics.csv`, and the one the user asked for; by default Weights & Biases where there is a login.
@@ -56,7 +56,7 @@ def _wandb_login() -> bool:
     return os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False)
 
 
-def show(loggers: list[Logger], folder: Path, env_steps: int) -> None:
+def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
     """Send the pictures `<env_steps>.png` and `<env_steps>_<part>.png` to Weights & Biases or TensorBoard."""
     for picture in sorted(folder.glob("*.png")):
         steps, _, part = picture.stem.partition("_")

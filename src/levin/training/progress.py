@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from levin.algorithms.base import Algorithm
-from levin.core.process import say
+from levin.core.process import print_line
 from levin.training.callbacks import Budget, Metrics
 
 
@@ -49,14 +49,14 @@ class ProgressBar(Callback):
         self.seen = (now, algorithm.env_steps, algorithm.updates)
         self.bar.update(self.task, completed=algorithm.env_steps, rates=rates)
         if self.bar.disable:
-            say(f"{algorithm.env_steps:,}/{self.total:,} env steps · {rates}")
+            print_line(f"{algorithm.env_steps:,}/{self.total:,} env steps · {rates}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.bar.stop()
         if trainer.is_global_zero and not self.budget.spent:
             env_steps = cast(Algorithm, pl_module).env_steps
             at = f"stopped and saved at {env_steps} of {self.total} env steps"
-            say(f"{at}; to go on: make resume RUN={self.run}")
+            print_line(f"{at}; to go on: make resume RUN={self.run}")
 
     def on_exception(self, *_: Any) -> None:
         self.bar.stop()

@@ -29,10 +29,10 @@ from levin.algorithms.base import Algorithm
 from levin.collectors.factory import make_loader
 from levin.collectors.loader import CollectorLoader
 from levin.core import rng
-from levin.core.omega import plain
-from levin.core.process import keep_freed_memory, say, silence_libraries
+from levin.core.omega import to_plain
+from levin.core.process import keep_freed_memory, print_line, silence_libraries
 from levin.envs.config import EnvConfig
-from levin.envs.factory import describe, make_env
+from levin.envs.factory import describe_env, make_env
 from levin.envs.vector import SeededVectorEnv
 from levin.runs import folder as run_folder
 from levin.runs import provenance
@@ -51,39 +51,39 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     start = perf_counter()
     silence_libraries()
     keep_freed_memory()
-    algorithm, rollouts = build(cfg)
+    algorithm, rollouts = build_run(cfg)
     others = partial(make_rollouts, cfg, algorithm)
-    trainer, budget, evaluation = lightning_trainer.build(cfg, run, rollouts.env.config, others, ckpt_path)
+    trainer, budget, evaluation = lightning_trainer.build_trainer(cfg, run, rollouts.env.config, others, ckpt_path)
     facts = provenance.collect()
     with run_folder.lock(run), run_folder.survivable(run):
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
-        say(f"{cfg.name}, seed {cfg.seed}: {run}")
-        trainer.loggers = loggers.make(cfg.logger, run, plain(cfg), facts["git_sha"], ckpt_path)
+        print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
+        trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
         try:
             trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
         finally:
             rollouts.collector.shutdown()
         run_folder.finish(run, perf_counter() - start, algorithm.env_steps if budget.spent else None)
         if cfg.upload and budget.spent:
-            video.play(run=str(run))
+            video.record_video(run=str(run))
             loggers.upload(trainer.loggers, run)
         loggers.close(trainer.loggers)
     if evaluation.return_mean is not None:
-        say(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
+        print_line(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
     if not budget.spent:
-        guards.pass_on(trainer)
+        guards.forward_sigusr1(trainer)
     return evaluation.return_mean
 
 
-def build(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
+def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
     """Seed this process and build its env, its algorithm, and the loader of its rollouts, all as this rank has them."""
-    together, rank, cfg = sharding.planned(cfg), sharding.of_this_process(cfg), sharding.share(cfg)
+    together, rank, cfg = sharding.configured_world_size(cfg), sharding.process_rank(cfg), sharding.shard_config(cfg)
     if cfg.trainer.threads or together > 1:
         torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // together))
     rng.seed_everything(cfg.seed, rank=0)
     env = make_training_env(cfg, rank=0)
-    values = {key: value for key, value in plain(cfg.algo).items() if key != "_target_"}
-    algorithm = algorithm_class(cfg)(env=describe(env), **values)
+    values = {key: value for key, value in to_plain(cfg.algo).items() if key != "_target_"}
+    algorithm = algorithm_class(cfg)(env=describe_env(env), **values)
     algorithm.random_env_steps = -(-algorithm.random_env_steps // together)  # as a collector counts them
     if rank:
         env.close()
@@ -93,7 +93,7 @@ def build(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
 
 def make_training_env(cfg: DictConfig, rank: int) -> SeededVectorEnv:
     """Build the vector env of one process of a run."""
-    config = EnvConfig(**plain(cfg.env))
+    config = EnvConfig(**to_plain(cfg.env))
     return make_env(config, seed=cfg.seed, rank=rank, copy=cfg.collector != "vector")
 
 
@@ -114,12 +114,12 @@ def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: i
     return make_training_loader(cfg, env, algorithm)
 
 
-def follow(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> None:
+def train_rank(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> None:
     """Train as a rank other than the first, which alone writes the run folder, evaluates and logs."""
     silence_libraries()
     keep_freed_memory()
-    algorithm, rollouts = build(cfg)
-    trainer, *_ = lightning_trainer.build(cfg, run, rollouts.env.config, partial(make_rollouts, cfg, algorithm))
+    algorithm, rollouts = build_run(cfg)
+    trainer, *_ = lightning_trainer.build_trainer(cfg, run, rollouts.env.config, partial(make_rollouts, cfg, algorithm))
     try:
         trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
     finally:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from levin.collectors.loader import CollectorLoader
 from levin.core.errors import ConfigError
-from levin.core.omega import plain
+from levin.core.omega import to_plain
 from levin.envs.config import EnvConfig
 from levin.runs import checkpoint
 from levin.training.callbacks import Budget, Metrics, Statistics, Throughput
@@ -24,7 +24,7 @@ from levin.training.guards import FiniteGuard, Preemption
 from levin.training.progress import ProgressBar
 
 
-def build(
+def build_trainer(
     cfg: DictConfig,
     run: Path,
     env: EnvConfig,
@@ -47,14 +47,14 @@ def build(
         *(Statistics(), budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
         Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),
     ]
-    if not sharding.of_this_process(cfg):
+    if not sharding.process_rank(cfg):
         ours.append(ProgressBar(run, budget, metrics))
-    options = {key: value for key, value in plain(cfg.trainer).items() if key not in ("threads", "workers")}
+    options = {key: value for key, value in to_plain(cfg.trainer).items() if key not in ("threads", "workers")}
     if cfg.trainer.strategy == "hogwild":
         options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, rollouts)), "accelerator": "cpu"}
         ours.insert(ours.index(evaluation), Workers(strategy))
-    if cfg.trainer.strategy == "ddp" or sharding.planned(cfg) > 1:
-        options |= {"strategy": DataParallel(cfg, run, ckpt_path) if sharding.planned(cfg) > 1 else "auto"}
+    if cfg.trainer.strategy == "ddp" or sharding.configured_world_size(cfg) > 1:
+        options |= {"strategy": DataParallel(cfg, run, ckpt_path) if sharding.configured_world_size(cfg) > 1 else "auto"}
     fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     plugins = checkpoint.FolderCheckpointIO()

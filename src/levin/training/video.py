@@ -9,7 +9,7 @@ import torch
 
 from levin.core.errors import ConfigError
 from levin.core.process import silence_libraries
-from levin.core.spaces import tensors
+from levin.core.spaces import to_tensors
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.data.rollout import act
 from levin.envs.config import EVALUATION
@@ -18,7 +18,7 @@ from levin.envs.vector import SeededVectorEnv
 from levin.runs.policy import Policy
 
 
-def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:
+def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:
     """Write `videos/<env_steps>_<episode>.mp4`, one frame per step, and return the paths.
 
     Of World Models also `..._dream.mp4`: what was seen beside a dream that begins alike.
@@ -43,13 +43,13 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
         while not done.any():
             shown.append(observation)
             with torch.inference_mode():
-                action = act(policy.policy, tensors(env.observation, observation), first).numpy()
+                action = act(policy.policy, to_tensors(env.observation, observation), first).numpy()
             observation, _, terminated, truncated, _ = env.step(action)
             first, done = np.zeros(1, dtype=bool), terminated | truncated
-            frames.append(_frame(env))
+            frames.append(_render_frame(env))
         videos = {f"{policy.algorithm.clock}_{episode}.mp4": frames}
-        if (dreamt := policy.algorithm.dream_of(tensors(env.observation, shown[0]), len(shown))) is not None:
-            videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _beside(np.concatenate(shown), dreamt.numpy())
+        if (dreamt := policy.algorithm.dream_of(to_tensors(env.observation, shown[0]), len(shown))) is not None:
+            videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _side_by_side(np.concatenate(shown), dreamt.numpy())
         for name, pictures in videos.items():
             imageio.mimwrite(
                 folder / name,
@@ -64,7 +64,7 @@ def play(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> li
     return paths
 
 
-def _beside(real: np.ndarray, dreamt: np.ndarray) -> list[np.ndarray]:
+def _side_by_side(real: np.ndarray, dreamt: np.ndarray) -> list[np.ndarray]:
     """What was seen and what was dreamt, `[T, C, H, W]`, side by side and large enough to look at."""
     both = np.concatenate([real, np.full_like(real[..., :1], 128), dreamt], -1)[:, -3:].transpose(0, 2, 3, 1)
     times = max(1, 256 // both.shape[1])
@@ -72,7 +72,7 @@ def _beside(real: np.ndarray, dreamt: np.ndarray) -> list[np.ndarray]:
     return list(large.repeat(3, -1) if large.shape[-1] == 1 else large)
 
 
-def _frame(env: SeededVectorEnv) -> np.ndarray:
+def _render_frame(env: SeededVectorEnv) -> np.ndarray:
     try:
         frame = env.render()[0]  # type: ignore[index]
     except Exception as error:  # each of the many backends fails in its own way

@@ -106,7 +106,7 @@ class HogwildLauncher(_Launcher):
             trainer.callbacks = [Workers(self.strategy), FiniteGuard()]  # type: ignore[attr-defined]
             trainer.loggers = []
             while not self.strategy.restored:  # worker 0 reads the checkpoint into the memory that all share
-                leave_orphan()
+                exit_if_orphaned()
                 sleep(0.005)
             if not self.strategy.stopping:
                 rollouts = self.strategy.rollouts(rank, int(self.strategy.env_steps[0]))
@@ -119,7 +119,7 @@ class HogwildLauncher(_Launcher):
         os._exit(0)  # nothing of worker 0, whose copy this is, is to be closed
 
 
-def leave_orphan() -> None:
+def exit_if_orphaned() -> None:
     """End this worker if worker 0 is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
@@ -149,7 +149,7 @@ class Workers(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not trainer.is_global_zero:
-            leave_orphan()
+            exit_if_orphaned()
             trainer.should_stop = bool(self.strategy.stopping)
         elif trainer.should_stop:  # before the last evaluation and the last checkpoint
             self.strategy.join()

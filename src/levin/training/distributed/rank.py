@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from levin.core import distributed
 from levin.core.errors import ConfigError, RunError
-from levin.training.session import follow
+from levin.training.session import train_rank
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     OmegaConf.set_readonly(config, True)
     ckpt_path = Path(orders["ckpt_path"]) if orders["ckpt_path"] else None
     try:
-        follow(config, Path(orders["run"]), ckpt_path)  # type: ignore[arg-type]
+        train_rank(config, Path(orders["run"]), ckpt_path)  # type: ignore[arg-type]
     except distributed.RankLostError:  # the one that was lost says why
         raise SystemExit(1) from None
     except Exception as error:

@@ -8,26 +8,26 @@ from omegaconf import DictConfig, OmegaConf
 from levin.core.errors import ConfigError
 
 # What the config says of all ranks together, and each has an equal share of.
-SHARED = (
+SHARDED_KEYS = (
     *("env.num_envs", "algo.batch_size", "algo.buffer_size"),
     *("algo.transitions_per_update", "algo.episodes_per_update"),
 )
 
 
-def planned(config: DictConfig) -> int:
+def configured_world_size(config: DictConfig) -> int:
     """How many processes a run is to have."""
     if config.trainer.strategy == "hogwild":
         return 1
     return config.trainer.devices * config.trainer.get("num_nodes", 1)
 
 
-def of_this_process(config: DictConfig) -> int:
+def process_rank(config: DictConfig) -> int:
     """Which rank this process is, before the run has begun: torchrun, srun and `data_parallel.RanksLauncher` say so.
 
     Raises:
         ConfigError: They have started more or fewer than the config wants.
     """
-    ranks = planned(config)
+    ranks = configured_world_size(config)
     environment: ClusterEnvironment | None = None
     if TorchElasticEnvironment.detect():
         environment = TorchElasticEnvironment()
@@ -43,18 +43,18 @@ def of_this_process(config: DictConfig) -> int:
     return environment.global_rank()
 
 
-def share(config: DictConfig) -> DictConfig:
+def shard_config(config: DictConfig) -> DictConfig:
     """The config of one rank: numbers that are of all of them together are divided.
 
     Raises:
         ConfigError: One of them can't be.
     """
-    ranks = planned(config)
+    ranks = configured_world_size(config)
     if ranks == 1:
         return config
     config = config.copy()
     OmegaConf.set_readonly(config, False)
-    for key in SHARED:
+    for key in SHARDED_KEYS:
         number = OmegaConf.select(config, key)
         if number is None:
             continue
