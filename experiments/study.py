@@ -38,18 +38,18 @@ def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
 
 def is_complete(run: Path) -> bool:
     """Return whether a run is there and has come to its end."""
-    return run_folder.sessions(run).get("env_steps") is not None
+    return run_folder.read_provenance(run).get("env_steps") is not None
 
 
 def train_once(words: list[str], run: Path) -> None:
     """Train a run with these overrides, unless it is complete. One that was begun with others begins anew."""
     cfg = compose(words)
-    begun = run_folder.begun(run)
+    begun = run_folder.has_begun(run)
     if begun and not _is_of(run, cfg):
         shutil.rmtree(run)
     elif begun and is_complete(run):
         return
-    if checkpoint.numbered(run / "checkpoints"):
+    if checkpoint.list_checkpoints(run / "checkpoints"):
         resume.resume(run=str(run))
     else:
         train(cfg, run)

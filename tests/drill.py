@@ -73,7 +73,7 @@ def kill(trial: int, folder: Path, straight: Path, seconds: float) -> str:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     partial = bool(list((run / "checkpoints").glob(".*.partial")))
-    told, whole = last_step(run), checkpoint.numbered(run / "checkpoints")
+    told, whole = last_step(run), checkpoint.list_checkpoints(run / "checkpoints")
     for each in whole:
         checkpoint.verify(each, buffer=True)
     at = int(whole[-1].name) if whole else 0
@@ -95,7 +95,7 @@ def terminate(trial: int, folder: Path, straight: Path, seconds: float) -> str:
     time.sleep(moment.random() * seconds / 2)
     process.send_signal(signal.SIGTERM)
     finish(process)
-    at = int(checkpoint.numbered(run / "checkpoints")[-1].name)
+    at = int(checkpoint.list_checkpoints(run / "checkpoints")[-1].name)
     finish(start("resume", f"run={run}"))
     compare(straight, run)
     return f"saved at {at:>4}"
@@ -123,7 +123,7 @@ def fill(folder: Path, straight: Path) -> str:
         assert process.returncode == 1, said
         assert "Traceback" not in said, said
         assert len(lines) == 1, said
-        for each in checkpoint.numbered(run / "checkpoints"):
+        for each in checkpoint.list_checkpoints(run / "checkpoints"):
             checkpoint.verify(each, buffer=True)
         if mounted == 0:
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)

@@ -231,9 +231,9 @@ def sac_discrete_oracle(algorithm: SACDiscrete, batch: TensorDict) -> list[Tenso
 def as_rollout(batch: TensorDict) -> TensorDict:
     """`[8] -> [2, 4]`, as a collector would have it: an observation is the next one of the step before."""
     rollout = batch.reshape(2, -1).clone()
-    goes_on = ~rollout["next", "done"][:, :-1]
+    continues = ~rollout["next", "done"][:, :-1]
     after = rollout["next", "observation"]
-    after[:, :-1] = torch.where(goes_on, rollout["observation"][:, 1:], after[:, :-1])
+    after[:, :-1] = torch.where(continues, rollout["observation"][:, 1:], after[:, :-1])
     rollout["step_count"] = torch.arange(rollout.shape[1]).expand(2, -1).unsqueeze(-1)
     return rollout
 
@@ -423,6 +423,6 @@ def world_models_loss(algorithm: WorldModels, batch: TensorDict) -> Tensor:
         pictures = records["observation"]
         encoded = algorithm.model.vision.encode(pictures.flatten(0, 1))
     records[LATENT] = torch.cat(encoded, -1).unflatten(0, pictures.shape[:2])
-    records["action"] = algorithm.model.encoded(records["action"])
+    records["action"] = algorithm.model.encode_action(records["action"])
     loss, _ = algorithm.memory_loss(records)
     return loss

@@ -24,7 +24,7 @@ from levin.estimators import (
     ScoreFunction,
     StraightThrough,
 )
-from levin.lab.digits import test_loss, train_autoencoder
+from levin.lab.digits import train_autoencoder
 from levin.lab.measure import lab, write_csv
 from levin.lab.pictures import read_csv
 from levin.results.aggregates import iqm_with_interval
@@ -72,7 +72,7 @@ FORMS = {
 def autoencode(name: str, seed: int) -> float:
     """Test -ELBO."""
     torch.set_num_threads(1)
-    return test_loss(train_autoencoder(AUTOENCODER[name][0], seed))
+    return evaluate_autoencoder(train_autoencoder(AUTOENCODER[name][0], seed))
 
 
 def measure_autoencoder() -> None:

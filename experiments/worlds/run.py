@@ -91,7 +91,7 @@ def dreamt(name: str, seed: int, rows: list[dict[str, str]]) -> float:
     if name in ("ppo", "sac"):
         return float(next(row["episode/return"] for row in reversed(rows) if row["episode/return"]))
     algorithm = cast(WorldModels, load_algorithm(RUNS / f"{name}_s{seed}"))
-    returns, _ = algorithm.dreamt(algorithm.controllers.best.unsqueeze(0), list(range(EPISODES)))
+    returns, _ = algorithm.evaluate_in_dreams(algorithm.controllers.best.unsqueeze(0), list(range(EPISODES)))
     return float(returns.mean())
 
 

@@ -66,7 +66,7 @@ def fork(*, algo: str, name: str) -> Path:
         if (paths.CONFIGS / "env" / f"{env}.yaml").exists():  # sac_discrete_cartpole is not sac's
             (folder / "tuned").mkdir(exist_ok=True)
             (folder / "tuned" / f"{name}_{env}.yaml").write_text(file.read_text())
-    commit = provenance.git("rev-parse", "--short", "HEAD") or "an unknown commit"
+    commit = provenance.run_git("rev-parse", "--short", "HEAD") or "an unknown commit"
     readme = README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT))
     (folder / "README.md").write_text(readme)
     return folder

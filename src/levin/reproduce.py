@@ -71,7 +71,9 @@ def reproduce(
     folders = _prepare(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
     cores = os.cpu_count() or 1
-    _train_seeds(folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1))))
+    _train_seeds(
+        folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1)))
+    )
     outcome = judge_runs(cell, reference, folders, kept)
     if store:
         store_runs(cell, folders, kept)
@@ -89,13 +91,15 @@ def _parse_seeds(words: str) -> list[int]:
 
 def _prepare(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
     """The run folders of the seeds: of the newest batch interrupted at this commit and config, else new."""
-    commit = provenance.git("rev-parse", "HEAD")
+    commit = provenance.run_git("rev-parse", "HEAD")
     for batch in sorted(RUNS.glob(f"*/{exp}"), reverse=True):
         folders = {seed: batch / f"s{seed}" for seed in seeds}
         begun = sorted(each.name for each in batch.glob("s*"))
         if not (batch / DONE).exists() and begun == sorted(each.name for each in folders.values()):
-            commits = {run_folder.sessions(run).get("git_sha", commit) for run in folders.values()}
-            if commits == {commit} and all(load_config(each[1]) == _config_of_seed(cfg, *each) for each in folders.items()):
+            commits = {run_folder.read_provenance(run).get("git_sha", commit) for run in folders.values()}
+            if commits == {commit} and all(
+                load_config(each[1]) == _config_of_seed(cfg, *each) for each in folders.items()
+            ):
                 print(f"{batch}: goes on", flush=True)
                 return folders
     batch = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}" / exp

@@ -14,7 +14,7 @@ from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
 from levin.training.distributed import sharding
-from levin.training.session import train_rank, train
+from levin.training.session import train, train_rank
 
 # What may differ from the saved config: nothing of it changes a number that was or will be computed.
 MAY_CHANGE = (
@@ -48,22 +48,24 @@ def resume(*, run: str, **changes: Any) -> float | None:
     OmegaConf.set_readonly(cfg, True)
     name = algorithm_class(cfg).__name__
     if sharding.process_rank(cfg):  # torchrun or srun has started it: the first rank looks after the folder
-        if (run_folder.sessions(folder).get("env_steps") or 0) < cfg.total_env_steps:
-            begun = checkpoint.numbered(folder / "checkpoints")
-            train_rank(cfg, folder, checkpoint.newest(folder, buffer=True, algorithm=name) if begun else None)
+        if (run_folder.read_provenance(folder).get("env_steps") or 0) < cfg.total_env_steps:
+            begun = checkpoint.list_checkpoints(folder / "checkpoints")
+            train_rank(
+                cfg, folder, checkpoint.newest_checkpoint(folder, buffer=True, algorithm=name) if begun else None
+            )
         return None
     print(*lines, sep="\n", end="\n" if lines else "")
     with run_folder.lock(folder):
         pass  # a process that still trains here must not lose its checkpoints to this one
     path, env_steps = None, 0
-    if checkpoint.numbered(folder / "checkpoints"):
-        path = checkpoint.newest(folder, buffer=True, algorithm=name)
+    if checkpoint.list_checkpoints(folder / "checkpoints"):
+        path = checkpoint.newest_checkpoint(folder, buffer=True, algorithm=name)
         env_steps, _ = checkpoint.env_steps_and_wandb_id(path)
     else:
         print(f"run={run} has no checkpoint yet: it begins anew")
     if cfg.total_env_steps != total and env_steps >= cfg.total_env_steps:
         raise ConfigError(f"run={run} has {env_steps} env steps already; to go on, say a larger total_env_steps")
-    if (run_folder.sessions(folder).get("env_steps") or 0) >= cfg.total_env_steps:
+    if (run_folder.read_provenance(folder).get("env_steps") or 0) >= cfg.total_env_steps:
         # A job that resumes until it is done must see no failure.
         print(f"run={run} is complete with {env_steps} env steps; to go on, say a larger total_env_steps")
         return None
@@ -101,10 +103,12 @@ def apply_changes(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
 
 def environment_changes(run: Path) -> list[str]:
     """One sentence for each fact of the last session that is another now: numbers may differ from here on."""
-    facts = run_folder.sessions(run)
+    facts = run_folder.read_provenance(run)
     if not facts:
         return []
-    before, now = ({**each, **each["versions"]} for each in ([facts, *facts["resumed"]][-1], provenance.collect()))
+    before, now = (
+        {**each, **each["versions"]} for each in ([facts, *facts["resumed"]][-1], provenance.collect_provenance())
+    )
     return [
         f"{key} was {before.get(key)} and is {now.get(key)} now: the numbers may not be those of an uninterrupted run"
         for key in dict.fromkeys([*SAME, *before["versions"], *now["versions"]])

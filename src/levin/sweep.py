@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from levin import resume
 from levin.config import cli
-from levin.config.compose import NULL_DEFAULTS, finalize, compose, with_search_path
+from levin.config.compose import NULL_DEFAULTS, compose, finalize, with_search_path
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
@@ -95,13 +95,13 @@ def run_job(cfg: DictConfig) -> float | None:
         with exit_on_user_error():
             cfg = finalize(cfg, hydra.runtime.choices)
             said = _chosen_values(cfg, list(hydra.overrides.task))
-            result = resume.resume(run=str(run), **said) if run_folder.begun(run) else train(cfg, run)
+            result = resume.resume(run=str(run), **said) if run_folder.has_begun(run) else train(cfg, run)
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise
         traceback.print_exc()  # Hydra would send the error to the process that waits, without where it was raised
         raise SystemExit(1) from None
-    if run_folder.sessions(run)["env_steps"] is None and "max_time" not in cfg.trainer:
+    if run_folder.read_provenance(run)["env_steps"] is None and "max_time" not in cfg.trainer:
         raise SystemExit(0)  # a signal: it ends the sweep, not this run alone
     return result
 

@@ -10,7 +10,7 @@ from levin.runs import folder as run_folder
 from levin.runs import slurm
 from levin.sweep import sweep
 from levin.training.distributed import sharding
-from levin.training.session import train_rank, train
+from levin.training.session import train, train_rank
 
 
 def main() -> None:
@@ -22,12 +22,12 @@ def main() -> None:
             return
         slurm.requeue_on_signal()
         cfg = compose(words)
-        if (before := run_folder.of_this_job(cfg)) is not None:
+        if (before := run_folder.find_requeued_run(cfg)) is not None:
             resume.resume(run=str(before))
         elif sharding.process_rank(cfg):
             train_rank(cfg, Path(cfg.run or "runs"))
         else:
-            train(cfg, run_folder.folder(cfg))
+            train(cfg, run_folder.new_run_path(cfg))
 
 
 if __name__ == "__main__":

@@ -148,12 +148,12 @@ def test_observing_a_sequence_is_observing_step_by_step(transition, monkeypatch)
     noise = torch.randn(7, 3, model.stoch)
     for_sequence, for_steps = iter(noise), iter(noise)
     monkeypatch.setattr(torch, "randn_like", lambda _: next(for_sequence))
-    states, posterior, _ = model.observe(data["observation"], data["action"], data["is_first"])
+    states, posterior, _ = model.observe_sequence(data["observation"], data["action"], data["is_first"])
     monkeypatch.setattr(torch, "randn_like", lambda _: next(for_steps))
-    state, action = model.initial(3, data["action"]), torch.zeros(3, 1)
+    state, action = model.zero_state(3, data["action"]), torch.zeros(3, 1)
     for t in range(7):
-        goes_on = ~data["is_first"][:, t]
-        state = model.step(State(*(part * goes_on for part in state)), action * goes_on, data["observation"][:, t])
+        continues = ~data["is_first"][:, t]
+        state = model.step(State(*(part * continues for part in state)), action * continues, data["observation"][:, t])
         torch.testing.assert_close(state.stoch, states.stoch[:, t], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(state.deter, states.deter[:, t], rtol=1e-5, atol=1e-5)
         action = data["action"][:, t]
@@ -177,13 +177,13 @@ def test_acting_is_observing():
     data["action"] = torch.stack(chosen, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn_like", torch.zeros_like)
-        states, _, _ = algorithm.model.observe(data["observation"], data["action"], data["is_first"])
+        states, _, _ = algorithm.model.observe_sequence(data["observation"], data["action"], data["is_first"])
     torch.testing.assert_close(torch.stack(believed, 1), states.deter.detach(), rtol=1e-5, atol=1e-5)
 
 
 def observed(model, data: dict[str, Tensor]) -> State:
     torch.manual_seed(0)
-    return model.observe(data["observation"], data["action"], data["is_first"])[0]
+    return model.observe_sequence(data["observation"], data["action"], data["is_first"])[0]
 
 
 def test_nothing_survives_the_beginning_of_an_episode():
@@ -217,7 +217,7 @@ def test_the_model_without_a_memory_has_none():
         changed = {name: tensor.clone() for name, tensor in data.items()}
         changed["observation"][:, :3] = value
         torch.manual_seed(0)
-        means.append(model.observe(changed["observation"], changed["action"], changed["is_first"])[1].mean)
+        means.append(model.observe_sequence(changed["observation"], changed["action"], changed["is_first"])[1].mean)
     assert torch.equal(means[0][:, 3:], means[1][:, 3:])
 
 
@@ -269,7 +269,7 @@ def gradients(algorithm: Dreamer, *, sever: bool = False) -> tuple[list[Tensor],
     if sever:
         algorithm.model.memory.weight_ih.data.zero_()
     torch.manual_seed(0)
-    loss = algorithm.dream(start)[0]
+    loss = algorithm.imagination_losses(start)[0]
     return list(torch.autograd.grad(loss, list(algorithm.actor.parameters()))), algorithm
 
 
@@ -286,7 +286,7 @@ def test_the_dream_is_differentiated_into_the_policy_alone():
     algorithm = make()
     algorithm.zero_grad()
     with freeze([*algorithm.model_parameters, *algorithm.critic_parameters]):
-        algorithm.dream(start)[0].backward()
+        algorithm.imagination_losses(start)[0].backward()
     for name, value in algorithm.named_parameters():
         moved = value.grad is not None and value.grad.abs().sum() > 0
         assert moved == name.startswith("actor."), name
@@ -321,7 +321,7 @@ def test_pathwise_gradients_are_those_of_finite_differences():
 
     def loss() -> Tensor:
         torch.manual_seed(0)
-        return algorithm.dream(start)[0]
+        return algorithm.imagination_losses(start)[0]
 
     bias = algorithm.actor.network[-1].bias
     (exact,) = torch.autograd.grad(loss(), bias)
@@ -340,7 +340,7 @@ def test_dreams_that_begin_at_an_end_count_for_nothing():
     data["is_terminal"][:, -1] = True
     start = algorithm.model_loss(data)[2]
     assert start["alive"].view(3, 7)[:, -1].sum() == 0
-    _, _, _, weight, _ = algorithm.dream(start)
+    _, _, _, weight, _ = algorithm.imagination_losses(start)
     assert (weight.view(3, 7, -1)[:, -1] == 0).all()
     assert (weight.view(3, 7, -1)[:, 0] > 0).all()
 
@@ -364,7 +364,7 @@ def test_too_early_is_said(tmp_path, monkeypatch):
         train(compose([*words, "algo.learning_starts=11"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     algorithm = make("env.num_envs=2", "algo.learning_starts=12")
-    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="less than a sequence of each env: 24"):
         algorithm.on_train_start()
 
@@ -436,10 +436,12 @@ def echo(folder: Path, shifted: bool) -> tuple[float, float]:
         kl, loss, _, _ = algorithm.model_loss(batch)
         algorithm.step(algorithm.model_optimizer, 0.1 * kl + 10 * loss)
     batch = algorithm.buffer.sample(1, 64, torch.device("cpu"))[0]
-    found = open_loop.evaluate_open_loop(algorithm.buffer, algorithm.device, algorithm.foresee, folder / "echo.png")
+    found = open_loop.evaluate_open_loop(
+        algorithm.buffer, algorithm.device, algorithm.predict_open_loop, folder / "echo.png"
+    )
     assert (found["eval/open_loop_5"] < 0.2 * found["eval/repeat_last_5"]) != shifted
     with torch.no_grad():
-        states, _, _ = algorithm.model.observe(batch["observation"], batch["action"], batch["is_first"])
+        states, _, _ = algorithm.model.observe_sequence(batch["observation"], batch["action"], batch["is_first"])
         before = State(*(part[:, 4] for part in states))
         imagined = algorithm.model.decoder(algorithm.model.imagine_step(before, batch["action"][:, 4]).feature)
         follows = ~batch["is_first"][:, 5, 0]

@@ -93,7 +93,7 @@ def test_an_update_gives_the_states_it_computed():
     batch = drawn(algorithm)
     with_noise(0)
     with torch.no_grad():
-        wanted = algorithm.model.packed(algorithm.observe(batch)[0])
+        wanted = algorithm.model.pack(algorithm.observe(batch)[0])
     with_noise(0)
     assert torch.equal(algorithm.update(batch), wanted)
 
@@ -270,7 +270,7 @@ def test_the_dream_is_differentiated_through_the_memory():
                 head[-1].weight.normal_()
             if cut:
                 algorithm.model.gru.mix_action.weight.zero_()
-        start = algorithm.model.unpacked(drawn(algorithm)[LATENT][:, 0])
+        start = algorithm.model.unpack(drawn(algorithm)[LATENT][:, 0])
         with_noise(0)
         feature, log_prob, entropy = algorithm.imagine(start)
         target, value, weight = algorithm.lambda_return(feature, algorithm.critic(feature.detach()))
@@ -283,7 +283,7 @@ def test_the_dream_is_differentiated_through_the_memory():
 
 def test_the_policy_is_not_differentiated_by_what_it_sees():
     algorithm = make("algo.actor_gradient=dynamics")
-    start = State(*(part.requires_grad_() for part in algorithm.model.unpacked(drawn(algorithm)[LATENT][:, 0])))
+    start = State(*(part.requires_grad_() for part in algorithm.model.unpack(drawn(algorithm)[LATENT][:, 0])))
     feature, log_prob, entropy = algorithm.imagine(start)
     for seen in (log_prob[:, 0], entropy[:, 0]):
         assert torch.autograd.grad(seen.sum(), list(start), allow_unused=True, retain_graph=True) == (None, None)

@@ -10,7 +10,7 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 from dreams import spec
 from dreams_v3 import count, drawn, make
 from levin.algorithms.dreamer_v3 import DreamerV3
-from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, sample_one_hot, categorical_kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import SIZES, TwoHot, categorical_kl, sample_one_hot, symexp, symlog
 from levin.model_based.recurrent import State
 from levin.nn.optimizers import LaProp
 

@@ -40,7 +40,7 @@ def test_states_are_written_where_they_belong(storage):
     before = buffer.data.clone()
     batch = buffer.sample(1, 3, torch.device("cpu"))[0]
     new = 200 + torch.arange(12).view(3, 4, 1).float()
-    buffer.rewrite(batch, new)
+    buffer.overwrite_latents(batch, new)
     after = buffer.data
     written: dict[tuple[int, int], list[float]] = {}  # a record that was drawn twice has one of its states
     places = (each.flatten().tolist() for each in (batch["row"][:, 1:], batch["env"][:, 1:], new))
@@ -63,7 +63,7 @@ def test_kept_states_go_on_where_they_were(storage, tmp_path):
     writer = FolderCheckpointIO()
     for step in (1, 2):
         batch = buffer.sample(1, 8, torch.device("cpu"))[0]
-        buffer.rewrite(batch, torch.full((8, 4, 1), 7.0 * step))
+        buffer.overwrite_latents(batch, torch.full((8, 4, 1), 7.0 * step))
         state = {"algorithm": "Toy", "levin": {"env_steps": step}, "buffer": buffer.state_dict()}
         writer.save_checkpoint(state, tmp_path / str(step) / checkpoint.STATE)
     checkpoint.discard(tmp_path / "1")
@@ -95,7 +95,7 @@ def test_updates_per_env_step_carry_their_remainder():
     algorithm = make("algo.replay_ratio=0.5", "algo.learning_starts=40")
     algorithm.update = lambda batch: None
     algorithm.buffer.sample = lambda num, *_: TensorDict({"x": torch.zeros(num, 1)}, batch_size=(num, 1))
-    algorithm.buffer.at_once = lambda _: 10_000
+    algorithm.buffer.batches_per_draw = lambda _: 10_000
     for env_steps in range(0, 10_001, 3):
         algorithm.env_steps = env_steps
         for _ in algorithm.replay():
@@ -127,7 +127,7 @@ def echo(shifted: bool) -> tuple[float, float]:
         state, posterior = algorithm.observe(batch)
         loss, _ = algorithm.model_loss(batch, state, posterior)
         algorithm.step(algorithm.optimizer, loss)
-        algorithm.buffer.rewrite(batch, algorithm.model.packed(state))
+        algorithm.buffer.overwrite_latents(batch, algorithm.model.pack(state))
     batch = algorithm.buffer.sample(1, 64, torch.device("cpu"))[0]
     with torch.no_grad():
         state, _ = algorithm.observe(batch)
@@ -214,9 +214,9 @@ def test_open_loop_begins_where_the_policy_was():
     window = torch.cat([data, data], 1)[:, : open_loop.CONTEXT + 1]
     with_noise(0)
     with torch.no_grad():
-        base, _ = algorithm.foresee(window)
+        base, _ = algorithm.predict_open_loop(window)
         with_noise(0)
         window[LATENT][:, 0] = 0
-        other, _ = algorithm.foresee(window)
+        other, _ = algorithm.predict_open_loop(window)
     assert base[""].shape == (3, open_loop.CONTEXT + 1, 3)
     assert not torch.equal(base[""][:, 0], other[""][:, 0])

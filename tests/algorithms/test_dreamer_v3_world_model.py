@@ -12,18 +12,18 @@ from levin.model_based.recurrent import State
 
 def test_observing_a_sequence_is_observing_step_by_step():
     model, data = make().model, drawn(make(), first=(3,))
-    first = model.unpacked(data[LATENT][:, 0])
+    first = model.unpack(data[LATENT][:, 0])
     with torch.no_grad():
         with_noise(0)
-        states, posterior = model.observe(
+        states, posterior = model.observe_sequence(
             model.observe_step, first, data["observation"][:, 1:], data["action"][:, :-1], data["is_first"][:, 1:]
         )
         with_noise(0)
         state = first
         for t in range(1, 7):
-            goes_on = ~data["is_first"][:, t]
-            before = data["action"][:, t - 1] * goes_on
-            state = model.step(State(*(part * goes_on for part in state)), before, data["observation"][:, t])
+            continues = ~data["is_first"][:, t]
+            before = data["action"][:, t - 1] * continues
+            state = model.step(State(*(part * continues for part in state)), before, data["observation"][:, t])
             torch.testing.assert_close(state.deter, states.deter[:, t - 1], rtol=1e-5, atol=1e-5)
             assert torch.equal(state.stoch, states.stoch[:, t - 1])
     assert states.deter.shape == (3, 6, model.deter)
@@ -43,7 +43,7 @@ def test_acting_is_observing():
             chosen.append(action)
         data["action"], data[LATENT] = torch.stack(chosen, 1), torch.stack(kept, 1)
         states, _ = algorithm.observe(data)
-    packed = algorithm.model.packed(states)
+    packed = algorithm.model.pack(states)
     torch.testing.assert_close(packed, data[LATENT][:, 1:], rtol=0, atol=1e-2)
     assert torch.equal(packed[..., algorithm.model.deter :], data[LATENT][:, 1:, algorithm.model.deter :])
 
@@ -130,7 +130,7 @@ def test_the_model_is_torchrls():
         last.weight.copy_(model.posterior_head.weight)
         last.bias.copy_(model.posterior_head.bias)
         data = drawn(make())
-        state = model.unpacked(data[LATENT][:, 0])
+        state = model.unpack(data[LATENT][:, 0])
         action, embedding = 2 * torch.randn(3, 1), torch.randn(3, size.units)
         logits, belief = prior._belief_and_logits(state.stoch, state.deter, action)
         deter = gru(state, gru.action_part(action))
@@ -145,6 +145,6 @@ def test_the_model_is_torchrls():
 def test_states_are_kept_whole():
     model = make().model
     data = drawn(make())
-    state = model.unpacked(data[LATENT])
-    assert torch.equal(model.packed(state), data[LATENT])
+    state = model.unpack(data[LATENT])
+    assert torch.equal(model.pack(state), data[LATENT])
     assert (state.stoch.unflatten(-1, model.choices).sum(-1) == 1).all()

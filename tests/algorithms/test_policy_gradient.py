@@ -303,13 +303,13 @@ def test_baselines_made_of_other_episodes(form, monkeypatch):
     """Unbiased; a mean that includes the episode itself is not, and is found out."""
     if form == "biased":
         monkeypatch.setattr(
-            REINFORCE, "mean_of_others", lambda _, g, __: g.view(1, -1, STEPS, 1).mean(1).repeat(1, 2, 1)
+            REINFORCE, "leave_one_out_mean", lambda _, g, __: g.view(1, -1, STEPS, 1).mean(1).repeat(1, 2, 1)
         )
     options = LETTER | EPISODES | {"episodes_per_update": 2, "advantage": "leave_one_out"}
     algorithm = build(REINFORCE, **options | ({"advantage": form} if form == "self_critical" else {}))
     each = []
     for pair in drawn_pairs(algorithm, 3000, greedy=form == "self_critical"):
-        data, weight = algorithm.drawn(data := group(*pair), algorithm.weight(data))
+        data, weight = algorithm.without_greedy_twins(data := group(*pair), algorithm.weight(data))
         each.append(-gradient(algorithm, algorithm.actor_loss(data, weight)[0]))
     found = torch.stack(each)
     error = found.mean(0) - true_gradient(algorithm)
@@ -324,9 +324,9 @@ def test_episodes_of_other_lengths_are_compared_step_by_step():
     data = TensorDict({"step_count": step, "next": {"done": done}}, batch_size=(1, 6))
     g = torch.tensor([5.0, 3.0, 1.0, 7.0, 4.0, 2.0]).view(1, -1, 1)
     algorithm = build(REINFORCE, advantage="leave_one_out", episodes_per_update=2)
-    assert algorithm.mean_of_others(g, data).flatten().tolist() == [5.5, 1.0, 0.0, 4.5, 6.0, 1.5]
+    assert algorithm.leave_one_out_mean(g, data).flatten().tolist() == [5.5, 1.0, 0.0, 4.5, 6.0, 1.5]
     data, g = data[:, :4], g[:, :4]
-    assert algorithm.of_the_twin(g, data).flatten()[:3].tolist() == [7.0, 0.0, 0.0]
+    assert algorithm.twin_return(g, data).flatten()[:3].tolist() == [7.0, 0.0, 0.0]
     assert algorithm.episode(data).flatten().tolist() == [0, 0, 0, 1]
 
 

@@ -20,7 +20,7 @@ from checks import metrics, same, saved
 from levin import resume
 from levin.algorithms.world_models import WorldModels
 from levin.algorithms.world_models_evolution import Evolution
-from levin.algorithms.world_models_networks import Controllers, Memory, LatentState, Mixture, Vision
+from levin.algorithms.world_models_networks import Controllers, LatentState, Memory, Mixture, Vision
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
 from levin.core.spaces import EMPTY
@@ -187,7 +187,7 @@ def test_memory_loss_by_hand():
             hidden, cell = algorithm.model.memory(inputs, hidden, cell)
             if batch["is_first"][row, t + 1] or batch["is_last"][row, t]:
                 continue
-            mixture, reward, end = algorithm.model.memory.foresee(hidden)
+            mixture, reward, end = algorithm.model.memory.predict_open_loop(hidden)
             nll += mixture.nll(z[row, t + 1][None]).item()
             rewards += (reward - batch["reward"][row, t + 1]).square().item()
             log = torch.nn.functional.logsigmoid
@@ -254,10 +254,10 @@ def test_the_same_controller_has_the_same_return_in_the_same_dreams():
     algorithm = make()
     algorithm.model.starts.random_(256)
     numbers = torch.randn(1, algorithm.controllers.size).expand(4, -1)
-    returns, length = algorithm.dreamt(numbers, [5, 6, 7])
+    returns, length = algorithm.evaluate_in_dreams(numbers, [5, 6, 7])
     assert returns.shape == length.shape == (4, 3)
     assert torch.equal(returns, returns[:1].expand(4, -1))
-    assert not torch.equal(returns, algorithm.dreamt(numbers, [8, 9, 10])[0])
+    assert not torch.equal(returns, algorithm.evaluate_in_dreams(numbers, [8, 9, 10])[0])
 
 
 def test_dreams_that_are_over_earn_nothing():
@@ -269,21 +269,21 @@ def test_dreams_that_are_over_earn_nothing():
             head.weight.zero_()
             head.bias.fill_(bias)
     numbers = torch.randn(2, algorithm.controllers.size)
-    assert algorithm.dreamt(numbers, [1])[0].flatten().tolist() == [18.0, 18.0]
+    assert algorithm.evaluate_in_dreams(numbers, [1])[0].flatten().tolist() == [18.0, 18.0]
     with torch.no_grad():
         memory.end_head.bias.fill_(50.0)
-    returns, length = algorithm.dreamt(numbers, [1])
+    returns, length = algorithm.evaluate_in_dreams(numbers, [1])
     assert returns.flatten().tolist() == [2.0, 2.0]
     assert length.flatten().tolist() == [1, 1]
     with torch.no_grad():
         memory.end_head.bias.fill_(math.log(0.25))  # a fifth
     algorithm.dream_length = 1000
-    lengths = algorithm.dreamt(numbers[:1], list(range(2000)))[1]
+    lengths = algorithm.evaluate_in_dreams(numbers[:1], list(range(2000)))[1]
     assert lengths.mean().item() == pytest.approx(5, abs=0.4)
     algorithm.model.end_weight, algorithm.end_weight = 10.0, 10.0  # how they were weighed is taken back
     with torch.no_grad():
         memory.end_head.bias.add_(math.log(10))
-    assert algorithm.dreamt(numbers[:1], list(range(2000)))[1].mean().item() == pytest.approx(5, abs=0.4)
+    assert algorithm.evaluate_in_dreams(numbers[:1], list(range(2000)))[1].mean().item() == pytest.approx(5, abs=0.4)
 
 
 # --- stages
@@ -376,7 +376,7 @@ def test_replay_keeps_what_the_encoder_makes_of_each_picture():
     data = algorithm.buffer.data
     assert data["is_last"].any()
     assert not data["latent"].any()
-    algorithm.encode()
+    algorithm.encode_buffer()
     expected = torch.cat(algorithm.model.vision.encode(data["observation"].flatten(0, 1)), -1)
     torch.testing.assert_close(data["latent"].flatten(0, 1), expected.detach())
 
@@ -393,9 +393,9 @@ def test_trials_that_a_resume_cut_short_are_made_again():
         after = {"reward": torch.ones(1, len(trials), 1), "done": done}
         return TensorDict({"trial": torch.tensor(trials).view(1, -1, 1), "next": after}, batch_size=(1, len(trials)))
 
-    algorithm.act(rollout([0, 0, 1], [1]))
+    algorithm.evolve_in_env(rollout([0, 0, 1], [1]))
     assert algorithm.returns == {0: 2.0}
-    algorithm.act(rollout([1, 2, 2], [2]))  # the episode of trial 1 was lost after two steps
+    algorithm.evolve_in_env(rollout([1, 2, 2], [2]))  # the episode of trial 1 was lost after two steps
     assert algorithm.trials.queue == [0, 1, 1]
     assert algorithm.spent == 1
     assert algorithm.evolution.fitness[0].tolist() == [2.0, 2.0]
@@ -405,13 +405,13 @@ def test_each_candidate_plays_as_often_as_it_has_to():
     algorithm = make("algo.controller_training=real", "algo.population=3", "algo.rollouts=2")
     trials = algorithm.trials
     trials.begin(torch.arange(6.0).view(3, 2), [0, 1, 2, 0, 1, 2])
-    trials.take(torch.tensor([True, True]))
+    trials.assign_next(torch.tensor([True, True]))
     assert trials.playing().tolist() == [[0, 1], [2, 3]]
     for first in ([False, True], [True, False], [True, True]):
-        trials.take(torch.tensor(first))
+        trials.assign_next(torch.tensor(first))
     assert trials.trial == [4, 5]
     assert trials.playing().tolist() == [[2, 3], [4, 5]]
-    trials.take(torch.tensor([True, False]))
+    trials.assign_next(torch.tensor([True, False]))
     assert trials.trial == [-1, 5]
     assert trials.playing().tolist() == [[0, 1], [4, 5]]
 
@@ -483,7 +483,7 @@ def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
     assert num > 3
     pictures = torch.from_numpy(np.concatenate(shown))
     z, _ = model.vision.encode(pictures)
-    action = model.encoded(torch.from_numpy(actions[:num, 0]))
+    action = model.encode_action(torch.from_numpy(actions[:num, 0]))
     first = torch.zeros(1, num, 1, dtype=torch.bool)
     hidden = model.memory.run(z[None, :-1], action[None], first)[0]
     wanted = torch.cat([z[1:], hidden], -1)
@@ -493,7 +493,9 @@ def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
     policy = algorithm.policy(deterministic=True).module
     with torch.inference_mode():
         for t in range(num):
-            policy.carry.action = policy.carry.action if t == 0 else model.encoded(torch.from_numpy(actions[t - 1]))
+            policy.carry.action = (
+                policy.carry.action if t == 0 else model.encode_action(torch.from_numpy(actions[t - 1]))
+            )
             policy(pictures[t : t + 1], torch.tensor([[t == 0]]))
             feature = LatentState(policy.carry.stoch, *policy.carry.deter.chunk(2, -1)).feature
             torch.testing.assert_close(feature, torch.from_numpy(seen[t]), rtol=1e-4, atol=1e-5)
@@ -539,18 +541,18 @@ def test_a_dreamer_s_dream(algo, env, words, tmp_path):
     assert np.isfinite(observation).all()
     assert np.isfinite(reward).all()
     assert observation.shape == (2, model.features)
-    mind = vector.env.mind
+    latent = vector.env.latent
     with torch.inference_mode():
-        encoded = model.encoded(torch.as_tensor(action))
-        drawn = [model.dream(mind, encoded, torch.randn(2, model.noise), 1.0)[0] for _ in range(300)]
-        cold = [model.dream(mind, encoded, torch.randn(2, model.noise), 1e-6)[0] for _ in range(3)]
+        encoded = model.encode_action(torch.as_tensor(action))
+        drawn = [model.imagine(latent, encoded, torch.randn(2, model.noise), 1.0)[0] for _ in range(300)]
+        cold = [model.imagine(latent, encoded, torch.randn(2, model.noise), 1e-6)[0] for _ in range(3)]
     assert all(torch.equal(each.deter, drawn[0].deter) for each in drawn), "deter is not drawn"
     assert all(torch.allclose(each.stoch, cold[0].stoch, atol=1e-2) for each in cold)
     mean = torch.stack([each.stoch for each in drawn]).mean(0)
     if algo == "dreamer":
         from levin.algorithms.dreamer_networks import to_gaussian
 
-        _, seed = model.transition(mind, model.into_action(encoded))
+        _, seed = model.transition(latent, model.into_action(encoded))
         wanted = to_gaussian(model.prior_head(seed)).mean
     else:
         wanted = model.prior(drawn[0].deter).exp().flatten(-2)

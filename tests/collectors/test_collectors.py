@@ -171,10 +171,10 @@ def test_statistics_come_out_of_the_loader():
     loader = CollectorLoader(collector, env, lambda: 0)
     for _ in range(3):
         next(loader)
-    row = loader.take()
+    row = loader.pop_metrics()
     assert row["episode/return"] == 6.0
     assert row["episode/length"] == 3.0
-    assert "episode/return" not in loader.take()
+    assert "episode/return" not in loader.pop_metrics()
 
 
 @pytest.mark.parametrize("name", ["vector"])

@@ -150,12 +150,12 @@ def test_episode_statistics_are_right(name, make):
     collector = make(name, "toy_envs:Counting-v0", 4, 7, Linear(), env={"length": 3})
     loader = CollectorLoader(collector, collector.env, lambda: 0)
     ended = [next(loader)["next", "done"].sum() for _ in range(10)]
-    row = loader.take()
+    row = loader.pop_metrics()
     assert row["episode/return"] == 6.0
     assert row["episode/length"] == 3.0
     assert row["episode/count"] == sum(ended)
     assert row["collect/policy_lag"] == 0.0
-    assert "collect/policy_lag" not in loader.take()
+    assert "collect/policy_lag" not in loader.pop_metrics()
     assert sum(collector.env.episodes) == sum(ended)
 
 
@@ -363,7 +363,7 @@ def test_the_adapter_gives_what_the_env_itself_does(target, batch):
     plain = getattr(toy_torchrl, target)(batch=batch)
     actions = torch.linspace(-0.5, 0.5, 10 * (batch or 1)).view(10, -1, 1)
     observation, _ = env.reset()
-    seed = env.seed_of(0, 0)
+    seed = env.episode_seed_of(0, 0)
     torch.manual_seed(seed)
     plain.set_seed(seed)
     now = plain.reset()

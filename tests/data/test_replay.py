@@ -124,7 +124,7 @@ def test_pixels_are_drawn_in_small_portions():
     vectors, pixels = replay.Replay(100, "memory"), replay.FrameReplay(1000, "memory", 4)
     pixels.extend(Camera(1, 4).rollout(50))
     assert pixels.transition_bytes == 5 * (16 + 4 * 8 + 8 + 4 + 1 + 1)
-    assert pixels.at_once(256) == 128
-    assert pixels.at_once(2**20) == 1
+    assert pixels.batches_per_draw(256) == 128
+    assert pixels.batches_per_draw(2**20) == 1
     vectors.extend(Camera(1, 4).rollout(50))
-    assert vectors.at_once(256) == 128
+    assert vectors.batches_per_draw(256) == 128

@@ -50,7 +50,7 @@ def test_frames_rewards_and_ends_are_those_of_gymnasium(game, name):
     plain = AtariPreprocessing(gym.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=0.0), noop_max=0)
     theirs = FrameStackObservation(plain, 4, padding_type="zero")
     observation, _ = env.reset()
-    expected, _ = theirs.reset(seed=env.seed_of(0, 0) >> 1)
+    expected, _ = theirs.reset(seed=env.episode_seed_of(0, 0) >> 1)
     rewards = ends = 0
     for action in random_actions(env, 1000 if game == "pong" else 400):
         assert np.array_equal(observation[0], expected)
@@ -63,7 +63,7 @@ def test_frames_rewards_and_ends_are_those_of_gymnasium(game, name):
             assert np.array_equal(observation[0], expected)  # the terminal one
             ends += 1
             observation, _ = env.reset(options={"reset_mask": np.array([True])})
-            expected, _ = theirs.reset(seed=env.seed_of(0, ends) >> 1)
+            expected, _ = theirs.reset(seed=env.episode_seed_of(0, ends) >> 1)
     assert rewards
     assert ends
     assert env.episodes == [ends]  # each game of an evaluation has its own seed
@@ -158,7 +158,7 @@ def test_what_is_reported_is_the_score_of_whole_games():
     assert len(games) > 3
     assert loader.lengths == [length for _, length, _ in sorted(games)]
     assert loader.returns == [score for *_, score in sorted(games)]
-    assert loader.take()["episode/return"] > 0
+    assert loader.pop_metrics()["episode/return"] > 0
 
 
 @pytest.mark.parametrize("reseed_every", [0, 200])
@@ -174,7 +174,7 @@ def test_games_resume_after_a_lost_life(reseed_every):
     assert state["collector"]["episodes"] == ([1, 1] if reseed_every == 0 else [0, 0])
     assert state["collector"]["lengths"] != state["open_length"]
     second.load_state_dict(state)
-    assert not second.strayed.any()
+    assert not second.not_replayed.any()
     assert bool((collect(second, range(5, 9)) == expected[:, 250:]).all())
     assert min(second.env.episodes) > max(state["collector"]["episodes"])
     straight, second = straight.state_dict(), second.state_dict()
@@ -234,7 +234,7 @@ def test_the_picture_is_that_of_the_game():
     env = make_env(settings("breakout", noop_max=0, use_fire_reset=False), seed=0, render=True)
     theirs = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0)
     env.reset()
-    frame, _ = theirs.reset(seed=env.seed_of(0, 0) >> 1)
+    frame, _ = theirs.reset(seed=env.episode_seed_of(0, 0) >> 1)
     assert np.array_equal(env.render()[0], frame)
     for action in random_actions(env, 30):
         env.step(action)

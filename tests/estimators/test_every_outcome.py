@@ -118,7 +118,7 @@ def test_straight_through_is_exact_for_what_is_multilinear(monkeypatch):
 
     pairs = torch.tensor(list(itertools.product(range(K), repeat=2)))  # [M, 2]
     leaf = logits.expand(len(pairs), 2, K).clone().requires_grad_()
-    monkeypatch.setattr(pathwise, "drawn", lambda _: one_hot(pairs, K).double().unsqueeze(0))
+    monkeypatch.setattr(pathwise, "sample_one_hot", lambda _: one_hot(pairs, K).double().unsqueeze(0))
     each = torch.autograd.grad(StraightThrough()(family(leaf), product).sum(), leaf)[0]
     probability = (one_hot(pairs, K) * logits.log_softmax(-1)).sum((-1, -2)).exp()
     mean = torch.einsum("m,mdk->dk", probability, each)
@@ -206,7 +206,7 @@ def test_temperatures_do_what_they_say(monkeypatch):
     leaf = LOGITS.clone().requires_grad_()
     draw = one_hot(torch.tensor(2), K).double()
     seen = []
-    monkeypatch.setattr(pathwise, "drawn", lambda logits: seen.append(logits.detach().clone()) or draw)
+    monkeypatch.setattr(pathwise, "sample_one_hot", lambda logits: seen.append(logits.detach().clone()) or draw)
     z = DecoupledStraightThrough(tau_forward=0.5, tau_backward=3.0).relaxed_sample(leaf)
     torch.testing.assert_close(seen[0], LOGITS / 0.5)
     found = torch.autograd.grad((z * WEIGHTS).sum(), leaf)[0]

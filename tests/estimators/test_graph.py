@@ -70,7 +70,7 @@ class Chain:
             if random[n]:
                 indices = indices.view(random[n], *graph.sizes, num)  # noqa: PLW2901
                 drawn = one_hot(indices, K).to(self.first)
-                monkeypatch.setattr(pathwise, "drawn", lambda _, drawn=drawn: drawn)
+                monkeypatch.setattr(pathwise, "sample_one_hot", lambda _, drawn=drawn: drawn)
                 log_probs = (drawn * logits[n].log_softmax(-1)).sum(-1)
                 probability = probability + log_probs.detach().reshape(-1, num).sum(0)
             dist = Given(logits[n], indices)

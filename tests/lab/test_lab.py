@@ -8,7 +8,7 @@ import torch
 from levin.core.errors import ConfigError
 from levin.estimators import LeaveOneOut, ReinMax, ScoreFunction, StraightThrough
 from levin.lab import measure, problems
-from levin.lab.digits import test_loss, train_autoencoder
+from levin.lab.digits import train_autoencoder
 
 
 def rows_of(path):
@@ -17,7 +17,9 @@ def rows_of(path):
 
 
 def test_it_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "problems", lambda: [problems.single_coin(), problems.choice_of_five(), problems.gaussian_mean()])
+    monkeypatch.setattr(
+        measure, "all_problems", lambda: [problems.single_coin(), problems.choice_of_five(), problems.gaussian_mean()]
+    )
     measure.lab(out=str(tmp_path), rows=300)
     found = {(row["problem"], row["estimator"]): row for row in rows_of(tmp_path / "lab.csv")}
     assert float(found["a choice of five", "exact"]["variance"]) < 1e-12
@@ -67,5 +69,5 @@ def test_the_problems_gradients():
 )
 def test_the_autoencoder_of_digits(estimator, elbo):
     """Beside what a first implementation gave, within 0.6 nats over three seeds."""
-    found = [test_loss(train_autoencoder(estimator, seed)) for seed in range(3)]
+    found = [evaluate_autoencoder(train_autoencoder(estimator, seed)) for seed in range(3)]
     assert sum(found) / 3 == pytest.approx(elbo, abs=0.6)

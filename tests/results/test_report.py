@@ -196,7 +196,7 @@ def test_a_stored_policy_earns_what_its_summary_says():
     algorithm = load_algorithm(cell)
     returns, _ = evaluate(algorithm.policy(deterministic=True), env, cfg.eval.episodes)
     env.close()
-    facts, here = read_provenance(cell), provenance.collect()
+    facts, here = read_provenance(cell), provenance.collect_provenance()
     same = all(facts[key] == here[key] for key in ("processor", "cpu_capability", "versions"))
     assert np.mean(returns) == pytest.approx(stored.return_mean[-1], rel=1e-9 if same else 0.05)
     summary = json.loads((cell / SUMMARY).read_text())
@@ -219,8 +219,8 @@ def reference(**changes):
 def test_a_dream_is_scored_at_its_end_though_env_steps_stand_still():
     stands = Curve(np.array([100, 400, 400, 400]), np.array([1.0, 2.0, 3.0, 4.0]), np.zeros(4))
     assert score_seeds({0: stands}, {}, reference()).tolist() == [4]
-    goes_on = Curve(np.append(stands.env_steps, 500), np.append(stands.return_mean, 9), np.zeros(5))
-    assert goes_on.until(400).return_mean.tolist() == goes_on.until(350).return_mean.tolist() == [1, 2, 3, 4]
+    continues = Curve(np.append(stands.env_steps, 500), np.append(stands.return_mean, 9), np.zeros(5))
+    assert continues.until(400).return_mean.tolist() == continues.until(350).return_mean.tolist() == [1, 2, 3, 4]
     grid, returns = align_curves([stands, stands])
     assert grid.tolist() == [100, 400, 400, 400]
     assert returns.tolist() == 2 * [[1, 2, 3, 4]]

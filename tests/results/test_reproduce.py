@@ -94,7 +94,7 @@ def work_in_a_copy(original, folder, patch):
 
 
 def say(run, **facts):
-    (run / "provenance.json").write_text(json.dumps({**run_folder.sessions(run), **facts}))
+    (run / "provenance.json").write_text(json.dumps({**run_folder.read_provenance(run), **facts}))
 
 
 def judged(cell, folders):
@@ -108,7 +108,7 @@ def test_a_first_run_is_judged_by_the_published_number(made):
     assert sorted(each.name for each in batch.iterdir()) == ["s0", "s1", "s2", "verdict.json"]
     assert json.loads((batch / "verdict.json").read_text())["verdict"] == "reproduced"
     assert not (cell / CURVES).exists()  # only STORE=1 writes
-    assert run_folder.sessions(batch / "s0")["threads"] == 1
+    assert run_folder.read_provenance(batch / "s0")["threads"] == 1
 
 
 def test_what_is_stored_is_whole_and_the_same_run_is_identical(stored):

@@ -69,7 +69,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_pa
         folder = tmp_path / str(k) / "checkpoints"
         folder.mkdir(parents=True)
         done = stop_at(k)
-        whole = checkpoint.numbered(folder)
+        whole = checkpoint.list_checkpoints(folder)
         renames = [i for i, name in enumerate(done) if name == "rename"]
         assert len(whole) >= min(2, len(renames))
         for each in whole:
@@ -79,7 +79,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_pa
             assert torch.equal(loaded["weights"], torch.full((100,), float(step)))
             stored = torch.cat(list(loaded["buffer"]["data"]))["observation"].flatten()
             assert stored.tolist() == list(range(max(0, step - 20), step))
-        checkpoint.clean(folder)
+        checkpoint.remove_partial(folder)
         assert {each.name for each in folder.iterdir()} <= {"8", "16", "24", "last"}
         if done[-1:] == ["end"]:
             break

@@ -37,13 +37,13 @@ def damage(path: Path, how: str) -> None:
 def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what, finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
-    for folder in checkpoint.numbered(run / "checkpoints"):
+    for folder in checkpoint.list_checkpoints(run / "checkpoints"):
         for file in (folder / "buffer").iterdir():  # a copy has lost the links between the checkpoints
             first = next(run.glob(f"checkpoints/*/buffer/{file.name}"))
             if not first.samefile(file):
                 file.unlink()
                 file.hardlink_to(first)
-    newest, before = checkpoint.numbered(run / "checkpoints")[::-1][:2]
+    newest, before = checkpoint.list_checkpoints(run / "checkpoints")[::-1][:2]
     path = (
         newest / what
         if what != "buffer"
@@ -58,7 +58,7 @@ def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what,
         else:
             pytest.skip("the flipped bit left the manifest readable: the sums in it are then compared")
     with pytest.raises(CheckpointError) as error:
-        checkpoint.newest(newest, buffer=True)
+        checkpoint.newest_checkpoint(newest, buffer=True)
     assert str(newest) in str(error.value)
     assert "\n" not in str(error.value)
     capsys.readouterr()
@@ -75,7 +75,7 @@ def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what,
 def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
-    newest = checkpoint.numbered(run / "checkpoints")[-1]
+    newest = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     shutil.copytree(newest, newest.with_name(f"{newest.name}.damaged"))
     damage(newest / "state.ckpt", "empty")
     resume.resume(run=str(run), total_env_steps=352)
@@ -116,7 +116,7 @@ def test_a_run_may_have_a_number_for_a_name(finished, tmp_path):
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
-    for folder in checkpoint.numbered(run / "checkpoints"):
+    for folder in checkpoint.list_checkpoints(run / "checkpoints"):
         damage(folder / "state.ckpt", "empty")
     with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
         resume.resume(run=str(run), total_env_steps=384)
@@ -131,7 +131,7 @@ def test_a_malicious_pickle_is_not_executed(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("LEVIN_TEST_EVIL", str(tmp_path / "executed"))
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
-    for folder in checkpoint.numbered(run / "checkpoints"):
+    for folder in checkpoint.list_checkpoints(run / "checkpoints"):
         for file in (folder / "state.ckpt", sorted((folder / "buffer").iterdir())[-1]):
             torch.save({"evil": Evil()}, file)
             manifest = json.loads((folder / "manifest.json").read_text())
@@ -145,7 +145,7 @@ def test_a_malicious_pickle_is_not_executed(finished, tmp_path, monkeypatch):
     with pytest.raises(ConfigError):
         resume.resume(run=str(run), total_env_steps=384)
     with pytest.raises(ConfigError):
-        checkpoint.env_steps_and_wandb_id(checkpoint.numbered(run / "checkpoints")[-1] / "state.ckpt")
+        checkpoint.env_steps_and_wandb_id(checkpoint.list_checkpoints(run / "checkpoints")[-1] / "state.ckpt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -161,7 +161,7 @@ def _crc32(file: Path) -> int:
 def test_another_format_or_algorithm_is_refused_and_not_taken_for_damage(key, value, sentence, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
-    newest = checkpoint.numbered(run / "checkpoints")[-1]
+    newest = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps({**manifest, key: value}))
     with pytest.raises(ConfigError, match=sentence):

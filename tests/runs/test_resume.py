@@ -114,7 +114,7 @@ def test_a_new_process_continues_a_killed_one(env, tmp_path):
     words = (*TINY, f"env={env}", "trainer.threads=1", "total_env_steps=2560", "checkpoint.every=150", "eval.every=700")
     train(compose([*words]), tmp_path / "straight")
     process = start("train", *words, f"run={tmp_path / 'killed'}")
-    until(lambda: checkpoint.numbered(tmp_path / "killed" / "checkpoints"), process)
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "killed" / "checkpoints"), process)
     time.sleep(random.Random(env).random())
     process.kill()
     process.communicate(timeout=300)
@@ -142,7 +142,7 @@ def test_a_signal_saves_and_the_run_goes_on_where_it_was(name, tmp_path, capfd):
     said = capfd.readouterr()
     assert f"levin: {name}" in said.err
     assert "to go on: make resume" in said.out
-    (only,) = checkpoint.numbered(tmp_path / "stopped" / "checkpoints")
+    (only,) = checkpoint.list_checkpoints(tmp_path / "stopped" / "checkpoints")
     total = max(1280, int(only.name) + 64)
     if total > 1280:  # a fast machine: compare with as long a run
         shutil.rmtree(tmp_path / "straight")
@@ -164,7 +164,7 @@ def test_a_signal_to_every_process_of_an_async_run_saves_and_exits_with_0(name, 
     said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "to go on: make resume" in said[0]
-    assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
+    assert checkpoint.newest_checkpoint(tmp_path / "run", buffer=True).is_file()
 
 
 def test_ctrl_c_that_also_ends_the_pipe_saves(tmp_path):
@@ -176,13 +176,13 @@ def test_ctrl_c_that_also_ends_the_pipe_saves(tmp_path):
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(300) == 0
-    assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
+    assert checkpoint.newest_checkpoint(tmp_path / "run", buffer=True).is_file()
 
 
 def test_no_second_process_trains_in_the_same_folder(tmp_path):
     words = (*TINY, "trainer.threads=1", "total_env_steps=1_000_000_000", "checkpoint.every=64")
     process = start("train", *words, f"run={tmp_path / 'run'}")
-    until(lambda: checkpoint.numbered(tmp_path / "run" / "checkpoints"), process)
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"), process)
     second = start("resume", f"run={tmp_path / 'run'}")
     _, said = second.communicate(timeout=300)
     assert second.returncode == 2
@@ -196,7 +196,7 @@ def test_no_second_process_trains_in_the_same_folder(tmp_path):
 def test_a_signal_in_the_last_evaluation_exits_with_0(tmp_path):
     words = (*TINY, "env=gym", "env.id=signal_env:Slow-v0", "env.action=rescale", "total_env_steps=64", "log_every=64")
     process = start("train", *words, f"run={tmp_path / 'run'}", "eval.every=1_000_000", "checkpoint.every=64")
-    until(lambda: checkpoint.numbered(tmp_path / "run" / "checkpoints"), process)
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"), process)
     time.sleep(0.3)
     process.send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=300)
@@ -210,23 +210,23 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
         *("train", *TINY, "env=gym", f"env.id={module}", "env.action=rescale", "checkpoint.every=40"),
         *("total_env_steps=1_000_000", f"run={tmp_path / 'run'}"),
     )
-    until(lambda: checkpoint.numbered(tmp_path / "run" / "checkpoints"), process)
-    before = [each.name for each in checkpoint.numbered(tmp_path / "run" / "checkpoints")]
+    until(lambda: checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"), process)
+    before = [each.name for each in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGINT  # and not 0, as after the three seconds of this iteration
-    assert [each.name for each in checkpoint.numbered(tmp_path / "run" / "checkpoints")] == before
-    assert checkpoint.newest(tmp_path / "run", buffer=True).is_file()
+    assert [each.name for each in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == before
+    assert checkpoint.newest_checkpoint(tmp_path / "run", buffer=True).is_file()
 
 
 def test_max_time_saves_and_every_session_has_its_own(tmp_path):
     words = [*TINY, "+trainer.max_time=00:00:00:01", "total_env_steps=1_000_000", "checkpoint.every=1_000_000"]
     train(compose(words), tmp_path / "run")
-    first = int(checkpoint.numbered(tmp_path / "run" / "checkpoints")[-1].name)
+    first = int(checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name)
     resume.resume(run=str(tmp_path / "run"))
-    second = int(checkpoint.numbered(tmp_path / "run" / "checkpoints")[-1].name)
+    second = int(checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name)
     assert second - first > 32  # had the time of the first been used up for both, one iteration would have ended it
     train(compose([*TINY, f"total_env_steps={second}"]), tmp_path / "straight")
     rows = metrics(tmp_path / "run")
@@ -307,14 +307,14 @@ def test_what_may_change_is_printed_and_changes_no_number(finished, tmp_path, ca
     for key in ("state_dict", "optimizer_states", "rng", "buffer", "loops"):
         assert same(saved(run)[key], saved(tmp_path / "straight")[key]), key
     assert metrics(run) == metrics(tmp_path / "straight")
-    assert len(checkpoint.numbered(run / "checkpoints")) >= 5
+    assert len(checkpoint.list_checkpoints(run / "checkpoints")) >= 5
 
 
 def test_rows_that_were_logged_after_the_checkpoint_are_written_once(tmp_path):
     words = [*TINY, "checkpoint.every=200", "total_env_steps=640"]
     train(compose(words), tmp_path / "straight")
     shutil.copytree(tmp_path / "straight", tmp_path / "killed", symlinks=True)
-    checkpoint.discard(checkpoint.numbered(tmp_path / "killed" / "checkpoints")[-1])
+    checkpoint.discard(checkpoint.list_checkpoints(tmp_path / "killed" / "checkpoints")[-1])
     facts = json.loads((tmp_path / "killed" / "provenance.json").read_text())
     (tmp_path / "killed" / "provenance.json").write_text(json.dumps({**facts, "env_steps": None}))
     with (tmp_path / "killed" / "metrics.csv").open("a") as file:

@@ -67,7 +67,7 @@ def test_a_preempted_job_is_requeued_and_continues_its_run(slurm, tmp_path, caps
     assert slurm.told() == "requeue 77\n"
     assert "levin: job 77 is requeued" in capsys.readouterr().err
     (run,) = (tmp_path / "runs" / "sac_pendulum").iterdir()
-    assert [each.name for each in checkpoint.numbered(run / "checkpoints")][-1] == "128"
+    assert [each.name for each in checkpoint.list_checkpoints(run / "checkpoints")][-1] == "128"
     slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
     assert slurm.train(*WORDS, *PREEMPT) == 0
     assert slurm.told() == "requeue 77\n"
@@ -86,7 +86,7 @@ def test_a_requeued_job_finds_its_run_only(slurm, tmp_path):
     assert slurm.train(*WORDS, *PREEMPT, "run=run") == 2
     slurm.patch.setenv("SLURM_JOB_ID", "77")
     assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
-    assert run_folder.sessions(tmp_path / "run")["env_steps"] == 320
+    assert run_folder.read_provenance(tmp_path / "run")["env_steps"] == 320
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_only_sigusr1_to_rank_0_of_a_job_requeues(slurm, name, environment, told
         slurm.patch.setenv(key, value) if value else slurm.patch.delenv(key)
     assert slurm.train(*WORDS, *PREEMPT, f"+callbacks.preempt.name={name}", "run=run") == 0
     assert slurm.told() == told
-    assert checkpoint.newest(Path("run"), buffer=True).parent.name == "128"
+    assert checkpoint.newest_checkpoint(Path("run"), buffer=True).parent.name == "128"
 
 
 def test_a_signal_before_the_training_requeues_at_once(slurm):
-    slurm.patch.setattr("levin.train.run_folder.folder", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    slurm.patch.setattr("levin.train.run_folder.new_run_path", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
     assert slurm.train(*WORDS) == 0
     assert slurm.told() == "requeue 77\n"
     assert not Path("runs").exists()
@@ -124,7 +124,7 @@ def test_a_requeue_that_fails_is_one_sentence(slurm, reason, capsys):
         slurm.patch.setenv("PATH", str(slurm.folder))  # there may be a true one
     assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
     assert capsys.readouterr().err.splitlines()[-1] == f"levin: scontrol requeue 77 failed: {reason}"
-    assert checkpoint.newest(Path("run"), buffer=True).is_file()
+    assert checkpoint.newest_checkpoint(Path("run"), buffer=True).is_file()
 
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -140,7 +140,7 @@ def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
 def check_sweep(folder: Path) -> None:
     """One of the two runs was preempted and continued, and is the other one."""
     straight, preempted = sorted(folder.glob("runs/sweep_*/*/s0"))
-    assert [len(run_folder.sessions(run)["resumed"]) for run in (straight, preempted)] == [0, 1]
+    assert [len(run_folder.read_provenance(run)["resumed"]) for run in (straight, preempted)] == [0, 1]
     assert_same_run(straight, preempted)
 
 

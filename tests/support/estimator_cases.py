@@ -73,7 +73,7 @@ def every_outcome(monkeypatch, estimator, function=square, draws: int | None = N
     indices = torch.tensor(list(itertools.product(range(K), repeat=num))).T.reshape(num, -1)  # [num, M]
     leaf = LOGITS.expand(indices.shape[1], K).clone().requires_grad_()
     probability = LOGITS.log_softmax(-1)[indices].sum(0).exp()
-    monkeypatch.setattr(pathwise, "drawn", lambda _: one_hot(indices, K).double())
+    monkeypatch.setattr(pathwise, "sample_one_hot", lambda _: one_hot(indices, K).double())
     surrogate = estimator(Given(leaf, indices), function)
     return torch.autograd.grad(surrogate.sum(), leaf)[0], probability
 

@@ -25,7 +25,7 @@ def run_and_fail(words: tuple[str, ...], run: Path, monkeypatch, capsys) -> str:
 
 
 def whole(run: Path) -> list[int]:
-    folders = checkpoint.numbered(run / "checkpoints")
+    folders = checkpoint.list_checkpoints(run / "checkpoints")
     for folder in folders:
         checkpoint.verify(folder, buffer=True)
     return [int(folder.name) for folder in folders]

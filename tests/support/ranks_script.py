@@ -13,7 +13,7 @@ from levin.algorithms.base import standardize
 from levin.config.compose import compose
 from levin.estimators import pathwise
 from levin.nn.normalizers import RunningMoments
-from levin.training.session import build_run, train_rank, train
+from levin.training.session import build_run, train, train_rank
 from rows import LATE, ROWS, Row
 from short_runs import SMALL
 

@@ -72,9 +72,9 @@ def graphs():
         return record(*args)
 
     with (
-        patch.object(cuda_graphs, "possible", lambda _: True),
-        patch.object(cuda_graphs, "aside", nullcontext),
-        patch.object(cuda_graphs, "record", noted),
+        patch.object(cuda_graphs, "can_capture", lambda _: True),
+        patch.object(cuda_graphs, "on_stream", nullcontext),
+        patch.object(cuda_graphs, "capture_graph", noted),
         patch.object(torch.cuda, "Stream", lambda _: None),
         patch("torch.optim.rmsprop._get_capturable_supported_devices", lambda *_, **__: ["cpu"]),
     ):

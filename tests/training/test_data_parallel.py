@@ -145,7 +145,7 @@ def test_a_killed_run_takes_its_ranks_with_it_and_goes_on(running):
     process.kill()
     process.wait(60)
     wait_until(lambda: gone(other), 60)
-    (*_, newest) = checkpoint.numbered(run / "checkpoints")
+    (*_, newest) = checkpoint.list_checkpoints(run / "checkpoints")
     resume.resume(run=str(run), total_env_steps=int(newest.name) + 64)
     checkpoint.verify(run / "checkpoints" / "last", buffer=True)
 
@@ -160,7 +160,7 @@ def test_a_signal_saves_and_leaves_nobody(number, running):
     assert "Traceback" not in said
     assert said.count("the run is saved and ends") == 1
     assert gone(other)
-    assert checkpoint.newest(run, buffer=True).is_file()
+    assert checkpoint.newest_checkpoint(run, buffer=True).is_file()
 
 
 @pytest.mark.slow

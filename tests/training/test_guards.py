@@ -187,5 +187,5 @@ def test_a_kill_while_a_run_begins_leaves_nothing_that_is_in_the_way(tmp_path, m
             train(compose([*WORDS]), tmp_path / "run")
     assert all(each.name.startswith(".") for each in (tmp_path / "run").iterdir())
     cfg = compose([*WORDS, f"run={tmp_path / 'run'}", "total_env_steps=64"])
-    train(cfg, run_folder.folder(cfg))
+    train(cfg, run_folder.new_run_path(cfg))
     assert whole(tmp_path / "run") == [64]

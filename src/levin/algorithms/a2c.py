@@ -47,7 +47,7 @@ class A2C(Algorithm):
     """Advantage actor-critic over N envs at once, for vectors and pixels.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. RL Baselines3 Zoo: 0.99, as for all that follows.
         gae_lambda: Decay of GAE; 1.0 is the n-step return.
         optimizer: RMSprop.

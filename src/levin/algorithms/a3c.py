@@ -51,7 +51,7 @@ class A3C(Algorithm):
     """Asynchronous advantage actor-critic.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. The paper: 0.99.
         gae_lambda: Decay of GAE; 1.0 is the paper's n-step return.
         optimizer: With shared statistics: `rmsprop` or `adam`. The paper: RMSprop, by far the most robust.

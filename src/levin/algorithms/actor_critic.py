@@ -66,7 +66,7 @@ class ActorCritic(Algorithm):
     No published run has these forms on these envs: the values are ours.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount.
         critic: What weighs an action: `q`, Q(s,a); or `advantage`, the error of V over one step.
         online: One env, one step, one update of the critic, one of the actor.

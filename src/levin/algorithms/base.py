@@ -67,7 +67,7 @@ class Algorithm(LightningModule):
     `trainer.global_step` counts calls of `optimizer.step`, so it is never used: `env_steps` and `updates` are ours.
 
     Args:
-        env: Spaces and normalisation of the env (`levin.envs.factory.describe`); plain values.
+        env: Spaces and normalisation of the env (`levin.envs.factory.describe_env`); plain values.
 
     Raises:
         ConfigError: The algorithm can't act in that action space, or read that observation.
@@ -151,7 +151,9 @@ class Algorithm(LightningModule):
         if isinstance(self.steps_per_iteration, WholeEpisodes):  # of which others have had longer or shorter ones
             self.env_steps += int(distributed.all_reduce_number(batch.shape.numel()))
         else:
-            self.env_steps += batch.shape.numel() * distributed.world_size()  # of a TensorDict that is empty, numel is 1
+            self.env_steps += (
+                batch.shape.numel() * distributed.world_size()
+            )  # of a TensorDict that is empty, numel is 1
         self.iterations += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
@@ -182,7 +184,7 @@ class Algorithm(LightningModule):
         """Called with every evaluation, on the first rank: pictures in `folder`, and more numbers for the row."""
         return {}
 
-    def dream_of(self, observation: Any, length: int) -> Tensor | None:
+    def imagine_pictures(self, observation: Any, length: int) -> Tensor | None:
         """Pictures `[length, C, H, W]` uint8 of a dream that begins with an observation `[1, *S]`; None: none."""
         return None
 
@@ -234,7 +236,7 @@ class Algorithm(LightningModule):
             total, count = self.recorded.get(name, (0, 0))
             self.recorded[name] = (total + value.detach(), count + 1)
 
-    def take(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """The means since the last call, and the seconds spent. The one place that waits for the device."""
         row = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
         if distributed.world_size() > 1:
@@ -262,7 +264,7 @@ class Algorithm(LightningModule):
         assert self.buffer is not None
         due = int(self.replay_ratio * max(0, self.env_steps - self.learning_starts)) - self.updates
         while due > 0:
-            num = min(due, self.buffer.at_once(self.batch_size))
+            num = min(due, self.buffer.batches_per_draw(self.batch_size))
             start = perf_counter()
             batches = self.normalize(self.buffer.sample(num, self.batch_size, self.device)).unbind(0)
             self.sample_seconds += perf_counter() - start
@@ -286,11 +288,11 @@ class Algorithm(LightningModule):
         # Only now is the device of the buffer known. Without its files (`load_from_checkpoint`) it is empty.
         self.recorded = {name: (total.to(self.device), count) for name, (total, count) in self.recorded.items()}
         if isinstance(self.reward_normalizer, RewardNormalizer):  # an episode that did not replay is over
-            strayed = torch.as_tensor(self.trainer.train_dataloader.strayed)  # type: ignore[union-attr]
-            self.reward_normalizer.running_return[strayed] = 0
+            not_replayed = torch.as_tensor(self.trainer.train_dataloader.not_replayed)  # type: ignore[union-attr]
+            self.reward_normalizer.running_return[not_replayed] = 0
         if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:
             self.buffer.load_state_dict(self._saved_buffer, self.device)
-            self.buffer.restart(torch.as_tensor(self.trainer.train_dataloader.strayed))  # type: ignore[union-attr]
+            self.buffer.restart(torch.as_tensor(self.trainer.train_dataloader.not_replayed))  # type: ignore[union-attr]
             self._saved_buffer = None
         if cuda_graphs.can_capture(self.device):
             for name in self.captured:

@@ -52,7 +52,7 @@ class DDPG(Algorithm):
     """DDPG: a deterministic actor that is trained through its critic.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. Paper, section 7: 0.99.
         tau: Step of the targets towards actor and critic. Tianshou: 0.005. Paper: 0.001.
         actor_lr: Adam. Tianshou: 1e-3. Paper: 1e-4.

@@ -47,7 +47,7 @@ from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegative
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import EpsilonGreedy, Greedy
-from levin.nn.networks import mlp, as_float32, make_trunk
+from levin.nn.networks import as_float32, make_trunk, mlp
 from levin.nn.parameters import flatten_parameters
 
 
@@ -55,7 +55,7 @@ class DQN(Algorithm):
     """Deep Q-network with a target network, experience replay and epsilon-greedy exploration.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. Paper, extended data table 1: 0.99.
         lr: Adam. CleanRL: 2.5e-4, as the paper's RMSprop.
         tau: Step of the target towards Q. Paper: 1, a copy.

@@ -59,7 +59,7 @@ from levin.data import returns
 from levin.data.sequences import SequenceReplay, check_learning_starts
 from levin.model_based import open_loop
 from levin.model_based.recurrent import Carry, OneHotAction, RecurrentPolicy, State
-from levin.nn.networks import mlp, as_float32
+from levin.nn.networks import as_float32, mlp
 from levin.nn.parameters import freeze
 
 # deter, stoch, hidden, units
@@ -70,7 +70,7 @@ class Dreamer(Algorithm):
     """World model, and an actor-critic that learns in its dreams.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. Paper: 0.99, as for all that follows.
         return_lambda: Decay of the lambda-return: 0.95.
         horizon: Imagined steps, H: 15.
@@ -176,7 +176,7 @@ class Dreamer(Algorithm):
         self.buffer = SequenceReplay(env, buffer_size, buffer_storage, batch_length)
         self.model_parameters, self.critic_parameters = list(self.model.parameters()), list(self.critic.parameters())
         if compile:
-            self.compile_losses("model_loss", "dream")
+            self.compile_losses("model_loss", "imagination_losses")
             self.capture("update")
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -204,12 +204,14 @@ class Dreamer(Algorithm):
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         if len(self.buffer) < self.batch_length:
             return {}
-        return open_loop.evaluate_open_loop(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
+        return open_loop.evaluate_open_loop(
+            self.buffer, self.device, self.predict_open_loop, folder / f"{self.env_steps}.png"
+        )
 
-    def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
+    def predict_open_loop(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
         """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
         seen = [window[key][:, : open_loop.CONTEXT] for key in ("observation", "action", "is_first")]
-        states, _, _ = self.model.observe(*seen)
+        states, _, _ = self.model.observe_sequence(*seen)
         features, state = list(states.feature.unbind(1)), State(*(part[:, -1] for part in states))
         for t in range(open_loop.CONTEXT - 1, window.shape[1] - 1):
             state = self.model.imagine_step(state, window["action"][:, t])
@@ -232,7 +234,7 @@ class Dreamer(Algorithm):
         model_loss = self.kl_scale * self.with_free_nats(kl) + loss
         self.step(self.model_optimizer, model_loss, self.max_grad_norm)
         with freeze([*self.model_parameters, *self.critic_parameters]):
-            actor_loss, feature, target, weight, entropy = self.dream(start)
+            actor_loss, feature, target, weight, entropy = self.imagination_losses(start)
             self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
         value_loss = self.value_loss(feature, target, weight)
         self.step(self.critic_optimizer, value_loss, self.max_grad_norm)
@@ -251,7 +253,7 @@ class Dreamer(Algorithm):
         Gaussians of variance 1, without their constant; a continue is gamma (1 - terminated). Also gives the states
         `[B T, *]` to dream from, which have no gradient any more, and the terms.
         """
-        states, posterior, prior = self.model.observe(batch["observation"], batch["action"], batch["is_first"])
+        states, posterior, prior = self.model.observe_sequence(batch["observation"], batch["action"], batch["is_first"])
         feature = states.feature.flatten(0, 1)  # [B, T, F] -> [B T, F]
         observation, reward, is_terminal = (
             batch[key].flatten(0, 1) for key in ("observation", "reward", "is_terminal")
@@ -274,7 +276,7 @@ class Dreamer(Algorithm):
         start = {name: each.detach().flatten(0, 1) for name, each in states._asdict().items()}
         return kl, loss, start | {"alive": ~is_terminal}, terms
 
-    def dream(self, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def imagination_losses(self, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`actor_loss` of a dream, and what the critic learns from: features `[N, H-1, F]`, targets and weights.
 
         What begins where an episode has ended counts for nothing.
@@ -308,13 +310,13 @@ class Dreamer(Algorithm):
         """
         reward, value = as_float32(self.model.reward_model(feature)), as_float32(self.critic(feature))
         if self.model.continue_model is None:
-            goes_on = torch.full_like(reward, self.gamma)
+            continues = torch.full_like(reward, self.gamma)
         else:
-            goes_on = as_float32(self.model.continue_model(feature)).sigmoid()
-        one_step = reward[:, :-1] + goes_on[:, :-1] * (1 - self.return_lambda) * value[:, 1:]
-        decay = self.return_lambda * goes_on[:, :-1]
+            continues = as_float32(self.model.continue_model(feature)).sigmoid()
+        one_step = reward[:, :-1] + continues[:, :-1] * (1 - self.return_lambda) * value[:, 1:]
+        decay = self.return_lambda * continues[:, :-1]
         target = returns.discounted_sum(torch.cat([one_step, value[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1))
-        weight = torch.cat([torch.ones_like(goes_on[:, :1]), goes_on[:, :-2]], 1).detach().cumprod(1)
+        weight = torch.cat([torch.ones_like(continues[:, :1]), continues[:, :-2]], 1).detach().cumprod(1)
         return target[:, :-1], weight
 
     def actor_loss(

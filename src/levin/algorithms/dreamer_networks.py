@@ -13,7 +13,7 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec, Space
 from levin.model_based.recurrent import OneHotAction, State, sample_episode_end, stack_steps
 from levin.nn.distributions import OneHot, SquashedNormal
-from levin.nn.networks import action_size, mlp, as_float32
+from levin.nn.networks import action_size, as_float32, mlp
 
 MIN_STD = 0.1  # of a latent
 MEAN_SCALE = 5.0  # of the policy before it is squashed
@@ -29,11 +29,11 @@ class GaussianState(NamedTuple):
         """Reparameterised."""
         return torch.addcmul(self.mean, self.std, torch.randn_like(self.mean))
 
-    def detach(self) -> "Belief":
+    def detach(self) -> "GaussianState":
         """The same, without a gradient."""
         return GaussianState(self.mean.detach(), self.std.detach())
 
-    def kl(self, other: "Belief") -> Tensor:
+    def kl(self, other: "GaussianState") -> Tensor:
         """KL(self || other), summed over S: `[...]`."""
         variance = (self.std / other.std).square()
         return (0.5 * (variance + ((self.mean - other.mean) / other.std).square() - 1 - variance.log())).sum(-1)
@@ -155,7 +155,7 @@ class WorldModel(nn.Module):
         self.reward_model = mlp([self.features, units, units, 1], activation)
         self.continue_model = mlp([self.features, units, units, units, 1], activation) if gamma else None
 
-    def initial(self, batch: int, like: Tensor) -> State:
+    def zero_state(self, batch: int, like: Tensor) -> State:
         """Nothing is known: zeros `[B, *]`."""
         return State(like.new_zeros(batch, self.deter), like.new_zeros(batch, self.stoch))
 
@@ -200,7 +200,9 @@ class WorldModel(nn.Module):
         x = embedded.clone() if self.from_deter is None else embedded + self.from_deter(deter)
         return to_gaussian(self.posterior_head(self.act(x)))
 
-    def observe(self, observation: Tensor, action: Tensor, is_first: Tensor) -> tuple[State, GaussianState, GaussianState]:
+    def observe_sequence(
+        self, observation: Tensor, action: Tensor, is_first: Tensor
+    ) -> tuple[State, GaussianState, GaussianState]:
         """The states `[B, T, *]` that a sequence of records leads to, their posteriors and priors.
 
         What does not depend on the state before is computed for all times at once.
@@ -212,11 +214,11 @@ class WorldModel(nn.Module):
         """
         embedded = self.embed(observation.flatten(0, 1)).unflatten(0, is_first.shape[:2]).unbind(1)
         before = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1) * ~is_first
-        from_action, goes_on = self.into_action(before).unbind(1), (~is_first).unbind(1)
-        state = self.initial(len(action), action)
+        from_action, continues = self.into_action(before).unbind(1), (~is_first).unbind(1)
+        state = self.zero_state(len(action), action)
         states, posteriors, seeds = [], [], []
         for t in range(len(embedded)):
-            state = State(state.deter * goes_on[t], state.stoch * goes_on[t])
+            state = State(state.deter * continues[t], state.stoch * continues[t])
             deter, seed = self.transition(state, from_action[t])
             posterior = self.posterior(deter, embedded[t])
             state = State(deter, posterior.sample())
@@ -244,21 +246,21 @@ class WorldModel(nn.Module):
         """Standard normal numbers that a step of a dream takes."""
         return self.stoch + 1
 
-    def encoded(self, action: Tensor) -> Tensor:
+    def encode_action(self, action: Tensor) -> Tensor:
         """Actions of a policy as the model reads them: `[N, A]` in [-1, 1]."""
         return self.one_hot.encode(action) if self.one_hot else action.clamp(-1, 1)
 
-    def begin(self, observation: Any) -> State:
+    def initial_state(self, observation: Any) -> State:
         """The state at the first observation of an episode."""
         num = len(next(iter(self.of(observation).values())))
         nothing = self.into_stoch.weight.new_zeros(num, self.actions)
-        return self.see(self.initial(num, nothing), nothing, observation)
+        return self.observe(self.zero_state(num, nothing), nothing, observation)
 
-    def see(self, state: State, action: Tensor, observation: Any) -> State:
+    def observe(self, state: State, action: Tensor, observation: Any) -> State:
         """The state after an action and the observation that it led to: the mean of q."""
         return self.step(state, action, observation, sample=False)
 
-    def dream(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
+    def imagine(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
         """The state after an action, its reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
 
         Args:
@@ -272,7 +274,9 @@ class WorldModel(nn.Module):
         reward = as_float32(self.reward_model(state.feature))
         if self.continue_model is None:
             return state, reward, torch.zeros_like(reward, dtype=torch.bool)
-        ends = sample_episode_end(as_float32(self.continue_model(state.feature)).sigmoid() / self.gamma, noise[:, -1:], temperature)
+        ends = sample_episode_end(
+            as_float32(self.continue_model(state.feature)).sigmoid() / self.gamma, noise[:, -1:], temperature
+        )
         return state, reward, ends
 
 

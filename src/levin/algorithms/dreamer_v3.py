@@ -56,7 +56,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
-from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, output_head, categorical_kl, symexp, symlog
+from levin.algorithms.dreamer_v3_networks import BINS, SIZES, Policy, categorical_kl, output_head, symexp, symlog
 from levin.algorithms.dreamer_v3_world_model_networks import WorldModel
 from levin.core import distributed
 from levin.core.errors import ConfigError
@@ -80,7 +80,7 @@ class DreamerV3(Algorithm):
     Values are those of the code beside the paper, https://github.com/danijar/dreamerv3, for vectors of DM Control.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount: 1 - 1/333.
         return_lambda: Decay of the lambda-return: 0.95.
         horizon: Imagined steps, H: 15.
@@ -183,7 +183,7 @@ class DreamerV3(Algorithm):
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         carry = Carry(0, self.model).to(self.device) if deterministic else self.carry
-        keeps = None if deterministic else self.model.packed
+        keeps = None if deterministic else self.model.pack
         chooser = RecurrentPolicy(self.model, self.actor, carry, deterministic=deterministic, keeps=keeps)
         out_keys: list[NestedKey] = ["action"] if deterministic else ["action", LATENT]
         return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=out_keys)
@@ -197,19 +197,21 @@ class DreamerV3(Algorithm):
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
         for batch in self.replay():
-            self.buffer.rewrite(batch, self.update(batch))
+            self.buffer.overwrite_latents(batch, self.update(batch))
 
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         if len(self.buffer) <= self.batch_length:
             return {}
-        return open_loop.evaluate_open_loop(self.buffer, self.device, self.foresee, folder / f"{self.env_steps}.png")
+        return open_loop.evaluate_open_loop(
+            self.buffer, self.device, self.predict_open_loop, folder / f"{self.env_steps}.png"
+        )
 
-    def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
+    def predict_open_loop(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
         """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
-        first = self.model.unpacked(window[LATENT][:, 0])
+        first = self.model.unpack(window[LATENT][:, 0])
         observation, is_first = (window[key][:, 1 : open_loop.CONTEXT] for key in ("observation", "is_first"))
         before = window["action"][:, : open_loop.CONTEXT - 1]
-        states, _ = self.model.observe(self.model.observe_step, first, observation, before, is_first)
+        states, _ = self.model.observe_sequence(self.model.observe_step, first, observation, before, is_first)
         path = [first, *(State(*each) for each in zip(*(part.unbind(1) for part in states), strict=True))]
         for t in range(open_loop.CONTEXT - 1, window.shape[1] - 1):
             path.append(State(*self.model.imagine_step(*path[-1], window["action"][:, t])))
@@ -245,13 +247,13 @@ class DreamerV3(Algorithm):
         self.record(actor_loss=actor_loss, value_loss=value_loss, replay_value_loss=replay_value_loss, **terms)
         self.record(imagined_return=target[:, 0].mean(), return_scale=scale, entropy=entropy.mean())
         self.record(clipped=self.optimizer.clipped)
-        return self.model.packed(state)
+        return self.model.pack(state)
 
     def observe(self, batch: Batch) -> tuple[State, Tensor]:
         """The states `[B, T, *]` of all records but the first, and their posteriors `[B, T, S, K]`."""
-        first = State(*(part.requires_grad_() for part in self.model.unpacked(batch[LATENT][:, 0])))  # as all others
+        first = State(*(part.requires_grad_() for part in self.model.unpack(batch[LATENT][:, 0])))  # as all others
         observation, is_first = batch["observation"][:, 1:], batch["is_first"][:, 1:]
-        return self.model.observe(self.observe_step, first, observation, batch["action"][:, :-1], is_first)
+        return self.model.observe_sequence(self.observe_step, first, observation, batch["action"][:, :-1], is_first)
 
     def model_loss(self, batch: Batch, state: State, posterior: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """E[-log p(o|s) - log p(r|s) - log p(c|s) + max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))], Eq. 4 and 5.
@@ -269,12 +271,16 @@ class DreamerV3(Algorithm):
         feature = flat.feature
         reward_log_probs = as_float32(self.model.reward_model(feature)).log_softmax(-1)
         reward_loss = self.two_hot.loss(reward_log_probs, reward.flatten(0, 1)).mean()
-        goes_on = self.gamma * (~is_terminal).float().flatten(0, 1)
-        continue_loss = binary_cross_entropy_with_logits(as_float32(self.model.continue_model(feature)), goes_on)
+        continues = self.gamma * (~is_terminal).float().flatten(0, 1)
+        continue_loss = binary_cross_entropy_with_logits(as_float32(self.model.continue_model(feature)), continues)
         loss = observation_loss + reward_loss + continue_loss
         loss = loss + self.dynamics_scale * dynamics + self.representation_scale * representation
         terms = {"observation_loss": observation_loss, "reward_loss": reward_loss, "continue_loss": continue_loss}
-        terms |= {"kl": raw.mean(), "prior_entropy": latent_entropy(prior), "posterior_entropy": latent_entropy(posterior)}
+        terms |= {
+            "kl": raw.mean(),
+            "prior_entropy": latent_entropy(prior),
+            "posterior_entropy": latent_entropy(posterior),
+        }
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def observation_loss(self, decoded: dict[str, Tensor], observation: dict[str, Tensor]) -> Tensor:
@@ -320,12 +326,12 @@ class DreamerV3(Algorithm):
             dynamics = self.actor_gradient == "dynamics"
             value = self.two_hot.mean(as_float32(self.critic(feature) if dynamics else logits.detach()))
             reward = self.two_hot.mean(as_float32(self.model.reward_model(feature[:, 1:])))
-            goes_on = as_float32(self.model.continue_model(feature)).sigmoid()
-        after = goes_on[:, 1:]
+            continues = as_float32(self.model.continue_model(feature)).sigmoid()
+        after = continues[:, 1:]
         one_step = reward + after * (1 - self.return_lambda) * value[:, 1:]
         decay = self.return_lambda * after
         target = returns.discounted_sum(torch.cat([one_step, value[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1))
-        return target[:, :-1], value[:, :-1], goes_on[:, :-1].detach().cumprod(1)
+        return target[:, :-1], value[:, :-1], continues[:, :-1].detach().cumprod(1)
 
     @torch.no_grad()
     def return_scale(self, target: Tensor) -> Tensor:

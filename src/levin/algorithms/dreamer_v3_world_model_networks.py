@@ -16,16 +16,16 @@ from levin.algorithms.dreamer_v3_networks import (
     PixelEncoder,
     Size,
     TwoHot,
-    sample_one_hot,
-    output_head,
-    norm_mlp,
     linear,
+    norm_mlp,
+    output_head,
+    sample_one_hot,
     symlog,
 )
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.estimators.pathwise import Relaxation
-from levin.model_based.recurrent import State, sample_episode_end, stack_steps, mix_with_uniform
+from levin.model_based.recurrent import State, mix_with_uniform, sample_episode_end, stack_steps
 from levin.nn.distributions import OneHot
 from levin.nn.networks import action_size, as_float32
 
@@ -92,7 +92,7 @@ class WorldModel(nn.Module):
         """Of the categoricals of a state: `[..., S K] -> [..., S, K]`."""
         return mix_with_uniform(as_float32(numbers).unflatten(-1, self.choices), UNIMIX)
 
-    def drawn(self, log_probs: Tensor) -> Tensor:
+    def sample_stoch(self, log_probs: Tensor) -> Tensor:
         """`[..., S, K] -> [..., S K]`, with the gradient of the estimator."""
         return self.estimator.relaxed_sample(log_probs).flatten(-2)
 
@@ -104,7 +104,7 @@ class WorldModel(nn.Module):
         """The transition model p(stoch | deter), as log-probabilities."""
         return self.log_probs(self.prior_head(deter))
 
-    def observe(
+    def observe_sequence(
         self, step: Callable, state: State, observation: Tensor, before: Tensor, is_first: Tensor
     ) -> tuple[State, Tensor]:
         """The states `[B, T, *]` that a sequence of records leads to from one, and their posteriors `[B, T, S, K]`.
@@ -120,55 +120,55 @@ class WorldModel(nn.Module):
         """
         lead = is_first.shape[:2]
         embedded = self.embed(observation.flatten(0, 1)).unflatten(0, lead).unbind(1)
-        goes_on = ~is_first
-        action_part, goes_on = self.gru.action_part(before * goes_on).unbind(1), goes_on.unbind(1)
+        continues = ~is_first
+        action_part, continues = self.gru.action_part(before * continues).unbind(1), continues.unbind(1)
         states, posteriors = [], []
         for t in range(lead[1]):
-            deter, stoch, log_probs = step(*state, action_part[t], embedded[t], goes_on[t])
+            deter, stoch, log_probs = step(*state, action_part[t], embedded[t], continues[t])
             state = State(deter, stoch)
             states.append(state)
             posteriors.append(log_probs)
         return State(*stack_steps(states)), torch.stack(posteriors, 1)
 
     def observe_step(
-        self, deter: Tensor, stoch: Tensor, action_part: Tensor, embedded: Tensor, goes_on: Tensor
+        self, deter: Tensor, stoch: Tensor, action_part: Tensor, embedded: Tensor, continues: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step of `observe`: the state, and its posterior."""
-        deter = self.gru(State(deter * goes_on, stoch * goes_on), action_part)
+        deter = self.gru(State(deter * continues, stoch * continues), action_part)
         log_probs = self.posterior(deter, embedded)
-        return deter, self.drawn(log_probs), log_probs
+        return deter, self.sample_stoch(log_probs), log_probs
 
     def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
         """The state after an action `[B, A]` and the observation that it led to; not drawn: the mean of all states."""
         deter = self.gru(state, self.gru.action_part(action))
         log_probs = self.posterior(deter, self.embed(observation))
-        return State(deter, self.drawn(log_probs) if sample else log_probs.exp().flatten(-2))
+        return State(deter, self.sample_stoch(log_probs) if sample else log_probs.exp().flatten(-2))
 
     def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """The state after an action, as the transition model imagines it."""
         deter = self.gru(State(deter, stoch), self.gru.action_part(action))
         if torch.is_grad_enabled():
-            return deter, self.drawn(self.prior(deter))
+            return deter, self.sample_stoch(self.prior(deter))
         return deter, sample_one_hot(as_float32(self.prior_head(deter)).unflatten(-1, self.choices)).flatten(-2)
 
     # What `levin.model_based.dream_env` asks for
 
-    def encoded(self, action: Tensor) -> Tensor:
+    def encode_action(self, action: Tensor) -> Tensor:
         """Actions of a policy as the model reads them: `[N, A]`."""
         return self.one_hot.encode(action) if self.one_hot else action
 
-    def begin(self, observation: Any) -> State:
+    def initial_state(self, observation: Any) -> State:
         """The state at the first observation of an episode."""
         num = len(next(iter(self.of(observation).values())))
         nothing = self.from_deter.weight.new_zeros
         before = State(nothing(num, self.deter), nothing(num, self.stoch))
-        return self.see(before, nothing(num, self.actions), observation)
+        return self.observe(before, nothing(num, self.actions), observation)
 
-    def see(self, state: State, action: Tensor, observation: Any) -> State:
+    def observe(self, state: State, action: Tensor, observation: Any) -> State:
         """The state after an action and the observation that it led to: the mean of q."""
         return self.step(state, action, observation, sample=False)
 
-    def dream(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
+    def imagine(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
         """The state after an action, its reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
 
         Args:
@@ -181,8 +181,8 @@ class WorldModel(nn.Module):
         stoch = one_hot(chosen, self.choices[1]).to(deter).flatten(-2)
         state = State(deter, stoch)
         reward = self.two_hot.mean(as_float32(self.reward_model(state.feature)))
-        goes_on = as_float32(self.continue_model(state.feature)).sigmoid() / self.gamma
-        return state, reward, sample_episode_end(goes_on, noise[:, -1:], temperature)
+        continues = as_float32(self.continue_model(state.feature)).sigmoid() / self.gamma
+        return state, reward, sample_episode_end(continues, noise[:, -1:], temperature)
 
     def decode(self, state: State) -> dict[str, Tensor]:
         """The parts of the observation `[B, *S]`: numbers after symlog, pixels in (0, 1)."""
@@ -192,12 +192,12 @@ class WorldModel(nn.Module):
             for name, decoder in decoders.items()
         }
 
-    def packed(self, state: State) -> Tensor:
+    def pack(self, state: State) -> Tensor:
         """A state as replay keeps it, `[..., D + S]` bfloat16: deter, and the numbers of the classes."""
         classes = state.stoch.detach().unflatten(-1, self.choices).argmax(-1)
         return torch.cat([state.deter.detach().bfloat16(), classes.bfloat16()], -1)
 
-    def unpacked(self, packed: Tensor) -> State:
+    def unpack(self, packed: Tensor) -> State:
         """The state `[..., *]` of what replay keeps."""
         deter, classes = packed.to(self.from_deter.weight).split([self.deter, self.choices[0]], -1)
         one_hot = classes.unsqueeze(-1) == torch.arange(self.choices[1], device=packed.device)

@@ -55,7 +55,7 @@ class PPO(Algorithm):
     """Proximal policy optimisation with a clip or an adaptive KL penalty, for vectors and pixels.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. Table 3: 0.99, as for all that follows.
         gae_lambda: Decay of GAE: 0.95.
         penalty: What keeps the policy near the one that acted: `clip` or `kl`.

@@ -60,7 +60,7 @@ class REINFORCE(Algorithm):
     """Monte-Carlo policy gradient on whole episodes.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. SLM-Lab: 0.99, as for all that follows.
         advantage: What weighs an action: the `return` of the episode, the `reward_to_go`, or that minus a `baseline`,
             which is learned, `leave_one_out`, or `self_critical`. Every other episode is then one of the modes, which
@@ -127,7 +127,9 @@ class REINFORCE(Algorithm):
         self.schedule_env_steps = schedule_env_steps
         self.entropy_coef, self.entropy_schedule = entropy_coef, entropy_schedule
         self.steps_per_iteration = WholeEpisodes(
-            transitions=transitions_per_update, episodes=episodes_per_update, twins=advantage == "self_critical"
+            transitions=transitions_per_update,
+            episodes=episodes_per_update,
+            paired_episodes=advantage == "self_critical",
         )
         if advantage == "leave_one_out" and episodes_per_update < 2:
             raise ConfigError(
@@ -163,7 +165,7 @@ class REINFORCE(Algorithm):
     def update(self, rollout: TensorDictBase) -> None:
         """One gradient step of the policy on whole episodes `[N, T]`, and those of the baseline."""
         weight = self.weight(rollout)  # before V has seen these episodes: a baseline must not know them
-        rollout, weight = self.drawn(rollout, weight)
+        rollout, weight = self.without_greedy_twins(rollout, weight)
         share = distributed.rank_weight(rollout.numel())  # 1, unless several processes have episodes of other lengths
         if self.critic is not None:
             for _ in range(self.critic_updates):
@@ -176,7 +178,9 @@ class REINFORCE(Algorithm):
         actor_loss, entropy = self.actor_loss(rollout, weight)
         linear = self.entropy_schedule == "linear"
         entropy_coef = self.entropy_coef * (self.remaining(self.schedule_env_steps) if linear else 1.0)
-        actor_share = distributed.rank_weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else share
+        actor_share = (
+            distributed.rank_weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else share
+        )
         self.step(self.optimizer, actor_share * actor_loss - share * entropy_coef * entropy, self.max_grad_norm)
         self.record(actor_loss=actor_loss, entropy=entropy)
 
@@ -188,12 +192,12 @@ class REINFORCE(Algorithm):
             steps = torch.arange(rollout.shape[1], device=reward_to_go.device).view(1, -1, 1)  # [1, T, 1]
             return reward_to_go.gather(1, steps - rollout["step_count"])
         if self.advantage == "leave_one_out":
-            return reward_to_go - self.mean_of_others(reward_to_go, rollout)
+            return reward_to_go - self.leave_one_out_mean(reward_to_go, rollout)
         if self.advantage == "self_critical":
-            return reward_to_go - self.of_the_twin(reward_to_go, rollout)
+            return reward_to_go - self.twin_return(reward_to_go, rollout)
         return reward_to_go - self.value(rollout["observation"]) if self.critic else reward_to_go
 
-    def drawn(self, rollout: TensorDictBase, weight: Tensor) -> tuple[TensorDictBase, Tensor]:
+    def without_greedy_twins(self, rollout: TensorDictBase, weight: Tensor) -> tuple[TensorDictBase, Tensor]:
         """Without the twins: an action that was not drawn from pi has no score."""
         if self.twin is None:
             return rollout, weight
@@ -205,14 +209,14 @@ class REINFORCE(Algorithm):
         done = rollout["next", "done"].squeeze(-1).long()
         return done.cumsum(1) - done
 
-    def mean_of_others(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
+    def leave_one_out_mean(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
         """1/(n-1) sum_{j != i} G_t of episode j, 0 where that is over by then: `[1, T, 1]`."""
         step, values = rollout["step_count"].flatten(), reward_to_go.flatten()
         sums = torch.zeros_like(values).index_add(0, step, values)  # [T], of which the longest episode fills a part
         others = rollout["next", "done"].sum() - 1
         return ((sums[step] - values) / others).view_as(reward_to_go)
 
-    def of_the_twin(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
+    def twin_return(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
         """G_t of the episode that follows, 0 where that is over by then: `[1, T, 1]`."""
         step = rollout["step_count"].flatten()
         episode = self.episode(rollout).flatten()

@@ -46,7 +46,7 @@ from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegative
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.distributions import SquashedNormal
-from levin.nn.networks import ActionCritic, StochasticPolicy, mlp, orthogonal_, as_float32, make_trunk
+from levin.nn.networks import ActionCritic, StochasticPolicy, as_float32, make_trunk, mlp, orthogonal_
 from levin.nn.parameters import freeze
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
@@ -56,7 +56,7 @@ class SAC(Algorithm):
     """Soft actor-critic with twin critics, a squashed Gaussian actor and a learned temperature.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. Table 1: 0.99.
         tau: Step of the target critics towards the critics. Table 1: 0.005.
         actor_lr: Adam. Table 1: 3e-4, as for the next two.

@@ -66,7 +66,7 @@ class SACDiscrete(Algorithm):
     """Soft actor-critic with twin critics and a learned temperature; expectations over actions exact or estimated.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. Paper, table 2: 0.99.
         tau: Step of the target critics towards the critics. SLM-Lab: 0.005.
         actor_lr: Adam. Paper: 3e-4, as for the next two.
@@ -242,7 +242,7 @@ class SACDiscrete(Algorithm):
                 return (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
         distribution = self.one_hot.distribution(policy.logits)
         if isinstance(self.estimator, Exact):
-            every = self.one_hot.every(observation.device).unsqueeze(1)  # [M, D, K] -> [M, 1, D, K]
+            every = self.one_hot.all_actions(observation.device).unsqueeze(1)  # [M, D, K] -> [M, 1, D, K]
             draws = self.estimator.at(distribution, every.expand(-1, len(policy.logits), -1, -1))
         else:
             draws = self.estimator.sample(distribution)

@@ -51,7 +51,7 @@ class TD3(Algorithm):
     """TD3: twin critics, delayed actor, smoothed targets.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. Paper, appendix C: 0.99.
         tau: Step of the targets, whenever the actor steps. Paper: 0.005.
         actor_lr: Adam. The authors' code: 3e-4, as for the next.

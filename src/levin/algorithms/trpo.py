@@ -56,7 +56,7 @@ class TRPO(Algorithm):
     """Natural policy gradient with a line search.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         gamma: Discount. RL Baselines3 Zoo, MuJoCo: 0.99, as for all that follows.
         gae_lambda: Decay of GAE: 0.95.
         target_kl: delta, the radius of the trust region in nats: 0.01.

@@ -71,7 +71,7 @@ class WorldModels(Algorithm):
     Values are those of the paper and of its code for CarRacing, https://github.com/hardmaru/WorldModelsExperiments.
 
     Args:
-        env: Spaces of the env (`levin.envs.factory.describe`).
+        env: Spaces of the env (`levin.envs.factory.describe_env`).
         rounds: How often all of it is done; each begins with what the one before has learned.
         collect_env_steps: Env steps of all collections together.
         latent_size: Z: 32.
@@ -210,39 +210,41 @@ class WorldModels(Algorithm):
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.evolution.fitness:
-            dreams, _ = self.dreamt(self.controllers.best.unsqueeze(0), list(range(EVALUATED)))
+            dreams, _ = self.evaluate_in_dreams(self.controllers.best.unsqueeze(0), list(range(EVALUATED)))
             row["eval/dream_return"] = float(dreams.mean())
         if self.stage != "collect" and len(self.buffer) > open_loop.CONTEXT:
-            row |= open_loop.evaluate_open_loop(self.buffer, self.device, self.foresee, folder / f"{self.clock}.png")
+            row |= open_loop.evaluate_open_loop(
+                self.buffer, self.device, self.predict_open_loop, folder / f"{self.clock}.png"
+            )
         return row
 
-    def foresee(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
+    def predict_open_loop(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
         """Pictures and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
-        mind = self.model.begin(window["observation"][:, 0])
-        minds, rewards = [mind], [torch.zeros_like(window["reward"][:, 0])]
+        latent = self.model.initial_state(window["observation"][:, 0])
+        latents, rewards = [latent], [torch.zeros_like(window["reward"][:, 0])]
         for t in range(window.shape[1] - 1):
             action = window["action"][:, t]
             if t + 1 < open_loop.CONTEXT:
-                mind = self.model.see(mind, action, window["observation"][:, t + 1])
-                _, reward, _ = self.model.memory.foresee(mind.hidden)
+                latent = self.model.observe(latent, action, window["observation"][:, t + 1])
+                _, reward, _ = self.model.memory.predict(latent.hidden)
             else:
                 noise = torch.randn(len(action), self.model.noise, device=action.device)
-                mind, reward, _ = self.model.dream(mind, action, noise, 1.0)
-            minds.append(mind)
+                latent, reward, _ = self.model.imagine(latent, action, noise, 1.0)
+            latents.append(latent)
             rewards.append(reward)
-        pictures = torch.stack([self.model.decode(mind) for mind in minds], 1)
+        pictures = torch.stack([self.model.decode(latent) for latent in latents], 1)
         return {"": pictures}, torch.stack(rewards, 1)
 
     @torch.no_grad()
-    def dream_of(self, observation: Tensor, length: int) -> Tensor:
-        mind, pictures = self.model.begin(observation), [observation[0]]
+    def imagine_pictures(self, observation: Tensor, length: int) -> Tensor:
+        latent, pictures = self.model.initial_state(observation), [observation[0]]
         with torch.random.fork_rng():
             torch.manual_seed(0)
             for _ in range(length - 1):
-                action = self.controllers(self.controllers.best.unsqueeze(0), mind.feature.unsqueeze(1)).squeeze(1)
+                action = self.controllers(self.controllers.best.unsqueeze(0), latent.feature.unsqueeze(1)).squeeze(1)
                 noise = torch.randn(1, self.model.noise)
-                mind, _, ends = self.model.dream(mind, self.model.encoded(action), noise, self.temperature)
-                pictures.append(self.model.decode(mind)[0].byte())
+                latent, _, ends = self.model.imagine(latent, self.model.encode_action(action), noise, self.temperature)
+                pictures.append(self.model.decode(latent)[0].byte())
                 if ends:
                     break
         last = pictures[-1:] * (length - len(pictures))  # stays where it ended
@@ -299,15 +301,15 @@ class WorldModels(Algorithm):
         if self.stage == "collect":
             self.collect(rollout)
         elif self.stage == "vision":
-            self.see()
+            self.train_vision()
         elif self.stage == "memory":
-            self.remember()
+            self.train_memory()
         elif self.controller_training == "dream":
-            self.dream()
+            self.evolve_in_dreams()
         else:
-            self.act(rollout)
+            self.evolve_in_env(rollout)
 
-    def enter(self, stage: str) -> None:
+    def enter_stage(self, stage: str) -> None:
         """Begin a stage."""
         self.stage, self.spent = stage, 0
 
@@ -316,12 +318,12 @@ class WorldModels(Algorithm):
         latent = torch.zeros(*rollout.shape, 2 * self.latent_size, device=rollout.device)
         self.buffer.extend(rollout.exclude(TRIAL).set(LATENT, latent))
         if self.env_steps - self.evolution.begun.get("env_steps", 0) >= self.collect_env_steps / self.rounds:
-            self.enter("vision")
+            self.enter_stage("vision")
 
-    def see(self) -> None:
+    def train_vision(self) -> None:
         """Some updates of V, on pictures drawn uniformly."""
         for _ in range(min(UPDATES, self.vision_updates - self.spent)):
-            row, env = self.buffer.places(self.vision_batch_size, 1)
+            row, env = self.buffer.sample_positions(self.vision_batch_size, 1)
             observation = self.buffer.data["observation"][row[:, 0], env[:, 0]].to(self.device)
             loss, terms = self.vision_loss(observation)
             self.step(self.vision_optimizer, loss)
@@ -329,14 +331,14 @@ class WorldModels(Algorithm):
             self.updates += 1
             self.spent += 1
         if self.spent >= self.vision_updates:
-            self.encode()
-            self.enter("memory")
+            self.encode_buffer()
+            self.enter_stage("memory")
 
-    def remember(self) -> None:
+    def train_memory(self) -> None:
         """Some updates of M, on windows drawn uniformly."""
         keys = (LATENT, "action", "reward", "is_first", "is_terminal", "is_last")
         for _ in range(min(UPDATES, self.memory_updates - self.spent)):
-            rows, env = self.buffer.places(self.memory_batch_size, self.memory_batch_length + 1)
+            rows, env = self.buffer.sample_positions(self.memory_batch_size, self.memory_batch_length + 1)
             batch: Batch = {key: self.buffer.data.get(key)[rows, env].to(self.device) for key in keys}
             loss, terms = self.memory_loss(batch)
             self.step(self.memory_optimizer, loss, self.max_grad_norm)
@@ -344,24 +346,24 @@ class WorldModels(Algorithm):
             self.updates += 1
             self.spent += 1
         if self.spent >= self.memory_updates:
-            self.keep_starts()
+            self.store_starts()
             seed = int(torch.randint(1, 2**31, ()))
             self.evolution.begin(seed, self.controllers.best.cpu().clone())
-            self.enter("controller")
+            self.enter_stage("controller")
             if self.controller_training == "real":
                 self.next_generation()
 
-    def dream(self) -> None:
+    def evolve_in_dreams(self) -> None:
         """One generation of C, in dreams; all candidates have the same chances."""
         asked = self.evolution.ask()
         seeds = torch.randint(2**31, (self.rollouts,)).tolist()
-        returns, lengths = self.dreamt(torch.from_numpy(np.stack(asked)).float(), seeds)
+        returns, lengths = self.evaluate_in_dreams(torch.from_numpy(np.stack(asked)).float(), seeds)
         self.dreams += returns.numel()
         self.dream_steps_taken += int(lengths.sum())
         self.record(dream_length=lengths.mean())
         self.tell(asked, returns.mean(1))
 
-    def act(self, rollout: TensorDictBase) -> None:
+    def evolve_in_env(self, rollout: TensorDictBase) -> None:
         """C in the env: take in the returns of the trials, and when all are there, begin the next generation."""
         trial, reward, done = (
             part.squeeze(-1).tolist() for part in (rollout[TRIAL], rollout["next", "reward"], rollout["next", "done"])
@@ -406,7 +408,7 @@ class WorldModels(Algorithm):
         return loss, {"reconstruction": error.detach(), "kl": kl.mean().detach()}
 
     @torch.no_grad()
-    def encode(self) -> None:
+    def encode_buffer(self) -> None:
         """Let replay keep V's distribution of every picture."""
         data = self.buffer.data
         for start in range(0, len(data), 1000):
@@ -414,7 +416,7 @@ class WorldModels(Algorithm):
             encoded = self.model.vision.encode(rows.flatten(0, 1).to(self.device))
             data[LATENT][start : start + 1000] = torch.cat(encoded, -1).unflatten(0, rows.shape[:2])
 
-    def keep_starts(self) -> None:
+    def store_starts(self) -> None:
         """Let the model keep pictures that episodes begin with: dreams begin there."""
         data = self.buffer.data
         begins = data.get("is_first").squeeze(-1)
@@ -433,9 +435,9 @@ class WorldModels(Algorithm):
         mean, log_variance = batch[LATENT].chunk(2, -1)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         hidden = self.model.memory.run(z[:, :-1], batch["action"][:, :-1], batch["is_first"][:, :-1])
-        mixture, reward, end = self.model.memory.foresee(hidden)
-        goes_on = (~batch["is_last"][:, :-1] & ~batch["is_first"][:, 1:]).float()  # [B, T, 1]
-        share = goes_on / goes_on.sum().clamp(min=1)
+        mixture, reward, end = self.model.memory.predict(hidden)
+        continues = (~batch["is_last"][:, :-1] & ~batch["is_first"][:, 1:]).float()  # [B, T, 1]
+        share = continues / continues.sum().clamp(min=1)
         nll = (share * mixture.nll(z[:, 1:]).unsqueeze(-1)).sum()
         reward_loss = (share * (reward - batch["reward"][:, 1:]).square()).sum()
         ends, weight = batch["is_terminal"][:, 1:].float(), torch.tensor(self.end_weight, device=end.device)
@@ -456,9 +458,9 @@ class WorldModels(Algorithm):
             self.trials.begin(torch.from_numpy(np.stack(self.evolution.ask())).float(), [])
             if self.controller_training == "real":  # what was played since is not stored
                 self.buffer.restart(torch.ones(len(self.open), dtype=torch.bool))
-            self.enter("collect")
+            self.enter_stage("collect")
 
-    def dreamt(self, numbers: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+    def evaluate_in_dreams(self, numbers: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
         """Returns and lengths of controllers `[P, n]` in dreams with these seeds `[R]`: both `[P, R]`."""
         actions, numbers = policy_space(self.env["action"]), numbers.to(self.device)
         how = {"temperature": self.temperature, "time_limit": self.dream_length}

@@ -88,13 +88,13 @@ def dream_returns(
     shape, num = (len(weights), len(seeds)), len(weights) * len(seeds)
     env = DreamEnv(model, model.starts, actions, num_envs=num, **dream)
     env.reset(seed=seeds * len(weights))
-    feature, goes_on = env.mind.feature, np.ones(num, dtype=bool)
+    feature, continues = env.latent.feature, np.ones(num, dtype=bool)
     total, length = np.zeros(num), np.zeros(num)
     with torch.inference_mode():
-        while goes_on.any():
+        while continues.any():
             action = controllers(weights, feature.unflatten(0, shape))
             feature, reward, ends, cuts = env.advance(action.flatten(0, 1))
-            total += reward * goes_on
-            length += goes_on
-            goes_on &= ~(ends | cuts)
+            total += reward * continues
+            length += continues
+            continues &= ~(ends | cuts)
     return torch.from_numpy(total).unflatten(0, shape), torch.from_numpy(length).unflatten(0, shape)

@@ -12,7 +12,7 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.model_based.dream_env import STARTS
 from levin.model_based.recurrent import Carry
-from levin.nn.networks import action_size, mlp, as_float32
+from levin.nn.networks import action_size, as_float32, mlp
 
 HIDDEN = 256  # of V, where pictures are not 64 x 64
 LOG_STD = (-7.0, 7.0)  # of a mixture's parts
@@ -116,15 +116,15 @@ class Memory(nn.Module):
             is_first: `[B, T, 1]`: there everything before is forgotten.
         """
         inputs = self.from_input(torch.cat([z, action], -1)).unbind(1)
-        goes_on = (~is_first).unbind(1)
+        continues = (~is_first).unbind(1)
         hidden = cell = z.new_zeros(len(z), self.cells)
         found = []
         for t in range(len(inputs)):
-            hidden, cell = self(inputs[t], hidden * goes_on[t], cell * goes_on[t])
+            hidden, cell = self(inputs[t], hidden * continues[t], cell * continues[t])
             found.append(hidden)
         return torch.stack(found, 1)
 
-    def foresee(self, hidden: Tensor) -> tuple[Mixture, Tensor, Tensor]:
+    def predict(self, hidden: Tensor) -> tuple[Mixture, Tensor, Tensor]:
         """The mixture of the next z, the reward that comes with it, and the logit of the end: of `[..., cells]`."""
         numbers = as_float32(self.mixture_head(hidden)).unflatten(-1, (3, self.z, self.mixtures))
         log_share, mean, log_std = numbers.unbind(-3)
@@ -173,29 +173,31 @@ class WorldModel(nn.Module):
         self.deter, self.stoch = 2 * cells, z  # as `Carry` has them: M's hidden and cell, and z
         self.register_buffer("starts", torch.zeros(STARTS, *space["shape"], dtype=torch.uint8))
 
-    def encoded(self, action: Tensor) -> Tensor:
+    def encode_action(self, action: Tensor) -> Tensor:
         """Actions as M reads them: `[N, A]` in [-1, 1], of finite ones `[N]` one-hot."""
         return one_hot(action, self.actions).float() if self.discrete else action.clamp(-1, 1)
 
-    def begin(self, observation: Tensor) -> LatentState:
+    def initial_state(self, observation: Tensor) -> LatentState:
         """At the first observation of an episode."""
         z, _ = self.vision.encode(observation)
         nothing = z.new_zeros(len(z), self.memory.cells)
         return LatentState(z, nothing, nothing)
 
-    def remember(self, mind: LatentState, action: Tensor) -> tuple[Tensor, Tensor]:
+    def remember(self, latent: LatentState, action: Tensor) -> tuple[Tensor, Tensor]:
         """M's step: what is remembered after an action `[N, A]`."""
-        return self.memory(self.memory.from_input(torch.cat([mind.z, action], -1)), mind.hidden, mind.cell)
+        return self.memory(self.memory.from_input(torch.cat([latent.z, action], -1)), latent.hidden, latent.cell)
 
-    def see(self, mind: LatentState, action: Tensor, observation: Tensor) -> LatentState:
+    def observe(self, latent: LatentState, action: Tensor, observation: Tensor) -> LatentState:
         """After an action, and what it led to. z is the mean of q(z | picture).
 
         # Deviation: the paper draws z also when it acts.
         """
         z, _ = self.vision.encode(observation)
-        return LatentState(z, *self.remember(mind, action))
+        return LatentState(z, *self.remember(latent, action))
 
-    def dream(self, mind: LatentState, action: Tensor, noise: Tensor, temperature: float) -> tuple[LatentState, Tensor, Tensor]:
+    def imagine(
+        self, latent: LatentState, action: Tensor, noise: Tensor, temperature: float
+    ) -> tuple[LatentState, Tensor, Tensor]:
         """After an action, as M has it: the mind, the reward `[N, 1]`, and whether the episode ends `[N, 1]`.
 
         Args:
@@ -205,14 +207,14 @@ class WorldModel(nn.Module):
         # Deviation: the end is drawn, too, of probabilities without the weight that ends had in training; in the code
         beside the paper an episode ends where the logit is above 0.
         """
-        hidden, cell = self.remember(mind, action)
-        mixture, reward, logit = self.memory.foresee(hidden)
+        hidden, cell = self.remember(latent, action)
+        mixture, reward, logit = self.memory.predict(hidden)
         ends = torch.special.ndtr(noise[:, -1:]) < ((logit - math.log(self.end_weight)) / temperature).sigmoid()
         return LatentState(mixture.sample(noise[:, :-1], temperature), hidden, cell), reward, ends
 
-    def decode(self, mind: LatentState) -> Tensor:
+    def decode(self, latent: LatentState) -> Tensor:
         """What it looks like: `[N, C, H, W]`, from 0 to 255."""
-        return 255 * self.vision.decode(mind.z)
+        return 255 * self.vision.decode(latent.z)
 
 
 class Controllers(nn.Module):
@@ -256,14 +258,14 @@ class Trials:
         """New trials; what is open goes on as no trial."""
         self.numbers, self.queue, self.next, self.trial = numbers, queue, 0, [-1] * len(self.trial)
 
-    def take(self, first: Tensor) -> None:
+    def assign_next(self, first: Tensor) -> None:
         """Where an episode begins `[N]`, the next trial does."""
         for env in first.nonzero().flatten().tolist():
             waits = not self.queue or self.next < len(self.queue)
             self.trial[env] = self.next if waits else -1
             self.next += waits
 
-    def playing(self) -> Tensor:
+    def current_weights(self) -> Tensor:
         """The numbers of the controller of each env `[N, n]`, the first one's where there is no trial."""
         assert self.numbers is not None
         trials = [max(0, trial) for trial in self.trial]
@@ -299,20 +301,24 @@ class Player(nn.Module):
             carry.deter = torch.cat(self.model.remember(before, carry.action), -1) * ~is_first
             carry.stoch, _ = self.model.vision.encode(observation)
         if self.trials is None:
-            action = self.choose(self.controllers.best.expand(len(is_first), -1))
+            action = self.controller_action(self.controllers.best.expand(len(is_first), -1))
         else:
-            self.trials.take(is_first.squeeze(-1))
+            self.trials.assign_next(is_first.squeeze(-1))
             at_random = self.trials.numbers is None
-            action = self.wander(is_first) if at_random else self.choose(self.trials.playing().to(is_first.device))
-        carry.action = self.model.encoded(action)
+            action = (
+                self.random_action(is_first)
+                if at_random
+                else self.controller_action(self.trials.current_weights().to(is_first.device))
+            )
+        carry.action = self.model.encode_action(action)
         return action if self.trials is None else (action, torch.tensor(self.trials.trial).unsqueeze(-1))
 
-    def choose(self, numbers: Tensor) -> Tensor:
+    def controller_action(self, numbers: Tensor) -> Tensor:
         """Of one controller each, `[N, n] -> [N, *A]`."""
-        mind = LatentState(self.carry.stoch, *self.carry.deter.chunk(2, -1))
-        return self.controllers(numbers, mind.feature.unsqueeze(1)).squeeze(1)
+        latent = LatentState(self.carry.stoch, *self.carry.deter.chunk(2, -1))
+        return self.controllers(numbers, latent.feature.unsqueeze(1)).squeeze(1)
 
-    def wander(self, is_first: Tensor) -> Tensor:
+    def random_action(self, is_first: Tensor) -> Tensor:
         """At random, as white noise stays where it is: uniform at first, then in small steps, or mostly the same."""
         if self.model.discrete:
             new = torch.randint(self.model.actions, (len(is_first),), device=is_first.device)

@@ -18,7 +18,7 @@ from levin.runs import provenance
 
 def checkpoint(*, rounds: int, threads: int) -> None:
     """SAC on HalfCheetah-v4 with a buffer of a million transitions, full, saved every 10,000 env steps."""
-    print(provenance.processor(), flush=True)
+    print(provenance.processor_name(), flush=True)
     (task,) = COMPARISONS["sac"]
     probe = f"{{_target_:levin.bench.checkpoint.Probe,start:{task.warm_up},segment:{task.segment},rounds:{rounds}}}"
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that runs are on
@@ -73,7 +73,7 @@ def bench(
 
         memory(rounds=segments, threads=threads)
     elif what == "collect":
-        from levin.bench.collect import compare_env_stepping, compare_collectors
+        from levin.bench.collect import compare_collectors, compare_env_stepping
 
         for env_id, num_envs in (("CartPole-v1", 8), ("HalfCheetah-v4", 1)):
             print(f"\n{env_id} x {num_envs}, 64-64 policy", end="")

@@ -12,7 +12,9 @@ from levin.model_based.dream_env import DreamEnv, policy_space
 
 POPULATION, ROLLOUTS, LENGTH = 32, 4, 200
 PEER = "one env at a time"
-SPEC = fake_env_spec({**EMPTY, "shape": [1, 16, 16], "dtype": "uint8"}, {**EMPTY, "type": "discrete", "dtype": "int64", "n": 3})
+SPEC = fake_env_spec(
+    {**EMPTY, "shape": [1, 16, 16], "dtype": "uint8"}, {**EMPTY, "type": "discrete", "dtype": "int64", "n": 3}
+)
 
 
 def dream_one_by_one(algorithm: WorldModels, numbers: torch.Tensor, steps: int) -> float:
@@ -42,10 +44,10 @@ def dream(*, rounds: int, threads: int) -> None:
     numbers = torch.from_numpy(0.1 * np.random.default_rng(0).standard_normal((POPULATION, algorithm.controllers.size)))
     numbers = numbers.float()
     rates: dict[str, list[float]] = {"a population at once": [], PEER: []}
-    algorithm.dreamt(numbers, list(range(ROLLOUTS)))
+    algorithm.evaluate_in_dreams(numbers, list(range(ROLLOUTS)))
     for _ in range(rounds):
         start = perf_counter()
-        _, length = algorithm.dreamt(numbers, list(range(ROLLOUTS)))
+        _, length = algorithm.evaluate_in_dreams(numbers, list(range(ROLLOUTS)))
         rates["a population at once"].append(float(length.sum()) / (perf_counter() - start))
         rates[PEER].append(dream_one_by_one(algorithm, numbers, steps=5))
     print(f"\nLSTM 128, z 24, {POPULATION} candidates x {ROLLOUTS} dreams of {LENGTH} steps", end="")

@@ -93,7 +93,9 @@ def vector_env(sizes: Sizes) -> EnvSpec:
     """An env of vectors and continuous actions."""
     bound = [1.0] * sizes.actions
     low = [-each for each in bound]
-    return fake_env_spec({**EMPTY, "shape": [sizes.observation]}, {**EMPTY, "shape": [sizes.actions], "low": low, "high": bound})
+    return fake_env_spec(
+        {**EMPTY, "shape": [sizes.observation]}, {**EMPTY, "shape": [sizes.actions], "low": low, "high": bound}
+    )
 
 
 def random_records(sizes: Sizes) -> TensorDict:
@@ -154,7 +156,7 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     posterior = modules.RSSMPosteriorV3(obs_embed_dim=units, use_rms_norm=True, **widths)
     head = partial(modules.DreamerV3MLP, state + belief, num_cells=units)
     encoder = modules.DreamerV3MLP(V3.observation, None, depth=3, num_cells=units)
-    reward, goes_on, two_hot = head(BINS, depth=1, outscale=0.0), head(1, depth=1), modules.SymExpTwoHot(BINS)
+    reward, continues, two_hot = head(BINS, depth=1, outscale=0.0), head(1, depth=1), modules.SymExpTwoHot(BINS)
     rollout = modules.RSSMRolloutV3(
         wire(prior, [*STATE, "action"], next_keys("prior_logits", "state", "belief")),
         wire(posterior, next_keys("belief", "encoded_latents"), next_keys("posterior_logits", "state")),
@@ -165,14 +167,14 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
         rollout,
         wire(head(V3.observation, depth=3), next_keys(*STATE), next_keys("reco_pixels")),
         wire(reward, next_keys(*STATE), next_keys("reward_logits")),
-        wire(goes_on, next_keys(*STATE), next_keys("continue_pred")),
+        wire(continues, next_keys(*STATE), next_keys("continue_pred")),
     )
     if compiled:
         rollout.compile_rollout("step")
     dreamt = torch.compile(prior, dynamic=False) if compiled else prior
     transition = wire(dreamt, [*STATE, "action"], ["_", *STATE])
     rewards = Chain(wire(reward, STATE, ["logits"]), wire(two_hot, ["logits"], ["reward"]))
-    goes_on = Chain(wire(goes_on, STATE, ["logit"]), wire(torch.sigmoid, ["logit"], ["continuation"]))
+    continues = Chain(wire(continues, STATE, ["logit"]), wire(torch.sigmoid, ["logit"], ["continuation"]))
     actor = Choose(
         wire(head(2 * V3.actions, depth=3, outscale=0.01), STATE, ["numbers"]),
         wire(bounded_gaussian, ["numbers"], ["loc", "scale"]),
@@ -188,7 +190,7 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     model_loss.set_keys(pixels="squeezed")
     env = dream_env(transition, rewards, state, belief, V3.actions)
     actor_loss = objectives.DreamerV3ActorLoss(
-        actor, value, env, continuation_model=goes_on, imagination_horizon=V3.horizon, use_reinforce=True
+        actor, value, env, continuation_model=continues, imagination_horizon=V3.horizon, use_reinforce=True
     )
     actor_loss.make_value_estimator(gamma=1.0, lmbda=0.95)  # the discount is in the continue model
     value_loss = objectives.DreamerV3ValueLoss(value, "two_hot", actor_loss=actor_loss, slow_critic_regularization=1.0)
@@ -284,7 +286,9 @@ def dreamer(*, rounds: int, threads: int) -> None:
     torch.manual_seed(0)
     compiles = shutil.which(os.environ.get("CXX", "g++")) is not None
     batch = random_records(V1)
-    v1 = partial(Dreamer, env=vector_env(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon)
+    v1 = partial(
+        Dreamer, env=vector_env(V1), size="micro", batch_size=BATCH, batch_length=V1.length, horizon=V1.horizon
+    )
     sides = {"levin": make_levin_side(v1(), batch[:, 1:].clone()), PEER: torchrl_v1(batch)}
     if compiles:
         sides |= {"levin, compiled": make_levin_side(v1(compile=True), batch[:, 1:].clone())}

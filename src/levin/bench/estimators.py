@@ -181,12 +181,15 @@ def estimators(*, rounds: int, threads: int, number: int = 100) -> None:
         raise ConfigError("the peers are not installed: make bench-setup")
     torch.set_num_threads(threads)
     script = Path(__file__).with_name("peer_storchastic.py")
-    print(f"{provenance.processor()}, {threads} threads; medians of {rounds} rounds, interleaved")
+    print(f"{provenance.processor_name()}, {threads} threads; medians of {rounds} rounds, interleaved")
     print(f"{'':<56}{'ms':>8}{'floor':>8}   x Storchastic 0.3.7")
     for task in TASKS:
         count = number // 5 if task.kind == "autoencoder" else number
         with ExitStack() as stack:
-            sides: dict[str, LevinSide | Worker] = {"ours": LevinSide(task, count), "floor": LevinSide(task, count, floor=True)}
+            sides: dict[str, LevinSide | Worker] = {
+                "ours": LevinSide(task, count),
+                "floor": LevinSide(task, count, floor=True),
+            }
             if task.peer:
                 words = [task.kind, task.peer, str(threads), str(count), json.dumps(task.sizes)]
                 sides["peer"] = peer = Worker([str(PYTHON), str(script), *words])

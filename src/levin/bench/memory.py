@@ -42,7 +42,7 @@ def resident_megabytes() -> float:
 def memory(*, rounds: int, threads: int) -> None:
     """Fill buffers and print their size and the medians of the time per draw."""
     torch.set_num_threads(threads)
-    print(f"{provenance.processor()}, {threads} threads; medians of {rounds} x 100 draws of {BATCH}")
+    print(f"{provenance.processor_name()}, {threads} threads; medians of {rounds} x 100 draws of {BATCH}")
     filled = (
         ("HalfCheetah, 1,000,000 transitions", replay.Replay(1_000_000, "memory"), vector_transitions, 1_000_000),
         ("Atari, 100,000 frames", replay.FrameReplay(100_000, "memory", 4), frame_transitions, 100_000),

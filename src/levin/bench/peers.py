@@ -71,7 +71,7 @@ COMPARISONS = {
             warm_up=640,
             segment=512,
             peer={"learning_starts": 320},
-            levin_command=("algo.learning_starts=320",),
+            ours=("algo.learning_starts=320",),
             variants=CHUNKS,
         )
     ],
@@ -86,7 +86,7 @@ COMPARISONS = {
                 warm_up=640,
                 segment=512,
                 peer={"learning_starts": 320} | EQUAL_NETS,
-                levin_command=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
+                ours=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
                 variants=CHUNKS,
             )
         ]
@@ -113,7 +113,7 @@ COMPARISONS = {
                 "exploration_final_eps": 0.05,
                 "policy_kwargs": {"net_arch": [120, 84]},
             },
-            levin_command=(
+            ours=(
                 *("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
                 *("algo.huber=true", "algo.max_grad_norm=10"),
             ),
@@ -132,7 +132,7 @@ COMPARISONS = {
             warm_up=4096,
             segment=16384,
             peer={"n_steps": 128, "batch_size": 256, "n_epochs": 4},
-            levin_command=(
+            ours=(
                 *("algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", "algo.lr=3e-4"),
                 *("algo.gamma=0.99", "algo.gae_lambda=0.95", "algo.clip_schedule=constant"),
             ),
@@ -146,7 +146,7 @@ COMPARISONS = {
             warm_up=4096,
             segment=4096,
             peer={"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
-            levin_command=(
+            ours=(
                 *("algo.steps_per_iteration=2048", "algo.recompute_advantage=false", "algo.normalize_advantage=true"),
                 *("algo.clip_value=false", "algo.value_coef=1.0", "algo.initial_log_std=0.0", *RAW),
             ),
@@ -154,7 +154,7 @@ COMPARISONS = {
         ),
     ],
     "a2c": [
-        Comparison(algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, levin_command=RAW)
+        Comparison(algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, ours=RAW)
     ],
     "trpo": [
         Comparison(
@@ -173,7 +173,7 @@ COMPARISONS = {
                 "target_kl": 0.04,
                 "learning_rate": 1e-3,
             },
-            levin_command=("algo.target_kl=0.04", *RAW),
+            ours=("algo.target_kl=0.04", *RAW),
         )
     ],
 }
@@ -305,7 +305,7 @@ def fake_env_spec(observation: Space, action: Space) -> EnvSpec:
 
 def print_table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
     """Median rate of each, and the median over rounds of its ratio to the peer in the same round."""
-    print(f"\n{provenance.processor()}; medians of {len(rates[peer])} rounds, interleaved")
+    print(f"\n{provenance.processor_name()}; medians of {len(rates[peer])} rounds, interleaved")
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[peer], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} x {peer} ({min(ratios):.2f} to {max(ratios):.2f})"

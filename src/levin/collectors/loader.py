@@ -49,7 +49,9 @@ class CollectorLoader:
         self.lengths: list[int] = []
         self.lags: list[float] = []  # iterations by which the policies of workers were behind, since `take`
         self.seconds = 0.0
-        self.strayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode was truncated when the run resumed
+        self.not_replayed = np.zeros(
+            env.num_envs, dtype=bool
+        )  # [N]: whose open episode was truncated when the run resumed
         self._iterator: Iterator[TensorDictBase] | None = None
 
     def __len__(self) -> int:
@@ -74,7 +76,11 @@ class CollectorLoader:
         envs = np.arange(len(rollout)) if indices is None else indices[:, 0, 0].numpy()
         after: TensorDict = rollout.get("next")
         reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
-        for what in (*observation_tensors(after.get("observation")), *observation_tensors(rollout.get("observation")), reward):
+        for what in (
+            *observation_tensors(after.get("observation")),
+            *observation_tensors(rollout.get("observation")),
+            reward,
+        ):
             self._check_finite(np.asarray(what), done, envs)
         if self.step_count:
             count = step_count(done, self.statistics.open_length[envs])
@@ -96,10 +102,10 @@ class CollectorLoader:
             count = step_count(done, self.statistics.open_length[envs])[row, step] + 1
             raise RunError(
                 f"{self.env.config.id} gave {values[row, step]}, not finite, in iteration {self.version() + 1}: "
-                f"env {env}, step {count} of episode {episode}, seed {self.env.seed_of(env, episode)}"
+                f"env {env}, step {count} of episode {episode}, seed {self.env.episode_seed_of(env, episode)}"
             )
 
-    def take(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """Means over the episodes that ended since the last call, their count, and the seconds spent collecting."""
         row = {"time/collect": self.seconds}
         returns, lengths = (
@@ -131,15 +137,15 @@ class CollectorLoader:
         self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
         self.lags = list(state_dict.get("lags", []))  # checkpoints of before they were kept have none
         if isinstance(self.collector, VectorCollector):
-            self.strayed = self.collector.strayed
+            self.not_replayed = self.collector.not_replayed
         else:  # TorchRL's collectors save no open episode: the next one begins
-            self.strayed = np.ones(self.env.num_envs, dtype=bool)
-            self.env.begin([episode + 1 for episode in state_dict["episodes"]], self.strayed)
+            self.not_replayed = np.ones(self.env.num_envs, dtype=bool)
+            self.env.begin([episode + 1 for episode in state_dict["episodes"]], self.not_replayed)
             self.collector.reset()  # type: ignore[attr-defined]
         if self.env.games is not None:
             self.env.games.clear()  # those that were replayed
-        self.statistics.open_return[self.strayed] = 0
-        self.statistics.open_length[self.strayed] = 0
+        self.statistics.open_return[self.not_replayed] = 0
+        self.statistics.open_length[self.not_replayed] = 0
 
 
 def observation_tensors(observation: Tensor | TensorDictBase) -> list[Tensor]:

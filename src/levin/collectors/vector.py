@@ -72,7 +72,7 @@ class VectorCollector(BaseCollector):
     ) -> None:
         super().__init__()
         self.env, self.policy, self.steps = env, policy, steps
-        env.twins = isinstance(steps, WholeEpisodes) and steps.twins
+        env.paired_episodes = isinstance(steps, WholeEpisodes) and steps.paired_episodes
         self.takes_is_first = IS_FIRST in policy.in_keys
         self.random_env_steps = random_env_steps
         self.vector_steps = 0
@@ -82,7 +82,7 @@ class VectorCollector(BaseCollector):
         self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which each env was last seeded
         self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: the actions since the first of these
         self._history_from = 0  # the vector step of the first of them
-        self.strayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode could not be resumed
+        self.not_replayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode could not be resumed
 
     def iterator(self) -> Iterator[TensorDictBase]:
         while True:
@@ -97,7 +97,7 @@ class VectorCollector(BaseCollector):
         while (
             episodes < self.steps.episodes
             or transitions < self.steps.transitions
-            or (self.steps.twins and episodes % 2)
+            or (self.steps.paired_episodes and episodes % 2)
         ):
             done = False
             while not done:
@@ -159,7 +159,7 @@ class VectorCollector(BaseCollector):
                 self._first = done = ends | cuts
                 if done.any():
                     arrays.ended.append((t, done, [np.asarray(value)[done] for value in current]))
-                    self._opened[done & ~env.goes_on] = self.vector_steps + t + 1
+                    self._opened[done & ~env.continues_without_seed] = self.vector_steps + t + 1
                     current = self._split(env.reset(options={"reset_mask": done})[0])
                     if until_done:
                         taken = t + 1
@@ -276,21 +276,21 @@ class VectorCollector(BaseCollector):
         self._history_from = self.vector_steps - actions.shape[1]
         self._opened = self.vector_steps - lengths
         self._observation = self._replay(state_dict["episodes"], lengths, actions)
-        self.strayed = strayed = np.array(
+        self.not_replayed = not_replayed = np.array(
             [
                 any(not np.array_equal(part[i], was[i]) for part, was in zip(self._observation, saved, strict=True))
                 for i in range(self.env.num_envs)
             ]
         )
-        if strayed.any():
+        if not_replayed.any():
             warnings.warn(
-                f"{self.env.config.id} does not replay: the open episode of {int(strayed.sum())} env(s) is truncated "
-                "and a new one begins; this run is not the uninterrupted one",
+                f"{self.env.config.id} does not replay: the open episode of {int(not_replayed.sum())} env(s) is "
+                "truncated and a new one begins; this run is not the uninterrupted one",
                 stacklevel=2,
             )
-            self._opened[strayed], self._first[strayed] = self.vector_steps, True
+            self._opened[not_replayed], self._first[not_replayed] = self.vector_steps, True
             episodes = [episode + 1 for episode in self.env.episodes]
-            self._observation = self._copy(self.env.begin(episodes, strayed))
+            self._observation = self._copy(self.env.begin(episodes, not_replayed))
 
     def _replay(self, episodes: list[int], lengths: np.ndarray, actions: np.ndarray) -> list[np.ndarray]:
         """Lead every env to where it was. All envs step together, so a shorter episode begins later.
@@ -309,11 +309,13 @@ class VectorCollector(BaseCollector):
             if begins.any():
                 current = self.env.begin(episodes, begins)
             current, _, ends, cuts, _ = self.env.step(actions[:, t])
-            first, goes_on = ends | cuts, self.env.goes_on
-            if (first & ~goes_on).any():  # an env still waiting for its turn, or one that does not replay
-                current = self.env.begin(episodes, first & ~goes_on)
-            if (first & goes_on).any():
-                current, _ = self.env.reset(options={"reset_mask": first & goes_on})
+            first, continues_without_seed = ends | cuts, self.env.continues_without_seed
+            if (
+                first & ~continues_without_seed
+            ).any():  # an env still waiting for its turn, or one that does not replay
+                current = self.env.begin(episodes, first & ~continues_without_seed)
+            if (first & continues_without_seed).any():
+                current, _ = self.env.reset(options={"reset_mask": first & continues_without_seed})
         self._first = first | (lengths == 0)
         if (lengths == 0).any():
             current = self.env.begin(episodes, lengths == 0)

@@ -64,7 +64,7 @@ def make_worker_env(share: WorkerShare) -> EnvBase:
     return to_torchrl(env, is_first=share.is_first)
 
 
-def make_policy(policy: TensorDictModule, space: Space, timeout: float) -> "Acting":
+def make_policy(policy: TensorDictModule, space: Space, timeout: float) -> "WorkerPolicy":
     """In the process of a worker, where `policy` is a copy."""
     return WorkerPolicy(policy, space, timeout)
 

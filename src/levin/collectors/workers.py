@@ -29,7 +29,7 @@ from torchrl.collectors import BaseCollector, MultiAsyncCollector, MultiSyncColl
 from torchrl.collectors.distributed import RayCollector
 from torchrl.envs import EnvBase
 
-from levin.collectors.worker import WorkerShare, Worker, make_policy, make_worker_env, summarize_error, policy_weights
+from levin.collectors.worker import Worker, WorkerShare, make_policy, make_worker_env, policy_weights, summarize_error
 from levin.core.errors import RunError
 from levin.core.process import SIGNALS
 from levin.core.spaces import IS_FIRST
@@ -200,7 +200,11 @@ class WorkersCollector(BaseCollector):
     def _orders(self, worker: int, begun: int = 0) -> tuple[list[np.ndarray], int, int]:
         """What `Worker.load` takes, `begun` rollouts of the worker not being counted yet."""
         taken = self.vector_steps[worker] + begun * self.steps
-        return policy_weights(self.policy), self.version(), max(0, -(-self.random_env_steps // self.env.num_envs) - taken)
+        return (
+            policy_weights(self.policy),
+            self.version(),
+            max(0, -(-self.random_env_steps // self.env.num_envs) - taken),
+        )
 
     def _finish(self, rollout: Any) -> TensorDict:
         """What TorchRL collected `[W, n, T]` or `[n, T]`, in the order of the envs and nothing beside it."""

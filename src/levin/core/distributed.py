@@ -43,7 +43,11 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 def all_reduce_number(number: float) -> float:
     """The sum over ranks of a number. Waits for the device where there are several."""
-    return number if world_size() == 1 else float(all_reduce_sum(torch.tensor(number, dtype=torch.float64, device=_device())))
+    return (
+        number
+        if world_size() == 1
+        else float(all_reduce_sum(torch.tensor(number, dtype=torch.float64, device=_device())))
+    )
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:

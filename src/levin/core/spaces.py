@@ -137,7 +137,10 @@ class NetworkInput:
         """Convert a batch `[N, *S]` of the env's observations, or of each of their parts."""
         if self.is_identity:
             return observation
-        found = {name: _to_channel_first(_select_part(observation, path), leaf) for name, (path, leaf) in self._images.items()}
+        found = {
+            name: _to_channel_first(_select_part(observation, path), leaf)
+            for name, (path, leaf) in self._images.items()
+        }
         if self._numbers:
             flat = [_flatten(_select_part(observation, path), leaf) for path, leaf in self._numbers]
             found[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")

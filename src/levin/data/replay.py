@@ -61,7 +61,7 @@ class Replay:
         """Of one that is drawn."""
         return self.data.bytes() // len(self)
 
-    def at_once(self, batch_size: int) -> int:
+    def batches_per_draw(self, batch_size: int) -> int:
         """How many batches to draw at once: a draw costs as much as a small update, whatever its size."""
         return min(128, max(1, DRAW_BYTES // (batch_size * self.transition_bytes)))
 
@@ -132,7 +132,7 @@ class FrameReplay(Replay):
         observation, after = rollout["observation"], rollout["next", "observation"]  # [N, T, K * C, H, W]
         begins = torch.zeros(num_envs, steps, dtype=torch.bool, device=rollout.device)
         begins[:, 1:] = rollout["next", "done"][:, :-1, 0]
-        begins[:, 0] = True if self.current is None else ~self.shows(observation[:, 0], self.current)
+        begins[:, 0] = True if self.current is None else ~self.matches_stack(observation[:, 0], self.current)
         rows = 1 + stack * begins  # [N, T]
         end = rows.flatten().cumsum(0)  # [N * T]
         to = end - 1  # [N * T]: the row of each transition, counted from the first of this rollout
@@ -165,7 +165,7 @@ class FrameReplay(Replay):
     def transition_bytes(self) -> int:
         return (1 + self.stack) * self.data.bytes() // len(self)
 
-    def shows(self, observation: Tensor, rows: Tensor) -> Tensor:
+    def matches_stack(self, observation: Tensor, rows: Tensor) -> Tensor:
         """`[N]`: whether an observation `[N, K * C, H, W]` is the stack in the rows `[N, K]`."""
         return (self.data["frame"][rows % self.size].flatten(1, 2) == observation).flatten(1).all(1)
 

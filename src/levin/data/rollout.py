@@ -42,7 +42,7 @@ class WholeEpisodes:
 
     transitions: int = 1
     episodes: int = 1
-    twins: bool = False
+    paired_episodes: bool = False
 
 
 def act(policy: TensorDictModule, batch: Any, is_first: np.ndarray) -> Tensor:

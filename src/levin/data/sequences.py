@@ -108,7 +108,7 @@ class SequenceReplay(Replay):
 
     def draw(self, num: int, device: torch.device) -> TensorDict:
         """`num` sequences `[num, length]` on the device, uniform over all that are there."""
-        rows, env = self.places(num, self.length)
+        rows, env = self.sample_positions(num, self.length)
         drawn = self.at(rows, env)
         if LATENT in self.keys:
             drawn["row"], drawn["env"] = rows, env.expand_as(rows)
@@ -119,7 +119,7 @@ class SequenceReplay(Replay):
         # Key by key: to index a whole TensorDict takes several times as long.
         return TensorDict({key: value[rows, env] for key, value in self.data.items()}, batch_size=rows.shape)
 
-    def rewrite(self, batch: TensorDictBase, latent: Tensor) -> None:
+    def overwrite_latents(self, batch: TensorDictBase, latent: Tensor) -> None:
         """Keep other states for the records of sequences `[B, 1 + T]` but the first of each: `[B, T, *]`.
 
         Nothing may have been stored since they were drawn.
@@ -130,7 +130,7 @@ class SequenceReplay(Replay):
         for sequence in range(len(rows)):  # one by one: where a record is in two, the one written last is whole
             stored[rows[sequence], env[sequence]] = latent[sequence]
 
-    def places(self, num: int, length: int) -> tuple[Tensor, Tensor]:
+    def sample_positions(self, num: int, length: int) -> tuple[Tensor, Tensor]:
         """Where sequences lie: rows `[num, length]` and envs `[num, 1]`."""
         device = self.data.get("reward").device  # a TensorDict of several devices has none
         start = torch.randint(self.written - len(self), self.written - length + 1, (num, 1), device=device)

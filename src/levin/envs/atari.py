@@ -63,7 +63,9 @@ class AtariGames(AtariVectorEnv):
         self.episodic_life, self.reward_clipping = training and episodic_life, training and reward_clipping
         self.reseed_every = reseed_every if training else 0
         self.games: list[tuple[float, int]] = []  # score and steps of those that ended; whoever reads it clears it
-        self.goes_on, self.over = np.zeros((2, num_envs), dtype=bool)  # [N]: without a new seed; whose game is over
+        self.continues_without_seed, self.over = np.zeros(
+            (2, num_envs), dtype=bool
+        )  # [N]: without a new seed; whose game is over
         self.lives, self.steps, self.score, self.length = np.zeros((4, num_envs), dtype=np.int64)  # since seed; of game
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -108,11 +110,11 @@ class AtariGames(AtariVectorEnv):
         self.length += 1
         lives, self.lives = self.lives, info["lives"]
         lost = self.lives < lives
-        self.over, self.goes_on = ends | cuts, np.zeros(self.num_envs, dtype=bool)
+        self.over, self.continues_without_seed = ends | cuts, np.zeros(self.num_envs, dtype=bool)
         if lost.any() or self.over.any():
             self.games += [(float(self.score[i]), int(self.length[i])) for i in np.flatnonzero(self.over)]
             lost &= (self.lives > 0) & self.episodic_life
-            self.goes_on = np.where(self.over, self.steps < self.reseed_every, lost)
+            self.continues_without_seed = np.where(self.over, self.steps < self.reseed_every, lost)
             ends = ends | lost
         return self.observation, np.sign(rewards) if self.reward_clipping else rewards, ends, cuts, info
 

@@ -198,7 +198,9 @@ def describe_env(env: SeededVectorEnv) -> EnvSpec:
         ConfigError: Pixels are to be normalised.
     """
     config = env.config
-    if config.normalize_observation and (observation_dtypes(env.observation) != {"float32"} or "spaces" in env.observation):
+    if config.normalize_observation and (
+        observation_dtypes(env.observation) != {"float32"} or "spaces" in env.observation
+    ):
         raise ConfigError(f"{config.id} shows pixels, which are not normalised: env.normalize_observation=false")
     return {
         "id": config.id,

@@ -35,7 +35,7 @@ class SeededVectorEnv(VectorWrapper):
     ) -> None:
         super().__init__(env)
         self.config, self.first = config, first
-        self.twins = False  # whether two episodes in a row have the same seed
+        self.paired_episodes = False  # whether two episodes in a row have the same seed
         self._seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
         # Returns and lengths of the games that ended, where an episode is less than a game; whoever reads it clears it.
@@ -56,27 +56,27 @@ class SeededVectorEnv(VectorWrapper):
             self.single_observation_space = to_gym(self.observation)
             self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
-    def seed_of(self, env: int, episode: int) -> int:
+    def episode_seed_of(self, env: int, episode: int) -> int:
         """The seed of an episode of one of the envs."""
-        return self._seed_of(env, episode // 2 if self.twins else episode)
+        return self._seed_of(env, episode // 2 if self.paired_episodes else episode)
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
         return self.metadata["autoreset_mode"]
 
     @property
-    def goes_on(self) -> np.ndarray:
+    def continues_without_seed(self) -> np.ndarray:
         """`[N]`: whose episode is over, and the next one goes on without a seed: after a lost life, say."""
-        return self._nobody if self.games is None else self.env.goes_on  # type: ignore[attr-defined]
+        return self._nobody if self.games is None else self.env.continues_without_seed  # type: ignore[attr-defined]
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, of all without it. `seed` is ours."""
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
         seeds: list[int | None] = [None] * self.num_envs
-        for i in np.flatnonzero(mask & ~self.goes_on).tolist():
+        for i in np.flatnonzero(mask & ~self.continues_without_seed).tolist():
             self.episodes[i] += self._moves > self._begun[i]
             self._begun[i] = self._moves
-            seeds[i] = self.seed_of(self.first + i, self.episodes[i])
+            seeds[i] = self.episode_seed_of(self.first + i, self.episodes[i])
         options = dict(options) if options else None
         try:
             if isinstance(self.env, AsyncVectorEnv):
@@ -126,7 +126,7 @@ class SeededVectorEnv(VectorWrapper):
             self.env.close(terminate=True)  # a worker that hangs would be waited for
         if culprit is not None:
             env, episode = self.first + culprit, self.episodes[culprit]
-            step, seed = self._moves - self._begun[culprit], self.seed_of(env, episode)
+            step, seed = self._moves - self._begun[culprit], self.episode_seed_of(env, episode)
             said += f"; env {env}, step {step} of episode {episode}, seed {seed}"
         return RunError(f"the {what} of {self.config.id} {said}")
 
@@ -154,5 +154,5 @@ class SeededVectorEnv(VectorWrapper):
         """Begin episode `episodes[i]` in every env of the mask `[N]`; returns the observations `[N, *shape]`."""
         for i in np.flatnonzero(mask):
             self.episodes[i], self._begun[i] = episodes[i], self._moves
-        self.goes_on[mask] = False
+        self.continues_without_seed[mask] = False
         return self.reset(options={"reset_mask": mask})[0]

@@ -46,6 +46,6 @@ __all__ = [
     "SumAndSample",
     "UnorderedSet",
     "WithoutReplacement",
-    "attach",
+    "attach_score",
     "magic_box",
 ]

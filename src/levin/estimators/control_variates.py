@@ -15,8 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
-from levin.estimators.base import Draws, Estimator, check_positive, attach_score, check_costs, split_independent, trailing_sum
-from levin.estimators.pathwise import sample_gumbel, sample_gumbel_given, one_hot_argmax
+from levin.estimators.base import (
+    Draws,
+    Estimator,
+    attach_score,
+    check_costs,
+    check_positive,
+    split_independent,
+    trailing_sum,
+)
+from levin.estimators.pathwise import one_hot_argmax, sample_gumbel, sample_gumbel_given
 
 DISCRETE = ("bernoulli", "one_hot")
 
@@ -153,7 +161,9 @@ class LAX(Estimator, nn.Module):
         """As that of every estimator; a `gradient` at hand is not computed again."""
         cost = check_costs(draws, cost)
         gradient = self.gradient(draws, cost) if gradient is None else gradient
-        return attach_score(self.mean(draws, cost), trailing_sum((gradient.detach() * draws.aux[0]).sum(0), cost.ndim - 1))
+        return attach_score(
+            self.mean(draws, cost), trailing_sum((gradient.detach() * draws.aux[0]).sum(0), cost.ndim - 1)
+        )
 
     __call__ = Estimator.__call__  # and not that of a module
 

@@ -56,7 +56,9 @@ class MeasureValued(Estimator):
         more = unit_steps(dist, drawn)  # [D, *B, *E]
         term = event_sum(more * base.rate, dist)  # [D, *B]
         return Draws(
-            torch.cat([drawn.unsqueeze(0), drawn + more]), torch.cat([-term.sum(0, keepdim=True), term]), first_draw_weights(term)
+            torch.cat([drawn.unsqueeze(0), drawn + more]),
+            torch.cat([-term.sum(0, keepdim=True), term]),
+            first_draw_weights(term),
         )
 
     def normal(self, dist: Distribution, base: Normal) -> Draws:
@@ -69,7 +71,9 @@ class MeasureValued(Estimator):
         term = event_sum(at * base.loc / (base.scale * math.sqrt(2 * math.pi)), dist)
         term = torch.cat([term, -term])
         return Draws(
-            torch.cat([drawn.unsqueeze(0), points]), torch.cat([torch.zeros_like(term[:1]), term]), first_draw_weights(term)
+            torch.cat([drawn.unsqueeze(0), points]),
+            torch.cat([torch.zeros_like(term[:1]), term]),
+            first_draw_weights(term),
         )
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Reparameterized(Estimator):
     def draw(self, dist: Distribution) -> Draws:
         if not dist.has_rsample:
             raise TypeError(
-                f"there is no path through a sample of {type(split_independent(dist)[0]).__name__}: take ScoreFunction or "
+                f"no path leads through a sample of {type(split_independent(dist)[0]).__name__}: use ScoreFunction or "
                 "LeaveOneOut, or StraightThrough, GumbelSoftmax or ReinMax of a OneHotCategorical"
             )
         return Draws(dist.rsample(torch.Size([self.num])))

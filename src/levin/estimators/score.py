@@ -121,7 +121,9 @@ class SelfCritical(Estimator):
     def draw(self, dist: Distribution) -> Draws:
         drawn = dist.sample(torch.Size([self.num]))
         value = torch.cat([drawn, most_probable(dist).detach().unsqueeze(0).to(drawn)])
-        weight = torch.full([self.num + 1, *dist.batch_shape], 1 / self.num, device=value.device, parameter_dtype=parameter_dtype(dist))
+        weight = torch.full(
+            [self.num + 1, *dist.batch_shape], 1 / self.num, device=value.device, dtype=parameter_dtype(dist)
+        )
         weight[-1] = 0  # no draw
         return Draws(value, dist.log_prob(value), weight)
 

@@ -65,7 +65,9 @@ class Autoencoder(nn.Module):
         return (cost + self.divergence(posterior)).mean()
 
 
-def train_autoencoder(estimator: Estimator, seed: int, updates: int = 2500, batch_size: int = 100, lr: float = 1e-3) -> Autoencoder:
+def train_autoencoder(
+    estimator: Estimator, seed: int, updates: int = 2500, batch_size: int = 100, lr: float = 1e-3
+) -> Autoencoder:
     """Trained with Adam."""
     torch.manual_seed(seed)
     model, (data, _) = Autoencoder(), load_digits()
@@ -79,7 +81,7 @@ def train_autoencoder(estimator: Estimator, seed: int, updates: int = 2500, batc
 
 
 @torch.no_grad()
-def test_loss(model: Autoencoder, draws: int = 20) -> float:
+def evaluate_autoencoder(model: Autoencoder, draws: int = 20) -> float:
     """-ELBO of the test digits in nats, with so many draws for each."""
     _, test = load_digits()
     posterior = model.posterior(test)

@@ -23,7 +23,7 @@ from levin.estimators.measure_valued import MeasureValued
 from levin.estimators.pathwise import GumbelRao, GumbelSoftmax, ReinMax, Reparameterized, StraightThrough
 from levin.estimators.score import Exact, LeaveOneOut, OptimalConstant, ScoreFunction, SelfCritical
 from levin.estimators.subsets import SumAndSample, UnorderedSet, WithoutReplacement
-from levin.lab.problems import Problem, single_coin, choice_of_five, all_problems
+from levin.lab.problems import Problem, all_problems, choice_of_five, single_coin
 
 ROWS_TIMED = 128
 POINTS = 200_000  # that are valued at once
@@ -94,7 +94,12 @@ FINITE: dict[str, Maker] = {
 }
 ESTIMATORS: dict[str, dict[str, Maker]] = {
     "choices": FINITE,
-    "coins": {**FINITE, "ARM": without_critic(ARM()), "DisARM": without_critic(DisARM()), "ARMS, 4": without_critic(ARMS(4))},
+    "coins": {
+        **FINITE,
+        "ARM": without_critic(ARM()),
+        "DisARM": without_critic(DisARM()),
+        "ARMS, 4": without_critic(ARMS(4)),
+    },
     "normal": {
         "reparameterised": without_critic(Reparameterized()),
         **SCORES,

@@ -148,4 +148,12 @@ def autoencoder_reconstruction(rows: int = 8, draws: int = 400_000) -> Problem:
 
 def all_problems() -> list[Problem]:
     """All of them."""
-    return [single_coin(), shared_coins(), choice_of_five(), gaussian_mean(), fixed_critic(), imagined_step(), autoencoder_reconstruction()]
+    return [
+        single_coin(),
+        shared_coins(),
+        choice_of_five(),
+        gaussian_mean(),
+        fixed_critic(),
+        imagined_step(),
+        autoencoder_reconstruction(),
+    ]

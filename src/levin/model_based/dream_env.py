@@ -36,19 +36,19 @@ class Model(Protocol):
     features: int
     noise: int  # standard normal numbers that one step takes
 
-    def encoded(self, action: Tensor) -> Tensor:
+    def encode_action(self, action: Tensor) -> Tensor:
         """Actions `[N, *A]` of a policy, as the model reads them."""
         ...
 
-    def begin(self, observation: Any) -> Any:
+    def initial_state(self, observation: Any) -> Any:
         """The mind at the first observation of an episode."""
         ...
 
-    def see(self, mind: Any, action: Tensor, observation: Any) -> Any:
+    def observe(self, latent: Any, action: Tensor, observation: Any) -> Any:
         """The mind after an action and the observation that it led to."""
         ...
 
-    def dream(self, mind: Any, action: Tensor, noise: Tensor, temperature: float) -> tuple[Any, Tensor, Tensor]:
+    def imagine(self, latent: Any, action: Tensor, noise: Tensor, temperature: float) -> tuple[Any, Tensor, Tensor]:
         """The mind after an action, the reward `[N, 1]`, and whether the episode ends for good `[N, 1]`."""
         ...
 
@@ -98,12 +98,12 @@ class DreamEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(actions, num_envs)
         with torch.inference_mode():
-            self.first = model.begin(starts)  # [K, *]
-            self.mind = type(self.first)(*(part[:1].repeat(num_envs, 1) for part in self.first))
+            self.first = model.initial_state(starts)  # [K, *]
+            self.latent = type(self.first)(*(part[:1].repeat(num_envs, 1) for part in self.first))
         self.length = np.zeros(num_envs, dtype=np.int64)
         self.chance = [np.random.default_rng(0)] * num_envs
         self.noise = torch.zeros(num_envs, BLOCK, model.noise)
-        self.device = self.mind[0].device
+        self.device = self.latent[0].device
 
     @torch.inference_mode()
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -117,8 +117,8 @@ class DreamEnv(VectorEnv):
         self.length[mask] = 0
         rows = torch.from_numpy(start).to(self.device)
         begun = type(self.first)(*(part[rows] for part in self.first))
-        self.mind = where_mask(torch.from_numpy(mask).to(self.device), begun, self.mind)
-        return self.mind.feature.cpu().numpy(), {}
+        self.latent = where_mask(torch.from_numpy(mask).to(self.device), begun, self.latent)
+        return self.latent.feature.cpu().numpy(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step of all envs, with actions `[N, *A]`."""
@@ -132,10 +132,12 @@ class DreamEnv(VectorEnv):
         for i in np.flatnonzero(at == 0):
             self.noise[i] = torch.from_numpy(self.chance[i].standard_normal(self.noise[i].shape, np.float32))
         noise = self.noise[torch.arange(self.num_envs), torch.from_numpy(at)].to(self.device)
-        self.mind, reward, ends = self.model.dream(self.mind, self.model.encoded(actions), noise, self.temperature)
+        self.latent, reward, ends = self.model.imagine(
+            self.latent, self.model.encode_action(actions), noise, self.temperature
+        )
         self.length += 1
         outcome = (part.squeeze(-1).cpu().numpy() for part in (reward, ends))
-        return self.mind.feature, *outcome, self.length >= self.time_limit  # type: ignore[return-value]
+        return self.latent.feature, *outcome, self.length >= self.time_limit  # type: ignore[return-value]
 
 
 class LatentEnv(VectorWrapper):
@@ -157,31 +159,33 @@ class LatentEnv(VectorWrapper):
         self.read = NetworkInput(describe_space(env.single_observation_space))
         self.space = self.read.space
         if self.space != reads:
-            raise ConfigError(f"the model of env.run reads {_describe_space(reads)}, and the env shows {_describe_space(self.space)}")
+            raise ConfigError(
+                f"the model of env.run reads {_describe_space(reads)}, and the env shows {_describe_space(self.space)}"
+            )
         action = describe_action(env.single_action_space)
         self.to_env = action_converter(action, units)
         self.single_observation_space = Box(-np.inf, np.inf, (model.features,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.single_action_space = policy_space(action)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.mind: Any = None
+        self.latent: Any = None
 
     @torch.inference_mode()
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """As of the envs."""
         mask = torch.from_numpy(options["reset_mask"] if options else np.ones(self.num_envs, dtype=bool))
         observation, info = self.env.reset(seed=seed, options=options)
-        begun = self.model.begin(to_tensors(self.space, self.read(observation)))
-        self.mind = begun if self.mind is None else where_mask(mask, begun, self.mind)
-        return self.mind.feature.numpy(), info
+        begun = self.model.initial_state(to_tensors(self.space, self.read(observation)))
+        self.latent = begun if self.latent is None else where_mask(mask, begun, self.latent)
+        return self.latent.feature.numpy(), info
 
     @torch.inference_mode()
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, Any, Any, Any, dict[str, Any]]:  # type: ignore[override]
         """As of the envs."""
         observation, *rest = self.env.step(self.to_env(actions))
-        action = self.model.encoded(torch.as_tensor(actions))
-        self.mind = self.model.see(self.mind, action, to_tensors(self.space, self.read(observation)))
-        return self.mind.feature.numpy(), *rest  # type: ignore[return-value]
+        action = self.model.encode_action(torch.as_tensor(actions))
+        self.latent = self.model.observe(self.latent, action, to_tensors(self.space, self.read(observation)))
+        return self.latent.feature.numpy(), *rest  # type: ignore[return-value]
 
 
 def _describe_space(space: Space) -> str:

@@ -24,7 +24,9 @@ OpenLoopPredictor = Callable[[TensorDict], tuple[dict[str, Tensor], Tensor]]
 
 
 @torch.no_grad()
-def evaluate_open_loop(buffer: SequenceReplay, device: torch.device, foresee: OpenLoopPredictor, path: Path) -> dict[str, float]:
+def evaluate_open_loop(
+    buffer: SequenceReplay, device: torch.device, foresee: OpenLoopPredictor, path: Path
+) -> dict[str, float]:
     """The errors, and pictures at `path`; nothing where there is no part of an episode that is long enough.
 
     Args:
@@ -64,7 +66,7 @@ def sample_windows(buffer: SequenceReplay, device: torch.device) -> TensorDict |
         length = CONTEXT + ahead
         if len(buffer) < length:
             continue
-        rows, env = buffer.places(64 * WINDOWS, length)
+        rows, env = buffer.sample_positions(64 * WINDOWS, length)
         begins: Tensor = buffer.data.get("is_first")[rows[:, 1:], env][..., 0].any(1)
         whole = (~begins).nonzero().squeeze(1)[:WINDOWS]
         if len(whole) == WINDOWS:

@@ -27,9 +27,9 @@ def stack_steps(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
     return (torch.stack(part, 1) for part in zip(*steps, strict=True))
 
 
-def sample_episode_end(goes_on: Tensor, chance: Tensor, temperature: float) -> Tensor:
+def sample_episode_end(continues: Tensor, chance: Tensor, temperature: float) -> Tensor:
     """Whether a dreamt episode ends, of the probability that it goes on and a standard normal number; all `[N, 1]`."""
-    log_odds = torch.logit(1 - goes_on.clamp(max=1.0), eps=1e-6) / temperature
+    log_odds = torch.logit(1 - continues.clamp(max=1.0), eps=1e-6) / temperature
     return torch.special.ndtr(chance) < log_odds.sigmoid()
 
 

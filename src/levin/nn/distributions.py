@@ -112,7 +112,7 @@ class OneHot:
         """How many actions there are."""
         return math.prod(self.sizes)
 
-    def every(self, device: torch.device) -> Tensor:
+    def all_actions(self, device: torch.device) -> Tensor:
         """All of them: `[M, D, K]`."""
         number, places = torch.arange(self.combinations, device=device), []
         for size in reversed(self.sizes):

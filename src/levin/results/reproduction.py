@@ -69,7 +69,9 @@ def _compare_curves(
         return True, "there are no stored curves yet"
     known, known_training = read_curves(cell), read_curves(cell, TRAINING)
     common = sorted(set(known) & set(evaluations))
-    others = [key for run in folders.values() for key in _provenance_differences(before, run_folder.sessions(run))]
+    others = [
+        key for run in folders.values() for key in _provenance_differences(before, run_folder.read_provenance(run))
+    ]
     if load_config(cell).trainer.get("workers", 1) > 1:
         others.append("order in which the workers came")
     if common and not others:
@@ -116,7 +118,7 @@ def kept_seeds(cell: Path, seeds: list[int]) -> list[int]:
     before = read_provenance(cell)
     kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
     if kept:
-        here = provenance.collect()
+        here = provenance.collect_provenance()
         others = [key for key in ONE_MACHINE if before[key] != here[key]]
         if before["files"][CONFIG] != file_fingerprints(cell)[CONFIG]:
             others.append(CONFIG)
@@ -135,7 +137,7 @@ def store_runs(cell: Path, folders: dict[int, Path], kept: Sequence[int] = ()) -
     Raises:
         ConfigError: They are not of one commit.
     """
-    facts = {seed: run_folder.sessions(run) for seed, run in folders.items()}
+    facts = {seed: run_folder.read_provenance(run) for seed, run in folders.items()}
     sessions = [session for each in facts.values() for session in (each, *each["resumed"])]
     first = next(iter(facts.values()))
     if any(session["git_dirty"] for session in sessions) or len({session["git_sha"] for session in sessions}) > 1:

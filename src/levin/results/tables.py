@@ -78,7 +78,9 @@ def config_header(result: Result, summary: dict[str, Any]) -> str:
         minutes, facts = max(summary["wall_seconds"]) / 60, result.provenance
         lines = [facts["command"], f"{_hardware(facts)}: {minutes:.0f} minutes a seed"]
         score = summary["as_the_source_measures"]
-        lines.append(f"expected: {score['mean']:.1f} at {summary['env_steps']:,} env steps, {_describe_measure(result)}")
+        lines.append(
+            f"expected: {score['mean']:.1f} at {summary['env_steps']:,} env steps, {_describe_measure(result)}"
+        )
     first = next(iter(result.reference.published), None)
     number = f"published: {first.number} ({first.family}, {first.env})" if first else "no published number"
     lines.append(f"{number}; {summary.get('verdict', 'not run')}")

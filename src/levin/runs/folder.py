@@ -35,12 +35,12 @@ def new_run_path(config: DictConfig) -> Path:
 
 def find_requeued_run(config: DictConfig) -> Path | None:
     """Where the run lives that this command began in this SLURM job, before that was requeued."""
-    if not slurm.restarted():
+    if not slurm.was_requeued():
         return None
     folders = [Path(config.run)] if config.run else Path("runs", config.name).glob(f"s{config.seed}_*")
     for each in sorted(folders, reverse=True):
         facts = read_provenance(each)
-        if (facts.get("slurm_job"), facts.get("command")) == (slurm.job(), command_line()):
+        if (facts.get("slurm_job"), facts.get("command")) == (slurm.job_id(), command_line()):
             return each
     return None
 
@@ -136,6 +136,6 @@ def report_failure(run: Path) -> Iterator[None]:
         if error.__cause__ is not None:  # an env's own error: whoever wrote the env wants to see where
             (run / "traceback.txt").write_text(traceback.format_exc())
             said += f" (see {run}/traceback.txt)"
-        whole = checkpoint.numbered(run / "checkpoints")
+        whole = checkpoint.list_checkpoints(run / "checkpoints")
         left = f"checkpoint {whole[-1].name} is whole: make resume RUN={run}" if whole else "it has no checkpoint yet"
         raise RunError(f"{said}; {left}") from error

@@ -63,7 +63,7 @@ def load_algorithm(run: Path) -> Algorithm:
         algorithm.policy(deterministic=True).load_state_dict(saved["policy"])
         algorithm.env_steps = saved["env_steps"]
         return algorithm
-    path = checkpoint.newest(run)
+    path = checkpoint.newest_checkpoint(run)
     return _class_of(path.resolve().parents[2]).load_from_checkpoint(path, map_location="cpu", weights_only=True)
 
 

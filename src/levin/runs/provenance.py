@@ -24,7 +24,7 @@ def collect_provenance() -> dict[str, Any]:
     lock = ROOT / "requirements.lock"
     return {
         "command": command_line(),
-        "slurm_job": slurm.job(),
+        "slurm_job": slurm.job_id(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_sha": run_git("rev-parse", "HEAD"),
         "git_dirty": bool(run_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),

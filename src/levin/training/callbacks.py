@@ -24,7 +24,7 @@ class Clock:
     def __init__(self, every: int) -> None:
         self.every, self.rung = every, 0
 
-    def rings(self, count: int) -> bool:
+    def is_due(self, count: int) -> bool:
         """Whether a multiple of `every` has been passed since it last rang."""
         if count // self.every > self.rung:
             self.rung = count // self.every
@@ -95,7 +95,7 @@ class Metrics(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.clock.rings(algorithm.clock) or "eval/return_mean" in self.row:
+        if self.clock.is_due(algorithm.clock) or "eval/return_mean" in self.row:
             self.write(trainer, algorithm)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,7 +113,7 @@ class Metrics(Callback):
         row |= {"env_frames": algorithm.env_steps * algorithm.env["action_repeat"]}
         if algorithm.dream_steps:
             row["dream_steps"] = algorithm.dream_steps
-        row |= self.row | algorithm.take() | loader.take()
+        row |= self.row | algorithm.pop_metrics() | loader.pop_metrics()
         if "time/iteration" in row:
             row["time/update"] = row.pop("time/iteration") - row["time/sample"]
         row["time/log"] = self.log_seconds

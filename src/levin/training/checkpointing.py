@@ -42,7 +42,7 @@ class Checkpointing(Checkpoint):
         self.folder = distributed.broadcast_object(self.folder)
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            checkpoint.clean(self.folder)
+            checkpoint.remove_partial(self.folder)
         self.clock.rung = cast(Algorithm, pl_module).clock // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
@@ -50,7 +50,7 @@ class Checkpointing(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
         trainer.should_stop = distributed.any_rank(trainer.should_stop)
-        if self.clock.rings(algorithm.clock) or trainer.should_stop:
+        if self.clock.is_due(algorithm.clock) or trainer.should_stop:
             self.save(trainer, algorithm)
 
     def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
@@ -66,7 +66,7 @@ class Checkpointing(Checkpoint):
             self._prune()
 
     def _prune(self) -> None:
-        folders = {each.name: each for each in checkpoint.numbered(self.folder)}
+        folders = {each.name: each for each in checkpoint.list_checkpoints(self.folder)}
         self.returns = {name: self.returns[name] for name in folders if name in self.returns}
         best = max(self.returns, key=lambda name: self.returns[name], default=None)
         for name in list(folders)[: -self.keep]:
@@ -86,7 +86,8 @@ class Checkpointing(Checkpoint):
         saved = checkpoint.get("ranks", 1)
         if saved != distributed.world_size():
             raise ConfigError(
-                f"the checkpoint is of {saved} ranks, and this run has {distributed.world_size()}: trainer.devices={saved}"
+                f"the checkpoint is of {saved} ranks, and this run has {distributed.world_size()}: "
+                f"trainer.devices={saved}"
             )
         # Drawn numbers are taken back last, when everything is built: see `on_train_start`.
         self._rng = checkpoint["rng"]

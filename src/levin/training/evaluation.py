@@ -57,7 +57,7 @@ class Evaluation(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.clock.rings(algorithm.clock):
+        if self.clock.is_due(algorithm.clock):
             self.evaluate(trainer, algorithm)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -54,8 +54,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     algorithm, rollouts = build_run(cfg)
     others = partial(make_rollouts, cfg, algorithm)
     trainer, budget, evaluation = lightning_trainer.build_trainer(cfg, run, rollouts.env.config, others, ckpt_path)
-    facts = provenance.collect()
-    with run_folder.lock(run), run_folder.survivable(run):
+    facts = provenance.collect_provenance()
+    with run_folder.lock(run), run_folder.report_failure(run):
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
@@ -63,7 +63,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
         finally:
             rollouts.collector.shutdown()
-        run_folder.finish(run, perf_counter() - start, algorithm.env_steps if budget.spent else None)
+        run_folder.record_end(run, perf_counter() - start, algorithm.env_steps if budget.spent else None)
         if cfg.upload and budget.spent:
             video.record_video(run=str(run))
             loggers.upload(trainer.loggers, run)

@@ -54,7 +54,9 @@ def build_trainer(
         options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, rollouts)), "accelerator": "cpu"}
         ours.insert(ours.index(evaluation), Workers(strategy))
     if cfg.trainer.strategy == "ddp" or sharding.configured_world_size(cfg) > 1:
-        options |= {"strategy": DataParallel(cfg, run, ckpt_path) if sharding.configured_world_size(cfg) > 1 else "auto"}
+        options |= {
+            "strategy": DataParallel(cfg, run, ckpt_path) if sharding.configured_world_size(cfg) > 1 else "auto"
+        }
     fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     plugins = checkpoint.FolderCheckpointIO()

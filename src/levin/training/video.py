@@ -48,8 +48,10 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
             first, done = np.zeros(1, dtype=bool), terminated | truncated
             frames.append(_render_frame(env))
         videos = {f"{policy.algorithm.clock}_{episode}.mp4": frames}
-        if (dreamt := policy.algorithm.dream_of(to_tensors(env.observation, shown[0]), len(shown))) is not None:
-            videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _side_by_side(np.concatenate(shown), dreamt.numpy())
+        if (dreamt := policy.algorithm.imagine_pictures(to_tensors(env.observation, shown[0]), len(shown))) is not None:
+            videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _side_by_side(
+                np.concatenate(shown), dreamt.numpy()
+            )
         for name, pictures in videos.items():
             imageio.mimwrite(
                 folder / name,
