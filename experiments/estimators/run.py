@@ -24,7 +24,7 @@ from levin.estimators import (
     ScoreFunction,
     StraightThrough,
 )
-from levin.lab.digits import train_autoencoder
+from levin.lab.digits import evaluate_autoencoder, train_autoencoder
 from levin.lab.measure import lab, write_csv
 from levin.lab.pictures import read_csv
 from levin.results.aggregates import iqm_with_interval

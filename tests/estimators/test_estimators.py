@@ -174,7 +174,7 @@ REFUSED = [
     (
         Reparameterized(),
         Categorical(logits=torch.zeros(3)),
-        "no path through a sample of Categorical: take ScoreFunction",
+        "no path leads through a sample of Categorical: use ScoreFunction",
     ),
     (Reparameterized(), Poisson(torch.ones(3)), "no path through a sample of Poisson"),
     (StraightThrough(), Categorical(logits=torch.zeros(3)), "a OneHotCategorical instead of a Categorical"),

@@ -8,7 +8,7 @@ import torch
 from levin.core.errors import ConfigError
 from levin.estimators import LeaveOneOut, ReinMax, ScoreFunction, StraightThrough
 from levin.lab import measure, problems
-from levin.lab.digits import train_autoencoder
+from levin.lab.digits import evaluate_autoencoder, train_autoencoder
 
 
 def rows_of(path):
