@@ -1,4 +1,5 @@
-# `make` prints this help. Variables come from the command line only. None is read by the shell, but ARGS with quotes.
+# `make` prints the help. Variables are read from the command line only, never from the environment. Their values reach
+# the commands as typed and are not expanded by the shell, except for an ARGS that contains quotes.
 VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
@@ -7,21 +8,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 
-# A text, and what was typed for a variable, as one word of the shell: nothing in it is expanded.
+# quote: a text as one single-quoted shell word. typed: the same for the value of a variable. Neither is expanded.
 quote = '$(subst ','\'',$1)'
 typed = $(call quote,$(value $1))
-# ARGS are several words. Where they hold quotes of their own, the shell reads those.
+# ARGS holds several words. Each is quoted, unless ARGS contains quotes itself: then the shell parses it.
 args = $(if $(findstring ",$(value ARGS))$(findstring ',$(value ARGS)),$(value ARGS),$(foreach word,$(value ARGS),$(call quote,$(word))))
 
 algo := $(or $(value ALGO),sac)
-# The env that the algorithm's YAML names, unless ENV does; and the extra that the env's YAML asks for.
+# The env is ENV, or else the one that the algorithm's YAML names. The env's YAML names the extra to install.
 algo_yaml := $(wildcard configs/algo/$(algo).yaml experiments/*/algo/$(algo).yaml)
 quoted = $(foreach file,$1,$(call quote,$(file)))
 env_name := $(or $(value ENV),$(shell sed -n 's|.*override /env: *\([a-z0-9_]*\).*|\1|p' $(call quoted,$(algo_yaml)) /dev/null))
-# A pinned config says it again.
+# The config of a stored result (EXP) names its extra, too.
 env_yaml := $(or $(wildcard experiments/$(value EXP)/config.yaml),configs/env/$(env_name).yaml)
 extra := $(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$(env_yaml)) 2>/dev/null)
-# What the tests of every family and the types need.
+# Extras for the tests of all env families and for pyright.
 suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
 run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
@@ -29,7 +30,7 @@ seeds := $(or $(value SEEDS),$(value SEED),0)
 comma := ,
 space := $() $()
 choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
-# One of them, or nothing: not a word more.
+# NAME if it is exactly one of the studies, else empty.
 study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studies)))
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
@@ -40,7 +41,7 @@ help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 ##@ Use
-setup: .venv/.dev ## Make .venv and install what is missing; every other command does so by itself
+setup: .venv/.dev ## Create .venv with the development tools; every other command installs what it needs
 
 .venv/.core: pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -59,71 +60,71 @@ else
 	@$(foreach seed,$(seeds),set -x; $(BIN)/python -m levin.train $(choices) seed=$(call quote,$(seed)) $(if $(value RUN),$(call quote,run=$(value RUN)$(if $(word 2,$(value SEEDS)),/s$(seed)))) || exit $$?;)
 endif
 
-resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS is the new total
+resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS: its new total of env steps
 	$(BIN)/python -m levin.resume $(run) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
 
-config: .venv/.core ## [ALGO=] [ENV=] prints every value and the file that set it
+config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value and the file that set it
 	@$(BIN)/python -m levin.config $(choices)
 
-evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] writes evaluation.json
+evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evaluates a policy; writes evaluation.json
 	$(BIN)/python -m levin.evaluate $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED))
 
-play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] writes videos/*.mp4
+play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records videos/*.mp4
 	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED))
 
-plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws evaluation curves
+plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws learning curves
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
 
 fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/my_idea/
 	$(BIN)/python -m levin.fork $(call quote,algo=$(algo)) name=$(call typed,NAME)
 
 ##@ Results
-reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] runs it anew, compares, judges
+reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] retrains and compares a result
 	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(if $(value JOBS),jobs=$(call typed,JOBS)) $(if $(value STORE),store=true)
 
-pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] begins a new result in experiments/
+pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] starts a new result in experiments/
 	$(BIN)/python -m levin.pin exp=$(call typed,EXP) $(choices)
 
-report: .venv/.core .venv/.report ## [CHECK=1] rebuilds every summary, picture and table from the curves
+report: .venv/.core .venv/.report ## [CHECK=1] rebuilds (or checks) all summaries, figures and tables from the stored curves
 	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)
 
-study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2d) ## NAME=variance (dreaming, estimators, lab, racing, worlds) measures again, up to two hours
-	@$(if $(study),,printf 'levin: NAME=%s is no study; valid: $(studies)\n' $(call typed,NAME) >&2; exit 2)
+study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2d) ## NAME=variance (dreaming, estimators, lab, racing, worlds) repeats a study; up to two hours
+	@$(if $(study),,printf 'levin: NAME=%s is not a study; valid: $(studies)\n' $(call typed,NAME) >&2; exit 2)
 	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab $(args),experiments.$(study).run)
 
 ##@ Develop
-test: $(suite) ## Tests, in minutes
+test: $(suite) ## Run the tests; minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile $(args)
 
-test-slow: $(suite) .venv/.scale ## Tests that train for minutes
+test-slow: $(suite) .venv/.scale ## Run the tests that train agents; each takes minutes
 	$(BIN)/python -m pytest -m slow $(args)
 
-drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills runs, resumes them and compares; minutes
+drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills, resumes and compares runs; minutes
 	$(BIN)/python tests/drill.py $(args)
 
-proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares numbers and speed with a commit's
+proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares numbers and speed with a commit
 	$(BIN)/python scripts/proof.py --base $(call typed,BASE) $(args)
 
-lint: $(suite) ## Ruff, codespell, pyright
+lint: $(suite) ## Run ruff, codespell and pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: .venv/.dev ## Let ruff mend what it can
+format: .venv/.dev ## Format and fix the code with ruff
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/.core .venv/.mujoco ## [WHAT=ppo] speed beside the peers: sac td3 ddpg dqn ppo a2c trpo collect dreamer dream ...
+bench: .venv/.core .venv/.mujoco ## [WHAT=ppo] compares speed with other libraries: sac td3 ddpg dqn ppo a2c trpo collect ...
 	$(BIN)/python -m levin.bench what=$(call quote,$(or $(value WHAT),sac)) $(args)
 
-bench-setup: ## Install the peers into an environment of their own
+bench-setup: ## Install the libraries of `make bench` into .venv-bench
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
 
-lock: ## Refresh requirements.lock: the newest versions that the ranges of pyproject.toml allow
+lock: ## Write requirements.lock: the newest versions that pyproject.toml allows
 	$(PYTHON) scripts/lock.py
 
-clean: ## Remove caches; runs stay
+clean: ## Remove caches; keeps runs/
 	rm -rf .pytest_cache .ruff_cache build dist
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""Parts that the studies in this folder share: runs in several processes, their evaluations, and tables.
+"""Helpers of the studies in this folder: train runs in several processes, read their evaluations, write tables.
 
-A study is a folder with a `run.py` that measures and reports: `make study NAME=worlds`. Runs that are complete are not
-made again, and one that was interrupted continues from its checkpoint.
+A study is a folder with a `run.py` that trains, measures and writes a report: `make study NAME=worlds`. A complete run
+is kept as it is, and an interrupted one continues from its last checkpoint.
 """
 
 import csv
@@ -26,10 +26,10 @@ from levin.runs.load import load_config
 from levin.training.session import train
 
 
-def in_processes(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Call a function with each tuple of arguments, in as many processes as there are cores. Returns in their order."""
+def run_in_processes(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Call a function with each tuple of arguments, in one process per core. Return the results in the same order."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=silence_libraries) as pool:
-        return list(pool.map(_call, repeat(function), jobs))  # the first error ends those that wait
+        return list(pool.map(_call, repeat(function), jobs))  # the first error cancels the jobs that have not started
 
 
 def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
@@ -37,17 +37,17 @@ def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
 
 
 def is_complete(run: Path) -> bool:
-    """Return whether a run is there and has come to its end."""
+    """Return whether a run exists and has been trained to its end."""
     return run_folder.read_provenance(run).get("env_steps") is not None
 
 
-def train_once(words: list[str], run: Path) -> None:
-    """Train a run with these overrides, unless it is complete. One that was begun with others begins anew."""
-    cfg = compose(words)
-    begun = run_folder.has_begun(run)
-    if begun and not _is_of(run, cfg):
+def train_once(overrides: list[str], run: Path) -> None:
+    """Train a run with these overrides, unless it is complete. A run with another config is deleted and restarted."""
+    cfg = compose(overrides)
+    has_begun = run_folder.has_begun(run)
+    if has_begun and not _has_config(run, cfg):
         shutil.rmtree(run)
-    elif begun and is_complete(run):
+    elif has_begun and is_complete(run):
         return
     if checkpoint.list_checkpoints(run / "checkpoints"):
         resume.resume(run=str(run))
@@ -55,16 +55,16 @@ def train_once(words: list[str], run: Path) -> None:
         train(cfg, run)
 
 
-def _is_of(run: Path, cfg: DictConfig) -> bool:
-    """Return whether a run was begun with this config; how many threads it took is not the config's to say."""
-    saved, wanted = to_plain(load_config(run)), to_plain(cfg)
-    for each in (saved, wanted):
-        each["trainer"].pop("threads")
-    return saved == wanted
+def _has_config(run: Path, cfg: DictConfig) -> bool:
+    """Return whether a run was started with this config. Threads are ignored: a run saves how many it really used."""
+    saved, expected = to_plain(load_config(run)), to_plain(cfg)
+    for config in (saved, expected):
+        config["trainer"].pop("threads")
+    return saved == expected
 
 
-def evaluations(run: Path) -> list[dict[str, str]]:
-    """Return the rows of a run's metrics.csv that hold an evaluation."""
+def read_evaluations(run: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's metrics.csv that contain an evaluation."""
     with (run / "metrics.csv").open() as file:
         return [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
 

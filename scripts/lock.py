@@ -1,4 +1,4 @@
-"""Write requirements.lock: what pip would install for all extras together, without installing it."""
+"""Write requirements.lock: the versions that pip would install for all extras together. Nothing is installed."""
 
 import json
 import subprocess
@@ -11,11 +11,14 @@ HEADER = "# A pip constraints file, written by `make lock`. pip takes the build 
 
 if __name__ == "__main__":
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    words = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", "torch==2.13.0"]
-    answer = subprocess.run(
-        [sys.executable, "-m", "pip", *words, f"{ROOT}[{','.join(extras)}]"], check=True, capture_output=True, text=True
+    arguments = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", "torch==2.13.0"]
+    output = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments, f"{ROOT}[{','.join(extras)}]"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    found = [each["metadata"] for each in json.loads(answer.stdout)["install"]]
-    pins = {each["name"]: each["version"].split("+")[0] for each in found if each["name"] != "levin"}
+    packages = [package["metadata"] for package in json.loads(output.stdout)["install"]]
+    pins = {package["name"]: package["version"].split("+")[0] for package in packages if package["name"] != "levin"}
     lines = sorted((f"{name}=={version}\n" for name, version in pins.items()), key=str.lower)
     (ROOT / "requirements.lock").write_text(HEADER + "".join(lines))

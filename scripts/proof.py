@@ -1,11 +1,12 @@
 """Compare every algorithm's numbers and speed between a commit and this tree: `make proof BASE=<commit>`.
 
-Each row of tests/rows.py is trained for a short run at BASE, in a worktree of its own, and here, through the command
-that users type. Checkpoints are read with `torch.load` alone, so nothing of the code that is judged judges itself. Runs
-alternate between the two trees, which makes their ratio of speeds mean something on a busy machine. Exits 0 when every
-number is identical to the bit and no row is slower, 1 otherwise.
+Each row of tests/rows.py is trained for a short run at BASE, in a git worktree, and in this tree, with the command that
+users type. Checkpoints are read with `torch.load` only, so the code under test does not take part in the comparison.
+Runs alternate between the two trees, so that the ratio of their speeds is meaningful on a busy machine. Exits with 0 if
+every number is identical to the bit and no row is slower, with 1 otherwise.
 
-A row is one collector, one process, eager: `--words collector=torchrl` and the like look at other ways.
+A row is trained in one process, with one collector and without torch.compile. `--words collector=torchrl` and other
+overrides test other settings.
 """
 
 import argparse
@@ -30,15 +31,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 from rows import ROWS, Row  # noqa: E402
 
 PARTS = ("parameters", "optimiser", "buffer", "random state", "other state", "metrics")
-UNSAID = ("state_dict", "optimizer_states", "buffer", "rng", "hyper_parameters")  # not in "other state"
+# Entries of a checkpoint that are compared as a part of their own, or not at all (hyper_parameters).
+NOT_OTHER_STATE = ("state_dict", "optimizer_states", "buffer", "rng", "hyper_parameters")
 COMMON = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv", "eval.every=100_000", "eval.episodes=1")
-SLOWER = 0.9  # ratio of steps/s that every pair must be below, of at least PAIRS_TO_JUDGE, to call a row slower
+SLOWER = 0.9  # a row is called slower if all its pairs, PAIRS_TO_JUDGE or more, have a lower ratio of steps/s
 PAIRS_TO_JUDGE = 3
 
 
 @contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """Check out a commit beside this tree for as long as the context lasts."""
+    """Check out a commit into a temporary git worktree, and remove it when the context ends."""
     with tempfile.TemporaryDirectory(prefix="levin-proof-") as folder:
         tree = Path(folder) / "base"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, commit], cwd=ROOT, check=True)
@@ -49,7 +51,7 @@ def worktree(commit: str) -> Iterator[Path]:
 
 
 def train(tree: Path, row: Row, env_steps: int, more: list[str], run: Path) -> str | None:
-    """Train a row with the code of a tree. Returns None, or the last line of what it said when it failed."""
+    """Train a row with the code of a tree. Return None, or the last line of its output if it failed."""
     words = [f"algo={row.algo}", f"env={row.env}", *row.small, *COMMON, f"total_env_steps={env_steps}", *more]
     words += [f"log_every={max(1, env_steps // 8)}", f"checkpoint.every={env_steps}", f"run={run}"]
     done = subprocess.run(
@@ -65,10 +67,10 @@ def train(tree: Path, row: Row, env_steps: int, more: list[str], run: Path) -> s
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Read what a run computed, by the names of PARTS.
+    """Return the numbers that a run computed, by the names of PARTS.
 
     Raises:
-        ValueError: It made no update, so nothing was learned that could differ.
+        ValueError: The run made no update, so there is nothing to compare.
     """
     checkpoint = run / "checkpoints" / "last"
     state = torch.load(checkpoint / "state.ckpt", weights_only=True)
@@ -76,9 +78,9 @@ def read(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run} made no update")
     files = sorted((checkpoint / "buffer").glob("*"))
     buffer = {file.name: torch.load(file, weights_only=True) for file in files}
-    other = untimed({key: value for key, value in state.items() if key not in UNSAID})
+    other = untimed({key: value for key, value in state.items() if key not in NOT_OTHER_STATE})
     values = (state["state_dict"], state["optimizer_states"], [state.get("buffer"), buffer], state["rng"], other)
-    values = (*values, [list(each.items()) for each in map(untimed, rows_of(run))])
+    values = (*values, [list(row.items()) for row in map(untimed, rows_of(run))])
     return dict(zip(PARTS, values, strict=True))
 
 
@@ -96,7 +98,7 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 
 
 def steps_per_second(run: Path) -> float:
-    """Return the env steps per second of a run, without its first row of metrics and without evaluations."""
+    """Return the env steps per second of a run, without its first row of metrics and rows with an evaluation."""
     steps = seconds = last = 0.0
     for i, row in enumerate(rows_of(run)):
         taken, last = float(row["env_steps"]) - last, float(row["env_steps"])
@@ -122,19 +124,24 @@ def identical(a: Any, b: Any) -> bool:
 
 
 def stored_results(algos: set[str]) -> list[str]:
-    """Return the results in experiments/ that have curves and are of one of these algorithms."""
+    """Return the names of the stored results of these algorithms in experiments/."""
     configs = {algo: yaml.safe_load((ROOT / f"configs/algo/{algo}.yaml").read_text()) for algo in algos}
     targets = {config["algo"]["_target_"] for config in configs.values()}
-    cells = sorted(file.parent for file in ROOT.glob("experiments/*/curves.csv.gz"))
+    folders = sorted(file.parent for file in ROOT.glob("experiments/*/curves.csv.gz"))
     return [
-        cell.name for cell in cells if yaml.safe_load((cell / "config.yaml").read_text())["algo"]["_target_"] in targets
+        folder.name
+        for folder in folders
+        if yaml.safe_load((folder / "config.yaml").read_text())["algo"]["_target_"] in targets
     ]
 
 
 def compare(
     row: Row, trees: dict[str, Path], env_steps: int, more: list[str], pairs: int
 ) -> tuple[list[str], list[float]]:
-    """Train a row in both trees. Returns the cells of its line in the table, and the ratios here / BASE of steps/s."""
+    """Train a row in both trees. Return a word for each of PARTS, and the ratios of steps/s here / BASE.
+
+    The words are "identical" or "DIFFERS"; "new" if BASE does not have the row; "failed" if a run failed.
+    """
     if not (trees["base"] / f"configs/algo/{row.algo}.yaml").exists():
         return ["new"] * len(PARTS), []
     ratios, same = [], dict.fromkeys(PARTS, True)
@@ -154,18 +161,22 @@ def compare(
 
 
 def main() -> None:
-    """Print the table, and which stored results are of an algorithm whose numbers changed."""
+    """Print the table, and the stored results of the algorithms whose numbers changed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base", required=True, help="a commit")
-    parser.add_argument("--rows", nargs="*", default=[], help="algorithms; all of tests/rows.py without a word")
-    parser.add_argument("--pairs", type=int, default=1, help="runs of each row in each tree")
-    parser.add_argument("--length", type=int, default=4, help="times the env steps of the row")
-    parser.add_argument("--words", nargs="*", default=[], help="more overrides, algo.compile=true")
+    parser.add_argument("--base", required=True, help="commit to compare with")
+    parser.add_argument(
+        "--rows", nargs="*", default=[], help="algorithms to compare (default: all rows of tests/rows.py)"
+    )
+    parser.add_argument("--pairs", type=int, default=1, help="number of runs of each row in each tree (default: 1)")
+    parser.add_argument(
+        "--length", type=int, default=4, help="length of a run, in multiples of the row's env steps (default: 4)"
+    )
+    parser.add_argument("--words", nargs="*", default=[], help="more config overrides, such as algo.compile=true")
     options = parser.parse_args()
     if options.pairs < 1 or options.length < 1:
-        parser.error("--pairs and --length are 1 or more")
+        parser.error("--pairs and --length must be 1 or more")
     if unknown := set(options.rows) - {row.algo for row in ROWS}:
-        parser.error(f"--rows {' '.join(sorted(unknown))}: no row of tests/rows.py")
+        parser.error(f"--rows {' '.join(sorted(unknown))}: not in tests/rows.py")
     chosen = [row for row in ROWS if not options.rows or row.algo in options.rows]
     changed, slower, new = set(), set(), set()
     with worktree(options.base) as base:
@@ -173,22 +184,22 @@ def main() -> None:
         print("|---|---|" + "---|" * (len(PARTS) + 1))
         for row in chosen:
             env_steps = row.env_steps * options.length
-            found, ratios = compare(row, {"base": base, "here": ROOT}, env_steps, options.words, options.pairs)
-            if "new" in found:
+            parts, ratios = compare(row, {"base": base, "here": ROOT}, env_steps, options.words, options.pairs)
+            if "new" in parts:
                 new.add(row.algo)
-            elif set(found) != {"identical"}:
+            elif set(parts) != {"identical"}:
                 changed.add(row.algo)
             if len(ratios) >= PAIRS_TO_JUDGE and max(ratios) < SLOWER:
                 slower.add(row.algo)
-            said = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-            print(f"| {row.algo} | {env_steps} | {' | '.join(found)} | {said} |", flush=True)
+            speed = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+            print(f"| {row.algo} | {env_steps} | {' | '.join(parts)} | {speed} |", flush=True)
     if changed:
         print(f"numbers changed: {' '.join(sorted(changed))}")
         print(f"stored results of these algorithms: {' '.join(stored_results(changed)) or 'none'}")
     if slower:
         print(f"slower in every pair: {' '.join(sorted(slower))}")
     if new:
-        print(f"not compared, since the commit has no such algorithm: {' '.join(sorted(new))}")
+        print(f"not compared, because the commit does not have these algorithms: {' '.join(sorted(new))}")
     compared = len(chosen) - len(new)
     if compared and not changed and not slower:
         print(f"every number is identical to the bit in {compared} rows")

@@ -1,4 +1,4 @@
-"""The checks that every row of rows.py must pass; `test_toy.py` passes an algorithm of its own through them."""
+"""Checks that every row of rows.py must pass; test_toy.py runs them for a new algorithm as well."""
 
 import csv
 import inspect
@@ -25,44 +25,53 @@ from levin.runs.checkpoint import FolderCheckpointIO
 from levin.runs.load import POLICY, export_policy
 from levin.runs.policy import Policy
 from levin.training.session import build_run, train
-from recording import graphs
+from recording import simulate_cuda_graphs
 from rows import LATE, Row
 
 CHECKS = []
 
 
 def check(function):
+    """Add a function to the list of checks."""
     CHECKS.append(function)
     return function
 
 
 def run_row(row: Row, run: Path, *overrides: str, ckpt_path: Path | None = None) -> dict[str, Any]:
-    """Train a row and give the checkpoint of its last iteration, buffer included."""
-    words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, f"total_env_steps={row.env_steps}", *overrides]
-    train(compose(words), run, ckpt_path=ckpt_path)
-    return saved(run)
+    """Train a row and return its last checkpoint, replay buffer included."""
+    all_overrides = [
+        f"algo={row.algo}",
+        f"env={row.env}",
+        *LATE,
+        *row.small,
+        f"total_env_steps={row.env_steps}",
+        *overrides,
+    ]
+    train(compose(all_overrides), run, ckpt_path=ckpt_path)
+    return saved_state(run)
 
 
-def saved(run: Path) -> dict[str, Any]:
-    """All that the last checkpoint of a run holds, without what is a time."""
+def saved_state(run: Path) -> dict[str, Any]:
+    """Return the contents of the last checkpoint of a run, without measured times."""
     state = FolderCheckpointIO().load_checkpoint(run / "checkpoints" / "last" / "state.ckpt")
     if state.get("buffer"):
         state["buffer"]["data"] = torch.cat(list(state["buffer"]["data"])).flatten_keys().to_dict()
-    del state["callbacks"]["Checkpointing"]  # which checkpoints there are: a stop adds one
+    del state["callbacks"]["Checkpointing"]  # its list of checkpoints: interrupting a run adds one
     row = state["callbacks"]["Metrics"]["row"]
     state["callbacks"]["Metrics"]["row"] = {key: value for key, value in row.items() if not key.startswith("time/")}
     return state
 
 
 def build_row(row: Row, *overrides: str) -> Algorithm:
-    words = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides]
-    algorithm, _ = build_run(compose(words))
+    """Build the algorithm of a row with its optimizers, without a Trainer."""
+    all_overrides = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides]
+    algorithm, _ = build_run(compose(all_overrides))
     algorithm.configure_optimizers()
     return algorithm
 
 
 def make_batch(algorithm: Algorithm, size: int = 8) -> TensorDict:
-    """Random transitions `[B]` in the spaces of the algorithm's env."""
+    """Return random transitions `[size]` in the spaces of the algorithm's env."""
     generator = torch.Generator().manual_seed(1)
     space, action = algorithm.env["observation"], algorithm.env["action"]
 
@@ -84,7 +93,7 @@ def make_batch(algorithm: Algorithm, size: int = 8) -> TensorDict:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested values are equal to the last bit."""
+    """Return whether two nested values are bitwise equal."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -95,13 +104,14 @@ def same(a: Any, b: Any) -> bool:
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the columns that are times."""
+    """Read the rows of metrics.csv, without the columns of measured times."""
     with (run / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
 
 
 @check
 def optimizers_step_and_parameters_move(row: Row, tmp_path: Path) -> None:
+    """Check that training changes every trainable parameter, and that only target networks are frozen."""
     before = build_row(row)
     trainable = {name for name, parameter in before.named_parameters() if parameter.requires_grad}
     after = run_row(row, tmp_path / "run")["state_dict"]
@@ -114,7 +124,7 @@ def optimizers_step_and_parameters_move(row: Row, tmp_path: Path) -> None:
 
 @check
 def mixed_precision_keeps_parameters_whole(row: Row, tmp_path: Path) -> None:
-    """Products are rounded to half precision; parameters, statistics and what is saved are not."""
+    """Check that with bf16-mixed precision, parameters, statistics and checkpoints stay in full precision."""
     before = build_row(row)
     after = run_row(row, tmp_path / "run", "trainer.precision=bf16-mixed")["state_dict"]
     for name, value in before.state_dict().items():
@@ -127,10 +137,12 @@ def mixed_precision_keeps_parameters_whole(row: Row, tmp_path: Path) -> None:
 
 @check
 def cadence_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
+    """Check that every optimizer makes as many steps per update as the row says."""
     state = run_row(row, tmp_path / "run")
     updates = state["levin"]["updates"]
     assert updates >= 8
-    optimizers = [each for each in state["optimizer_states"] if each]  # Lightning puts an empty one where there is none
+    # Without an optimizer, Lightning saves an empty state.
+    optimizers = [each for each in state["optimizer_states"] if each]
     assert len(optimizers) == len(row.optimizers)
     for optimizer, per_update in zip(optimizers, row.optimizers.values(), strict=True):
         steps = {int(each["step"]) for each in optimizer["state"].values()}
@@ -139,45 +151,48 @@ def cadence_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
 
 @check
 def targets_follow_their_source(row: Row, tmp_path: Path) -> None:
+    """Check that target networks start as copies and move by tau towards their source, as often as the row says."""
     for name, (source, tau, every) in row.targets.items():
         algorithm = build_row(row)
-        algorithm.manual_backward = lambda loss: loss.backward()  # no Trainer here
+        algorithm.manual_backward = lambda loss: loss.backward()  # there is no Trainer
         target, online = getattr(algorithm, name), getattr(algorithm, source)
         assert all(torch.equal(a, b) for a, b in zip(target.parameters(), online.parameters(), strict=True))
-        for parameter in target.parameters():  # far from its source, so that a small step shows
+        for parameter in target.parameters():  # far from the source, to make a small step visible
             parameter.data += torch.randn_like(parameter)
         for update in range(1, 2 * every + 1):
             before = [parameter.clone() for parameter in target.parameters()]
             algorithm.update(row.batch(algorithm, make_batch(algorithm)))
             algorithm.updates = update
-            for old, new, of in zip(before, target.parameters(), online.parameters(), strict=True):
-                expected = old + tau * (of - old) if update % every == 0 else old
+            for old, new, source_value in zip(before, target.parameters(), online.parameters(), strict=True):
+                expected = old + tau * (source_value - old) if update % every == 0 else old
                 torch.testing.assert_close(new, expected, rtol=1e-6, atol=1e-6)
 
 
 @check
 def same_seed_same_run(row: Row, tmp_path: Path) -> None:
+    """Check that runs with the same seed are identical, and that another seed gives other parameters."""
     first = run_row(row, tmp_path / "a")
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     again = run_row(row, tmp_path / "b")
     other = run_row(row, tmp_path / "c", "seed=1")
     assert same(first["state_dict"], again["state_dict"])
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    drawn = [name for name in first["state_dict"] if not name.endswith(".count")]
-    differing = [name for name in drawn if not torch.equal(first["state_dict"][name], other["state_dict"][name])]
-    assert len(differing) >= len(drawn) - len(row.targets) * 4
+    names = [name for name in first["state_dict"] if not name.endswith(".count")]
+    different = [name for name in names if not torch.equal(first["state_dict"][name], other["state_dict"][name])]
+    assert len(different) >= len(names) - len(row.targets) * 4
 
 
 @check
 def resume_is_exact(row: Row, tmp_path: Path) -> None:
-    words = [f"algo={row.algo}", f"env={row.env}"]
-    annealed = "schedule_env_steps" in compose(words).algo  # one schedule for the whole, also in its first half
-    whole = [f"algo.schedule_env_steps={row.env_steps}"] if annealed else []
-    straight = run_row(row, tmp_path / "straight", *whole)
-    run_row(row, tmp_path / "halves", *whole, f"total_env_steps={row.env_steps // 2}")
+    """Check that a run resumed halfway is identical to an uninterrupted one."""
+    overrides = [f"algo={row.algo}", f"env={row.env}"]
+    annealed = "schedule_env_steps" in compose(overrides).algo  # the first half needs the schedule of the full run
+    schedule = [f"algo.schedule_env_steps={row.env_steps}"] if annealed else []
+    straight = run_row(row, tmp_path / "straight", *schedule)
+    run_row(row, tmp_path / "halves", *schedule, f"total_env_steps={row.env_steps // 2}")
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=row.env_steps)
-    resumed = saved(tmp_path / "halves")
+    resumed = saved_state(tmp_path / "halves")
     assert straight.keys() == resumed.keys()
     for key in straight:
         assert same(straight[key], resumed[key]), key
@@ -186,8 +201,9 @@ def resume_is_exact(row: Row, tmp_path: Path) -> None:
 
 @check
 def truncation_bootstraps_and_termination_does_not(row: Row, tmp_path: Path) -> None:
+    """Check that the critic loss does not depend on `truncated` but depends on `terminated`."""
     if row.bootstraps is None:
-        pytest.fail("every row bootstraps, or says how it does without")
+        pytest.fail("the row has no `bootstraps`")
     algorithm = build_row(row)
 
     def loss(**flags: bool) -> torch.Tensor:
@@ -203,28 +219,29 @@ def truncation_bootstraps_and_termination_does_not(row: Row, tmp_path: Path) -> 
 
 @check
 def losses_equal_the_oracle(row: Row, tmp_path: Path) -> None:
+    """Check that the losses equal those of the reference implementation."""
     if row.oracle is None or row.losses is None:
-        pytest.skip("no other implementation of this loss is at hand")
+        pytest.skip("there is no reference implementation of these losses")
     algorithm = build_row(row)
-    for target in row.targets:  # as after many updates, so that a target confused with its source shows
+    for target in row.targets:  # unlike its source, to notice if the two are confused
         for parameter in getattr(algorithm, target).parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     batch = make_batch(algorithm)
     batch["next", "terminated"][:2] = batch["next", "done"][:2] = True
-    ours, theirs = row.losses(algorithm, batch), row.oracle(algorithm, batch)
-    for a, b in zip(ours, theirs, strict=True):
+    actual, reference = row.losses(algorithm, batch), row.oracle(algorithm, batch)
+    for a, b in zip(actual, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @check
 def compiled_and_eager_are_the_same(row: Row, tmp_path: Path, backend: str = "aot_eager") -> None:
-    """Each loss is one graph, and is compiled once."""
+    """Check that compiled losses give the same parameters, each as one graph that is compiled once."""
     eager = run_row(row, tmp_path / "eager")["state_dict"]
     losses, torch_compile = [], torch.compile
 
-    def compile_(loss: Any, *, options: dict[str, Any], **how: Any) -> Any:
+    def compile_(loss: Any, *, options: dict[str, Any], **kwargs: Any) -> Any:
         losses.append(loss)
-        return torch_compile(loss, backend=backend, options=options if backend == "inductor" else None, **how)
+        return torch_compile(loss, backend=backend, options=options if backend == "inductor" else None, **kwargs)
 
     counters.clear()
     with patch.object(torch, "compile", compile_), torch._dynamo.config.patch(error_on_recompile=True):
@@ -238,59 +255,61 @@ def compiled_and_eager_are_the_same(row: Row, tmp_path: Path, backend: str = "ao
 
 @check
 def captured_and_eager_are_the_same(row: Row, tmp_path: Path) -> None:
-    """Updates can be recorded and repeated: they wait for nothing, and nothing in them is decided anew by Python."""
-    words = [f"algo={row.algo}", f"env={row.env}"]
-    # A recorded optimiser reads its rate as a float32, which holds this one.
-    rates = [f"algo.{key}={2**-11}" for key in compose(words).algo if key == "lr" or key.endswith("_lr")]
+    """Check that updates replayed as (simulated) CUDA graphs give the parameters and metrics of eager updates."""
+    overrides = [f"algo={row.algo}", f"env={row.env}"]
+    # A captured optimizer stores its learning rate in float32; this rate is exact in float32.
+    rates = [f"algo.{key}={2**-11}" for key in compose(overrides).algo if key == "lr" or key.endswith("_lr")]
     more = [f"total_env_steps={2 * row.env_steps}", *rates]
     eager = run_row(row, tmp_path / "eager", *more)
-    with graphs() as recorded, patch.object(Algorithm, "compile_losses"):
+    with simulate_cuda_graphs() as recorded, patch.object(Algorithm, "compile_losses"):
         captured = run_row(row, tmp_path / "captured", *more, "algo.compile=true")
     assert len(recorded) == row.graphs
     assert eager["levin"]["updates"] == captured["levin"]["updates"] > cuda_graphs.WARM_UP
     for name, value in eager["state_dict"].items():
         torch.testing.assert_close(captured["state_dict"][name], value, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "captured"), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            if ours[name] != theirs[name]:
-                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-4), name
+    for actual, reference in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "captured"), strict=True):
+        assert actual.keys() == reference.keys()
+        for name in actual:
+            if actual[name] != reference[name]:
+                assert float(actual[name]) == pytest.approx(float(reference[name]), rel=1e-3, abs=1e-4), name
     groups = [[each["param_groups"] for each in run["optimizer_states"] if each] for run in (eager, captured)]
     assert same(*groups)
 
 
 @check
 def learns_a_small_env(row: Row, tmp_path: Path) -> None:
+    """Check that a short run reaches the mean return of the row."""
     overrides, threshold = row.learns
-    words = [f"algo={row.algo}", *LATE, *overrides]
-    result = train(compose(words), tmp_path / "run")
+    all_overrides = [f"algo={row.algo}", *LATE, *overrides]
+    result = train(compose(all_overrides), tmp_path / "run")
     assert result is not None
     assert result >= threshold
 
 
 @check
 def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
+    """Check that the YAML has exactly the keyword-only parameters of the algorithm's `__init__`."""
     cfg = compose([f"algo={row.algo}"])
     signature_only = {"env"}
     algorithm, _ = build_run(cfg)
     parameters = set(inspect.signature(type(algorithm)).parameters)
-    assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML shows every hyper-parameter"
+    assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML must list every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
     assert EnvConfig(**to_plain(cfg.env)).id
 
 
 @check
 def exported_policy_acts_alike(row: Row, tmp_path: Path) -> None:
-    """What `experiments/` keeps of a run is its policy."""
+    """Check that the exported policy, which `experiments/` stores, acts like the policy of the run."""
     run_row(row, tmp_path / "run")
     kept = tmp_path / "kept"
     kept.mkdir()
     shutil.copy(tmp_path / "run" / "config.yaml", kept)
     export_policy(tmp_path / "run", kept / POLICY)
-    whole, exported = Policy.load(tmp_path / "run"), Policy.load(kept)
-    observation = make_batch(whole.algorithm)["observation"].numpy()
+    trained, exported = Policy.load(tmp_path / "run"), Policy.load(kept)
+    observation = make_batch(trained.algorithm)["observation"].numpy()
     before = Policy(build_row(row))
-    assert np.array_equal(whole(observation), exported(observation))
-    ours, theirs, fresh = (each.module.state_dict() for each in (whole, exported, before))
-    assert same(dict(ours), dict(theirs))
-    assert not same(dict(ours), dict(fresh))
+    assert np.array_equal(trained(observation), exported(observation))
+    actual, reference, fresh = (each.module.state_dict() for each in (trained, exported, before))
+    assert same(dict(actual), dict(reference))
+    assert not same(dict(actual), dict(fresh))

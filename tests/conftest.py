@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-# Processes that tests start find the toy envs and algorithms, too.
+# Processes started by tests must find the toy envs and algorithms as well.
 PLACES = (Path(__file__).parent, Path(__file__).parent / "support")
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, PLACES), *filter(None, [os.environ.get("PYTHONPATH")])])
-# No run of a test may reach a logger's server.
+# No test may send data to the server of a logger.
 os.environ["WANDB_MODE"] = "offline"
 warnings.filterwarnings("ignore", message=".*out of date.*")
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Results depend on the number of threads, and small nets are faster with one."""
+    """Use one thread: results depend on the number of threads, and small networks are faster with one."""
     torch.set_num_threads(1)

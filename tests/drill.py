@@ -1,6 +1,6 @@
-"""Kill runs at random moments, resume them, and compare with the run that was left alone. `make drill`.
+"""Interrupt runs at random moments, resume them, and compare each with an uninterrupted run: `make drill`.
 
-Words: kills=50 terms=20 seed=0 jobs=2
+Arguments, with their defaults: kills=50 terms=20 seed=0 jobs=(number of CPUs).
 """
 
 import os
@@ -14,23 +14,24 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent / "support"))  # pytest finds it by pyproject.toml
+sys.path.append(str(Path(__file__).parent / "support"))  # pytest gets this path from pyproject.toml
 
-from checks import metrics, same, saved
+from checks import metrics, same, saved_state
 from levin.config import cli
 from levin.runs import checkpoint
 
 EVERY, STEPS_PER_ITERATION = 150, 32
-WORDS = (
+OVERRIDES = (
     *("algo=sac", "env=pendulum", "logger=csv", "trainer.threads=1", "total_env_steps=3200", "log_every=50"),
     *("eval.episodes=2", "eval.every=470", f"checkpoint.every={EVERY}", "algo.learning_starts=40"),
     *("algo.batch_size=16", "algo.hidden_sizes=[16,16]", "algo.buffer_size=2000"),
 )
 
 
-def start(command: str, *words: str, **kwargs) -> subprocess.Popen:
+def start(command: str, *overrides: str, **kwargs) -> subprocess.Popen:
+    """Start a levin command in a new process."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"levin.{command}", *words],
+        [sys.executable, "-m", f"levin.{command}", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -39,31 +40,36 @@ def start(command: str, *words: str, **kwargs) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return said
+    """Wait for a process to end, check that it succeeded, and return its output."""
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
 
 
 def last_step(run: Path) -> int:
-    """The newest env step that the run has told of."""
+    """Return the last env step in metrics.csv, or 0."""
     file = run / "metrics.csv"
     lines = file.read_text().splitlines()[1:] if file.exists() else []
     return int(lines[-1].split(",")[0]) if lines else 0
 
 
 def compare(straight: Path, run: Path) -> None:
-    expected, got = saved(straight), saved(run)
+    """Check that the last checkpoints and the metrics of two runs are identical."""
+    expected, got = saved_state(straight), saved_state(run)
     different = [key for key in {*expected, *got} if not same(expected.get(key), got.get(key))]
     assert not different, different
     assert metrics(straight) == metrics(run)
 
 
 def kill(trial: int, folder: Path, straight: Path, seconds: float) -> str:
-    """Even trials die at any moment, odd ones while a checkpoint is being written."""
+    """Kill a run with SIGKILL, resume it, and compare it with the uninterrupted run.
+
+    Even trials are killed at a random time, odd trials while a checkpoint is being written.
+    """
     moment, run = random.Random(trial), folder / f"kill{trial}"
-    process = start("train", *WORDS, f"run={run}")
+    process = start("train", *OVERRIDES, f"run={run}")
     if trial % 2:
-        number = moment.randrange(1, 3200 // EVERY)  # which of its checkpoints
+        number = moment.randrange(1, 3200 // EVERY)  # the checkpoint to interrupt
         seen: set[str] = set()
         while process.poll() is None and len(seen) < number:
             seen |= {path.name for path in (run / "checkpoints").glob(".[0-9]*.partial")}
@@ -73,23 +79,23 @@ def kill(trial: int, folder: Path, straight: Path, seconds: float) -> str:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     partial = bool(list((run / "checkpoints").glob(".*.partial")))
-    told, whole = last_step(run), checkpoint.list_checkpoints(run / "checkpoints")
-    for each in whole:
+    logged, complete = last_step(run), checkpoint.list_checkpoints(run / "checkpoints")
+    for each in complete:
         checkpoint.verify(each, buffer=True)
-    at = int(whole[-1].name) if whole else 0
-    assert told - at <= EVERY + STEPS_PER_ITERATION, (told, at)
-    said = finish(start("resume", f"run={run}")) if (run / "config.yaml").exists() else ""
-    if not said:  # killed before the run had begun
-        finish(start("train", *WORDS, f"run={run}"))
-    assert "is tried" not in said, said
+    at = int(complete[-1].name) if complete else 0
+    assert logged - at <= EVERY + STEPS_PER_ITERATION, (logged, at)
+    output = finish(start("resume", f"run={run}")) if (run / "config.yaml").exists() else ""
+    if not output:  # killed before the run folder was complete
+        finish(start("train", *OVERRIDES, f"run={run}"))
+    assert "trying the checkpoint before it" not in output, output
     compare(straight, run)
-    return f"told of {told:>4}, resumed from {at:>4}{', half a checkpoint beside it' if partial else ''}"
+    return f"logged to {logged:>4}, resumed from {at:>4}{', beside an unfinished checkpoint' if partial else ''}"
 
 
 def terminate(trial: int, folder: Path, straight: Path, seconds: float) -> str:
-    """SIGTERM once training goes on: saved, exit 0, resumed."""
+    """Stop a run with SIGTERM, check that it saves and exits with 0, resume it, and compare."""
     moment, run = random.Random(1000 + trial), folder / f"term{trial}"
-    process = start("train", *WORDS, f"run={run}")
+    process = start("train", *OVERRIDES, f"run={run}")
     while process.poll() is None and not (run / "metrics.csv").exists():
         time.sleep(0.01)
     time.sleep(moment.random() * seconds / 2)
@@ -102,27 +108,30 @@ def terminate(trial: int, folder: Path, straight: Path, seconds: float) -> str:
 
 
 def fill(folder: Path, straight: Path) -> str:
-    """A disk that is full: one sentence, exit 1, the checkpoint before is whole; with room again the run goes on."""
+    """Fill the disk during a run, resume the run with free space, and compare.
+
+    The run must end with a one-line error and exit code 1, and its earlier checkpoints must be complete.
+    """
     run, disk = folder / "full", folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True, check=False
     ).returncode
     if mounted == 0:
-        run, how = disk / "run", "a tmpfs of 200 KiB"
-        process = start("train", *WORDS, f"run={run}")
+        run, limit_description = disk / "run", "a tmpfs of 200 KiB"
+        process = start("train", *OVERRIDES, f"run={run}")
     else:
-        how = "a limit on the size of files"  # not allowed to mount
+        limit_description = "a limit on the size of files"  # not allowed to mount
         limit = (40_000, 40_000)  # bytes
         process = start(
-            "train", *WORDS, f"run={run}", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            "train", *OVERRIDES, f"run={run}", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         )
     try:
-        said, _ = process.communicate()
-        lines = [line for line in said.splitlines() if line.startswith("levin: ")]
-        assert process.returncode == 1, said
-        assert "Traceback" not in said, said
-        assert len(lines) == 1, said
+        output, _ = process.communicate()
+        lines = [line for line in output.splitlines() if line.startswith("levin: ")]
+        assert process.returncode == 1, output
+        assert "Traceback" not in output, output
+        assert len(lines) == 1, output
         for each in checkpoint.list_checkpoints(run / "checkpoints"):
             checkpoint.verify(each, buffer=True)
         if mounted == 0:
@@ -132,16 +141,24 @@ def fill(folder: Path, straight: Path) -> str:
     finally:
         if mounted == 0:
             subprocess.run(["umount", disk], check=True)
-    return f"{how}: {lines[0]}"
+    return f"full disk ({limit_description}): {lines[0]}"
 
 
 def main(*, kills: int = 50, terms: int = 20, seed: int = 0, jobs: int = os.cpu_count() or 1) -> None:
+    """Run all trials and exit with 1 if one of them failed.
+
+    Args:
+        kills: Number of runs to kill with SIGKILL.
+        terms: Number of runs to stop with SIGTERM.
+        seed: Seed of the moments of interruption.
+        jobs: Number of trials at a time.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         begin = time.monotonic()
-        finish(start("train", *WORDS, f"run={folder / 'straight'}"))
+        finish(start("train", *OVERRIDES, f"run={folder / 'straight'}"))
         seconds = time.monotonic() - begin
-        print(f"the run that is left alone takes {seconds:.1f} s", flush=True)
+        print(f"the uninterrupted run took {seconds:.1f} s", flush=True)
         print(fill(folder, folder / "straight"), flush=True)
         failed = 0
         with ThreadPoolExecutor(jobs) as pool:

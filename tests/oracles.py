@@ -1,6 +1,7 @@
-"""The losses of the algorithms on a batch, and the same by TorchRL, which the project does not otherwise train with.
+"""Losses of the algorithms on a batch, and the same losses from TorchRL as the reference implementation.
 
-On-policy algorithms learn from rollouts: a batch `[8]` is read as two envs and four steps.
+`x_losses` returns the losses of Levin's algorithm x, `x_oracle` those of TorchRL with the same weights and the same
+noise. On-policy algorithms learn from rollouts: a batch of 8 transitions is read as two envs and four steps.
 """
 
 import copy
@@ -45,7 +46,7 @@ from levin.data.sequences import LATENT
 
 
 class Member(nn.Module):
-    """One network of an ensemble, as TorchRL wants its critics: one by one."""
+    """Copy of one network of an ensemble; TorchRL takes critics as separate networks."""
 
     def __init__(self, ensemble: nn.Module, index: int) -> None:
         super().__init__()
@@ -62,11 +63,12 @@ class Member(nn.Module):
 
 
 def members(critic: Any, num: int) -> list[ValueOperator]:
+    """Return the networks of an ensemble of Q critics as TorchRL modules."""
     return [ValueOperator(Member(critic.ensemble, i), in_keys=["observation", "action"]) for i in range(num)]
 
 
 def copy_targets(loss: LossModule, name: str, *modules: nn.Module) -> None:
-    """Give a TorchRL loss the targets of ours: its own begin as copies of its networks."""
+    """Copy Levin's target networks into a TorchRL loss, whose own targets start as copies of its networks."""
     targets = getattr(loss, name).flatten_keys()
     values = (
         TensorDict.from_modules(*modules, as_module=False) if len(modules) > 1 else TensorDict.from_module(*modules)
@@ -76,6 +78,7 @@ def copy_targets(loss: LossModule, name: str, *modules: nn.Module) -> None:
 
 
 def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
+    """Return critic loss, actor loss and the gradient of the temperature loss."""
     torch.manual_seed(0)
     critic_loss, _ = algorithm.critic_loss(batch)
     torch.manual_seed(0)
@@ -85,9 +88,9 @@ def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
 
 
 def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
-    """TorchRL's SACLoss with the same weights and the same noise.
+    """Return the losses of TorchRL's SACLoss.
 
-    Its temperature loss has log alpha where the paper has alpha; their gradients agree at alpha = 1.
+    Its temperature loss has log alpha where the paper has alpha; the gradients agree at alpha = 1.
     """
 
     class Parameters(nn.Module):
@@ -127,15 +130,18 @@ def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
 
 
 def deterministic(actor: nn.Module) -> TensorDictModule:
+    """Return a deterministic actor as a TorchRL module."""
     return TensorDictModule(actor, in_keys=["observation"], out_keys=["action"])
 
 
 def td3_losses(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
+    """Return critic loss and actor loss."""
     torch.manual_seed(0)
     return [algorithm.critic_loss(batch)[0], algorithm.actor_loss(batch)]
 
 
 def td3_oracle(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TorchRL's TD3Loss."""
     loss = TD3Loss(
         deterministic(algorithm.actor),
         members(algorithm.critic, 2),
@@ -153,10 +159,12 @@ def td3_oracle(algorithm: TD3, batch: TensorDict) -> list[Tensor]:
 
 
 def ddpg_losses(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
+    """Return critic loss and actor loss."""
     return [algorithm.critic_loss(batch)[0], algorithm.actor_loss(batch)]
 
 
 def ddpg_oracle(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TorchRL's DDPGLoss."""
     (critic,), (target,) = members(algorithm.critic, 1), members(algorithm.target_critic, 1)
     loss = DDPGLoss(deterministic(algorithm.actor), critic, delay_actor=True, delay_value=True)
     loss.make_value_estimator(gamma=algorithm.gamma)
@@ -166,11 +174,12 @@ def ddpg_oracle(algorithm: DDPG, batch: TensorDict) -> list[Tensor]:
 
 
 def dqn_losses(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
+    """Return the critic loss."""
     return [algorithm.critic_loss(batch)[0]]
 
 
 def dqn_oracle(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
-    """Its smooth L1 has a factor of 1/2 below 1, as Huber's loss of ours."""
+    """Return the loss of TorchRL's DQNLoss; its smooth L1 loss equals Levin's Huber loss, with 1/2 x^2 below 1."""
 
     def values(network: nn.Module) -> QValueActor:
         return QValueActor(network, in_keys=["observation"], action_space="categorical")
@@ -187,13 +196,17 @@ def dqn_oracle(algorithm: DQN, batch: TensorDict) -> list[Tensor]:
 
 
 def sac_discrete_losses(algorithm: SACDiscrete, batch: TensorDict) -> list[Tensor]:
+    """Return critic loss, actor loss and the gradient of the temperature loss."""
     actor_loss, entropy = algorithm.actor_loss(batch)
     (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(entropy), algorithm.log_alpha)
     return [algorithm.critic_loss(batch)[0], actor_loss, alpha_gradient]
 
 
 def sac_discrete_oracle(algorithm: SACDiscrete, batch: TensorDict) -> list[Tensor]:
-    """TorchRL's DiscreteSACLoss. Its temperature loss has log alpha where the paper has alpha, as in SACLoss."""
+    """Return the losses of TorchRL's DiscreteSACLoss.
+
+    Its temperature loss has log alpha where the paper has alpha, as in SACLoss.
+    """
 
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -229,7 +242,7 @@ def sac_discrete_oracle(algorithm: SACDiscrete, batch: TensorDict) -> list[Tenso
 
 
 def as_rollout(batch: TensorDict) -> TensorDict:
-    """`[8] -> [2, 4]`, as a collector would have it: an observation is the next one of the step before."""
+    """Reshape transitions `[8]` to a rollout `[2, 4]`, with each next observation taken from the next step."""
     rollout = batch.reshape(2, -1).clone()
     continues = ~rollout["next", "done"][:, :-1]
     after = rollout["next", "observation"]
@@ -239,7 +252,7 @@ def as_rollout(batch: TensorDict) -> TensorDict:
 
 
 def torchrl_actor(algorithm: Any) -> ProbabilisticActor:
-    """The policy as TorchRL has it, on the same parameters."""
+    """Return the policy as a TorchRL module with the same parameters."""
 
     class Parameters(nn.Module):
         def __init__(self) -> None:
@@ -264,6 +277,7 @@ def torchrl_actor(algorithm: Any) -> ProbabilisticActor:
 
 
 def torchrl_critic(algorithm: Any) -> ValueOperator:
+    """Return the state-value critic as a TorchRL module with the same parameters."""
     return ValueOperator(algorithm.critic, in_keys=["observation"])
 
 
@@ -271,8 +285,8 @@ def weight_and_critic_loss(algorithm: Any, rollout: TensorDict) -> tuple[Tensor,
     return algorithm.weight(rollout), algorithm.critic_loss(rollout)
 
 
-def moved(algorithm: Algorithm) -> Any:
-    """A copy whose policy is another."""
+def with_changed_policy(algorithm: Algorithm) -> Any:
+    """Return a copy of an algorithm whose policy parameters have changed, as after an update."""
     algorithm = copy.deepcopy(algorithm)
     generator = torch.Generator().manual_seed(3)
     for parameter in algorithm.actor.parameters():  # type: ignore[union-attr]
@@ -281,11 +295,13 @@ def moved(algorithm: Algorithm) -> Any:
 
 
 def reinforce_losses(algorithm: REINFORCE, batch: TensorDict) -> list[Tensor]:
+    """Return actor loss and critic loss."""
     rollout = as_rollout(batch)
     return [algorithm.actor_loss(rollout, algorithm.weight(rollout))[0], algorithm.critic_loss(rollout)]
 
 
 def reinforce_oracle(algorithm: REINFORCE, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TorchRL's ReinforceLoss."""
     rollout, critic = as_rollout(batch), torchrl_critic(algorithm)
     TDLambdaEstimator(gamma=algorithm.gamma, lmbda=1.0, value_network=critic)(rollout)
     loss = ReinforceLoss(torchrl_actor(algorithm), critic, loss_critic_type="l2")(rollout)
@@ -293,12 +309,14 @@ def reinforce_oracle(algorithm: REINFORCE, batch: TensorDict) -> list[Tensor]:
 
 
 def actor_critic_losses(algorithm: ActorCritic, batch: TensorDict) -> list[Tensor]:
+    """Return actor loss, critic loss and entropy."""
     batch = as_rollout(batch).flatten(0, 1)
     actor_loss, entropy = algorithm.actor_loss(batch, algorithm.weight(batch))
     return [actor_loss, algorithm.critic_loss(batch), entropy]
 
 
 def a2c_loss(algorithm: Any, rollout: TensorDict, estimator: nn.Module) -> list[Tensor]:
+    """Return actor loss, critic loss and entropy of TorchRL's A2CLoss with the given advantage estimator."""
     estimator(rollout)
     critic = torchrl_critic(algorithm)
     loss = A2CLoss(torchrl_actor(algorithm), critic, loss_critic_type="l2", entropy_coeff=1.0)(rollout)
@@ -306,25 +324,29 @@ def a2c_loss(algorithm: Any, rollout: TensorDict, estimator: nn.Module) -> list[
 
 
 def actor_critic_oracle(algorithm: ActorCritic, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TorchRL's A2CLoss with one-step TD errors."""
     return a2c_loss(
         algorithm, as_rollout(batch), TD0Estimator(gamma=algorithm.gamma, value_network=torchrl_critic(algorithm))
     )
 
 
 def a2c_losses(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:
+    """Return actor loss, critic loss and entropy."""
     return list(algorithm.losses(as_rollout(batch)))
 
 
 def a2c_oracle(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TorchRL's A2CLoss with GAE."""
     estimator = GAE(gamma=algorithm.gamma, lmbda=algorithm.gae_lambda, value_network=torchrl_critic(algorithm))
     return a2c_loss(algorithm, as_rollout(batch), estimator)
 
 
 def ppo_losses(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
+    """Return actor loss, twice the critic loss, and entropy, after the policy and the value have changed."""
     data, old = algorithm.evaluate(as_rollout(batch))
     if algorithm.normalize_advantage:
         data["advantage"] = standardize(data["advantage"])
-    after, epsilon = moved(algorithm), torch.tensor(algorithm.clip_epsilon)
+    after, epsilon = with_changed_policy(algorithm), torch.tensor(algorithm.clip_epsilon)
     distribution = after.actor(data["observation"])
     actor_loss, _ = after.actor_loss(data, distribution, old if algorithm.penalty == "kl" else None, epsilon)
     value = algorithm.critic(data["observation"]) + torch.linspace(-1, 1, len(data)).unsqueeze(-1)
@@ -332,7 +354,7 @@ def ppo_losses(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
 
 
 def ppo_oracle(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
-    """ClipPPOLoss, or KLPENPPOLoss. Its critic's loss has no factor of 1/2."""
+    """Return the losses of TorchRL's ClipPPOLoss or KLPENPPOLoss, whose critic loss has no factor of 1/2."""
     rollout = as_rollout(batch)
     GAE(gamma=algorithm.gamma, lmbda=algorithm.gae_lambda, value_network=torchrl_critic(algorithm))(rollout)
     data = rollout.flatten(0, 1)
@@ -340,8 +362,8 @@ def ppo_oracle(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
     with torch.no_grad():
         data["action_log_prob"] = old.get_dist(data).log_prob(data["action"])
         data.update(old.module[0](data.select("observation")))
-    after, shifted = moved(algorithm), copy.deepcopy(algorithm.critic)
-    # a value that has moved by as much as in `ppo_losses`
+    after, shifted = with_changed_policy(algorithm), copy.deepcopy(algorithm.critic)
+    # shift each value by as much as in `ppo_losses`
     moves = dict(zip(map(tuple, data["observation"].tolist()), torch.linspace(-1, 1, len(data)), strict=True))
 
     class Shifted(nn.Module):
@@ -368,24 +390,32 @@ def ppo_oracle(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
 
 
 def trpo_losses(algorithm: TRPO, batch: TensorDict) -> list[Tensor]:
+    """Return the surrogate objective and the critic loss."""
     data = algorithm.advantages(as_rollout(batch))
     old = algorithm.actor(data["observation"]).detach()
-    return [algorithm.surrogate(data, moved(algorithm).actor(data["observation"]), old), algorithm.critic_loss(data)]
+    return [
+        algorithm.surrogate(data, with_changed_policy(algorithm).actor(data["observation"]), old),
+        algorithm.critic_loss(data),
+    ]
 
 
 def trpo_oracle(algorithm: TRPO, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TorchRL's PPOLoss without clipping, which is TRPO's surrogate objective."""
     rollout = as_rollout(batch)
     GAE(gamma=algorithm.gamma, lmbda=algorithm.gae_lambda, value_network=torchrl_critic(algorithm))(rollout)
     data = rollout.flatten(0, 1)
     data["action_log_prob"] = torchrl_actor(algorithm).get_dist(data).log_prob(data["action"]).detach()
     loss = PPOLoss(
-        torchrl_actor(moved(algorithm)), torchrl_critic(algorithm), loss_critic_type="l2", normalize_advantage=True
+        torchrl_actor(with_changed_policy(algorithm)),
+        torchrl_critic(algorithm),
+        loss_critic_type="l2",
+        normalize_advantage=True,
     )(data)
     return [-loss["loss_objective"], loss["loss_critic"]]
 
 
 def records_of(batch: TensorDict) -> dict[str, Tensor]:
-    """Transitions `[B]` as sequences of two records, `[B, 2]`."""
+    """Return transitions `[B]` as sequences of two records `[B, 2]`."""
     after = batch["next"]
     none = torch.zeros_like(after["terminated"])
     return {
@@ -399,7 +429,7 @@ def records_of(batch: TensorDict) -> dict[str, Tensor]:
 
 
 def sequences_of(algorithm: DreamerV3, batch: TensorDict) -> TensorDict:
-    """The same behind a record of which the state is known: `[B, 1 + 2]`."""
+    """Return transitions `[B]` as sequences `[B, 1 + 2]` whose first record only carries a latent state."""
     records = {key: torch.cat([torch.zeros_like(each[:, :1]), each], 1) for key, each in records_of(batch).items()}
     size = algorithm.model.deter + algorithm.model.choices[0]
     row = torch.arange(3).expand(len(batch), 3)
@@ -408,7 +438,7 @@ def sequences_of(algorithm: DreamerV3, batch: TensorDict) -> TensorDict:
 
 
 def dreamer_v3_loss(algorithm: DreamerV3, batch: TensorDict) -> Tensor:
-    """What it learns from rewards and ends that happened, with values that are not 0."""
+    """Return the losses of DreamerV3 on replayed rewards and end flags, for a critic with values other than 0."""
     sequences = sequences_of(algorithm, batch)
     torch.nn.init.ones_(algorithm.critic[-1].weight)
     state, posterior = algorithm.observe(sequences)
@@ -417,7 +447,7 @@ def dreamer_v3_loss(algorithm: DreamerV3, batch: TensorDict) -> Tensor:
 
 
 def world_models_loss(algorithm: WorldModels, batch: TensorDict) -> Tensor:
-    """What M learns of transitions."""
+    """Return the loss of the memory M on transitions."""
     records = records_of(batch)
     with torch.no_grad():
         pictures = records["observation"]

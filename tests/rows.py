@@ -1,4 +1,4 @@
-"""The table: one row per algorithm. Every check in checks.py is run for every row."""
+"""Table of algorithms: every check in checks.py runs for every row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,21 +13,22 @@ import oracles
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the checks need to know of an algorithm.
+    """Description of an algorithm for the checks.
 
     Args:
-        algo: Its name: the file, the YAML.
-        env: A small env it can act in.
+        algo: Name of the algorithm: that of its file and of its YAML.
+        env: Name of a small env config in which the algorithm can act.
         small: Overrides that make an iteration cheap.
-        env_steps: Env steps in which every optimiser steps a few times.
-        optimizers: Attribute -> steps per update.
-        targets: Target module -> (its source, the step tau towards it, updates between two steps).
-        losses: The losses of an algorithm on a batch, in the oracle's order.
-        oracle: The same losses by another implementation.
-        bootstraps: The critic's loss on a batch, which must see `terminated` and must not see `truncated`.
-        batch: What `update` takes, of transitions `[B]`.
-        graphs: Methods that a GPU runs as CUDA graphs.
-        learns: Overrides, and the mean return that they must reach.
+        env_steps: Env steps of a short run in which every optimizer makes several steps.
+        optimizers: Attribute of each optimizer -> its steps per update.
+        targets: Attribute of each target network -> (attribute of its source, step size tau, updates between steps).
+        losses: Function that returns the losses of the algorithm on a batch of transitions `[B]`.
+        oracle: Function that returns the same losses from a reference implementation, in the same order.
+        bootstraps: Function that returns the critic loss on a batch; it must depend on `terminated` and not on
+            `truncated`.
+        batch: Function that converts transitions `[B]` to the argument of `update`.
+        graphs: Number of methods that run as CUDA graphs on a GPU.
+        learns: Overrides of a training run, and the mean return that it must reach.
     """
 
     algo: str

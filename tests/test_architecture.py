@@ -1,4 +1,4 @@
-"""The packages of `levin` are layers: each imports only from those above it, and nothing goes in circles."""
+"""The packages of `levin` are layers: each imports only from earlier layers, and there are no import cycles."""
 
 import ast
 import os
@@ -16,46 +16,46 @@ LAYERS = (
     *("core", "estimators", "nn", "data", "model_based", "algorithms", "runs", "envs", "collectors", "training"),
     *("config", "results", "lab", "bench"),
 )
-ONLY = {"core": set(), "estimators": {"core"}, "results": {"core", "runs"}}  # packages that need fewer than they may
+ALLOWED = {"core": set(), "estimators": {"core"}, "results": {"core", "runs"}}  # packages restricted to these layers
 COMMANDS = {"train", "resume", "sweep", "evaluate", "play", "plot", "pin", "fork", "reproduce", "report"}
-ENV_IDS = {"dodge", "racing"}  # modules that configs name: levin.dodge:Dodge-v0
-FILES = 12  # of a package, `__init__.py` included
+ENV_IDS = {"dodge", "racing"}  # modules named in env ids: levin.dodge:Dodge-v0
+MAX_FILES = 12  # per package, `__init__.py` included
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its name below `levin`: `envs.vector`; a package by its own."""
-    found = {}
+    """Return the path of every module by its name within `levin`, e.g. `envs.vector`; packages by their own name."""
+    paths = {}
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 MODULES = modules()
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, also within functions and for type hints."""
-    found = set()
+    """Return the modules of `levin` that a file imports, also within functions and for type hints."""
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    names = {name.removeprefix("levin.") for name in found if name.startswith("levin.")}
+            imported |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name.removeprefix("levin.") for name in imported if name.startswith("levin.")}
     return names & MODULES.keys()
 
 
 GRAPH = {name: imports(path) - {name} for name, path in MODULES.items()}
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The strongly connected components of two or more nodes (Tarjan 1972)."""
+def import_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the strongly connected components of two or more nodes (Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found = []
+    cycles = []
 
     def visit(node: str) -> None:
         index[node] = low[node] = len(index)
@@ -69,47 +69,48 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
             component = stack[stack.index(node) :]
             del stack[stack.index(node) :]
             if len(component) > 1:
-                found.append(sorted(component))
+                cycles.append(sorted(component))
 
     for node in graph:
         if node not in index:
             visit(node)
-    return found
+    return cycles
 
 
-def layer(name: str) -> str:
+def package_of(name: str) -> str:
+    """Return the top-level package of a module: `envs` for `envs.vector`."""
     return name.partition(".")[0]
 
 
-def upward(graph: dict[str, set[str]]) -> list[str]:
-    """The imports of packages that no package may have."""
+def forbidden_imports(graph: dict[str, set[str]]) -> list[str]:
+    """Return the imports from a package that is not an earlier layer, as "module -> imported"."""
     wrong = []
     for name, others in graph.items():
-        if layer(name) not in LAYERS:
+        if package_of(name) not in LAYERS:
             continue
-        above = ONLY.get(layer(name), set(LAYERS[: LAYERS.index(layer(name))])) | {layer(name)}
-        wrong += [f"{name} -> {other}" for other in sorted(others) if other and layer(other) not in above]
+        above = ALLOWED.get(package_of(name), set(LAYERS[: LAYERS.index(package_of(name))])) | {package_of(name)}
+        wrong += [f"{name} -> {other}" for other in sorted(others) if other and package_of(other) not in above]
     return wrong
 
 
-def test_every_package_is_in_the_list_and_every_file_is_in_a_package():
+def test_every_package_has_a_layer_and_every_file_is_in_a_package():
     assert {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
     assert {path.stem for path in SOURCE.glob("*.py")} == {"__init__"} | COMMANDS | ENV_IDS
 
 
-def test_packages_import_only_from_those_above_them():
-    assert upward(GRAPH) == []
+def test_packages_import_only_from_earlier_layers():
+    assert forbidden_imports(GRAPH) == []
 
 
-def test_no_import_goes_in_circles():
-    assert circles(GRAPH) == []
+def test_imports_have_no_cycles():
+    assert import_cycles(GRAPH) == []
 
 
-def test_what_these_tests_look_for_is_found():
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
-    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+def test_forbidden_imports_and_cycles_are_detected():
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
+    assert import_cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     graph = {"nn.networks": {"envs.vector", "core.errors"}, "results.result": {"envs.config", "runs.load"}}
-    assert upward(graph) == ["nn.networks -> envs.vector", "results.result -> envs.config"]
+    assert forbidden_imports(graph) == ["nn.networks -> envs.vector", "results.result -> envs.config"]
     assert GRAPH["lab.measure"] >= {"lab.pictures", "core.errors"}, "imports within functions count"
 
 
@@ -118,7 +119,7 @@ def test_a_package_is_small_and_its_docstring_says_where_to_start(package):
     folder = SOURCE / package.replace(".", "/")
     files = sorted(path.name for path in folder.glob("*.py"))
     if package != "algorithms":
-        assert len(files) <= FILES
+        assert len(files) <= MAX_FILES
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
     assert docstring is not None
     named = [word.strip("`.,;:") for word in docstring.split()]
@@ -131,7 +132,7 @@ def test_nothing_in_src_imports_experiments_or_tests():
         names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
         names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         helpers = {file.stem for folder in ("tests", "tests/support") for file in (ROOT / folder).glob("*.py")}
-        assert not {layer(name) for name in names} & {"experiments", "tests", *helpers}, path
+        assert not {package_of(name) for name in names} & {"experiments", "tests", *helpers}, path
 
 
 def test_the_drill_starts_without_pytest():
@@ -154,6 +155,7 @@ PROSE = [
     path
     for pattern in (
         "*.md",
+        "docs/**/*.md",
         "Makefile",
         "pyproject.toml",
         "src/**/*.py",
@@ -166,7 +168,7 @@ PROSE = [
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_module_and_test_that_prose_names_is_there(path):
+def test_every_file_module_and_test_named_in_prose_exists(path):
     text = path.read_text()
     for name in re.findall(r"`levin\.([a-z_0-9.]*[a-z_0-9])", text):
         parts = name.split(".")
@@ -183,3 +185,13 @@ def test_every_file_module_and_test_that_prose_names_is_there(path):
         for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", text):
             assert name in files or name in ("x.py", "algorithm.py", "run.py"), name
         assert set(re.findall(r"`(test_\w+)(?:\[[^`]*\])?`", text)) <= defined
+
+
+def test_the_readme_shows_code_of_sac_as_it_is():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    source = {line.strip() for line in (SOURCE / "algorithms" / "sac.py").read_text().splitlines()}
+    assert {line.strip() for line in block.splitlines()} <= source
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900

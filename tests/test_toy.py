@@ -1,4 +1,4 @@
-"""Adding an algorithm takes three files. This one is added in a temporary folder, and nothing else is touched."""
+"""Adding an algorithm takes three edits: a test adds one in a temporary folder and runs all checks on it."""
 
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ ROW = replace(rows.ROWS[[row.algo for row in rows.ROWS].index("sac")], algo="toy
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch) -> rows.Row:
+    """Write a copy of SAC as the new algorithm `toy_sac`, with its YAML and its row; return the row."""
     source = Path(sac.__file__).read_text().replace("class SAC(", "class ToySAC(")
     (tmp_path / "toy_sac.py").write_text(source)
     (tmp_path / "algo").mkdir()
@@ -31,19 +32,19 @@ def toy(tmp_path, monkeypatch) -> rows.Row:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_sac", raising=False)
     monkeypatch.delitem(sys.modules, "toy_row", raising=False)
-    monkeypatch.setattr(checks, "compose", lambda words: compose([*words, f"hydra.searchpath=[{tmp_path}]"]))
+    monkeypatch.setattr(checks, "compose", lambda overrides: compose([*overrides, f"hydra.searchpath=[{tmp_path}]"]))
     return __import__("toy_row").ROW
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
-def test_toy_row(check, toy, tmp_path):
+def test_a_new_algorithm_passes_every_check(check, toy, tmp_path):
     check(toy, tmp_path)
 
 
-def test_a_broken_toy_is_caught(toy, tmp_path):
-    """The checks can fail: a target that does not move, `done` in the target, a critic that is not trained."""
+def test_the_checks_fail_for_a_broken_algorithm(toy, tmp_path):
+    """Break the algorithm in one place per check: targets, use of `done`, optimizer steps, critic loss."""
     file = tmp_path / "toy_sac.py"
-    sound = file.read_text()
+    correct = file.read_text()
     broken = {
         checks.targets_follow_their_source: ("        self.update_target()\n", ""),
         checks.truncation_bootstraps_and_termination_does_not: ('"reward", "terminated")', '"reward", "done")'),
@@ -55,8 +56,8 @@ def test_a_broken_toy_is_caught(toy, tmp_path):
         ),
     }
     for check, (good, bad) in broken.items():
-        assert good in sound
-        file.write_text(sound.replace(good, bad))
+        assert good in correct
+        file.write_text(correct.replace(good, bad))
         sys.modules.pop("toy_sac", None)
         folder = tmp_path / check.__name__
         with pytest.raises(AssertionError):

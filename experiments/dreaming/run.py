@@ -1,7 +1,7 @@
-"""What a dream is worth, and what a memory: Pendulum-v1, and the same with the velocity hidden; and one of pixels.
+"""Study of world models: how much imagination and a recurrent state help on Pendulum-v1, and prediction of pixels.
 
-`make study NAME=dreaming` writes learning.csv, pixels.csv, pictures and README.md beside this file. Runs that are
-there are not made again.
+`make study NAME=dreaming` writes learning.csv, pixels.csv, pictures and README.md beside this file. Complete runs are
+kept. Pendulum-v1 is also played with the velocity hidden; pixels are predicted by DreamerV3.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from experiments.study import evaluations, in_processes, train_once, write_table
+from experiments.study import read_evaluations, run_in_processes, train_once, write_table
 
 from levin.core.process import silence_libraries
 from levin.lab.pictures import read_csv
@@ -25,7 +25,7 @@ SEEDS = range(2)
 COMMON = ["env=pendulum", "trainer.threads=1", "trainer.accelerator=cpu", "logger=csv", "total_env_steps=20_000"]
 COMMON += ["eval.every=1000", "eval.episodes=20", "checkpoint.every=20_000"]
 HIDDEN = "env.observation_entries=[0,1]"
-# Panel -> name -> words
+# Panel -> name -> overrides
 ARMS = {
     "The dream": {
         "Dreamer, dynamics": ["algo=dreamer"],
@@ -41,35 +41,35 @@ ARMS = {
 }
 PIXELS = ["algo=dreamer_v3", "env=cartpole_balance", "env.pixels=64", "trainer.threads=1", "trainer.accelerator=cpu"]
 PIXELS += ["logger=csv", "total_env_steps=5000", "eval.every=1000", "eval.episodes=1", "checkpoint.every=5000"]
-AHEAD = (1, 5, 15, 45)
-DISTINCT = {tuple(words): words for panel in ARMS.values() for words in panel.values()}
+AHEAD = (1, 5, 15, 45)  # steps of the open-loop predictions of pixels
+DISTINCT = {tuple(words): words for panel in ARMS.values() for words in panel.values()}  # some arms are in both panels
 
 
-def run_of(words: tuple[str, ...], seed: int) -> Path:
-    """Its folder."""
+def run_path(words: tuple[str, ...], seed: int) -> Path:
+    """Return the run folder of these overrides and this seed."""
     name = "_".join(word.partition("=")[2].strip("[]").replace(",", "") for word in words)
     return RUNS / f"{name}_s{seed}"
 
 
-def learn(words: tuple[str, ...], seed: int) -> None:
-    """One run."""
-    train_once([*COMMON, *words, f"seed={seed}"], run_of(words, seed))
+def train_pendulum(words: tuple[str, ...], seed: int) -> None:
+    """Train Pendulum-v1 with these overrides."""
+    train_once([*COMMON, *words, f"seed={seed}"], run_path(words, seed))
 
 
-def look() -> None:
-    """One run of pixels."""
+def train_pixels() -> None:
+    """Train DreamerV3 on pixels."""
     train_once(PIXELS, RUNS / "pixels")
 
 
-def work(function: Callable[..., None], *arguments: Any) -> None:
-    """One run of either kind."""
+def call(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function: a job of `run_in_processes` whose first element is the function."""
     function(*arguments)
 
 
 def measure_pixels() -> None:
-    """Write pixels.csv, the errors of every evaluation, and pixels.png, what was foreseen in the last."""
-    rows = [row for row in evaluations(RUNS / "pixels") if row.get("eval/open_loop_45")]
-    names = [f"{what}_{ahead}" for what in ("open_loop", "repeat_last") for ahead in AHEAD]
+    """Write pixels.csv, the prediction errors of every evaluation, and pixels.png, the predictions of the last one."""
+    rows = [row for row in read_evaluations(RUNS / "pixels") if row.get("eval/open_loop_45")]
+    names = [f"{kind}_{ahead}" for kind in ("open_loop", "repeat_last") for ahead in AHEAD]
     lines = ([row["env_steps"], row["updates"], *(row[f"eval/{name}"] for name in names)] for row in rows)
     write_table(HERE / "pixels.csv", ["env_steps", "updates", *names], lines)
     pictures = (RUNS / "pixels" / "pictures").glob("*.png")
@@ -77,12 +77,12 @@ def measure_pixels() -> None:
 
 
 def measure() -> None:
-    """Write learning.csv: every evaluation of every run."""
+    """Train all runs, and write learning.csv with every evaluation of every run on Pendulum-v1."""
     jobs = [(words, seed) for seed in SEEDS for words in DISTINCT]
-    in_processes(work, [(look,), *((learn, *job) for job in jobs)])
+    run_in_processes(call, [(train_pixels,), *((train_pendulum, *job) for job in jobs)])
     rows = []
     for words, seed in jobs:
-        for row in evaluations(run_of(words, seed)):
+        for row in read_evaluations(run_path(words, seed)):
             error = [row.get(f"eval/{name}_15", "") for name in ("open_loop", "repeat_last")]
             rows.append([" ".join(words), seed, row["env_steps"], row["eval/return_mean"], *error])
     columns = ["run", "seed", "env_steps", "return_mean", "open_loop_15", "repeat_last_15"]
@@ -90,14 +90,16 @@ def measure() -> None:
 
 
 def report() -> None:
-    """README.md and learning.png from the table alone."""
+    """Write README.md and learning.png from learning.csv and pixels.csv."""
     curves: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    shares: dict[str, list[float]] = defaultdict(list)
+    # Relative error of predictions 15 steps ahead, in every evaluation of a seed.
+    relative_errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read_csv(HERE / "learning.csv"):
         steps = int(row["env_steps"]) // 1000 * 1000
         curves[row["run"]][steps].append(float(row["return_mean"]))
         if row["open_loop_15"]:
-            shares[row["run"]].append(float(row["open_loop_15"]) / float(row["repeat_last_15"]))
+            relative = float(row["open_loop_15"]) / float(row["repeat_last_15"])
+            relative_errors[row["run"]][row["seed"]].append(relative)
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     lines = []
     for axes, (panel, arms) in zip(panels, ARMS.items(), strict=True):
@@ -109,54 +111,58 @@ def report() -> None:
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
             last = by_step[steps[-1]]
             seeds = " ".join(f"{value:.0f}" for value in last)
-            error = shares[" ".join(words)]
-            foreseen = f"{mean(error[-3 * len(last) :]):.2f}" if error else ""
-            half = mean(by_step[5000])
-            lines.append(f"| {panel} | {name} | {half:.0f} | {mean(last):.0f} | {seeds} | {foreseen} |")
+            errors = [error for seed in relative_errors[" ".join(words)].values() for error in seed[-3:]]
+            relative = f"{mean(errors):.2f}" if errors else ""
+            early = mean(by_step[5000])
+            lines.append(f"| {panel} | {name} | {early:.0f} | {mean(last):.0f} | {seeds} | {relative} |")
         axes.set(xlabel="env steps", ylabel="return", title=f"{panel}: Pendulum-v1, {len(SEEDS)} seeds, IQM")
         axes.legend(loc="lower right", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "learning.png", dpi=110)
     plt.close(figure)
     last = read_csv(HERE / "pixels.csv")[-1]
-    errors = {ahead: [float(last[f"{what}_{ahead}"]) for what in ("open_loop", "repeat_last")] for ahead in AHEAD}
-    seen = [f"| {ahead} | {foreseen:.1f} | {repeated:.1f} |" for ahead, (foreseen, repeated) in errors.items()]
-    words = {
+    errors = {ahead: [float(last[f"{kind}_{ahead}"]) for kind in ("open_loop", "repeat_last")] for ahead in AHEAD}
+    pixels = [f"| {ahead} | {predicted:.1f} | {repeated:.1f} |" for ahead, (predicted, repeated) in errors.items()]
+    values = {
         "lines": "\n".join(lines),
-        "seen": "\n".join(seen),
+        "pixels": "\n".join(pixels),
         "env_steps": last["env_steps"],
         "updates": last["updates"],
     }
-    (HERE / "README.md").write_text(TEXT.format(**words))
+    (HERE / "README.md").write_text(TEXT.format(**values))
 
 
-TEXT = """# What a dream is worth, and what a memory
+TEXT = """# How much do imagination and memory help?
 
-Made by `make study NAME=dreaming`: `learning.csv`, the picture and this page. 20,000 env steps of Pendulum-v1 each,
-evaluations of 20 episodes. "Foreseen" is the squared error of the observation 15 steps ahead as a share of that of
-repeating the last one.
+`make study NAME=dreaming` writes everything in this folder. Every run has 20,000 env steps of Pendulum-v1. Returns are
+means of 20 evaluation episodes, after 5,000 and after 20,000 env steps. The last column is an error of open-loop
+predictions: the squared error of the observation predicted 15 steps ahead, divided by the squared error of repeating
+the last observation, averaged over the last three evaluations of each seed. Below 1 the model predicts better than
+repeating does.
 
-| | | return at 5,000 | at 20,000 | its seeds | foreseen |
+| | | return at 5,000 | return at 20,000 | each seed at 20,000 | prediction error |
 |---|---|---|---|---|---|
 {lines}
 
-![Learning](learning.png)
+![Learning curves](learning.png)
 
-The dream: the gradient through the model beside the score function in the same dreams, and beside SAC, which has none.
-The memory: without a recurrent state the model can't know how fast the pendulum turns when that is not shown.
+"The dream" compares two actor gradients in imagination, backpropagation through the world model (dynamics) and the
+score function (reinforce), with SAC, which has no world model. "The memory" compares a recurrent transition model (GRU)
+with one that has no recurrent state (MLP). When the velocity is hidden, the MLP can't know how fast the pendulum turns.
 
 ## Pixels
 
-DreamerV3 (`1m`) on 64 x 64 pictures of DM Control's cartpole balance, {env_steps} env steps, {updates} updates: squared
-error of a picture (0 to 255), the mean over 16 windows of which five moments are seen, and that of repeating the last.
+DreamerV3 (`1m`) on 64 x 64 images of DM Control's cartpole balance, {env_steps} env steps and {updates} updates. The
+model observes five steps of a window and then predicts from the actions alone. The table has the mean squared error of
+pixels (0 to 255) over 16 windows, for the prediction and for repeating the last observed image.
 
-| steps ahead | foreseen | repeated |
+| steps ahead | predicted | repeated |
 |---|---|---|
-{seen}
+{pixels}
 
-![What happened, what was foreseen, and how they differ](pixels.png)
+![From top to bottom: what happened, the open-loop prediction, and their difference](pixels.png)
 
-After so few updates the cart is foreseen, and the pole, which is thin, is not there yet.
+After so few updates the model predicts the cart, but not yet the pole, which is thin.
 """
 
 

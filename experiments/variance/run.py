@@ -1,7 +1,7 @@
-"""The lecture's claim, measured: each step from simple REINFORCE to the advantage takes variance out of the gradient.
+"""Study of the variance of the policy gradient: does it fall with each step from simple REINFORCE to the advantage?
 
-`make study NAME=variance` writes gradient.csv (the variance of the gradient of one trajectory, for one fixed policy on
-CartPole-v1), curves.csv (returns while learning, five seeds each), variance.png and README.md beside this file.
+`make study NAME=variance` writes gradient.csv (variance of the gradient from one trajectory, for one fixed policy on
+CartPole-v1), curves.csv (learning curves, five seeds each), variance.png and README.md beside this file.
 """
 
 import csv
@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.study import evaluations, train_once, write_table
+from experiments.study import read_evaluations, train_once, write_table
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -31,7 +31,7 @@ SAMPLES, FIT_EPISODES, FIT_UPDATES = 1000, 300, 3000
 SEEDS, ENV_STEPS = range(5), 60_000
 COMMON = ["env=cartpole", "env.num_envs=1", "algo.hidden_sizes=[64,64]", "algo.normalize_advantage=false"]
 COMMON += ["trainer.threads=1", "trainer.accelerator=cpu", "logger=csv"]
-# The policies learn at the same rate, from as many transitions per update.
+# All forms have the same learning rate of the policy and the same number of transitions per update.
 REINFORCE = ["algo=reinforce", "algo.lr=1e-3", "algo.transitions_per_update=1000", "algo.entropy_coef=0"]
 REINFORCE += ["algo.critic_updates=50", "algo.max_grad_norm=null"]
 ACTOR_CRITIC = ["algo=actor_critic", "algo.actor_lr=1e-3", "algo.steps_per_iteration=1000", "algo.critic_updates=50"]
@@ -42,20 +42,20 @@ FORMS = {
     "Q critic": [*ACTOR_CRITIC, "algo.critic=q", "algo.q_target=expected"],
     "advantage": [*ACTOR_CRITIC, "algo.critic=advantage"],
 }
-# Of one trajectory, and as the gradient of J has it.
+# Weight step t by gamma^t and sum over each episode, as in the exact gradient of J.
 EXACT = ["algo.discount_state_weighting=true", "algo.average_over=episodes"]
 
 
-def make(words: list[str]) -> tuple[Any, Any]:
-    """An algorithm with its optimisers, and what collects for it; without a Trainer."""
+def build(words: list[str]) -> tuple[Any, Any]:
+    """Build an algorithm with its optimisers, and its rollout loader, without a Trainer."""
     algorithm, loader = build_run(compose([*COMMON, *words]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = torch.Tensor.backward  # type: ignore[method-assign]
     return algorithm, loader
 
 
-def episodes(loader: Any, number: int) -> TensorDict:
-    """The next `number` episodes of the loader's policy, `[1, T]`."""
+def collect_episodes(loader: Any, number: int) -> TensorDict:
+    """Return the next `number` episodes of the loader's policy, `[1, T]`."""
     collector = loader.collector
     assert isinstance(collector, VectorCollector)
     collector.steps = WholeEpisodes(episodes=number)
@@ -63,14 +63,14 @@ def episodes(loader: Any, number: int) -> TensorDict:
 
 
 def actor_loss(algorithm: Any, rollout: TensorDict) -> Tensor:
-    """The loss that the policy is trained with."""
+    """Return the loss of the policy."""
     if hasattr(algorithm, "critic_form"):
         rollout = rollout.flatten(0, 1)
     return algorithm.actor_loss(rollout, algorithm.weight(rollout))[0]
 
 
-def fit(algorithm: Any, rollout: TensorDict) -> None:
-    """Let the critic, where there is one, learn the values of the policy as it is."""
+def fit_critic(algorithm: Any, rollout: TensorDict) -> None:
+    """Train the critic, if there is one, on the values of the fixed policy."""
     if getattr(algorithm, "critic", None) is not None:
         rollout = rollout.flatten(0, 1) if hasattr(algorithm, "critic_form") else rollout
         for _ in range(FIT_UPDATES):
@@ -78,7 +78,7 @@ def fit(algorithm: Any, rollout: TensorDict) -> None:
 
 
 def half_trained_policy() -> dict[str, Tensor]:
-    """A policy on its way: reward-to-go after 20,000 env steps."""
+    """Return the parameters of a half-trained policy: reward-to-go after 20,000 env steps."""
     run = RUNS / "policy"
     if not (run / "checkpoints").exists():
         train(compose([*COMMON, *FORMS["reward-to-go"], "total_env_steps=20_000"]), run)
@@ -86,19 +86,19 @@ def half_trained_policy() -> dict[str, Tensor]:
 
 
 def gradients(policy: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Form -> `[SAMPLES, P]`: the gradient of J by each trajectory, the same trajectories for all forms."""
+    """Return the gradients of J by form, `[SAMPLES, P]`: one per trajectory, the same trajectories for all forms."""
     algorithms: dict[str, Algorithm] = {}
     for name, words in FORMS.items():
-        whole = ["algo.episodes_per_update=1"] if words[0] == ACTOR_CRITIC[0] else []
-        algorithm, loader = make([*words, *EXACT, *whole])
+        per_episode = ["algo.episodes_per_update=1"] if words[0] == ACTOR_CRITIC[0] else []
+        algorithm, loader = build([*words, *EXACT, *per_episode])
         algorithm.actor.load_state_dict(policy)
-        fit(algorithm, episodes(loader, FIT_EPISODES))
+        fit_critic(algorithm, collect_episodes(loader, FIT_EPISODES))
         algorithms[name] = algorithm
-    algorithm, loader = make([*FORMS["simple REINFORCE"], *EXACT, "seed=1"])
+    algorithm, loader = build([*FORMS["simple REINFORCE"], *EXACT, "seed=1"])
     algorithm.actor.load_state_dict(policy)
     samples: dict[str, list[np.ndarray]] = {name: [] for name in FORMS}
     for _ in range(SAMPLES):
-        rollout = episodes(loader, 1)
+        rollout = collect_episodes(loader, 1)
         for name, each in algorithms.items():
             parts = torch.autograd.grad(-actor_loss(each, rollout), list(each.actor.parameters()))  # type: ignore[union-attr]
             samples[name].append(torch.cat([part.flatten() for part in parts]).numpy())
@@ -106,7 +106,7 @@ def gradients(policy: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def measure_gradients() -> None:
-    """Write gradient.csv: Var[g] = E sum_i (g_i - E g_i)^2, its standard error, and the norm of E g."""
+    """Write gradient.csv: Var[g] = E sum_i (g_i - E g_i)^2, its standard error, and the norm of E g, for each form."""
     rows = []
     for name, each in gradients(half_trained_policy()).items():
         squares = ((each - each.mean(0)) ** 2).sum(1)  # [SAMPLES, P] -> [SAMPLES]
@@ -116,29 +116,29 @@ def measure_gradients() -> None:
 
 
 def measure_learning() -> None:
-    """Write curves.csv: every evaluation of every seed. A run that is there is not made again."""
+    """Train all forms, and write curves.csv with every evaluation of every seed. Complete runs are kept."""
     rows = []
     for name, words in FORMS.items():
         for seed in SEEDS:
             run = RUNS / f"{name.replace(' ', '_')}_s{seed}"
-            chosen = [f"seed={seed}", f"total_env_steps={ENV_STEPS}", "eval.every=5000"]
-            train_once([*COMMON, *words, *chosen], run)
-            # Iterations end where episodes do: a grid that all seeds share.
-            grid = [(int(row["env_steps"]) // 5000 * 5000, row["eval/return_mean"]) for row in evaluations(run)]
+            settings = [f"seed={seed}", f"total_env_steps={ENV_STEPS}", "eval.every=5000"]
+            train_once([*COMMON, *words, *settings], run)
+            # Iterations end with an episode, at other env steps for each seed: round down to a grid that all share.
+            grid = [(int(row["env_steps"]) // 5000 * 5000, row["eval/return_mean"]) for row in read_evaluations(run)]
             rows += [[name, seed, *each] for each in grid]
     write_table(HERE / "curves.csv", ["form", "seed", "env_steps", "return_mean"], rows)
 
 
 def read(name: str, convert: Callable[[dict[str, str]], Any]) -> list[Any]:
-    """The rows of one of the files beside this one."""
+    """Return the rows of a CSV file in this folder, each converted by `convert`."""
     with (HERE / name).open() as file:
         return [convert(row) for row in csv.DictReader(file)]
 
 
 def report() -> None:
-    """Draw variance.png and write README.md from the two files alone."""
-    found = {row["form"]: row for row in read("gradient.csv", dict)}
-    variance = {name: float(row["variance"]) for name, row in found.items()}
+    """Draw variance.png and write README.md from gradient.csv and curves.csv."""
+    by_form = {row["form"]: row for row in read("gradient.csv", dict)}
+    variance = {name: float(row["variance"]) for name, row in by_form.items()}
     curves: dict[str, dict[int, list[float]]] = {name: {} for name in FORMS}
     for name, step, value in read("curves.csv", lambda row: (row["form"], int(row["env_steps"]), row["return_mean"])):
         curves[name].setdefault(step, []).append(float(value))
@@ -146,7 +146,7 @@ def report() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     colors = dict(zip(FORMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     names = list(reversed(FORMS))
-    errors = [1.96 * float(found[name]["standard_error"]) for name in names]
+    errors = [1.96 * float(by_form[name]["standard_error"]) for name in names]
     left.barh(names, [variance[name] for name in names], xerr=errors, color=[colors[name] for name in names])
     left.set(xscale="log", xlabel="Var[g] of one trajectory", title=f"Fixed policy, {SAMPLES:,} trajectories")
     for name, by_step in curves.items():
@@ -161,13 +161,13 @@ def report() -> None:
     figure.savefig(HERE / "variance.png", dpi=120)
     plt.close(figure)
 
-    lines = ["| weight of grad log pi | Var[g] | of simple REINFORCE's | norm of the mean | return at the end |"]
+    lines = ["| weight of grad log pi | Var[g] | relative to simple REINFORCE | norm of mean gradient | final return |"]
     lines.append("|---|---|---|---|---|")
-    for name, row in found.items():
+    for name, row in by_form.items():
         last = curves[name][max(step for step, values in curves[name].items() if len(values) == len(SEEDS))]
         share = variance[name] / variance["simple REINFORCE"]
-        said = f"{variance[name]:,.4g} ± {float(row['standard_error']):.2g}"
-        lines.append(f"| {name} | {said} | {share:.2g} | {float(row['mean_norm']):.3g} | {np.mean(last):.0f} |")
+        estimate = f"{variance[name]:,.4g} ± {float(row['standard_error']):.2g}"
+        lines.append(f"| {name} | {estimate} | {share:.2g} | {float(row['mean_norm']):.3g} | {np.mean(last):.0f} |")
     (HERE / "README.md").write_text(
         TEXT.format(table="\n".join(lines), samples=SAMPLES, seeds=len(SEEDS), env_steps=ENV_STEPS)
     )
@@ -175,17 +175,20 @@ def report() -> None:
 
 TEXT = """# The variance of the policy gradient
 
-The lecture's claim, measured on CartPole-v1 by `make study NAME=variance`, which writes everything here.
+The lecture claims that the variance falls with each step from simple REINFORCE to the advantage. This study measures it
+on CartPole-v1. `make study NAME=variance` writes everything in this folder.
 
 {table}
 
-Var[g] = E sum_i (g_i - E g_i)^2 of the gradient by one trajectory: one half-trained policy, the same {samples:,}
-trajectories for all forms, gamma^t in the sum, critics that were fitted to this policy. The first three forms have the
-same expectation, but for episodes that the time limit cuts; that of the last two is off by the errors of their critics.
-The return is the mean of {seeds} seeds after {env_steps:,} env steps, with the same learning rate and as many
-transitions per update.
+Var[g] = E sum_i (g_i - E g_i)^2, where g is the gradient from one trajectory, with gamma^t in the sum; ± is its
+standard error. The policy is fixed and half-trained. All forms use the same {samples:,} trajectories, and the critics
+were fitted to this policy. The first three forms have the same expectation, except for episodes that the time limit
+cuts. The last two are biased by the errors of their critics.
 
-![Variance and learning](variance.png)
+The final return is the mean of {seeds} seeds after {env_steps:,} env steps. All forms have the same learning rate of
+the policy and the same number of transitions per update.
+
+![Variance and learning curves](variance.png)
 """
 
 

@@ -1,9 +1,11 @@
-"""What comes of dreams: controllers that were evolved in them, and PPO and SAC, that were trained in them.
+"""Study of training inside a world model: do policies that are trained in the dream also act well in the env?
 
-At five temperatures, without a memory, and in two rounds. While anything is trained in a dream, no env takes a step.
+World Models evolves controllers in the dream of the dodge game: at five temperatures, without M's memory, and in two
+rounds. PPO learns in the same dreams, and SAC in those of a Dreamer of Pendulum-v1. No env takes a step while a policy
+is trained in a dream.
 
-`make study NAME=worlds` writes returns.csv, generations.csv, pictures and README.md beside this file. Runs that are
-there are not made again.
+`make study NAME=worlds` writes returns.csv, generations.csv, a picture and README.md beside this file. Complete runs
+are kept.
 """
 
 import shutil
@@ -14,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
-from experiments.study import evaluations, in_processes, is_complete, train_once, write_table
+from experiments.study import is_complete, read_evaluations, run_in_processes, train_once, write_table
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
@@ -43,28 +45,28 @@ PPO += ["algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", 
 SAC = [*COMMON, "algo=sac", "env=dream", "env.run=experiments/dreamer_pendulum", "env.num_envs=4"]
 SAC += ["total_env_steps=10_000", "eval.every=1000", "eval.episodes=20", "algo.learning_starts=1000"]
 SAC += ["algo.hidden_sizes=[128,128]", "algo.batch_size=128"]
-RANDOM = {"Dodge": 27.7, "Pendulum-v1": -1246.0}  # mean returns of uniform actions
-EPISODES = 100
+RANDOM = {"Dodge": 27.7, "Pendulum-v1": -1246.0}  # mean returns of uniformly random actions
+EPISODES = 100  # of the final evaluations, in the env and in the dream
 
 
 class StopBeforeController(Callback):
-    """Ends a run when V and M are trained: others go on from there."""
+    """Stop a run when V and M are trained, so that several runs can continue from it."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if cast(WorldModels, pl_module).stage == "controller":
             trainer.should_stop = True
 
 
-def base(seed: int) -> Path:
-    """A run whose V and M are trained, and nothing else."""
+def train_base(seed: int) -> Path:
+    """Train V and M, but no controller. Return the run folder."""
     run = RUNS / f"base_s{seed}"
     if not (run / "checkpoints" / "last").exists():
         train(compose([*DODGE, f"seed={seed}", STOP]), run)
     return run
 
 
-def branch(seed: int, temperature: float) -> None:
-    """C of the base's V and M, in dreams of this temperature."""
+def train_controller(seed: int, temperature: float) -> None:
+    """Copy the base run of this seed, and evolve a controller in its dreams at this temperature."""
     run = RUNS / f"tau{temperature}_s{seed}"
     if is_complete(run):
         return
@@ -76,18 +78,24 @@ def branch(seed: int, temperature: float) -> None:
     resume.resume(run=str(run))
 
 
-def whole(name: str, seed: int, words: list[str]) -> None:
-    """A run from its beginning."""
+def train_from_scratch(name: str, seed: int, words: list[str]) -> None:
+    """Train a run with these overrides from its beginning."""
     train_once([*words, f"seed={seed}"], RUNS / f"{name}_s{seed}")
 
 
-def evaluated(name: str, seed: int) -> float:
-    """Mean return in the env of 100 episodes."""
+def return_in_env(name: str, seed: int) -> float:
+    """Return the mean return of 100 episodes in the env."""
     return evaluate_run(run=str(RUNS / f"{name}_s{seed}"), episodes=EPISODES)["return_mean"]
 
 
-def dreamt(name: str, seed: int, rows: list[dict[str, str]]) -> float:
-    """Mean return in 100 dreams of C; of others, that of the training episodes at the end."""
+def return_in_dream(name: str, seed: int, rows: list[dict[str, str]]) -> float:
+    """Return the mean return of 100 dreams; for PPO and SAC, that of the last training episodes.
+
+    Args:
+        name: Name of the run.
+        seed: Seed of the run.
+        rows: Rows of its metrics.csv.
+    """
     if name in ("ppo", "sac"):
         return float(next(row["episode/return"] for row in reversed(rows) if row["episode/return"]))
     algorithm = cast(WorldModels, load_algorithm(RUNS / f"{name}_s{seed}"))
@@ -95,58 +103,60 @@ def dreamt(name: str, seed: int, rows: list[dict[str, str]]) -> float:
     return float(returns.mean())
 
 
-def jobs(stage: int) -> list[tuple[Any, ...]]:
-    """What can be done at once, first the bases, then what goes on from them."""
+def list_jobs(stage: int) -> list[tuple[Any, ...]]:
+    """Return the jobs that can run at the same time: in stage 0 the base runs, in stage 1 all others."""
     if stage == 0:
-        return [(base, seed) for seed in SEEDS]
-    many: list[tuple[Any, ...]] = [(branch, seed, temperature) for seed in SEEDS for temperature in TEMPERATURES]
-    many += [(whole, "ppo", seed, [*PPO, f"env.run={RUNS / f'base_s{seed}'}"]) for seed in SEEDS]
-    many += [(whole, "sac", seed, SAC) for seed in SEEDS]
-    return many + [(whole, name, seed, words) for name, words in OTHERS.items() for seed in SEEDS]
+        return [(train_base, seed) for seed in SEEDS]
+    jobs: list[tuple[Any, ...]] = [
+        (train_controller, seed, temperature) for seed in SEEDS for temperature in TEMPERATURES
+    ]
+    jobs += [(train_from_scratch, "ppo", seed, [*PPO, f"env.run={RUNS / f'base_s{seed}'}"]) for seed in SEEDS]
+    jobs += [(train_from_scratch, "sac", seed, SAC) for seed in SEEDS]
+    return jobs + [(train_from_scratch, name, seed, words) for name, words in OTHERS.items() for seed in SEEDS]
 
 
-def work(function: Callable[..., Any], *arguments: Any) -> None:
-    """One run."""
+def call(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function: a job of `run_in_processes` whose first element is the function."""
     function(*arguments)
 
 
 def measure() -> None:
-    """Write returns.csv, a row for each run, and generations.csv, of the runs at the paper's temperature."""
+    """Train all runs; write returns.csv, one row per run, and generations.csv, one row per evaluated generation."""
     for stage in (0, 1):
-        in_processes(work, jobs(stage))
+        run_in_processes(call, list_jobs(stage))
     names = [*(f"tau{temperature}" for temperature in TEMPERATURES), *OTHERS, "ppo", "sac"]
     lines = []
     for name, seed in product(names, SEEDS):
         rows = read_csv(RUNS / f"{name}_s{seed}" / "metrics.csv")
         steps = rows[-1]["env_steps"]
         counts = (0, steps) if name in ("ppo", "sac") else (steps, rows[-1]["dream_steps"])
-        lines.append([name, seed, dreamt(name, seed, rows), evaluated(name, seed), *counts])
+        lines.append([name, seed, return_in_dream(name, seed, rows), return_in_env(name, seed), *counts])
     columns = ["run", "seed", "dream_return", "return", "env_steps", "dream_steps"]
     write_table(HERE / "returns.csv", columns, lines)
     lines = []
     for temperature, seed in product(TEMPERATURES, SEEDS):
-        for row in evaluations(RUNS / f"tau{temperature}_s{seed}"):
+        for row in read_evaluations(RUNS / f"tau{temperature}_s{seed}"):
             if row.get("train/generations") and row["eval/dream_return"]:
-                found = [row["train/generations"], row["eval/dream_return"], row["eval/return_mean"]]
-                lines.append([temperature, seed, *found])
+                values = [row["train/generations"], row["eval/dream_return"], row["eval/return_mean"]]
+                lines.append([temperature, seed, *values])
     write_table(HERE / "generations.csv", ["temperature", "seed", "generation", "dream_return", "return"], lines)
 
 
-def spread(values: list[float]) -> str:
-    """Mean and deviation."""
+def mean_and_std(values: list[float]) -> str:
+    """Format the mean and the standard deviation."""
     return f"{mean(values):.0f} +- {stdev(values):.0f}"
 
 
 def report() -> None:
-    """README.md and worlds.png from the tables alone."""
+    """Write README.md and worlds.png from returns.csv and generations.csv."""
     table = read_csv(HERE / "returns.csv")
     real = {name: [float(row["return"]) for row in table if row["run"] == name] for name in {r["run"] for r in table}}
     dream = {name: [float(row["dream_return"]) for row in table if row["run"] == name] for name in real}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for values, label, color in ((dream, "in the dream", "#2b6cb0"), (real, "in the env", "#c05621")):
-        found = [values[f"tau{temperature}"] for temperature in TEMPERATURES]
+        returns = [values[f"tau{temperature}"] for temperature in TEMPERATURES]
         left.errorbar(
-            TEMPERATURES, [mean(each) for each in found], [stdev(each) for each in found], color=color, label=label,
+            TEMPERATURES, [mean(each) for each in returns], [stdev(each) for each in returns], color=color, label=label,
             marker="o", capsize=4,
         )  # fmt: skip
     left.axhline(RANDOM["Dodge"], color="gray", linestyle=":", label="uniform actions")
@@ -171,44 +181,44 @@ def report() -> None:
     plt.close(figure)
     temperatures = []
     for name in (f"tau{temperature}" for temperature in TEMPERATURES):
-        apart = mean(dream[name]) - mean(real[name])
-        temperatures.append(f"| {name[3:]} | {spread(dream[name])} | {spread(real[name])} | {apart:.0f} |")
-    others = [
-        f"| {said} | {spread(dream[name])} | {spread(real[name])} | {' '.join(f'{each:.0f}' for each in real[name])} |"
-        for name, said in (
-            ("tau1.15", "V, M and C, temperature 1.15"),
-            ("blind", "C reads z alone"),
-            ("rounds", "two rounds, each of 150,000 env steps"),
-            ("ppo", "PPO in the dreams of the same V and M, temperature 1"),
-            ("sac", "SAC in the dreams of a Dreamer of Pendulum-v1"),
-        )
-    ]
-    words = {"temperatures": "\n".join(temperatures), "others": "\n".join(others), **RANDOM}
-    (HERE / "README.md").write_text(TEXT.format(words=words))
+        gap = mean(dream[name]) - mean(real[name])
+        temperatures.append(f"| {name[3:]} | {mean_and_std(dream[name])} | {mean_and_std(real[name])} | {gap:.0f} |")
+    others = []
+    for name, description in (
+        ("tau1.15", "World Models, temperature 1.15"),
+        ("blind", "World Models, C reads z alone"),
+        ("rounds", "World Models, two rounds of 150,000 env steps each"),
+        ("ppo", "PPO in the dreams of the same V and M, temperature 1"),
+        ("sac", "SAC in the dreams of a Dreamer, Pendulum-v1"),
+    ):
+        seeds = " ".join(f"{value:.0f}" for value in real[name])
+        others.append(f"| {description} | {mean_and_std(dream[name])} | {mean_and_std(real[name])} | {seeds} |")
+    values = {"temperatures": "\n".join(temperatures), "others": "\n".join(others), **RANDOM}
+    (HERE / "README.md").write_text(TEXT.format(values=values))
 
 
-TEXT = """# What comes of dreams
+TEXT = """# Do policies trained in a dream act well in the env?
 
-Made by `make study NAME=worlds`: `returns.csv`, `generations.csv`, the picture and this page. 150,000 env steps of the
-dodge game with random actions train V and M; C is evolved in dreams alone, where no env takes a step. Returns are the
-means of 100 episodes, with the deviation over three seeds; uniform actions have {words[Dodge]}, and an episode is over
-at 200.
+`make study NAME=worlds` writes everything in this folder. World Models trains the autoencoder V and the recurrent
+model M on 150,000 env steps of the dodge game with random actions. The controller C is then evolved in the dream alone,
+where no env takes a step. Returns are means of 100 episodes, with the standard deviation over three seeds. Uniformly
+random actions earn {values[Dodge]}. An episode ends after 200 steps, so 200 is the largest return.
 
-| temperature | in the dream | in the env | apart |
+| temperature | return in the dream | return in the env | difference |
 |---|---|---|---|
-{words[temperatures]}
+{values[temperatures]}
 
-![Returns](worlds.png)
+![Returns by temperature and by generation](worlds.png)
 
-At low temperatures balls vanish from the dream, and C learns what helps in the dream alone.
+At low temperatures the balls vanish from the dream, and C learns what helps in the dream alone.
 
-| | in the dream | in the env | seeds |
+| trained with | return in the dream | return in the env | each seed, in the env |
 |---|---|---|---|
-{words[others]}
+{values[others]}
 
-Uniform actions have {words[Pendulum-v1]:.0f} in Pendulum-v1. PPO and SAC have seen no env at all; where they are
-evaluated, the model shows them what it makes of each observation. Their returns in the dream are those of their last
-training episodes.
+Uniformly random actions earn {values[Pendulum-v1]:.0f} in Pendulum-v1. PPO and SAC never act in an env while they
+learn. For an evaluation, the world model encodes each observation of the env into the latent state that they read.
+Their returns in the dream are those of their last training episodes.
 """
 
 

@@ -11,7 +11,7 @@ __version__ = version("levin")
 
 
 def load(run: str | Path) -> "Policy":
-    """The trained policy of a run folder: `action = levin.load("runs/...")(observation)`.
+    """Load the trained policy of a run folder: `action = levin.load("runs/...")(observation)`.
 
     Raises:
         ConfigError: The folder holds no checkpoint.

@@ -1,4 +1,4 @@
-"""Deterministic episodes of a policy on fresh envs. `python -m levin.evaluate run=...`."""
+"""Evaluate the deterministic policy of a run in new envs: `python -m levin.evaluate run=...`."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,16 @@ from levin.runs.load import load_algorithm
 
 
 def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt = 1) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run and write `evaluation.json` beside its config.
+    """Evaluate the newest checkpoint of a run, and write the result to `evaluation.json` in its folder.
 
     Args:
-        run: The run folder.
-        episodes: How many; the envs' seeds are not those of the evaluations during training.
-        seed: Root of the envs' seeds.
+        run: Run folder.
+        episodes: Number of episodes.
+        seed: Root of the envs' seeds; with another value than `eval.seed`, the episodes are not those that were
+            evaluated during training.
+
+    Returns:
+        The contents of `evaluation.json`.
     """
     silence_libraries()
     algorithm = load_algorithm(Path(run))
@@ -42,7 +46,7 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
 
 
 def main() -> None:
-    """Print the mean return and its deviation."""
+    """Print the mean return and its standard deviation over episodes."""
     with exit_on_user_error():
         result = evaluate_run(**cli.command_arguments(evaluate_run))
     print(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes")

@@ -1,7 +1,7 @@
-"""Begin an idea: `python -m levin.fork algo=sac name=my_idea`.
+"""Copy an algorithm as the start of a new one: `python -m levin.fork algo=sac name=my_idea`.
 
-Copies the algorithm, its config and what is tuned of it into `experiments/my_idea/`. Nothing outside that folder
-changes, so what comes from upstream merges without a conflict.
+Copies the algorithm, its config and its tuned configs into `experiments/my_idea/`. Nothing outside that folder changes,
+so later updates of Levin merge without conflicts.
 """
 
 import io
@@ -18,7 +18,7 @@ from levin.runs import provenance
 
 README = """# {name}
 
-A fork of `{algo}` at {commit}. Say here what differs, and why.
+A copy of `{algo}` (commit {commit}). Describe here what you changed, and why.
 
 ```sh
 make train ALGO={name} ENV=pendulum SEEDS="0 1 2"
@@ -26,30 +26,37 @@ make plot RUNS="runs/{algo}_pendulum runs/{name}_pendulum"
 git diff --no-index {source} experiments/{name}/algorithm.py
 ```
 
-`algorithm.py` is the algorithm, `algo/{name}.yaml` its hyper-parameters, `tuned/` what differs for one env.
-A new hyper-parameter is a keyword of `__init__` and a line of the YAML. Keep it as a result:
-`make pin EXP={name}_pendulum ALGO={name} ENV=pendulum`.
+These commands train three seeds, plot them beside `{algo}`, and show your changes.
+
+- `algorithm.py`: the algorithm.
+- `algo/{name}.yaml`: its hyper-parameters. To add one, add a keyword argument to `__init__` and a line to this file.
+- `tuned/`: hyper-parameters for single envs, if `{algo}` has any.
+
+To report a result, start with `make pin EXP={name}_pendulum ALGO={name} ENV=pendulum`.
 """
 
 
 def fork(*, algo: str, name: str) -> Path:
-    """Write `experiments/<name>/`: algorithm.py, algo/<name>.yaml, tuned/<name>_<env>.yaml, README.md.
+    """Write `experiments/<name>/`: algorithm.py, algo/<name>.yaml, tuned/<name>_<env>.yaml and README.md.
 
     Args:
-        algo: What to begin from; another fork will do.
-        name: A Python name in lower case.
+        algo: Algorithm to copy; it may be a fork itself.
+        name: Name of the fork: a Python name in lower case.
+
+    Returns:
+        The folder of the fork.
 
     Raises:
-        ConfigError: There is no such algorithm, or the name is taken or is none.
+        ConfigError: There is no such algorithm, or the name is taken or not valid.
     """
     yamls = {file.stem: file for file in (*paths.CONFIGS.glob("algo/*.yaml"), *paths.EXPERIMENTS.glob("*/algo/*.yaml"))}
     folder = paths.EXPERIMENTS / name
     if algo not in yamls:
         raise ConfigError(f"algo={algo} is unknown; {valid_names(algo, yamls)}")
     if not name.isidentifier() or not name.isascii() or keyword.iskeyword(name) or name != name.lower():
-        raise ConfigError(f"name={name} is no Python name in lower case, such as my_idea")
+        raise ConfigError(f"name={name} is not a Python name in lower case, such as my_idea")
     if name in yamls or folder.exists():
-        raise ConfigError(f"name={name} is taken")
+        raise ConfigError(f"name={name} is taken; choose another name")
 
     text = yamls[algo].read_text()
     target = yaml.safe_load(text)["algo"]["_target_"]
@@ -59,24 +66,24 @@ def fork(*, algo: str, name: str) -> Path:
     ) / f"{module.replace('.', '/')}.py"
     child_class = "".join(word.capitalize() for word in name.split("_"))
     (folder / "algo").mkdir(parents=True)
-    (folder / "algorithm.py").write_text(_rename(source.read_text(), parent_class, child_class))
+    (folder / "algorithm.py").write_text(_rename_class(source.read_text(), parent_class, child_class))
     (folder / "algo" / f"{name}.yaml").write_text(text.replace(target, f"experiments.{name}.algorithm.{child_class}"))
     for file in (yamls[algo].parents[1] / "tuned").glob(f"{algo}_*.yaml"):
         env = file.stem.removeprefix(f"{algo}_")
-        if (paths.CONFIGS / "env" / f"{env}.yaml").exists():  # sac_discrete_cartpole is not sac's
+        if (paths.CONFIGS / "env" / f"{env}.yaml").exists():  # for sac, skips sac_discrete_cartpole.yaml
             (folder / "tuned").mkdir(exist_ok=True)
             (folder / "tuned" / f"{name}_{env}.yaml").write_text(file.read_text())
-    commit = provenance.run_git("rev-parse", "--short", "HEAD") or "an unknown commit"
+    commit = provenance.run_git("rev-parse", "--short", "HEAD") or "unknown"
     readme = README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT))
     (folder / "README.md").write_text(readme)
     return folder
 
 
-def _rename(code: str, old: str, new: str) -> str:
-    """Rename a class wherever the code names it; what strings and comments say of it stays."""
+def _rename_class(code: str, old: str, new: str) -> str:
+    """Return the code with a class renamed, except in strings and comments."""
     lines = code.splitlines(keepends=True)
-    tokens = [each for each in tokenize.generate_tokens(io.StringIO(code).readline) if each.string == old]
-    for token in reversed([each for each in tokens if each.type == tokenize.NAME]):
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(code).readline) if token.string == old]
+    for token in reversed([token for token in tokens if token.type == tokenize.NAME]):
         row, column = token.start
         line = lines[row - 1]
         lines[row - 1] = line[:column] + new + line[column + len(old) :]
@@ -84,11 +91,11 @@ def _rename(code: str, old: str, new: str) -> str:
 
 
 def main() -> None:
-    """Say where it is."""
+    """Write the fork and print its path."""
     with exit_on_user_error():
         folder = fork(**cli.command_arguments(fork))
     name = folder.name
-    print(f"experiments/{name}/algorithm.py is yours: change it, then make train ALGO={name}")
+    print(f"experiments/{name}/algorithm.py is your copy: change it, then run make train ALGO={name}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Begin a result: `python -m levin.pin exp=sac_hopper algo=sac env=hopper total_env_steps=1_000_000`.
+"""Start a new result: `python -m levin.pin exp=sac_hopper algo=sac env=hopper total_env_steps=1_000_000`.
 
-Writes `experiments/<exp>/config.yaml`, the composed config on one thread of the CPU unless told otherwise, and
-`reference.yaml`, in which the published number and its source are left to be said.
+Writes `experiments/<exp>/config.yaml`, the composed config with one CPU thread by default, and a `reference.yaml` in
+which you fill in the published numbers and their sources. The config is pinned: it stays as it is when defaults change.
 """
 
 import sys
@@ -30,14 +30,18 @@ EPISODES = 100
 
 
 def pin(exp: str, overrides: list[str]) -> Path:
-    """Write the folder of a result that is not run yet.
+    """Write the folder of a new result, and return its path.
+
+    Args:
+        exp: Name of the result.
+        overrides: Overrides of the config, `key=value`.
 
     Raises:
-        ConfigError: It is there already, or the overrides are not valid.
+        ConfigError: The result exists already, or an override is not valid.
     """
     folder = paths.EXPERIMENTS / exp
     if (folder / CONFIG).exists():
-        raise ConfigError(f"exp={exp} is pinned already, in {folder / CONFIG}")
+        raise ConfigError(f"exp={exp} exists already: {folder / CONFIG}; choose another name")
     cfg = compose([*DEFAULTS, *overrides])
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg))
@@ -50,7 +54,7 @@ def pin(exp: str, overrides: list[str]) -> Path:
 
 
 def random_return(cfg: DictConfig) -> float:
-    """The mean return of uniform actions over 100 episodes, rounded to what their number can tell."""
+    """Return the mean return of uniform actions over 100 episodes, rounded to one decimal."""
     silence_libraries()
     env = make_env(EnvConfig(**to_plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
     policy = TensorDictModule(Uniform(env), in_keys=["observation"], out_keys=["action"])
@@ -60,7 +64,7 @@ def random_return(cfg: DictConfig) -> float:
 
 
 class Uniform(nn.Module):
-    """Uniform actions in the units of a policy, `[N, *S] -> [N, *A]`."""
+    """Policy of uniform actions, in the units of a policy's output: `[N, *S] -> [N, *A]`."""
 
     def __init__(self, env: SeededVectorEnv) -> None:
         super().__init__()
@@ -72,13 +76,13 @@ class Uniform(nn.Module):
 
 
 def main() -> None:
-    """Say what to do next."""
+    """Write the result's folder and print what to do next."""
     with exit_on_user_error():
-        names, overrides = [each for each in sys.argv[1:] if each.startswith("exp=")], sys.argv[1:]
+        names, overrides = [word for word in sys.argv[1:] if word.startswith("exp=")], sys.argv[1:]
         if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):
-            raise ConfigError("exp is missing: exp=sac_hopper")
-        folder = pin(exp, [each for each in overrides if each not in names])
-    print(f"{folder}: fill in {REFERENCE}, commit, then make reproduce EXP={exp} STORE=1")
+            raise ConfigError("exp must be given once: exp=<name of the result>, such as exp=sac_hopper")
+        folder = pin(exp, [word for word in overrides if word not in names])
+    print(f"{folder}: fill in {REFERENCE}, commit, then run make reproduce EXP={exp} STORE=1")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Record the policy of a run as a video. `python -m levin.play run=...`; needs no display."""
+"""Record the policy of a run as a video, without a display: `python -m levin.play run=...`."""
 
 from levin.config import cli
 from levin.core.errors import exit_on_user_error
@@ -6,7 +6,7 @@ from levin.training.video import record_video
 
 
 def main() -> None:
-    """Print where the videos are."""
+    """Record the videos and print their paths."""
     with exit_on_user_error():
         for path in record_video(**cli.command_arguments(record_video)):
             print(path)

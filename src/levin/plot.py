@@ -1,4 +1,4 @@
-"""Evaluation curves of runs on one axis. `python -m levin.plot runs="runs/sac_* runs/my_idea_*"`."""
+"""Plot the learning curves of runs in one figure: `python -m levin.plot runs="runs/sac_* runs/my_idea_*"`."""
 
 import glob
 from pathlib import Path
@@ -11,15 +11,15 @@ METRICS = "metrics.csv"
 
 
 def plot(*, runs: str, out: str = "plot.png") -> Path:
-    """Draw the interquartile mean over seeds of `eval/return_mean`, and its 95% bootstrap interval.
+    """Plot the interquartile mean over seeds of `eval/return_mean`, with its 95% bootstrap interval.
 
     Args:
-        runs: Run folders, folders of runs, or results in experiments/, separated by spaces; `*` matches. Runs with
-            the same parent are seeds of one curve.
-        out: The picture to write.
+        runs: Run folders, folders of runs, or results in experiments/, separated by spaces; `*` is a wildcard. Runs in
+            the same folder are the seeds of one learning curve.
+        out: Path of the image to write; returned.
 
     Raises:
-        ConfigError: No run is there, or it has no evaluation yet.
+        ConfigError: There is no run, or a run has no evaluation yet.
     """
     from levin.results.figures import draw_line, new_figure, save_figure  # rliable takes seconds to import
 
@@ -35,13 +35,13 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
 
 
 def collect_curves(runs: str) -> dict[str, list[Curve]]:
-    """The curves of the seeds, by the folder that they share.
+    """Return the learning curves of all seeds: folder that the seeds share -> their curves.
 
     Raises:
-        ConfigError: A folder is no run, no folder of runs and no result, or there is nothing in it to draw yet.
+        ConfigError: A folder is not a run, a folder of runs or a result, or it has no evaluation yet.
     """
     matches = {Path(match) for pattern in runs.split() for match in glob.glob(pattern)}
-    folders = sorted(each for each in matches if each.is_dir())
+    folders = sorted(match for match in matches if match.is_dir())
     if not folders:
         raise ConfigError(f"runs={runs} matches no folder")
     curves: dict[str, list[Curve]] = {}
@@ -50,10 +50,10 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
             curves.setdefault(str(folder), []).extend(read_curves(folder).values())
         elif (folder / METRICS).is_file():
             curves.setdefault(str(folder.parent), []).append(read_run(folder))
-        elif found := sorted(each.parent for each in folder.glob(f"*/{METRICS}")):
-            curves.setdefault(str(folder), []).extend(map(read_run, found))
+        elif seed_folders := sorted(file.parent for file in folder.glob(f"*/{METRICS}")):
+            curves.setdefault(str(folder), []).extend(map(read_run, seed_folders))
         else:
-            raise ConfigError(f"{folder} is no run and no result: it has no {METRICS} and no {CURVES}")
+            raise ConfigError(f"{folder} is neither a run nor a result: it has no {METRICS} and no {CURVES}")
     for label, seeds in curves.items():
         curves[label] = [seed for seed in seeds if len(seed.env_steps)]
         if not curves[label]:
@@ -62,7 +62,7 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
 
 
 def main() -> None:
-    """Print where the picture is."""
+    """Plot the curves and print the path of the image."""
     with exit_on_user_error():
         print(plot(**cli.command_arguments(plot)))
 

@@ -1,7 +1,8 @@
-"""Run a pinned config anew and hold it against its stored curves and the published number.
+"""Retrain a reported result and compare it: `python -m levin.reproduce exp=sac_halfcheetah`.
 
-`python -m levin.reproduce exp=sac_halfcheetah`. Every seed is a process of its own, as many at once as there are cores.
-What was interrupted goes on; exits 1 when the curves are not the stored ones or the gate is missed.
+Trains the pinned config (the frozen config of the result) with every seed, and compares the runs with the stored curves
+and the published number. Each seed is a process; by default the processes fill the cores. The same command continues an
+interrupted reproduction. Exits with 1 if the curves differ from the stored ones or the required score is missed.
 """
 
 import json
@@ -46,68 +47,68 @@ def reproduce(
     store: bool = False,
     jobs: PositiveInt | None = None,
 ) -> Outcome:
-    """Train every seed of a result, compare, and say what came of it.
+    """Train the seeds of a result, and compare them with its stored curves and its published number.
 
     Args:
-        exp: The result's folder in experiments/.
-        seeds: Such as "0 1 2"; without a word, those of the stored curves, else 0, 1 and 2.
-        total_env_steps: Fewer than are pinned, for a look; the published number is then not judged.
-        store: Make these runs the result: write curves, policy, provenance, and all that follows from them. Stored
-            seeds that are not among these stay.
-        jobs: Processes at once; without a word, as many as there are cores for their threads.
+        exp: Name of the result: its folder in experiments/.
+        seeds: Seeds separated by spaces, such as "0 1 2". Default: those of the stored curves, or else 0, 1 and 2.
+        total_env_steps: Env steps for a shorter trial; the required score is judged only if they reach its env steps.
+        store: Store these runs as the result: write curves, policy, provenance and all generated files. Stored seeds
+            other than these are kept.
+        jobs: Number of processes at the same time. Default: as many as the cores can run with their threads.
 
     Raises:
-        ConfigError: There is no such result, or what is run can't be stored.
-        RunError: It was stopped, or a run failed. The same command goes on.
+        ConfigError: There is no such result, or these runs can't be stored.
+        RunError: The command was stopped, or a run failed. The same command continues the runs.
     """
-    cell = result_folder(exp)
-    cfg, reference = load_config(cell), read_reference(cell)
-    chosen = _parse_seeds(seeds) or sorted(read_curves(cell)) or [0, 1, 2]
+    folder = result_folder(exp)
+    cfg, reference = load_config(folder), read_reference(folder)
+    chosen = _parse_seeds(seeds) or sorted(read_curves(folder)) or [0, 1, 2]
     if store and total_env_steps not in (None, cfg.total_env_steps):
-        raise ConfigError("store=true keeps whole runs only: leave total_env_steps alone")
-    kept = kept_seeds(cell, chosen) if store else []
+        raise ConfigError("store=true stores complete runs only: leave out total_env_steps")
+    kept = kept_seeds(folder, chosen) if store else []
     cfg.total_env_steps = total_env_steps or cfg.total_env_steps
     schema.check(cfg)
-    folders = _prepare(exp, cfg, chosen)
+    folders = _find_or_create_runs(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
     cores = os.cpu_count() or 1
     _train_seeds(
         folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1)))
     )
-    outcome = judge_runs(cell, reference, folders, kept)
+    outcome = judge_runs(folder, reference, folders, kept)
     if store:
-        store_runs(cell, folders, kept)
+        store_runs(folder, folders, kept)
         report()
-    said = {"exp": exp, "seeds": chosen, "env_steps": cfg.total_env_steps, **outcome.__dict__}
-    (batch / DONE).write_text(json.dumps(said, indent=2) + "\n")
+    verdict = {"exp": exp, "seeds": chosen, "env_steps": cfg.total_env_steps, **outcome.__dict__}
+    (batch / DONE).write_text(json.dumps(verdict, indent=2) + "\n")
     return outcome
 
 
 def _parse_seeds(words: str) -> list[int]:
     if not all(word.isdigit() for word in words.split()):
-        raise ConfigError(f"seeds={words}: whole numbers, separated by spaces")
+        raise ConfigError(f"seeds={words} must be whole numbers separated by spaces")
     return sorted(map(int, words.split()))
 
 
-def _prepare(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
-    """The run folders of the seeds: of the newest batch interrupted at this commit and config, else new."""
+def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
+    """Return the run folder of each seed: from an interrupted reproduction of this commit and config, or a new one."""
     commit = provenance.run_git("rev-parse", "HEAD")
     for batch in sorted(RUNS.glob(f"*/{exp}"), reverse=True):
         folders = {seed: batch / f"s{seed}" for seed in seeds}
-        begun = sorted(each.name for each in batch.glob("s*"))
-        if not (batch / DONE).exists() and begun == sorted(each.name for each in folders.values()):
+        existing = sorted(run.name for run in batch.glob("s*"))
+        if not (batch / DONE).exists() and existing == sorted(run.name for run in folders.values()):
             commits = {run_folder.read_provenance(run).get("git_sha", commit) for run in folders.values()}
             if commits == {commit} and all(
-                load_config(each[1]) == _config_of_seed(cfg, *each) for each in folders.items()
+                load_config(run) == _config_of_seed(cfg, seed, run) for seed, run in folders.items()
             ):
-                print(f"{batch}: goes on", flush=True)
+                print(f"{batch}: continuing", flush=True)
                 return folders
     batch = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}" / exp
     folders = {seed: batch / f"s{seed}" for seed in seeds}
     for seed, run in folders.items():
         run.mkdir(parents=True)
         (run / CONFIG).write_text(OmegaConf.to_yaml(_config_of_seed(cfg, seed, run)))
-    print(f"{batch}: begins", flush=True)
+    print(f"{batch}: starting", flush=True)
     return folders
 
 
@@ -118,10 +119,14 @@ def _config_of_seed(cfg: DictConfig, seed: int, run: Path) -> DictConfig:
 
 
 def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
-    """Train what is not complete yet, each seed in a process of its own; say how far they are twice a minute."""
+    """Train all seeds to the end, each in its own process; print their progress every 30 seconds.
+
+    Raises:
+        RunError: A run failed, or a signal stopped this process.
+    """
     waiting = dict(folders)
     running: dict[int, subprocess.Popen[bytes]] = {}
-    last_said = time.monotonic()
+    last_printed = time.monotonic()
     with _stop_on_exit(running):
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -132,7 +137,7 @@ def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
                         [sys.executable, "-m", "levin.resume", f"run={run}"],
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+                        start_new_session=True,  # so that Ctrl-C reaches only this process, which passes it on once
                     )
             time.sleep(0.2)
             for seed, process in list(running.items()):
@@ -142,10 +147,10 @@ def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
                     if process.returncode:
                         raise RunError(f"seed {seed} failed: {lines[-1]} (see {folders[seed]}/output.txt)")
                     print(f"seed {seed}: {lines[-1]}", flush=True)
-            if running and time.monotonic() > last_said + 30:
-                last_said = time.monotonic()
-                at = (f"seed {seed} {_env_steps(folders[seed]):,}" for seed in running)
-                print(f"{' · '.join(at)} of {cfg.total_env_steps:,} env steps", flush=True)
+            if running and time.monotonic() > last_printed + 30:
+                last_printed = time.monotonic()
+                progress = (f"seed {seed} {_env_steps(folders[seed]):,}" for seed in running)
+                print(f"{' · '.join(progress)} of {cfg.total_env_steps:,} env steps", flush=True)
 
 
 def _env_steps(run: Path) -> int:
@@ -156,17 +161,17 @@ def _env_steps(run: Path) -> int:
 
 @contextmanager
 def _stop_on_exit(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Let no run outlive this process: whatever ends it, they are asked to save, and waited for."""
+    """Terminate the running processes when the context ends, for any reason, and wait until they have saved."""
 
     def stop(*_: Any) -> None:
-        raise RunError("stopped; the runs are saved, and the same command goes on")
+        raise RunError("stopped; the runs are saved, and the same command continues them")
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
         for process in running.values():
             process.terminate()
         for process in running.values():
@@ -174,13 +179,13 @@ def _stop_on_exit(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]
 
 
 def main() -> None:
-    """Print the verdict; exit 1 on a miss."""
+    """Reproduce a result and print the verdict. Exit with 1 if the comparison fails."""
     with exit_on_user_error():
         os.chdir(paths.ROOT)
         outcome = reproduce(**cli.command_arguments(reproduce))
     print(f"stored: {outcome.stored}")
     print(f"published: {outcome.published}")
-    print(f"verdict: {outcome.verdict}{'' if outcome.good else ', and a miss'}")
+    print(f"verdict: {outcome.verdict}{'' if outcome.good else ' (the comparison failed)'}")
     raise SystemExit(0 if outcome.good else 1)
 
 

@@ -1,4 +1,4 @@
-"""Continue a run from its newest checkpoint. `python -m levin.resume run=... [total_env_steps=...]`."""
+"""Continue a run from its newest checkpoint: `python -m levin.resume run=... [total_env_steps=...]`."""
 
 import inspect
 import sys
@@ -16,24 +16,26 @@ from levin.runs.load import algorithm_class, load_config
 from levin.training.distributed import sharding
 from levin.training.session import train, train_rank
 
-# What may differ from the saved config: nothing of it changes a number that was or will be computed.
+# Config keys that may change on resume: none of them changes a number that the run computes.
 MAY_CHANGE = (
     *("total_env_steps", "logger", "wandb_project", "upload", "checkpoint.every", "checkpoint.keep"),
     *("trainer.accelerator", "trainer.max_time"),
 )
-# What the promise of equal numbers rests on, of all that provenance.json says.
-SAME = ("git_sha", "git_dirty", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
+# Facts of provenance.json that must be equal for the run to give the numbers of an uninterrupted one.
+COMPARED_FACTS = ("git_sha", "git_dirty", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
 
 
 def resume(*, run: str, **changes: Any) -> float | None:
-    """Train on, with the config that the run was made from. A run without a checkpoint yet begins anew.
+    """Continue a run with its saved config, and return the mean return of the last evaluation.
+
+    A run without a checkpoint starts from the beginning. Returns None if the run is complete already.
 
     Args:
-        run: The run folder.
-        changes: Dotted keys of the config and their new values; `total_env_steps` is the new total.
+        run: Run folder.
+        changes: New values of config keys in `MAY_CHANGE`; `total_env_steps` is the new total.
 
     Raises:
-        ConfigError: A change is not allowed, or what is saved is not whole, or is beyond the new total.
+        ConfigError: A change is not allowed, every checkpoint is damaged, or the run is past the new total.
     """
     folder = Path(run)
     cfg = load_config(folder)
@@ -47,27 +49,27 @@ def resume(*, run: str, **changes: Any) -> float | None:
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     name = algorithm_class(cfg).__name__
-    if sharding.process_rank(cfg):  # torchrun or srun has started it: the first rank looks after the folder
+    if sharding.process_rank(cfg):  # started by torchrun or srun; rank 0 takes care of the run folder
         if (run_folder.read_provenance(folder).get("env_steps") or 0) < cfg.total_env_steps:
-            begun = checkpoint.list_checkpoints(folder / "checkpoints")
+            saved = checkpoint.list_checkpoints(folder / "checkpoints")
             train_rank(
-                cfg, folder, checkpoint.newest_checkpoint(folder, buffer=True, algorithm=name) if begun else None
+                cfg, folder, checkpoint.newest_checkpoint(folder, buffer=True, algorithm=name) if saved else None
             )
         return None
     print(*lines, sep="\n", end="\n" if lines else "")
     with run_folder.lock(folder):
-        pass  # a process that still trains here must not lose its checkpoints to this one
+        pass  # fails if another process still trains this run: its checkpoints must not be moved
     path, env_steps = None, 0
     if checkpoint.list_checkpoints(folder / "checkpoints"):
         path = checkpoint.newest_checkpoint(folder, buffer=True, algorithm=name)
         env_steps, _ = checkpoint.env_steps_and_wandb_id(path)
     else:
-        print(f"run={run} has no checkpoint yet: it begins anew")
+        print(f"run={run} has no checkpoint yet: starting from the beginning")
     if cfg.total_env_steps != total and env_steps >= cfg.total_env_steps:
-        raise ConfigError(f"run={run} has {env_steps} env steps already; to go on, say a larger total_env_steps")
+        raise ConfigError(f"run={run} has {env_steps} env steps already; to continue, set a larger total_env_steps")
     if (run_folder.read_provenance(folder).get("env_steps") or 0) >= cfg.total_env_steps:
-        # A job that resumes until it is done must see no failure.
-        print(f"run={run} is complete with {env_steps} env steps; to go on, say a larger total_env_steps")
+        # Not an error: a job may call resume again and again until its run is complete.
+        print(f"run={run} is complete with {env_steps} env steps; to continue, set a larger total_env_steps")
         return None
     for line in environment_changes(folder):
         print(f"levin: {line}", file=sys.stderr)
@@ -77,7 +79,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
 
 
 def apply_changes(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
-    """Put the changes into the saved config; one line for each value that is now another.
+    """Apply changes to the saved config in place, and return a message for each value that has changed.
 
     Raises:
         ConfigError: A key is unknown, or its value may not change within a run.
@@ -85,16 +87,16 @@ def apply_changes(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
     lines = []
     OmegaConf.set_struct(cfg, False)
     for key, value in changes.items():
-        known = [*flat_keys(to_plain(cfg)), *MAY_CHANGE]
-        if key not in known:
+        valid = [*flat_keys(to_plain(cfg)), *MAY_CHANGE]
+        if key not in valid:
             raise ConfigError(f"{key} is unknown; {valid_names(key, MAY_CHANGE)}")
         old = OmegaConf.select(cfg, key)
         if value == old:
             continue
         if key not in MAY_CHANGE:
             raise ConfigError(
-                f"{key}={value} would change a run that was begun with {key}={old}; "
-                f"what may change: {', '.join(MAY_CHANGE)}"
+                f"{key}={value} would change a run that was started with {key}={old}; "
+                f"keys that may change: {', '.join(MAY_CHANGE)}"
             )
         OmegaConf.update(cfg, key, value)
         lines.append(f"{key}: {old} -> {value}")
@@ -102,16 +104,17 @@ def apply_changes(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
 
 
 def environment_changes(run: Path) -> list[str]:
-    """One sentence for each fact of the last session that is another now: numbers may differ from here on."""
+    """Return a warning for each fact, such as the commit, that has changed since the run's last session."""
     facts = run_folder.read_provenance(run)
     if not facts:
         return []
     before, now = (
-        {**each, **each["versions"]} for each in ([facts, *facts["resumed"]][-1], provenance.collect_provenance())
+        {**session, **session["versions"]}
+        for session in ([facts, *facts["resumed"]][-1], provenance.collect_provenance())
     )
     return [
-        f"{key} was {before.get(key)} and is {now.get(key)} now: the numbers may not be those of an uninterrupted run"
-        for key in dict.fromkeys([*SAME, *before["versions"], *now["versions"]])
+        f"{key} was {before.get(key)} and is {now.get(key)} now: numbers may differ from those of an uninterrupted run"
+        for key in dict.fromkeys([*COMPARED_FACTS, *before["versions"], *now["versions"]])
         if before.get(key) != now.get(key)
     ]
 
@@ -120,11 +123,11 @@ def main() -> None:
     """Continue the run that the command line names."""
     with exit_on_user_error():
         words = cli.parse_overrides(sys.argv[1:], as_typed=["run"])
-        for key in words:  # what even no saved config can have
+        for key in words:  # keys that no saved config has are refused before the run folder is read
             if "." not in key and key not in ("run", *inspect.signature(schema.top_level).parameters):
                 raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")
         if "run" not in words:
-            raise ConfigError("run is missing")
+            raise ConfigError("run is missing: set run=<run folder>")
         slurm.requeue_on_signal()
         resume(**words)
 

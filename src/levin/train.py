@@ -1,4 +1,4 @@
-"""Train an algorithm. `python -m levin.train algo=sac env=pendulum`."""
+"""Train an algorithm: `python -m levin.train algo=sac env=pendulum`."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from levin.training.session import train, train_rank
 
 
 def main() -> None:
-    """Compose the config from the command line and train; many of them with `-m`, as jobs with `launcher=`."""
+    """Train the config of the command line. With `-m` train a sweep; with `launcher=` submit the runs as jobs."""
     with exit_on_user_error():
         words = sys.argv[1:]
         if any(word in ("-m", "--multirun") or word.startswith("launcher=") for word in words):
@@ -22,8 +22,8 @@ def main() -> None:
             return
         slurm.requeue_on_signal()
         cfg = compose(words)
-        if (before := run_folder.find_requeued_run(cfg)) is not None:
-            resume.resume(run=str(before))
+        if (requeued := run_folder.find_requeued_run(cfg)) is not None:
+            resume.resume(run=str(requeued))
         elif sharding.process_rank(cfg):
             train_rank(cfg, Path(cfg.run or "runs"))
         else:

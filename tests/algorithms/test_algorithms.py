@@ -1,4 +1,4 @@
-"""Every check for every row."""
+"""Runs every check of checks.py for every row of rows.py."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_row(check, row, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.algo)
-def test_generated_code_and_eager_are_the_same(row, tmp_path):
+def test_inductor_and_eager_are_the_same(row, tmp_path):
     checks.compiled_and_eager_are_the_same(row, tmp_path, backend="inductor")
 
 

@@ -1,4 +1,4 @@
-"""Dreamer: what it replays, what its model computes, and where gradients go."""
+"""Dreamer: sequence replay, the world model, paths of gradients, hyper-parameters."""
 
 import copy
 from pathlib import Path
@@ -10,8 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensordict import TensorDict
 from torch import Tensor
 
-from checks import metrics, same, saved
-from dreams import Says, records, rollouts, spec
+from checks import metrics, same, saved_state
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_networks import GaussianState
 from levin.config.compose import compose
@@ -23,6 +22,7 @@ from levin.model_based.recurrent import OneHotAction, State
 from levin.nn.parameters import freeze
 from levin.runs.policy import Policy
 from levin.training.session import build_run, train
+from world_model_data import Constant, env_description, numbered_rollouts, random_records
 
 SMALL = (
     *("algo=dreamer", "env=pendulum", "algo.size=micro", "algo.free_nats=0"),
@@ -30,15 +30,16 @@ SMALL = (
 )
 
 
-def make(*words: str) -> Dreamer:
-    algorithm, _ = build_run(compose([*SMALL, *words]))
+def make_dreamer(*overrides: str) -> Dreamer:
+    """Build a small Dreamer with its optimizers, without a Trainer."""
+    algorithm, _ = build_run(compose([*SMALL, *overrides]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
 
 
-def said(buffer: SequenceReplay, env: int) -> list[tuple]:
-    """The records of one env that are stored, oldest first."""
+def stored_records(buffer: SequenceReplay, env: int) -> list[tuple]:
+    """Return the stored records of one env, oldest first."""
     order = torch.arange(buffer.written - len(buffer), buffer.written) % buffer.size
     rows = buffer.data[order][:, env]
     return [
@@ -50,26 +51,26 @@ def said(buffer: SequenceReplay, env: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 23])
-def test_records_of_envs_whose_episodes_differ(chunk):
-    buffer = SequenceReplay(spec(num_envs=2), 200, "memory", 5)
-    parts, expected = rollouts([[3], [7, 4]], 23, chunk)
+def test_records_of_envs_with_different_episode_lengths(chunk):
+    buffer = SequenceReplay(env_description(num_envs=2), 200, "memory", 5)
+    parts, expected = numbered_rollouts([[3], [7, 4]], 23, chunk)
     for part in parts:
         buffer.extend(part)
     for env in range(2):
-        assert said(buffer, env) == expected[env][: len(buffer)]
+        assert stored_records(buffer, env) == expected[env][: len(buffer)]
     assert len(buffer) == min(map(len, expected))
     assert [len(each) for each in buffer.waiting] == [len(each) - len(buffer) for each in expected]
 
 
 def test_sequences_are_of_one_env_and_never_cross_the_write_head():
-    buffer = SequenceReplay(spec(num_envs=2), 40, "memory", 5)  # 20 rows, which the stream goes round
-    parts, _ = rollouts([[3], [3]], 60, 6)
+    buffer = SequenceReplay(env_description(num_envs=2), 40, "memory", 5)  # room for 20 records per env, so it wraps
+    parts, _ = numbered_rollouts([[3], [3]], 60, 6)
     for part in parts:
         buffer.extend(part)
     assert buffer.written > 2 * buffer.size
     drawn = buffer.sample(1, 4000, torch.device("cpu"))[0]
     assert drawn.shape == (4000, 5)
-    all_records = {env: said(buffer, env) for env in range(2)}
+    all_records = {env: stored_records(buffer, env) for env in range(2)}
     starts = {(env, i): 0 for env in range(2) for i in range(len(buffer) - 4)}
     places = {(*record[:3],): i for env in range(2) for i, record in enumerate(all_records[env])}
     for row in drawn["observation"].int().tolist():
@@ -79,27 +80,27 @@ def test_sequences_are_of_one_env_and_never_cross_the_write_head():
         starts[env, begin] += 1
     counts = torch.tensor(list(starts.values())).float()
     assert len(starts) == 2 * 16
-    assert counts.min() > 0.6 * counts.mean()  # all of them, alike
-    assert ((drawn["is_first"].sum(1) >= 1).float().mean()) > 0.9  # episodes of three steps: they are crossed
+    assert counts.min() > 0.6 * counts.mean()  # every start is sampled, about equally often
+    assert ((drawn["is_first"].sum(1) >= 1).float().mean()) > 0.9  # sequences span several episodes
     assert drawn["is_terminal"].any()
 
 
-def test_terminal_observations_and_truncations_are_told_apart():
-    parts, _ = rollouts([[2, 3]], 20, 20)
-    buffer = SequenceReplay(spec(), 100, "memory", 4)
+def test_terminations_and_truncations_are_stored_differently():
+    parts, _ = numbered_rollouts([[2, 3]], 20, 20)
+    buffer = SequenceReplay(env_description(), 100, "memory", 4)
     buffer.extend(parts[0])
     rows = buffer.data[: len(buffer)][:, 0]
-    ends = rows["is_last"].squeeze(-1)
-    assert (rows["action"][ends] == 0).all()
-    assert (rows["observation"][ends][::2, 1] % 2 == 0).all()
-    assert rows["is_terminal"][ends].flatten().tolist() == [i % 2 == 0 for i in range(int(ends.sum()))]
-    assert not rows["is_first"][ends].any()
+    is_last = rows["is_last"].squeeze(-1)
+    assert (rows["action"][is_last] == 0).all()
+    assert (rows["observation"][is_last][::2, 1] % 2 == 0).all()
+    assert rows["is_terminal"][is_last].flatten().tolist() == [i % 2 == 0 for i in range(int(is_last.sum()))]
+    assert not rows["is_first"][is_last].any()
 
 
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
-def test_a_replay_of_sequences_goes_on_where_it_was(storage):
-    parts, _ = rollouts([[3], [7, 4]], 40, 4)
-    straight, resumed = (SequenceReplay(spec(num_envs=2), 60, storage, 5) for _ in range(2))
+def test_a_restored_sequence_replay_continues_identically(storage):
+    parts, _ = numbered_rollouts([[3], [7, 4]], 40, 4)
+    straight, resumed = (SequenceReplay(env_description(num_envs=2), 60, storage, 5) for _ in range(2))
     for part in parts[:5]:
         straight.extend(part)
     state = copy.deepcopy(straight.state_dict())
@@ -110,7 +111,7 @@ def test_a_replay_of_sequences_goes_on_where_it_was(storage):
         straight.extend(part)
         resumed.extend(part)
     for env in range(2):
-        assert said(straight, env) == said(resumed, env)
+        assert stored_records(straight, env) == stored_records(resumed, env)
     torch.manual_seed(0)
     one = straight.sample(2, 3, torch.device("cpu"))
     torch.manual_seed(0)
@@ -118,8 +119,8 @@ def test_a_replay_of_sequences_goes_on_where_it_was(storage):
     assert (one == other).all()
 
 
-def test_finite_actions_are_stored_one_hot():
-    buffer = SequenceReplay(spec(discrete=3), 50, "memory", 2)
+def test_discrete_actions_are_stored_one_hot():
+    buffer = SequenceReplay(env_description(discrete=3), 50, "memory", 2)
     done = torch.tensor([False, True]).view(1, 2, 1)
     after = {"observation": torch.ones(1, 2, 3), "reward": torch.ones(1, 2, 1), "done": done, "terminated": done}
     steps = {"observation": torch.zeros(1, 2, 3), "action": torch.tensor([[2, 0]]), "next": after}
@@ -131,7 +132,7 @@ def test_finite_actions_are_stored_one_hot():
 
 
 def test_parameter_counts_are_the_published_ones():
-    algorithm = Dreamer(env=spec(actions=6, pixels=True))
+    algorithm = Dreamer(env=env_description(actions=6, pixels=True))
 
     def count(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -142,9 +143,9 @@ def test_parameter_counts_are_the_published_ones():
 
 
 @pytest.mark.parametrize("transition", ["gru", "mlp"])
-def test_observing_a_sequence_is_observing_step_by_step(transition, monkeypatch):
-    model = make(f"algo.transition={transition}").model
-    data = records(first=(3,))
+def test_observing_a_sequence_equals_observing_step_by_step(transition, monkeypatch):
+    model = make_dreamer(f"algo.transition={transition}").model
+    data = random_records(first=(3,))
     noise = torch.randn(7, 3, model.stoch)
     for_sequence, for_steps = iter(noise), iter(noise)
     monkeypatch.setattr(torch, "randn_like", lambda _: next(for_sequence))
@@ -161,13 +162,13 @@ def test_observing_a_sequence_is_observing_step_by_step(transition, monkeypatch)
     assert posterior.mean.shape == (3, 7, model.stoch)
 
 
-def test_acting_is_observing():
-    """What the policy believes in an env is what the model makes of the records of it."""
-    algorithm = make("algo.exploration_noise=0")
+def test_the_policy_infers_the_states_that_the_world_model_infers():
+    """The latent states that the policy infers in an env equal those that the model infers from its records."""
+    algorithm = make_dreamer("algo.exploration_noise=0")
     policy = algorithm.policy().module
-    policy.model.posterior_head.weight.data[algorithm.model.stoch :] = 0  # deviations that are small and fixed
+    policy.model.posterior_head.weight.data[algorithm.model.stoch :] = 0  # small constant standard deviations
     policy.model.posterior_head.bias.data[algorithm.model.stoch :] = -1e9
-    data = records(num=1, first=(4,))
+    data = random_records(num=1, first=(4,))
     believed, chosen = [], []
     for t in range(7):
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -181,37 +182,38 @@ def test_acting_is_observing():
     torch.testing.assert_close(torch.stack(believed, 1), states.deter.detach(), rtol=1e-5, atol=1e-5)
 
 
-def observed(model, data: dict[str, Tensor]) -> State:
+def observe(model, data: dict[str, Tensor]) -> State:
+    """Return the latent states of a batch, sampled with a fixed seed."""
     torch.manual_seed(0)
     return model.observe_sequence(data["observation"], data["action"], data["is_first"])[0]
 
 
-def test_nothing_survives_the_beginning_of_an_episode():
-    model, data = make().model, records(first=(4,))
-    base = observed(model, data)
+def test_states_are_reset_at_the_start_of_an_episode():
+    model, data = make_dreamer().model, random_records(first=(4,))
+    base = observe(model, data)
     for key in ("observation", "action"):
         changed = {name: value.clone() for name, value in data.items()}
         changed[key][0, :4] = 99.0
-        other = observed(model, changed)
+        other = observe(model, changed)
         assert torch.equal(base.deter[:, 4:], other.deter[:, 4:])
         assert torch.equal(base.stoch[:, 4:], other.stoch[:, 4:])
-        assert torch.equal(base.stoch[1:], other.stoch[1:])  # other rows
+        assert torch.equal(base.stoch[1:], other.stoch[1:])  # other sequences
         assert not torch.equal(base.stoch[0, 1:4], other.stoch[0, 1:4])
 
 
-def test_the_action_that_counts_is_the_one_before():
-    model, data = make().model, records()
-    base = observed(model, data)
+def test_a_state_depends_on_the_previous_action():
+    model, data = make_dreamer().model, random_records()
+    base = observe(model, data)
     changed = {name: value.clone() for name, value in data.items()}
     changed["action"][:, 3] = 99.0
-    other = observed(model, changed)
+    other = observe(model, changed)
     assert torch.equal(base.stoch[:, :4], other.stoch[:, :4])
     assert not torch.equal(base.stoch[:, 4], other.stoch[:, 4])
 
 
-def test_the_model_without_a_memory_has_none():
-    model, data = make("algo.transition=mlp").model, records()
-    assert observed(model, data).deter.shape == (3, 7, 0)
+def test_the_mlp_transition_has_no_memory():
+    model, data = make_dreamer("algo.transition=mlp").model, random_records()
+    assert observe(model, data).deter.shape == (3, 7, 0)
     means = []
     for value in (0.0, 5.0):
         changed = {name: tensor.clone() for name, tensor in data.items()}
@@ -226,30 +228,33 @@ def test_kl_of_gaussians_and_free_nats():
     assert GaussianState(zero, one).kl(GaussianState(one, two)).item() == pytest.approx(0.443147, abs=1e-6)
     assert GaussianState(one, two).kl(GaussianState(zero, one)).item() == pytest.approx(1.306853, abs=1e-6)
     for free_nats in (1e6, 0.0):
-        algorithm = make(f"algo.free_nats={free_nats}")
-        kl, *_ = algorithm.model_loss(records())
+        algorithm = make_dreamer(f"algo.free_nats={free_nats}")
+        kl, *_ = algorithm.model_loss(random_records())
         free = algorithm.with_free_nats(kl)
-        assert free.item() == pytest.approx(max(kl.item(), free_nats))  # the mean is clamped, not what it is of
+        assert free.item() == pytest.approx(max(kl.item(), free_nats))  # the mean is clamped, not its terms
         free.backward()
         assert (algorithm.model.prior_head[0].weight.grad.abs().sum() > 0) == (free_nats == 0)
 
 
 def test_lambda_returns_by_hand():
     """r = 1, 2, 3, v = 10, 20, 30 and 40 at the end, discount 0.9, lambda 0.5."""
-    algorithm = make("algo.gamma=0.9", "algo.return_lambda=0.5")
-    algorithm.model.reward_model = Says(torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 4, 1))
-    algorithm.critic = Says(torch.tensor([10.0, 20.0, 30.0, 40.0]).view(1, 4, 1))
+    algorithm = make_dreamer("algo.gamma=0.9", "algo.return_lambda=0.5")
+    algorithm.model.reward_model = Constant(torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 4, 1))
+    algorithm.critic = Constant(torch.tensor([10.0, 20.0, 30.0, 40.0]).view(1, 4, 1))
     target, weight = algorithm.lambda_return(torch.zeros(1, 4, 1))
     assert target.flatten().tolist() == pytest.approx([24.8725, 33.05, 39.0])
     assert weight.flatten().tolist() == pytest.approx([1, 0.9, 0.81])
 
 
 def test_lambda_returns_are_the_mixture_of_all_horizons():
-    algorithm, generator = make("algo.return_lambda=0.7", "algo.continue_scale=1"), torch.Generator().manual_seed(0)
+    algorithm, generator = (
+        make_dreamer("algo.return_lambda=0.7", "algo.continue_scale=1"),
+        torch.Generator().manual_seed(0),
+    )
     r, v, logit = (torch.randn(1, 6, 1, generator=generator, dtype=torch.float64) for _ in range(3))
     c = logit.sigmoid()
-    algorithm.model.reward_model, algorithm.critic = Says(r), Says(v)
-    algorithm.model.continue_model = Says(logit)
+    algorithm.model.reward_model, algorithm.critic = Constant(r), Constant(v)
+    algorithm.model.continue_model = Constant(logit)
     target, _ = algorithm.lambda_return(torch.zeros(1, 6, 1))
     for t in range(5):
         horizons = []
@@ -264,8 +269,12 @@ def test_lambda_returns_are_the_mixture_of_all_horizons():
 
 
 def gradients(algorithm: Dreamer, *, sever: bool = False) -> tuple[list[Tensor], Dreamer]:
-    """Of the actor's loss in one dream; all gradients are asked for, also those of the model."""
-    start = algorithm.model_loss(records())[2]
+    """Return the actor gradients of one imagined batch, and the algorithm.
+
+    Args:
+        sever: Whether actions are cut off from the recurrent model.
+    """
+    start = algorithm.model_loss(random_records())[2]
     if sever:
         algorithm.model.memory.weight_ih.data.zero_()
     torch.manual_seed(0)
@@ -273,17 +282,17 @@ def gradients(algorithm: Dreamer, *, sever: bool = False) -> tuple[list[Tensor],
     return list(torch.autograd.grad(loss, list(algorithm.actor.parameters()))), algorithm
 
 
-def test_the_dream_is_differentiated_into_the_policy_alone():
-    algorithm = make()
-    batch = TensorDict(records(), batch_size=(3, 7))
+def test_the_actor_loss_has_gradients_for_the_actor_alone():
+    algorithm = make_dreamer()
+    batch = TensorDict(random_records(), batch_size=(3, 7))
     before = {name: value.clone() for name, value in algorithm.named_parameters()}
     start = algorithm.model_loss(batch)[2]
     assert not any(each.requires_grad for each in start.values())
     algorithm.update(batch)
     for name, value in algorithm.named_parameters():
         assert not torch.equal(value, before[name]), name
-    # the loss of the actor alone
-    algorithm = make()
+    # now the actor loss alone
+    algorithm = make_dreamer()
     algorithm.zero_grad()
     with freeze([*algorithm.model_parameters, *algorithm.critic_parameters]):
         algorithm.imagination_losses(start)[0].backward()
@@ -292,19 +301,19 @@ def test_the_dream_is_differentiated_into_the_policy_alone():
         assert moved == name.startswith("actor."), name
 
 
-def test_gradients_go_through_the_transition_model():
+def test_pathwise_gradients_pass_through_the_transition_model():
     torch.manual_seed(0)
-    whole, _ = gradients(make())
-    severed, _ = gradients(make(), sever=True)  # the action no longer reaches the memory
-    assert sum(each.abs().sum() for each in whole) > 0
-    assert any(not torch.allclose(a, b) for a, b in zip(whole, severed, strict=True))
+    connected, _ = gradients(make_dreamer())
+    severed, _ = gradients(make_dreamer(), sever=True)  # the action no longer reaches the memory
+    assert sum(each.abs().sum() for each in connected) > 0
+    assert any(not torch.allclose(a, b) for a, b in zip(connected, severed, strict=True))
 
 
-@pytest.mark.parametrize("words", [("env=pendulum",), ("env=cartpole", "algo.entropy_coef=1e-3")])
-def test_reinforce_has_no_path_through_the_dream(words):
-    algorithm = make("algo.actor_gradient=reinforce", *words)
+@pytest.mark.parametrize("overrides", [("env=pendulum",), ("env=cartpole", "algo.entropy_coef=1e-3")])
+def test_reinforce_gradients_do_not_pass_through_imagination(overrides):
+    algorithm = make_dreamer("algo.actor_gradient=reinforce", *overrides)
     size, actions = algorithm.env["observation"]["shape"][0], algorithm.model.actions
-    start = algorithm.model_loss(records(observation=size, action=actions))[2]
+    start = algorithm.model_loss(random_records(observation=size, action=actions))[2]
     feature, action, seen = algorithm.imagine(State(start["deter"], start["stoch"]))
     assert not torch.autograd.grad(feature.sum(), list(algorithm.actor.parameters()), allow_unused=True)[0]
     target, weight = algorithm.lambda_return(feature)
@@ -313,9 +322,9 @@ def test_reinforce_has_no_path_through_the_dream(words):
 
 
 def test_pathwise_gradients_are_those_of_finite_differences():
-    """A dream in float64 with its noise held, of a policy that sees nothing: what it sees is not differentiated."""
-    algorithm = make("algo.horizon=5").double()
-    data = {key: value.double() if value.is_floating_point() else value for key, value in records().items()}
+    """In float64 with fixed noise, for a policy that ignores its input, because that input gets no gradient."""
+    algorithm = make_dreamer("algo.horizon=5").double()
+    data = {key: value.double() if value.is_floating_point() else value for key, value in random_records().items()}
     start = algorithm.model_loss(data)[2]
     algorithm.actor.network[0].weight.data.zero_()
 
@@ -334,9 +343,9 @@ def test_pathwise_gradients_are_those_of_finite_differences():
         assert (values[0] - values[1]) / 2e-5 == pytest.approx(exact[i].item(), rel=1e-4)
 
 
-def test_dreams_that_begin_at_an_end_count_for_nothing():
-    algorithm = make("algo.continue_scale=10")
-    data = records()
+def test_imagination_from_terminal_states_has_weight_zero():
+    algorithm = make_dreamer("algo.continue_scale=10")
+    data = random_records()
     data["is_terminal"][:, -1] = True
     start = algorithm.model_loss(data)[2]
     assert start["alive"].view(3, 7)[:, -1].sum() == 0
@@ -345,8 +354,8 @@ def test_dreams_that_begin_at_an_end_count_for_nothing():
     assert (weight.view(3, 7, -1)[:, 0] > 0).all()
 
 
-def test_a_loaded_policy_remembers_until_it_is_told():
-    policy = Policy(make())
+def test_a_loaded_policy_keeps_its_state_until_an_episode_starts():
+    policy = Policy(make_dreamer())
     first, second = np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, -2.0])
     fresh = policy(first)
     assert np.array_equal(policy(first, True), fresh)
@@ -358,27 +367,27 @@ def test_a_loaded_policy_remembers_until_it_is_told():
     assert np.allclose(batch[0], fresh)
 
 
-def test_too_early_is_said(tmp_path, monkeypatch):
-    words = [*SMALL, "env.num_envs=2", "total_env_steps=100", "logger=csv"]
-    with pytest.raises(ConfigError, match="less than a sequence of each env: 12"):
-        train(compose([*words, "algo.learning_starts=11"]), tmp_path / "run")
+def test_too_small_learning_starts_is_refused(tmp_path, monkeypatch):
+    overrides = [*SMALL, "env.num_envs=2", "total_env_steps=100", "logger=csv"]
+    with pytest.raises(ConfigError, match="for one sequence of each env: it must be at least 12"):
+        train(compose([*overrides, "algo.learning_starts=11"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    algorithm = make("env.num_envs=2", "algo.learning_starts=12")
+    algorithm = make_dreamer("env.num_envs=2", "algo.learning_starts=12")
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(ConfigError, match="less than a sequence of each env: 24"):
+    with pytest.raises(ConfigError, match="for one sequence of each env: it must be at least 24"):
         algorithm.on_train_start()
 
 
 @pytest.mark.parametrize("transition", ["gru", "mlp"])
 @pytest.mark.parametrize("activation", ["relu", "tanh", "elu", "silu"])
 def test_every_activation_with_every_transition(transition, activation):
-    algorithm = make(f"algo.transition={transition}", f"algo.activation={activation}")
-    algorithm.update(TensorDict(records(), batch_size=(3, 7)))
+    algorithm = make_dreamer(f"algo.transition={transition}", f"algo.activation={activation}")
+    algorithm.update(TensorDict(random_records(), batch_size=(3, 7)))
 
 
-def test_an_episode_that_is_not_resumed_is_no_part_of_the_next():
-    parts, _ = rollouts([[20], [20]], 12, 6)
-    buffer = SequenceReplay(spec(num_envs=2), 100, "memory", 4)
+def test_restart_separates_an_abandoned_episode_from_the_next():
+    parts, _ = numbered_rollouts([[20], [20]], 12, 6)
+    buffer = SequenceReplay(env_description(num_envs=2), 100, "memory", 4)
     buffer.extend(parts[0])
     buffer.restart(torch.tensor([True, False]))
     buffer.extend(parts[1])
@@ -391,11 +400,14 @@ ALONE = ("algo.continue_scale=0", "algo.entropy_coef=0")
 
 
 def test_reinforce_by_hand():
-    """Two steps, one of which counts: -log pi(a) (V_lambda - (v - r) / gamma), for a policy that is known."""
-    algorithm = make("env=cartpole", "algo.actor_gradient=reinforce", "algo.gamma=0.9", *ALONE)
+    """The loss of one step is -log pi(a) (V_lambda - (v - r) / gamma) for a known policy."""
+    algorithm = make_dreamer("env=cartpole", "algo.actor_gradient=reinforce", "algo.gamma=0.9", *ALONE)
     logits = torch.tensor([0.3, -0.4], requires_grad=True)
-    algorithm.actor.network = Says(logits.expand(1, 1, 2))
-    algorithm.model.reward_model, algorithm.critic = Says(torch.tensor([[[2.0]]])), Says(torch.tensor([[[5.0]]]))
+    algorithm.actor.network = Constant(logits.expand(1, 1, 2))
+    algorithm.model.reward_model, algorithm.critic = (
+        Constant(torch.tensor([[[2.0]]])),
+        Constant(torch.tensor([[[5.0]]])),
+    )
     action = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     target, weight = torch.tensor([[[7.0]]]), torch.ones(1, 1, 1)
     loss, entropy = algorithm.actor_loss(torch.zeros(1, 2, 1), action, torch.zeros(1, 2, 1), target, weight)
@@ -404,20 +416,28 @@ def test_reinforce_by_hand():
     assert entropy.item() == pytest.approx(-(log_probs.exp() * log_probs).sum().item(), rel=1e-5)
 
 
-def test_what_it_can_not_do_is_said():
-    for words, sentence in (
-        (("algo.buffer_size=5",), "less than a sequence of each env"),
-        (("algo.horizon=1",), "leaves nothing to learn from"),
+def test_unsupported_settings_are_refused():
+    for overrides, sentence in (
+        (("algo.buffer_size=5",), "too small for one sequence of each env"),
+        (("algo.horizon=1",), "algo.horizon=1 is too short"),
         (("algo.entropy_coef=0.1",), "is for discrete actions"),
-        (("env.normalize_observation=true",), "as they are"),
-        (("env=gym", "env.id=toy_envs:Robot-v0"), "reads vectors, and pixels of 64 x 64"),
+        (("env.normalize_observation=true",), "needs unnormalized observations"),
+        (("env=gym", "env.id=toy_envs:Robot-v0"), "reads vectors, or pixels of 64 x 64"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            make(*words)
+            make_dreamer(*overrides)
 
 
-def echo(folder: Path, shifted: bool) -> tuple[float, float]:
-    """An env that shows the last action and rewards what it shows: errors of what is imagined next, and of rewards."""
+def errors_in_echo_env(folder: Path, shifted: bool) -> tuple[float, float]:
+    """Train a world model of an env whose observation is the last action and whose reward is twice that.
+
+    Args:
+        folder: Folder of the open-loop image.
+        shifted: Whether stored actions are shifted by one step, which must increase the error.
+
+    Returns:
+        Mean squared errors of imagined next observations and of predicted rewards.
+    """
     torch.manual_seed(0)
     steps = 400
     action = torch.rand(1, steps, 1) * 2 - 1
@@ -426,7 +446,7 @@ def echo(folder: Path, shifted: bool) -> tuple[float, float]:
     after = {"observation": shown[:, 1:], "reward": 2 * shown[:, 1:, :1], "done": done, "terminated": done}
     first = torch.cat([torch.ones(1, 1, 1, dtype=torch.bool), done[:, :-1]], 1)
     seen = torch.where(first, 0.0, shown[:, :-1])
-    algorithm = make("algo.model_lr=3e-3", "algo.kl_scale=0.1", "algo.batch_length=10")
+    algorithm = make_dreamer("algo.model_lr=3e-3", "algo.kl_scale=0.1", "algo.batch_length=10")
     algorithm.buffer.extend(TensorDict({"observation": seen, "action": action, "next": after}, batch_size=(1, steps)))
     if shifted:
         data = algorithm.buffer.data
@@ -436,10 +456,10 @@ def echo(folder: Path, shifted: bool) -> tuple[float, float]:
         kl, loss, _, _ = algorithm.model_loss(batch)
         algorithm.step(algorithm.model_optimizer, 0.1 * kl + 10 * loss)
     batch = algorithm.buffer.sample(1, 64, torch.device("cpu"))[0]
-    found = open_loop.evaluate_open_loop(
+    errors = open_loop.evaluate_open_loop(
         algorithm.buffer, algorithm.device, algorithm.predict_open_loop, folder / "echo.png"
     )
-    assert (found["eval/open_loop_5"] < 0.2 * found["eval/repeat_last_5"]) != shifted
+    assert (errors["eval/open_loop_5"] < 0.2 * errors["eval/repeat_last_5"]) != shifted
     with torch.no_grad():
         states, _, _ = algorithm.model.observe_sequence(batch["observation"], batch["action"], batch["is_first"])
         before = State(*(part[:, 4] for part in states))
@@ -451,23 +471,23 @@ def echo(folder: Path, shifted: bool) -> tuple[float, float]:
 
 
 def test_actions_rewards_and_observations_are_aligned(tmp_path):
-    """The next observation is what the action says, whose variance is 1/3; and not what the one before it said."""
-    imagined, reward = echo(tmp_path, shifted=False)
+    """The next observation is the action (variance 1/3); with actions shifted by one step, prediction fails."""
+    imagined, reward = errors_in_echo_env(tmp_path, shifted=False)
     assert imagined < 0.05
     assert reward < 0.05
-    wrong, _ = echo(tmp_path, shifted=True)
+    wrong, _ = errors_in_echo_env(tmp_path, shifted=True)
     assert wrong > 0.2
 
 
-def test_every_evaluation_shows_what_is_foreseen(tmp_path):
-    """And the run is the one that it would have been without."""
-    words = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=200", "eval.every=96"]
-    words += ["eval.episodes=1", "logger=csv", "checkpoint.every=1000", "trainer.threads=1"]
-    train(compose(words), tmp_path / "shown")
+def test_every_evaluation_writes_open_loop_predictions(tmp_path):
+    """They do not change the training run."""
+    overrides = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=200", "eval.every=96"]
+    overrides += ["eval.episodes=1", "logger=csv", "checkpoint.every=1000", "trainer.threads=1"]
+    train(compose(overrides), tmp_path / "shown")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dreamer, "on_evaluation", lambda *_: {})
-        train(compose(words), tmp_path / "hidden")
-    shown, hidden = (saved(tmp_path / name) for name in ("shown", "hidden"))
+        train(compose(overrides), tmp_path / "hidden")
+    shown, hidden = (saved_state(tmp_path / name) for name in ("shown", "hidden"))
     assert same(shown["state_dict"], hidden["state_dict"])
     rows = metrics(tmp_path / "shown")
     assert {row["dream_steps"] for row in rows} == {str(int(row["updates"]) * 4 * 6 * 4) for row in rows}
@@ -478,18 +498,18 @@ def test_every_evaluation_shows_what_is_foreseen(tmp_path):
     )
 
 
-def test_what_is_foreseen_reaches_the_loggers(tmp_path):
-    words = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=96", "eval.every=96"]
-    words += ["eval.episodes=1", "checkpoint.every=1000", "trainer.threads=1"]
-    train(compose([*words, "logger=tensorboard"]), tmp_path / "board")
+def test_open_loop_predictions_reach_the_loggers(tmp_path):
+    overrides = [*SMALL, "algo.learning_starts=60", "algo.replay_ratio=0.1", "total_env_steps=96", "eval.every=96"]
+    overrides += ["eval.episodes=1", "checkpoint.every=1000", "trainer.threads=1"]
+    train(compose([*overrides, "logger=tensorboard"]), tmp_path / "board")
     events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
     assert [event.step for event in events.Images("pictures/open_loop")] == [96]
-    train(compose([*words, "logger=wandb"]), tmp_path / "wandb")
+    train(compose([*overrides, "logger=wandb"]), tmp_path / "wandb")
     assert list((tmp_path / "wandb").rglob("media/images/pictures/open_loop*.png"))
 
 
-def test_pixels_are_foreseen_as_a_strip(tmp_path):
-    env = spec(pixels=True)
+def test_open_loop_predictions_of_pixels_are_one_strip(tmp_path):
+    env = env_description(pixels=True)
     algorithm = Dreamer(env=env, size="micro", batch_length=6, buffer_size=400, learning_starts=6)
     pixels = torch.randint(256, (1, 61, 3, 64, 64), dtype=torch.uint8)
     done = torch.zeros(1, 60, 1, dtype=torch.bool)
@@ -497,8 +517,10 @@ def test_pixels_are_foreseen_as_a_strip(tmp_path):
     steps = {"observation": pixels[:, :-1], "action": torch.randn(1, 60, 1), "next": after}
     algorithm.buffer.extend(TensorDict(steps, batch_size=(1, 60)))
     assert algorithm.buffer.data["observation"].dtype == torch.uint8
-    found = algorithm.on_evaluation(tmp_path)
-    assert found.keys() == {f"eval/{name}_{ahead}" for name in ("open_loop", "repeat_last") for ahead in (1, 5, 15, 45)}
+    errors = algorithm.on_evaluation(tmp_path)
+    assert errors.keys() == {
+        f"eval/{name}_{ahead}" for name in ("open_loop", "repeat_last") for ahead in (1, 5, 15, 45)
+    }
     import imageio
 
     assert imageio.v3.imread(tmp_path / "0.png").shape == (3 * 64, 12 * 64, 3)
@@ -507,8 +529,8 @@ def test_pixels_are_foreseen_as_a_strip(tmp_path):
 # --- hyper-parameters
 
 
-def test_how_wide_the_policy_is_at_the_start():
-    actor = make("algo.initial_std=2").actor
+def test_initial_std_of_the_policy():
+    actor = make_dreamer("algo.initial_std=2").actor
     for parameter in actor.network.parameters():
         parameter.data.zero_()
     policy = actor(torch.zeros(1, actor.network[0].in_features))
@@ -516,13 +538,13 @@ def test_how_wide_the_policy_is_at_the_start():
 
 
 def test_exploration_noise():
-    """Added to an action inside of the bounds, or the share of actions that are uniform."""
+    """Standard deviation of noise on continuous actions, which stay in bounds; share of uniform discrete actions."""
 
     class Fixed:
         def sample(self) -> Tensor:
             return torch.full((20_000, 1), 0.5)
 
-    policy = make("algo.exploration_noise=0.1").policy().module
+    policy = make_dreamer("algo.exploration_noise=0.1").policy().module
     added = policy.explore(Fixed()) - 0.5
     assert (added.mean().item(), added.std().item()) == pytest.approx((0, 0.1), abs=5e-3)
     policy.noise = 100.0
@@ -543,7 +565,7 @@ CHANGES = {
     | {"representation_scale": 0.5, "replay_value_scale": 0.0, "slow_tau": 0.5, "return_decay": 0.5, "lr": 1e-2}
     | {"warm_up": 0, "clip": 1e-3},
 }
-ELSEWHERE = {  # of rollouts and of continuous actions; and what changes no number
+UNTESTED = {  # parameters of collection, of continuous actions, or without an effect on results
     *("steps_per_iteration", "exploration_noise", "random_env_steps", "initial_std"),
     *("_target_", "buffer_storage", "compile"),
 }
@@ -551,12 +573,19 @@ ELSEWHERE = {  # of rollouts and of continuous actions; and what changes no numb
 
 @pytest.mark.parametrize("algo", CHANGES)
 def test_every_hyper_parameter_has_an_effect(algo):
-    """What each does exactly, other tests say."""
-    words = [f"algo={algo}", "env=acrobot", "env.num_envs=1", "env.action=none", "algo.size=micro", "algo.horizon=3"]
-    words += ["algo.batch_size=2", "algo.batch_length=4", "algo.replay_ratio=0.1", "algo.learning_starts=40"]
-    words += ["algo.free_nats=0", "algo.gamma=0.9"]
-    words += ["algo.warm_up=3"] if algo == "dreamer_v3" else ["algo.continue_scale=1"]
-    assert CHANGES[algo].keys() == set(compose(words).algo) - ELSEWHERE
+    """Other tests check the exact effect of each."""
+    overrides = [
+        f"algo={algo}",
+        "env=acrobot",
+        "env.num_envs=1",
+        "env.action=none",
+        "algo.size=micro",
+        "algo.horizon=3",
+    ]
+    overrides += ["algo.batch_size=2", "algo.batch_length=4", "algo.replay_ratio=0.1", "algo.learning_starts=40"]
+    overrides += ["algo.free_nats=0", "algo.gamma=0.9"]
+    overrides += ["algo.warm_up=3"] if algo == "dreamer_v3" else ["algo.continue_scale=1"]
+    assert CHANGES[algo].keys() == set(compose(overrides).algo) - UNTESTED
     generator = torch.Generator().manual_seed(0)
     done = (torch.arange(80) % 20 == 19).view(1, 80, 1)
     shown = torch.randn(1, 81, 6, generator=generator)
@@ -565,7 +594,7 @@ def test_every_hyper_parameter_has_an_effect(algo):
     rollout = TensorDict({**steps, "next": {**after, "done": done, "terminated": done}}, batch_size=(1, 80))
 
     def result(*change: str) -> dict[str, Tensor]:
-        algorithm, _ = build_run(compose([*words, *change]))
+        algorithm, _ = build_run(compose([*overrides, *change]))
         algorithm.configure_optimizers()
         algorithm.manual_backward = lambda loss: loss.backward()
         if algo == "dreamer_v3":
@@ -578,6 +607,6 @@ def test_every_hyper_parameter_has_an_effect(algo):
         return algorithm.state_dict()
 
     base = result()
-    assert same(base, result()), "nothing but the change may make a difference"
+    assert same(base, result()), "the result must be deterministic"
     for name, value in CHANGES[algo].items():
         assert not same(base, result(f"algo.{name}={value}")), name

@@ -1,4 +1,4 @@
-"""What is particular to the off-policy line: every hyper-parameter does what its name says, exploration, pixels."""
+"""Off-policy algorithms: effects of hyper-parameters, exploration, pixels."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,14 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 import oracles
-from checks import captured_and_eager_are_the_same, compiled_and_eager_are_the_same, make_batch, metrics, same, saved
+from checks import (
+    captured_and_eager_are_the_same,
+    compiled_and_eager_are_the_same,
+    make_batch,
+    metrics,
+    same,
+    saved_state,
+)
 from levin import resume
 from levin.collectors.factory import make_collector
 from levin.config.compose import compose
@@ -34,23 +41,25 @@ SMALL = (
 
 
 def small_env(algo: str) -> str:
+    """Return the override of a small env for an algorithm."""
     return "env=pendulum" if algo in CONTINUOUS else "env=cartpole"
 
 
-def make(algo: str, *words: str):
-    """An algorithm with its optimisers, without a Trainer."""
-    algorithm, _ = build_run(compose([f"algo={algo}", small_env(algo), *SMALL, *words]))
+def make_algorithm(algo: str, *overrides: str):
+    """Build an algorithm with its optimizers, without a Trainer."""
+    algorithm, _ = build_run(compose([f"algo={algo}", small_env(algo), *SMALL, *overrides]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> int:
+    """Return the number of steps that an optimizer has made."""
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
 def updated(algorithm, num: int):
-    """The algorithm after `num` updates."""
+    """Make `num` updates and return the algorithm."""
     for update in range(num):
         algorithm.updates = update
         algorithm.update(make_batch(algorithm))
@@ -62,8 +71,8 @@ def updated(algorithm, num: int):
 
 @pytest.mark.parametrize("delay", [1, 2, 3])
 def test_policy_delay(delay):
-    """Actor and targets wait for it; the critics do not."""
-    algorithm = make("td3", f"algo.policy_delay={delay}")
+    """Actor and target networks are updated every `policy_delay` updates, critics in every update."""
+    algorithm = make_algorithm("td3", f"algo.policy_delay={delay}")
     before = [each.clone() for each in algorithm.target_parameters]
     updated(algorithm, delay - 1)
     assert all(map(torch.equal, before, algorithm.target_parameters))
@@ -74,13 +83,13 @@ def test_policy_delay(delay):
 
 
 def test_target_noise_and_its_clip():
-    """Both act on the target's action alone."""
+    """Both affect only the action of the target actor."""
     observation = torch.randn(20_000, 3)
 
-    def offsets(**words: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def offsets(**values: float) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(0)
-        algorithm = make("td3", *(f"algo.{key}={value}" for key, value in words.items()))
-        algorithm.target_actor.network[-1].weight.data /= 100  # far from -1 and 1, where the sum is cut
+        algorithm = make_algorithm("td3", *(f"algo.{key}={value}" for key, value in values.items()))
+        algorithm.target_actor.network[-1].weight.data /= 100  # far from the bounds -1 and 1
         batch = make_batch(algorithm)
         return algorithm.target_action(observation) - algorithm.target_actor(observation), algorithm.actor_loss(batch)
 
@@ -93,14 +102,14 @@ def test_target_noise_and_its_clip():
     assert clipped.abs().max() == pytest.approx(0.15)
     torch.testing.assert_close(clipped, usual.clamp(-0.15, 0.15))
     wide, _ = offsets(target_noise=9, target_noise_clip=9)
-    assert wide.abs().max() < 2, "a target action is an action"
+    assert wide.abs().max() < 2, "target actions are clipped to the action bounds"
 
 
 @pytest.mark.parametrize("algo", [*CONTINUOUS, *DISCRETE])
 @pytest.mark.parametrize("tau", [0.0, 0.25, 1.0])
 def test_tau(algo, tau):
     every = {"td3": ("algo.policy_delay=1",), "dqn": ("algo.target_update_every=1",)}
-    algorithm = make(algo, f"algo.tau={tau}", *every.get(algo, ()))
+    algorithm = make_algorithm(algo, f"algo.tau={tau}", *every.get(algo, ()))
     for each in algorithm.target_parameters:
         each.data += torch.randn_like(each)
     before = [each.clone() for each in algorithm.target_parameters]
@@ -112,7 +121,7 @@ def test_tau(algo, tau):
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_target_update_every(every):
-    algorithm = make("dqn", f"algo.target_update_every={every}")
+    algorithm = make_algorithm("dqn", f"algo.target_update_every={every}")
     before = [each.clone() for each in algorithm.target_parameters]
     updated(algorithm, every)
     assert all(map(torch.equal, algorithm.target_parameters, algorithm.critic_parameters))
@@ -136,8 +145,8 @@ def test_target_update_every(every):
     ],
 )
 def test_train_every_and_updates_per_step(algo, train_every, updates_per_step, updates):
-    """Which here are `steps_per_iteration` and `replay_ratio`: how often it trains, and how much."""
-    algorithm = make(algo, f"algo.steps_per_iteration={train_every}", f"algo.replay_ratio={updates_per_step}")
+    """`steps_per_iteration` sets how often updates are made, `replay_ratio` how many."""
+    algorithm = make_algorithm(algo, f"algo.steps_per_iteration={train_every}", f"algo.replay_ratio={updates_per_step}")
     assert algorithm.steps_per_iteration == train_every
     done = []
     for _ in updates:
@@ -149,8 +158,8 @@ def test_train_every_and_updates_per_step(algo, train_every, updates_per_step, u
 
 @pytest.mark.parametrize("algo", ["ddpg", "td3", "sac", "sac_discrete"])
 def test_random_env_steps_and_learning_starts(algo):
-    """One says until when actions are random, the other from when on updates are made; both alike without a word."""
-    assert make(algo).random_env_steps == 20
+    """Actions are random for `random_env_steps`, by default as many as `learning_starts`."""
+    assert make_algorithm(algo).random_env_steps == 20
     algorithm, loader = build_run(compose([f"algo={algo}", small_env(algo), *SMALL, "algo.random_env_steps=70"]))
     assert (algorithm.random_env_steps, algorithm.learning_starts) == (70, 20)
     assert loader.collector.random_env_steps == 70
@@ -158,33 +167,33 @@ def test_random_env_steps_and_learning_starts(algo):
 
 @pytest.mark.parametrize(("double_q", "huber"), [(False, False), (True, False), (False, True)])
 def test_double_q_and_huber_are_those_of_torchrl(double_q, huber):
-    """The fourth combination is the row's."""
-    algorithm = make("dqn", f"algo.double_q={double_q}", f"algo.huber={huber}", "algo.hidden_sizes=[]")
+    """The row of DQN tests the fourth combination."""
+    algorithm = make_algorithm("dqn", f"algo.double_q={double_q}", f"algo.huber={huber}", "algo.hidden_sizes=[]")
     for each in algorithm.target_parameters:
         each.data += torch.randn_like(each)
     batch = make_batch(algorithm, 32)
-    batch["next", "reward"] *= 3  # errors below and beyond 1
-    (ours,), (theirs,) = oracles.dqn_losses(algorithm, batch), oracles.dqn_oracle(algorithm, batch)
-    torch.testing.assert_close(ours, theirs)
-    other = make("dqn", f"algo.double_q={not double_q}", f"algo.huber={huber}", "algo.hidden_sizes=[]")
+    batch["next", "reward"] *= 3  # errors below and above 1
+    (actual,), (reference,) = oracles.dqn_losses(algorithm, batch), oracles.dqn_oracle(algorithm, batch)
+    torch.testing.assert_close(actual, reference)
+    other = make_algorithm("dqn", f"algo.double_q={not double_q}", f"algo.huber={huber}", "algo.hidden_sizes=[]")
     other.load_state_dict(algorithm.state_dict())
-    assert not torch.isclose(ours, other.critic_loss(batch)[0])
+    assert not torch.isclose(actual, other.critic_loss(batch)[0])
 
 
 def test_huber_of_discrete_sac_is_that_of_torchrl():
-    algorithm = make("sac_discrete", "algo.huber=true")
+    algorithm = make_algorithm("sac_discrete", "algo.huber=true")
     batch = make_batch(algorithm, 32)
     batch["next", "reward"] *= 3
-    ours, theirs = oracles.sac_discrete_losses(algorithm, batch), oracles.sac_discrete_oracle(algorithm, batch)
-    torch.testing.assert_close(ours, theirs)
-    squared = make("sac_discrete")
+    actual, reference = oracles.sac_discrete_losses(algorithm, batch), oracles.sac_discrete_oracle(algorithm, batch)
+    torch.testing.assert_close(actual, reference)
+    squared = make_algorithm("sac_discrete")
     squared.load_state_dict(algorithm.state_dict())
-    assert not torch.isclose(ours[0], squared.critic_loss(batch)[0])
+    assert not torch.isclose(actual[0], squared.critic_loss(batch)[0])
 
 
 def test_the_exact_expectation_is_the_mean_of_samples():
-    """What discrete SAC sums over its actions, SAC would sample."""
-    algorithm = make("sac_discrete")
+    """Discrete SAC sums its actor loss over all actions; the mean over sampled actions agrees."""
+    algorithm = make_algorithm("sac_discrete")
     algorithm.actor.network[-1].weight.data *= 100  # far from uniform
     batch = make_batch(algorithm, 1)
     policy = algorithm.actor(batch["observation"])
@@ -200,7 +209,7 @@ def test_the_exact_expectation_is_the_mean_of_samples():
 
 
 def actor_gradient(algorithm, logits: torch.Tensor, observation: torch.Tensor, sizes=()) -> torch.Tensor:
-    """Of E[Q] in the logits of the same state many times: `[N, A]`."""
+    """Return the gradient of E[Q] with respect to the logits, for N copies of one state: `[N, A]`."""
     leaf = logits.expand(len(observation), -1).clone().requires_grad_()
     policy = MultiCategorical(leaf, sizes) if sizes else Categorical(leaf)
     return torch.autograd.grad(algorithm.expected_q(observation, policy).sum(), leaf)[0]
@@ -210,11 +219,11 @@ def actor_gradient(algorithm, logits: torch.Tensor, observation: torch.Tensor, s
     ("env", "critic"), [("cartpole", "state"), ("cartpole", "state_action"), ("Buttons", "state_action")]
 )
 def test_estimators_of_the_actor(env, critic):
-    """Leave-one-out agrees with the exact sum; with a list of values, which is linear in the action, others do too."""
+    """Leave-one-out is unbiased; straight-through and ReinMax are for `critic: state`, with Q linear in the action."""
     where = ["env=cartpole"] if env == "cartpole" else ["env=gym", "env.id=toy_envs:Buttons-v0"]
-    words = ["algo=sac_discrete", *where, f"algo.critic={critic}", "algo.hidden_sizes=[16]", "seed=1"]
+    overrides = ["algo=sac_discrete", *where, f"algo.critic={critic}", "algo.hidden_sizes=[16]", "seed=1"]
     torch.manual_seed(0)
-    algorithm = build_run(compose(words))[0]
+    algorithm = build_run(compose(overrides))[0]
     for parameter in algorithm.critic.parameters():  # far from linear
         parameter.data *= 4
     sizes = algorithm.env["action"].get("nvec")
@@ -224,68 +233,66 @@ def test_estimators_of_the_actor(env, critic):
     agreeing = {"loo"} | ({"straight_through", "reinmax"} if critic == "state" else set())
     for name in ("loo", "straight_through", "gumbel_softmax", "reinmax"):
         algorithm.estimator = algorithm.make_estimator(name, 2, 1.0)
-        found = actor_gradient(algorithm, logits, observation, sizes)
-        error = (found.mean(0) - exact).abs() / (found.std(0) / 60_000**0.5 + 1e-6)
+        gradients = actor_gradient(algorithm, logits, observation, sizes)
+        error = (gradients.mean(0) - exact).abs() / (gradients.std(0) / 60_000**0.5 + 1e-6)
         assert (error.max() < 4.5) == (name in agreeing), (name, error)
 
 
 @pytest.mark.parametrize("name", ["exact", "loo", "straight_through", "gumbel_softmax", "reinmax"])
-def test_estimators_of_the_actor_are_compiled_once_and_recorded(name, tmp_path):
+def test_estimators_of_the_actor_are_compiled_once_and_captured(name, tmp_path):
     (row,) = (row for row in ROWS if row.algo == "sac_discrete")
-    words = ("env=gym", "env.id=toy_envs:Buttons-v0", "algo.critic=state_action", f"algo.actor_estimator={name}")
-    row = replace(row, small=(*row.small, *words))
+    overrides = ("env=gym", "env.id=toy_envs:Buttons-v0", "algo.critic=state_action", f"algo.actor_estimator={name}")
+    row = replace(row, small=(*row.small, *overrides))
     compiled_and_eager_are_the_same(row, tmp_path / "compiled")
     captured_and_eager_are_the_same(row, tmp_path / "captured")
 
 
-def test_several_choices_one_after_another():
+def test_one_hot_encoding_of_multi_discrete_actions():
     one_hot = OneHot([2, 3])
     action = torch.tensor([[1, 2], [0, 0]])
     expected = torch.tensor([[0.0, 1, 0, 0, 1], [1, 0, 1, 0, 0]])
     assert torch.equal(one_hot.encode(action), expected)
     logits = torch.tensor([[0.3, -0.2, 1.0, 0.0, -1.0]])
-    dist, ours = one_hot.distribution(logits), MultiCategorical(logits.expand(50, 1, 5), [2, 3])
+    dist, actual = one_hot.distribution(logits), MultiCategorical(logits.expand(50, 1, 5), [2, 3])
     points = dist.sample(torch.Size([50]))
     assert points.shape == (50, 1, 2, 3)
-    assert not points[:, 0, 0, 2].any()  # what fills the shorter choice up
+    assert not points[:, 0, 0, 2].any()  # padding of the shorter choice
     joined = one_hot.join(points)
     chosen = torch.stack([joined[..., :2].argmax(-1), joined[..., 2:].argmax(-1)], -1)
-    torch.testing.assert_close(dist.log_prob(points), ours.log_prob(chosen).squeeze(-1))
+    torch.testing.assert_close(dist.log_prob(points), actual.log_prob(chosen).squeeze(-1))
     assert one_hot.max_entropy == pytest.approx(math.log(6))
 
 
 @pytest.mark.parametrize("algo", ["sac", "sac_discrete"])
 def test_a_learning_rate_of_zero_keeps_the_temperature(algo):
-    words = ("algo.initial_alpha=0.2",)
-    assert updated(make(algo, *words, "algo.alpha_lr=0"), 3).log_alpha.exp().item() == pytest.approx(0.2)
-    assert updated(make(algo, *words), 3).log_alpha.exp().item() != pytest.approx(0.2)
+    overrides = ("algo.initial_alpha=0.2",)
+    assert updated(make_algorithm(algo, *overrides, "algo.alpha_lr=0"), 3).log_alpha.exp().item() == pytest.approx(0.2)
+    assert updated(make_algorithm(algo, *overrides), 3).log_alpha.exp().item() != pytest.approx(0.2)
 
 
 def test_max_grad_norm_of_discrete_sac():
     def norms(norm: str) -> list[float]:
         torch.manual_seed(0)
-        algorithm = make("sac_discrete", f"algo.max_grad_norm={norm}")
+        algorithm = make_algorithm("sac_discrete", f"algo.max_grad_norm={norm}")
         algorithm.update(make_batch(algorithm))
         gradients = ([each.grad for each in part.parameters()] for part in (algorithm.critic, algorithm.actor))
         return [float(torch.cat([each.flatten() for each in part]).norm()) for part in gradients]
 
-    assert norms("1e-5") == pytest.approx(
-        [1e-5, 1e-5], rel=0.2
-    )  # the norm has 1e-6 added, that nothing is divided by 0
+    # PyTorch adds 1e-6 to the norm before it divides by it.
+    assert norms("1e-5") == pytest.approx([1e-5, 1e-5], rel=0.2)
     assert min(norms("null")) > 1e-4
 
 
 def test_max_grad_norm_of_dqn():
-    algorithm, free = make("dqn", "algo.max_grad_norm=1e-3"), make("dqn")
+    algorithm, free = make_algorithm("dqn", "algo.max_grad_norm=1e-3"), make_algorithm("dqn")
     assert updated(algorithm, 1).optimizer.param_groups[0]["params"][0].grad.norm() == pytest.approx(1e-3, rel=1e-2)
     assert updated(free, 1).optimizer.param_groups[0]["params"][0].grad.norm() > 1e-2
 
 
 def test_target_entropy_of_discrete_sac():
-    assert make("sac_discrete", "algo.target_entropy=null").target_entropy == pytest.approx(
-        0.98 * math.log(2)
-    )  # Christodoulou 2019
-    assert make("sac_discrete", "algo.target_entropy=0.1").target_entropy == 0.1
+    default = 0.98 * math.log(2)  # Christodoulou 2019
+    assert make_algorithm("sac_discrete", "algo.target_entropy=null").target_entropy == pytest.approx(default)
+    assert make_algorithm("sac_discrete", "algo.target_entropy=0.1").target_entropy == 0.1
 
 
 CHANGES = {
@@ -328,18 +335,18 @@ BASE = {
 
 @pytest.mark.parametrize("algo", OWN)
 def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
-    """What each does exactly, the tests above say; SAC's are in test_train.py."""
-    words = [f"algo={algo}", small_env(algo), *SMALL, "eval.episodes=1", "total_env_steps=96"]
-    words += ["algo.steps_per_iteration=16", "algo.replay_ratio=0.25", "algo.gamma=0.9", "log_every=96"]
-    words += BASE.get(algo, [])
+    """The tests above check the exact effect of each; test_train.py has those of SAC."""
+    overrides = [f"algo={algo}", small_env(algo), *SMALL, "eval.episodes=1", "total_env_steps=96"]
+    overrides += ["algo.steps_per_iteration=16", "algo.replay_ratio=0.25", "algo.gamma=0.9", "log_every=96"]
+    overrides += BASE.get(algo, [])
     changes = {**CHANGES, **OWN[algo]}
     if algo == "dqn":
-        del changes["random_env_steps"]  # epsilon is what it has instead
-    assert changes.keys() == set(compose(words).algo) - {"_target_", "buffer_storage", "compile"}
+        del changes["random_env_steps"]  # DQN has epsilon instead
+    assert changes.keys() == set(compose(overrides).algo) - {"_target_", "buffer_storage", "compile"}
 
     def result(name: str, *change: str) -> dict[str, torch.Tensor]:
-        train(compose([*words, *change]), tmp_path / name)
-        state = saved(tmp_path / name)["state_dict"]
+        train(compose([*overrides, *change]), tmp_path / name)
+        state = saved_state(tmp_path / name)["state_dict"]
         return {key: value for key, value in state.items() if not key.startswith(("noise.", "exploration."))}
 
     base = result("base")
@@ -352,13 +359,13 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
 
 @pytest.mark.parametrize("algo", ["ddpg", "td3"])
 def test_exploration_noise(algo):
-    algorithm = make(algo, "algo.exploration_noise=0.1")
+    algorithm = make_algorithm(algo, "algo.exploration_noise=0.1")
     algorithm.actor.network[-1].weight.data /= 100
     observation = torch.randn(20_000, 3)
     noisy, mean = (algorithm.policy(deterministic=each).module(observation).detach() for each in (False, True))
     assert (noisy - mean).std() == pytest.approx(0.1, rel=0.05)
     assert torch.equal(mean, algorithm.policy(deterministic=True).module(observation))
-    wild = make(algo, "algo.exploration_noise=5").policy().module(observation)
+    wild = make_algorithm(algo, "algo.exploration_noise=5").policy().module(observation)
     assert wild.abs().max() == 1
 
 
@@ -389,7 +396,7 @@ def test_gaussian_noise_does_not_remember():
 
 
 @pytest.mark.parametrize("name", ["vector", "torchrl"])
-def test_collectors_say_where_episodes_begin(name):
+def test_collectors_pass_is_first_to_the_policy(name):
     class Spy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -418,10 +425,15 @@ def test_epsilon_greedy():
         torch.testing.assert_close(share, expected, atol=0.01, rtol=0)
 
 
-def test_epsilon_falls_to_its_end_and_stays(tmp_path):
-    words = ["algo=dqn", *SMALL, "total_env_steps=160", "algo.steps_per_iteration=10", "eval.episodes=1"]
-    words += ["algo.initial_epsilon=1", "algo.final_epsilon=0.1", "algo.epsilon_fraction=0.5", "algo.replay_ratio=1"]
-    train(compose(words), tmp_path / "run")
+def test_epsilon_decays_to_its_final_value(tmp_path):
+    overrides = ["algo=dqn", *SMALL, "total_env_steps=160", "algo.steps_per_iteration=10", "eval.episodes=1"]
+    overrides += [
+        "algo.initial_epsilon=1",
+        "algo.final_epsilon=0.1",
+        "algo.epsilon_fraction=0.5",
+        "algo.replay_ratio=1",
+    ]
+    train(compose(overrides), tmp_path / "run")
     rows = [float(row["train/epsilon"]) for row in metrics(tmp_path / "run") if row["train/epsilon"]]
     assert rows[:9] == pytest.approx([1 - 0.9 / 8 * i for i in range(9)])
     assert rows[8:] == pytest.approx([0.1] * 8)
@@ -434,17 +446,17 @@ def test_epsilon_falls_to_its_end_and_stays(tmp_path):
     ("algo", "storage"), [*((algo, "memory") for algo in (*CONTINUOUS, *DISCRETE)), ("dqn", "memmap")]
 )
 def test_pixels(algo, storage, tmp_path):
-    """Stacked frames are stored once, everything that reads them learns, and a resumed run is the uninterrupted one."""
+    """Frames are stored once, all networks that read them are trained, and a resumed run is identical."""
     name = "Frame-v0" if algo in CONTINUOUS else "FrameSteps-v0"
-    words = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", *SMALL, "env.num_envs=2"]
-    words += ["algo.replay_ratio=0.25", "eval.episodes=1", "algo.buffer_size=80", "algo.steps_per_iteration=4"]
-    words += [f"algo.buffer_storage={storage}", *(["algo.schedule_env_steps=96"] if algo == "dqn" else [])]
-    before, _ = build_run(compose(words))
+    overrides = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", *SMALL, "env.num_envs=2"]
+    overrides += ["algo.replay_ratio=0.25", "eval.episodes=1", "algo.buffer_size=80", "algo.steps_per_iteration=4"]
+    overrides += [f"algo.buffer_storage={storage}", *(["algo.schedule_env_steps=96"] if algo == "dqn" else [])]
+    before, _ = build_run(compose(overrides))
     assert isinstance(before.buffer, FrameReplay)
-    train(compose([*words, "total_env_steps=96"]), tmp_path / "straight")
-    train(compose([*words, "total_env_steps=48"]), tmp_path / "halves")
+    train(compose([*overrides, "total_env_steps=96"]), tmp_path / "straight")
+    train(compose([*overrides, "total_env_steps=48"]), tmp_path / "halves")
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=96)
-    straight, resumed = saved(tmp_path / "straight"), saved(tmp_path / "halves")
+    straight, resumed = saved_state(tmp_path / "straight"), saved_state(tmp_path / "halves")
     for key in straight:
         assert same(straight[key], resumed[key]), key
     assert straight["levin"]["updates"] == 19
@@ -453,12 +465,12 @@ def test_pixels(algo, storage, tmp_path):
     assert frames.dtype == torch.uint8
     convolutions = [key for key in straight["state_dict"] if key.endswith("layers.0.weight") and "target" not in key]
     convolutions = [key for key in convolutions if straight["state_dict"][key].ndim == 4]
-    assert len(convolutions) == (1 if algo == "dqn" else 2), "actor and critic read for themselves"
+    assert len(convolutions) == (1 if algo == "dqn" else 2), "actor and critic have separate encoders"
     for key in convolutions:
         assert not torch.equal(before.state_dict()[key], straight["state_dict"][key]), key
 
 
-def test_frames_are_stacked_as_gymnasium_says():
+def test_frames_are_stacked_as_in_gymnasium():
     env = make_single_env(EnvConfig(id="toy_envs:Frame-v0", frame_stack=3))
     plain = make_single_env(EnvConfig(id="toy_envs:Frame-v0"))
     assert env.observation_space.shape == (3, 36, 36)
@@ -471,8 +483,8 @@ def test_frames_are_stacked_as_gymnasium_says():
 
 
 def test_a_pixel_batch_is_a_view_of_its_frames():
-    """s and s' share their frames in what is drawn, too."""
-    algorithm = make("dqn", "env=gym", "env.id=toy_envs:FrameSteps-v0", "env.frame_stack=4")
+    """s and s' of a sampled batch share the memory of their frames."""
+    algorithm = make_algorithm("dqn", "env=gym", "env.id=toy_envs:FrameSteps-v0", "env.frame_stack=4")
     frames = torch.randint(256, (1, 6, 4, 36, 36), dtype=torch.uint8)
     flags = torch.zeros(1, 6, 1, dtype=torch.bool)
     after = {"observation": frames.roll(-1, 1), "reward": torch.zeros(1, 6, 1), "terminated": flags, "done": flags}

@@ -1,4 +1,4 @@
-"""What is particular to the policy-gradient line: collection of whole episodes, trust regions, presets, schedules."""
+"""On-policy algorithms: whole episodes, distributions, trust regions, PPO's penalty, schedules, invalid settings."""
 
 import copy
 from dataclasses import replace
@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 import oracles
-from checks import build_row, compiled_and_eager_are_the_same, make_batch, metrics, saved
+from checks import build_row, compiled_and_eager_are_the_same, make_batch, metrics, saved_state
 from levin import resume
 from levin.algorithms.trpo import conjugate_gradient
 from levin.collectors.episodes import step_count
@@ -26,9 +26,9 @@ from levin.training.session import build_run, train
 from rows import LATE, POINT, ROWS
 
 
-def make(*words: str):
-    """An algorithm with its optimisers, without a Trainer."""
-    algorithm, _ = build_run(compose([*LATE, *words]))
+def make_algorithm(*overrides: str):
+    """Build an algorithm with its optimizers, without a Trainer."""
+    algorithm, _ = build_run(compose([*LATE, *overrides]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
@@ -43,6 +43,7 @@ class Zero(nn.Module):
 
 
 def collector(env_id: str, steps, num_envs: int = 1, name: str = "vector", **kwargs):
+    """Build a collector with a policy of zero actions."""
     env = make_env(EnvConfig(id=env_id, num_envs=num_envs, kwargs=kwargs), seed=0, copy=False)
     policy = TensorDictModule(Zero(), in_keys=["observation"], out_keys=["action"])
     return make_collector(name, env, policy, steps=steps)
@@ -52,7 +53,7 @@ def collector(env_id: str, steps, num_envs: int = 1, name: str = "vector", **kwa
     ("transitions", "episodes", "length", "expected"), [(1, 1, 5, 5), (12, 1, 5, 15), (1, 3, 5, 15), (1, 1, 600, 600)]
 )
 def test_whole_episodes(transitions, episodes, length, expected):
-    """At least as many as were asked for, and never a part of one; also those longer than a chunk."""
+    """A rollout holds whole episodes, at least the required number, also if they are longer than a chunk."""
     rollouts = collector(
         "toy_envs:Counting-v0", WholeEpisodes(transitions=transitions, episodes=episodes), length=length
     )
@@ -60,29 +61,29 @@ def test_whole_episodes(transitions, episodes, length, expected):
         rollout = rollouts.rollout()
         assert rollout.shape == (1, expected)
         assert rollout["observation"][0, :, 1].tolist() == [t % length for t in range(expected)]
-        assert rollout["observation"][0, 0, 0] == number * expected // length  # none is left out
+        assert rollout["observation"][0, 0, 0] == number * expected // length  # no episode is skipped
         assert rollout["next", "done"].sum() == expected // length
         assert bool(rollout["next", "done"][0, -1])
 
 
-def test_whole_episodes_are_of_one_env_and_of_our_collector():
+def test_whole_episodes_need_one_env_and_the_vector_collector():
     with pytest.raises(ConfigError, match=r"env\.num_envs=2 must be 1"):
         collector("toy_envs:Counting-v0", WholeEpisodes(), num_envs=2)
     with pytest.raises(ConfigError, match="collector=vector"):
         collector("toy_envs:Counting-v0", WholeEpisodes(), name="torchrl")
 
 
-def test_step_count_runs_on_from_the_last_rollout():
+def test_step_count_continues_across_rollouts():
     done = np.array([[0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=bool)
     assert step_count(done, np.array([4, 0])).tolist() == [[4, 5, 6, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
 
 
-def test_rollouts_carry_step_counts_where_they_are_asked_for():
-    words = ["algo=a2c", *POINT, "env.num_envs=3", "algo.steps_per_iteration=7"]
-    _, loader = build_run(compose([*LATE, *words, "algo.discount_state_weighting=true"]))
+def test_rollouts_have_step_counts_only_when_needed():
+    overrides = ["algo=a2c", *POINT, "env.num_envs=3", "algo.steps_per_iteration=7"]
+    _, loader = build_run(compose([*LATE, *overrides, "algo.discount_state_weighting=true"]))
     counts = torch.cat([next(loader)["step_count"] for _ in range(7)], 1)  # episodes have twenty steps
     assert counts.squeeze(-1).tolist() == [[t % 20 for t in range(49)]] * 3
-    _, loader = build_run(compose([*LATE, *words]))
+    _, loader = build_run(compose([*LATE, *overrides]))
     assert "step_count" not in next(loader)
 
 
@@ -90,10 +91,10 @@ def test_rollouts_carry_step_counts_where_they_are_asked_for():
 
 
 @pytest.mark.parametrize("kind", ["categorical", "normal", "normal with a deviation of its own"])
-def test_distributions_are_those_of_torch(kind):
+def test_distributions_equal_those_of_torch(kind):
     torch.manual_seed(0)
     if kind == "categorical":
-        (ours, theirs), (other, their_other) = (
+        (actual, reference), (other, their_other) = (
             (Categorical(logits), torch.distributions.Categorical(logits=logits)) for logits in torch.randn(2, 7, 4)
         )
     else:
@@ -103,20 +104,20 @@ def test_distributions_are_those_of_torch(kind):
             loc, log_std = torch.randn(7, 3), 0.3 * torch.randn(shape)
             normal = torch.distributions.Normal(loc, log_std.exp().expand(7, 3))
             pairs.append((Normal(loc, log_std), torch.distributions.Independent(normal, 1)))
-        (ours, theirs), (other, their_other) = pairs
-    action = theirs.sample()
+        (actual, reference), (other, their_other) = pairs
+    action = reference.sample()
     for a, b in (
-        (ours.log_prob(action), theirs.log_prob(action)),
-        (ours.entropy(), theirs.entropy()),
-        (ours.kl(other), torch.distributions.kl_divergence(theirs, their_other)),
+        (actual.log_prob(action), reference.log_prob(action)),
+        (actual.entropy(), reference.entropy()),
+        (actual.kl(other), torch.distributions.kl_divergence(reference, their_other)),
     ):
         assert a.shape == (7, 1)
         torch.testing.assert_close(a.squeeze(-1), b, rtol=1e-5, atol=1e-6)
     rows = torch.tensor([4, 1])
-    torch.testing.assert_close(ours[rows].log_prob(action[rows]), ours.log_prob(action)[rows])
+    torch.testing.assert_close(actual[rows].log_prob(action[rows]), actual.log_prob(action)[rows])
 
 
-def test_samples_have_the_frequencies_they_should():
+def test_sample_frequencies_match_the_distribution():
     torch.manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(40_000, 3)
     counts = Categorical(logits).sample().bincount(minlength=3) / 40_000
@@ -130,25 +131,25 @@ def test_samples_have_the_frequencies_they_should():
 
 
 def test_with_one_env_a2c_is_the_online_actor_critic(tmp_path):
-    """The lecture's form of both: the same parameters over 100 steps, but for how products of other shapes round."""
+    """With `debug=lecture`, both have the same parameters over 100 steps, up to rounding."""
     common = [*LATE, "env=cartpole", "env.num_envs=1", "total_env_steps=100", "debug=lecture", "algo.hidden_sizes=[16]"]
     train(compose(["algo=a2c", *common, "algo.lr=0.01"]), tmp_path / "a2c")
     online = ["algo.online=true", "algo.episodes_per_update=0", "algo.average_over=transitions"]
-    words = ["algo=actor_critic", *common, *online, "algo.actor_lr=0.01", "algo.critic_lr=0.01"]
-    train(compose(words), tmp_path / "online")
-    a2c, actor_critic = (saved(tmp_path / name)["state_dict"] for name in ("a2c", "online"))
-    before = make("algo=a2c", *common[len(LATE) :]).state_dict()
+    overrides = ["algo=actor_critic", *common, *online, "algo.actor_lr=0.01", "algo.critic_lr=0.01"]
+    train(compose(overrides), tmp_path / "online")
+    a2c, actor_critic = (saved_state(tmp_path / name)["state_dict"] for name in ("a2c", "online"))
+    before = make_algorithm("algo=a2c", *common[len(LATE) :]).state_dict()
     assert a2c.keys() == actor_critic.keys()
     for name, value in a2c.items():
         torch.testing.assert_close(value, actor_critic[name], rtol=0, atol=1e-6)
         assert float((value - before[name]).abs().max()) > 1e-4
 
 
-def test_the_lecture_takes_one_trajectory_per_update(tmp_path):
+def test_debug_lecture_uses_one_trajectory_per_update(tmp_path):
     for algo in ("reinforce", "actor_critic"):
-        words = [f"algo={algo}", "debug=lecture", *LATE, "env=cartpole", "total_env_steps=200", "log_every=1"]
-        train(compose(words), tmp_path / algo)
-        rows = [row for row in metrics(tmp_path / algo) if row["episode/count"]]  # without that of the last evaluation
+        overrides = [f"algo={algo}", "debug=lecture", *LATE, "env=cartpole", "total_env_steps=200", "log_every=1"]
+        train(compose(overrides), tmp_path / algo)
+        rows = [row for row in metrics(tmp_path / algo) if row["episode/count"]]  # not the row of the final evaluation
         assert len(rows) > 5
         assert all(float(row["episode/count"]) == 1 for row in rows)
         lengths = np.diff([0, *(int(row["env_steps"]) for row in rows)])
@@ -159,6 +160,7 @@ def test_the_lecture_takes_one_trajectory_per_update(tmp_path):
 
 
 def trpo_batch(algorithm, size: int = 64) -> TensorDict:
+    """Return random transitions with random advantages."""
     batch = make_batch(algorithm, size)
     batch["advantage"] = torch.randn(size, 1, generator=torch.Generator().manual_seed(2))
     return batch
@@ -166,10 +168,12 @@ def trpo_batch(algorithm, size: int = 64) -> TensorDict:
 
 @pytest.mark.parametrize("env", ["pendulum", "cartpole"])
 def test_fisher_vector_product_is_that_of_the_fisher_matrix(env):
-    """F = E_s E_a[grad log pi(a|s) grad log pi(a|s)'], with the inner expectation exact or from many draws."""
+    """F = E_s E_a[grad log pi(a|s) grad log pi(a|s)'], with an exact inner expectation (by sum or quadrature)."""
     damping = 0.1
-    algorithm = make("algo=trpo", f"env={env}", "algo.hidden_sizes=[5]", f"algo.cg_damping={damping}").double()
-    algorithm.actor.network[-1].weight.data.normal_()  # away from the nearly constant policy of the start
+    algorithm = make_algorithm(
+        "algo=trpo", f"env={env}", "algo.hidden_sizes=[5]", f"algo.cg_damping={damping}"
+    ).double()
+    algorithm.actor.network[-1].weight.data.normal_()  # the initial policy is nearly constant
     observation = make_batch(algorithm, 12)["observation"].double()
     policy = algorithm.actor(observation)
     product = algorithm.fisher_vector_product(policy.detach().kl(policy).mean())
@@ -215,7 +219,7 @@ def test_conjugate_gradient_solves():
 @pytest.mark.parametrize("env", ["pendulum", "cartpole"])
 @pytest.mark.parametrize("target_kl", [0.001, 0.05])
 def test_the_step_stays_within_the_trust_region(env, target_kl):
-    algorithm = make("algo=trpo", f"env={env}", f"algo.target_kl={target_kl}")
+    algorithm = make_algorithm("algo=trpo", f"env={env}", f"algo.target_kl={target_kl}")
     batch = trpo_batch(algorithm)
     old = algorithm.actor(batch["observation"]).detach()
     for _ in range(3):
@@ -230,7 +234,7 @@ def test_the_step_stays_within_the_trust_region(env, target_kl):
 
 
 def test_a_step_that_does_not_improve_is_not_taken():
-    algorithm = make("algo=trpo", "env=pendulum")
+    algorithm = make_algorithm("algo=trpo", "env=pendulum")
     batch = trpo_batch(algorithm)
     before = copy.deepcopy(algorithm.actor.state_dict())
     features, old = batch["observation"], algorithm.actor(batch["observation"]).detach()
@@ -244,36 +248,38 @@ def test_a_step_that_does_not_improve_is_not_taken():
 
 
 def test_penalty_is_that_of_torchrl():
-    algorithm = make("algo=ppo", "env=pendulum", "algo.penalty=kl", "algo.target_kl=0.01", "algo.initial_beta=0.7")
+    algorithm = make_algorithm(
+        "algo=ppo", "env=pendulum", "algo.penalty=kl", "algo.target_kl=0.01", "algo.initial_beta=0.7"
+    )
     batch = make_batch(algorithm)
-    ours, theirs = (losses(algorithm, batch.clone()) for losses in (oracles.ppo_losses, oracles.ppo_oracle))
-    # TorchRL clips no critic here
+    actual, reference = (losses(algorithm, batch.clone()) for losses in (oracles.ppo_losses, oracles.ppo_oracle))
+    # The critic losses differ: this loss of TorchRL does not clip values.
     for i in (0, 2):
-        torch.testing.assert_close(ours[i], theirs[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[i], reference[i], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(0.005, 0.5), (0.01, 1.0), (0.016, 2.0)])
 def test_the_penalty_adapts(kl, factor):
-    algorithm = make("algo=ppo", "env=pendulum", "algo.penalty=kl", "algo.target_kl=0.01")
+    algorithm = make_algorithm("algo=ppo", "env=pendulum", "algo.penalty=kl", "algo.target_kl=0.01")
     algorithm.update_beta(torch.tensor(kl))
     assert algorithm.beta == factor
 
 
-def test_penalty_keeps_the_policy_near(tmp_path):
-    words = ["algo=ppo", *POINT, *LATE, "total_env_steps=2000", "algo.steps_per_iteration=200", "algo.lr=3e-3"]
-    words += ["algo.batch_size=50", "algo.penalty=kl", "algo.target_kl=0.003", "algo.initial_beta=0.1"]
-    train(compose([*words, "log_every=200"]), tmp_path / "run")
+def test_the_penalty_keeps_the_policy_close(tmp_path):
+    overrides = ["algo=ppo", *POINT, *LATE, "total_env_steps=2000", "algo.steps_per_iteration=200", "algo.lr=3e-3"]
+    overrides += ["algo.batch_size=50", "algo.penalty=kl", "algo.target_kl=0.003", "algo.initial_beta=0.1"]
+    train(compose([*overrides, "log_every=200"]), tmp_path / "run")
     rows = [row for row in metrics(tmp_path / "run") if row["train/kl"]]
     assert float(rows[-1]["train/beta"]) > 0.1
     assert np.mean([float(row["train/kl"]) for row in rows[5:]]) < 0.03
 
 
 def test_target_kl_ends_the_epochs(tmp_path):
-    words = ["algo=ppo", *POINT, *LATE, "total_env_steps=200", "algo.steps_per_iteration=200", "algo.batch_size=50"]
+    overrides = ["algo=ppo", *POINT, *LATE, "total_env_steps=200", "algo.steps_per_iteration=200", "algo.batch_size=50"]
     updates = {}
     for target in ("null", "1e-9", "1e9"):
-        train(compose([*words, f"algo.target_kl={target}"]), tmp_path / target)
-        updates[target] = saved(tmp_path / target)["levin"]["updates"]
+        train(compose([*overrides, f"algo.target_kl={target}"]), tmp_path / target)
+        updates[target] = saved_state(tmp_path / target)["levin"]["updates"]
     assert updates == {"null": 40, "1e-9": 4, "1e9": 40}
 
 
@@ -282,111 +288,118 @@ EPISODES = ("env.num_envs=1", "algo.episodes_per_update=1", "algo.discount_state
 
 
 @pytest.mark.parametrize(
-    ("algo", "words"),
+    ("algo", "overrides"),
     [
         ("ppo", ("algo.clip_schedule=linear", "env=cartpole")),
         ("ppo", ("algo.clip_schedule=linear", *KL)),
-        ("actor_critic", ("algo.critic=q",)),  # draws an action in its loss
+        ("actor_critic", ("algo.critic=q",)),  # samples an action in its loss
         ("actor_critic", EPISODES),
         ("a2c", ("env=gym", "env.id=toy_envs:Buttons-v0")),
         ("a2c", ("env=gym", "env.id=toy_envs:Robot-v0")),
     ],
 )
-def test_other_forms_are_compiled_once_as_well(algo, words, tmp_path):
-    """A number that changes, another length of an episode, other spaces."""
+def test_variants_are_compiled_once_as_well(algo, overrides, tmp_path):
+    """With changing hyper-parameters, episodes of different lengths, and other spaces."""
     (row,) = (row for row in ROWS if row.algo == algo)
-    compiled_and_eager_are_the_same(replace(row, small=(*row.small, *words)), tmp_path)
+    compiled_and_eager_are_the_same(replace(row, small=(*row.small, *overrides)), tmp_path)
 
 
 def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="no-such-compiler is not there"):
-        make("algo=ppo", "env=pendulum", "algo.compile=true")
+    with pytest.raises(ConfigError, match="no-such-compiler was not found"):
+        make_algorithm("algo=ppo", "env=pendulum", "algo.compile=true")
 
 
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "a3c"])
 def test_pixels(algo, tmp_path):
-    """The Nature CNN reads them, and is trained."""
-    words = [f"algo={algo}", "env=gym", "env.id=toy_envs:Frames-v0", *LATE, "total_env_steps=16", "eval.episodes=1"]
-    words += ["algo.steps_per_iteration=8", "env.num_envs=1", "env.normalize_observation=false"]
-    words += ["trainer.workers=1"] if algo == "a3c" else ["env.normalize_reward=false"]
-    words += ["algo.batch_size=8", "algo.epochs=1"] if algo == "ppo" else []
-    train(compose(words), tmp_path / "run")
-    before = make(*words).state_dict()
-    after = saved(tmp_path / "run")["state_dict"]
+    """The Nature CNN is trained; images that are too small are refused."""
+    overrides = [f"algo={algo}", "env=gym", "env.id=toy_envs:Frames-v0", *LATE, "total_env_steps=16", "eval.episodes=1"]
+    overrides += ["algo.steps_per_iteration=8", "env.num_envs=1", "env.normalize_observation=false"]
+    overrides += ["trainer.workers=1"] if algo == "a3c" else ["env.normalize_reward=false"]
+    overrides += ["algo.batch_size=8", "algo.epochs=1"] if algo == "ppo" else []
+    train(compose(overrides), tmp_path / "run")
+    before = make_algorithm(*overrides).state_dict()
+    after = saved_state(tmp_path / "run")["state_dict"]
     assert not torch.equal(before["trunk.layers.0.weight"], after["trunk.layers.0.weight"])
     with pytest.raises(ConfigError, match="36 x 36 pixels or more"):
-        make(f"algo={algo}", "env=gym", "env.id=toy_envs:Image-v0", *words[3:])
+        make_algorithm(f"algo={algo}", "env=gym", "env.id=toy_envs:Image-v0", *overrides[3:])
 
 
 @pytest.mark.parametrize("algo", ["actor_critic", "a2c"])
-def test_one_transition_per_update_can_be_learned_from(algo, tmp_path):
-    """One number has no deviation to be divided by."""
-    words = [f"algo={algo}", *LATE, "env=cartpole", "env.num_envs=1", "total_env_steps=5", "algo.steps_per_iteration=1"]
-    train(compose([*words, "algo.normalize_advantage=true", "eval.episodes=1"]), tmp_path / "run")
+def test_training_with_one_transition_per_update(algo, tmp_path):
+    """Advantages of one transition have no standard deviation to be normalized by."""
+    overrides = [
+        f"algo={algo}",
+        *LATE,
+        "env=cartpole",
+        "env.num_envs=1",
+        "total_env_steps=5",
+        "algo.steps_per_iteration=1",
+    ]
+    train(compose([*overrides, "algo.normalize_advantage=true", "eval.episodes=1"]), tmp_path / "run")
 
 
 # --- schedules
 
 
 def test_schedules_reach_zero(tmp_path):
-    """The first iteration has the whole rate; the value at the end is what is left for one more."""
-    words = ["algo=ppo", *POINT, *LATE, "algo.steps_per_iteration=50", "algo.batch_size=50", "algo.epochs=1"]
-    algorithm = make(*words, "total_env_steps=200")
-    seen = []
-    for begun in (0, 50, 150, 200, 400):
-        algorithm.iteration_begun = begun
-        seen.append(algorithm.remaining(algorithm.schedule_env_steps))
-    assert seen == [1.0, 0.75, 0.25, 0.0, 0.0]
+    """The first iteration has the full learning rate; the rate after the last update is that of the last iteration."""
+    overrides = ["algo=ppo", *POINT, *LATE, "algo.steps_per_iteration=50", "algo.batch_size=50", "algo.epochs=1"]
+    algorithm = make_algorithm(*overrides, "total_env_steps=200")
+    fractions = []
+    for env_steps in (0, 50, 150, 200, 400):
+        algorithm.iteration_begun = env_steps
+        fractions.append(algorithm.remaining(algorithm.schedule_env_steps))
+    assert fractions == [1.0, 0.75, 0.25, 0.0, 0.0]
     rates = {}
     for schedule in ("constant", "linear"):
-        train(compose([*words, "total_env_steps=200", f"algo.lr_schedule={schedule}"]), tmp_path / schedule)
-        (optimizer,) = saved(tmp_path / schedule)["optimizer_states"]
+        train(compose([*overrides, "total_env_steps=200", f"algo.lr_schedule={schedule}"]), tmp_path / schedule)
+        (optimizer,) = saved_state(tmp_path / schedule)["optimizer_states"]
         rates[schedule] = optimizer["param_groups"][0]["lr"]
     assert rates == pytest.approx({"constant": 3e-4, "linear": 3e-4 * 0.25})
 
 
-def test_a_longer_total_stretches_the_schedule_and_says_so(tmp_path, capsys):
-    words = ["algo=ppo", *POINT, *LATE, "algo.steps_per_iteration=50", "algo.batch_size=50", "algo.epochs=1"]
-    train(compose([*words, "total_env_steps=100"]), tmp_path / "run")
+def test_resuming_with_a_larger_total_stretches_the_schedule(tmp_path, capsys):
+    overrides = ["algo=ppo", *POINT, *LATE, "algo.steps_per_iteration=50", "algo.batch_size=50", "algo.epochs=1"]
+    train(compose([*overrides, "total_env_steps=100"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=400)
     assert "algo.schedule_env_steps: 100 -> 400; annealed schedules change" in capsys.readouterr().out
-    (optimizer,) = saved(tmp_path / "run")["optimizer_states"]
+    (optimizer,) = saved_state(tmp_path / "run")["optimizer_states"]
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(3e-4 * 50 / 400)
 
 
-# --- bad input
+# --- invalid settings
 
 WRONG = {
-    "algo=actor_critic env=pendulum algo.critic=q algo.q_target=max": "algo.q_target=max goes through all actions",
-    "algo=actor_critic algo.average_over=episodes": "algo.average_over=episodes is for whole ones",
+    "algo=actor_critic env=pendulum algo.critic=q algo.q_target=max": "algo.q_target=max needs discrete actions",
+    "algo=actor_critic algo.average_over=episodes": "algo.average_over=episodes needs whole episodes",
     "algo=actor_critic algo.online=true": "algo.online=true learns from one step of one env",
     "algo=ppo env=pendulum algo.batch_size=60": "algo.batch_size=60 does not divide",
     "algo=trpo env=pendulum algo.batch_size=60": "algo.batch_size=60 does not divide",
-    "algo=ppo env=pendulum algo.penalty=kl": "algo.penalty=kl needs an algo.target_kl",
+    "algo=ppo env=pendulum algo.penalty=kl": "algo.penalty=kl needs a KL divergence to steer to",
     "algo=a3c algo.steps_per_iteration=0": "algo.steps_per_iteration=0: input should be greater than 0",
     "algo=a3c algo.t_max=0": "algo.t_max is unknown",
     "algo=reinforce env.num_envs=2": "env.num_envs=2 must be 1",
     "algo=reinforce algo.advantage=none": "algo.advantage=none",
-    "algo=a2c trainer.workers=2": "trainer.workers=2 are processes of trainer.strategy=hogwild",
-    "algo=a2c trainer.strategy=hogwild trainer.workers=2 trainer.threads=1": "trainer.strategy=hogwild is for A3C",
+    "algo=a2c trainer.workers=2": "trainer.workers=2 needs trainer.strategy=hogwild",
+    "algo=a2c trainer.strategy=hogwild trainer.workers=2 trainer.threads=1": "several workers is for A3C",
     "algo=a3c trainer.threads=2": "trainer.threads=1",
     "algo=a3c env.normalize_observation=true": "running statistics can't be shared",
-    "algo=a3c trainer.accelerator=gpu": "trainer.strategy=hogwild shares the memory of the CPU",
-    "algo=trpo debug=lecture": "debug=lecture is for a2c, actor_critic, reinforce",
+    "algo=a3c trainer.accelerator=gpu": "trainer.strategy=hogwild runs on the CPU",
+    "algo=trpo debug=lecture": "debug=lecture is not for trpo; valid algorithms: a2c, actor_critic, reinforce",
 }
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_wrong_input_is_one_sentence(words):
+@pytest.mark.parametrize("overrides", WRONG)
+def test_invalid_settings_are_config_errors(overrides):
     with pytest.raises(ConfigError) as error:
-        build_run(compose(words.split()))
-    assert WRONG[words] in str(error.value)
+        build_run(compose(overrides.split()))
+    assert WRONG[overrides] in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_the_policy_that_acted_is_judged_in_full_precision():
-    """A rollout is collected without mixed precision: its log-probabilities are those of the policy as it acted."""
+def test_log_probabilities_of_rollouts_are_in_full_precision():
+    """Rollouts are collected in full precision, so the log-probabilities of their actions must be as well."""
     algorithm = build_row(next(row for row in ROWS if row.algo == "ppo"))
     seen = []
     algorithm.epoch = lambda data, *_: seen.append(data["log_prob"])

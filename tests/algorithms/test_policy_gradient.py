@@ -1,7 +1,7 @@
-"""The lecture's derivation, exact: every trajectory of a small MDP goes through the losses that train.
+"""Exact means and variances of policy gradients: losses of the algorithms on every trajectory of a small MDP.
 
-Three states, two actions, four steps, transitions of chance; 512 trajectories with their probabilities, in float64. A
-state is shown together with the time, on which values depend where the horizon is finite.
+The MDP has three states, two actions, four steps and random transitions: 512 trajectories with known probabilities, in
+float64. Observations contain the state and the time, because values depend on the time in a finite horizon.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ from levin.estimators import LeaveOneOut, ScoreFunction, StochasticGraph
 
 STATES, ACTIONS, STEPS, GAMMA = 3, 2, 4, 0.8
 START = torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64)
-# P[s, a, s']: quarters, so that four rows can stand for a distribution
+# P[s, a, s'], in multiples of 1/4, so that four transitions can represent the distribution
 TRANSITION = torch.tensor(
     [
         [[0.25, 0.75, 0.0], [0.0, 0.5, 0.5]],
@@ -36,7 +36,7 @@ REWARD = torch.tensor(  # r[s, a, s']
     ],
     dtype=torch.float64,
 )
-SPEC = {
+ENV = {
     "id": "three states",
     "num_envs": 1,
     "observation": {
@@ -54,24 +54,24 @@ SPEC = {
     "observation_clip": None,
     "reward_clip": None,
 }
-LETTER = {"gamma": GAMMA, "discount_state_weighting": True, "normalize_advantage": False, "hidden_sizes": (5,)}
-EPISODES, WHOLE = {"average_over": "episodes"}, {"episodes_per_update": 1}
+THEORY = {"gamma": GAMMA, "discount_state_weighting": True, "normalize_advantage": False, "hidden_sizes": (5,)}
+EPISODES, ONE_EPISODE = {"average_over": "episodes"}, {"episodes_per_update": 1}
 
 
 def observation(state: Tensor, time: Tensor) -> Tensor:
-    """`[...] -> [..., STATES + STEPS + 1]`."""
+    """Return one-hot observations of state and time: `[...] -> [..., STATES + STEPS + 1]`."""
     one_hot = nn.functional.one_hot
     return torch.cat([one_hot(state, STATES), one_hot(time, STEPS + 1)], -1).double()
 
 
 def every_state() -> Tensor:
-    """`[STEPS + 1, STATES, *]`."""
+    """Return the observations of every time and state: `[STEPS + 1, STATES, *]`."""
     time, state = torch.meshgrid(torch.arange(STEPS + 1), torch.arange(STATES), indexing="ij")
     return observation(state, time)
 
 
 class Table(nn.Module):
-    """A critic that knows a value of every state and time: `[B, F] -> [B, outputs]`."""
+    """Tabular critic with a value for every state and time: `[B, F] -> [B, outputs]`."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Table(nn.Module):
 
 @cache
 def trajectories() -> tuple[Tensor, Tensor]:
-    """All states `[512, STEPS + 1]` and actions `[512, STEPS]` that have a probability."""
+    """Return the states `[512, STEPS + 1]` and actions `[512, STEPS]` of all trajectories with nonzero probability."""
     paths = [([int(s)], []) for s in START.nonzero()]
     for _ in range(STEPS):
         paths = [
@@ -98,12 +98,12 @@ def trajectories() -> tuple[Tensor, Tensor]:
 
 
 def log_policy(algorithm) -> Tensor:
-    """log pi(a|s) of every time and state: `[STEPS + 1, STATES, ACTIONS]`."""
+    """Return log pi(a|s) for every time and state: `[STEPS + 1, STATES, ACTIONS]`."""
     return algorithm.actor(every_state().flatten(0, 1)).log_probs.view(STEPS + 1, STATES, ACTIONS)
 
 
 def log_probability(algorithm) -> tuple[Tensor, Tensor]:
-    """Of every trajectory `[512]`: the policy's part of log p(tau), and the environment's."""
+    """Return the policy's and the dynamics' part of log p(tau) of every trajectory: `[512]` each."""
     states, actions = trajectories()
     time = torch.arange(STEPS).expand_as(actions)
     policy = log_policy(algorithm)[time, states[:, :-1], actions].sum(1)
@@ -112,18 +112,18 @@ def log_probability(algorithm) -> tuple[Tensor, Tensor]:
 
 
 def rewards() -> Tensor:
-    """`[512, STEPS]`."""
+    """Return the rewards of every trajectory: `[512, STEPS]`."""
     states, actions = trajectories()
     return REWARD[states[:, :-1], actions, states[:, 1:]]
 
 
 def returns() -> Tensor:
-    """R = sum_t gamma^t r_{t+1} of every trajectory `[512]`."""
+    """Return R = sum_t gamma^t r_{t+1} of every trajectory: `[512]`."""
     return (rewards() * GAMMA ** torch.arange(STEPS).double()).sum(1)
 
 
 def exact_values(algorithm) -> tuple[Tensor, Tensor]:
-    """V^pi `[STEPS + 1, STATES, 1]` and Q^pi `[STEPS + 1, STATES, ACTIONS]`, by dynamic programming."""
+    """Return V^pi `[STEPS + 1, STATES, 1]` and Q^pi `[STEPS + 1, STATES, ACTIONS]`, by dynamic programming."""
     policy = log_policy(algorithm).exp().detach()
     value, q = torch.zeros(STEPS + 1, STATES, dtype=torch.float64), torch.zeros_like(policy)
     for time in reversed(range(STEPS)):
@@ -133,7 +133,7 @@ def exact_values(algorithm) -> tuple[Tensor, Tensor]:
 
 
 def rollout(i: int) -> TensorDict:
-    """Trajectory i as a collector would have it: `[1, STEPS]`."""
+    """Return trajectory i as a rollout `[1, STEPS]`."""
     states, actions = (each[i : i + 1] for each in trajectories())
     time = torch.arange(STEPS).unsqueeze(0)
     done = (time == STEPS - 1).unsqueeze(-1)
@@ -143,10 +143,10 @@ def rollout(i: int) -> TensorDict:
     return TensorDict({**content, "next": after}, batch_size=(1, STEPS))
 
 
-def build(kind, **options):
-    """An algorithm in float64 with a policy that is far from uniform; a critic, where it has one, that is exact."""
+def make_algorithm(kind, **options):
+    """Build an algorithm in float64 with a non-uniform policy and, if it has a critic, exact values."""
     torch.manual_seed(0)
-    algorithm = kind(env=SPEC, **options).double()
+    algorithm = kind(env=ENV, **options).double()
     for layer in algorithm.actor.network:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.7)
@@ -157,23 +157,23 @@ def build(kind, **options):
 
 
 def gradient(algorithm, objective: Tensor, **options) -> Tensor:
-    """`[P]`."""
+    """Return the gradient of an objective with respect to the actor's parameters: `[P]`."""
     return torch.cat(
         [g.flatten() for g in torch.autograd.grad(objective, list(algorithm.actor.parameters()), **options)]
     )
 
 
 def loss(algorithm, data: TensorDict) -> Tensor:
-    """The actor's loss of one trajectory, by the code that trains."""
+    """Return the actor loss of one trajectory, computed by the algorithm."""
     if isinstance(algorithm, A2C):
-        return algorithm.losses(data)[0] * STEPS  # its mean is over transitions, and every episode has four
+        return algorithm.losses(data)[0] * STEPS  # A2C averages over the four transitions
     if isinstance(algorithm, ActorCritic):
         data = data.flatten(0, 1)
     return algorithm.actor_loss(data, algorithm.weight(data))[0]
 
 
 def moments(algorithm) -> tuple[Tensor, float]:
-    """Exact mean `[P]` and total variance of the estimator -grad loss of one trajectory."""
+    """Return the exact mean `[P]` and total variance of the estimator -grad loss of one trajectory."""
     probability = sum(log_probability(algorithm)).exp().detach()
     each = torch.stack([-gradient(algorithm, loss(algorithm, rollout(i))) for i in range(len(probability))])
     mean = probability @ each
@@ -181,22 +181,22 @@ def moments(algorithm) -> tuple[Tensor, float]:
 
 
 FORMS = {
-    "simple": lambda **o: build(REINFORCE, advantage="return", **LETTER | EPISODES | o),
-    "reward-to-go": lambda **o: build(REINFORCE, advantage="reward_to_go", **LETTER | EPISODES | o),
-    "value baseline": lambda **o: build(REINFORCE, advantage="baseline", **LETTER | EPISODES | o),
-    "Q critic": lambda **o: build(ActorCritic, critic="q", **LETTER | EPISODES | WHOLE | o),
-    "advantage": lambda **o: build(ActorCritic, critic="advantage", **LETTER | EPISODES | WHOLE | o),
-    "A2C, n-step": lambda **o: build(A2C, **LETTER | o),
-    "A2C, GAE": lambda **o: build(A2C, gae_lambda=0.9, **LETTER | o),
+    "simple": lambda **o: make_algorithm(REINFORCE, advantage="return", **THEORY | EPISODES | o),
+    "reward-to-go": lambda **o: make_algorithm(REINFORCE, advantage="reward_to_go", **THEORY | EPISODES | o),
+    "value baseline": lambda **o: make_algorithm(REINFORCE, advantage="baseline", **THEORY | EPISODES | o),
+    "Q critic": lambda **o: make_algorithm(ActorCritic, critic="q", **THEORY | EPISODES | ONE_EPISODE | o),
+    "advantage": lambda **o: make_algorithm(ActorCritic, critic="advantage", **THEORY | EPISODES | ONE_EPISODE | o),
+    "A2C, n-step": lambda **o: make_algorithm(A2C, **THEORY | o),
+    "A2C, GAE": lambda **o: make_algorithm(A2C, gae_lambda=0.9, **THEORY | o),
 }
 
 
 def true_gradient(algorithm) -> Tensor:
-    """Of J = sum_tau p(tau) R, by differentiating the enumeration."""
+    """Return the gradient of J = sum_tau p(tau) R by enumeration: `[P]`."""
     return gradient(algorithm, (sum(log_probability(algorithm)).exp() * returns()).sum())
 
 
-def test_all_trajectories_are_there():
+def test_the_probabilities_of_all_trajectories_sum_to_1():
     probability = sum(log_probability(FORMS["simple"]())).exp().detach()
     assert len(probability) == 512
     torch.testing.assert_close(float(probability.sum()), 1.0, rtol=0, atol=1e-12)
@@ -204,15 +204,15 @@ def test_all_trajectories_are_there():
     torch.testing.assert_close(START @ value[0, :, 0], (probability * returns()).sum())
 
 
-def test_score_function_and_the_environment_that_drops_out():
-    """grad J = sum_tau p(tau) R grad log p(tau), and the same without the terms of the environment."""
+def test_the_dynamics_drop_out_of_the_score_function_gradient():
+    """grad J = sum_tau p(tau) R grad log p(tau), with and without the terms of the dynamics."""
     algorithm = FORMS["simple"]()
     policy, world = log_probability(algorithm)
     weight = (policy + world).exp().detach() * returns()
     exact = true_gradient(algorithm)
     assert float(exact.norm()) > 0.1
-    whole = gradient(algorithm, (weight * (policy + world)).sum(), retain_graph=True)
-    torch.testing.assert_close(whole, exact, rtol=0, atol=1e-12)
+    full = gradient(algorithm, (weight * (policy + world)).sum(), retain_graph=True)
+    torch.testing.assert_close(full, exact, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient(algorithm, (weight * policy).sum()), exact, rtol=0, atol=1e-12)
 
 
@@ -235,21 +235,21 @@ def test_every_form_is_unbiased(exact, name):
     torch.testing.assert_close(exact[name][0], true_gradient(FORMS[name]()), rtol=0, atol=1e-10)
 
 
-def test_each_step_of_the_lecture_takes_variance_out(exact, capsys):
+def test_each_form_of_the_lecture_reduces_the_variance(exact, capsys):
     variance = {name: of for name, (_, of) in exact.items()}
     with capsys.disabled():
         print("\n\nexact variance of one trajectory's gradient")
         for name, of in variance.items():
             print(f"  {name:<16}{of:>8.3f}{of / variance['simple']:>8.2f} x simple")
     assert variance["simple"] > variance["reward-to-go"] > variance["value baseline"] > variance["advantage"]
-    # Q for G lowers the variance of every term, not always that of their sum: terms of one trajectory go together
+    # Q in place of G reduces the variance of every term, but not always that of their sum: terms are correlated.
     assert variance["simple"] > variance["Q critic"]
     torch.testing.assert_close(variance["A2C, n-step"], variance["value baseline"])  # the same estimator
     assert variance["advantage"] < variance["A2C, GAE"] < variance["A2C, n-step"]
 
 
-class Given(Categorical):
-    """Whose draw is handed to it."""
+class FixedSamples(Categorical):
+    """Categorical distribution whose `sample` returns a prescribed action."""
 
     def __init__(self, logits: Tensor, action: Tensor) -> None:
         super().__init__(logits=logits, validate_args=False)
@@ -261,32 +261,33 @@ class Given(Categorical):
 
 @pytest.mark.parametrize(("name", "causal"), [("reward-to-go", True), ("simple", False)])
 def test_a_stochastic_graph_of_the_mdp_is_reinforce(name, causal):
-    """An action is charged with the rewards after it, or with all of them: the lecture's rows 5 and 4, to the bit."""
+    """A causal graph charges an action with later rewards (reward-to-go), else with all rewards; equal to 1e-12."""
     algorithm = FORMS[name]()
     for i in range(0, 512, 37):
         data = rollout(i)
-        by_graph = gradient(algorithm, graph_of(algorithm, data).surrogate(causal=causal))
+        by_graph = gradient(algorithm, make_graph(algorithm, data).surrogate(causal=causal))
         torch.testing.assert_close(by_graph, -gradient(algorithm, loss(algorithm, data)), rtol=0, atol=1e-12)
-        other = graph_of(algorithm, data).surrogate(causal=not causal)
+        other = make_graph(algorithm, data).surrogate(causal=not causal)
         assert not torch.allclose(gradient(algorithm, other), by_graph)
 
 
-def graph_of(algorithm, data: TensorDict) -> StochasticGraph:
+def make_graph(algorithm, data: TensorDict) -> StochasticGraph:
+    """Build the stochastic computation graph of one trajectory."""
     logits = algorithm.actor(data["observation"].flatten(0, 1)).logits  # [STEPS, ACTIONS]
     graph = StochasticGraph()
     for t in range(STEPS):
-        graph.sample(f"a{t}", Given(logits[t], data["action"][0, t]), ScoreFunction())
+        graph.sample(f"a{t}", FixedSamples(logits[t], data["action"][0, t]), ScoreFunction())
         graph.cost(f"r{t}", GAMMA**t * data["next", "reward"][0, t, 0])
     return graph
 
 
 def group(*indices: int) -> TensorDict:
-    """Trajectories one after the other, `[1, T]`."""
+    """Return trajectories one after the other as a rollout `[1, T]`."""
     return torch.cat([rollout(i) for i in indices], 1)
 
 
-def drawn_pairs(algorithm, num: int, greedy: bool) -> list[tuple[int, int]]:
-    """Independent trajectories; or each beside one that begins in the same state, and takes the mode's actions."""
+def sample_pairs(algorithm, num: int, greedy: bool) -> list[tuple[int, int]]:
+    """Sample pairs of trajectories: independent ones, or one and a greedy one from the same first state."""
     policy, world = (each.detach().exp() for each in log_probability(algorithm))
     first = (policy * world).multinomial(num, replacement=True)
     if not greedy:
@@ -299,31 +300,31 @@ def drawn_pairs(algorithm, num: int, greedy: bool) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("form", ["leave_one_out", "self_critical", "biased"])
-def test_baselines_made_of_other_episodes(form, monkeypatch):
-    """Unbiased; a mean that includes the episode itself is not, and is found out."""
+def test_baselines_from_other_episodes(form, monkeypatch):
+    """The baselines are unbiased; a mean that includes the episode itself is biased, and the test detects it."""
     if form == "biased":
         monkeypatch.setattr(
             REINFORCE, "leave_one_out_mean", lambda _, g, __: g.view(1, -1, STEPS, 1).mean(1).repeat(1, 2, 1)
         )
-    options = LETTER | EPISODES | {"episodes_per_update": 2, "advantage": "leave_one_out"}
-    algorithm = build(REINFORCE, **options | ({"advantage": form} if form == "self_critical" else {}))
+    options = THEORY | EPISODES | {"episodes_per_update": 2, "advantage": "leave_one_out"}
+    algorithm = make_algorithm(REINFORCE, **options | ({"advantage": form} if form == "self_critical" else {}))
     each = []
-    for pair in drawn_pairs(algorithm, 3000, greedy=form == "self_critical"):
+    for pair in sample_pairs(algorithm, 3000, greedy=form == "self_critical"):
         data, weight = algorithm.without_greedy_twins(data := group(*pair), algorithm.weight(data))
         each.append(-gradient(algorithm, algorithm.actor_loss(data, weight)[0]))
-    found = torch.stack(each)
-    error = found.mean(0) - true_gradient(algorithm)
-    moving = found.std(0) > 1e-6
-    z = (error[moving] / (found[:, moving].std(0) / len(found) ** 0.5)).abs().max()
+    estimates = torch.stack(each)
+    error = estimates.mean(0) - true_gradient(algorithm)
+    moving = estimates.std(0) > 1e-6
+    z = (error[moving] / (estimates[:, moving].std(0) / len(estimates) ** 0.5)).abs().max()
     assert (z < 4.5) == (form != "biased"), z
 
 
-def test_episodes_of_other_lengths_are_compared_step_by_step():
+def test_leave_one_out_baselines_with_episodes_of_different_lengths():
     done = torch.tensor([0, 0, 1, 1, 0, 1]).bool().view(1, -1, 1)  # three episodes: 3, 1 and 2 steps
     step = torch.tensor([0, 1, 2, 0, 0, 1]).view(1, -1, 1)
     data = TensorDict({"step_count": step, "next": {"done": done}}, batch_size=(1, 6))
     g = torch.tensor([5.0, 3.0, 1.0, 7.0, 4.0, 2.0]).view(1, -1, 1)
-    algorithm = build(REINFORCE, advantage="leave_one_out", episodes_per_update=2)
+    algorithm = make_algorithm(REINFORCE, advantage="leave_one_out", episodes_per_update=2)
     assert algorithm.leave_one_out_mean(g, data).flatten().tolist() == [5.5, 1.0, 0.0, 4.5, 6.0, 1.5]
     data, g = data[:, :4], g[:, :4]
     assert algorithm.twin_return(g, data).flatten()[:3].tolist() == [7.0, 0.0, 0.0]
@@ -331,8 +332,10 @@ def test_episodes_of_other_lengths_are_compared_step_by_step():
 
 
 def test_leave_one_out_is_the_estimator_of_that_name():
-    """Of episodes of one step: the same gradient as LeaveOneOut's surrogate."""
-    algorithm = build(REINFORCE, **LETTER | EPISODES | {"advantage": "leave_one_out", "episodes_per_update": 2})
+    """For episodes of one step, REINFORCE has the gradient of LeaveOneOut's surrogate."""
+    algorithm = make_algorithm(
+        REINFORCE, **THEORY | EPISODES | {"advantage": "leave_one_out", "episodes_per_update": 2}
+    )
     data = TensorDict(
         {
             "observation": observation(torch.tensor([[0, 0, 0]]), torch.zeros(1, 3, dtype=torch.long)),
@@ -347,14 +350,14 @@ def test_leave_one_out_is_the_estimator_of_that_name():
         batch_size=(1, 3),
     )
     logits = algorithm.actor(data["observation"][0, :1]).logits  # [1, ACTIONS]
-    draws = LeaveOneOut(3).sample(Given(logits, data["action"].view(3, 1)))
+    draws = LeaveOneOut(3).sample(FixedSamples(logits, data["action"].view(3, 1)))
     surrogate = LeaveOneOut(3).surrogate(draws, data["next", "reward"].view(3, 1))
-    ours = -gradient(algorithm, algorithm.actor_loss(data, algorithm.weight(data))[0])
-    torch.testing.assert_close(gradient(algorithm, surrogate.sum()), ours, rtol=0, atol=1e-12)
+    gradient_of_loss = -gradient(algorithm, algorithm.actor_loss(data, algorithm.weight(data))[0])
+    torch.testing.assert_close(gradient(algorithm, surrogate.sum()), gradient_of_loss, rtol=0, atol=1e-12)
 
 
-def test_a2c_is_the_score_function_with_v_as_its_baseline():
-    algorithm = build(A2C, **LETTER | {"discount_state_weighting": False})
+def test_a2c_is_the_score_function_with_a_value_baseline():
+    algorithm = make_algorithm(A2C, **THEORY | {"discount_state_weighting": False})
     value, _ = exact_values(algorithm)
     for i in range(0, 512, 37):
         data = rollout(i)
@@ -365,37 +368,40 @@ def test_a2c_is_the_score_function_with_v_as_its_baseline():
         )
         logits = algorithm.actor(data["observation"].flatten(0, 1)).logits  # [STEPS, ACTIONS]
         estimator = ScoreFunction(baseline=baseline)
-        draws = estimator.sample(Given(logits, data["action"]))
+        draws = estimator.sample(FixedSamples(logits, data["action"]))
         surrogate = estimator.surrogate(draws, reward_to_go.unsqueeze(0)).sum()
-        ours = -gradient(algorithm, loss(algorithm, data))
-        torch.testing.assert_close(gradient(algorithm, surrogate), ours, rtol=0, atol=1e-12)
+        gradient_of_loss = -gradient(algorithm, loss(algorithm, data))
+        torch.testing.assert_close(gradient(algorithm, surrogate), gradient_of_loss, rtol=0, atol=1e-12)
 
 
-def test_bias_of_what_practice_does(exact, capsys):
-    """Dropping gamma^t, and bootstrapping from a wrong value, are biased; a wrong baseline is not."""
+def test_bias_of_common_practice(exact, capsys):
+    """Dropping gamma^t and bootstrapping from wrong values give biased gradients; a wrong baseline does not."""
 
     def bias(algorithm) -> float:
         target = true_gradient(algorithm)
         return float((moments(algorithm)[0] - target).norm() / target.norm())
 
-    found = {f"{name}, gamma^t dropped": bias(FORMS[name](discount_state_weighting=False)) for name in list(FORMS)[1:]}
+    biases = {f"{name}, gamma^t dropped": bias(FORMS[name](discount_state_weighting=False)) for name in list(FORMS)[1:]}
     for name in ("value baseline", "advantage", "A2C, n-step", "A2C, GAE"):
         algorithm = FORMS[name]()
         algorithm.critic.values.data += torch.randn(STEPS + 1, STATES, 1, dtype=torch.float64)
-        found[f"{name}, wrong V"] = bias(algorithm)
+        biases[f"{name}, wrong V"] = bias(algorithm)
     with capsys.disabled():
         print("\n\nbias, relative to the gradient")
-        for name, value in found.items():
+        for name, value in biases.items():
             print(f"  {name:<34}{value:>10.1e}")
-    for name, value in found.items():
-        if name in ("value baseline, wrong V", "A2C, n-step, wrong V"):  # V(s') of the end counts for nothing
+    for name, value in biases.items():
+        if name in (
+            "value baseline, wrong V",
+            "A2C, n-step, wrong V",
+        ):  # bootstraps only from the terminal state, whose value is not used
             assert value < 1e-10, name
         else:
             assert value > 1e-2, name
 
 
 def transitions(copies: int) -> TensorDict:
-    """Every (time, state, action) with its successors in their proportions, `copies` times four rows of each."""
+    """Return 4 `copies` transitions of every (time, state, action), with next states in exact proportions."""
     rows = [
         (time, state, action, after)
         for time in range(STEPS)
@@ -414,7 +420,7 @@ def transitions(copies: int) -> TensorDict:
 def test_sarsa_and_expected_learn_q_of_the_policy_and_max_does_not():
     error = {}
     for target, copies in (("sarsa", 2000), ("expected", 1), ("max", 1)):
-        algorithm = build(ActorCritic, critic="q", q_target=target, **LETTER)
+        algorithm = make_algorithm(ActorCritic, critic="q", q_target=target, **THEORY)
         q = algorithm.critic.values.data[:STEPS].clone()
         algorithm.critic.values.data.zero_()
         batch = transitions(copies)

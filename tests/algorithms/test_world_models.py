@@ -1,4 +1,4 @@
-"""World Models: V, M and C, their stages, and dreams as envs."""
+"""World Models: vision V, memory M, controller C, training stages, and dream envs."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrl.envs import GymWrapper, check_env_specs
 
 import toy_envs  # noqa: F401
-from checks import metrics, same, saved
+from checks import metrics, same, saved_state
 from levin import resume
 from levin.algorithms.world_models import WorldModels
 from levin.algorithms.world_models_evolution import Evolution
@@ -49,18 +49,21 @@ MIXTURE = Mixture(
 )
 
 
-def make(*words: str) -> WorldModels:
-    algorithm, _ = build_run(compose([*SMALL, *words]))
+def make_world_models(*overrides: str) -> WorldModels:
+    """Build a small WorldModels with its optimizers, without a Trainer."""
+    algorithm, _ = build_run(compose([*SMALL, *overrides]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
 
 
-def count(*modules: torch.nn.Module) -> int:
+def count_parameters(*modules: torch.nn.Module) -> int:
+    """Return the number of parameters of modules."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def spec(**action: Any) -> Any:
+def env_description(**action: Any) -> Any:
+    """Return the description of an env with pixels and the given action space."""
     observation = {**EMPTY, "shape": [3, 64, 64], "dtype": "uint8"}
     return {"id": "a toy", "num_envs": 1, "observation": observation, "action": {**EMPTY, **action}}
 
@@ -69,17 +72,17 @@ def spec(**action: Any) -> Any:
 
 
 def test_parameter_counts_are_the_published_ones():
-    assert count(Vision([3, 64, 64], 32)) == 4_348_547
-    assert count(Vision([3, 64, 64], 64)) == 4_446_915
+    assert count_parameters(Vision([3, 64, 64], 32)) == 4_348_547
+    assert count_parameters(Vision([3, 64, 64], 64)) == 4_446_915
     car = Memory(32, 3, 256, 5)
-    assert count(car.from_input, car.from_hidden, car.mixture_head) == 422_368
-    doom = Memory(64, 2, 512, 5)  # which reads beginnings beside one action
-    assert count(doom.from_input, doom.from_hidden, doom.mixture_head, doom.end_head) == 1_678_785
-    assert Controllers(32 + 256, spec(shape=[3])).size == 867
+    assert count_parameters(car.from_input, car.from_hidden, car.mixture_head) == 422_368
+    doom = Memory(64, 2, 512, 5)  # reads `is_first` beside one action
+    assert count_parameters(doom.from_input, doom.from_hidden, doom.mixture_head, doom.end_head) == 1_678_785
+    assert Controllers(32 + 256, env_description(shape=[3])).size == 867
 
 
 @pytest.mark.parametrize("shape", [[1, 16, 16], [3, 64, 64], [3, 40, 60]])
-def test_pictures_go_in_and_come_out(shape):
+def test_the_vision_model_encodes_and_decodes_images(shape):
     vision = Vision(shape, 5)
     pixels = torch.randint(256, (2, *shape), dtype=torch.uint8)
     mean, log_variance = vision.encode(pixels)
@@ -89,7 +92,7 @@ def test_pictures_go_in_and_come_out(shape):
     assert 0 < decoded.min() < decoded.max() < 1
 
 
-def test_the_likelihood_of_a_mixture():
+def test_negative_log_likelihood_of_a_mixture():
     assert MIXTURE.nll(torch.tensor([0.5]).double()).item() == pytest.approx(0.811078, abs=1e-6)
     two = Mixture(*(each.repeat(2, 1) for each in MIXTURE))  # the mean over two entries
     assert two.nll(torch.tensor([0.5, 0.5]).double()).item() == pytest.approx(0.811078, abs=1e-6)
@@ -100,8 +103,8 @@ def test_the_likelihood_of_a_mixture():
 @pytest.mark.parametrize(
     ("temperature", "share"), [(0.1, 0.9998), (0.5, 0.8448), (1.0, 0.7), (1.15, 0.6763), (1.3, 0.6574)]
 )
-def test_draws_of_a_mixture(temperature, share):
-    """Shares to the power of 1 / tau, and sqrt(tau) times the deviation."""
+def test_samples_of_a_mixture(temperature, share):
+    """A temperature tau takes weights to the power of 1 / tau and multiplies standard deviations by sqrt(tau)."""
     torch.manual_seed(0)
     num = 200_000
     noise = torch.randn(num, 2).double()
@@ -115,11 +118,11 @@ def test_draws_of_a_mixture(temperature, share):
     assert second.double().mean().item() == pytest.approx(share, abs=4e-3)
 
 
-def test_the_kl_of_a_picture():
-    """Of two latents: below what costs nothing, and above."""
+def test_kl_of_an_image_and_its_tolerance():
+    """The KL of two latent entries, above and below the tolerance."""
     losses = {}
     for tolerance in (0.0, 0.5):
-        algorithm = make("algo.latent_size=2", f"algo.kl_tolerance={tolerance}")
+        algorithm = make_world_models("algo.latent_size=2", f"algo.kl_tolerance={tolerance}")
         numbers = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -1.0]])
         algorithm.model.vision.encode = lambda _, numbers=numbers: numbers
         algorithm.model.vision.decode = lambda z: torch.zeros(1, 1, 16, 16)
@@ -130,54 +133,59 @@ def test_the_kl_of_a_picture():
 
 
 def test_reconstruction_is_summed_over_the_pixels():
-    algorithm = make()
+    algorithm = make_world_models()
     algorithm.model.vision.decode = lambda z: torch.full((2, 1, 16, 16), 0.5)
     _, terms = algorithm.vision_loss(torch.full((2, 1, 16, 16), 255, dtype=torch.uint8))
     assert terms["reconstruction"].item() == pytest.approx(0.25 * 256)
 
 
-def test_the_memory_is_pytorchs_lstm():
-    ours, theirs = Memory(4, 2, 8, 3), torch.nn.LSTM(6, 8, batch_first=True)
+def test_the_memory_equals_pytorchs_lstm():
+    actual, reference = Memory(4, 2, 8, 3), torch.nn.LSTM(6, 8, batch_first=True)
     with torch.no_grad():
-        theirs.weight_ih_l0.copy_(ours.from_input.weight)
-        theirs.weight_hh_l0.copy_(ours.from_hidden.weight)
-        theirs.bias_ih_l0.copy_(ours.from_input.bias)
-        theirs.bias_hh_l0.zero_()
+        reference.weight_ih_l0.copy_(actual.from_input.weight)
+        reference.weight_hh_l0.copy_(actual.from_hidden.weight)
+        reference.bias_ih_l0.copy_(actual.from_input.bias)
+        reference.bias_hh_l0.zero_()
     z, action = torch.randn(3, 7, 4), torch.randn(3, 7, 2)
     first = torch.zeros(3, 7, 1, dtype=torch.bool)
-    torch.testing.assert_close(ours.run(z, action, first), theirs(torch.cat([z, action], -1))[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        actual.unroll(z, action, first), reference(torch.cat([z, action], -1))[0], rtol=1e-5, atol=1e-6
+    )
 
 
-def test_nothing_survives_the_beginning_of_an_episode():
+def test_the_memory_is_reset_at_the_start_of_an_episode():
     memory, z, action = Memory(4, 2, 8, 3), torch.randn(3, 7, 4), torch.randn(3, 7, 2)
     first = torch.zeros(3, 7, 1, dtype=torch.bool)
     first[1, 3] = True
-    before = memory.run(z, action, first)
+    before = memory.unroll(z, action, first)
     z, action = z.clone(), action.clone()
     z[1, :3], action[1, :3] = 9.0, -9.0
-    after = memory.run(z, action, first)
+    after = memory.unroll(z, action, first)
     assert torch.equal(before[1, 3:], after[1, 3:])
     assert torch.equal(before[[0, 2]], after[[0, 2]])
     assert not torch.equal(before[1, :3], after[1, :3])
 
 
-def windows(algorithm: WorldModels) -> dict[str, Tensor]:
-    """Random ones `[3, 7]`; an episode ends at 3 in the first, and is cut between 3 and 4 in the second."""
+def random_windows(algorithm: WorldModels) -> dict[str, Tensor]:
+    """Return random windows `[3, 7]` of records.
+
+    An episode terminates at record 3 of the first window, and is abandoned after record 3 of the second.
+    """
     generator = torch.Generator().manual_seed(0)
     flags = {key: torch.zeros(3, 7, 1, dtype=torch.bool) for key in ("is_first", "is_terminal", "is_last")}
     flags["is_terminal"][0, 3] = flags["is_last"][0, 3] = flags["is_first"][:2, 4] = True
     latent = torch.randn(3, 7, 2 * algorithm.latent_size, generator=generator)
-    latent[..., algorithm.latent_size :] = -50  # not drawn
+    latent[..., algorithm.latent_size :] = -50  # log-variance: practically no noise
     action = torch.nn.functional.one_hot(torch.randint(3, (3, 7), generator=generator), 3).float()
     return {**flags, LATENT: latent, "action": action, "reward": torch.randn(3, 7, 1, generator=generator)}
 
 
 def test_memory_loss_by_hand():
-    algorithm = make("algo.end_weight=10")
-    batch = windows(algorithm)
+    algorithm = make_world_models("algo.end_weight=10")
+    batch = random_windows(algorithm)
     _, terms = algorithm.memory_loss(batch)
     z = batch[LATENT][..., : algorithm.latent_size]
-    nll, rewards, ends, num = 0.0, 0.0, 0.0, 0
+    nll, reward_loss, end_loss, num = 0.0, 0.0, 0.0, 0
     for row in range(3):
         hidden = cell = torch.zeros(1, 8)
         for t in range(6):
@@ -187,19 +195,21 @@ def test_memory_loss_by_hand():
             hidden, cell = algorithm.model.memory(inputs, hidden, cell)
             if batch["is_first"][row, t + 1] or batch["is_last"][row, t]:
                 continue
-            mixture, reward, end = algorithm.model.memory.predict_open_loop(hidden)
+            mixture, reward, end = algorithm.model.memory.predict(hidden)
             nll += mixture.nll(z[row, t + 1][None]).item()
-            rewards += (reward - batch["reward"][row, t + 1]).square().item()
+            reward_loss += (reward - batch["reward"][row, t + 1]).square().item()
             log = torch.nn.functional.logsigmoid
-            ends -= (10 * log(end) if batch["is_terminal"][row, t + 1] else log(-end)).item()
+            end_loss -= (10 * log(end) if batch["is_terminal"][row, t + 1] else log(-end)).item()
             num += 1
     assert num == 16
-    found = {name: value.item() for name, value in terms.items()}
-    assert found == pytest.approx({"nll": nll / num, "reward_loss": rewards / num, "end_loss": ends / num}, rel=1e-4)
+    actual = {name: value.item() for name, value in terms.items()}
+    assert actual == pytest.approx(
+        {"nll": nll / num, "reward_loss": reward_loss / num, "end_loss": end_loss / num}, rel=1e-4
+    )
 
 
-def test_controllers_are_linear_and_each_its_own():
-    algorithm = make()
+def test_each_candidate_is_a_linear_controller():
+    algorithm = make_world_models()
     controllers, features = algorithm.controllers, algorithm.model.features
     numbers = torch.randn(5, controllers.size)
     feature = torch.randn(5, 2, features)
@@ -207,24 +217,24 @@ def test_controllers_are_linear_and_each_its_own():
     for each in range(5):
         weight, bias = numbers[each, : features * 3].view(features, 3), numbers[each, features * 3 :]
         assert torch.equal(chosen[each], (feature[each] @ weight + bias).argmax(-1))
-    blind = Controllers(4, algorithm.env)
+    z_controllers = Controllers(4, algorithm.env)
     other = torch.cat([feature[..., :4], torch.randn(5, 2, features - 4)], -1)
-    numbers = torch.randn(5, blind.size)
-    assert torch.equal(blind(numbers, feature), blind(numbers, other)), "z alone"
+    numbers = torch.randn(5, z_controllers.size)
+    assert torch.equal(z_controllers(numbers, feature), z_controllers(numbers, other)), "reads z alone"
 
 
 def test_continuous_actions_are_within_their_bounds():
-    controllers = Controllers(6, spec(shape=[2]))
+    controllers = Controllers(6, env_description(shape=[2]))
     chosen = controllers(torch.randn(4, controllers.size), 9 * torch.randn(4, 3, 6))
     assert chosen.shape == (4, 3, 2)
     assert 0.9 < chosen.abs().max() <= 1
 
 
-# --- the evolution
+# --- evolution of the controller
 
 
-def test_the_evolution_finds_the_minimum_of_a_sphere():
-    algorithm = make("algo.population=12", "algo.initial_std=0.5", "algo.generations=1000")
+def test_cma_es_finds_the_minimum_of_a_sphere():
+    algorithm = make_world_models("algo.population=12", "algo.initial_std=0.5", "algo.generations=1000")
     algorithm.evolution.begin(1, torch.full((20,), 0.5))
     for _ in range(300):
         asked = algorithm.evolution.ask()
@@ -232,26 +242,26 @@ def test_the_evolution_finds_the_minimum_of_a_sphere():
     assert float(mean.square().sum()) < 1e-8
 
 
-def test_the_evolution_is_made_again_from_what_is_known():
-    algorithm = make("algo.generations=1000")
+def test_cma_es_is_restored_from_its_saved_state():
+    algorithm = make_world_models("algo.generations=1000")
     algorithm.evolution.begin(3, torch.zeros(algorithm.controllers.size))
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
     for _ in range(5):
         asked = algorithm.evolution.ask()
         algorithm.tell(asked, torch.tensor([float(each.sum()) for each in asked]).double())
-    assert (np.random.get_state()[1] == before).all(), "the run's own numbers are not touched"
+    assert (np.random.get_state()[1] == before).all(), "the run's random stream must not change"
     mean = algorithm.evolution.strategy.result.xfavorite
     assert (algorithm.controllers.best.numpy() == mean.astype(np.float32)).all()
     again = Evolution(algorithm.population, algorithm.evolution.initial_std)
     again.load_state_dict(algorithm.evolution.state_dict())
     again.restore()
-    for ours, theirs in zip(algorithm.evolution.ask(), again.ask(), strict=True):
-        assert np.array_equal(ours, theirs)
+    for actual, reference in zip(algorithm.evolution.ask(), again.ask(), strict=True):
+        assert np.array_equal(actual, reference)
 
 
 def test_the_same_controller_has_the_same_return_in_the_same_dreams():
-    algorithm = make()
+    algorithm = make_world_models()
     algorithm.model.starts.random_(256)
     numbers = torch.randn(1, algorithm.controllers.size).expand(4, -1)
     returns, length = algorithm.evaluate_in_dreams(numbers, [5, 6, 7])
@@ -260,8 +270,8 @@ def test_the_same_controller_has_the_same_return_in_the_same_dreams():
     assert not torch.equal(returns, algorithm.evaluate_in_dreams(numbers, [8, 9, 10])[0])
 
 
-def test_dreams_that_are_over_earn_nothing():
-    algorithm = make("algo.end_weight=1", "algo.dream_length=9", "algo.temperature=1")
+def test_finished_dreams_earn_no_further_reward():
+    algorithm = make_world_models("algo.end_weight=1", "algo.dream_length=9", "algo.temperature=1")
     algorithm.model.starts.random_(256)
     memory = algorithm.model.memory
     with torch.no_grad():
@@ -276,11 +286,11 @@ def test_dreams_that_are_over_earn_nothing():
     assert returns.flatten().tolist() == [2.0, 2.0]
     assert length.flatten().tolist() == [1, 1]
     with torch.no_grad():
-        memory.end_head.bias.fill_(math.log(0.25))  # a fifth
+        memory.end_head.bias.fill_(math.log(0.25))  # an end probability of 1/5
     algorithm.dream_length = 1000
     lengths = algorithm.evaluate_in_dreams(numbers[:1], list(range(2000)))[1]
     assert lengths.mean().item() == pytest.approx(5, abs=0.4)
-    algorithm.model.end_weight, algorithm.end_weight = 10.0, 10.0  # how they were weighed is taken back
+    algorithm.model.end_weight, algorithm.end_weight = 10.0, 10.0  # dreams correct for the weight of ends
     with torch.no_grad():
         memory.end_head.bias.add_(math.log(10))
     assert algorithm.evaluate_in_dreams(numbers[:1], list(range(2000)))[1].mean().item() == pytest.approx(5, abs=0.4)
@@ -290,7 +300,7 @@ def test_dreams_that_are_over_earn_nothing():
 
 
 class StopAt(Callback):
-    """Ends a run at a moment of its clock."""
+    """Callback that stops a run when its clock reaches a value."""
 
     def __init__(self, clock: int) -> None:
         self.clock = clock
@@ -302,37 +312,38 @@ class StopAt(Callback):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
+    """Train without interruption, with the controller evolved in dreams; return the run folder."""
     run = tmp_path_factory.mktemp("straight")
     train(compose([*SMALL, "algo.controller_training=dream"]), run)
     return run
 
 
-def test_env_steps_stand_still_while_it_dreams(straight):
+def test_env_steps_do_not_increase_while_dreaming(straight):
     rows = metrics(straight)
     dreaming = [row for row in rows if row.get("train/fitness")]
     assert {row["env_steps"] for row in dreaming} == {"60", "120"}
     dreamt = [int(float(row["dream_steps"])) for row in dreaming]
     assert dreamt == sorted(set(dreamt))
-    assert saved(straight)["levin"]["env_steps"] == 120
-    assert saved(straight)["levin"]["updates"] == 40
-    assert saved(straight)["stages"]["round"] == 2
+    assert saved_state(straight)["levin"]["env_steps"] == 120
+    assert saved_state(straight)["levin"]["updates"] == 40
+    assert saved_state(straight)["stages"]["round"] == 2
 
 
-# collecting, V, M and C of both rounds: 60 env steps, 10 + 10 updates, 3 x 8 dreams in each
+# Each of the two rounds has 60 env steps, 10 updates of V, 10 of M, and 3 generations of 8 dreams.
 @pytest.mark.parametrize("clock", [20, 60, 70, 80, 88, 96, 104, 130, 164, 174, 184, 192, 200])
-def test_two_halves_of_any_stage_are_the_whole(clock, straight, tmp_path):
-    """V and M have ten updates in one iteration."""
-    words = [*SMALL, "algo.controller_training=dream"]
-    words.append(f"+callbacks.stop={{_target_:test_world_models.StopAt,clock:{clock}}}")
-    cfg = compose(words)
+def test_a_run_resumed_in_any_stage_is_identical(clock, straight, tmp_path):
+    """The clock values lie in every stage of both rounds."""
+    overrides = [*SMALL, "algo.controller_training=dream"]
+    overrides.append(f"+callbacks.stop={{_target_:test_world_models.StopAt,clock:{clock}}}")
+    cfg = compose(overrides)
     train(cfg, tmp_path / "run")
-    stopped = saved(tmp_path / "run")
+    stopped = saved_state(tmp_path / "run")
     assert stopped["stages"]["round"] < 2
     torch.manual_seed(9), np.random.seed(9)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace(f"clock: {clock}", "clock: 1000000"))
     resume.resume(run=str(tmp_path / "run"))
-    one, other = saved(straight), saved(tmp_path / "run")
+    one, other = saved_state(straight), saved_state(tmp_path / "run")
     assert one.keys() == other.keys()
     for key in one:
         assert same(one[key], other[key]), key
@@ -341,24 +352,25 @@ def test_two_halves_of_any_stage_are_the_whole(clock, straight, tmp_path):
 
 @pytest.fixture(scope="module")
 def straight_in_the_env(tmp_path_factory) -> Path:
+    """Train without interruption, with the controller evolved in the env; return the run folder."""
     run = tmp_path_factory.mktemp("in_the_env")
     train(compose([*SMALL, *IN_THE_ENV]), run)
     return run
 
 
 @pytest.mark.parametrize("clock", [130, 200, 300])
-def test_two_halves_of_an_evolution_in_the_env_are_the_whole(clock, straight_in_the_env, tmp_path):
+def test_a_run_resumed_while_evolving_in_the_env_is_identical(clock, straight_in_the_env, tmp_path):
     train(compose([*SMALL, *IN_THE_ENV, f"total_env_steps={clock}"]), tmp_path)
-    assert saved(tmp_path)["stages"]["stage"] == "controller"
+    assert saved_state(tmp_path)["stages"]["stage"] == "controller"
     resume.resume(run=str(tmp_path), total_env_steps=400)
-    one, other = saved(straight_in_the_env), saved(tmp_path)
+    one, other = saved_state(straight_in_the_env), saved_state(tmp_path)
     assert len(one["stages"]["fitness"]) >= 2
     for key in one:
         assert same(one[key], other[key]), key
 
 
-def test_what_is_stored_after_an_evolution_in_the_env_begins_an_episode():
-    algorithm = make("algo.controller_training=real", "algo.generations=1", "total_env_steps=1000")
+def test_collecting_after_an_evolution_in_the_env_starts_new_episodes():
+    algorithm = make_world_models("algo.controller_training=real", "algo.generations=1", "total_env_steps=1000")
     algorithm.evolution.begin(1, torch.zeros(algorithm.controllers.size))
     algorithm.stage = "controller"
     algorithm.buffer.begins, algorithm.buffer.reward = torch.zeros(2, 1, dtype=torch.bool), torch.ones(2, 1)
@@ -368,7 +380,7 @@ def test_what_is_stored_after_an_evolution_in_the_env_begins_an_episode():
     assert not algorithm.buffer.reward.any()
 
 
-def test_replay_keeps_what_the_encoder_makes_of_each_picture():
+def test_replay_stores_the_encoding_of_each_image():
     algorithm, loader = build_run(compose([*SMALL, "algo.collect_env_steps=400", "total_env_steps=400"]))
     algorithm.configure_optimizers()
     for rollout, _ in zip(loader, range(8), strict=False):
@@ -381,56 +393,59 @@ def test_replay_keeps_what_the_encoder_makes_of_each_picture():
     torch.testing.assert_close(data["latent"].flatten(0, 1), expected.detach())
 
 
-def test_trials_that_a_resume_cut_short_are_made_again():
-    algorithm = make("algo.controller_training=real", "algo.population=2", "algo.rollouts=1", "env.num_envs=1")
+def test_trials_interrupted_by_a_resume_are_repeated():
+    algorithm = make_world_models(
+        "algo.controller_training=real", "algo.population=2", "algo.rollouts=1", "env.num_envs=1"
+    )
     algorithm.evolution.begin(1, torch.zeros(algorithm.controllers.size))
     algorithm.stage = "controller"
     algorithm.next_generation()
     algorithm.next_generation = lambda: None
 
-    def rollout(trials: list[int], ends: list[int]) -> TensorDict:
-        done = torch.tensor([t in ends for t in range(len(trials))]).view(1, -1, 1)
+    def rollout(trials: list[int], end_steps: list[int]) -> TensorDict:
+        done = torch.tensor([t in end_steps for t in range(len(trials))]).view(1, -1, 1)
         after = {"reward": torch.ones(1, len(trials), 1), "done": done}
         return TensorDict({"trial": torch.tensor(trials).view(1, -1, 1), "next": after}, batch_size=(1, len(trials)))
 
     algorithm.evolve_in_env(rollout([0, 0, 1], [1]))
     assert algorithm.returns == {0: 2.0}
-    algorithm.evolve_in_env(rollout([1, 2, 2], [2]))  # the episode of trial 1 was lost after two steps
+    algorithm.evolve_in_env(rollout([1, 2, 2], [2]))  # a resume has dropped the unfinished episode of trial 1
     assert algorithm.trials.queue == [0, 1, 1]
     assert algorithm.spent == 1
     assert algorithm.evolution.fitness[0].tolist() == [2.0, 2.0]
 
 
-def test_each_candidate_plays_as_often_as_it_has_to():
-    algorithm = make("algo.controller_training=real", "algo.population=3", "algo.rollouts=2")
+def test_each_candidate_plays_its_number_of_trials():
+    algorithm = make_world_models("algo.controller_training=real", "algo.population=3", "algo.rollouts=2")
     trials = algorithm.trials
     trials.begin(torch.arange(6.0).view(3, 2), [0, 1, 2, 0, 1, 2])
     trials.assign_next(torch.tensor([True, True]))
-    assert trials.playing().tolist() == [[0, 1], [2, 3]]
+    assert trials.current_weights().tolist() == [[0, 1], [2, 3]]
     for first in ([False, True], [True, False], [True, True]):
         trials.assign_next(torch.tensor(first))
     assert trials.trial == [4, 5]
-    assert trials.playing().tolist() == [[2, 3], [4, 5]]
+    assert trials.current_weights().tolist() == [[2, 3], [4, 5]]
     trials.assign_next(torch.tensor([True, False]))
     assert trials.trial == [-1, 5]
-    assert trials.playing().tolist() == [[0, 1], [4, 5]]
+    assert trials.current_weights().tolist() == [[0, 1], [4, 5]]
 
 
-# --- dreams as envs
+# --- dream envs
 
 
-def dream_env(run: Path, num_envs: int = 3, **how: Any) -> Any:
-    env = EnvConfig(id="dream", family="dream", run=str(run), num_envs=num_envs, action="rescale", **how)
+def dream_env(run: Path, num_envs: int = 3, **options: Any) -> Any:
+    """Make the dream env of a run's world model."""
+    env = EnvConfig(id="dream", family="dream", run=str(run), num_envs=num_envs, action="rescale", **options)
     return make_env(env, seed=0)
 
 
-def test_a_dream_is_an_env_for_torchrl(straight):
+def test_a_dream_env_passes_torchrls_checks(straight):
     env = dream_env(straight)
     assert isinstance(env.env, DreamEnv)
     check_env_specs(GymWrapper(env.env), seed=0)
 
 
-def test_a_dream_replays_from_its_seed_whatever_the_others_do(straight):
+def test_a_dream_depends_only_on_its_own_seed_and_actions(straight):
     env = dream_env(straight).env
     actions = np.random.default_rng(0).integers(3, size=(40, 3))
 
@@ -449,7 +464,7 @@ def test_a_dream_replays_from_its_seed_whatever_the_others_do(straight):
     assert not all(np.allclose(a, b, atol=1e-6) for a, b in zip(first, played([1, 5, 3], actions), strict=True))
 
 
-def test_only_those_that_are_done_begin_again(straight):
+def test_only_the_dreams_in_the_reset_mask_are_reset(straight):
     env = dream_env(straight).env
     env.reset(seed=[1, 2, 3])
     before, *_ = env.step(np.array([0, 1, 2]))
@@ -459,14 +474,14 @@ def test_only_those_that_are_done_begin_again(straight):
     assert env.length.tolist() == [1, 0, 1]
 
 
-def test_a_dream_is_over_with_its_time(straight):
+def test_a_dream_is_truncated_at_the_time_limit(straight):
     env = dream_env(straight, time_limit=4).env
     env.reset(seed=[1, 2, 3])
     assert [bool(env.step(np.zeros(3, dtype=int))[3].all()) for _ in range(4)] == [False, False, False, True]
 
 
-def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
-    """Features of `LatentEnv`, of the policy, and of M on the record of an episode."""
+def test_features_in_the_env_equal_those_of_training(straight):
+    """The features of `LatentEnv`, of the policy, and of M on the records of the episode are equal."""
     cfg = EnvConfig(id="levin.dodge:Dodge-v0", run=str(straight), wrappers=["latent"])
     latent, plain = make_env(cfg, seed=0), make_env(load_env(straight), seed=0, num_envs=1)
     assert isinstance(latent.env, LatentEnv)
@@ -485,11 +500,11 @@ def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
     z, _ = model.vision.encode(pictures)
     action = model.encode_action(torch.from_numpy(actions[:num, 0]))
     first = torch.zeros(1, num, 1, dtype=torch.bool)
-    hidden = model.memory.run(z[None, :-1], action[None], first)[0]
-    wanted = torch.cat([z[1:], hidden], -1)
-    torch.testing.assert_close(torch.from_numpy(np.concatenate(seen[1:])), wanted, rtol=1e-4, atol=1e-5)
-    algorithm = make()
-    algorithm.load_state_dict(saved(straight)["state_dict"])
+    hidden = model.memory.unroll(z[None, :-1], action[None], first)[0]
+    expected = torch.cat([z[1:], hidden], -1)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(seen[1:])), expected, rtol=1e-4, atol=1e-5)
+    algorithm = make_world_models()
+    algorithm.load_state_dict(saved_state(straight)["state_dict"])
     policy = algorithm.policy(deterministic=True).module
     with torch.inference_mode():
         for t in range(num):
@@ -502,9 +517,9 @@ def test_what_is_seen_in_the_env_is_what_was_learned_from(straight):
 
 
 def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straight, tmp_path):
-    words = ["algo=ppo", "env=dream", f"env.run={straight}", "env.num_envs=4", "logger=csv", "total_env_steps=256"]
-    words += ["algo.steps_per_iteration=32", "algo.batch_size=64", "eval.every=128", "eval.episodes=3"]
-    cfg = compose(words)
+    overrides = ["algo=ppo", "env=dream", f"env.run={straight}", "env.num_envs=4", "logger=csv", "total_env_steps=256"]
+    overrides += ["algo.steps_per_iteration=32", "algo.batch_size=64", "eval.every=128", "eval.episodes=3"]
+    cfg = compose(overrides)
     train(cfg, tmp_path / "run")
     rows = [row for row in metrics(tmp_path / "run") if row["eval/return_mean"]]
     assert len(rows) == 2
@@ -513,13 +528,13 @@ def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straigh
     assert isinstance(real.env, LatentEnv)
     assert real.env.env.single_observation_space.shape == (16, 16)
     assert result["episodes"] == 4
-    train(compose([*words, "total_env_steps=128"]), tmp_path / "halves")
+    train(compose([*overrides, "total_env_steps=128"]), tmp_path / "halves")
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=256)
-    assert same(saved(tmp_path / "run")["state_dict"], saved(tmp_path / "halves")["state_dict"])
+    assert same(saved_state(tmp_path / "run")["state_dict"], saved_state(tmp_path / "halves")["state_dict"])
 
 
 @pytest.mark.parametrize(
-    ("algo", "env", "words"),
+    ("algo", "env", "overrides"),
     [
         ("dreamer", "pendulum", ()),
         ("dreamer", "cartpole", ("algo.continue_scale=1",)),
@@ -527,10 +542,10 @@ def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straigh
         ("dreamer_v3", "cartpole", ()),
     ],
 )
-def test_a_dreamer_s_dream(algo, env, words, tmp_path):
+def test_dream_envs_of_dreamer(algo, env, overrides, tmp_path):
     small = ["algo.size=micro", "algo.batch_size=4", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"]
     small += ["algo.learning_starts=40", "env.num_envs=1", "logger=csv", "total_env_steps=64", "eval.episodes=2"]
-    train(compose([f"algo={algo}", f"env={env}", *small, *words]), tmp_path / "run")
+    train(compose([f"algo={algo}", f"env={env}", *small, *overrides]), tmp_path / "run")
     vector = dream_env(tmp_path / "run", num_envs=2)
     check_env_specs(GymWrapper(vector.env), seed=0)
     model: Any = vector.env.model
@@ -546,57 +561,61 @@ def test_a_dreamer_s_dream(algo, env, words, tmp_path):
         encoded = model.encode_action(torch.as_tensor(action))
         drawn = [model.imagine(latent, encoded, torch.randn(2, model.noise), 1.0)[0] for _ in range(300)]
         cold = [model.imagine(latent, encoded, torch.randn(2, model.noise), 1e-6)[0] for _ in range(3)]
-    assert all(torch.equal(each.deter, drawn[0].deter) for each in drawn), "deter is not drawn"
+    assert all(torch.equal(each.deter, drawn[0].deter) for each in drawn), "deter is deterministic"
     assert all(torch.allclose(each.stoch, cold[0].stoch, atol=1e-2) for each in cold)
     mean = torch.stack([each.stoch for each in drawn]).mean(0)
     if algo == "dreamer":
         from levin.algorithms.dreamer_networks import to_gaussian
 
         _, seed = model.transition(latent, model.into_action(encoded))
-        wanted = to_gaussian(model.prior_head(seed)).mean
+        expected = to_gaussian(model.prior_head(seed)).mean
     else:
-        wanted = model.prior(drawn[0].deter).exp().flatten(-2)
-    torch.testing.assert_close(mean, wanted.to(mean), rtol=0, atol=0.2)
+        expected = model.prior(drawn[0].deter).exp().flatten(-2)
+    torch.testing.assert_close(mean, expected.to(mean), rtol=0, atol=0.2)
     real = make_env(vector.config, seed=1, purpose=EVALUATION, num_envs=2)
     assert real.reset()[0].shape == (2, model.features)
 
 
-def test_bad_input_is_a_sentence(straight, tmp_path):
+def test_invalid_settings_are_config_errors(straight, tmp_path):
     unfinished = tmp_path / "unfinished"
-    words = [*SMALL, "algo.controller_training=dream", "+callbacks.stop={_target_:test_world_models.StopAt,clock:70}"]
-    train(compose(words), unfinished)
+    overrides = [
+        *SMALL,
+        "algo.controller_training=dream",
+        "+callbacks.stop={_target_:test_world_models.StopAt,clock:70}",
+    ]
+    train(compose(overrides), unfinished)
     other = tmp_path / "sac"
     train(compose(["algo=sac", "env=pendulum", "total_env_steps=64", "logger=csv", "eval.episodes=1"]), other)
-    for how, sentence in (
+    for options, sentence in (
         ({"run": str(unfinished)}, "V and M of that run are not trained yet"),
-        ({"run": str(other)}, "SAC, which has no model to dream in"),
-        ({"run": None}, "a dream is that of a run: env.run="),
-        ({"run": str(tmp_path / "nowhere")}, "is no run folder"),
+        ({"run": str(other)}, "SAC, which has no world model"),
+        ({"run": None}, "env.family=dream needs the run of a world model"),
+        ({"run": str(tmp_path / "nowhere")}, "is not a run folder"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            make_env(EnvConfig(id="dream", family="dream", **how), seed=0)
-    with pytest.raises(ConfigError, match=r"the model of env.run reads uint8 .*, and the env shows float32"):
+            make_env(EnvConfig(id="dream", family="dream", **options), seed=0)
+    with pytest.raises(ConfigError, match=r"needs the observations uint8 .*, but the env has float32"):
         make_env(EnvConfig(id="CartPole-v1", wrappers=["latent"], run=str(straight)), seed=0)
     with pytest.raises(ConfigError, match=r"env\.run="):
         make_env(EnvConfig(id="levin.dodge:Dodge-v0", wrappers=["latent"]), seed=0)
     for word, sentence in (
         ("algo.temperature=0", "algo.temperature"),
         ("env.temperature=-1", "env.temperature"),
-        ("algo.population=1", "nothing to choose from"),
-        ("algo.collect_env_steps=20", "less than a window of each env"),
-        ("algo.buffer_size=9", "less than a window of each env"),
-        ("env.normalize_reward=true", "true rewards"),
+        ("algo.population=1", "needs at least 2 candidates"),
+        ("algo.collect_env_steps=20", "too small for one window of each env"),
+        ("algo.buffer_size=9", "too small for one window of each env"),
+        ("env.normalize_reward=true", "needs unnormalized observations"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            make(word)
-    with pytest.raises(ConfigError, match="leaves none to evolve a controller in"):
+            make_world_models(word)
+    with pytest.raises(ConfigError, match="leaves no env steps to evolve the controller"):
         train(compose([*SMALL, "algo.controller_training=real"]), tmp_path / "real")
-    with pytest.raises(ConfigError, match="reads pixels, but the observations of CartPole-v1 have vectors"):
+    with pytest.raises(ConfigError, match="reads pixels, but the observations of CartPole-v1 contain vectors"):
         build_run(compose(["algo=world_models", "env=cartpole"]))
 
 
 def test_every_hyper_parameter_has_an_effect(tmp_path):
-    """What each does exactly, the tests above say."""
+    """The tests above check the exact effect of each."""
     changes = {
         "rounds": 1,
         "collect_env_steps": 160,
@@ -624,13 +643,13 @@ def test_every_hyper_parameter_has_an_effect(tmp_path):
         "buffer_size": 40,
         "steps_per_iteration": 20,
     }
-    words = [*SMALL, "algo.controller_training=dream", "algo.kl_tolerance=0", "eval.episodes=1"]
-    words += ["algo.collect_env_steps=120", "total_env_steps=200"]
-    assert changes.keys() == set(compose(words).algo) - {"_target_", "buffer_storage", "compile"}
+    overrides = [*SMALL, "algo.controller_training=dream", "algo.kl_tolerance=0", "eval.episodes=1"]
+    overrides += ["algo.collect_env_steps=120", "total_env_steps=200"]
+    assert changes.keys() == set(compose(overrides).algo) - {"_target_", "buffer_storage", "compile"}
 
     def result(name: str, *change: str) -> dict[str, Tensor]:
-        train(compose([*words, *change]), tmp_path / name)
-        return saved(tmp_path / name)["state_dict"]
+        train(compose([*overrides, *change]), tmp_path / name)
+        return saved_state(tmp_path / name)["state_dict"]
 
     base = result("base")
     for name, value in changes.items():
@@ -638,7 +657,7 @@ def test_every_hyper_parameter_has_an_effect(tmp_path):
 
 
 def test_dodge():
-    """What it shows moves with the player; episodes end with a hit; the light blinks; chance is the seed's alone."""
+    """The view moves with the player; a hit ends the episode; the light blinks; the seed determines everything."""
     env = make_single_env(EnvConfig(id="levin.dodge:Dodge-v0", kwargs={"balls": 1}))
     game: Any = env.unwrapped
     first, _ = env.reset(seed=3)
@@ -652,29 +671,29 @@ def test_dodge():
 
     game.place[0], game.speed[0], game.player = (8.0, 8.0), (0.0, 0.0), 8
     bright = [int(lit(action)[0][8].argmax()) for action in (1, 2, 2)]
-    assert bright[0] > bright[1] > bright[2], "the player goes right, the ball is seen further to the left"
+    assert bright[0] > bright[1] > bright[2], "when the player goes right, the ball appears further to the left"
     assert [bool(env.step(1)[0].any()) for _ in range(6)] == [False, True] * 3
     game.place[0], game.speed[0], game.player = (14.5, 8.0), (1.0, 0.0), 8
     assert env.step(1)[2]
     game.place[0], game.speed[0], game.player = (14.5, 12.0), (1.0, 0.0), 8
     assert not env.step(1)[2]
-    assert game.place[0, 0] == 0, "it comes again from afar"
+    assert game.place[0, 0] == 0, "the ball starts again from far away"
     walls = [int((lit(action)[0] == dodge.WALL).any(0).sum()) for action in [0] * 8]
     assert walls[-1] == 7
 
 
-def test_a_dream_is_shown_beside_what_was_seen(straight, tmp_path):
+def test_the_video_shows_the_dream_beside_the_env(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
     _, beside = record_video(run=str(tmp_path / "run"))
     assert beside.name == f"{120 + 40 + 48}_0_dream.mp4"
     frames = imageio.mimread(beside)
     assert frames[0].shape == (256, 528, 3)
     left, right = frames[0][:, :256].astype(int), frames[0][:, 272:].astype(int)
-    assert abs(left - right).mean() < 3, "both begin alike"
+    assert abs(left - right).mean() < 3, "both start with the same image"
 
 
-def test_races_are_drawn_once_for_an_action():
-    """The frames that are shown, the rewards and the ends are those of an env that draws all of them."""
+def test_racing_renders_once_per_action():
+    """Frames, rewards and end flags equal those of an env that renders every repeated step."""
     pytest.importorskip("Box2D")
     cfg = EnvConfig(id="levin.racing:Racing-v3", action_repeat=3, time_limit=10)
     lazy, eager = make_single_env(cfg), make_single_env(cfg)
@@ -688,9 +707,9 @@ def test_races_are_drawn_once_for_an_action():
     assert lazy.observation_space.contains(first)
     for step in range(4):
         action = np.array([0.3, 0.5 - 0.2 * step, -1], np.float32)
-        ours, theirs = lazy.step(action), eager.step(action)
-        assert np.array_equal(ours[0], theirs[0])
-        assert ours[1:4] == theirs[1:4]
-    assert ours[3], "ten env steps are three actions and a part of the fourth"
+        actual, reference = lazy.step(action), eager.step(action)
+        assert np.array_equal(actual[0], reference[0])
+        assert actual[1:4] == reference[1:4]
+    assert actual[3], "the limit of ten steps ends the fourth action"
     assert len(drawn) == 1 + 4
-    assert not np.array_equal(first, ours[0])
+    assert not np.array_equal(first, actual[0])

@@ -1,4 +1,4 @@
-"""Every transition that a collector yields is one that happened."""
+"""Collectors: transitions, seeds, random actions, episode statistics and resuming."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,9 @@ from levin.training.session import build_run
 from policies import Linear
 
 
-def make(name: str, env_id: str, num_envs: int, steps: int, *, vectorization="sync", discrete=False, **kwargs):
+def make_env_and_collector(
+    name: str, env_id: str, num_envs: int, steps: int, *, vectorization="sync", discrete=False, **kwargs
+):
     config = EnvConfig(id=env_id, num_envs=num_envs, vectorization=vectorization, kwargs=kwargs)
     env = make_env(config, seed=0, copy=name != "vector")
     policy = TensorDictModule(Linear(discrete), in_keys=["observation"], out_keys=["action"])
@@ -25,20 +27,21 @@ def make(name: str, env_id: str, num_envs: int, steps: int, *, vectorization="sy
 
 
 def collect(collector, rollouts: int) -> TensorDict:
+    """Return rollouts, concatenated to `[N, T]`."""
     iterator = iter(collector.iterator())
     return torch.cat([next(iterator).clone() for _ in range(rollouts)], 1)
 
 
-def test_twins_begin_alike_and_the_second_takes_the_modes():
-    """Each pair of episodes has one seed; no two pairs share theirs."""
-    words = ["algo=reinforce", "env=cartpole", "algo.advantage=self_critical", "algo.episodes_per_update=3"]
-    algorithm, loader = build_run(compose([*words, "algo.transitions_per_update=1"]))
-    algorithm.actor.network[-1].weight.data *= 100  # modes that depend on the state
+def test_paired_episodes_share_a_start_and_the_second_is_greedy():
+    """The two episodes of a pair have the same seed; each pair has another one."""
+    overrides = ["algo=reinforce", "env=cartpole", "algo.advantage=self_critical", "algo.episodes_per_update=3"]
+    algorithm, loader = build_run(compose([*overrides, "algo.transitions_per_update=1"]))
+    algorithm.actor.network[-1].weight.data *= 100  # makes the most probable action depend on the state
     rollouts = [next(loader) for _ in range(3)]
     starts = []
     for rollout in rollouts:
         episode = algorithm.episode(rollout).squeeze(0)
-        assert int(episode[-1]) + 1 == 4  # 3 at least, and in pairs
+        assert int(episode[-1]) + 1 == 4  # at least 3, rounded up to pairs
         first = rollout["observation"][0][rollout["step_count"].flatten() == 0]
         assert torch.equal(first[0::2], first[1::2])
         starts += [tuple(each) for each in first[::2].tolist()]
@@ -50,8 +53,8 @@ def test_twins_begin_alike_and_the_second_takes_the_modes():
 
 @pytest.mark.parametrize("name", ["vector", "torchrl"])
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_no_ghost_transitions_and_true_terminal_observations(name, vectorization):
-    _, collector = make(name, "toy_envs:Counting-v0", 2, 4, vectorization=vectorization, length=5)
+def test_no_transition_spans_two_episodes_and_terminal_observations_are_kept(name, vectorization):
+    _, collector = make_env_and_collector(name, "toy_envs:Counting-v0", 2, 4, vectorization=vectorization, length=5)
     data = collect(collector, 4)
     collector.shutdown()
     assert data.batch_size == (2, 16)
@@ -59,47 +62,50 @@ def test_no_ghost_transitions_and_true_terminal_observations(name, vectorization
         expected = [(t // 5, t % 5) for t in range(16)]
         first = int(data["observation"][i, 0, 0])
         assert data["observation"][i].tolist() == [[first + episode, step] for episode, step in expected]
-        # the observation that ends an episode belongs to that episode
+        # the last next observation of an episode is its terminal observation
         assert data["next", "observation"][i].tolist() == [[first + episode, step + 1] for episode, step in expected]
         assert data["next", "reward"][i].flatten().tolist() == [step + 1 for _, step in expected]
-        ends = torch.tensor([[step == 4 and (first + episode) % 2 == 0] for episode, step in expected])
-        cuts = torch.tensor([[step == 4 and (first + episode) % 2 == 1] for episode, step in expected])
-        assert torch.equal(data["next", "terminated"][i], ends)
-        assert torch.equal(data["next", "truncated"][i], cuts)
-        assert torch.equal(data["next", "done"][i], ends | cuts)
+        terminated = torch.tensor([[step == 4 and (first + episode) % 2 == 0] for episode, step in expected])
+        truncated = torch.tensor([[step == 4 and (first + episode) % 2 == 1] for episode, step in expected])
+        assert torch.equal(data["next", "terminated"][i], terminated)
+        assert torch.equal(data["next", "truncated"][i], truncated)
+        assert torch.equal(data["next", "done"][i], terminated | truncated)
 
 
 @pytest.mark.parametrize(
     ("env_id", "discrete"), [("Pendulum-v1", False), ("CartPole-v1", True), ("toy_envs:Counting-v0", False)]
 )
-def test_both_collectors_yield_the_same(env_id, discrete):
+def test_both_collectors_yield_the_same_transitions(env_id, discrete):
     data = {}
     for name in ("vector", "torchrl"):
-        _, collector = make(name, env_id, 3, 50, discrete=discrete)
+        _, collector = make_env_and_collector(name, env_id, 3, 50, discrete=discrete)
         data[name] = collect(collector, 5)
         collector.shutdown()
-    ours, theirs = data["vector"], data["torchrl"]
-    assert bool(ours["next", "done"].any())
+    vector, torchrl = data["vector"], data["torchrl"]
+    assert bool(vector["next", "done"].any())
     keys = (
         "observation",
         "action",
         *(("next", x) for x in ("observation", "reward", "terminated", "truncated", "done")),
     )
-    assert set(ours.keys(include_nested=True, leaves_only=True)) == set(keys)
+    assert set(vector.keys(include_nested=True, leaves_only=True)) == set(keys)
     for key in keys:
-        assert ours[key].dtype == theirs[key].dtype, key
-        assert ours[key].shape == theirs[key].shape, key
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+        assert vector[key].dtype == torchrl[key].dtype, key
+        assert vector[key].shape == torchrl[key].shape, key
+        torch.testing.assert_close(vector[key], torchrl[key], rtol=0, atol=0)
 
 
 def test_sync_and_async_envs_are_the_same():
-    data = [collect(make("vector", "Pendulum-v1", 2, 30, vectorization=how)[1], 2) for how in ("sync", "async")]
+    data = [
+        collect(make_env_and_collector("vector", "Pendulum-v1", 2, 30, vectorization=how)[1], 2)
+        for how in ("sync", "async")
+    ]
     assert torch.equal(data[0]["next", "observation"], data[1]["next", "observation"])
 
 
-def test_random_actions_end_where_they_should():
-    env, collector = make("vector", "Pendulum-v1", 2, 8)
-    collector.random_env_steps = 20  # of 2 envs: ten vector steps
+def test_random_actions_stop_after_random_env_steps():
+    env, collector = make_env_and_collector("vector", "Pendulum-v1", 2, 8)
+    collector.random_env_steps = 20  # ten vector steps of 2 envs
     data = collect(collector, 2)
     deterministic = torch.sin(data["observation"].sum(-1, keepdim=True) * 0.1)
     same = torch.isclose(data["action"], deterministic).all(0).flatten()
@@ -120,7 +126,7 @@ def test_random_actions_are_in_the_units_of_the_policy(name):
 
 @pytest.mark.parametrize("name", ["vector", "torchrl"])
 def test_a_loss_can_be_differentiated_on_a_rollout(name):
-    _, collector = make(name, "Pendulum-v1", 2, 10)
+    _, collector = make_env_and_collector(name, "Pendulum-v1", 2, 10)
     data = next(iter(collector.iterator()))
     layer = nn.Linear(3, 1)
     layer(data["observation"]).sum().backward()
@@ -129,7 +135,7 @@ def test_a_loss_can_be_differentiated_on_a_rollout(name):
 
 def test_statistics_of_an_abandoned_episode_are_dropped():
     def build():
-        env, collector = make("vector", "toy_envs:Drifting-v0", 2, 7)
+        env, collector = make_env_and_collector("vector", "toy_envs:Drifting-v0", 2, 7)
         return CollectorLoader(collector, env, lambda: 0)
 
     first, second = build(), build()
@@ -140,9 +146,9 @@ def test_statistics_of_an_abandoned_episode_are_dropped():
     assert second.statistics.open_return.tolist() == [0, 0]
 
 
-def test_torchrl_collectors_go_on_with_new_episodes():
+def test_torchrl_collectors_resume_with_new_episodes():
     def build():
-        env, collector = make("torchrl", "toy_envs:Counting-v0", 2, 7)
+        env, collector = make_env_and_collector("torchrl", "toy_envs:Counting-v0", 2, 7)
         return env, CollectorLoader(collector, env, lambda: 0)
 
     (_, first), (env, second) = build(), build()
@@ -159,15 +165,15 @@ def test_statistics_of_episodes_of_length_3_and_7():
     done[0, 2::3], done[1, 6::7] = True, True
     reward[1] = 2
     returns, lengths = [], []
-    for start in range(0, 42, 4):  # rollouts that no episode fits into
+    for start in range(0, 42, 4):  # rollouts shorter than an episode
         got = statistics.update(reward[:, start : start + 4], done[:, start : start + 4])
         returns, lengths = returns + got[0], lengths + got[1]
     assert sorted(lengths) == [3] * 14 + [7] * 6
     assert sorted(returns) == [3.0] * 14 + [14.0] * 6
 
 
-def test_statistics_come_out_of_the_loader():
-    env, collector = make("vector", "toy_envs:Counting-v0", 2, 7, length=3)
+def test_the_loader_reports_episode_statistics():
+    env, collector = make_env_and_collector("vector", "toy_envs:Counting-v0", 2, 7, length=3)
     loader = CollectorLoader(collector, env, lambda: 0)
     for _ in range(3):
         next(loader)
@@ -178,26 +184,26 @@ def test_statistics_come_out_of_the_loader():
 
 
 @pytest.mark.parametrize("name", ["vector"])
-def test_an_open_episode_resumes_by_replay(name):
-    _, straight = make(name, "Pendulum-v1", 3, 33)
+def test_an_unfinished_episode_is_restored_by_replaying_its_actions(name):
+    _, straight = make_env_and_collector(name, "Pendulum-v1", 3, 33)
     rollouts = iter(straight.iterator())
     expected = [next(rollouts).clone() for _ in range(20)]
-    _, first = make(name, "Pendulum-v1", 3, 33)
+    _, first = make_env_and_collector(name, "Pendulum-v1", 3, 33)
     rollouts = iter(first.iterator())
     for _ in range(11):
         next(rollouts)
     state = first.state_dict()
     assert state["actions"].shape == (3, 11 * 33 % 200, 1)
-    _, second = make(name, "Pendulum-v1", 3, 33)
+    _, second = make_env_and_collector(name, "Pendulum-v1", 3, 33)
     second.load_state_dict(state)
     rollouts = iter(second.iterator())
     for each in expected[11:]:
         assert bool((next(rollouts) == each).all())
 
 
-def test_envs_whose_episodes_began_at_different_times_resume():
+def test_envs_in_different_steps_of_their_episodes_resume():
     def build():
-        return make("vector", "CartPole-v1", 4, 13, discrete=True)[1]
+        return make_env_and_collector("vector", "CartPole-v1", 4, 13, discrete=True)[1]
 
     straight, first, second = build(), build(), build()
     rollouts = iter(straight.iterator())
@@ -211,20 +217,20 @@ def test_envs_whose_episodes_began_at_different_times_resume():
         assert bool((second.rollout() == each).all())
 
 
-def test_an_env_that_does_not_replay_says_so_and_begins_anew():
-    _, first = make("vector", "toy_envs:Drifting-v0", 2, 7)
+def test_an_env_that_does_not_replay_warns_and_starts_a_new_episode():
+    _, first = make_env_and_collector("vector", "toy_envs:Drifting-v0", 2, 7)
     first.rollout()
-    _, second = make("vector", "toy_envs:Drifting-v0", 2, 7)
+    _, second = make_env_and_collector("vector", "toy_envs:Drifting-v0", 2, 7)
     with pytest.warns(UserWarning, match="does not replay"):
         second.load_state_dict(first.state_dict())
     assert second.env.episodes == [1, 1]
 
 
-def test_the_state_is_saved_right_after_an_episode_ended():
-    _, collector = make("vector", "toy_envs:Counting-v0", 2, 5, length=5)
+def test_a_state_saved_at_the_end_of_an_episode_is_restored():
+    _, collector = make_env_and_collector("vector", "toy_envs:Counting-v0", 2, 5, length=5)
     collector.rollout()
     state = collector.state_dict()
     assert state["lengths"] == [0, 0]
-    _, second = make("vector", "toy_envs:Counting-v0", 2, 5, length=5)
+    _, second = make_env_and_collector("vector", "toy_envs:Counting-v0", 2, 5, length=5)
     second.load_state_dict(state)
     assert second.rollout()["observation"][:, 0, 1].tolist() == [0, 0]

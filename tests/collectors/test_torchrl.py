@@ -1,4 +1,4 @@
-"""TorchRL's side: its collectors of several processes, and envs of its own."""
+"""TorchRL collectors with several worker processes, and TorchRL envs."""
 
 import csv
 import importlib.util
@@ -18,7 +18,7 @@ from torch import nn
 
 import toy_torchrl
 from checks import same
-from failures import FAILING, run_and_fail, whole
+from failures import FAILING, complete_checkpoints, run_and_fail
 from levin import resume
 from levin.collectors.factory import make_collector
 from levin.collectors.loader import CollectorLoader
@@ -42,8 +42,8 @@ ALL = [*LOCAL, pytest.param("ray", marks=[needs_ray, pytest.mark.slow])]
 
 
 @pytest.fixture
-def make():
-    """Collectors of two workers, ended with the test."""
+def make_workers():
+    """Return a function that builds collectors with two workers, which are shut down after the test."""
     made = []
 
     def build(name: str, env_id: str, num_envs: int, steps: int, module: nn.Module, **kwargs) -> WorkersCollector:
@@ -60,7 +60,7 @@ def make():
 
 
 def by_env(batches: list[TensorDict], num_envs: int) -> list[TensorDict]:
-    """What each env did, however its rollouts came."""
+    """Return all transitions of each env in order, from rollouts that may hold any of the envs."""
     rows: list[list[TensorDict]] = [[] for _ in range(num_envs)]
     for batch in batches:
         for row, env in enumerate(batch[ENV_INDEX][:, 0, 0].tolist()):
@@ -70,8 +70,8 @@ def by_env(batches: list[TensorDict], num_envs: int) -> list[TensorDict]:
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("env_id", "discrete"), [("CartPole-v1", True), ("Pendulum-v1", False)])
-def test_all_collectors_yield_the_same(name, env_id, discrete, make):
-    collector = make(name, env_id, 4, 25, Linear(discrete))
+def test_all_collectors_yield_the_same_transitions(name, env_id, discrete, make_workers):
+    collector = make_workers(name, env_id, 4, 25, Linear(discrete))
     rollouts = collector.iterator()
     batches = [next(rollouts) for _ in range(4 if name != "torchrl-async" else 12)]
     shape = (2, 25) if name == "torchrl-async" else (4, 25)
@@ -81,19 +81,19 @@ def test_all_collectors_yield_the_same(name, env_id, discrete, make):
     expected = make_collector("vector", env, policy, steps=300).rollout()
     assert bool(expected["next", "done"].any())
     keys = ("observation", "action", *(("next", key) for key in AFTER))
-    for i, found in enumerate(by_env(batches, 4)):
-        if len(found) < 25:
-            assert name == "torchrl-async"  # the other worker was faster every time
-        assert set(found.keys(True, True)) == {*keys, POLICY_VERSION, ENV_INDEX}
+    for i, actual in enumerate(by_env(batches, 4)):
+        if len(actual) < 25:
+            assert name == "torchrl-async"  # all rollouts may come from the other worker
+        assert set(actual.keys(True, True)) == {*keys, POLICY_VERSION, ENV_INDEX}
         for key in keys:
-            assert found[key].dtype == expected[key].dtype, key
-            torch.testing.assert_close(found[key], expected[key][i, : len(found)], rtol=0, atol=0)
+            assert actual[key].dtype == expected[key].dtype, key
+            torch.testing.assert_close(actual[key], expected[key][i, : len(actual)], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_actions_come_from_the_weights_of_their_version(name, make):
+def test_actions_match_the_weights_of_their_policy_version(name, make_workers):
     module, weights, lags = Linear(), [], []
-    collector = make(name, "Pendulum-v1", 4, 16, module, version=lambda: len(weights))
+    collector = make_workers(name, "Pendulum-v1", 4, 16, module, version=lambda: len(weights))
     rollouts = collector.iterator()
     for iteration in range(10):
         with torch.no_grad():
@@ -112,29 +112,29 @@ def test_actions_come_from_the_weights_of_their_version(name, make):
                 module.weight.mul_(1.01)
     if name == "torchrl-async":
         assert 0 < max(lags) < 10
-        assert lags[-1] < 9  # news arrive
+        assert lags[-1] < 9  # workers receive new weights
     else:
         assert lags == [0] * 10
 
 
 @pytest.mark.parametrize("name", LOCAL[:1])
-def test_the_seed_decides_on_everything(name, make):
+def test_the_seed_determines_actions_and_observations(name, make_workers):
     def collect(seed):
         policy = NoisyPolicy(Linear(), GaussianNoise(0.3))
-        rollouts = make(name, "Pendulum-v1", 4, 10, policy, seed=seed, random_env_steps=20).iterator()
+        rollouts = make_workers(name, "Pendulum-v1", 4, 10, policy, seed=seed, random_env_steps=20).iterator()
         return torch.cat([next(rollouts) for _ in range(3)], 1)
 
     first, again, other = collect(0), collect(0), collect(1)
     assert bool((first == again).all())
     assert not bool((first["action"] == other["action"]).any())
-    for i in range(3):  # no env does what another does
+    for i in range(3):  # no two envs are alike
         assert not bool((first["action"][i] == first["action"][i + 1]).any())
         assert not bool((first["observation"][i] == first["observation"][i + 1]).any())
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_random_actions_of_all_workers_end_where_they_should(name, make):
-    collector = make(name, "Pendulum-v1", 4, 8, Linear(), random_env_steps=40)  # ten vector steps
+def test_random_actions_of_all_workers_stop_after_random_env_steps(name, make_workers):
+    collector = make_workers(name, "Pendulum-v1", 4, 8, Linear(), random_env_steps=40)  # ten vector steps
     rollouts = collector.iterator()
     data = by_env([next(rollouts) for _ in range(8)], 4)
     for each in data:
@@ -146,8 +146,8 @@ def test_random_actions_of_all_workers_end_where_they_should(name, make):
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_episode_statistics_are_right(name, make):
-    collector = make(name, "toy_envs:Counting-v0", 4, 7, Linear(), env={"length": 3})
+def test_episode_statistics_of_workers(name, make_workers):
+    collector = make_workers(name, "toy_envs:Counting-v0", 4, 7, Linear(), env={"length": 3})
     loader = CollectorLoader(collector, collector.env, lambda: 0)
     ended = [next(loader)["next", "done"].sum() for _ in range(10)]
     row = loader.pop_metrics()
@@ -160,46 +160,48 @@ def test_episode_statistics_are_right(name, make):
 
 
 class Scripted:
-    """A collector that gives what it was told to."""
+    """Collector that yields given rollouts."""
 
     def __init__(self, *rollouts: TensorDict) -> None:
         self.iterator = lambda: iter(rollouts)
 
 
-def test_what_is_not_finite_is_said_of_the_right_env():
+def test_a_reward_that_is_not_finite_is_attributed_to_the_right_env():
     env = make_env(EnvConfig(id="Pendulum-v1", num_envs=4), seed=0)
     env.reset()
     env.episodes[3] = 6
     flags = torch.zeros(2, 5, 1, dtype=torch.bool)
     done = flags.clone()
-    done[1, 3] = True  # the last of two episodes begins after what is not finite
+    done[1, 3] = True  # the current episode, 6, starts after the NaN
     after = {"observation": torch.zeros(2, 5, 1), "reward": torch.zeros(2, 5, 1), "done": done}
     index = torch.tensor([2, 3]).view(2, 1, 1).expand(2, 5, 1)
     rollout = TensorDict({"observation": torch.zeros(2, 5, 1), "next": after, ENV_INDEX: index}, (2, 5))
     rollout["next", "reward"][1, 2] = torch.nan
     loader = CollectorLoader(Scripted(rollout), env, lambda: 0)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=f"env 3, step 3 of episode 5, seed {env.seed_of(3, 5)}"):
+    with pytest.raises(RuntimeError, match=f"env 3, step 3 of episode 5, seed {env.episode_seed_of(3, 5)}"):
         next(loader)
 
 
 class First(nn.Module):
-    """Acts by whether an episode begins."""
+    """Policy whose action is `is_first`."""
 
     def forward(self, observation: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
         return is_first.float()
 
 
-def test_policies_may_ask_where_episodes_begin(make):
-    rollouts = make("torchrl-process", "toy_envs:Counting-v0", 4, 7, First(), keys=["observation", IS_FIRST]).iterator()
+def test_policies_can_read_is_first(make_workers):
+    rollouts = make_workers(
+        "torchrl-process", "toy_envs:Counting-v0", 4, 7, First(), keys=["observation", IS_FIRST]
+    ).iterator()
     data = torch.cat([next(rollouts) for _ in range(3)], 1)
     assert torch.equal(data["action"].squeeze(-1) == 1, data["observation"][..., 1] == 0)
     assert int(data["action"].sum()) == 4 * 5
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_no_episode_is_repeated_when_a_run_goes_on(name, make):
+def test_no_episode_is_repeated_after_a_resume(name, make_workers):
     def build():
-        collector = make(name, "Pendulum-v1", 4, 30, NoisyPolicy(Linear(), GaussianNoise(0.3)))
+        collector = make_workers(name, "Pendulum-v1", 4, 30, NoisyPolicy(Linear(), GaussianNoise(0.3)))
         return CollectorLoader(collector, collector.env, lambda: 0)
 
     first, second = build(), build()
@@ -227,7 +229,7 @@ REFUSED = [
     (["env.num_envs=2", "env.normalize_reward=true"], "set env.normalize_reward=false"),
     (["algo=ddpg", "algo.noise=ornstein_uhlenbeck", "env.num_envs=2"], "set algo.noise=gaussian"),
     (["algo=dreamer", "env=pendulum", "env.num_envs=2"], "a policy with a memory can't be sent to the workers"),
-    (["algo=ppo", "env.num_envs=2"], "PPO learns from what its own policy did"),
+    (["algo=ppo", "env.num_envs=2"], "PPO learns from rollouts of its current policy"),
     (["algo=reinforce", "env.num_envs=1", "collector_workers=1"], "whole episodes need collector=vector"),
     (
         ["env=torchrl", "env.target=toy_torchrl:line", "+env.kwargs.batch=4", "env.num_envs=4"],
@@ -236,35 +238,36 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), REFUSED)
-def test_what_can_t_be_shared_is_refused(words, said):
-    with pytest.raises(ConfigError, match=said):
-        build_run(compose(["env=pendulum", "collector=torchrl-async", *words]))
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_settings_that_workers_cannot_use_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build_run(compose(["env=pendulum", "collector=torchrl-async", *overrides]))
 
 
-def test_ray_is_asked_for_by_its_name(monkeypatch):
+def test_a_missing_ray_package_is_a_config_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="collector=ray needs a package"):
         build_run(compose(["env=pendulum", "collector=ray", "env.num_envs=2"]))
 
 
-def test_hogwild_has_workers_of_its_own():
-    words = ["algo=a3c", "env=cartpole", "collector=torchrl-process", "env.num_envs=2", "trainer.strategy=hogwild"]
-    with pytest.raises(ConfigError, match="workers of its own"):
-        compose(words)
+def test_hogwild_refuses_collectors_with_workers():
+    overrides = ["algo=a3c", "env=cartpole", "collector=torchrl-process", "env.num_envs=2", "trainer.strategy=hogwild"]
+    with pytest.raises(ConfigError, match="which has its own workers"):
+        compose(overrides)
 
 
 def children() -> set[str]:
-    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    # Python's own keeper of semaphores begins with the first of them and stays.
-    return {each for each in found if b"resource_tracker" not in Path(f"/proc/{each}/cmdline").read_bytes()}
+    """Return the pids of the child processes of the tests."""
+    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    # Python starts its resource tracker with the first semaphore and keeps it.
+    return {each for each in pids if b"resource_tracker" not in Path(f"/proc/{each}/cmdline").read_bytes()}
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_sac_trains_and_goes_on(name, tmp_path):
+def test_sac_trains_and_resumes(name, tmp_path):
     before = children()
-    words = [*SMALL, f"collector={name}", "env.num_envs=4", "algo.steps_per_iteration=8", "total_env_steps=192"]
-    train(compose(words), tmp_path / "run")
+    overrides = [*SMALL, f"collector={name}", "env.num_envs=4", "algo.steps_per_iteration=8", "total_env_steps=192"]
+    train(compose(overrides), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         lags = [float(row["collect/policy_lag"]) for row in csv.DictReader(file) if row["collect/policy_lag"]]
     assert max(lags) > 0 if name == "torchrl-async" else set(lags) == {0.0}
@@ -275,10 +278,17 @@ def test_sac_trains_and_goes_on(name, tmp_path):
     assert children() <= before
 
 
-def test_ppo_gets_rollouts_of_its_own_policy(tmp_path):
-    words = ["algo=ppo", "env=cartpole", "collector=torchrl-process", "env.num_envs=2", "logger=csv", "log_every=64"]
-    words += ["algo.steps_per_iteration=32", "algo.batch_size=32", "total_env_steps=192", "eval.episodes=1"]
-    train(compose(words), tmp_path / "run")
+def test_ppo_gets_rollouts_of_its_current_policy(tmp_path):
+    overrides = [
+        "algo=ppo",
+        "env=cartpole",
+        "collector=torchrl-process",
+        "env.num_envs=2",
+        "logger=csv",
+        "log_every=64",
+    ]
+    overrides += ["algo.steps_per_iteration=32", "algo.batch_size=32", "total_env_steps=192", "eval.episodes=1"]
+    train(compose(overrides), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert {float(row["collect/policy_lag"]) for row in csv.DictReader(file) if row["collect/policy_lag"]} == {0.0}
 
@@ -292,28 +302,28 @@ ENDS = [
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("end", ENDS, ids=[how for how, _, _ in ENDS])
-def test_the_end_of_a_worker_ends_the_run_in_one_sentence(name, end, tmp_path, monkeypatch, capfd):
-    how, words, said = end
+@pytest.mark.parametrize("end", ENDS, ids=[failure for failure, _, _ in ENDS])
+def test_a_failing_worker_ends_the_run_with_a_one_line_error(name, end, tmp_path, monkeypatch, capfd):
+    failure, overrides, message = end
     before, begin = children(), time.monotonic()
-    words = (*SMALL, *FAILING, *TWO, f"collector={name}", f"+env.kwargs.how={how}", *words)
-    heard = run_and_fail(words, tmp_path / "run", monkeypatch, capfd)
-    if name == "ray" and how != "raise":
-        assert "a worker of 2 (collector=ray, toy_envs:Failing-v0): died, or did not come back" in heard
+    overrides = (*SMALL, *FAILING, *TWO, f"collector={name}", f"+env.kwargs.how={failure}", *overrides)
+    error = run_and_fail(overrides, tmp_path / "run", monkeypatch, capfd)
+    if name == "ray" and failure != "raise":
+        assert "a worker of 2 (collector=ray, toy_envs:Failing-v0): died, or did not come back" in error
     else:
-        assert said in heard
-        assert f"of 2 (collector={name}, toy_envs:Failing-v0)" in heard
-    if how == "raise":
+        assert message in error
+        assert f"of 2 (collector={name}, toy_envs:Failing-v0)" in error
+    if failure == "raise":
         assert "toy_envs.py" in (tmp_path / "run" / "traceback.txt").read_text()
-    assert whole(tmp_path / "run")
+    assert complete_checkpoints(tmp_path / "run")
     assert children() <= before
     assert time.monotonic() - begin < 60
 
 
-def session(leader: int) -> list[str]:
-    """State of every process in the session of one."""
-    words = ["ps", "-o", "stat=", "-s", str(leader)]
-    return subprocess.run(words, check=False, capture_output=True, text=True).stdout.splitlines()
+def processes_of_session(leader: int) -> list[str]:
+    """Return the state of every process in the session of a leader."""
+    command = ["ps", "-o", "stat=", "-s", str(leader)]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -326,21 +336,21 @@ def session(leader: int) -> list[str]:
         pytest.param("ray", signal.SIGINT, marks=[needs_ray, pytest.mark.slow]),
     ],
 )
-def test_a_signal_to_everyone_leaves_nobody(name, signum, tmp_path):
+def test_a_signal_ends_all_processes_of_a_run(name, signum, tmp_path):
     run = tmp_path / "run"
-    words = [*SMALL, f"collector={name}", "env.num_envs=2", "total_env_steps=1_000_000", f"run={run}"]
-    process = subprocess.Popen([sys.executable, "-m", "levin.train", *words], start_new_session=True)
+    overrides = [*SMALL, f"collector={name}", "env.num_envs=2", "total_env_steps=1_000_000", f"run={run}"]
+    process = subprocess.Popen([sys.executable, "-m", "levin.train", *overrides], start_new_session=True)
     while not (run / "checkpoints" / "last").exists():
         assert process.poll() is None
         time.sleep(0.1)
     if signum == signal.SIGKILL:
-        process.kill()  # its workers are not told
+        process.kill()  # the workers get no signal
     else:
         os.killpg(process.pid, signum)
     assert process.wait(60) == (-signum if signum == signal.SIGKILL else 0)
-    assert whole(run)
+    assert complete_checkpoints(run)
     for _ in range(100):
-        alive = [each for each in session(process.pid) if "Z" not in each]
+        alive = [each for each in processes_of_session(process.pid) if "Z" not in each]
         if not alive:
             break
         time.sleep(0.1)
@@ -351,6 +361,7 @@ def test_a_signal_to_everyone_leaves_nobody(name, signum, tmp_path):
 
 
 def torchrl_env(target: str, num_envs: int = 1, seed: int = 0, **kwargs) -> SeededVectorEnv:
+    """Make a vector env of a target in toy_torchrl.py."""
     name = f"toy_torchrl:{target}"
     config = EnvConfig(id=name, family="torchrl", target=name, num_envs=num_envs, kwargs=kwargs)
     return make_env(config, seed=seed)
@@ -358,7 +369,7 @@ def torchrl_env(target: str, num_envs: int = 1, seed: int = 0, **kwargs) -> Seed
 
 @pytest.mark.parametrize("target", ["line", "transformed"])
 @pytest.mark.parametrize("batch", [None, 3])
-def test_the_adapter_gives_what_the_env_itself_does(target, batch):
+def test_the_adapter_equals_the_wrapped_torchrl_env(target, batch):
     env = torchrl_env(target, batch or 1, batch=batch)
     plain = getattr(toy_torchrl, target)(batch=batch)
     actions = torch.linspace(-0.5, 0.5, 10 * (batch or 1)).view(10, -1, 1)
@@ -384,28 +395,28 @@ def test_the_adapter_gives_what_the_env_itself_does(target, batch):
 
 
 @pytest.mark.parametrize("batch", [None, 2])
-def test_only_what_is_over_begins_again_and_time_limits_truncate(batch):
+def test_only_finished_envs_are_reset_and_step_limits_truncate(batch):
     env = torchrl_env("transformed", 4, batch=batch, max_steps=5)
     env.reset()
-    length, seen = np.zeros(4, int), {"terminated": 0, "truncated": 0}
+    length, counts = np.zeros(4, int), {"terminated": 0, "truncated": 0}
     for _ in range(60):
         observation, _, terminated, truncated, _ = env.step(np.full((4, 1), 0.05, np.float32))
         length += 1
         done = terminated | truncated
         assert (truncated == (length == 5)).all()
-        seen["terminated"] += int((terminated & ~truncated).sum())
-        seen["truncated"] += int(truncated.sum())
+        counts["terminated"] += int((terminated & ~truncated).sum())
+        counts["truncated"] += int(truncated.sum())
         if done.any():
-            begun, _ = env.reset(options={"reset_mask": done})
-            np.testing.assert_array_equal(begun[~done], observation[~done])
-            assert (begun[done] != observation[done]).all()
+            restarted, _ = env.reset(options={"reset_mask": done})
+            np.testing.assert_array_equal(restarted[~done], observation[~done])
+            assert (restarted[done] != observation[done]).all()
             length[done] = 0
-    assert min(seen.values()) > 0
+    assert min(counts.values()) > 0
 
 
 @pytest.mark.parametrize("batch", [None, 2])
 def test_a_time_limit_truncates(batch):
-    name = "toy_torchrl:transformed"  # counts steps too, to another end
+    name = "toy_torchrl:transformed"  # has a step counter of its own, with another limit
     kwargs = {"batch": batch, "max_steps": 50}
     config = EnvConfig(id=name, family="torchrl", target=name, num_envs=2, time_limit=4, kwargs=kwargs)
     env = make_env(config, seed=0)
@@ -422,26 +433,26 @@ def test_a_time_limit_truncates(batch):
 
 
 @pytest.mark.parametrize("kind", ["serial", pytest.param("parallel", marks=pytest.mark.slow)])
-def test_an_env_that_goes_on_is_not_touched_by_the_reset_of_another(kind):
-    """A seed given to a `SerialEnv` resets all that it holds."""
+def test_resetting_one_env_does_not_change_the_others(kind):
+    """Seeding a `SerialEnv` would reset all of its envs."""
     env = torchrl_env("poles", 2, kind=kind)
     observation, _ = env.reset()
     ended = 0
     for step in range(60):
         before = observation
-        observation, _, ends, _, _ = env.step(np.array([1, step % 2]))  # the first falls, the other does not
+        observation, _, terminated, _, _ = env.step(np.array([1, step % 2]))  # only the first pole falls
         np.testing.assert_allclose(observation[:, 0], before[:, 0] + 0.02 * before[:, 1], atol=1e-6)
-        if ends.any():
-            shown = observation
-            observation, _ = env.reset(options={"reset_mask": ends})
-            np.testing.assert_array_equal(observation[~ends], shown[~ends])
-            assert (np.abs(observation[ends]) <= 0.05).all()
-            ended += int(ends.sum())
+        if terminated.any():
+            last = observation
+            observation, _ = env.reset(options={"reset_mask": terminated})
+            np.testing.assert_array_equal(observation[~terminated], last[~terminated])
+            assert (np.abs(observation[terminated]) <= 0.05).all()
+            ended += int(terminated.sum())
     assert ended > 3
     env.close()
 
 
-def test_envs_draw_from_a_stream_of_their_own():
+def test_envs_have_their_own_random_stream():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -453,7 +464,7 @@ def test_envs_draw_from_a_stream_of_their_own():
 
 
 @pytest.mark.parametrize("choices", ["categorical", "one_hot"])
-def test_choices_are_numbers(choices):
+def test_discrete_actions_are_integers(choices):
     env = torchrl_env("line", 2, choices=choices)
     assert describe_env(env)["action"]["n"] == 3
     before, _ = env.reset()
@@ -461,7 +472,7 @@ def test_choices_are_numbers(choices):
     np.testing.assert_allclose(after - before, [[-0.5], [0.5]], atol=0.05)
 
 
-def test_evaluations_have_as_many_envs_as_a_batch_has():
+def test_the_number_of_evaluation_envs_is_rounded_up_to_whole_batches():
     name = "toy_torchrl:line"
     config = EnvConfig(id=name, family="torchrl", target=name, num_envs=2, kwargs={"batch": 2})
     env = make_env(config, seed=0, purpose=EVALUATION, num_envs=3)
@@ -469,7 +480,7 @@ def test_evaluations_have_as_many_envs_as_a_batch_has():
     assert env.reset()[0].shape == (4, 1)
 
 
-def test_vectors_become_one():
+def test_several_vectors_are_concatenated():
     env = torchrl_env("line", 2, parts=True)
     observation, _ = env.reset()
     assert describe_env(env)["observation"]["shape"] == [3]
@@ -477,7 +488,7 @@ def test_vectors_become_one():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "message"),
     [
         (["env.target=toy_torchrl:missing"], "env.target=toy_torchrl:missing can't be imported"),
         (["env.target=toy_torchrl:nothing"], "makes a int, not a torchrl.envs.EnvBase"),
@@ -489,25 +500,31 @@ def test_vectors_become_one():
         (["env.target=toy_torchrl:broken"], "toy_torchrl:broken can't be made: AssertionError: no wheels$"),
         (["env.target=toy_torchrl:line", "env.frame_stack=2"], "env.frame_stack is not for env.family=torchrl"),
         (["env.target=toy_torchrl:line", "env.action_repeat=2"], "env.action_repeat is not for env.family=torchrl"),
-        (["env.target=toy_torchrl:line", "env.vectorization=async"], "take collector=torchrl-process"),
+        (["env.target=toy_torchrl:line", "env.vectorization=async"], "set collector=torchrl-process"),
         ([], "env.target has no value"),
         (["env=pendulum", "+env.target=toy_torchrl:line"], "env.target=toy_torchrl:line is for env.family=torchrl"),
         (["env=pendulum", "env.family=torchrl"], "needs env.target=my_module:make_env"),
     ],
 )
-def test_what_makes_no_sense_for_torchrl_envs_is_refused(words, said):
-    with pytest.raises(ConfigError, match=said):
-        build_run(compose(["algo=sac", "env=torchrl", *words]))
+def test_invalid_settings_of_torchrl_envs_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build_run(compose(["algo=sac", "env=torchrl", *overrides]))
 
 
 PPO = ("algo=ppo", "logger=csv", "log_every=64", "algo.steps_per_iteration=16", "algo.batch_size=16")
 
 
 @pytest.mark.parametrize("collector", ["vector", "torchrl", "torchrl-process"])
-@pytest.mark.parametrize("words", [SMALL, (*PPO, "+env.kwargs.batch=2")])
-def test_torchrl_envs_are_trained_in(collector, words, tmp_path):
-    words = [*words, "env=torchrl", "env.target=toy_torchrl:transformed", f"collector={collector}", "env.num_envs=4"]
-    train(compose([*words, "total_env_steps=256", "eval.every=128", "eval.episodes=2"]), tmp_path / "run")
+@pytest.mark.parametrize("overrides", [SMALL, (*PPO, "+env.kwargs.batch=2")])
+def test_algorithms_train_in_torchrl_envs(collector, overrides, tmp_path):
+    overrides = [
+        *overrides,
+        "env=torchrl",
+        "env.target=toy_torchrl:transformed",
+        f"collector={collector}",
+        "env.num_envs=4",
+    ]
+    train(compose([*overrides, "total_env_steps=256", "eval.every=128", "eval.episodes=2"]), tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert any(row["eval/return_mean"] for row in rows)
@@ -516,15 +533,15 @@ def test_torchrl_envs_are_trained_in(collector, words, tmp_path):
 
 
 def test_an_unbatched_torchrl_env_resumes_exactly(tmp_path):
-    words = [
+    overrides = [
         *SMALL,
         "env=torchrl",
         "env.target=toy_torchrl:transformed",
         "env.num_envs=2",
         "algo.steps_per_iteration=7",
     ]
-    train(compose([*words, "total_env_steps=140"]), tmp_path / "straight")
-    train(compose([*words, "total_env_steps=70"]), tmp_path / "run")
+    train(compose([*overrides, "total_env_steps=140"]), tmp_path / "straight")
+    train(compose([*overrides, "total_env_steps=70"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=140)
     states = [files.load(tmp_path / name / "checkpoints" / "last" / "state.ckpt") for name in ("straight", "run")]
     assert same(states[0]["state_dict"], states[1]["state_dict"])

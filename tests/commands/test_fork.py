@@ -1,4 +1,4 @@
-"""Forks: `experiments/<name>/` holds all of an idea."""
+"""Forks of an algorithm in `experiments/<name>/`."""
 
 import shutil
 import subprocess
@@ -16,13 +16,14 @@ SMALL = (
 )
 
 
-def run(folder, *words):
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout
+def run(folder, *command):
+    """Run a command in a folder and return its output."""
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A copy of the repository with two commits to come: the user's fork and an update of the template."""
+    """Copy the repository to a git repository with one commit, in which the user and the template can commit."""
     folder = tmp_path / "clone"
     folder.mkdir()
     for name in ("src", "configs", "experiments"):
@@ -37,6 +38,7 @@ def clone(tmp_path, monkeypatch):
 
 
 def commit(folder, message):
+    """Commit all changes."""
     run(folder, "git", "add", "--all")
     run(folder, "git", "commit", "--quiet", "--message", message)
 
@@ -56,7 +58,7 @@ def test_a_fork_trains_with_its_own_loss_and_merges_with_upstream(clone, tmp_pat
     train += f"    train(compose(['algo=' + algo, *{SMALL}]), Path(run))"
     run(clone, python, "-c", train, f"sac={tmp_path}/sac", f"my_idea={tmp_path}/my_idea")
     before = untimed(tmp_path / "sac" / "metrics.csv")
-    assert before == untimed(tmp_path / "my_idea" / "metrics.csv")  # nothing is changed yet
+    assert before == untimed(tmp_path / "my_idea" / "metrics.csv")  # the fork is still unchanged
 
     file = clone / "experiments/my_idea/algorithm.py"
     code = file.read_text()
@@ -77,12 +79,13 @@ def test_a_fork_trains_with_its_own_loss_and_merges_with_upstream(clone, tmp_pat
     (clone / "experiments/README.md").write_text("another\n")
     commit(clone, "update")
     run(clone, "git", "switch", "--quiet", "mine")
-    run(clone, "git", "merge", "--quiet", "main")  # fails on a conflict
+    run(clone, "git", "merge", "--quiet", "main")  # exits with an error on a conflict
     assert "-5, 2" in upstream.read_text()
     assert file.exists()
 
 
 def untimed(metrics):
+    """Return the values of a metrics.csv without the columns of measured times."""
     header, *rows = [line.split(",") for line in metrics.read_text().splitlines()]
     return [[value for name, value in zip(header, row, strict=True) if not name.startswith("time/")] for row in rows]
 
@@ -92,13 +95,13 @@ def untimed(metrics):
     [
         ("sacc", "my_idea", "algo=sacc is unknown; valid: sac"),
         ("sac", "sac", "name=sac is taken"),
-        ("sac", "MyIdea", "no Python name in lower case"),
-        ("sac", "my-idea", "no Python name in lower case"),
-        ("sac", "class", "no Python name in lower case"),
-        ("sac", "", "no Python name in lower case"),
+        ("sac", "MyIdea", "not a Python name in lower case"),
+        ("sac", "my-idea", "not a Python name in lower case"),
+        ("sac", "class", "not a Python name in lower case"),
+        ("sac", "", "not a Python name in lower case"),
     ],
 )
-def test_a_wrong_fork_is_one_sentence(tmp_path, monkeypatch, algo, name, sentence):
+def test_an_invalid_fork_is_a_config_error(tmp_path, monkeypatch, algo, name, sentence):
     monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
     with pytest.raises(ConfigError, match=sentence):
         fork(algo=algo, name=name)

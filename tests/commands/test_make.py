@@ -1,4 +1,4 @@
-"""The Makefile: what is typed reaches the commands word by word, and only ARGS with quotes are read by the shell."""
+"""Makefile: variables reach the commands unchanged, and only quotes in ARGS are read by the shell."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ NASTY = (
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose python writes down its arguments, everything being installed."""
+    """Create a checkout whose python only writes its arguments to a file, and in which every extra is installed."""
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
@@ -38,7 +38,7 @@ def checkout(tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"
     python.write_text(
-        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open('said', 'a'))\n"
+        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open('arguments.jsonl', 'a'))\n"
     )
     python.chmod(0o755)
     for name in ("core", "dev", "report", "mujoco", "box2d", "dmc", "atari"):
@@ -46,22 +46,24 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def make(checkout: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *words], cwd=checkout, capture_output=True, text=True, check=False)
+def run_make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run make in the checkout."""
+    return subprocess.run(["make", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
 
 
-def said(checkout: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (checkout / "said").read_text().splitlines()]
+def recorded_arguments(checkout: Path) -> list[list[str]]:
+    """Return the arguments of every call of the checkout's python."""
+    return [json.loads(line) for line in (checkout / "arguments.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("path", NASTY)
 @pytest.mark.parametrize("command", ["train", "resume", "evaluate", "play"])
-def test_a_run_folder_of_any_name_arrives_as_it_was_typed(command, path, checkout):
-    answer = make(checkout, command, f"RUN={path}", "STEPS=64", "ENV=pendulum")
+def test_a_run_folder_of_any_name_reaches_the_command(command, path, checkout):
+    answer = run_make(checkout, command, f"RUN={path}", "STEPS=64", "ENV=pendulum")
     assert answer.returncode == 0, answer.stderr
-    (words,) = said(checkout)
-    assert words[:2] == ["-m", f"levin.{command}"]
-    assert f"run={path}" in words
+    (arguments,) = recorded_arguments(checkout)
+    assert arguments[:2] == ["-m", f"levin.{command}"]
+    assert f"run={path}" in arguments
     assert not (checkout / "pwned").exists()
 
 
@@ -72,7 +74,7 @@ PAYLOADS = (
     "worlds;touch${IFS}pwned;",
     "x>pwned|y",
 )
-TYPED = {  # command -> the variables that it passes on
+TYPED = {  # command -> variables that it passes to python
     "train": ("ALGO", "ENV", "EXP", "STEPS", "SEED", "SEEDS", "ARGS", "RUN"),
     "resume": ("RUN", "STEPS", "ARGS"),
     "config": ("ALGO", "ENV", "STEPS", "ARGS"),
@@ -95,8 +97,8 @@ TYPED = {  # command -> the variables that it passes on
 @pytest.mark.parametrize("text", PAYLOADS)
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, names in TYPED.items() for name in names])
 def test_no_variable_is_executed(command, name, text, checkout):
-    make(checkout, command, f"{name}={text}")
-    make(checkout, command, f"{name}=worlds {text}")
+    run_make(checkout, command, f"{name}={text}")
+    run_make(checkout, command, f"{name}=worlds {text}")
     assert not (checkout / "pwned").exists()
 
 
@@ -104,10 +106,10 @@ def test_no_variable_is_executed(command, name, text, checkout):
     ("name", "word"),
     [("ALGO", "algo={}"), ("ENV", "env={}"), ("STEPS", "total_env_steps={}"), ("SEED", "seed={}"), ("ARGS", "{}")],
 )
-def test_a_value_arrives_as_it_was_typed(name, word, checkout):
+def test_special_characters_in_a_variable_reach_the_command(name, word, checkout):
     text = "[1,2]*$HOME\\größe"
-    assert make(checkout, "train", f"{name}={text}").returncode == 0
-    assert word.format(text) in said(checkout)[0]
+    assert run_make(checkout, "train", f"{name}={text}").returncode == 0
+    assert word.format(text) in recorded_arguments(checkout)[0]
 
 
 @pytest.mark.parametrize("text", ["- override /env: pendulum$(touch pwned)", "- override /env: a;touch${IFS}pwned"])
@@ -117,37 +119,37 @@ def test_nothing_in_a_yaml_is_executed(text, checkout):
     (idea / "sac.yaml").write_text(text)
     (checkout / "configs" / "algo" / "sac.yaml").write_text(text)
     (checkout / "configs" / "env" / "pendulum.yaml").write_text("# needs the extra: `touch pwned`\n")
-    assert make(checkout).returncode == 0
-    assert make(checkout, "train").returncode == 0
+    assert run_make(checkout).returncode == 0
+    assert run_make(checkout, "train").returncode == 0
     assert not (checkout / "pwned").exists()
 
 
-def test_seeds_have_a_folder_each_and_quotes_are_the_shells(checkout):
-    answer = make(checkout, "train", "RUN=my run", "SEEDS=0 1", 'ARGS=+callbacks.x.y="a b" algo.tau=.1')
+def test_each_seed_has_a_folder_and_the_shell_reads_quotes_in_args(checkout):
+    answer = run_make(checkout, "train", "RUN=my run", "SEEDS=0 1", 'ARGS=+callbacks.x.y="a b" algo.tau=.1')
     assert answer.returncode == 0, answer.stderr
-    first, second = said(checkout)
+    first, second = recorded_arguments(checkout)
     assert first == ["-m", "levin.train", "algo=sac", "+callbacks.x.y=a b", "algo.tau=.1", "seed=0", "run=my run/s0"]
     assert second[-2:] == ["seed=1", "run=my run/s1"]
 
 
-def test_variables_of_the_environment_do_not_count(checkout, monkeypatch):
+def test_environment_variables_are_ignored(checkout, monkeypatch):
     monkeypatch.setenv("ALGO", "ppo")
-    assert make(checkout, "train").returncode == 0
-    assert "algo=sac" in said(checkout)[0]
+    assert run_make(checkout, "train").returncode == 0
+    assert "algo=sac" in recorded_arguments(checkout)[0]
 
 
-def test_a_study_has_a_name(checkout):
-    assert make(checkout, "study", "NAME=worlds").returncode == 0
-    assert make(checkout, "study", "NAME=lab", "ARGS=rows=20").returncode == 0
-    assert said(checkout) == [["-m", "experiments.worlds.run"], ["-m", "levin.lab", "rows=20"]]
-    assert make(checkout, "study", "NAME=worlds lab").returncode == 2
-    answer = make(checkout, "study", "NAME=world;touch pwned")
-    assert "levin: NAME=world;touch pwned is no study; valid: worlds lab" in answer.stderr
+def test_make_study_needs_a_known_name(checkout):
+    assert run_make(checkout, "study", "NAME=worlds").returncode == 0
+    assert run_make(checkout, "study", "NAME=lab", "ARGS=rows=20").returncode == 0
+    assert recorded_arguments(checkout) == [["-m", "experiments.worlds.run"], ["-m", "levin.lab", "rows=20"]]
+    assert run_make(checkout, "study", "NAME=worlds lab").returncode == 2
+    answer = run_make(checkout, "study", "NAME=world;touch pwned")
+    assert "levin: NAME=world;touch pwned is not a study; valid: worlds lab" in answer.stderr
     assert not (checkout / "pwned").exists()
 
 
 def test_the_help_fits_on_one_screen(checkout):
-    lines = make(checkout).stdout.splitlines()
+    lines = run_make(checkout).stdout.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 120
     assert [line for line in lines if line in ("Use", "Results", "Develop")] == ["Use", "Results", "Develop"]

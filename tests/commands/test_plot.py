@@ -1,4 +1,4 @@
-"""The picture of curves."""
+"""The plot of learning curves."""
 
 import gzip
 
@@ -13,6 +13,7 @@ from levin.plot import collect_curves, plot
 
 
 def write_run(folder, returns):
+    """Write the metrics.csv of a run with these evaluation returns."""
     folder.mkdir(parents=True)
     rows = "".join(f"{100 * i},{value},0.0\n" for i, value in enumerate(returns))
     (folder / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n" + rows + "1000,,\n")
@@ -20,6 +21,7 @@ def write_run(folder, returns):
 
 @pytest.fixture
 def two_algorithms(tmp_path):
+    """Write three runs of each of two algorithms."""
     for i, name in enumerate(("sac_point", "my_idea_point")):
         for seed in range(3):
             write_run(tmp_path / name / f"s{seed}", np.arange(10) + seed + 5 * i)
@@ -31,19 +33,19 @@ def test_two_algorithms_are_two_curves(two_algorithms):
     picture = imageio.v3.imread(plot(runs=f"{two_algorithms}/sac_* {two_algorithms}/my_idea_*", out=str(out)))
     assert picture.shape[:2] == (600, 1050)
     colors = {tuple(color) for color in np.unique(picture[..., :3].reshape(-1, 3), axis=0)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colors  # a line each
+    assert {(31, 119, 180), (255, 127, 14)} <= colors  # the colour of each line
 
 
 def test_seeds_are_found_in_runs_and_in_folders_of_runs(two_algorithms):
-    whole = collect_curves(f"{two_algorithms}/sac_point")
-    each = collect_curves(f"{two_algorithms}/sac_point/*")
-    assert list(whole) == list(each) == [f"{two_algorithms}/sac_point"]
-    for curves in (whole, each):
+    from_parent = collect_curves(f"{two_algorithms}/sac_point")
+    from_pattern = collect_curves(f"{two_algorithms}/sac_point/*")
+    assert list(from_parent) == list(from_pattern) == [f"{two_algorithms}/sac_point"]
+    for curves in (from_parent, from_pattern):
         (seeds,) = curves.values()
         assert [curve.return_mean.tolist() for curve in seeds] == [[*range(i, i + 10)] for i in range(3)]
 
 
-def test_a_result_in_git_can_be_drawn(tmp_path):
+def test_a_stored_result_can_be_plotted(tmp_path):
     with gzip.open(tmp_path / "curves.csv.gz", "wt") as file:
         file.write("seed,env_steps,return_mean,return_std\n0,100,1,0\n0,200,3,0\n1,100,2,0\n1,200,4,0\n")
     (curves,) = collect_curves(str(tmp_path)).values()
@@ -54,11 +56,11 @@ def test_a_result_in_git_can_be_drawn(tmp_path):
     assert plot(runs=str(tmp_path), out=str(tmp_path / "plot.png")).exists()
 
 
-def test_nothing_to_draw_is_one_sentence(tmp_path):
+def test_nothing_to_plot_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="matches no folder"):
         plot(runs=f"{tmp_path}/none/*")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no run and no result"):
+    with pytest.raises(ConfigError, match="neither a run nor a result"):
         plot(runs=str(tmp_path / "empty"))
     write_run(tmp_path / "sac_point" / "s0", [])
     with pytest.raises(ConfigError, match="no evaluation yet"):

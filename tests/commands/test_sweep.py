@@ -1,4 +1,4 @@
-"""Hydra's multirun."""
+"""Sweeps: Hydra's multirun of levin.train."""
 
 import os
 import subprocess
@@ -27,16 +27,17 @@ class Recorder(BasicSweeper):
 """
 
 
-def train(folder, *words):
+def train(folder, *overrides):
+    """Run levin.train in a folder and return the completed process."""
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
-    command = [sys.executable, "-m", "levin.train", *SMALL, *words]
+    command = [sys.executable, "-m", "levin.train", *SMALL, *overrides]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
     )
 
 
 def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
-    (tmp_path / "hydra_plugins").mkdir()  # where Hydra wants every plugin, such as those of Optuna and submitit
+    (tmp_path / "hydra_plugins").mkdir()  # Hydra looks for plugins here
     (tmp_path / "hydra_plugins" / "recorder.py").write_text(RECORDER)
     sweeper = "hydra.sweeper._target_=hydra_plugins.recorder.Recorder"
     answer = train(tmp_path, "-m", "algo.tau=.005,.01", "seed=0,1", sweeper)
@@ -45,27 +46,27 @@ def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
     assert [(cfg.algo.tau, cfg.seed) for cfg in configs] == [(0.005, 0), (0.005, 1), (0.01, 0), (0.01, 1)]
     folders = sorted(each.parent.relative_to(tmp_path).parts[2:] for each in tmp_path.glob("runs/*/*/*/config.yaml"))
     assert folders[0] == ("algo.tau=0.005", "s0")
-    said = [line.split()[1] for line in answer.stdout.splitlines() if line.startswith("eval/return_mean")]
-    assert (tmp_path / "returned.txt").read_text().split() == said
-    assert len(set(said)) == 4
+    returns = [line.split()[1] for line in answer.stdout.splitlines() if line.startswith("eval/return_mean")]
+    assert (tmp_path / "returned.txt").read_text().split() == returns
+    assert len(set(returns)) == 4
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_called_again_refuses_other_values(tmp_path):
-    words = ("-m", "seed=0,1", "hydra.sweep.dir=mine")
-    answer = train(tmp_path, *words)
+def test_repeating_a_sweep_with_other_values_is_refused(tmp_path):
+    overrides = ("-m", "seed=0,1", "hydra.sweep.dir=mine")
+    answer = train(tmp_path, *overrides)
     assert answer.returncode == 0, answer.stderr
     assert sorted(each.parent.name for each in tmp_path.glob("mine/*/config.yaml")) == ["s0", "s1"]
-    answer = train(tmp_path, *words, "algo.gamma=0.9")
+    answer = train(tmp_path, *overrides, "algo.gamma=0.9")
     assert answer.returncode == 2
-    assert answer.stderr.startswith("levin: algo.gamma=0.9 would change a run that was begun with algo.gamma=0.99")
+    assert answer.stderr.startswith("levin: algo.gamma=0.9 would change a run that was started with algo.gamma=0.99")
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [("algo.tau=.005,2", "algo.tau=2: input should be less"), ("algo.tua=.005,.01", "algo.tua is unknown")],
 )
-def test_a_wrong_value_is_one_sentence_and_nothing_runs(tmp_path, wrong, sentence):
+def test_an_invalid_value_gives_a_one_line_error_and_starts_no_run(tmp_path, wrong, sentence):
     answer = train(tmp_path, "--multirun", wrong)
     assert answer.returncode == 2
     assert answer.stderr.startswith(f"levin: {sentence}")

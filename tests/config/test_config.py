@@ -1,4 +1,4 @@
-"""Wrong input: one sentence that names what is valid, exit code 2, nothing half-written."""
+"""Configs: invalid input gives a one-line error, exit code 2 and no files; precedence of config files."""
 
 import subprocess
 import sys
@@ -39,14 +39,14 @@ WRONG = [
     (["env.action=squash"], "input should be 'rescale', 'clip' or 'none'"),
     (["env.num_envs=0"], "env.num_envs=0: input should be greater than 0"),
     (["trainer.precision=bf16-true"], "input should be '32-true' or 'bf16-mixed'"),
-    (["+trainer.max_epochs=3"], "trainer.max_epochs does not act here; say total_env_steps instead"),
-    (["+trainer.gradient_clip_val=1"], "trainer.gradient_clip_val does not act here"),
-    (["+trainer.plugins=x"], "trainer.plugins does not act here"),
-    (["trainer.devices=2"], "env.num_envs=1 is of all 2 ranks together"),
+    (["+trainer.max_epochs=3"], "trainer.max_epochs has no effect here; use total_env_steps instead"),
+    (["+trainer.gradient_clip_val=1"], "trainer.gradient_clip_val has no effect here"),
+    (["+trainer.plugins=x"], "trainer.plugins has no effect here"),
+    (["trainer.devices=2"], "env.num_envs=1 can't be divided equally among 2 ranks"),
     (["trainer.strategy=dpp"], "trainer.strategy=dpp: input should be 'auto', 'ddp' or 'hogwild'"),
     (["trainer.accelerator=foo"], "trainer.accelerator=foo: input should be 'auto', 'cpu'"),
-    (["trainer.accelerator=mps"], "the Trainer can't be made"),
-    (["+trainer.profiler=foo"], "the Trainer can't be made"),
+    (["trainer.accelerator=mps"], "the Trainer or a callback can't be built"),
+    (["+trainer.profiler=foo"], "the Trainer or a callback can't be built"),
     (["trainer.profiler=simple"], "+trainer.profiler=simple"),
     (["env.kwargs.foo=1"], "+env.kwargs.foo=1"),
     (["+env.kwargs.foo=1", "env=pendulum"], "foo"),
@@ -73,14 +73,14 @@ WRONG = [
     (["env=gym", "env.id=toy_envs:Robot-v0", "env.frame_stack=2"], "stacks a Box, not a Dict"),
     (["env=gym", "env.id=toy_envs:Buttons-v0"], "SAC acts in box action spaces"),
     (["algo=dqn", "env=gym", "env.id=toy_envs:Buttons-v0"], "DQN acts in discrete action spaces"),
-    (["algo=sac_discrete", "env=gym", "env.id=toy_envs:Buttons-v0"], "take algo.critic=state_action"),
+    (["algo=sac_discrete", "env=gym", "env.id=toy_envs:Buttons-v0"], "set algo.critic=state_action"),
     (
         ["algo=sac_discrete", "algo.critic=state_action", "env=gym", "env.id=toy_envs:Keyboard-v0"],
-        "more than 1048576: take loo",
+        "more than 1048576: use loo",
     ),
     (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=loo", "algo.actor_draws=1"], "2 or more, got 1"),
     (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=arm"], "actor_estimator"),
-    (["algo=actor_critic", "algo.critic=q", "env=gym", "env.id=toy_envs:Buttons-v0"], "combinations"),
+    (["algo=actor_critic", "algo.critic=q", "env=gym", "env.id=toy_envs:Buttons-v0"], "algo.critic=q needs discrete"),
     (["algo"], "algo is not of the form key=value"),
     (
         ["env=cartpole", "env.action=none"],
@@ -92,18 +92,18 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("overrides", "sentence"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_wrong_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):
+def test_invalid_input_gives_a_one_line_error_and_writes_nothing(overrides, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train", *words])
+    monkeypatch.setattr(sys, "argv", ["train", *overrides])
     with pytest.raises(SystemExit) as stop:
         train.main()
-    said = capsys.readouterr().err.strip()
+    message = capsys.readouterr().err.strip()
     assert stop.value.code == 2
-    assert sentence in said
-    assert said.startswith("levin: ")
-    assert "\n" not in said
+    assert sentence in message
+    assert message.startswith("levin: ")
+    assert "\n" not in message
     assert not list(tmp_path.iterdir())
 
 
@@ -129,7 +129,7 @@ def test_a_run_folder_that_is_not_writable_is_refused(place, monkeypatch, capsys
 @pytest.mark.parametrize(
     "path", ["it's (a) try", "lr=0.1,tau=[1]", "größe", "a#1", "5", 'say "yes"', "{x", "~a", "a\\b"]
 )
-def test_a_run_folder_is_what_was_typed(path):
+def test_special_characters_in_a_run_folder_are_kept(path):
     assert compose(["algo=ppo", "env=cartpole", f"run=runs/{path}"]).run == f"runs/{path}"
     assert compose([f"run={path}"]).run == path
     assert compose(["run=null"]).run is None
@@ -139,7 +139,7 @@ def test_a_run_folder_is_what_was_typed(path):
 
 @pytest.mark.parametrize("command", ["evaluate", "play", "resume"])
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
         (["run=/nowhere"], "/nowhere"),
         ([], "run is missing"),
@@ -148,37 +148,37 @@ def test_a_run_folder_is_what_was_typed(path):
         (["nonsense"], "key=value"),
     ],
 )
-def test_commands_answer_in_one_sentence(command, words, sentence, monkeypatch, capsys):
+def test_other_commands_give_a_one_line_error(command, overrides, sentence, monkeypatch, capsys):
     module = __import__(f"levin.{command}", fromlist=["main"])
-    monkeypatch.setattr(sys, "argv", [command, *words])
+    monkeypatch.setattr(sys, "argv", [command, *overrides])
     with pytest.raises(SystemExit) as stop:
         module.main()
-    said = capsys.readouterr().err.strip()
+    message = capsys.readouterr().err.strip()
     assert stop.value.code == 2
-    assert sentence in said
-    assert "\n" not in said
+    assert sentence in message
+    assert "\n" not in message
 
 
-def test_the_process_exits_with_2_and_no_traceback(tmp_path):
-    words = [sys.executable, "-m", "levin.train", "algo=sacc"]
-    answer = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+def test_invalid_input_exits_with_2_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "levin.train", "algo=sacc"]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert answer.returncode == 2
     assert "Traceback" not in answer.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_whole_float_is_an_integer():
+def test_whole_floats_are_accepted_as_integers():
     cfg = compose(["total_env_steps=1e5", "algo.buffer_size=1e4"])
     assert (cfg.total_env_steps, cfg.algo.buffer_size) == (100_000, 10_000)
     assert isinstance(cfg.total_env_steps, int)
 
 
-def test_no_debug_file_is_a_choice():
+def test_debug_null_is_valid():
     assert compose(["debug=null"]).name == "sac_halfcheetah"
 
 
 @pytest.mark.parametrize("word", ["run=123", "run=1e5", "run=[", "run=${x}", "run={x", "run=20260101_1"])
-def test_a_path_is_what_was_typed(word, monkeypatch, capsys):
+def test_special_characters_in_a_path_reach_the_command(word, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", word])
     with pytest.raises(SystemExit) as stop:
         evaluate.main()
@@ -186,16 +186,16 @@ def test_a_path_is_what_was_typed(word, monkeypatch, capsys):
     assert f"{word} holds no checkpoint" in capsys.readouterr().err
 
 
-def test_seed_0_is_a_seed():
+def test_seed_0_is_valid():
     assert compose(["seed=0"]).seed == 0
 
 
-def test_order_of_files():
+def test_precedence_of_config_files():
     cfg = compose(["algo=sac", "env=pendulum"])
     assert cfg.env.id == "Pendulum-v1"
     assert cfg.name == "sac_pendulum"
     assert cfg.algo.learning_starts == 100  # tuned/sac_pendulum
-    assert compose(["algo=sac"]).env.id == "HalfCheetah-v4"  # algo/sac's own
+    assert compose(["algo=sac"]).env.id == "HalfCheetah-v4"  # the default env of algo/sac
     assert compose(["env=pendulum", "algo.learning_starts=7"]).algo.learning_starts == 7
     assert compose(["env=pendulum", "debug=smoke"]).total_env_steps == 600
 
@@ -210,15 +210,15 @@ def test_every_debug_file_composes(name):
     compose([f"debug={name}", "env=pendulum", *(["algo=a2c"] if name == "lecture" else [])])
 
 
-def test_presets_say_what_they_change_of_single_algorithms():
+def test_debug_presets_change_the_config_of_their_algorithms():
     files = sorted((paths.CONFIGS / "debug_algo").glob("*.yaml"))
     assert files
     for file in files:
         debug, _, algo = file.stem.partition("_")
-        with_preset, without = (compose([f"algo={algo}", *words]).algo for words in ([f"debug={debug}"], []))
+        with_preset, without = (compose([f"algo={algo}", *overrides]).algo for overrides in ([f"debug={debug}"], []))
         assert with_preset != without, file.name
     with pytest.raises(
-        ConfigError, match="debug=overfit is for ddpg, dqn, sac, sac_discrete, td3; of ppo it says nothing"
+        ConfigError, match="debug=overfit is not for ppo; valid algorithms: ddpg, dqn, sac, sac_discrete, td3"
     ):
         compose(["algo=ppo", "debug=overfit"])
 
@@ -252,6 +252,6 @@ def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
     assert len(lines) == len(list(flat_keys(to_plain(compose(["env=pendulum"])))))
 
 
-def test_errors_name_the_nearest_first():
+def test_suggestions_are_sorted_by_similarity():
     with pytest.raises(ConfigError, match="valid: halfcheetah, halfcheetah_v5"):
         compose(["env=halfcheeta"])

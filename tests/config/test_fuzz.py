@@ -1,4 +1,4 @@
-"""Random overrides: valid ones train and stop, invalid ones end in one sentence. The generator is seeded."""
+"""Random overrides, with a fixed seed: valid ones train, invalid ones give a one-line error."""
 
 import random
 import sys
@@ -10,7 +10,7 @@ from levin.config.compose import compose
 from levin.core.omega import flat_keys, to_plain
 from short_runs import SMALL
 
-# For every key, values that may stand together with any other's.
+# Values of each key that are valid in combination with all values of the other keys.
 VALID = {
     "algo.gamma": ("0", "0.5", "0.99", "1"),
     "algo.tau": ("0.005", "1", "1e-3"),
@@ -46,13 +46,14 @@ VALID = {
     "trainer.threads": ("1", "2"),
     "collector": ("vector", "vector", "torchrl"),
 }
-NUMBERS = [
+NUMBER_KEYS = [
     key for key, values in VALID.items() if values[-1].replace(".", "").replace("e", "").replace("-", "").isdigit()
 ]
-WORDS = [key for key in VALID if key not in NUMBERS and key != "env"]
+TEXT_KEYS = [key for key in VALID if key not in NUMBER_KEYS and key != "env"]
 
 
 def misspell(word: str, dice: random.Random) -> str:
+    """Delete, replace or insert a random letter."""
     at = dice.randrange(len(word))
     letter = dice.choice("qxz7_")
     return dice.choice(
@@ -61,13 +62,13 @@ def misspell(word: str, dice: random.Random) -> str:
 
 
 def broken(dice: random.Random) -> list[str]:
-    """Valid overrides, and one that is not."""
+    """Return random valid overrides and an invalid one."""
     good = [f"{key}={dice.choice(VALID[key])}" for key in dice.sample(sorted(VALID), 3)]
     key = dice.choice(sorted(VALID))
-    number, word = dice.choice(NUMBERS), dice.choice(WORDS)
-    known = set(flat_keys(to_plain(compose([]))))
+    number, word = dice.choice(NUMBER_KEYS), dice.choice(TEXT_KEYS)
+    valid_keys = set(flat_keys(to_plain(compose([]))))
     wrong = key
-    while wrong in known or wrong in ("env", ""):
+    while wrong in valid_keys or wrong in ("env", ""):
         wrong = misspell(key, dice)
     bad = dice.choice(
         (
@@ -90,23 +91,23 @@ def broken(dice: random.Random) -> list[str]:
 
 
 @pytest.mark.parametrize("number", range(30))
-def test_valid_overrides_train_and_stop(number, tmp_path, monkeypatch):
+def test_random_valid_overrides_train(number, tmp_path, monkeypatch):
     dice = random.Random(number)
-    words = [f"{key}={dice.choice(VALID[key])}" for key in dice.sample(sorted(VALID), 8)]
-    monkeypatch.setattr(sys, "argv", ["train", *SMALL, "total_env_steps=64", *words, f"run={tmp_path / 'run'}"])
+    overrides = [f"{key}={dice.choice(VALID[key])}" for key in dice.sample(sorted(VALID), 8)]
+    monkeypatch.setattr(sys, "argv", ["train", *SMALL, "total_env_steps=64", *overrides, f"run={tmp_path / 'run'}"])
     command.main()
-    assert (tmp_path / "run" / "checkpoints" / "last" / "state.ckpt").is_file(), words
+    assert (tmp_path / "run" / "checkpoints" / "last" / "state.ckpt").is_file(), overrides
 
 
 @pytest.mark.parametrize("number", range(200))
-def test_invalid_overrides_end_in_one_sentence(number, tmp_path, monkeypatch, capsys):
-    words = broken(random.Random(number))
+def test_random_invalid_overrides_give_a_one_line_error(number, tmp_path, monkeypatch, capsys):
+    overrides = broken(random.Random(number))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train", *words])
+    monkeypatch.setattr(sys, "argv", ["train", *overrides])
     with pytest.raises(SystemExit) as stop:
         command.main()
-    said = capsys.readouterr().err.strip()
-    assert stop.value.code == 2, words
-    assert said.startswith("levin: "), words
-    assert "\n" not in said, words
-    assert not list(tmp_path.iterdir()), words
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2, overrides
+    assert message.startswith("levin: "), overrides
+    assert "\n" not in message, overrides
+    assert not list(tmp_path.iterdir()), overrides

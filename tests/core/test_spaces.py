@@ -1,4 +1,4 @@
-"""Whatever an env shows becomes a vector, pixels, or both; and actions may be several choices at once."""
+"""Observation spaces become a vector, pixels or both; actions may be MultiDiscrete."""
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 
 import levin
 import toy_envs
-from checks import same, saved
+from checks import same, saved_state
 from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
@@ -20,7 +20,7 @@ from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env, make_single_env
 from levin.nn.distributions import MultiCategorical
 from levin.training.session import build_run, train
-from short_runs import SMALL, in_two_halves
+from short_runs import SMALL, check_resumed_run_is_identical
 
 NUMBERS = {
     "discrete": Discrete(4, start=2),
@@ -35,13 +35,14 @@ NUMBERS = {
 
 
 def batch_of(space: gym.Space, num: int):
+    """Return `num` samples of a space, and the same samples as a batch."""
     space.seed(0)
     samples = [space.sample() for _ in range(num)]
     return samples, concatenate(space, samples, create_empty_array(space, num))
 
 
 @pytest.mark.parametrize("space", NUMBERS.values(), ids=NUMBERS.keys())
-def test_numbers_become_the_vector_that_gymnasium_makes_of_them(space):
+def test_numbers_are_flattened_as_in_gymnasium(space):
     samples, batch = batch_of(space, 7)
     read = NetworkInput(describe_space(space))
     observation = read.space
@@ -68,11 +69,11 @@ def test_pixels_become_channel_first(shape, expected):
     np.testing.assert_array_equal(seen[1][0], channel)
 
 
-def test_bytes_in_a_row_are_a_vector():
+def test_a_flat_box_of_bytes_is_a_vector():
     assert describe_space(Box(0, 255, (128,), np.uint8))["dtype"] == "float32"
 
 
-def test_pixels_and_numbers_stand_side_by_side():
+def test_a_dict_is_split_into_pixels_and_one_vector():
     space = Dict({"eye": Dict({"left": Box(0, 255, (5, 6, 1), np.uint8)}), "x": Box(-1, 1, (2,)), "n": Discrete(3)})
     samples, batch = batch_of(space, 4)
     read = NetworkInput(describe_space(space))
@@ -87,26 +88,26 @@ def test_pixels_and_numbers_stand_side_by_side():
     assert batch_space(to_gym(observation), 4).contains(seen)
 
 
-def test_two_parts_of_one_name_are_refused():
+def test_parts_of_the_same_name_are_refused():
     space = Dict({"vector": Box(0, 255, (5, 6, 1), np.uint8), "x": Box(-1, 1, (2,))})
     with pytest.raises(ConfigError, match="same name"):
         NetworkInput(describe_space(space))
 
 
 @pytest.mark.parametrize("space", [Box(-1, 1, (3,)), Box(-1, 1, (3, 4)), MultiBinary(4)])
-def test_a_box_of_numbers_stays_what_it_is(space):
+def test_a_box_of_numbers_is_not_converted(space):
     read = NetworkInput(describe_space(space))
     assert (read.space, read.is_identity) == (describe_space(space), True)
 
 
 @pytest.mark.parametrize("shape", [(4, 84, 84, 3), (2, 2, 2, 2, 2)])
 def test_bytes_in_four_dimensions_are_refused(shape):
-    with pytest.raises(ConfigError, match=r"which env.frame_stack stacks"):
+    with pytest.raises(ConfigError, match=r"to stack frames, set env\.frame_stack"):
         describe_space(Dict({"camera": Box(0, 255, shape, np.uint8)}))
 
 
 class Seer(nn.Module):
-    """Acts by the pixels and the numbers, and keeps no secrets about how."""
+    """Deterministic policy that reads the pixels and the vector."""
 
     def __init__(self, pixels):
         super().__init__()
@@ -121,7 +122,7 @@ class Seer(nn.Module):
     ("pixels", "part"),
     [("camera", "camera"), *((name, f"{name}_pixels") for name in ("observation", "action", "done", "is_first"))],
 )
-def test_both_collectors_yield_the_same_parts(pixels, part):
+def test_both_collectors_yield_the_same_dict_observations(pixels, part):
     data = {}
     for name in ("vector", "torchrl"):
         env = make_env(
@@ -132,14 +133,14 @@ def test_both_collectors_yield_the_same_parts(pixels, part):
         iterator = iter(collector.iterator())
         data[name] = torch.cat([next(iterator).clone() for _ in range(2)], 1)
         collector.shutdown()
-    ours, theirs = data["vector"], data["torchrl"]
-    assert bool(ours["next", "terminated"].any())
-    assert bool(ours["next", "truncated"].any())
-    assert ours["observation", part].shape == (2, 120, 3, 36, 36)
-    assert ours["observation", part].dtype == torch.uint8
-    assert ours["observation", "vector"].shape == (2, 120, 5)
-    for key in ours.keys(include_nested=True, leaves_only=True):
-        assert torch.equal(ours[key], theirs[key]), key
+    vector, torchrl = data["vector"], data["torchrl"]
+    assert bool(vector["next", "terminated"].any())
+    assert bool(vector["next", "truncated"].any())
+    assert vector["observation", part].shape == (2, 120, 3, 36, 36)
+    assert vector["observation", part].dtype == torch.uint8
+    assert vector["observation", "vector"].shape == (2, 120, 5)
+    for key in vector.keys(include_nested=True, leaves_only=True):
+        assert torch.equal(vector[key], torchrl[key]), key
 
 
 ROBOT = ("env=gym", "env.id=toy_envs:Robot-v0")
@@ -147,34 +148,41 @@ TINY = ("algo.batch_size=8", "algo.replay_ratio=0.25", "algo.steps_per_iteration
 
 
 @pytest.mark.parametrize(
-    "words", [TINY, (*TINY, "algo.buffer_storage=memmap", "env.num_envs=2")], ids=["one", "memmap"]
+    "overrides", [TINY, (*TINY, "algo.buffer_storage=memmap", "env.num_envs=2")], ids=["one", "memmap"]
 )
-def test_sac_reads_a_dict_and_resumes_exactly(words, tmp_path):
+def test_sac_reads_a_dict_and_resumes_exactly(overrides, tmp_path):
     common = *SMALL, *ROBOT, "env.action=rescale", "eval.every=50", "checkpoint.every=60", "algo.buffer_size=1000"
-    in_two_halves(tmp_path, (*common, *words), 128)
+    check_resumed_run_is_identical(tmp_path, (*common, *overrides), 128)
 
 
 @pytest.mark.parametrize("algo", ["td3", "ddpg", "ppo", "a2c"])
-def test_others_read_a_dict(algo, tmp_path):
-    words = [f"algo={algo}", *ROBOT, "total_env_steps=64", "eval.every=64", "eval.episodes=1", "checkpoint.every=64"]
-    words += ["algo.hidden_sizes=[8]", "logger=csv", "env.num_envs=1", "algo.steps_per_iteration=16"]
-    words += ["env.normalize_observation=false"] if algo == "ppo" else []
-    words += [] if algo == "a2c" else ["algo.batch_size=16"]
+def test_other_algorithms_read_a_dict(algo, tmp_path):
+    overrides = [
+        f"algo={algo}",
+        *ROBOT,
+        "total_env_steps=64",
+        "eval.every=64",
+        "eval.episodes=1",
+        "checkpoint.every=64",
+    ]
+    overrides += ["algo.hidden_sizes=[8]", "logger=csv", "env.num_envs=1", "algo.steps_per_iteration=16"]
+    overrides += ["env.normalize_observation=false"] if algo == "ppo" else []
+    overrides += [] if algo == "a2c" else ["algo.batch_size=16"]
     if algo in ("td3", "ddpg"):
-        words += ["algo.learning_starts=16", "algo.buffer_size=100", "algo.replay_ratio=0.25"]
-    before, _ = build_run(compose(words))
+        overrides += ["algo.learning_starts=16", "algo.buffer_size=100", "algo.replay_ratio=0.25"]
+    before, _ = build_run(compose(overrides))
     start = {key: value.clone() for key, value in before.state_dict().items()}
-    train(compose(words), tmp_path / "run")
-    after = saved(tmp_path / "run")["state_dict"]
+    train(compose(overrides), tmp_path / "run")
+    after = saved_state(tmp_path / "run")["state_dict"]
     parts = [key for key in start if "parts.camera" in key and key.endswith("0.weight") and "target" not in key]
     assert parts
     assert not any(torch.equal(start[key], after[key]) for key in parts)
 
 
-def test_a_loaded_policy_takes_what_the_env_shows(tmp_path):
-    words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=32", "eval.every=32"]
-    words.append("algo.buffer_size=1000")  # a million such pictures are more than there is memory
-    train(compose(words), tmp_path / "run")
+def test_a_loaded_policy_takes_raw_observations(tmp_path):
+    overrides = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=32", "eval.every=32"]
+    overrides.append("algo.buffer_size=1000")  # a million such images exceed the memory
+    train(compose(overrides), tmp_path / "run")
     policy = levin.load(tmp_path / "run")
     env = gym.make("toy_envs:Robot-v0")
     shown, _ = env.reset(seed=0)
@@ -184,25 +192,25 @@ def test_a_loaded_policy_takes_what_the_env_shows(tmp_path):
     np.testing.assert_allclose(policy(again), [action, action], atol=1e-6)
 
 
-def test_several_choices_are_independent():
+def test_multi_discrete_actions_are_independent():
     torch.manual_seed(0)
-    sizes, logits, other = [2, 3, 4], torch.randn(5, 9), torch.randn(5, 9)
-    ours, theirs = MultiCategorical(logits, sizes), MultiCategorical(other, sizes)
-    action = ours.sample()
-    peers = [torch.distributions.Categorical(logits=part) for part in logits.split(sizes, -1)]
-    others = [torch.distributions.Categorical(logits=part) for part in other.split(sizes, -1)]
+    sizes, logits, other_logits = [2, 3, 4], torch.randn(5, 9), torch.randn(5, 9)
+    policy, other_policy = MultiCategorical(logits, sizes), MultiCategorical(other_logits, sizes)
+    action = policy.sample()
+    parts = [torch.distributions.Categorical(logits=part) for part in logits.split(sizes, -1)]
+    other_parts = [torch.distributions.Categorical(logits=part) for part in other_logits.split(sizes, -1)]
     assert action.shape == (5, 3)
-    expected = sum(peer.log_prob(action[:, i]) for i, peer in enumerate(peers))
-    torch.testing.assert_close(ours.log_prob(action), expected.unsqueeze(-1))
-    torch.testing.assert_close(ours.entropy(), sum(peer.entropy() for peer in peers).unsqueeze(-1))
-    kl = sum(torch.distributions.kl_divergence(a, b) for a, b in zip(peers, others, strict=True))
-    torch.testing.assert_close(ours.kl(theirs), kl.unsqueeze(-1))
-    assert torch.equal(ours.mode, torch.stack([part.argmax(-1) for part in logits.split(sizes, -1)], -1))
-    assert torch.equal(ours[torch.tensor([3, 1])].logits, logits[[3, 1]])
+    expected = sum(part.log_prob(action[:, i]) for i, part in enumerate(parts))
+    torch.testing.assert_close(policy.log_prob(action), expected.unsqueeze(-1))
+    torch.testing.assert_close(policy.entropy(), sum(part.entropy() for part in parts).unsqueeze(-1))
+    kl = sum(torch.distributions.kl_divergence(a, b) for a, b in zip(parts, other_parts, strict=True))
+    torch.testing.assert_close(policy.kl(other_policy), kl.unsqueeze(-1))
+    assert torch.equal(policy.mode, torch.stack([part.argmax(-1) for part in logits.split(sizes, -1)], -1))
+    assert torch.equal(policy[torch.tensor([3, 1])].logits, logits[[3, 1]])
     many = MultiCategorical(logits[:1].expand(20_000, 9), sizes).sample()
-    for i, peer in enumerate(peers):
+    for i, part in enumerate(parts):
         share = torch.bincount(many[:, i], minlength=sizes[i]) / 20_000
-        torch.testing.assert_close(share, peer.probs[0], atol=0.02, rtol=0)
+        torch.testing.assert_close(share, part.probs[0], atol=0.02, rtol=0)
 
 
 BUTTONS = ("env=gym", "env.id=toy_envs:Buttons-v0", "logger=csv", "eval.episodes=5")
@@ -212,29 +220,36 @@ ON_POLICY = ("reinforce", "actor_critic", "a2c", "a3c", "trpo", "ppo")
 
 
 @pytest.mark.parametrize("algo", ON_POLICY)
-def test_several_choices_are_learned_from(algo, tmp_path):
-    words = [f"algo={algo}", *BUTTONS, "total_env_steps=64", "eval.every=64", "checkpoint.every=64", "env.num_envs=1"]
-    words += [] if algo == "reinforce" else ["algo.steps_per_iteration=32"]
-    words += ["algo.batch_size=32"] if algo in ("ppo", "trpo") else []
-    before, _ = build_run(compose(words))
+def test_algorithms_train_with_multi_discrete_actions(algo, tmp_path):
+    overrides = [
+        f"algo={algo}",
+        *BUTTONS,
+        "total_env_steps=64",
+        "eval.every=64",
+        "checkpoint.every=64",
+        "env.num_envs=1",
+    ]
+    overrides += [] if algo == "reinforce" else ["algo.steps_per_iteration=32"]
+    overrides += ["algo.batch_size=32"] if algo in ("ppo", "trpo") else []
+    before, _ = build_run(compose(overrides))
     start = {key: value.clone() for key, value in before.state_dict().items()}
-    train(compose(words), tmp_path / "run")
-    after = saved(tmp_path / "run")["state_dict"]
+    train(compose(overrides), tmp_path / "run")
+    after = saved_state(tmp_path / "run")["state_dict"]
     assert not torch.equal(start["actor.network.0.weight"], after["actor.network.0.weight"])
 
 
 @pytest.mark.parametrize(
     "algo", [pytest.param(each, marks=[] if each == "a2c" else pytest.mark.slow) for each in ON_POLICY]
 )
-def test_several_choices_are_learned(algo, tmp_path):
-    """Standing still gives -10 on average, the best about -0.6; a policy that draws all buttons uniformly gives -12."""
-    words = [f"algo={algo}", *BUTTONS, "total_env_steps=12_000", "eval.every=12_000", "checkpoint.every=12_000"]
-    words += {"ppo": ["algo.steps_per_iteration=64", "env.num_envs=4", "algo.batch_size=64"]}.get(algo, [])
-    words += {"trpo": ["algo.steps_per_iteration=256"]}.get(algo, [])
-    assert train(compose(words), tmp_path / "run") > -5
+def test_multi_discrete_actions_are_learned(algo, tmp_path):
+    """Mean returns: about -10 without moving, -12 for uniformly random actions, -0.6 for the best policy."""
+    overrides = [f"algo={algo}", *BUTTONS, "total_env_steps=12_000", "eval.every=12_000", "checkpoint.every=12_000"]
+    overrides += {"ppo": ["algo.steps_per_iteration=64", "env.num_envs=4", "algo.batch_size=64"]}.get(algo, [])
+    overrides += {"trpo": ["algo.steps_per_iteration=256"]}.get(algo, [])
+    assert train(compose(overrides), tmp_path / "run") > -5
 
 
-def test_random_buttons_are_uniform():
+def test_random_multi_discrete_actions_are_uniform():
     env = make_env(EnvConfig(id="toy_envs:Buttons-v0"), seed=0, copy=False)
     policy = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
     collector = make_collector("vector", env, policy, steps=3000, random_env_steps=3000)
@@ -250,7 +265,7 @@ def test_images_are_stacked_channel_first():
     assert stacked.observation_space.shape == (9, 8, 8)
 
 
-def test_a_stack_of_pictures_is_the_last_pictures():
+def test_a_frame_stack_holds_the_last_frames():
     env = make_single_env(EnvConfig(id="toy_envs:Colour-v0", frame_stack=2))
     plain = make_single_env(EnvConfig(id="toy_envs:Colour-v0"))
     before, _ = plain.reset(seed=0)
@@ -264,8 +279,8 @@ def test_a_stack_of_pictures_is_the_last_pictures():
 
 
 def test_the_same_seed_gives_the_same_run_on_a_dict(tmp_path):
-    words = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=64", "eval.every=64"]
-    words.append("algo.buffer_size=1000")
+    overrides = [*SMALL, *ROBOT, *TINY, "env.action=rescale", "total_env_steps=64", "eval.every=64"]
+    overrides.append("algo.buffer_size=1000")
     for name in "ab":
-        train(compose(words), tmp_path / name)
-    assert same(saved(tmp_path / "a")["state_dict"], saved(tmp_path / "b")["state_dict"])
+        train(compose(overrides), tmp_path / name)
+    assert same(saved_state(tmp_path / "a")["state_dict"], saved_state(tmp_path / "b")["state_dict"])

@@ -1,4 +1,4 @@
-"""Frames stored once give the transitions that were seen."""
+"""Frame replay stores each frame once and returns the collected transitions."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class Camera:
-    """Rollouts `[N, T]` of stacks of frames that are all different, by the rule of a frame stack."""
+    """Generates rollouts `[N, T]` of frame stacks whose frames are all different."""
 
     def __init__(self, num_envs: int, stack: int, channels: int = 1, seed: int = 0) -> None:
         self.random = np.random.default_rng(seed)
@@ -26,14 +26,14 @@ class Camera:
     def begin(self) -> np.ndarray:
         return np.concatenate([self.frame()] * self.stack)
 
-    def rollout(self, steps: int, ends: float = 0.2) -> TensorDict:
+    def rollout(self, steps: int, end_probability: float = 0.2) -> TensorDict:
         rows = []
         for env in range(len(self.shown)):
             for _ in range(steps):
-                shown = self.shown[env]
-                after = np.concatenate([shown[self.channels :], self.frame()])
-                terminated, truncated = self.random.random(2) < ends / 2
-                rows.append((shown, self.random.integers(5), after, self.random.normal(), terminated, truncated))
+                observation = self.shown[env]
+                after = np.concatenate([observation[self.channels :], self.frame()])
+                terminated, truncated = self.random.random(2) < end_probability / 2
+                rows.append((observation, self.random.integers(5), after, self.random.normal(), terminated, truncated))
                 self.shown[env] = self.begin() if terminated or truncated else after
         observation, action, after, reward, terminated, truncated = (np.stack(each) for each in zip(*rows, strict=True))
         flags = {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
@@ -44,14 +44,14 @@ class Camera:
 
 
 def key(transition: TensorDict) -> bytes:
-    """A transition as something that can be looked up; its frames are drawn at random and never meet again."""
+    """Return a transition as bytes, for look-ups; random frames make it unique."""
     flat = transition.select(*replay.KEYS).flatten_keys().items()
     return b"".join(value.numpy().tobytes() for _, value in sorted(flat))
 
 
 @pytest.mark.parametrize(("num_envs", "steps", "stack", "channels"), [(1, 1, 4, 1), (3, 6, 4, 1), (2, 5, 1, 3)])
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
-def test_what_is_drawn_was_seen(num_envs, steps, stack, channels, storage):
+def test_sampled_transitions_equal_the_collected_ones(num_envs, steps, stack, channels, storage):
     camera, buffer = Camera(num_envs, stack, channels), replay.FrameReplay(200, storage, stack)
     seen: list[bytes] = []
     for _ in range(120 // steps):
@@ -59,50 +59,50 @@ def test_what_is_drawn_was_seen(num_envs, steps, stack, channels, storage):
         buffer.extend(rollout)
         seen += [key(each) for each in rollout.reshape(-1)]
     drawn = [key(each) for each in buffer.sample(20, 100, CPU).reshape(-1)]
-    assert set(drawn) <= set(seen), "nothing that was not seen, across ends of episodes and of the ring"
+    assert set(drawn) <= set(seen), "only collected transitions, also at the ends of episodes and of the ring buffer"
     oldest = min(seen.index(each) for each in set(drawn))
     lost = len(seen) - len(set(drawn))
-    assert oldest > 0, "the ring has wrapped"
+    assert oldest > 0, "the ring buffer has wrapped"
     assert set(seen[-num_envs * steps :]) <= set(drawn), "the newest rollout is there"
-    assert lost - oldest <= 2 * num_envs * (steps + stack), "and all between, but for stacks that lost a frame"
+    assert lost - oldest <= 2 * num_envs * (steps + stack), "all between, except overwritten stacks"
 
 
 def test_frames_are_stored_once():
     camera, buffer = Camera(2, 4), replay.FrameReplay(1000, "memory", 4)
     for _ in range(10):
-        buffer.extend(camera.rollout(20, ends=0))
-    assert buffer.written == 2 * (4 + 10 * 20), "a stack for each episode, then a frame for each step"
+        buffer.extend(camera.rollout(20, end_probability=0))
+    assert buffer.written == 2 * (4 + 10 * 20), "a stack per episode, then a frame per step"
     assert buffer.data["frame"].shape[1:] == (1, 4, 4)
 
 
-def test_an_env_that_begins_anew_unannounced_is_noticed():
-    """As after a resume in which it did not replay."""
+def test_a_reset_without_an_end_flag_is_detected():
+    """An env that does not replay starts a new episode after a resume, without an end flag in replay."""
     first, second, buffer = Camera(1, 4), Camera(1, 4, seed=1), replay.FrameReplay(1000, "memory", 4)
-    rollouts = [first.rollout(5, ends=0), second.rollout(5, ends=0)]
+    rollouts = [first.rollout(5, end_probability=0), second.rollout(5, end_probability=0)]
     for rollout in rollouts:
         buffer.extend(rollout)
     seen = {key(each) for rollout in rollouts for each in rollout.reshape(-1)}
     assert {key(each) for each in buffer.sample(1, 200, CPU).reshape(-1)} == seen
 
 
-def test_draws_are_uniform():
+def test_samples_are_uniform():
     camera, buffer = Camera(2, 4), replay.FrameReplay(1000, "memory", 4)
     buffer.extend(camera.rollout(50))
     torch.manual_seed(0)
     drawn = [key(each) for each in buffer.sample(1, 10_000, CPU).reshape(-1)]
     counts = np.array([drawn.count(each) for each in set(drawn)])
     assert len(counts) == 100
-    assert ((counts - 100) ** 2 / 100).sum() < 149  # chi squared of 99 degrees: p = 0.001
+    assert ((counts - 100) ** 2 / 100).sum() < 149  # chi-squared test with 99 degrees of freedom, p = 0.001
 
 
-def test_a_restored_buffer_goes_on_as_if_nothing_had_happened():
+def test_a_restored_buffer_continues_identically():
     camera, buffer, restored = Camera(2, 4), *(replay.FrameReplay(200, "memory", 4) for _ in range(2))
     for _ in range(12):
         buffer.extend(camera.rollout(10))
     state = buffer.state_dict()
     assert state
     assert state["written"] > 200
-    oldest = state["written"] % 200  # a ring: where its oldest row lies
+    oldest = state["written"] % 200  # index of the oldest frame in the ring buffer
     restored.load_state_dict({**state, "data": [buffer.data[oldest:], buffer.data[:oldest]]}, CPU)
     rollout = camera.rollout(10)
     for each in (buffer, restored):
@@ -111,16 +111,16 @@ def test_a_restored_buffer_goes_on_as_if_nothing_had_happened():
     assert buffer.written == restored.written
 
 
-def test_a_buffer_too_small_for_a_rollout_says_so():
+def test_a_buffer_too_small_for_a_rollout_is_refused():
     with pytest.raises(ConfigError, match="buffer_size=199 is less than 200"):
         replay.FrameReplay(199, "memory", 4).extend(Camera(2, 4).rollout(10))
     camera, smallest = Camera(2, 4), replay.FrameReplay(200, "memory", 4)
-    for ends in (0.0, 0.5, 1.9) * 5:  # never one that ends a run in its middle, or has nothing to draw
-        smallest.extend(camera.rollout(10, ends=ends))
+    for end_probability in (0.0, 0.5, 1.9) * 5:  # the smallest buffer works for any episode lengths
+        smallest.extend(camera.rollout(10, end_probability=end_probability))
         assert smallest.sample(1, 10, CPU).shape == (1, 10)
 
 
-def test_pixels_are_drawn_in_small_portions():
+def test_pixel_batches_are_sampled_in_small_portions():
     vectors, pixels = replay.Replay(100, "memory"), replay.FrameReplay(1000, "memory", 4)
     pixels.extend(Camera(1, 4).rollout(50))
     assert pixels.transition_bytes == 5 * (16 + 4 * 8 + 8 + 4 + 1 + 1)

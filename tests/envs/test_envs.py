@@ -1,4 +1,4 @@
-"""Seeds, units, repeats, statistics, and what happens to an env that can't be made."""
+"""Envs: seeds, action units, wrappers, running statistics, and errors of envs that cannot be made."""
 
 import multiprocessing
 import signal
@@ -43,7 +43,7 @@ def test_every_episode_starts_with_its_own_seed():
         observation, _ = env.reset(options={"reset_mask": np.ones(2, dtype=bool)})
 
 
-def test_resetting_an_env_that_has_not_moved_begins_the_same_episode():
+def test_resetting_an_env_before_its_first_step_starts_the_same_episode():
     env = make_env(EnvConfig(id="Pendulum-v1", num_envs=2), seed=0)
     first, _ = env.reset()
     again, _ = env.reset()
@@ -55,7 +55,7 @@ def test_resetting_an_env_that_has_not_moved_begins_the_same_episode():
     ("units", "given", "expected"),
     [("rescale", [-1, 0, 1], [-2, 1, 4]), ("clip", [-9, 0, 9], [-2, 0, 4]), ("none", [-9, 0, 9], [-9, 0, 9])],
 )
-def test_actions_arrive_in_the_units_that_were_chosen(units, given, expected):
+def test_actions_reach_the_env_in_the_configured_units(units, given, expected):
     env = make_env(EnvConfig(id="toy_envs:Recorder-v0", action=units), seed=0)
     env.reset()
     toy_envs.Recorder.actions.clear()
@@ -64,15 +64,15 @@ def test_actions_arrive_in_the_units_that_were_chosen(units, given, expected):
     assert toy_envs.Recorder.actions == expected
 
 
-def test_entries_of_an_observation_are_hidden():
-    whole = make_single_env(EnvConfig(id="Pendulum-v1"))
+def test_observation_entries_selects_entries_of_the_vector():
+    full = make_single_env(EnvConfig(id="Pendulum-v1"))
     part = make_single_env(EnvConfig(id="Pendulum-v1", observation_entries=[1, 0]))
-    (seen, _), (shown, _) = whole.reset(seed=3), part.reset(seed=3)
-    assert np.array_equal(shown, seen[[1, 0]])
+    (full_observation, _), (selected, _) = full.reset(seed=3), part.reset(seed=3)
+    assert np.array_equal(selected, full_observation[[1, 0]])
     assert part.observation_space.shape == (2,)
     action = np.array([0.5], np.float32)
-    assert np.array_equal(part.step(action)[0], whole.step(action)[0][[1, 0]])
-    for entries, sentence in (([3], "names no entries: there are 0 to 2"), ([], "names no entries")):
+    assert np.array_equal(part.step(action)[0], full.step(action)[0][[1, 0]])
+    for entries, sentence in (([3], "must name entries of the vector; valid: 0 to 2"), ([], "must name entries")):
         with pytest.raises(ConfigError, match=sentence):
             make_env(EnvConfig(id="Pendulum-v1", observation_entries=entries), seed=0)
     with pytest.raises(ConfigError, match="is for vectors"):
@@ -122,12 +122,12 @@ def test_every_env_file_can_be_made_and_stepped(name):
         ("HalfCheetah-v99", "v99"),
     ],
 )
-def test_an_unknown_id_is_one_sentence(env_id, sentence):
+def test_an_unknown_env_id_is_a_config_error(env_id, sentence):
     with pytest.raises(ConfigError, match=sentence):
         make_env(EnvConfig(id=env_id), seed=0)
 
 
-def test_a_missing_extra_is_one_sentence(monkeypatch):
+def test_a_missing_optional_package_is_a_config_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     for module in [name for name in sys.modules if "gymnasium.envs.mujoco" in name]:
         monkeypatch.delitem(sys.modules, module)
@@ -135,7 +135,7 @@ def test_a_missing_extra_is_one_sentence(monkeypatch):
         make_env(EnvConfig(id="HalfCheetah-v4"), seed=0)
 
 
-def test_the_camera_follows_a_runner_unless_told_otherwise():
+def test_the_camera_tracks_a_mujoco_runner_by_default():
     def camera(**kwargs):
         env = make_single_env(EnvConfig(id="HalfCheetah-v4", kwargs=kwargs), render=True)
         return env.unwrapped.camera_name, env.unwrapped.camera_id
@@ -159,7 +159,7 @@ def test_observation_statistics_are_those_of_all_samples():
     assert float(normalizer(torch.full((1, 3), 1e6)).max()) == 5.0
 
 
-def test_reward_statistics_run_through_rollouts_and_are_cut_at_ends_only():
+def test_reward_statistics_span_rollouts_and_are_reset_at_episode_ends():
     gamma, normalizer = 0.9, RewardNormalizer(2, 0.9, clip=10.0)
     reward = torch.rand(2, 42, 1, dtype=torch.float64)
     done = torch.zeros(2, 42, 1, dtype=torch.bool)
@@ -177,22 +177,22 @@ def test_reward_statistics_run_through_rollouts_and_are_cut_at_ends_only():
     torch.testing.assert_close(normalizer(reward), (reward / np.std(expected)).float())
 
 
-def test_what_an_env_s_constructor_asserts_is_a_sentence():
+def test_an_assertion_in_an_env_constructor_is_a_config_error():
     pytest.importorskip("Box2D")
     with pytest.raises(ConfigError, match=r"env.id=LunarLander-v3 can't be made: AssertionError: gravity") as error:
         make_env(EnvConfig(id="LunarLander-v3", kwargs={"gravity": 5.0}), seed=0)
     assert "\n" not in str(error.value)
 
 
-def test_an_env_made_in_a_child_leaves_signals_alone():
+def test_making_an_env_in_a_child_process_keeps_its_signal_handlers():
     def child(pipe):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # SIGINT is ignored if the tests run in the background
         make_env(EnvConfig(id="CartPole-v1"), seed=0)
         pipe.send(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(sender,))
     process.start()
-    assert ours.poll(30)
-    assert ours.recv()
+    assert receiver.poll(30)
+    assert receiver.recv()
     process.join()

@@ -1,6 +1,7 @@
-"""Gradient estimators: exact where their noise is finite, against closed forms and z-tests where it is not.
+"""Interface of all gradient estimators: values, shapes, dtypes, errors, compilation, and discrete latents.
 
-The reference is always the enumerated or integrated gradient, never another library.
+Their gradients are tested in the other files: always against an enumerated or integrated gradient, never against
+another library.
 """
 
 import copy
@@ -55,7 +56,7 @@ from levin.estimators import (
 )
 from levin.estimators.latent import DiscreteLatent
 
-# --- the contract
+# --- the interface of every estimator
 
 
 EVERY = {
@@ -85,7 +86,7 @@ EVERY = {
 }
 
 
-def test_costs_may_be_integers_and_black_boxes():
+def test_costs_may_be_integers_and_not_differentiable():
     for estimator in (LeaveOneOut(2), ScoreFunction(), Exact(), SelfCritical(), RELAX(Critic(K))):
         leaf = LOGITS.expand(4, K).clone().requires_grad_()
         surrogate = estimator(choice(leaf), lambda z: torch.from_numpy(z.detach().numpy().argmax(-1)))
@@ -93,12 +94,12 @@ def test_costs_may_be_integers_and_black_boxes():
     loc = torch.zeros(3, requires_grad=True)
     surrogate = SelfCritical()(Normal(loc, 1.0), lambda x: torch.from_numpy(x.numpy() ** 2))
     assert torch.autograd.grad(surrogate.sum(), loc)[0].shape == (3,)
-    with pytest.raises(TypeError, match="take RELAX"):
+    with pytest.raises(TypeError, match="use RELAX"):
         REBAR()(choice(LOGITS), lambda z: torch.ones(3))
     assert REBAR(eta=0.0)(choice(LOGITS.clone().requires_grad_()), lambda z: torch.ones(3)).requires_grad
 
 
-def test_a_large_score_takes_no_digits_from_the_value():
+def test_a_large_score_does_not_round_the_value():
     torch.set_default_dtype(torch.float32)
     dist = Independent(choice(torch.randn(32, 32)), 1)
     draws = ScoreFunction().sample(dist)
@@ -107,24 +108,24 @@ def test_a_large_score_takes_no_digits_from_the_value():
 
 
 @pytest.mark.parametrize("name", [name for name, (_, family) in EVERY.items() if family is choice])
-def test_choices_that_there_are_not(name):
-    """Logits of -inf: masked actions."""
+def test_masked_choices_give_finite_gradients(name):
+    """Masked choices have logits of -inf."""
     leaf = torch.tensor([[0.3, -math.inf, 0.5, -math.inf, 1.0]] * 20).requires_grad_()
     surrogate = EVERY[name][0]()(choice(leaf), square)
     assert surrogate.isfinite().all()
     assert torch.autograd.grad(surrogate.sum(), leaf)[0].isfinite().all()
 
 
-def test_every_estimator_is_there():
+def test_every_exported_estimator_is_tested():
     exported = {name for name in estimators.__all__ if isinstance(getattr(estimators, name), type)}
     assert exported - {"Draws", "Estimator", "StochasticGraph"} == EVERY.keys()
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_other_parameters_get_the_gradient_of_the_mean_cost(name):
-    """The forward value is the weighted cost, and a decoder learns as if there were no sampling."""
-    make, family = EVERY[name]
-    estimator, decoder = make(), torch.randn(K, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    """The value is the weighted cost, whose gradient in other parameters (a decoder's) is the ordinary one."""
+    make_estimator, family = EVERY[name]
+    estimator, decoder = make_estimator(), torch.randn(K, generator=torch.Generator().manual_seed(0)).requires_grad_()
     leaf = torch.randn(7, 2, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
     again = copy.deepcopy(estimator)
     torch.manual_seed(0)
@@ -137,7 +138,7 @@ def test_other_parameters_get_the_gradient_of_the_mean_cost(name):
     torch.testing.assert_close(surrogate, (weight * cost).sum(0), check_dtype=False)
     with_graph = torch.autograd.grad(surrogate.sum(), decoder, retain_graph=True)[0]
     torch.testing.assert_close(with_graph, torch.autograd.grad((weight * cost).sum(), decoder, retain_graph=True)[0])
-    torch.manual_seed(0)  # and the call is both steps
+    torch.manual_seed(0)  # calling the estimator does both steps
     torch.testing.assert_close(again(family(leaf), lambda z: (z * decoder).sum(-1).square()), surrogate)
 
 
@@ -146,9 +147,9 @@ def test_other_parameters_get_the_gradient_of_the_mean_cost(name):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 def test_dtypes_and_shapes(name, dtype, shape):
     torch.set_default_dtype(dtype)
-    make, family = EVERY[name]
+    make_estimator, family = EVERY[name]
     leaf = torch.randn(*shape, K, dtype=dtype).requires_grad_()
-    surrogate = make()(family(leaf), lambda z: z.square().sum(-1) + z[..., 0])
+    surrogate = make_estimator()(family(leaf), lambda z: z.square().sum(-1) + z[..., 0])
     assert surrogate.shape == shape
     assert surrogate.dtype == dtype
     (gradient,) = torch.autograd.grad(surrogate.sum(), leaf)
@@ -158,84 +159,84 @@ def test_dtypes_and_shapes(name, dtype, shape):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_extreme_parameters_stay_finite(name):
-    make, family = EVERY[name]
+    make_estimator, family = EVERY[name]
     if "Normal" in str(type(family(torch.zeros(2, K)))):
         return
     torch.set_default_dtype(torch.float32)
     leaf = torch.tensor([[60.0, -60.0, 0.0, -200.0, 200.0]] * 50).requires_grad_()
-    surrogate = make()(family(leaf), lambda z: z.square().sum(-1) + z[..., 0])
+    surrogate = make_estimator()(family(leaf), lambda z: z.square().sum(-1) + z[..., 0])
     assert surrogate.isfinite().all()
     assert torch.autograd.grad(surrogate.sum(), leaf)[0].isfinite().all()
 
 
 REFUSED = [
-    (ARM(), Normal(0.0, 1.0), "ARM is for Bernoulli, not for Normal: take LeaveOneOut or UnorderedSet for choices"),
+    (ARM(), Normal(0.0, 1.0), "ARM is for Bernoulli, not for Normal: use LeaveOneOut or UnorderedSet for categorical"),
     (DisARM(), OneHotCategorical(logits=torch.zeros(3)), "DisARM is for Bernoulli, not for OneHotCategorical"),
     (
         Reparameterized(),
         Categorical(logits=torch.zeros(3)),
-        "no path leads through a sample of Categorical: use ScoreFunction",
+        "no path through a sample of Categorical, it has no rsample: use ScoreFunction",
     ),
     (Reparameterized(), Poisson(torch.ones(3)), "no path through a sample of Poisson"),
     (StraightThrough(), Categorical(logits=torch.zeros(3)), "a OneHotCategorical instead of a Categorical"),
     (Exact(), Poisson(torch.ones(3)), "Exact is for Bernoulli and Categorical and OneHotCategorical, not for Poisson"),
     (MeasureValued(), Gamma(1.0, 1.0), "MeasureValued is for"),
     (MeasureValued(), Normal(0.0, torch.ones((), requires_grad=True)), "detach its scale"),
-    (LAX(nn.Linear(1, 1)), Bernoulli(logits=torch.zeros(2)), "LAX is for Normal, not for Bernoulli: take RELAX"),
+    (LAX(nn.Linear(1, 1)), Bernoulli(logits=torch.zeros(2)), "LAX is for Normal, not for Bernoulli: use RELAX"),
 ]
 
 
-@pytest.mark.parametrize(("estimator", "dist", "said"), REFUSED, ids=lambda each: type(each).__name__)
-def test_a_wrong_distribution_is_a_sentence(estimator, dist, said):
-    with pytest.raises(TypeError, match=said):
+@pytest.mark.parametrize(("estimator", "dist", "message"), REFUSED, ids=lambda each: type(each).__name__)
+def test_an_unsupported_distribution_is_a_type_error(estimator, dist, message):
+    with pytest.raises(TypeError, match=message):
         estimator.sample(dist)
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("call", "message"),
     [
-        (lambda: LeaveOneOut(1), "LeaveOneOut needs 2 draws or more, got 1"),
-        (lambda: ScoreFunction(0), "ScoreFunction needs 1 draws or more"),
-        (lambda: GumbelSoftmax(0.0), "tau is a temperature above 0, got 0"),
-        (lambda: REBAR(tau=-1.0), "tau is a temperature above 0"),
-        (lambda: MovingAverage(1.0), r"a decay is in \[0, 1\), got 1"),
-        (lambda: DiscreteLatent(torch.zeros(2, 3), unimix=1.0), r"unimix is in \[0, 1\), got 1"),
+        (lambda: LeaveOneOut(1), "LeaveOneOut needs 2 or more samples, got 1"),
+        (lambda: ScoreFunction(0), "ScoreFunction needs 1 or more samples"),
+        (lambda: GumbelSoftmax(0.0), "tau is a temperature and must be above 0, got 0"),
+        (lambda: REBAR(tau=-1.0), "tau is a temperature and must be above 0"),
+        (lambda: MovingAverage(1.0), r"decay must be in \[0, 1\), got 1"),
+        (lambda: DiscreteLatent(torch.zeros(2, 3), unimix=1.0), r"unimix must be in \[0, 1\), got 1"),
         (
             lambda: Exact()(coins(torch.zeros(15)), lambda z: z.sum(-1)),
-            r"2 \*\* 15 values are too many to go through, the limit is 10000",
+            r"2 \*\* 15 values are too many to enumerate, the limit is 10000",
         ),
-        (lambda: GumbelRao(rao=0), "GumbelRao needs 1 draws or more, got 0"),
-        (lambda: DiscreteLatent(torch.zeros(2, 3), LeaveOneOut(2)), "a relaxation of one draw"),
-        (lambda: DiscreteLatent(torch.zeros(2, 3), ReinMax(num=4)), "a relaxation of one draw"),
+        (lambda: GumbelRao(rao=0), "GumbelRao needs 1 or more samples, got 0"),
+        (lambda: DiscreteLatent(torch.zeros(2, 3), LeaveOneOut(2)), "a relaxation with num=1"),
+        (lambda: DiscreteLatent(torch.zeros(2, 3), ReinMax(num=4)), "a relaxation with num=1"),
         (
             lambda: LeaveOneOut(4)(choice(LOGITS.expand(4, K)), lambda z: z.sum((-1, -2))),
-            r"points \(4, 4\) is wanted, got \(4,\)",
+            r"one value per point, shape \(4, 4\), but has shape \(4,\)",
         ),
         (
             lambda: ScoreFunction(baseline=torch.zeros(4, 1))(choice(LOGITS.expand(4, K)), lambda z: z.sum(-1)),
-            r"the shape of the batch, got \(4, 1\), and the costs are \(1, 4\)",
+            r"the batch shape of the costs, got \(4, 1\) for costs of shape \(1, 4\)",
         ),
         (
             lambda: RELAX(nn.Linear(K, 1))(choice(LOGITS.expand(4, K)), lambda z: z.sum(-1)),
-            r"a critic gives \(4,\) for",
+            r"the critic must return shape \(4,\) for",
         ),
         (
             lambda: LeaveOneOut(4).surrogate(LeaveOneOut(4).sample(choice(LOGITS)), torch.zeros(3)),
-            r"a cost for each of the points \(4,\) is wanted, got \(3,\)",
+            r"one value per point, shape \(4,\), but has shape \(3,\)",
         ),
     ],
 )
-def test_wrong_values_are_sentences(make, said):
-    with pytest.raises(ValueError, match=said):
-        make()
+def test_invalid_values_are_value_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
-@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"REBAR", "RELAX", "LAX"}))  # these differentiate on their way
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"REBAR", "RELAX", "LAX"}))  # these call autograd inside
 def test_compiled_in_one_graph(name):
-    """The same numbers as eager, with the same draws."""
-    make, family = EVERY[name]
+    """Compiled and eager gradients are equal for the same samples."""
+    make_estimator, family = EVERY[name]
     torch.compiler.reset()
-    eager, traced = make(), make()
+    eager, traced = make_estimator(), make_estimator()
     decoder = torch.randn(K)
 
     def loss(estimator, leaf):
@@ -253,7 +254,7 @@ def test_compiled_in_one_graph(name):
 # --- latents
 
 
-def test_a_latent_has_the_gradient_that_torchrl_asks_for():
+def test_a_latent_in_a_torchrl_module_has_a_gradient():
     from tensordict import TensorDict
     from tensordict.nn import ProbabilisticTensorDictModule
 

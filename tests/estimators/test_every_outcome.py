@@ -1,4 +1,4 @@
-"""Gradient estimators of discrete choices, over every outcome: exact means and variances."""
+"""Exact means and variances of gradient estimators of discrete variables, by enumeration of every outcome."""
 
 import itertools
 import math
@@ -23,8 +23,8 @@ from estimator_cases import (
     coins,
     every_outcome,
     exact_gradient,
+    gradient_estimates,
     moments,
-    per_row,
     square,
 )
 from levin.estimators import (
@@ -47,11 +47,11 @@ from levin.estimators import (
 )
 from levin.estimators.base import enumerate_values
 
-# --- a choice of five, every outcome
+# --- a categorical variable with five values
 
 
 EXPECTED_COST = float(LOGITS.softmax(-1) @ ((WEIGHTS - 0.45).square() + 1))
-VARIANCES = [  # of the exact distribution of one estimate, to the six digits of the reference
+VARIANCES = [  # exact variance of one estimate, rounded to six digits
     (ScoreFunction(), 3.876835),
     (ScoreFunction(baseline=EXPECTED_COST), 0.812259),
     (SelfCritical(), 1.501152),
@@ -63,14 +63,14 @@ VARIANCES = [  # of the exact distribution of one estimate, to the six digits of
 
 
 @pytest.mark.parametrize(("estimator", "variance"), VARIANCES, ids=lambda each: getattr(type(each), "__name__", each))
-def test_every_tuple_of_draws(monkeypatch, estimator, variance):
-    mean, found = moments(*every_outcome(monkeypatch, estimator))
+def test_exact_mean_and_variance_over_every_tuple_of_samples(monkeypatch, estimator, variance):
+    mean, actual = moments(*every_outcome(monkeypatch, estimator))
     assert (mean - exact_gradient(choice, LOGITS, square)).abs().max() < 1e-10
-    assert found == pytest.approx(variance, abs=6e-7)
+    assert actual == pytest.approx(variance, abs=6e-7)
 
 
-def test_the_optimal_constant(monkeypatch):
-    """0.762811 with the constant of the true expectations: no other constant has less variance."""
+def test_the_optimal_constant_baseline_has_the_least_variance(monkeypatch):
+    """With the optimal constant computed from exact expectations, the variance is 0.762811."""
     p, f = LOGITS.softmax(-1), (WEIGHTS - 0.45).square() + 1
     squares = (torch.eye(K) - p).square().sum(-1)  # |grad log p|^2 of each value
     best = float((p * f * squares).sum() / (p * squares).sum())
@@ -81,32 +81,32 @@ def test_the_optimal_constant(monkeypatch):
         assert (mean - exact).abs().max() < 1e-10
     assert variance[best] == pytest.approx(0.762811, abs=6e-7)
     assert min(variance.values()) == variance[best]
-    mean, _ = moments(*every_outcome(monkeypatch, OptimalConstant(3)))  # the one of other draws
+    mean, _ = moments(*every_outcome(monkeypatch, OptimalConstant(3)))  # estimates the constant from the other samples
     assert (mean - exact).abs().max() < 1e-10
 
 
-def test_iid_draws_divide_the_variance(monkeypatch):
+def test_iid_samples_divide_the_variance(monkeypatch):
     for num in (2, 3):
         _, one = moments(*every_outcome(monkeypatch, ScoreFunction()))
         _, several = moments(*every_outcome(monkeypatch, ScoreFunction(num)))
         assert several == pytest.approx(one / num, rel=1e-10)
 
 
-def test_straight_through_is_exact_for_what_is_linear(monkeypatch):
+def test_straight_through_is_exact_for_linear_costs(monkeypatch):
     def linear(z: Tensor) -> Tensor:
         return (z * WEIGHTS).sum(-1)
 
     for estimator in (StraightThrough(), DecoupledStraightThrough(), ReinMax()):
         mean, _ = moments(*every_outcome(monkeypatch, estimator, linear))
         assert (mean - exact_gradient(choice, LOGITS, linear)).abs().max() < 1e-10
-    mean, variance = moments(*every_outcome(monkeypatch, StraightThrough()))  # and not for what is quadratic
+    mean, variance = moments(*every_outcome(monkeypatch, StraightThrough()))  # not exact for a quadratic cost
     exact = exact_gradient(choice, LOGITS, square)
     assert variance == pytest.approx(0.370947, abs=6e-7)
     assert float((mean - exact).norm() / exact.norm()) == pytest.approx(0.98388, abs=6e-6)
 
 
-def test_straight_through_is_exact_for_what_is_multilinear(monkeypatch):
-    """Two choices, a product of functions that are linear in each."""
+def test_straight_through_is_exact_for_multilinear_costs(monkeypatch):
+    """The cost of two choices is linear in each."""
     table = torch.randn(K, K, generator=torch.Generator().manual_seed(0))
     logits = torch.stack([LOGITS, LOGITS.flip(0)])
 
@@ -126,7 +126,7 @@ def test_straight_through_is_exact_for_what_is_multilinear(monkeypatch):
 
 
 def subsets_of(estimator, num: int) -> tuple[Tensor, Tensor]:
-    """All ordered draws without replacement: indices `[num, M]` and their probabilities."""
+    """Return all ordered samples without replacement as indices `[num, M]`, and their probabilities `[M]`."""
     p = LOGITS.softmax(-1)
     orders = torch.tensor(list(itertools.permutations(range(K), num)))  # [M, num]
     probability, left = torch.ones(len(orders)), torch.ones(len(orders))
@@ -136,22 +136,22 @@ def subsets_of(estimator, num: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("num", "variance"), [(2, 0.669556), (3, 0.182059), (4, None), (5, 0.0)])
-def test_every_set_of_draws(num, variance):
+def test_unordered_set_over_every_sample(num, variance):
     indices, probability = subsets_of(UnorderedSet, num)
     leaf = LOGITS.expand(indices.shape[1], K).clone().requires_grad_()
     values, log_prob = enumerate_values(choice(leaf))
     estimator = UnorderedSet(num)
     draws = estimator.at(values, log_prob, indices)
     surrogate = estimator.surrogate(draws, square(draws.value))
-    mean, found = moments(torch.autograd.grad(surrogate.sum(), leaf)[0], probability)
+    mean, actual = moments(torch.autograd.grad(surrogate.sum(), leaf)[0], probability)
     assert (mean - exact_gradient(choice, LOGITS, square)).abs().max() < 1e-10
     assert float(probability @ surrogate.detach()) == pytest.approx(EXPECTED_COST, abs=1e-10)
     if variance is not None:
-        assert found == pytest.approx(variance, abs=6e-7)
+        assert actual == pytest.approx(variance, abs=6e-7)
 
 
 @pytest.mark.parametrize(("num", "variance"), [(2, 1.806570), (3, 0.753295), (5, 0.0)])
-def test_every_rest_of_sum_and_sample(num, variance):
+def test_sum_and_sample_over_every_sample(num, variance):
     order = LOGITS.argsort(descending=True)
     first, rest = order[: num - 1], order[num - 1 :]
     probability = LOGITS.softmax(-1)[rest] / LOGITS.softmax(-1)[rest].sum()
@@ -161,23 +161,23 @@ def test_every_rest_of_sum_and_sample(num, variance):
     estimator = SumAndSample(num)
     draws = estimator.at(values, log_prob, indices)
     surrogate = estimator.surrogate(draws, square(draws.value))
-    mean, found = moments(torch.autograd.grad(surrogate.sum(), leaf)[0], probability)
+    mean, actual = moments(torch.autograd.grad(surrogate.sum(), leaf)[0], probability)
     assert (mean - exact_gradient(choice, LOGITS, square)).abs().max() < 1e-10
     assert float(probability @ surrogate.detach()) == pytest.approx(EXPECTED_COST, abs=1e-10)
-    assert found == pytest.approx(variance, abs=6e-7)
+    assert actual == pytest.approx(variance, abs=6e-7)
 
 
 @pytest.mark.parametrize("estimator", [Exact(), UnorderedSet(K), WithoutReplacement(K), MeasureValued()])
-def test_all_values_leave_no_variance(estimator):
-    each = per_row(estimator, choice, LOGITS, square, 50)
+def test_estimators_that_use_all_values_have_no_variance(estimator):
+    each = gradient_estimates(estimator, choice, LOGITS, square, 50)
     assert (each - exact_gradient(choice, LOGITS, square)).abs().max() < 1e-10
     assert estimator(choice(LOGITS), square).item() == pytest.approx(EXPECTED_COST, abs=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [5.0, 10.0, 14.0])
-def test_one_value_that_dominates(dtype, gap):
-    """Sets of two and three, all of them: no digits are lost where hardly anything is left."""
+def test_unordered_set_with_one_dominant_value(dtype, gap):
+    """Over all sets of two and three values: no loss of precision when the remaining probability is tiny."""
     logits = torch.tensor([gap, 0.0, -1.0, 0.5], dtype=dtype)
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=dtype)
 
@@ -201,26 +201,26 @@ def test_one_value_that_dominates(dtype, gap):
         assert float((mean - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float64 else 2e-2)
 
 
-def test_temperatures_do_what_they_say(monkeypatch):
-    """The draw of `tau_forward`, the gradient of `tau_backward`; ReinMax's tau is that of the p in its middle."""
+def test_temperatures_of_straight_through_estimators(monkeypatch):
+    """`tau_forward` sets the sample, `tau_backward` the gradient; ReinMax's tau that of the softmax in its average."""
     leaf = LOGITS.clone().requires_grad_()
     draw = one_hot(torch.tensor(2), K).double()
     seen = []
     monkeypatch.setattr(pathwise, "sample_one_hot", lambda logits: seen.append(logits.detach().clone()) or draw)
     z = DecoupledStraightThrough(tau_forward=0.5, tau_backward=3.0).relaxed_sample(leaf)
     torch.testing.assert_close(seen[0], LOGITS / 0.5)
-    found = torch.autograd.grad((z * WEIGHTS).sum(), leaf)[0]
+    gradient = torch.autograd.grad((z * WEIGHTS).sum(), leaf)[0]
     expected = torch.autograd.grad(((leaf / 3.0).softmax(-1) * WEIGHTS).sum(), leaf)[0]
-    torch.testing.assert_close(found, expected)
-    for tau in (0.5, 1.0, 2.0):  # Algorithm 2, written out
+    torch.testing.assert_close(gradient, expected)
+    for tau in (0.5, 1.0, 2.0):  # Algorithm 2 of the ReinMax paper
         z = ReinMax(tau).relaxed_sample(leaf)
-        found = torch.autograd.grad((z * WEIGHTS).sum(), leaf)[0]
+        gradient = torch.autograd.grad((z * WEIGHTS).sum(), leaf)[0]
         p, middle = LOGITS.softmax(-1), (draw + (LOGITS / tau).softmax(-1)) / 2
 
         def jacobian(probs: Tensor) -> Tensor:
             return probs * (WEIGHTS - (probs * WEIGHTS).sum())
 
-        torch.testing.assert_close(found, 2 * jacobian(middle) - 0.5 * jacobian(p))
+        torch.testing.assert_close(gradient, 2 * jacobian(middle) - 0.5 * jacobian(p))
         torch.testing.assert_close(z.detach(), draw)
 
 
@@ -229,25 +229,25 @@ def test_temperatures_do_what_they_say(monkeypatch):
 )
 @pytest.mark.parametrize("family", ["coins", "choices"])
 def test_the_value_is_an_estimate_of_the_cost(estimator, family):
-    """Of several parts, too."""
+    """Also for distributions with several independent parts."""
     logits = COINS if family == "coins" else torch.stack([LOGITS[:3], LOGITS[2:]])
-    make = coins if family == "coins" else (lambda leaf: Independent(choice(leaf), 1))
+    make_distribution = coins if family == "coins" else (lambda leaf: Independent(choice(leaf), 1))
 
     def cost(z: Tensor) -> Tensor:
         return (z.flatten(z.ndim - logits.ndim) * torch.arange(float(logits.numel()))).sum(-1).square()
 
-    values, log_prob = enumerate_values(make(logits))
+    values, log_prob = enumerate_values(make_distribution(logits))
     expected = (log_prob.exp() * cost(values)).sum()
     torch.manual_seed(0)
-    found = estimator(make(logits.expand(50_000, *logits.shape)), cost)
-    assert abs(found.mean() - expected) < 4.5 * found.std() / 50_000**0.5 + 1e-9
+    estimates = estimator(make_distribution(logits.expand(50_000, *logits.shape)), cost)
+    assert abs(estimates.mean() - expected) < 4.5 * estimates.std() / 50_000**0.5 + 1e-9
 
 
-# --- coins, every outcome
+# --- coins
 
 
-def test_every_pair_of_disarm():
-    """Three outcomes for each coin: both 1, both 0, or one of each, twice."""
+def test_disarm_over_every_pair_of_outcomes():
+    """Four outcomes of each coin and its antithetic partner."""
     p = COINS.sigmoid()
     outcomes = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     one_coin = torch.stack(  # P(b, b~) with 1 - u < p and u < p
@@ -263,7 +263,7 @@ def test_every_pair_of_disarm():
     assert (mean - exact_gradient(coins, COINS, coin_square)).abs().max() < 1e-10
 
 
-def test_every_draw_of_measure_valued_coins():
+def test_measure_valued_coins_over_every_outcome():
     rows = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)))
     leaf = COINS.expand(len(rows), 3).clone().requires_grad_()
     dist = coins(leaf)
@@ -276,8 +276,8 @@ def test_every_draw_of_measure_valued_coins():
     assert variance == pytest.approx(0.552, rel=0.01)
 
 
-def one_coin(estimator, target: float, theta: float, outcomes: Tensor | None = None) -> tuple[float, float]:
-    """Exact mean and variance of the gradient of E[(b - t)^2] in the logit, `outcomes` `[S, M]` of iid draws."""
+def one_coin(estimator, target: float, theta: float) -> tuple[float, float]:
+    """Return the exact mean and variance of the gradient of E[(b - target)^2] with respect to the logit."""
     num = getattr(estimator, "num", 1)
     outcomes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=num))).T
 
@@ -303,7 +303,7 @@ COIN_TABLE = [  # t, theta, gradient; variance of REINFORCE, value baseline, LOO
 
 @pytest.mark.parametrize("row", COIN_TABLE, ids=lambda row: f"t={row[0]} theta={row[1]}")
 def test_closed_forms_of_one_coin(row):
-    """The table of the field's favourite toy, and the formulas behind it to 1e-12."""
+    """The common toy problem E[(b - t)^2] of the literature: tabulated values and closed forms."""
     t, theta, gradient, *table = row
     q, d, a1, a0 = 1 - theta, 1 - 2 * t, (1 - t) ** 2, t**2
     m = d * theta * q
@@ -323,19 +323,19 @@ def test_closed_forms_of_one_coin(row):
         "LOO2": LeaveOneOut(2),
         "LOO4": LeaveOneOut(4),
     }
-    found = {name: one_coin(estimator, t, theta) for name, estimator in iid.items()}
-    found["ARM"], found["DisARM"] = arm_by_quadrature(t, theta), disarm(t, theta)
+    results = {name: one_coin(estimator, t, theta) for name, estimator in iid.items()}
+    results["ARM"], results["DisARM"] = arm_by_quadrature(t, theta), disarm(t, theta)
     for (name, formula), listed in zip(formulas.items(), table, strict=True):
-        mean, variance = found[name]
+        mean, variance = results[name]
         assert mean == pytest.approx(m, abs=1e-10), name
         assert variance == pytest.approx(listed, rel=6e-4, abs=1e-12), name
         if formula is not None:
             assert variance == pytest.approx(formula, rel=1e-9, abs=1e-12), name
-    assert found["DisARM"][1] <= min(found["ARM"][1], found["LOO2"][1])  # theorems
+    assert results["DisARM"][1] <= min(results["ARM"][1], results["LOO2"][1])  # theorems
 
 
 def arm_by_quadrature(t: float, theta: float) -> tuple[float, float]:
-    """Over the uniform variable: piecewise quadratic, so that Simpson's rule on the pieces is exact."""
+    """Return the mean and variance of ARM by Simpson's rule, which is exact: the integrand is piecewise quadratic."""
     logit = math.log(theta / (1 - theta))
     edges = sorted({0.0, theta, 1 - theta, 1.0})
     first = second = 0.0
@@ -351,6 +351,7 @@ def arm_by_quadrature(t: float, theta: float) -> tuple[float, float]:
 
 
 def disarm(t: float, theta: float) -> tuple[float, float]:
+    """Return the exact mean and variance of DisARM."""
     logit, least = math.log(theta / (1 - theta)), min(theta, 1 - theta)
     outcomes = torch.tensor([[1.0, 1], [0, 0], [1, 0], [0, 1]])
     probability = torch.tensor([max(2 * theta - 1, 0), max(1 - 2 * theta, 0), least, least])
@@ -375,7 +376,7 @@ def disarm(t: float, theta: float) -> tuple[float, float]:
     ],
 )
 def test_three_coins_that_share_a_logit(shift, estimator, variance):
-    """Kool et al. 2020's toy: gradient -0.045 at eta = 0, -3.1793e-3 at -4; variances as measured once, to 10%."""
+    """Toy problem of Kool et al. 2020: gradient -0.045 at eta = 0 and -3.1793e-3 at -4; variances measured earlier."""
     p0 = torch.tensor([0.6, 0.51, 0.48])
     rows, eta = 60_000, torch.tensor(shift)
 
@@ -387,7 +388,7 @@ def test_three_coins_that_share_a_logit(shift, estimator, variance):
 
     exact = exact_gradient(family, eta, distance)
     assert exact.item() == pytest.approx(-0.045 if shift == 0 else -3.1793e-3, rel=1e-4)
-    each = per_row(estimator, family, eta, distance, rows)
+    each = gradient_estimates(estimator, family, eta, distance, rows)
     assert abs(each.mean() - exact) < 4.5 * each.std() / rows**0.5
-    # heavy tails: at eta = -4 the variance is that of rare events
+    # at eta = -4 rare events dominate the variance, so its estimate is noisy
     assert each.var().item() == pytest.approx(variance, rel=0.1 if shift == 0 else 0.5)

@@ -1,4 +1,4 @@
-"""Stochastic graphs: exact, by going through every outcome of every node, and against REINFORCE's own loss."""
+"""Stochastic computation graphs: exact gradients by enumeration of every outcome of every node, pruning, shapes."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical
 from torch.nn.functional import one_hot
 
-from given import Given
+from fixed_samples import FixedSamples
 from levin.estimators import (
     Dice,
     Exact,
@@ -28,7 +28,7 @@ PARAMETERS = ("first", "second", "third", "scale")
 
 
 class Chain:
-    """Three choices, each depending on those before, and costs of them that have a parameter too."""
+    """Chain of three categorical variables, each conditioned on the earlier ones, with parametric costs."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -40,8 +40,8 @@ class Chain:
 
     def gradient(self, value: Tensor) -> list[Tensor]:
         parameters = [getattr(self, name) for name in PARAMETERS]
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
 
     def exact(self, nodes: int) -> list[Tensor]:
         p1, p2, p3 = (each.softmax(-1) for each in (self.first, self.second, self.third))
@@ -52,7 +52,7 @@ class Chain:
         return self.gradient(expected)
 
     def estimates(self, monkeypatch, estimators, *, prune=False, causal=True) -> tuple[Tensor, Tensor]:
-        """The surrogates of all outcomes `[M]`, and the probability of each."""
+        """Return the surrogate of every outcome `[M]`, and the probability of each `[M]`."""
         points = [1, *(POINTS.get(type(each), getattr(each, "num", 1)) for each in estimators)]
         random = [0 if type(each) is Exact else getattr(each, "num", 1) for each in estimators]
         outer = [torch.tensor(points[: n + 1]).prod().item() for n in range(len(estimators))]
@@ -73,7 +73,7 @@ class Chain:
                 monkeypatch.setattr(pathwise, "sample_one_hot", lambda _, drawn=drawn: drawn)
                 log_probs = (drawn * logits[n].log_softmax(-1)).sum(-1)
                 probability = probability + log_probs.detach().reshape(-1, num).sum(0)
-            dist = Given(logits[n], indices)
+            dist = FixedSamples(logits[n], indices)
             z.append(graph.sample(f"z{n}", dist, estimator))
             factor = (self.scale, self.scale.square(), 1.0)[n]
             graph.cost(f"c{n}", factor * torch.einsum(terms[n] + "->...", self.costs[n], *z))
@@ -105,8 +105,8 @@ def test_mixed_estimators_are_exact_in_expectation(monkeypatch, estimators, caus
     chain = Chain()
     surrogate, probability = chain.estimates(monkeypatch, estimators, causal=causal)
     mean = chain.gradient((surrogate * probability).sum())
-    for name, found, exact in zip(PARAMETERS, mean, chain.exact(len(estimators)), strict=True):
-        assert (found - exact).abs().max() < 1e-10, name
+    for name, gradient, exact in zip(PARAMETERS, mean, chain.exact(len(estimators)), strict=True):
+        assert (gradient - exact).abs().max() < 1e-10, name
 
 
 @pytest.mark.parametrize("estimators", SEVERAL[:3], ids=lambda each: "-".join(type(e).__name__ for e in each))
@@ -119,6 +119,7 @@ def test_pruning_a_chain_prunes_nothing(monkeypatch, estimators):
 
 
 def two_branches(prune: bool, a: Tensor, b: Tensor) -> StochasticGraph:
+    """Build a graph of two independent variables with one cost each."""
     graph = StochasticGraph(prune=prune)
     x = graph.sample("x", OneHotCategorical(logits=a, validate_args=False), ScoreFunction())
     y = graph.sample("y", OneHotCategorical(logits=b, validate_args=False), ScoreFunction())
@@ -128,7 +129,7 @@ def two_branches(prune: bool, a: Tensor, b: Tensor) -> StochasticGraph:
 
 
 def test_pruning_leaves_out_the_costs_of_other_branches():
-    """Both are unbiased; the one that is pruned does not hear the other branch."""
+    """Both gradients are unbiased; the pruned one has less variance, because it ignores the other branch."""
     rows = 50_000
     spread, means = {}, {}
     for prune in (True, False):
@@ -143,7 +144,7 @@ def test_pruning_leaves_out_the_costs_of_other_branches():
         assert (means[prune] - exact).abs().max() < 5 * (spread[prune] / rows).sqrt()
 
 
-def test_pruning_spares_dice_too():
+def test_pruning_reduces_the_variance_of_dice():
     spread = {}
     for prune in (True, False):
         torch.manual_seed(0)
@@ -158,8 +159,8 @@ def test_pruning_spares_dice_too():
     assert spread[True] < 0.05 * spread[False]
 
 
-def test_pruning_sees_parameters_that_the_points_do_not_carry():
-    """x ~ Normal(loc, 0.5 + z): z is in the deviation alone, and the mode of x is its loc."""
+def test_pruning_keeps_dependences_through_distribution_parameters():
+    """x ~ Normal(loc, 0.5 + z) depends on z through its standard deviation, to which x's value has no autograd path."""
     rows = 200_000
     logit = torch.full((rows,), 0.3, requires_grad=True)
     loc = torch.zeros(rows, requires_grad=True)
@@ -170,10 +171,10 @@ def test_pruning_sees_parameters_that_the_points_do_not_carry():
         x = graph.sample("x", Normal(loc, 0.5 + z), estimator)
         graph.cost("of z", 0.1 * z)
         graph.cost("of x", x.square())
-        (found,) = torch.autograd.grad(graph.surrogate().sum(), logit)
+        (gradient,) = torch.autograd.grad(graph.surrogate().sum(), logit)
         p = torch.tensor(0.3).sigmoid()
         exact = p * (1 - p) * (0.1 + 1.5**2 - 0.5**2)
-        assert abs(found.mean() - exact) < 4.5 * found.std() / rows**0.5
+        assert abs(gradient.mean() - exact) < 4.5 * gradient.std() / rows**0.5
 
 
 def test_integers_are_not_pruned():
@@ -186,8 +187,8 @@ def test_integers_are_not_pruned():
     assert logits.grad is not None
 
 
-def test_a_path_through_two_nodes():
-    """d/dm E[x^2], x ~ N(z, 1), z ~ N(m, 1), is 2 m on average; through both draws it is 2 x."""
+def test_a_pathwise_gradient_through_two_nodes():
+    """For x ~ N(z, 1), z ~ N(m, 1), the pathwise gradient of x^2 with respect to m is 2 x."""
     m = torch.full((20_000,), 0.5, requires_grad=True)
     graph = StochasticGraph()
     z = graph.sample("z", Normal(m, 1.0), Reparameterized())
@@ -198,7 +199,7 @@ def test_a_path_through_two_nodes():
 
 
 def test_a_relaxed_node_before_a_score_function():
-    """The gradient of a reparameterised draw goes on through the parameters of a later choice."""
+    """A reparameterized sample gets a gradient through the parameters of a later Bernoulli variable."""
     rows = 200_000
     torch.manual_seed(0)
     m = torch.full((rows,), 0.3, requires_grad=True)
@@ -212,11 +213,11 @@ def test_a_relaxed_node_before_a_score_function():
     p = torch.sigmoid(0.3 + 0.5 * noise)
     exact = (weight * p * (1 - p) * (0.64 - 0.04)).sum()
     assert abs(gradient.mean() - exact) < 4.5 * gradient.std() / rows**0.5
-    assert abs(exact) > 20 * gradient.std() / rows**0.5  # it could fail
+    assert abs(exact) > 20 * gradient.std() / rows**0.5  # the test has enough power
 
 
-def test_two_graphs_at_once():
-    """There is no state between them: interleaved, each gives what it gives alone."""
+def test_interleaved_graphs_are_independent():
+    """Two graphs built at the same time give the gradients that each gives alone."""
 
     def alone(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -239,14 +240,14 @@ def test_two_graphs_at_once():
         torch.testing.assert_close(torch.autograd.grad(graph.surrogate().sum(), each)[0], gradient)
 
 
-def test_shapes():
+def test_shapes_of_values_and_costs():
     graph = StochasticGraph()
     logits = torch.zeros(5, 2, K, requires_grad=True)
     z = graph.sample("z", Independent(OneHotCategorical(logits=logits), 1), LeaveOneOut(4))
     assert z.shape == (4, 5, 2, K)
     a = graph.sample("a", Normal(z.sum((-1, -2)), 1.0), Reparameterized())
     assert a.shape == (4, 5)
-    b = graph.sample("b", Bernoulli(logits=torch.zeros(5)), LeaveOneOut(2))  # knows nothing of z and a
+    b = graph.sample("b", Bernoulli(logits=torch.zeros(5)), LeaveOneOut(2))  # independent of z and a
     assert b.shape == (2, 4, 5)
     graph.cost("small", torch.ones(5))
     graph.cost("large", a + b)
@@ -264,18 +265,18 @@ def test_the_value_is_the_expected_cost():
     torch.testing.assert_close(graph.surrogate(), expected)
 
 
-def test_wrong_use_is_said():
+def test_invalid_use_of_a_graph_is_an_error():
     graph = StochasticGraph()
-    with pytest.raises(ValueError, match="without a cost"):
+    with pytest.raises(ValueError, match="the graph has no cost"):
         graph.surrogate()
     graph.sample("z", Bernoulli(logits=torch.zeros(5)), LeaveOneOut(4))
-    with pytest.raises(ValueError, match="'z' in this graph already"):
+    with pytest.raises(ValueError, match="the name 'z' is already used"):
         graph.sample("z", Bernoulli(logits=torch.zeros(5)), LeaveOneOut(4))
-    with pytest.raises(ValueError, match="'z' in this graph already"):
+    with pytest.raises(ValueError, match="the name 'z' is already used"):
         graph.cost("z", torch.zeros(5))
-    with pytest.raises(ValueError, match=r"batch shape \[6\], the graph \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"batch shape \[6\], but the graph needs \[4, 5\]"):
         graph.sample("w", Bernoulli(logits=torch.zeros(6)), LeaveOneOut(4))
-    with pytest.raises(ValueError, match=r"the cost 'c' is \[4\], and \[4, 5\] is wanted"):
+    with pytest.raises(ValueError, match=r"the cost 'c' has shape \[4\], but needs \[4, 5\]"):
         graph.cost("c", torch.zeros(4))
     with pytest.raises(TypeError, match="SelfCritical is for"):
         graph.sample("p", torch.distributions.Poisson(torch.ones(5)), SelfCritical())

@@ -1,4 +1,4 @@
-"""Gradient estimators of Normal, Poisson and Gamma variables, and derivatives of any order."""
+"""Gradient estimators for Normal, Poisson, Gamma and other distributions, and higher derivatives with DiCE."""
 
 import math
 
@@ -20,7 +20,7 @@ from torch.distributions import (
 from torch.distributions.transforms import TanhTransform
 
 from estimator_cases import (
-    per_row,
+    gradient_estimates,
 )
 from levin.estimators import (
     Dice,
@@ -38,7 +38,7 @@ from levin.estimators import (
 
 @pytest.mark.parametrize("k", [0.3, 2.0])
 def test_a_normal_variable_and_a_square(k):
-    """f = (x - k)^2: the gradient in the mean is 2 d; variances of the closed forms."""
+    """The gradient of E[(x - k)^2] with respect to the mean m is 2 d, d = m - k; variances have closed forms."""
     scale = 0.7
     d = 1.0 - k
 
@@ -60,14 +60,14 @@ def test_a_normal_variable_and_a_square(k):
         SelfCritical(): None,
     }
     for estimator, variance in expected.items():
-        each = per_row(estimator, family, loc, function, 400_000)
+        each = gradient_estimates(estimator, family, loc, function, 400_000)
         assert abs(each.mean() - 2 * d) < 4.5 * each.std() / len(each) ** 0.5, estimator
         if variance is not None:
             assert each.var().item() == pytest.approx(variance, rel=0.03), estimator
 
 
 class Grid(Normal):
-    """Whose draws are a grid of its noise, in `[rows]`."""
+    """Normal distribution whose samples are a fixed grid of the noise `[rows]`, for quadrature."""
 
     noise = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
 
@@ -80,7 +80,7 @@ class Grid(Normal):
 
 @pytest.mark.parametrize(("d", "scale"), [(1.0, 1.0), (0.7, 0.5), (-2.0, 1.5)])
 def test_closed_forms_of_a_square_by_quadrature(d, scale, monkeypatch):
-    """To nine digits."""
+    """Means and variances agree to nine digits."""
     density = (-Grid.noise.square() / 2).exp() / math.sqrt(2 * math.pi) * (Grid.noise[1] - Grid.noise[0])
 
     def moments_of(estimator, weight: Tensor) -> tuple[float, float]:
@@ -97,7 +97,7 @@ def test_closed_forms_of_a_square_by_quadrature(d, scale, monkeypatch):
     if (d, scale) == (1.0, 1.0):
         assert moments_of(ScoreFunction(), density)[1] == pytest.approx(30)
         assert moments_of(ScoreFunction(baseline=torch.full_like(Grid.noise, value)), density)[1] == pytest.approx(18)
-    # The distance of the measure-valued pair is a Rayleigh variable
+    # The distance between the two samples of MeasureValued has a Rayleigh distribution.
     far = torch.linspace(0, 14, 24_001)
     rayleigh = far * (-far.square() / 2).exp() * (far[1] - far[0])
     monkeypatch.setattr(Tensor, "exponential_", lambda self: self.copy_(far.square() / 2))
@@ -105,17 +105,19 @@ def test_closed_forms_of_a_square_by_quadrature(d, scale, monkeypatch):
 
 
 def test_a_value_baseline_for_a_square():
-    each = per_row(ScoreFunction(baseline=2.0), lambda m: Normal(m, 1.0), torch.tensor(1.0), torch.square, 400_000)
+    each = gradient_estimates(
+        ScoreFunction(baseline=2.0), lambda m: Normal(m, 1.0), torch.tensor(1.0), torch.square, 400_000
+    )
     assert each.var().item() == pytest.approx(18, rel=0.03)
-    plain = per_row(ScoreFunction(), lambda m: Normal(m, 1.0), torch.tensor(1.0), torch.square, 400_000)
+    plain = gradient_estimates(ScoreFunction(), lambda m: Normal(m, 1.0), torch.tensor(1.0), torch.square, 400_000)
     assert plain.var().item() == pytest.approx(30, rel=0.03)
 
 
 @pytest.mark.parametrize("estimator", [ScoreFunction(), LeaveOneOut(4), MeasureValued(), MovingAverage(), Dice()])
 def test_poisson(estimator):
-    """E x^2 = r + r^2, gradient 1 + 2 r; as difference of two expectations E[(x + 1)^2 - x^2] = 2 r + 1."""
+    """E[x^2] = r + r^2 has the gradient 1 + 2 r, also as the difference of expectations E[(x + 1)^2 - x^2]."""
     rate = torch.tensor(1.7)
-    each = per_row(estimator, Poisson, rate, torch.square, 200_000)
+    each = gradient_estimates(estimator, Poisson, rate, torch.square, 200_000)
     assert abs(each.mean() - (1 + 2 * rate)) < 4.5 * each.std() / len(each) ** 0.5
     if isinstance(estimator, MeasureValued):
         assert each.var().item() == pytest.approx(4 * 1.7, rel=0.03)
@@ -123,15 +125,15 @@ def test_poisson(estimator):
 
 @pytest.mark.parametrize("estimator", [ScoreFunction(), LeaveOneOut(4), Reparameterized(), Dice()])
 def test_gamma(estimator):
-    """E x^2 = a (a + 1) / b^2: gradients (2 a + 1) / b^2 and -2 a (a + 1) / b^3."""
+    """E[x^2] = a (a + 1) / b^2 has the gradients (2 a + 1) / b^2 and -2 a (a + 1) / b^3."""
     a, b = 2.5, 1.4
-    each = per_row(estimator, lambda p: Gamma(p[:, 0], p[:, 1]), torch.tensor([a, b]), torch.square, 200_000)
+    each = gradient_estimates(estimator, lambda p: Gamma(p[:, 0], p[:, 1]), torch.tensor([a, b]), torch.square, 200_000)
     exact = torch.tensor([(2 * a + 1) / b**2, -2 * a * (a + 1) / b**3])
     assert z_scores(each, exact) < 4.5
 
 
-def test_the_score_function_takes_whatever_has_a_density():
-    """Beta, a mixture, a squashed normal: against a sum over a fine grid."""
+def test_the_score_function_works_for_any_density():
+    """Beta, a mixture of normals and a tanh-transformed normal, compared with quadrature on a fine grid."""
     grid = torch.linspace(-30, 30, 200_001)
     cases = {
         "beta": (
@@ -158,12 +160,12 @@ def test_the_score_function_takes_whatever_has_a_density():
         expected = torch.trapezoid(density * points.sin(), points)
         (exact,) = torch.autograd.grad(expected, leaf)
         for estimator in (ScoreFunction(), LeaveOneOut(2)):
-            each = per_row(estimator, family, parameters, torch.sin, ROWS)
+            each = gradient_estimates(estimator, family, parameters, torch.sin, ROWS)
             assert z_scores(each, exact) < 4.5, name
 
 
 def test_dice_has_derivatives_of_any_order():
-    """Of E f over a coin, p (1 - p) (1 - 2 p) (f1 - f0) is the second; the plain score function gets it wrong."""
+    """The second derivative of E[f] of a coin is p (1 - p) (1 - 2 p) (f1 - f0); ScoreFunction's is wrong."""
     f, logit, rows = torch.tensor([1.0, 3.0]), 0.6, 400_000
     p = torch.tensor(logit).sigmoid()
     exact = p * (1 - p) * (1 - 2 * p) * (f[1] - f[0])

@@ -1,4 +1,4 @@
-"""Gradient estimators whose noise is continuous: unbiased within the noise, and broken ones are caught."""
+"""Z-tests of gradient estimators with continuous noise: they are unbiased, and broken ones are detected."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from estimator_cases import (
     coin_square,
     coins,
     exact_gradient,
-    per_row,
+    gradient_estimates,
     square,
 )
 from levin import estimators
@@ -49,7 +49,7 @@ from levin.estimators.control_variates import relaxed_pair
 
 
 def z_scores(each: Tensor, exact: Tensor) -> float:
-    """The largest |mean - exact| in standard errors; coordinates without variance count by their error."""
+    """Return the largest |mean - exact| over coordinates, in standard errors (plus 1e-9)."""
     error, deviation = (each.mean(0) - exact).abs(), each.std(0) / len(each) ** 0.5
     return float((error / (deviation + 1e-9)).max())
 
@@ -81,9 +81,9 @@ PROBLEMS = {coins: (COINS, coin_square), choice: (LOGITS, square)}
 )
 @pytest.mark.parametrize("offset", [0.0, 5.0])
 def test_unbiased_within_noise(estimator, family, offset):
-    """Also of a cost that is moved by a constant, which changes no gradient."""
+    """Also for a cost with a constant offset, which does not change the gradient."""
     logits, function = PROBLEMS[family]
-    each = per_row(estimator, family, logits, lambda z: function(z) + offset, ROWS)
+    each = gradient_estimates(estimator, family, logits, lambda z: function(z) + offset, ROWS)
     assert z_scores(each, exact_gradient(family, logits, function)) < 4.5
 
 
@@ -93,17 +93,17 @@ def test_relax_is_unbiased_with_any_critic_and_learns(family):
     torch.manual_seed(0)
     relax = RELAX(Critic(len(logits)))
     exact = exact_gradient(family, logits, function)
-    assert z_scores(per_row(relax, family, logits, function, ROWS), exact) < 4.5
+    assert z_scores(gradient_estimates(relax, family, logits, function, ROWS), exact) < 4.5
     relax.critic.out.weight.data.zero_()
     relax.critic.out.bias.data.zero_()  # the plain score function
-    before = per_row(relax, family, logits, function, ROWS)
+    before = gradient_estimates(relax, family, logits, function, ROWS)
     optimizer = torch.optim.Adam(relax.parameters(), lr=1e-2)
     for _ in range(300):
         draws = relax.sample(family(logits.expand(256, -1)))
         optimizer.zero_grad()
         relax.variance(relax.gradient(draws, function(draws.value))).backward()
         optimizer.step()
-    after = per_row(relax, family, logits, function, ROWS, seed=1)
+    after = gradient_estimates(relax, family, logits, function, ROWS, seed=1)
     assert z_scores(after, exact) < 4.5
     assert after.var(0).sum() < 0.5 * before.var(0).sum()
 
@@ -133,7 +133,9 @@ def test_lax_is_unbiased_in_mean_and_deviation_and_learns():
     assert after.var(0).sum() < 0.3 * before.var(0).sum()
 
 
-def sabotaged_average() -> MovingAverage:
+def biased_average() -> MovingAverage:
+    """Return a moving average that is wrong on purpose: it includes the current cost."""
+
     class WithTheCurrentCost(MovingAverage):
         def score(self, draws, cost):
             with torch.no_grad():
@@ -144,8 +146,8 @@ def sabotaged_average() -> MovingAverage:
     return WithTheCurrentCost(decay=0.5)
 
 
-class WithoutTheirPath(REBAR):
-    """y~ without the gradient of the noise that it is conditioned with."""
+class RebarWithoutConditionalPath(REBAR):
+    """Broken REBAR: no gradient through the conditional noise of y~."""
 
     def draw(self, dist):
         b, y, other = relaxed_pair(torch.stack([dist.base_dist.logits, 0 * dist.base_dist.logits], -1), self.tau, dist)
@@ -153,8 +155,8 @@ class WithoutTheirPath(REBAR):
         return estimators.Draws(torch.stack([b, y, other.detach()]), dist.log_prob(b), weight)
 
 
-class AsIfIndependent(ARMS):
-    """Draws that avoid one another, weighed as if they did not."""
+class ArmsWithIndependentWeights(ARMS):
+    """Broken ARMS: antithetic samples with the weights of independent ones."""
 
     def draw(self, dist):
         draws = super().draw(dist)
@@ -164,8 +166,8 @@ class AsIfIndependent(ARMS):
         return self.at_logits(dist, b, factor - factor.mean(0))
 
 
-class WithoutTheConditional(RELAX):
-    """Whose weight forgets c(y~)."""
+class RelaxWithoutConditional(RELAX):
+    """Broken RELAX: the weight of the score lacks c(y~)."""
 
     def gradient(self, draws, cost):
         _, leaf, score, y, other = draws.aux
@@ -173,8 +175,8 @@ class WithoutTheConditional(RELAX):
         return cost[0].detach().unsqueeze(-1) * score + path
 
 
-class Unconditional(GumbelRao):
-    """Noise that does not give the draw."""
+class UnconditionalGumbelRao(GumbelRao):
+    """Broken GumbelRao: the noise is not conditioned on the sample."""
 
     def relaxed_sample(self, logits):
         many = logits.expand(self.rao, *logits.shape)
@@ -182,27 +184,31 @@ class Unconditional(GumbelRao):
         return pathwise.straight_through(pathwise.sample_one_hot(logits), y)
 
 
-class TwiceTheCost(WithoutReplacement):
+class NonlinearInTheCost(WithoutReplacement):
+    """Broken WithoutReplacement: adds a term that is quadratic in the cost."""
+
     def score(self, draws, cost):
         return super().score(draws, cost) + 0.05 * super().score(draws, cost * cost)
 
 
-def test_a_z_test_finds_what_is_broken():
+def test_the_z_test_detects_broken_estimators():
     exact = exact_gradient(coins, COINS, coin_square)
-    assert z_scores(per_row(WithoutTheirPath(), coins, COINS, coin_square, ROWS), exact) > 4.5
-    assert z_scores(per_row(AsIfIndependent(4), coins, COINS, coin_square, ROWS), exact) > 4.5
+    assert z_scores(gradient_estimates(RebarWithoutConditionalPath(), coins, COINS, coin_square, ROWS), exact) > 4.5
+    assert z_scores(gradient_estimates(ArmsWithIndependentWeights(4), coins, COINS, coin_square, ROWS), exact) > 4.5
     torch.manual_seed(0)
     critic = Critic(K)
     exact = exact_gradient(choice, LOGITS, square)
-    assert z_scores(per_row(WithoutTheConditional(critic), choice, LOGITS, square, ROWS), exact) > 4.5
-    mean = per_row(GumbelSoftmax(0.5, hard=True), choice, LOGITS, square, ROWS).mean(0)
-    assert z_scores(per_row(Unconditional(), choice, LOGITS, square, ROWS, seed=1), mean) > 4.5
-    assert z_scores(per_row(TwiceTheCost(4), choice, LOGITS, lambda z: square(z) + 5, ROWS), exact) > 4.5
+    assert z_scores(gradient_estimates(RelaxWithoutConditional(critic), choice, LOGITS, square, ROWS), exact) > 4.5
+    mean = gradient_estimates(GumbelSoftmax(0.5, hard=True), choice, LOGITS, square, ROWS).mean(0)
+    assert z_scores(gradient_estimates(UnconditionalGumbelRao(), choice, LOGITS, square, ROWS, seed=1), mean) > 4.5
+    assert (
+        z_scores(gradient_estimates(NonlinearInTheCost(4), choice, LOGITS, lambda z: square(z) + 5, ROWS), exact) > 4.5
+    )
     for estimator in (StraightThrough(), GumbelSoftmax(hard=True), GumbelRao()):
-        assert z_scores(per_row(estimator, choice, LOGITS, square, ROWS), exact) > 4.5
-    # Averages are over many calls: one row a call, many calls
+        assert z_scores(gradient_estimates(estimator, choice, LOGITS, square, ROWS), exact) > 4.5
+    # A moving average is over calls: make many calls with one sample each
     torch.manual_seed(0)
-    for average, biased in ((MovingAverage(decay=0.5), False), (sabotaged_average(), True)):
+    for average, biased in ((MovingAverage(decay=0.5), False), (biased_average(), True)):
         each = []
         for _ in range(20_000):
             leaf = LOGITS.clone().requires_grad_()
@@ -211,10 +217,10 @@ def test_a_z_test_finds_what_is_broken():
 
 
 def test_gumbel_rao_is_the_mean_of_straight_through_gumbel_softmax():
-    """The same expectation with less variance, at every temperature."""
+    """Both have the same expectation at every temperature; GumbelRao has less variance."""
     for tau in (0.5, 1.0):
-        plain = per_row(GumbelSoftmax(tau, hard=True), choice, LOGITS, square, ROWS)
-        rao = per_row(GumbelRao(tau, rao=10), choice, LOGITS, square, ROWS // 2, seed=1)
+        plain = gradient_estimates(GumbelSoftmax(tau, hard=True), choice, LOGITS, square, ROWS)
+        rao = gradient_estimates(GumbelRao(tau, rao=10), choice, LOGITS, square, ROWS // 2, seed=1)
         deviation = (plain.var(0) / len(plain) + rao.var(0) / len(rao)).sqrt()
         assert ((plain.mean(0) - rao.mean(0)) / deviation).abs().max() < 4.5
         assert rao.var(0).sum() < 0.9 * plain.var(0).sum()
@@ -222,17 +228,20 @@ def test_gumbel_rao_is_the_mean_of_straight_through_gumbel_softmax():
 
 def test_gumbel_softmax_loses_bias_and_gains_variance_as_it_cools():
     exact = exact_gradient(choice, LOGITS, square)
-    found = {tau: per_row(GumbelSoftmax(tau, hard=True), choice, LOGITS, square, ROWS) for tau in (2.0, 1.0, 0.3, 0.1)}
-    bias = [float((each.mean(0) - exact).norm()) for each in found.values()]
-    variance = [float(each.var(0).sum()) for each in found.values()]
+    estimates = {
+        tau: gradient_estimates(GumbelSoftmax(tau, hard=True), choice, LOGITS, square, ROWS)
+        for tau in (2.0, 1.0, 0.3, 0.1)
+    }
+    bias = [float((each.mean(0) - exact).norm()) for each in estimates.values()]
+    variance = [float(each.var(0).sum()) for each in estimates.values()]
     assert bias == sorted(bias, reverse=True)
     assert variance == sorted(variance)
     assert variance[1] == pytest.approx(0.81, rel=0.03)
     assert variance[3] == pytest.approx(15.3, rel=0.1)
 
 
-def test_the_relaxed_pair():
-    """y~ is y, given b: on b's side always, and with the same mean."""
+def test_the_conditional_relaxed_sample_has_the_right_distribution():
+    """y~ is y conditioned on b: both lie on b's side of 0.5 and have the same mean."""
     torch.manual_seed(0)
     logits = COINS.expand(ROWS, 3)
     two = torch.stack([logits, torch.zeros_like(logits)], -1)
@@ -243,16 +252,16 @@ def test_the_relaxed_pair():
     assert ((y.mean(0) - other.mean(0)) / deviation).abs().max() < 4.5
 
 
-def test_rao_blackwell():
-    """What theorems say: less variance, by exact or by measured variances that are far apart."""
+def test_variances_are_ordered_as_the_theorems_say():
+    """Inequalities between variances that are proven in the literature."""
 
     def variance(estimator, family) -> float:
         logits, function = PROBLEMS[family]
-        return float(per_row(estimator, family, logits, function, ROWS).var(0).sum())
+        return float(gradient_estimates(estimator, family, logits, function, ROWS).var(0).sum())
 
     assert variance(DisARM(), coins) < variance(ARM(), coins)
     assert variance(SumAndSample(2), choice) < variance(ScoreFunction(), choice)
     value = ScoreFunction(num=4, baseline=EXPECTED_COST)
     assert variance(LeaveOneOut(4), choice) > 0.99 * variance(value, choice)  # Hoeffding
     arms, disarm_ = (variance(each, coins) for each in (ARMS(2), DisARM()))
-    assert arms == pytest.approx(disarm_, rel=0.03)  # two of ARMS are DisARM
+    assert arms == pytest.approx(disarm_, rel=0.03)  # ARMS with two samples is DisARM

@@ -1,6 +1,6 @@
-"""Reported results: what follows from the curves, and that nothing else can be said.
+"""Tests of reported results: scores, verdicts, and the files that `levin.report` generates and checks.
 
-That every number in git does so is a step of CI, `make report CHECK=1`.
+A step of CI, `make report CHECK=1`, checks the generated files in git.
 """
 
 import csv
@@ -23,10 +23,11 @@ from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
 from levin.report import report
 from levin.results import aggregates, figures
-from levin.results.curves import CURVES, Curve, align_curves, read_curves
+from levin.results.curves import CURVES, TRAINING, Curve, align_curves, read_curves
 from levin.results.result import (
     CONFIG,
     MAX_POLICY_BYTES,
+    PROVENANCE,
     SUMMARY,
     Published,
     Reference,
@@ -38,34 +39,35 @@ from levin.results.result import (
     result_folders,
     score_seeds,
 )
+from levin.results.tables import HEADLINES
 from levin.runs import provenance
 from levin.runs.load import POLICY, load_algorithm, load_config
 
-CELLS = [cell for cell in result_folders() if read_curves(cell)]
+RESULT_FOLDERS = [folder for folder in result_folders() if read_curves(folder)]
 
 
 @pytest.fixture(scope="module")
 def two_results(tmp_path_factory):
-    """A repository with two results only: the time of these tests is not to grow with their number."""
+    """Return a repository with two results only, so that these tests stay fast when results are added."""
     folder = tmp_path_factory.mktemp("two_results")
     for name in ("sac_pendulum", "sac_halfcheetah"):
         shutil.copytree(paths.EXPERIMENTS / name, folder / "experiments" / name)
     shutil.copy(paths.EXPERIMENTS / "README.md", folder / "experiments")
     shutil.copy(paths.ROOT / "README.md", folder)
     with pytest.MonkeyPatch.context() as patch:
-        work_in(folder, patch)
+        use_repository(folder, patch)
         report()
     return folder
 
 
 @pytest.fixture
-def copy(two_results, tmp_path, monkeypatch):
-    """The two results and the pages that tell of them, free to be spoiled."""
+def repository(two_results, tmp_path, monkeypatch):
+    """Return a copy of the repository with two results, which a test may change."""
     shutil.copytree(two_results, tmp_path / "copy")
-    return work_in(tmp_path / "copy", monkeypatch)
+    return use_repository(tmp_path / "copy", monkeypatch)
 
 
-def work_in(folder, patch):
+def use_repository(folder, patch):
     patch.setattr(paths, "ROOT", folder)
     patch.setattr(paths, "EXPERIMENTS", folder / "experiments")
     return folder
@@ -77,7 +79,7 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
-def remove_a_row(path, index):
+def remove_row(path, index):
     with gzip.open(path, "rt") as file:
         lines = file.read().splitlines(keepends=True)
     del lines[index]
@@ -87,119 +89,156 @@ def remove_a_row(path, index):
 
 SPOILED = {
     "a digit of the config": (
-        lambda cell: edit(cell / "config.yaml", "gamma: 0.99", "gamma: 0.98"),
-        "sac_pendulum: config.yaml is not the file that provenance.json tells of",
+        lambda folder: edit(folder / "config.yaml", "gamma: 0.99", "gamma: 0.98"),
+        "sac_pendulum: config.yaml does not match its checksum in provenance.json",
     ),
     "the header of the config": (
-        lambda cell: edit(cell / "config.yaml", "# expected: -", "# expected: -9"),
-        "experiments/sac_pendulum/config.yaml does not follow from the curves",
+        lambda folder: edit(folder / "config.yaml", "# expected: -", "# expected: -9"),
+        "experiments/sac_pendulum/config.yaml does not match the stored data",
     ),
     "a row of the curves": (
-        lambda cell: remove_a_row(cell / "curves.csv.gz", 3),
-        "sac_pendulum: curves.csv.gz is not the file that provenance.json tells of",
+        lambda folder: remove_row(folder / "curves.csv.gz", 3),
+        "sac_pendulum: curves.csv.gz does not match its checksum in provenance.json",
     ),
     "a row of the training returns": (
-        lambda cell: remove_a_row(cell / "training.csv.gz", 3),
-        "sac_pendulum: training.csv.gz is not the file that provenance.json tells of",
+        lambda folder: remove_row(folder / "training.csv.gz", 3),
+        "sac_pendulum: training.csv.gz does not match its checksum in provenance.json",
     ),
     "a number of the summary": (
-        lambda cell: edit(cell / "summary.json", '"mean": -', '"mean": -9'),
-        "experiments/sac_pendulum/summary.json does not follow from the curves",
+        lambda folder: edit(folder / "summary.json", '"mean": -', '"mean": -9'),
+        "experiments/sac_pendulum/summary.json does not match the stored data",
     ),
     "a number of the README": (
-        lambda cell: edit(cell.parents[1] / "README.md", "| 20,000 | 5 | -", "| 20,000 | 5 | -9"),
-        "README.md does not follow from the curves",
+        lambda folder: edit(folder.parents[1] / "README.md", "| 100,000 | 3 | 5", "| 100,000 | 3 | 9"),
+        "README.md does not match the stored data",
+    ),
+    "a count of the README": (
+        lambda folder: edit(folder.parents[1] / "README.md", "1 reproduced, 1 passed", "2 reproduced, 0 passed"),
+        "README.md does not match the stored data",
     ),
     "a number of the table": (
-        lambda cell: edit(cell.parent / "README.md", "| 20,000 | 5 | -", "| 20,000 | 5 | -9"),
-        "experiments/README.md does not follow from the curves",
+        lambda folder: edit(folder.parent / "README.md", "| 20,000 | 5 | -", "| 20,000 | 5 | -9"),
+        "experiments/README.md does not match the stored data",
     ),
     "a published number": (
-        lambda cell: edit(cell / "reference.yaml", "mean: -157", "mean: -158"),
-        "experiments/sac_pendulum/curve.png was not drawn from these curves",
+        lambda folder: edit(folder / "reference.yaml", "mean: -157", "mean: -158"),
+        "experiments/sac_pendulum/curve.png does not match the stored data",
     ),
     "a picture": (
-        lambda cell: shutil.copy(cell.parent / "sac_halfcheetah" / "curve.png", cell / "curve.png"),
-        "experiments/sac_pendulum/curve.png was not drawn from these curves",
+        lambda folder: shutil.copy(folder.parent / "sac_halfcheetah" / "curve.png", folder / "curve.png"),
+        "experiments/sac_pendulum/curve.png does not match the stored data",
     ),
     "the policy": (
-        lambda cell: (cell / "policy.ckpt").write_bytes(b""),
-        "sac_pendulum: policy.ckpt is not the file that provenance.json tells of",
+        lambda folder: (folder / "policy.ckpt").write_bytes(b""),
+        "sac_pendulum: policy.ckpt does not match its checksum in provenance.json",
     ),
 }
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), SPOILED.values(), ids=SPOILED.keys())
-def test_what_is_changed_by_hand_is_caught(spoil, sentence, copy):
-    spoil(copy / "experiments" / "sac_pendulum")
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+def test_manual_changes_to_a_result_are_detected(spoil, sentence, repository):
+    spoil(repository / "experiments" / "sac_pendulum")
+    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
     assert sentence in report(check=True)
-    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
 
 
-def test_a_row_that_is_lost_is_caught_also_when_its_fingerprint_is_forged(copy):
-    cell = copy / "experiments" / "sac_pendulum"
-    remove_a_row(cell / "curves.csv.gz", -1)
-    facts = read_provenance(cell)
-    (cell / "provenance.json").write_text(json.dumps({**facts, "files": file_fingerprints(cell)}))
+def test_a_missing_row_is_detected_even_with_a_forged_fingerprint(repository):
+    folder = repository / "experiments" / "sac_pendulum"
+    remove_row(folder / "curves.csv.gz", -1)
+    facts = read_provenance(folder)
+    (folder / "provenance.json").write_text(json.dumps({**facts, "files": file_fingerprints(folder)}))
     assert "sac_pendulum: the seeds were not evaluated at the same env steps" in report(check=True)
 
 
-def test_a_number_without_a_source_is_refused(copy):
-    edit(copy / "experiments" / "sac_pendulum" / "reference.yaml", "    source:", "    # source:")
+def test_a_number_without_a_source_is_refused(repository):
+    edit(repository / "experiments" / "sac_pendulum" / "reference.yaml", "    source:", "    # source:")
     with pytest.raises(ConfigError, match=r"sac_pendulum/reference\.yaml: published\.0\.source: Field required"):
         report(check=True)
-    (copy / "experiments" / "sac_pendulum" / "reference.yaml").unlink()
-    with pytest.raises(ConfigError, match="a number without a source is no result"):
+    (repository / "experiments" / "sac_pendulum" / "reference.yaml").unlink()
+    with pytest.raises(ConfigError, match="which must name the published numbers and their sources"):
         report(check=True)
 
 
-def test_report_rebuilds_what_was_lost(copy):
-    cell = copy / "experiments" / "sac_pendulum"
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.suffix != ".png"}
-    edit(copy / "README.md", "| 20,000 | 5 | -", "| 20,000 | 5 | -9")
+def test_report_rebuilds_missing_files(repository):
+    folder = repository / "experiments" / "sac_pendulum"
+    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file() and path.suffix != ".png"}
+    edit(repository / "README.md", "| 100,000 | 3 | 5", "| 100,000 | 3 | 9")
     for name in ("summary.json", "curve.png"):
-        (cell / name).unlink()
+        (folder / name).unlink()
     assert report()
-    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.suffix != ".png"}
+    assert before == {
+        path: path.read_bytes() for path in repository.rglob("*") if path.is_file() and path.suffix != ".png"
+    }
     assert report(check=True) == []
-    assert imageio.v3.imread(cell / "curve.png").std() > 10
+    assert imageio.v3.imread(folder / "curve.png").std() > 10
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_every_result_is_whole(cell):
-    result = Result.read(cell)
-    assert (cell / POLICY).stat().st_size <= MAX_POLICY_BYTES
-    torch.load(cell / POLICY, weights_only=True)
+def test_the_readme_shows_the_headline_results_and_counts_all(repository):
+    readme, page = (repository / name for name in ("README.md", "experiments/README.md"))
+    (row,) = (line for line in readme.read_text().splitlines() if "](experiments/s" in line)
+    summary = json.loads((repository / "experiments" / "sac_halfcheetah" / "summary.json").read_text())
+    cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+    assert cells[:3] == ["[SAC HalfCheetah-v4](experiments/sac_halfcheetah)", "100,000", "3"]
+    assert cells[3] == f"{summary['as_the_source_measures']['mean']:.1f}"
+    assert cells[4].startswith("5794.1 ± 460.5 ([jaxrl, ")
+    assert ";" not in cells[4]  # the first published number only
+    assert cells[5] == "reproduced"
+    assert "| result | env steps | seeds | ours | published | verdict |" in readme.read_text()
+    assert "\n2 results: 1 reproduced, 1 passed; [all of them](experiments/README.md)" in readme.read_text()
+    assert " measured by | published | required | verdict |" in page.read_text()
+    assert page.read_text().count("\n| [SAC ") == 2
+
+
+def test_a_result_that_has_not_been_run_shows_no_number_of_seeds(repository):
+    folder = repository / "experiments" / "sac_pendulum"
+    for name in (CURVES, TRAINING, PROVENANCE, SUMMARY):
+        (folder / name).unlink()
+    report()
+    assert "| [SAC Pendulum-v1](sac_pendulum) | 20,000 |  |  |  | " in (folder.parent / "README.md").read_text()
+    assert "\n2 results: 1 reproduced, 1 not run; " in (repository / "README.md").read_text()
+
+
+def test_headline_results_exist():
+    names = [folder.name for folder in result_folders()]
+    assert len(set(HEADLINES)) == 8
+    assert [name for name in HEADLINES if name not in names] == []
+
+
+@pytest.mark.parametrize("folder", RESULT_FOLDERS, ids=lambda folder: folder.name)
+def test_every_result_is_complete(folder):
+    result = Result.read(folder)
+    assert (folder / POLICY).stat().st_size <= MAX_POLICY_BYTES
+    torch.load(folder / POLICY, weights_only=True)
     assert all(curve.env_steps[-1] >= result.config.total_env_steps for curve in result.evaluations.values())
     assert {"git_sha", "lock_sha256", "versions", "processor", "command", "seeds"} <= set(result.provenance)
-    first = (cell / CONFIG).read_text().splitlines()
+    first = (folder / CONFIG).read_text().splitlines()
     assert first[0] == f"# {result.provenance['command']}"
     assert any(line.startswith("# expected: ") for line in first[:5])
-    with gzip.open(cell / CURVES, "rt") as file:
+    with gzip.open(folder / CURVES, "rt") as file:
         assert next(csv.reader(file)) == ["seed", "env_steps", "return_mean", "return_std"]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_every_stored_policy_plays_better_than_uniform_actions(cell):
-    cfg = load_config(cell)
+@pytest.mark.parametrize("folder", RESULT_FOLDERS, ids=lambda folder: folder.name)
+def test_every_stored_policy_plays_better_than_uniform_actions(folder):
+    cfg = load_config(folder)
     env = make_env(EnvConfig(**to_plain(cfg.env)), seed=1, purpose=EVALUATION, num_envs=5)
-    returns, _ = evaluate(load_algorithm(cell).policy(deterministic=True), env, 5)
+    returns, _ = evaluate(load_algorithm(folder).policy(deterministic=True), env, 5)
     env.close()
-    assert np.mean(returns) > read_reference(cell).random_return
+    assert np.mean(returns) > read_reference(folder).random_return
 
 
-def test_a_stored_policy_earns_what_its_summary_says():
-    cell = paths.EXPERIMENTS / "sac_pendulum"
-    cfg, stored = load_config(cell), read_curves(cell)[0]
+def test_a_stored_policy_reaches_the_return_in_its_summary():
+    folder = paths.EXPERIMENTS / "sac_pendulum"
+    cfg, stored = load_config(folder), read_curves(folder)[0]
     env = make_env(EnvConfig(**to_plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
-    algorithm = load_algorithm(cell)
+    algorithm = load_algorithm(folder)
     returns, _ = evaluate(algorithm.policy(deterministic=True), env, cfg.eval.episodes)
     env.close()
-    facts, here = read_provenance(cell), provenance.collect_provenance()
+    facts, here = read_provenance(folder), provenance.collect_provenance()
     same = all(facts[key] == here[key] for key in ("processor", "cpu_capability", "versions"))
     assert np.mean(returns) == pytest.approx(stored.return_mean[-1], rel=1e-9 if same else 0.05)
-    summary = json.loads((cell / SUMMARY).read_text())
+    summary = json.loads((folder / SUMMARY).read_text())
     assert summary["as_the_source_measures"]["per_seed"][0] == round(stored.return_mean[-1], 2)
     assert algorithm.env_steps == summary["env_steps"]
 
@@ -216,7 +255,7 @@ def reference(**changes):
     return Reference(**{**values, "random_return": 10, "published": [published], **changes})
 
 
-def test_a_dream_is_scored_at_its_end_though_env_steps_stand_still():
+def test_a_curve_with_repeated_env_steps_is_scored_at_its_end():
     stands = Curve(np.array([100, 400, 400, 400]), np.array([1.0, 2.0, 3.0, 4.0]), np.zeros(4))
     assert score_seeds({0: stands}, {}, reference()).tolist() == [4]
     continues = Curve(np.append(stands.env_steps, 500), np.append(stands.return_mean, 9), np.zeros(5))
@@ -226,19 +265,19 @@ def test_a_dream_is_scored_at_its_end_though_env_steps_stand_still():
     assert returns.tolist() == 2 * [[1, 2, 3, 4]]
 
 
-def test_scores_are_measured_as_the_source_measures():
+def test_scores_use_the_metric_of_the_published_source():
     evaluations = {0: curve([1, 2, 3, 4, 50]), 1: curve([5, 6, 7, 8, 90])}
     training = {0: curve([10, 20, 30, 40, 99], [4, 4, 2, 4, 9]), 1: curve([0, 0, 10, 40, 99], [1, 1, 1, 3, 9])}
 
     def scores(**changes):
         return score_seeds(evaluations, training, reference(**changes)).tolist()
 
-    assert scores() == [4, 8]  # at 400 env steps, not at the end
+    assert scores() == [4, 8]  # at the 400 env steps of the reference, not at the end
     assert scores(last=2) == [3.5, 7.5]
     assert scores(metric="training_episodes", last=4) == [40, 32.5]
     assert scores(metric="training_episodes", last=7) == pytest.approx([(4 * 40 + 2 * 30 + 20) / 7, 130 / 6])
     assert scores(metric="training_env_steps", last=200) == pytest.approx([(4 * 40 + 2 * 30) / 6, 130 / 4])
-    with pytest.raises(ConfigError, match="has not come to 600 env steps"):
+    with pytest.raises(ConfigError, match="has not reached 600 env steps"):
         scores(env_steps=600)
 
 
@@ -246,7 +285,7 @@ def test_scores_are_measured_as_the_source_measures():
     ("changes", "scores", "verdict"),
     [
         ({}, [], "not run"),
-        ({}, [84, 85, 86], "reproduced"),  # the gate itself is reached
+        ({}, [84, 85, 86], "reproduced"),  # the mean equals the required score
         ({}, [84, 85, 85.9], "partial"),
         ({}, [100, 100], "partial"),  # three seeds are needed
         ({"seeds": 2}, [100, 100, 100], "passed"),
@@ -257,12 +296,12 @@ def test_scores_are_measured_as_the_source_measures():
 )
 def test_verdicts(changes, scores, verdict):
     published = reference().published[0].model_copy(update=changes)
-    said, because = judge_scores(reference(published=[published]), np.array(scores))
-    assert said == verdict
-    assert "85" in because
+    actual, explanation = judge_scores(reference(published=[published]), np.array(scores))
+    assert actual == verdict
+    assert "85" in explanation
 
 
-def test_the_prediction_interval_holds_19_of_20_means():
+def test_the_prediction_interval_covers_95_percent_of_means():
     draw = np.random.default_rng(0)
     hits = 0
     for _ in range(2000):
@@ -277,22 +316,22 @@ def test_iqm_and_its_interval():
     assert iqm.tolist() == [3.5, 35.0]
     assert (interval[0] < iqm).all()
     assert (iqm < interval[1]).all()
-    alone, ends = aggregates.iqm_with_interval(scores[:1])
-    assert alone.tolist() == ends[0].tolist() == ends[1].tolist()
-    _, ends_again = aggregates.iqm_with_interval(scores)
-    assert np.array_equal(interval, ends_again)  # the same curves, the same numbers
+    alone, interval_of_one = aggregates.iqm_with_interval(scores[:1])
+    assert alone.tolist() == interval_of_one[0].tolist() == interval_of_one[1].tolist()
+    _, same_interval = aggregates.iqm_with_interval(scores)
+    assert np.array_equal(interval, same_interval)  # the bootstrap has a fixed seed
 
 
-def test_two_algorithms_on_one_task_are_compared(copy):
-    first = Result.read(copy / "experiments" / "sac_pendulum")
+def test_two_algorithms_on_one_task_are_compared(repository):
+    first = Result.read(repository / "experiments" / "sac_pendulum")
     config = first.config.copy()
     config.algo._target_ = "experiments.my_idea.algorithm.MyIdea"
     worse = {
         seed: Curve(each.env_steps, each.return_mean - 100, each.second) for seed, each in first.evaluations.items()
     }
-    second = Result(first.cell, config, first.reference, first.provenance, worse, first.training)
+    second = Result(first.folder, config, first.reference, first.provenance, worse, first.training)
     ((label, probability, interval),) = figures.algorithm_pairs({"SAC": [first], "MyIdea": [second]})
     assert (label, probability) == ("SAC > MyIdea (1)", 1.0)
     assert interval.tolist() == [1, 1]
     figures.draw_aggregate([first, second])
-    assert imageio.v3.imread(copy / "experiments" / "aggregate.png").shape[1] == 3 * 750
+    assert imageio.v3.imread(repository / "experiments" / "aggregate.png").shape[1] == 3 * 750

@@ -1,4 +1,4 @@
-"""A pinned config, run anew and compared."""
+"""Reproducing a result: run its pinned config (the frozen config of a reported result) and compare the curves."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
 from levin.runs.load import POLICY, load_config
 
-WORDS = (
+OVERRIDES = (
     *("algo=sac", "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale", "total_env_steps=320"),
     *("algo.learning_starts=64", "algo.batch_size=8", "algo.hidden_sizes=[8]", "eval.every=64", "eval.episodes=2"),
 )
@@ -43,49 +43,49 @@ REFERENCE = {
 }
 
 
-def results(folder, monkeypatch):
-    """An empty experiments/ in a working folder of its own."""
+def pin_toy_result(folder, monkeypatch):
+    """Pin a toy result in a new repository and return its folder in experiments/."""
     (folder / "experiments").mkdir()
     for page in (folder / "README.md", folder / "experiments" / "README.md"):
         page.write_text(f"{BEGIN}\n{END}\n")
     monkeypatch.setattr(paths, "ROOT", folder)
     monkeypatch.setattr(paths, "EXPERIMENTS", folder / "experiments")
     monkeypatch.chdir(folder)
-    cell = pin("toy", list(WORDS))
-    (cell / result.REFERENCE).write_text(yaml.safe_dump(REFERENCE))
-    return cell
+    result_folder = pin("toy", list(OVERRIDES))
+    (result_folder / result.REFERENCE).write_text(yaml.safe_dump(REFERENCE))
+    return result_folder
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A result that was run once, before anything was stored, and its runs."""
+def first_run(tmp_path_factory):
+    """Run the toy result once; return its folder, the folder of its runs, and the outcome. Nothing is stored yet."""
     with pytest.MonkeyPatch.context() as patch:
-        cell = results(tmp_path_factory.mktemp("made"), patch)
+        result_folder = pin_toy_result(tmp_path_factory.mktemp("made"), patch)
         outcome = reproduce(exp="toy", seeds="0 1 2")
-        (batch,) = cell.parents[1].glob("runs/reproduce/*/toy")
-        return cell, batch, outcome
+        (batch,) = result_folder.parents[1].glob("runs/reproduce/*/toy")
+        return result_folder, batch, outcome
 
 
 @pytest.fixture(scope="module")
-def stored_once(made, tmp_path_factory):
-    """The same result, stored as from a commit without changes."""
+def stored_result(first_run, tmp_path_factory):
+    """Store the runs of `first_run`, as if from a commit without local changes; return the repository."""
     folder = tmp_path_factory.mktemp("stored") / "copy"
     with pytest.MonkeyPatch.context() as patch:
-        cell, folders = work_in_a_copy(made[0].parents[1], folder, patch)
+        result_folder, folders = use_copy(first_run[0].parents[1], folder, patch)
         for run in folders.values():
-            say(run, git_dirty=False)
-        store_runs(cell, folders)
+            set_provenance(run, git_dirty=False)
+        store_runs(result_folder, folders)
         report()
     return folder
 
 
 @pytest.fixture
-def stored(stored_once, tmp_path, monkeypatch):
-    """A stored result to spoil, and the folders of its runs by seed."""
-    return work_in_a_copy(stored_once, tmp_path / "copy", monkeypatch)
+def stored_copy(stored_result, tmp_path, monkeypatch):
+    """Copy the repository with the stored result; return the result's folder and the run folder of each seed."""
+    return use_copy(stored_result, tmp_path / "copy", monkeypatch)
 
 
-def work_in_a_copy(original, folder, patch):
+def use_copy(original, folder, patch):
     shutil.copytree(original, folder, symlinks=True)
     patch.setattr(paths, "ROOT", folder)
     patch.setattr(paths, "EXPERIMENTS", folder / "experiments")
@@ -93,35 +93,35 @@ def work_in_a_copy(original, folder, patch):
     return folder / "experiments" / "toy", {seed: next(folder.glob(f"runs/*/*/toy/s{seed}")) for seed in range(3)}
 
 
-def say(run, **facts):
+def set_provenance(run, **facts):
     (run / "provenance.json").write_text(json.dumps({**run_folder.read_provenance(run), **facts}))
 
 
-def judged(cell, folders):
-    return judge_runs(cell, read_reference(cell), folders)
+def judge(result_folder, folders):
+    return judge_runs(result_folder, read_reference(result_folder), folders)
 
 
-def test_a_first_run_is_judged_by_the_published_number(made):
-    cell, batch, outcome = made
+def test_without_stored_curves_a_run_is_judged_by_the_published_number(first_run):
+    result_folder, batch, outcome = first_run
     assert (outcome.verdict, outcome.good) == ("reproduced", True)
     assert outcome.stored == "there are no stored curves yet"
     assert sorted(each.name for each in batch.iterdir()) == ["s0", "s1", "s2", "verdict.json"]
     assert json.loads((batch / "verdict.json").read_text())["verdict"] == "reproduced"
-    assert not (cell / CURVES).exists()  # only STORE=1 writes
+    assert not (result_folder / CURVES).exists()  # only STORE=1 writes
     assert run_folder.read_provenance(batch / "s0")["threads"] == 1
 
 
-def test_what_is_stored_is_whole_and_the_same_run_is_identical(stored):
-    cell, folders = stored
+def test_a_stored_result_is_complete_and_its_runs_are_identical_to_it(stored_copy):
+    result_folder, folders = stored_copy
     assert report(check=True) == []
-    outcome = judged(cell, folders)
+    outcome = judge(result_folder, folders)
     assert outcome.stored == "3 of 3 curves are identical to the stored ones"
     assert outcome.good
-    assert [*read_curves(cell)] == [0, 1, 2]
-    assert read_curves(cell)[1].equals(read_run(folders[1]))
+    assert [*read_curves(result_folder)] == [0, 1, 2]
+    assert read_curves(result_folder)[1].equals(read_run(folders[1]))
 
 
-def test_a_fresh_run_gives_the_stored_curves_and_a_shorter_one_their_beginning(stored):
+def test_a_new_run_reproduces_the_stored_curves_and_a_shorter_one_their_beginning(stored_copy):
     again = reproduce(exp="toy", seeds="1")
     assert again.stored == "1 of 1 curves are identical to the stored ones"
     assert (again.verdict, again.good) == ("partial", True)  # one seed of three
@@ -130,20 +130,20 @@ def test_a_fresh_run_gives_the_stored_curves_and_a_shorter_one_their_beginning(s
     assert (shorter.verdict, shorter.good) == ("not run", True)
 
 
-def test_another_number_in_a_curve_is_a_miss(stored):
-    cell, folders = stored
-    curves = read_curves(cell)
+def test_a_changed_value_in_a_curve_fails(stored_copy):
+    result_folder, folders = stored_copy
+    curves = read_curves(result_folder)
     curves[1].return_mean[0] = np.nextafter(curves[1].return_mean[0], 0)
-    write_curves(cell, curves)
-    outcome = judged(cell, folders)
+    write_curves(result_folder, curves)
+    outcome = judge(result_folder, folders)
     assert outcome.stored == "2 of 3 curves are identical to the stored ones"
     assert not outcome.good
 
 
-def test_a_missed_gate_is_a_miss(stored):
-    cell, folders = stored
-    (cell / result.REFERENCE).write_text(yaml.safe_dump({**REFERENCE, "gate": 0.0}))
-    outcome = judged(cell, folders)
+def test_a_missed_required_score_fails(stored_copy):
+    result_folder, folders = stored_copy
+    (result_folder / result.REFERENCE).write_text(yaml.safe_dump({**REFERENCE, "gate": 0.0}))
+    outcome = judge(result_folder, folders)
     assert (outcome.verdict, outcome.good) == ("partial", False)
     assert "below" in outcome.published
 
@@ -151,85 +151,87 @@ def test_a_missed_gate_is_a_miss(stored):
 @pytest.mark.parametrize(
     ("facts", "why"),
     [
-        ({"processor": "Other 9000"}, "another CPU vendor"),
-        ({"versions": {"torch": "1.0"}}, "another versions"),
-        ({"cpu_capability": "AVX1"}, "another cpu_capability"),
-        ({"threads": 7}, "another threads"),
-        ({"gpus": ["H200"]}, "another GPU"),
+        ({"processor": "Other 9000"}, "different CPU vendor"),
+        ({"versions": {"torch": "1.0"}}, "different versions"),
+        ({"cpu_capability": "AVX1"}, "different cpu_capability"),
+        ({"threads": 7}, "different threads"),
+        ({"gpus": ["H200"]}, "different GPU"),
     ],
 )
-def test_elsewhere_the_mean_must_lie_in_the_interval(facts, why, stored):
-    cell, folders = stored
+def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(facts, why, stored_copy):
+    result_folder, folders = stored_copy
     for run in folders.values():
-        say(run, **facts)
-    outcome = judged(cell, folders)
+        set_provenance(run, **facts)
+    outcome = judge(result_folder, folders)
     assert outcome.good
-    assert outcome.stored.endswith(f"where 95% of such means lie ({why})")
-    far = {seed: Curve(each.env_steps, each.return_mean + 100, each.second) for seed, each in evaluations(cell)}
-    write_curves(cell, far)
-    outcome = judged(cell, folders)
-    assert outcome.good is False  # verdict.json takes no bool of NumPy
+    assert outcome.stored.endswith(f"of the stored seeds ({why})")
+    far = {
+        seed: Curve(each.env_steps, each.return_mean + 100, each.second) for seed, each in evaluations(result_folder)
+    }
+    write_curves(result_folder, far)
+    outcome = judge(result_folder, folders)
+    assert outcome.good is False  # a Python bool, because JSON has no NumPy bool
     assert "outside" in outcome.stored
 
 
-def evaluations(cell):
-    return read_curves(cell).items()
+def evaluations(result_folder):
+    return read_curves(result_folder).items()
 
 
 @pytest.mark.parametrize("facts", [{"git_dirty": True}, {"git_sha": "another"}])
-def test_what_is_not_of_one_commit_is_not_stored(facts, stored):
-    cell, folders = stored
-    before = {path: path.read_bytes() for path in cell.iterdir()}
-    say(folders[1], **facts)
-    with pytest.raises(ConfigError, match="what one commit gives"):
-        store_runs(cell, folders)
-    assert before == {path: path.read_bytes() for path in cell.iterdir()}
+def test_runs_with_local_changes_or_of_two_commits_are_not_stored(facts, stored_copy):
+    result_folder, folders = stored_copy
+    before = {path: path.read_bytes() for path in result_folder.iterdir()}
+    set_provenance(folders[1], **facts)
+    with pytest.raises(ConfigError, match="needs runs of one commit"):
+        store_runs(result_folder, folders)
+    assert before == {path: path.read_bytes() for path in result_folder.iterdir()}
 
 
-def test_seeds_are_added_to_those_that_are_stored(stored):
-    cell, folders = stored
-    whole = {kind: (cell / kind).read_bytes() for kind in (CURVES, TRAINING, POLICY)}
-    for kind in (*whole, PROVENANCE):
-        (cell / kind).unlink()
-    store_runs(cell, {seed: folders[seed] for seed in (0, 2)})
+def test_seeds_can_be_added_to_a_stored_result(stored_copy):
+    result_folder, folders = stored_copy
+    original = {kind: (result_folder / kind).read_bytes() for kind in (CURVES, TRAINING, POLICY)}
+    for kind in (*original, PROVENANCE):
+        (result_folder / kind).unlink()
+    store_runs(result_folder, {seed: folders[seed] for seed in (0, 2)})
     report()
-    assert (cell / CURVES).read_bytes() != whole[CURVES]
-    earlier = read_provenance(cell)
+    assert (result_folder / CURVES).read_bytes() != original[CURVES]
+    earlier = read_provenance(result_folder)
     earlier["seeds"]["0"]["git_sha"] = "another"
-    del earlier["seeds"]["2"]["git_sha"]  # results of older commits say it once, for all
-    (cell / PROVENANCE).write_text(json.dumps({**earlier, "git_sha": "earlier"}))
-    kept = kept_seeds(cell, [1])
+    del earlier["seeds"]["2"]["git_sha"]  # older results have one git_sha for all seeds
+    (result_folder / PROVENANCE).write_text(json.dumps({**earlier, "git_sha": "earlier"}))
+    kept = kept_seeds(result_folder, [1])
     assert kept == [0, 2]
     added = {1: folders[1]}
-    assert judge_runs(cell, read_reference(cell), added).verdict == "partial"  # one seed of three
-    assert judge_runs(cell, read_reference(cell), added, kept).verdict == "reproduced"
-    store_runs(cell, added, kept)
+    assert judge_runs(result_folder, read_reference(result_folder), added).verdict == "partial"  # one seed of three
+    assert judge_runs(result_folder, read_reference(result_folder), added, kept).verdict == "reproduced"
+    store_runs(result_folder, added, kept)
     report()
-    assert whole == {kind: (cell / kind).read_bytes() for kind in whole}
-    found = read_provenance(cell)["seeds"]
-    assert [*found] == ["0", "1", "2"]
-    assert [each["git_sha"] for each in found.values()] == ["another", earlier["git_sha"], "earlier"]
+    assert original == {kind: (result_folder / kind).read_bytes() for kind in original}
+    seeds = read_provenance(result_folder)["seeds"]
+    assert [*seeds] == ["0", "1", "2"]
+    assert [each["git_sha"] for each in seeds.values()] == ["another", earlier["git_sha"], "earlier"]
     assert report(check=True) == []
-    assert kept_seeds(cell, [0, 1, 2]) == []
+    assert kept_seeds(result_folder, [0, 1, 2]) == []
 
 
-def test_seeds_of_another_config_or_machine_are_not_added_to(stored):
-    cell, _ = stored
-    facts = read_provenance(cell)
-    (cell / PROVENANCE).write_text(json.dumps({**facts, "cores": 1000}))
-    with pytest.raises(ConfigError, match=r'another cores; run them, too: seeds="0 1 2 3"'):
+def test_seeds_are_not_added_to_a_result_of_another_config_or_machine(stored_copy):
+    result_folder, _ = stored_copy
+    facts = read_provenance(result_folder)
+    (result_folder / PROVENANCE).write_text(json.dumps({**facts, "cores": 1000}))
+    with pytest.raises(ConfigError, match=r'differ in cores; run them again, too: seeds="0 1 2 3"'):
         reproduce(exp="toy", seeds="3", store=True)
-    (cell / PROVENANCE).write_text(json.dumps(facts))
-    text = (cell / CONFIG).read_text()
-    (cell / CONFIG).write_text(text.replace("gamma: 0.99", "gamma: 0.98"))
-    with pytest.raises(ConfigError, match=r"seeds 1 2 are of another config.yaml"):
+    (result_folder / PROVENANCE).write_text(json.dumps(facts))
+    text = (result_folder / CONFIG).read_text()
+    (result_folder / CONFIG).write_text(text.replace("gamma: 0.99", "gamma: 0.98"))
+    with pytest.raises(ConfigError, match=r"seeds 1 2 differ in config\.yaml"):
         reproduce(exp="toy", seeds="0", store=True)
 
 
-def test_what_is_stopped_goes_on(stored, tmp_path):
-    """The verdict of an interrupted reproduction is that of one that was left alone."""
-    cell, _ = stored
-    folder = cell.parents[1]
+def test_an_interrupted_reproduction_can_be_continued(stored_copy, tmp_path):
+    """The verdict is the same as without the interruption."""
+    result_folder, _ = stored_copy
+    folder = result_folder.parents[1]
     script = f"""
 import sys
 from pathlib import Path
@@ -242,50 +244,50 @@ reproduce.main()
     batches = set(folder.glob("runs/reproduce/*/toy"))
     first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 180
-    while not any((batch / "s0" / "provenance.json").exists() for batch in new(folder, batches)):
+    while not any((batch / "s0" / "provenance.json").exists() for batch in new_batches(folder, batches)):
         assert first.poll() is None, first.communicate(timeout=300)
         assert time.monotonic() < end
         time.sleep(0.02)
-    (batch,) = new(folder, batches)
+    (batch,) = new_batches(folder, batches)
     first.send_signal(signal.SIGINT)
-    said = first.communicate(timeout=300)
+    output = first.communicate(timeout=300)
     assert first.returncode == 1
-    assert said[1].startswith("levin: stopped; the runs are saved, and the same command goes on")
+    assert output[1].startswith("levin: stopped; the runs are saved, and the same command continues them")
     assert not (batch / "verdict.json").exists()
     second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert second.returncode == 0, second
-    assert f"{batch.relative_to(folder)}: goes on" in second.stdout
+    assert f"{batch.relative_to(folder)}: continuing" in second.stdout
     assert "1 of 1 curves are identical to the stored ones" in second.stdout
     assert "verdict: partial" in second.stdout
 
 
-def new(folder, before):
+def new_batches(folder, before):
     return set(folder.glob("runs/reproduce/*/toy")) - before
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
-        ({"exp": "toyy"}, "exp=toyy is no result in experiments/; valid: toy"),
-        ({"exp": "toy", "seeds": "0 x"}, "seeds=0 x: whole numbers"),
-        ({"exp": "toy", "store": True, "total_env_steps": 64}, "keeps whole runs only"),
+        ({"exp": "toyy"}, "exp=toyy is not a result in experiments/; valid: toy"),
+        ({"exp": "toy", "seeds": "0 x"}, "seeds=0 x must be whole numbers"),
+        ({"exp": "toy", "store": True, "total_env_steps": 64}, "stores complete runs only"),
     ],
 )
-def test_wrong_words_are_one_sentence(words, sentence, stored):
+def test_invalid_arguments_are_config_errors(arguments, sentence, stored_copy):
     with pytest.raises(ConfigError, match=sentence):
-        reproduce(**words)
+        reproduce(**arguments)
 
 
-def test_pin_writes_a_config_that_leaves_nothing_open_and_refuses_a_second(tmp_path, monkeypatch):
-    cell = results(tmp_path, monkeypatch)
-    cfg = load_config(cell)
+def test_pin_writes_a_complete_config_and_does_not_overwrite_it(tmp_path, monkeypatch):
+    result_folder = pin_toy_result(tmp_path, monkeypatch)
+    cfg = load_config(result_folder)
     assert (cfg.trainer.threads, cfg.trainer.accelerator, cfg.algo.gamma) == (1, "cpu", 0.99)
-    with pytest.raises(ConfigError, match="is pinned already"):
-        pin("toy", list(WORDS))
-    (cell / result.REFERENCE).unlink()
-    (cell / CONFIG).unlink()
-    pin("toy", list(WORDS))
-    written = yaml.safe_load((cell / result.REFERENCE).read_text())
+    with pytest.raises(ConfigError, match="exists already"):
+        pin("toy", list(OVERRIDES))
+    (result_folder / result.REFERENCE).unlink()
+    (result_folder / CONFIG).unlink()
+    pin("toy", list(OVERRIDES))
+    written = yaml.safe_load((result_folder / result.REFERENCE).read_text())
     assert -100 < written["random_return"] < 0
-    with pytest.raises(ConfigError, match=r"toy/reference\.yaml"):  # what was published is still to be said
-        read_reference(cell)
+    with pytest.raises(ConfigError, match=r"toy/reference\.yaml"):  # the published numbers are still missing
+        read_reference(result_folder)

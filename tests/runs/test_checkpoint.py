@@ -1,4 +1,4 @@
-"""Files of a checkpoint: whole or absent after a kill, only new rows written, forced onto the disk."""
+"""Checkpoint files: complete or absent after a kill, only new transitions written, synced to disk."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,8 @@ from levin.training.session import train
 from short_runs import TINY, Killed
 
 
-def state(step: int, buffer: Replay | None) -> dict:
+def make_state(step: int, buffer: Replay | None) -> dict:
+    """Return the state of a toy checkpoint at an env step."""
     return {
         "algorithm": "Toy",
         "levin": {"env_steps": step},
@@ -25,7 +26,8 @@ def state(step: int, buffer: Replay | None) -> dict:
     }
 
 
-def rows(start: int, stop: int) -> TensorDict:
+def transitions(start: int, stop: int) -> TensorDict:
+    """Return transitions `[1, stop - start]` numbered from `start` to `stop`."""
     value = torch.arange(start, stop, dtype=torch.float32).reshape(1, -1, 1)  # [T] -> [N, T, 1]
     after = {"observation": value + 1, "reward": value, "terminated": value > 0}
     return TensorDict({"observation": value, "action": value, "next": after}, batch_size=(1, stop - start))
@@ -34,14 +36,14 @@ def rows(start: int, stop: int) -> TensorDict:
 OPERATIONS = ("mkdir", "link", "fsync", "rename", "replace", "symlink", "unlink", "rmdir", "open")
 
 
-def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """Save three checkpoints and prune the first; stop before the k-th operation, for every k."""
+def test_a_kill_between_any_two_file_operations_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
+    """Save three checkpoints and delete the first; kill before the k-th file operation, for every k."""
 
     def work(folder: Path) -> None:
         writer, buffer = FolderCheckpointIO(), Replay(20, "memory")
         for step in (8, 16, 24):
-            buffer.extend(rows(step - 8, step))
-            writer.save_checkpoint(state(step, buffer), folder / str(step) / checkpoint.STATE)
+            buffer.extend(transitions(step - 8, step))
+            writer.save_checkpoint(make_state(step, buffer), folder / str(step) / checkpoint.STATE)
         writer.remove_checkpoint(folder / "8" / checkpoint.STATE)
 
     def stop_at(k: int) -> list[str]:
@@ -69,10 +71,10 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_pa
         folder = tmp_path / str(k) / "checkpoints"
         folder.mkdir(parents=True)
         done = stop_at(k)
-        whole = checkpoint.list_checkpoints(folder)
+        complete = checkpoint.list_checkpoints(folder)
         renames = [i for i, name in enumerate(done) if name == "rename"]
-        assert len(whole) >= min(2, len(renames))
-        for each in whole:
+        assert len(complete) >= min(2, len(renames))
+        for each in complete:
             checkpoint.verify(each, buffer=True)
             step = int(each.name)
             loaded = FolderCheckpointIO().load_checkpoint(each / checkpoint.STATE)
@@ -84,16 +86,16 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_pa
         if done[-1:] == ["end"]:
             break
     assert k > 40
-    assert [each.name for each in whole] == ["16", "24"]
+    assert [each.name for each in complete] == ["16", "24"]
 
 
-def test_only_new_rows_are_written(tmp_path):
+def test_only_new_transitions_are_written(tmp_path):
     writer, buffer = FolderCheckpointIO(), Replay(1000, "memory")
     for step in range(100, 1301, 100):
-        buffer.extend(rows(step - 100, step))
-        writer.save_checkpoint(state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
+        buffer.extend(transitions(step - 100, step))
+        writer.save_checkpoint(make_state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
     newest = tmp_path / "1300" / checkpoint.BUFFER
-    assert len(list(newest.iterdir())) == 10  # the ring holds 1000
+    assert len(list(newest.iterdir())) == 10  # the ring buffer holds 1000 transitions
     before = {path.name: path.stat().st_ino for path in (tmp_path / "1200" / checkpoint.BUFFER).iterdir()}
     shared = [path for path in newest.iterdir() if before.get(path.name) == path.stat().st_ino]
     assert len(shared) == 9
@@ -111,8 +113,8 @@ def test_a_buffer_is_saved_without_doubling_memory(tmp_path, monkeypatch):
         files, "save", lambda value, path: largest.append(sum(x.nbytes for x in value.values())) or real(value, path)
     )
     buffer = Replay(1000, "memory")
-    buffer.extend(rows(0, 600))
-    buffer.extend(rows(600, 1500))
+    buffer.extend(transitions(0, 600))
+    buffer.extend(transitions(600, 1500))
     (tmp_path / "buffer").mkdir()
     segments.save(buffer.data, 1500, tmp_path / "buffer", tmp_path / "none", {})
     assert max(largest) <= 1000
@@ -120,7 +122,7 @@ def test_a_buffer_is_saved_without_doubling_memory(tmp_path, monkeypatch):
     data = segments.load(tmp_path / "buffer", 1500, 1000)
     restored.load_state_dict({"written": 1500, "length": 1000, "data": data}, torch.device("cpu"))
     assert same(restored.data.to_dict(), buffer.data.to_dict())
-    buffer.extend(rows(1500, 1507)), restored.extend(rows(1500, 1507))
+    buffer.extend(transitions(1500, 1507)), restored.extend(transitions(1500, 1507))
     assert same(restored.data.to_dict(), buffer.data.to_dict())
 
 
@@ -131,14 +133,14 @@ def test_a_file_system_without_hard_links_copies(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     writer, buffer = FolderCheckpointIO(), Replay(100, "memory")
     for step in (10, 20):
-        buffer.extend(rows(step - 10, step))
-        writer.save_checkpoint(state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
+        buffer.extend(transitions(step - 10, step))
+        writer.save_checkpoint(make_state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
     checkpoint.discard(tmp_path / "10")
     checkpoint.verify(tmp_path / "20", buffer=True)
     assert len(list((tmp_path / "20" / checkpoint.BUFFER).iterdir())) == 2
 
 
-def test_what_must_survive_a_power_cut_is_forced_onto_the_disk(tmp_path, monkeypatch):
+def test_files_of_a_run_are_synced_to_disk(tmp_path, monkeypatch):
     forced, fsync = set(), os.fsync
     monkeypatch.setattr("os.fsync", lambda file: (forced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Damaged and malicious run folders: refused in one sentence, never loaded."""
+"""Damaged or malicious run folders are refused with a one-line error and never loaded."""
 
 import json
 import os
@@ -9,67 +9,68 @@ from pathlib import Path
 import pytest
 import torch
 
-from checks import metrics, saved
+from checks import metrics, saved_state
 from levin import resume
 from levin.config.compose import compose
 from levin.core import files
 from levin.core.errors import CheckpointError, ConfigError
 from levin.runs import checkpoint
 from levin.training.session import train
-from short_runs import TINY, assert_same_run
+from short_runs import TINY, assert_identical_runs
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path: Path, kind: str) -> None:
+    """Truncate a file, empty it, flip one of its bits, or delete it."""
     data = path.read_bytes()
-    if how == "truncated":
+    if kind == "truncated":
         path.write_bytes(data[: len(data) // 2])
-    elif how == "empty":
+    elif kind == "empty":
         path.write_bytes(b"")
-    elif how == "bit-flipped":
+    elif kind == "bit-flipped":
         middle = len(data) // 2
         path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     else:
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["truncated", "bit-flipped", "empty", "missing"])
-@pytest.mark.parametrize("what", ["state.ckpt", "manifest.json", "buffer"])
-def test_what_is_damaged_is_refused_and_the_checkpoint_before_it_used(how, what, finished, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["truncated", "bit-flipped", "empty", "missing"])
+@pytest.mark.parametrize("part", ["state.ckpt", "manifest.json", "buffer"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(kind, part, finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     for folder in checkpoint.list_checkpoints(run / "checkpoints"):
-        for file in (folder / "buffer").iterdir():  # a copy has lost the links between the checkpoints
+        for file in (folder / "buffer").iterdir():  # copying has lost the hard links between checkpoints
             first = next(run.glob(f"checkpoints/*/buffer/{file.name}"))
             if not first.samefile(file):
                 file.unlink()
                 file.hardlink_to(first)
     newest, before = checkpoint.list_checkpoints(run / "checkpoints")[::-1][:2]
     path = (
-        newest / what
-        if what != "buffer"
+        newest / part
+        if part != "buffer"
         else max((newest / "buffer").iterdir(), key=lambda file: int(file.name.split("_")[0]))
     )
-    damage(path, how)
-    if (what, how) == ("manifest.json", "bit-flipped"):
+    damage(path, kind)
+    if (part, kind) == ("manifest.json", "bit-flipped"):
         try:
             json.loads(path.read_text())
         except ValueError:
             pass
         else:
-            pytest.skip("the flipped bit left the manifest readable: the sums in it are then compared")
+            pytest.skip("the manifest is still valid JSON; its checksums are tested with the other files")
     with pytest.raises(CheckpointError) as error:
         checkpoint.newest_checkpoint(newest, buffer=True)
     assert str(newest) in str(error.value)
     assert "\n" not in str(error.value)
     capsys.readouterr()
     resume.resume(run=str(run), total_env_steps=384)
-    said = capsys.readouterr().err
-    assert "the checkpoint before it is tried" in said
-    assert str(newest) in said
+    message = capsys.readouterr().err
+    assert "trying the checkpoint before it" in message
+    assert str(newest) in message
     assert (newest.parent / f"{newest.name}.damaged").exists()
     train(compose([*TINY, "total_env_steps=384"]), tmp_path / "straight")
     assert before.name in {"288", "256"}
-    assert_same_run(tmp_path / "straight", run)
+    assert_identical_runs(tmp_path / "straight", run)
 
 
 def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(finished, tmp_path):
@@ -79,18 +80,18 @@ def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(finishe
     shutil.copytree(newest, newest.with_name(f"{newest.name}.damaged"))
     damage(newest / "state.ckpt", "empty")
     resume.resume(run=str(run), total_env_steps=352)
-    assert saved(run)["levin"]["env_steps"] == 352
+    assert saved_state(run)["levin"]["env_steps"] == 352
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("provenance.json", b"", "provenance.json is damaged; the run can be continued without it"),
+        ("provenance.json", b"", "provenance.json is damaged; delete it to continue the run without it"),
         ("config.yaml", b"algo: {gamma: ", "config.yaml is damaged"),
         ("config.yaml", b"", "config.yaml is damaged: it holds no keys"),
     ],
 )
-def test_a_damaged_file_of_the_run_is_one_sentence(name, content, sentence, finished, tmp_path):
+def test_a_damaged_file_of_the_run_is_a_config_error(name, content, sentence, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     (run / name).write_bytes(content)
@@ -107,22 +108,24 @@ def test_damaged_metrics_are_a_warning(finished, tmp_path):
     assert metrics(run)[-1]["env_steps"] == "384"
 
 
-def test_a_run_may_have_a_number_for_a_name(finished, tmp_path):
+def test_the_name_of_a_run_folder_may_be_a_number(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "7", symlinks=True)
     resume.resume(run=str(tmp_path / "7"), total_env_steps=352)
-    assert saved(tmp_path / "7")["levin"]["env_steps"] == 352
+    assert saved_state(tmp_path / "7")["levin"]["env_steps"] == 352
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(finished, tmp_path, capsys):
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_restarted(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     for folder in checkpoint.list_checkpoints(run / "checkpoints"):
         damage(folder / "state.ckpt", "empty")
-    with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
+    with pytest.raises(CheckpointError, match="has no undamaged checkpoint"):
         resume.resume(run=str(run), total_env_steps=384)
 
 
 class Evil:
+    """Object that creates a file when it is unpickled."""
+
     def __reduce__(self):
         return (Path.touch, (Path(os.environ["LEVIN_TEST_EVIL"]),))
 
@@ -138,7 +141,7 @@ def test_a_malicious_pickle_is_not_executed(finished, tmp_path, monkeypatch):
             name = str(file.relative_to(folder))
             manifest["files"][name] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
             (folder / "manifest.json").write_text(json.dumps(manifest))
-        checkpoint.verify(folder, buffer=True)  # the attacker knows how to count
+        checkpoint.verify(folder, buffer=True)  # with valid checksums
         with pytest.raises(CheckpointError, match="can't be read"):
             files.load(file)
         (folder / "state.ckpt").write_bytes(pickle.dumps(Evil()))
@@ -156,9 +159,9 @@ def _crc32(file: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"), [("format", 99, "has format 99"), ("algorithm", "PPO", "is of PPO")]
+    ("key", "value", "sentence"), [("format", 99, "has format 99"), ("algorithm", "PPO", "was written by PPO")]
 )
-def test_another_format_or_algorithm_is_refused_and_not_taken_for_damage(key, value, sentence, finished, tmp_path):
+def test_a_checkpoint_of_another_format_or_algorithm_is_refused_and_kept(key, value, sentence, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     newest = checkpoint.list_checkpoints(run / "checkpoints")[-1]

@@ -1,4 +1,4 @@
-"""Runs as SLURM jobs, where there is no SLURM: submitit's local executor, and commands that do as SLURM's would."""
+"""SLURM jobs without SLURM: submitit's local executor, and scripts that simulate SLURM's commands."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ from levin.runs import checkpoint
 from levin.runs import folder as run_folder
 from levin.train import main
 from levin.training.session import train
-from short_runs import TINY, assert_same_run
+from short_runs import TINY, assert_identical_runs
 
-WORDS = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
+OVERRIDES = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
 PREEMPT = ("+callbacks.preempt._target_=preempt.Preempt",)
 HARMLESS = (*PREEMPT, "+callbacks.preempt.name=SIGCONT")
 
 
 class Slurm:
-    """What `srun` sets, and a `scontrol` that writes down what it is told."""
+    """Simulated SLURM job: the environment variables of `srun`, and a `scontrol` that records its arguments."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.patch = folder, monkeypatch
@@ -33,10 +33,10 @@ class Slurm:
         for name in ("JOB_ID=77", "NTASKS=1", "PROCID=0", "LOCALID=0", "NODEID=0"):
             monkeypatch.setenv(*f"SLURM_{name}".split("="))
 
-    def train(self, *words: str) -> int:
-        """`python -m levin.train` in this process: its exit code."""
-        self.patch.setattr(sys, "argv", ["levin.train", *words])
-        self.patch.setattr(sys, "orig_argv", ["python", "-m", "levin.train", *words])
+    def train(self, *overrides: str) -> int:
+        """Run `python -m levin.train` in this process and return its exit code."""
+        self.patch.setattr(sys, "argv", ["levin.train", *overrides])
+        self.patch.setattr(sys, "orig_argv", ["python", "-m", "levin.train", *overrides])
         try:
             main()
         except SystemExit as end:
@@ -44,6 +44,7 @@ class Slurm:
         return 0
 
     def told(self) -> str:
+        """Return the arguments of all calls of `scontrol`, one call per line."""
         file = self.folder / "scontrol.txt"
         return file.read_text() if file.exists() else ""
 
@@ -57,35 +58,36 @@ def slurm(tmp_path, monkeypatch):
 
 
 def command(folder: Path, name: str, script: str) -> None:
+    """Write an executable shell script."""
     (folder / name).write_text(f"#!/bin/bash\n{script}\n")
     (folder / name).chmod(0o755)
 
 
 def test_a_preempted_job_is_requeued_and_continues_its_run(slurm, tmp_path, capsys):
-    train(compose([*WORDS, *HARMLESS]), tmp_path / "straight")
-    assert slurm.train(*WORDS, *PREEMPT) == 0
+    train(compose([*OVERRIDES, *HARMLESS]), tmp_path / "straight")
+    assert slurm.train(*OVERRIDES, *PREEMPT) == 0
     assert slurm.told() == "requeue 77\n"
     assert "levin: job 77 is requeued" in capsys.readouterr().err
     (run,) = (tmp_path / "runs" / "sac_pendulum").iterdir()
     assert [each.name for each in checkpoint.list_checkpoints(run / "checkpoints")][-1] == "128"
     slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
-    assert slurm.train(*WORDS, *PREEMPT) == 0
+    assert slurm.train(*OVERRIDES, *PREEMPT) == 0
     assert slurm.told() == "requeue 77\n"
-    assert_same_run(tmp_path / "straight", run)
-    assert slurm.train(*WORDS, *PREEMPT) == 0  # requeued by hand: nothing is left to do
+    assert_identical_runs(tmp_path / "straight", run)
+    assert slurm.train(*OVERRIDES, *PREEMPT) == 0  # requeued by hand: the run is already complete
     assert f"run={run.relative_to(tmp_path)} is complete" in capsys.readouterr().out
     assert list(run.parent.iterdir()) == [run]
 
 
-def test_a_requeued_job_finds_its_run_only(slurm, tmp_path):
-    """Neither that of another job nor that of another command of the same batch script."""
-    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+def test_a_requeued_job_continues_only_its_own_run(slurm, tmp_path):
+    """It continues no run of another job, nor of another command in the same batch script."""
+    assert slurm.train(*OVERRIDES, *PREEMPT, "run=run") == 0
     slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
-    assert slurm.train(*WORDS, "run=run") == 2
+    assert slurm.train(*OVERRIDES, "run=run") == 2
     slurm.patch.setenv("SLURM_JOB_ID", "78")
-    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 2
+    assert slurm.train(*OVERRIDES, *PREEMPT, "run=run") == 2
     slurm.patch.setenv("SLURM_JOB_ID", "77")
-    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+    assert slurm.train(*OVERRIDES, *PREEMPT, "run=run") == 0
     assert run_folder.read_provenance(tmp_path / "run")["env_steps"] == 320
 
 
@@ -100,48 +102,48 @@ def test_a_requeued_job_finds_its_run_only(slurm, tmp_path):
     ],
 )
 def test_only_sigusr1_to_rank_0_of_a_job_requeues(slurm, name, environment, told):
-    slurm.patch.delenv("SLURM_NTASKS")  # else Lightning leaves the saving to rank 0
+    slurm.patch.delenv("SLURM_NTASKS")  # with it, Lightning would leave saving to rank 0
     for key, value in (each.split("=") for each in environment.split()):
         slurm.patch.setenv(key, value) if value else slurm.patch.delenv(key)
-    assert slurm.train(*WORDS, *PREEMPT, f"+callbacks.preempt.name={name}", "run=run") == 0
+    assert slurm.train(*OVERRIDES, *PREEMPT, f"+callbacks.preempt.name={name}", "run=run") == 0
     assert slurm.told() == told
     assert checkpoint.newest_checkpoint(Path("run"), buffer=True).parent.name == "128"
 
 
 def test_a_signal_before_the_training_requeues_at_once(slurm):
     slurm.patch.setattr("levin.train.run_folder.new_run_path", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
-    assert slurm.train(*WORDS) == 0
+    assert slurm.train(*OVERRIDES) == 0
     assert slurm.told() == "requeue 77\n"
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("reason", ["not allowed", "No such file or directory"])
-def test_a_requeue_that_fails_is_one_sentence(slurm, reason, capsys):
+def test_a_failed_requeue_is_a_one_line_error(slurm, reason, capsys):
     command(slurm.folder, "scontrol", "echo not allowed >&2; exit 1")
     if reason != "not allowed":
         (slurm.folder / "scontrol").unlink()
         (slurm.folder / "git").symlink_to(str(shutil.which("git")))
-        slurm.patch.setenv("PATH", str(slurm.folder))  # there may be a true one
-    assert slurm.train(*WORDS, *PREEMPT, "run=run") == 0
+        slurm.patch.setenv("PATH", str(slurm.folder))  # hides a real scontrol
+    assert slurm.train(*OVERRIDES, *PREEMPT, "run=run") == 0
     assert capsys.readouterr().err.splitlines()[-1] == f"levin: scontrol requeue 77 failed: {reason}"
     assert checkpoint.newest_checkpoint(Path("run"), buffer=True).is_file()
 
 
-def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """Two jobs, of which one is preempted."""
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Run a sweep of two jobs; one of them is preempted."""
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)}
     both = (*PREEMPT, "+callbacks.preempt.name=SIGCONT,SIGUSR1")
-    command = [sys.executable, "-m", "levin.train", "-m", *WORDS, *both, *words]
+    command = [sys.executable, "-m", "levin.train", "-m", *OVERRIDES, *both, *overrides]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
 
 
 def check_sweep(folder: Path) -> None:
-    """One of the two runs was preempted and continued, and is the other one."""
+    """Check that one of the two runs was resumed after a preemption, and that both are identical."""
     straight, preempted = sorted(folder.glob("runs/sweep_*/*/s0"))
     assert [len(run_folder.read_provenance(run)["resumed"]) for run in (straight, preempted)] == [0, 1]
-    assert_same_run(straight, preempted)
+    assert_identical_runs(straight, preempted)
 
 
 def test_a_preempted_job_of_a_sweep_continues_its_run(tmp_path):
@@ -152,7 +154,7 @@ def test_a_preempted_job_of_a_sweep_continues_its_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_is_one_sentence(tmp_path):
+def test_a_failing_job_gives_a_one_line_error(tmp_path):
     pytest.importorskip("submitit")
     answer = sweep(tmp_path, "launcher=local", "env=gym", "env.id=toy_envs:Nope-v0")
     assert answer.returncode == 1
@@ -160,7 +162,7 @@ def test_a_job_that_fails_is_one_sentence(tmp_path):
     assert answer.stderr.startswith("levin: env.id=toy_envs:Nope-v0 can't be made")
 
 
-def test_a_wrong_key_of_the_launcher_is_one_sentence(tmp_path):
+def test_a_wrong_launcher_key_gives_a_one_line_error(tmp_path):
     pytest.importorskip("submitit")
     answer = sweep(tmp_path, "launcher=slurm", "hydra.launcher.partitio=gpu")
     assert (answer.returncode, len(answer.stderr.splitlines())) == (2, 1)
@@ -174,7 +176,7 @@ def test_a_missing_launcher_names_its_extra(monkeypatch):
         compose(["launcher=slurm"])
 
 
-# One array of two jobs, each begun again when it asks for it.
+# Job array of two jobs; each is started again after it requeues itself.
 SBATCH = r"""
 cp "$1" "$FAKE/batch.sh"
 begin() {

@@ -1,4 +1,4 @@
-"""scripts/proof.py: what it calls identical, what it calls faster, and which results it names."""
+"""scripts/proof.py: comparison of values, measurement of speed, and the stored results that it names."""
 
 import importlib.util
 import math
@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "proof.py"
 
 @pytest.fixture(scope="module")
 def proof():
+    """Load scripts/proof.py as a module."""
     spec = importlib.util.spec_from_file_location("proof", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -33,7 +34,7 @@ ONE = torch.ones(2, 3)
     ],
     ids=["one bit", "dtype", "shape", "length", "no tensor", "nan"],
 )
-def test_what_differs_anywhere_is_not_identical(proof, other):
+def test_any_difference_is_not_identical(proof, other):
     assert not proof.identical({"a": [ONE], "b": 1}, {"a": [other], "b": 1})
     assert not proof.identical([ONE, other], [ONE, ONE])
 
@@ -51,16 +52,17 @@ def test_equal_bits_are_identical_and_other_zeros_are_not(proof):
 
 
 def row(proof):
+    """Return the row of SAC."""
     return next(each for each in proof.ROWS if each.algo == "sac")
 
 
 def test_a_row_that_the_commit_does_not_have_is_new(proof, tmp_path):
-    found, ratios = proof.compare(row(proof), {"base": tmp_path, "here": proof.ROOT}, 8, [], 1)
-    assert (set(found), ratios) == ({"new"}, [])
+    states, ratios = proof.compare(row(proof), {"base": tmp_path, "here": proof.ROOT}, 8, [], 1)
+    assert (set(states), ratios) == ({"new"}, [])
 
 
 @pytest.mark.parametrize("part", [None, 0, 5])
-def test_what_differs_in_one_pair_is_said(proof, part, monkeypatch):
+def test_a_difference_in_one_pair_is_reported(proof, part, monkeypatch):
     def read(run):
         pair["reads"] += 1
         spoiled = run.name == "here" and pair["reads"] > 2  # in the second pair
@@ -70,14 +72,14 @@ def test_what_differs_in_one_pair_is_said(proof, part, monkeypatch):
     monkeypatch.setattr(proof, "train", lambda *_: None)
     monkeypatch.setattr(proof, "read", read)
     monkeypatch.setattr(proof, "steps_per_second", lambda run: {"base": 2.0, "here": 1.0}[run.name])
-    found, ratios = proof.compare(row(proof), {"base": proof.ROOT, "here": proof.ROOT}, 8, [], 2)
-    assert found == ["DIFFERS" if i == part else "identical" for i in range(len(proof.PARTS))]
+    states, ratios = proof.compare(row(proof), {"base": proof.ROOT, "here": proof.ROOT}, 8, [], 2)
+    assert states == ["DIFFERS" if i == part else "identical" for i in range(len(proof.PARTS))]
     assert ratios == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("words", [["--pairs", "0"], ["--rows", "sacc"], []])
-def test_wrong_words_are_refused(proof, words, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["proof.py", *(["--base", "HEAD"] if words else []), *words])
+@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--rows", "sacc"], []])
+def test_invalid_arguments_are_refused(proof, arguments, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["proof.py", *(["--base", "HEAD"] if arguments else []), *arguments])
     with pytest.raises(SystemExit) as stop:
         proof.main()
     assert stop.value.code == 2
@@ -90,8 +92,8 @@ def test_steps_per_second_leave_out_the_first_row_and_evaluations(proof, tmp_pat
     assert proof.steps_per_second(tmp_path) == pytest.approx(200 / (2 + 1))
 
 
-def test_stored_results_are_those_of_the_algorithms(proof):
+def test_stored_results_are_found_by_algorithm(proof):
     assert proof.stored_results(set()) == []
-    found = proof.stored_results({"sac"})
-    assert "sac_pendulum" in found
-    assert "sac_discrete_cartpole" not in found
+    names = proof.stored_results({"sac"})
+    assert "sac_pendulum" in names
+    assert "sac_discrete_cartpole" not in names

@@ -1,4 +1,4 @@
-"""Runs that fail on purpose, and what they leave behind."""
+"""Runs that fail on purpose, and the checkpoints they leave."""
 
 import sys
 from pathlib import Path
@@ -11,20 +11,21 @@ from levin.runs import checkpoint
 FAILING = ("env=gym", "env.id=toy_envs:Failing-v0", "env.action=rescale", "eval.every=100_000", "eval.episodes=1")
 
 
-def run_and_fail(words: tuple[str, ...], run: Path, monkeypatch, capsys) -> str:
-    """The sentence that the run ends in."""
-    monkeypatch.setattr(sys, "argv", ["train", *words, f"run={run}"])
+def run_and_fail(overrides: tuple[str, ...], run: Path, monkeypatch, capsys) -> str:
+    """Run `levin.train`, check that it ends with exit code 1 and a one-line error, and return that line."""
+    monkeypatch.setattr(sys, "argv", ["train", *overrides, f"run={run}"])
     with pytest.raises(SystemExit) as stop:
         command.main()
-    said = capsys.readouterr().err.strip()
+    message = capsys.readouterr().err.strip()
     assert stop.value.code == 1
-    assert said.startswith("levin: ")
-    assert "\n" not in said
-    assert "Traceback" not in said
-    return said
+    assert message.startswith("levin: ")
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message
 
 
-def whole(run: Path) -> list[int]:
+def complete_checkpoints(run: Path) -> list[int]:
+    """Return the env steps of all checkpoints of a run, after verifying that each is undamaged."""
     folders = checkpoint.list_checkpoints(run / "checkpoints")
     for folder in folders:
         checkpoint.verify(folder, buffer=True)

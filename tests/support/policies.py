@@ -1,11 +1,11 @@
-"""Policies whose actions tests can compute by hand."""
+"""Policies whose actions can be computed by hand."""
 
 import torch
 from torch import nn
 
 
 class Linear(nn.Module):
-    """A deterministic policy with one parameter."""
+    """Deterministic policy sin(w sum(s)) with one parameter w; its sign for two discrete actions."""
 
     def __init__(self, discrete: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A callback that sends a signal to its own run."""
+"""Callback that sends a signal to its own run."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from lightning import Callback
 
 
 class Preempt(Callback):
-    """Sends a signal to the process of a run that has not been resumed."""
+    """Sends a signal to its own process after 96 env steps, except in a resumed run."""
 
     def __init__(self, name: str = "SIGUSR1") -> None:
         self.signal = signal.Signals[name]
@@ -21,4 +21,5 @@ class Preempt(Callback):
             self.fresh = False
 
     def teardown(self, trainer, algorithm, stage):
-        assert "lightning" not in str(signal.getsignal(signal.SIGUSR1))  # it would requeue the job itself
+        # Lightning's handler would requeue the job as well.
+        assert "lightning" not in str(signal.getsignal(signal.SIGUSR1))

@@ -1,4 +1,7 @@
-"""What two ranks do for test_data_parallel.py; as torchrun would, it starts `ranks_script.py folder` once for each."""
+"""Script that test_data_parallel.py starts once per rank, as torchrun would: `ranks_script.py FOLDER`.
+
+Each rank trains all algorithms, resumes two runs, and saves its gradients and statistics to FOLDER.
+"""
 
 import os
 import sys
@@ -41,13 +44,14 @@ GRADIENTS = (
 )
 
 
-def words(row: Row) -> list[str]:
+def overrides(row: Row) -> list[str]:
+    """Return the overrides of a short run of a row on two ranks."""
     own = OWN.get(row.algo, OFF_POLICY)
     return [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, "env.num_envs=2", *own, *TWO]
 
 
 def transitions(env, num: int, length: int) -> TensorDict:
-    """Random ones `[num, length]` in float64; each row is an episode."""
+    """Return random transitions `[num, length]` in float64; each of the `num` sequences is one episode."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -67,7 +71,12 @@ def transitions(env, num: int, length: int) -> TensorDict:
 
 
 def gradients(algo: str, rank: int | None) -> list[Tensor]:
-    """Those of all optimiser steps of two updates, and the parameters after them; rank None has all transitions."""
+    """Return the gradients of all optimizer steps of two updates, and the parameters after them.
+
+    Args:
+        algo: Name of the algorithm.
+        rank: Rank, which gets half of the transitions; None for one process with all of them.
+    """
     row = next(row for row in ROWS if row.algo == algo)
     torch.set_default_dtype(torch.float64)
     normalized = [] if "advantage" not in " ".join(row.small) else ["algo.normalize_advantage=true"]
@@ -75,12 +84,12 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
     algorithm, _ = build_run(compose([f"algo={algo}", f"env={row.env}", *LATE, *row.small, *own]))
     algorithm.double()
     optimizers = algorithm.configure_optimizers()
-    found: list[Tensor] = []
+    recorded: list[Tensor] = []
     for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
 
         def step(optimizer=optimizer, real=optimizer.step) -> None:
             each = [each.grad.flatten() for group in optimizer.param_groups for each in group["params"]]
-            found.append(torch.cat(each))
+            recorded.append(torch.cat(each))
             real()
 
         optimizer.step = step
@@ -88,11 +97,11 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
     randn_like, torch.randn_like = torch.randn_like, lambda value: torch.sin(1000 * value.detach() + 1)
     gumbel, pathwise.sample_gumbel = pathwise.sample_gumbel, torch.zeros_like
     rand_like, torch.rand_like = torch.rand_like, lambda value: torch.full_like(value, 0.5)
-    if algo.startswith("dreamer"):  # whose noise follows from noise, so that this one would blow up the last digit
+    if algo.startswith("dreamer"):  # its noise depends on earlier noise, so sin(1000 x) would amplify rounding errors
         torch.randn_like = torch.zeros_like
     data = transitions(algorithm.env, 4, 6)
     data = data if rank is None else data[2 * rank : 2 * rank + 2]
-    if algo == "reinforce":  # whole episodes, of which one rank has more
+    if algo == "reinforce":  # whole episodes; rank 1 has more of them than rank 0
         data = transitions(algorithm.env, 4, 6)
         data = data if rank is None else data[:1] if rank == 0 else data[1:]
         data = data.reshape(1, -1)
@@ -113,11 +122,11 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
             algorithm.update(data.reshape(-1))
     torch.randn_like, torch.rand_like, pathwise.sample_gumbel = randn_like, rand_like, gumbel
     torch.set_default_dtype(torch.float32)
-    return [*(each.clone() for each in found), *(each.detach().clone() for each in algorithm.parameters())]
+    return [*(each.clone() for each in recorded), *(each.detach().clone() for each in algorithm.parameters())]
 
 
 def records_of(data: TensorDict) -> TensorDict:
-    """Rollouts `[N, T]` as if each step were a record."""
+    """Return rollouts `[N, T]` as records of sequence replay, one per step."""
     done, none = data["next", "done"], torch.zeros_like(data["next", "done"])
     first = none.clone()
     first[:, 0] = True
@@ -126,27 +135,28 @@ def records_of(data: TensorDict) -> TensorDict:
 
 
 def statistics(rank: int | None) -> list[Tensor]:
-    """Of samples, of which one rank has more."""
+    """Return running moments and standardized samples; rank 0 has 3 of 10 samples, rank 1 has 7, rank None all."""
     samples = torch.arange(20.0).square().view(10, 2)
     part = samples if rank is None else samples[:3] if rank == 0 else samples[3:]
     moments = RunningMoments((2,))
     moments.update(part)
     moments.update(part + 1)
-    whole = standardize(samples.double()) if rank is None else standardize(part.double())
-    return [moments.mean, moments.var, moments.count, whole]
+    standardized = standardize(samples.double()) if rank is None else standardize(part.double())
+    return [moments.mean, moments.var, moments.count, standardized]
 
 
 def main() -> None:
+    """Run everything that test_data_parallel.py checks, on this rank."""
     folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
     for row in PARALLEL:
-        (train_rank if rank else train)(compose(words(row)), folder / row.algo)
+        (train_rank if rank else train)(compose(overrides(row)), folder / row.algo)
     for name, pair in HALVES.items():
         run = train_rank if rank else train
         run(compose([*pair, *TWO, "total_env_steps=320"]), folder / f"{name}_straight")
         run(compose([*pair, *TWO, "total_env_steps=160"]), folder / f"{name}_halves")
         resume.resume(run=str(folder / f"{name}_halves"), total_env_steps=320)
-    found = {algo: gradients(algo, rank) for algo in GRADIENTS}
-    torch.save({"gradients": found, "statistics": statistics(rank)}, folder / f"{rank}.pt")
+    all_gradients = {algo: gradients(algo, rank) for algo in GRADIENTS}
+    torch.save({"gradients": all_gradients, "statistics": statistics(rank)}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What a CUDA graph does, on a CPU: records operations and the memory they work on, and repeats them on it.
+"""Simulation of CUDA graphs on the CPU: record operations with the memory they use, and replay them on that memory.
 
-Recording computes nothing that lasts, Python does not run again, and what waits for the device is an error.
+As with CUDA graphs, a recording has no lasting effect, a replay runs no Python, and operations that wait for the device
+are errors.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ WAITS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero
 
 
 class Recording(TorchDispatchMode):
-    """Operations with their arguments and results; and what the first of them overwrote, to be put back."""
+    """Records operations with their arguments and results, and the previous values of tensors that they overwrite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,30 +52,30 @@ class Recording(TorchDispatchMode):
                         old.copy_(value)
 
 
-def record(function: Callable[[], Any], _: Any) -> tuple[Any, Callable[[], None]]:
-    """As `cuda_graphs.record`."""
-    drawn = torch.get_rng_state()
+def capture_graph(function: Callable[[], Any], _: Any) -> tuple[Any, Callable[[], None]]:
+    """Record a function like `cuda_graphs.capture_graph`; return its result and a function that replays it."""
+    rng_state = torch.get_rng_state()
     with Recording() as recording:
         result = function()
-    torch.set_rng_state(drawn)
+    torch.set_rng_state(rng_state)
     with torch.no_grad():
         recording.undo()
     return result, recording.replay
 
 
 @contextmanager
-def graphs():
-    """A context in which the CPU passes for a GPU that methods are recorded on. Gives the list of what was."""
+def simulate_cuda_graphs():
+    """Simulate CUDA graphs within a context; yield the list of the captures made in it."""
     recorded = []
 
-    def noted(*args: Any) -> Any:
+    def capture_and_list(*args: Any) -> Any:
         recorded.append(args)
-        return record(*args)
+        return capture_graph(*args)
 
     with (
         patch.object(cuda_graphs, "can_capture", lambda _: True),
         patch.object(cuda_graphs, "on_stream", nullcontext),
-        patch.object(cuda_graphs, "capture_graph", noted),
+        patch.object(cuda_graphs, "capture_graph", capture_and_list),
         patch.object(torch.cuda, "Stream", lambda _: None),
         patch("torch.optim.rmsprop._get_capturable_supported_devices", lambda *_, **__: ["cpu"]),
     ):

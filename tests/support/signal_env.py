@@ -1,4 +1,4 @@
-"""An env whose iterations last longer than a test waits for a signal. Ids: `signal_env:Slow-v0`."""
+"""Slow env for tests of signals: an iteration lasts longer than the test waits. Id: `signal_env:Slow-v0`."""
 
 import time
 
@@ -8,7 +8,7 @@ from toy_envs import Point
 
 
 class Slow(Point):
-    """A Point that takes a tenth of a second per step once training has begun."""
+    """Point env whose steps take 0.1 s after the first 70."""
 
     steps = 0
 

@@ -1,4 +1,4 @@
-"""Envs whose every transition can be predicted. Ids: `toy_envs:Counting-v0` and so on."""
+"""Small Gymnasium envs with predictable transitions. Ids: `toy_envs:Counting-v0` and so on."""
 
 import multiprocessing
 import os
@@ -12,9 +12,9 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 
 
 class Counting(gym.Env):
-    """Shows [number of resets, step]; ends after `length` steps, even episodes by termination, odd by truncation.
+    """Env whose observation is [episode, step] and whose reward is the step, counted from 1.
 
-    The reward is the number of the step that earned it, from 1.
+    An episode has `length` steps; even episodes end by termination, odd ones by truncation.
     """
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float64)
@@ -39,7 +39,7 @@ class Counting(gym.Env):
 
 
 class Point(gym.Env):
-    """A point on a line that must get to 0; twenty steps."""
+    """Point on a line with the reward -|position|; 20 steps."""
 
     observation_space = Box(-np.inf, np.inf, (1,), np.float32)
     action_space = Box(-0.5, 0.5, (1,), np.float32)
@@ -55,7 +55,7 @@ class Point(gym.Env):
 
 
 class Steps(Point):
-    """A Point that goes left, nowhere or right."""
+    """Point with three discrete actions: left, stay, right."""
 
     action_space = Discrete(3)
 
@@ -64,9 +64,13 @@ class Steps(Point):
 
 
 class Failing(Point):
-    """A Point that fails in its `after`-th step, or in that of the episode that begins with `seed`.
+    """Point that fails in one of its steps.
 
-    `blind`: a NaN, `boundless`: an infinite reward, `raise`, `hang`, `die`.
+    Args:
+        how: `blind`: the observation is NaN; `boundless`: the reward is infinite; `raise`: an exception; `hang`: the
+            step takes 1000 s; `die`: the process kills itself.
+        after: Number of the step that fails.
+        seed: Seed of the episode in which steps are counted; None: count from the first step of the env.
     """
 
     def __init__(self, how: str, after: int = 100, seed: int | None = None) -> None:
@@ -92,14 +96,14 @@ class Failing(Point):
 
 
 class FailingRank(Failing):
-    """A Point that fails soon in every process of a run but the first."""
+    """Point that raises in step 100, except in the main process of a run, where it raises in step 1,000,000."""
 
     def __init__(self) -> None:
         super().__init__("raise", 100 if multiprocessing.parent_process() or "LOCAL_RANK" in os.environ else 1_000_000)
 
 
 class Drifting(Point):
-    """A Point that does not replay: its noise comes from outside."""
+    """Point that cannot be replayed from its seed and actions, because its noise has another source."""
 
     noise = np.random.default_rng(0)
 
@@ -108,7 +112,7 @@ class Drifting(Point):
 
 
 class Recorder(gym.Env):
-    """Remembers the seeds it was reset with and the actions it got."""
+    """Env that stores the actions it receives in `Recorder.actions`."""
 
     observation_space = Box(-1, 1, (1,), np.float32)
     action_space = Box(-2.0, 4.0, (1,), np.float32)
@@ -123,13 +127,13 @@ class Recorder(gym.Env):
 
 
 class Image(Point):
-    """Shows pixels."""
+    """Point with the observation space of an 8 x 8 colour image."""
 
     observation_space = Box(0, 255, (8, 8, 3), np.uint8)
 
 
 class Frames(Point):
-    """Shows four frames of pixels, as Atari does."""
+    """Point whose observation is four grey frames, like Atari's; the position sets their brightness."""
 
     observation_space = Box(0, 255, (4, 84, 84), np.uint8)
 
@@ -145,7 +149,7 @@ class Frames(Point):
 
 
 class Frame(Frames):
-    """Shows one frame: a bright line where the point is."""
+    """Point whose observation is one grey frame with a bright line at the position."""
 
     observation_space = Box(0, 255, (1, 36, 36), np.uint8)
 
@@ -156,17 +160,17 @@ class Frame(Frames):
 
 
 class FrameSteps(Steps, Frame):
-    """A Frame of a point that goes left, nowhere or right."""
+    """Frame with three discrete actions: left, stay, right."""
 
 
 class Matrix(Point):
-    """Acts by a matrix."""
+    """Point with the action space of a matrix."""
 
     action_space = Box(-1, 1, (2, 2), np.float32)
 
 
 class Colour(Frames):
-    """Shows a picture in colour."""
+    """Point whose observation is a colour image; the position sets its colour."""
 
     observation_space = Box(0, 255, (36, 36, 3), np.uint8)
 
@@ -175,13 +179,17 @@ class Colour(Frames):
 
 
 class Words(Point):
-    """Shows what nothing reads."""
+    """Point with a Text observation space, which no algorithm supports."""
 
     observation_space = Text(5)
 
 
 class Robot(Point):
-    """Shows a picture and some numbers; ends at 0 by termination, else by truncation."""
+    """Point whose observation is a dict of an image and numbers; an episode terminates near 0.
+
+    Args:
+        pixels: Key of the image.
+    """
 
     observation_space = Dict(
         {
@@ -214,7 +222,7 @@ class Robot(Point):
 
 
 class Buttons(Point):
-    """Left and right are buttons, and so is the speed."""
+    """Point with a MultiDiscrete action: the buttons left and right, and the speed."""
 
     action_space = MultiDiscrete([2, 2, 3])
 
@@ -225,13 +233,13 @@ class Buttons(Point):
 
 
 class Keyboard(Point):
-    """More combinations of keys than can be listed."""
+    """Point with a MultiDiscrete action of 2^14 combinations."""
 
     action_space = MultiDiscrete([2] * 14)
 
 
 class Light(gym.Env):
-    """One half of a picture is lit; whoever names the side is rewarded, and another one may be lit."""
+    """Env with an image of which a random half is lit in each step; the reward is 1 for the action that names it."""
 
     observation_space = Box(0, 255, (8, 8), np.uint8)
     action_space = Discrete(2)

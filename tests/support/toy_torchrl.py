@@ -1,4 +1,4 @@
-"""TorchRL envs whose every transition can be predicted. Targets: `toy_torchrl:line` and so on."""
+"""Small TorchRL envs with predictable transitions. Targets: `toy_torchrl:line` and so on."""
 
 from functools import partial
 
@@ -19,9 +19,14 @@ from torchrl.envs import (
 
 
 class Line(EnvBase):
-    """A point on a line that must get to 0, `[]` or `[B]` of them. Draws from torch's global generator, in steps too.
+    """Point on a line with the reward -|position|; terminates within 0.05 of 0 and is never truncated.
 
-    Ends when it is nearer than 0.05; knows nothing of truncation.
+    Resets and steps sample from torch's global generator.
+
+    Args:
+        batch: Batch size B of the env `[B]`; None for an env without a batch dimension `[]`.
+        choices: None for continuous actions; `categorical` or `one_hot` for three discrete actions.
+        parts: Whether the observation is split into position and speed.
     """
 
     def __init__(self, batch: int | None = None, choices: str | None = None, parts: bool = False) -> None:
@@ -38,9 +43,9 @@ class Line(EnvBase):
         self.reward_spec = Unbounded((*shape, 1))
 
     def _reset(self, tensordict, **kwargs):
-        begun = torch.rand(*self.batch_size, 1) * 2 - 1
+        start = torch.rand(*self.batch_size, 1) * 2 - 1
         mask = None if tensordict is None else tensordict.get("_reset", None)
-        self.position = begun if mask is None else torch.where(mask, begun, self.position)
+        self.position = start if mask is None else torch.where(mask, start, self.position)
         return TensorDict(self._show(), batch_size=self.batch_size)
 
     def _step(self, tensordict):
@@ -63,31 +68,35 @@ class Line(EnvBase):
 
 
 def line(**kwargs) -> EnvBase:
+    """Build a `Line` env."""
     return Line(**kwargs)
 
 
 def transformed(max_steps: int = 20, **kwargs) -> EnvBase:
-    """Counts, sums and normalises; truncated after `max_steps`."""
+    """Build a `Line` env, truncated after `max_steps`, with reward sums and normalized observations."""
     norm = ObservationNorm(loc=0.0, scale=2.0, in_keys=["observation"])
     return TransformedEnv(Line(**kwargs), Compose(StepCounter(max_steps), RewardSum(), norm))
 
 
 def poles(kind: str) -> EnvBase:
-    """Two CartPoles, stepped together."""
+    """Build a TorchRL `SerialEnv` or `ParallelEnv` of two CartPoles."""
     return {"serial": SerialEnv, "parallel": ParallelEnv}[kind](
         2, partial(GymEnv, "CartPole-v1", categorical_action_encoding=True)
     )
 
 
 def nothing() -> int:
+    """Return something that is not an env."""
     return 1
 
 
 def missing_package() -> EnvBase:
+    """Raise the error of an env whose package is not installed."""
     raise ModuleNotFoundError("No module named 'simulator'")
 
 
 def broken() -> EnvBase:
+    """Raise an error with two lines, as a failing constructor may."""
     raise AssertionError("no wheels\nat all")
 
 

@@ -1,4 +1,4 @@
-"""Asynchronous workers: they are asynchronous, and however a run ends, it ends for all of them."""
+"""Hogwild training of A3C: workers update shared parameters asynchronously, and end together."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from checks import metrics, saved
+from checks import metrics, saved_state
 from levin import resume
 from levin.config.compose import compose
 from levin.core.errors import RunError
 from levin.training.session import train
-from processes import children, gone, wait_until
+from processes import children, has_exited, wait_until
 
-WORDS = [
+OVERRIDES = [
     "algo=a3c",
     "env=cartpole",
     "logger=csv",
@@ -25,12 +25,12 @@ WORDS = [
     "trainer.workers=2",
     "env.num_envs=1",
 ]
-LONG = [*WORDS, "total_env_steps=100_000_000", "checkpoint.every=2000", "log_every=500"]
+LONG = [*OVERRIDES, "total_env_steps=100_000_000", "checkpoint.every=2000", "log_every=500"]
 
 
 @pytest.fixture
 def running(tmp_path):
-    """A run of two workers in processes of its own, that has begun; and the pid of the second worker."""
+    """Start a run with two workers in new processes; yield its process, its folder and the pid of the second worker."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "levin.train", *LONG, f"run={run}"]
     process = subprocess.Popen(
@@ -50,8 +50,8 @@ def running(tmp_path):
 def test_each_worker_compiles_for_itself(tmp_path, monkeypatch):
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda loss, options, **how: torch_compile(loss, backend="aot_eager", **how))
-    train(compose([*WORDS, "total_env_steps=2000", "algo.compile=true"]), tmp_path / "run")
-    pushes = saved(tmp_path / "run")["staleness"]
+    train(compose([*OVERRIDES, "total_env_steps=2000", "algo.compile=true"]), tmp_path / "run")
+    pushes = saved_state(tmp_path / "run")["staleness"]
     assert sum(pushes) >= 400
     assert sum(pushes[1:]) > 0
 
@@ -59,48 +59,48 @@ def test_each_worker_compiles_for_itself(tmp_path, monkeypatch):
 def test_a_killed_worker_ends_the_run(running):
     process, run, worker = running
     os.kill(worker, signal.SIGKILL)
-    said, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=10)
     assert process.returncode == 1
-    assert "worker 1 of 2 ended with exit code -9" in said
-    assert f"make resume RUN={run}" in said
-    assert "Traceback" not in said
-    assert gone(worker)
+    assert "worker 1 of 2 ended with exit code -9" in output
+    assert f"make resume RUN={run}" in output
+    assert "Traceback" not in output
+    assert has_exited(worker)
 
 
-def test_a_killed_run_takes_its_workers_with_it(running):
+def test_killing_a_run_ends_its_workers(running):
     process, _, worker = running
     process.kill()
     process.wait(300)
-    wait_until(lambda: gone(worker), 10)
+    wait_until(lambda: has_exited(worker), 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_saves_and_leaves_nobody(running, number):
-    """Ctrl-C and SLURM send it to every process of the run."""
+def test_a_signal_to_all_processes_saves_the_run_and_ends_the_workers(running, number):
+    """Ctrl-C and SLURM send the signal to every process of a run."""
     process, run, worker = running
     os.killpg(process.pid, number)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == 0, said
-    assert "Traceback" not in said
-    assert gone(worker)
-    state = saved(run)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert has_exited(worker)
+    state = saved_state(run)
     assert state["levin"]["env_steps"] > 0
 
 
-def test_an_error_in_a_worker_is_that_of_the_run(tmp_path):
-    """Its env raises; that of worker 0 would do so only after as many steps more."""
-    words = ["env=gym", "env.id=toy_envs:FailingRank-v0", "eval.episodes=1", "total_env_steps=100_000"]
+def test_an_error_in_a_worker_is_reported_by_the_run(tmp_path):
+    """The env raises in step 100 of worker 1, but not in worker 0."""
+    overrides = ["env=gym", "env.id=toy_envs:FailingRank-v0", "eval.episodes=1", "total_env_steps=100_000"]
     with pytest.raises(RunError, match=r"worker 1 of 2 .*the cart has left the track"):
-        train(compose([*WORDS, *words, "checkpoint.every=100_000"]), tmp_path / "run")
+        train(compose([*OVERRIDES, *overrides, "checkpoint.every=100_000"]), tmp_path / "run")
 
 
 def test_workers_do_not_wait_for_each_other(tmp_path):
-    """Updates by others lie between pull and push, and everything is counted."""
-    words = [*WORDS, "total_env_steps=6000", "checkpoint.every=100_000", "log_every=100"]
-    train(compose(words), tmp_path / "run")
-    state = saved(tmp_path / "run")
+    """Some gradients are stale, and the counts of updates and env steps include those of all workers."""
+    overrides = [*OVERRIDES, "total_env_steps=6000", "checkpoint.every=100_000", "log_every=100"]
+    train(compose(overrides), tmp_path / "run")
+    state = saved_state(tmp_path / "run")
     histogram = np.array(state["staleness"])
-    assert histogram.sum() == state["levin"]["updates"]  # of both
+    assert histogram.sum() == state["levin"]["updates"]  # of both workers
     assert state["levin"]["env_steps"] == 5 * state["levin"]["updates"] >= 6000
     assert histogram[1:].sum() > 0.05 * histogram.sum(), histogram
     rows = metrics(tmp_path / "run")
@@ -108,31 +108,31 @@ def test_workers_do_not_wait_for_each_other(tmp_path):
 
 
 def test_all_workers_share_one_network(tmp_path):
-    """What is saved is what all of them made of it, and the policy is that of the global network."""
-    words = [*WORDS, "total_env_steps=2000", "checkpoint.every=100_000"]
-    train(compose(words), tmp_path / "run")
-    state = saved(tmp_path / "run")["state_dict"]
+    """The checkpoint holds the shared parameters, and the policy has them."""
+    overrides = [*OVERRIDES, "total_env_steps=2000", "checkpoint.every=100_000"]
+    train(compose(overrides), tmp_path / "run")
+    state = saved_state(tmp_path / "run")["state_dict"]
     local = torch.cat([value.flatten() for name, value in state.items() if name.split(".")[0] in ("actor", "critic")])
     assert torch.equal(local, state["theta"])
     assert bool((state["mean_square"] > 0).any())
 
 
 def test_two_workers_resume(tmp_path):
-    words = [*WORDS, "total_env_steps=1000", "checkpoint.every=100_000"]
-    train(compose(words), tmp_path / "run")
-    before = saved(tmp_path / "run")
+    overrides = [*OVERRIDES, "total_env_steps=1000", "checkpoint.every=100_000"]
+    train(compose(overrides), tmp_path / "run")
+    before = saved_state(tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=2000)
-    after = saved(tmp_path / "run")
+    after = saved_state(tmp_path / "run")
     assert after["levin"]["env_steps"] >= 2000
     assert 5 * after["levin"]["updates"] == after["levin"]["env_steps"]
     assert sum(after["staleness"]) == after["levin"]["updates"]
-    assert after["staleness"][-1] == 0  # nobody counts the updates of the first half as those of others
+    assert after["staleness"][-1] == 0  # updates before the resume do not count as staleness
     moved = (after["state_dict"]["theta"] - before["state_dict"]["theta"]).abs().max()
-    assert 0 < float(moved) < 0.3  # it went on from where it was
+    assert 0 < float(moved) < 0.3  # training continued from the saved parameters
 
 
-def test_adam_shares_its_statistics_too(tmp_path):
-    words = [*WORDS, "total_env_steps=1000", "checkpoint.every=100_000", "algo.optimizer=adam", "algo.lr=1e-4"]
-    train(compose(words), tmp_path / "run")
-    state = saved(tmp_path / "run")["state_dict"]
+def test_workers_share_the_moments_of_adam(tmp_path):
+    overrides = [*OVERRIDES, "total_env_steps=1000", "checkpoint.every=100_000", "algo.optimizer=adam", "algo.lr=1e-4"]
+    train(compose(overrides), tmp_path / "run")
+    state = saved_state(tmp_path / "run")["state_dict"]
     assert bool((state["momentum"] != 0).any())

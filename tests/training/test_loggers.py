@@ -1,4 +1,4 @@
-"""What is in the loggers when a run is over."""
+"""Contents of the loggers after a run: CSV, TensorBoard, W&B, videos."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from short_runs import SMALL
 
 
 def wandb_records(file: Path):
-    """The records of an offline run. The file is a LevelDB log: blocks of 32 KiB, records of a 7-byte header each."""
+    """Yield the records of an offline W&B run, a LevelDB log: blocks of 32 KiB, a 7-byte header per record."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, parts = file.read_bytes(), 7, b""
@@ -36,7 +36,7 @@ def wandb_records(file: Path):
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or its last part
             record = Record()
             record.ParseFromString(parts)
             yield record
@@ -44,13 +44,13 @@ def wandb_records(file: Path):
 
 
 def test_an_offline_wandb_run_can_be_read_back(tmp_path):
-    words = [*SMALL, "logger=wandb", "total_env_steps=320", "wandb_project=test", "upload=true"]
-    train(compose(words), tmp_path / "run")
+    overrides = [*SMALL, "logger=wandb", "total_env_steps=320", "wandb_project=test", "upload=true"]
+    train(compose(overrides), tmp_path / "run")
     (file,) = (tmp_path / "run").rglob("*.wandb")
     end = time.monotonic() + 60
     while not (records := list(wandb_records(file))) or records[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < end
-        time.sleep(0.1)  # wandb's own process writes the file, and may lag behind `finish`
+        time.sleep(0.1)  # W&B writes the file in its own process, which may end later than `finish`
     history, settings, axes = [], {}, {}
     for record in records:
         kind = record.WhichOneof("record_type")
@@ -69,7 +69,7 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     assert any("eval/return_mean" in row for row in rows)
     assert [row["env_steps"] for row in rows] == sorted({row["env_steps"] for row in rows})
     assert rows[-1]["env_steps"] == 320
-    cfg = to_plain(compose(words))
+    cfg = to_plain(compose(overrides))
     assert {key: settings[key] for key in cfg} == cfg
     assert "gamma" not in settings
     assert settings["seed"] == 0
@@ -81,7 +81,7 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path):
     assert {"state.ckpt", "config.yaml"} <= {content.path for content in artifact.manifest.contents}
 
 
-def test_tensorboard_has_the_same_axis(tmp_path):
+def test_tensorboard_is_indexed_by_env_steps(tmp_path):
     train(compose([*SMALL, "logger=tensorboard", "total_env_steps=320"]), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("eval/return_mean")] == [224, 320]
@@ -103,8 +103,8 @@ def test_csv_grows_a_column_without_losing_a_row(tmp_path):
 
 @pytest.mark.parametrize("env", ["pendulum", "inverted_pendulum"])
 def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
-    words = [*SMALL, f"env={env}", "total_env_steps=64"]
-    train(compose(words), tmp_path / "run")
+    overrides = [*SMALL, f"env={env}", "total_env_steps=64"]
+    train(compose(overrides), tmp_path / "run")
     (path,) = record_video(run=str(tmp_path / "run"))
     frames = imageio.v3.imread(path)
     assert path.suffix == ".mp4"
@@ -114,18 +114,18 @@ def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
     assert not np.array_equal(frames[0], frames[-1])
 
 
-def test_a_machine_that_can_not_draw_says_what_it_needs(tmp_path):
+def test_a_machine_that_cannot_render_names_the_missing_package(tmp_path):
     train(compose([*SMALL, "env=inverted_pendulum", "total_env_steps=64"]), tmp_path / "run")
-    words = [sys.executable, "-m", "levin.play", f"run={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "levin.play", f"run={tmp_path / 'run'}"]
     environment = {key: value for key, value in os.environ.items() if "DISPLAY" not in key} | {"MUJOCO_GL": "glfw"}
-    answer = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert "libegl1" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
 def _steps(run: Path) -> int:
-    """The length of the episode that `play` shows."""
+    """Return the length of the episode that `levin.play` records."""
     import levin
     from levin.envs.config import EVALUATION
     from levin.envs.factory import make_env
@@ -140,9 +140,9 @@ def _steps(run: Path) -> int:
     raise AssertionError
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path):
-    words = [*SMALL, "logger=wandb", "wandb_project=test", "checkpoint.every=100"]
-    train(compose([*words, "total_env_steps=160"]), tmp_path / "run")
+def test_a_resumed_run_continues_the_same_wandb_run(tmp_path):
+    overrides = [*SMALL, "logger=wandb", "wandb_project=test", "checkpoint.every=100"]
+    train(compose([*overrides, "total_env_steps=160"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=320)
     files = sorted((tmp_path / "run").rglob("*.wandb"))
     runs = [record.run for file in files for record in wandb_records(file) if record.WhichOneof("record_type") == "run"]
@@ -150,9 +150,9 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path):
     assert len({each.run_id for each in runs}) == 1
 
 
-def test_a_resumed_run_hides_what_tensorboard_had_after_its_checkpoint(tmp_path):
-    words = [*SMALL, "logger=tensorboard", "eval.every=32", "checkpoint.every=96"]
-    train(compose([*words, "total_env_steps=256"]), tmp_path / "run")
+def test_resuming_hides_tensorboard_events_logged_after_the_checkpoint(tmp_path):
+    overrides = [*SMALL, "logger=tensorboard", "eval.every=32", "checkpoint.every=96"]
+    train(compose([*overrides, "total_env_steps=256"]), tmp_path / "run")
     checkpoint.discard(tmp_path / "run" / "checkpoints" / "256")
     facts = json.loads((tmp_path / "run" / "provenance.json").read_text())
     (tmp_path / "run" / "provenance.json").write_text(json.dumps({**facts, "env_steps": None}))

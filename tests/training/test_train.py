@@ -1,4 +1,4 @@
-"""A run from the outside: clocks, traps of Lightning, checkpoints, memory."""
+"""Training runs: counts of steps and updates, metrics, checkpoints, memory use."""
 
 import csv
 import gc
@@ -26,7 +26,7 @@ from short_runs import SMALL
 
 
 class Recorder(Callback):
-    """What happened in which order."""
+    """Callback that records policy versions and progress counters of every iteration."""
 
     instances: ClassVar[list["Recorder"]] = []
 
@@ -45,13 +45,13 @@ class Recorder(Callback):
 
 def run(folder: Path, *overrides: str, **kwargs):
     Recorder.instances.clear()
-    words = [*SMALL, *overrides, "+callbacks.recorder={_target_:test_train.Recorder}"]
-    train(compose(words), folder, **kwargs)
+    all_overrides = [*SMALL, *overrides, "+callbacks.recorder={_target_:test_train.Recorder}"]
+    train(compose(all_overrides), folder, **kwargs)
     return Recorder.instances[0]
 
 
 @pytest.mark.parametrize("size", [1, 32])
-def test_updates_are_env_steps_less_learning_starts(size, tmp_path):
+def test_updates_are_env_steps_minus_learning_starts(size, tmp_path):
     recorder = run(tmp_path / "run", f"algo.steps_per_iteration={size}", "total_env_steps=160")
     env_steps, updates, _ = recorder.rows[-1]
     assert env_steps == 160
@@ -62,9 +62,14 @@ def test_updates_are_env_steps_less_learning_starts(size, tmp_path):
 
 
 @pytest.mark.parametrize(("ratio", "envs", "expected"), [(0.3, 1, 36), (2.5, 2, 300), (0.0, 1, 0)])
-def test_a_replay_ratio_carries_its_remainder(ratio, envs, expected, tmp_path):
-    words = [f"algo.replay_ratio={ratio}", f"env.num_envs={envs}", "algo.steps_per_iteration=4", "total_env_steps=160"]
-    recorder = run(tmp_path / "run", *words)
+def test_a_fractional_replay_ratio_carries_its_remainder(ratio, envs, expected, tmp_path):
+    overrides = [
+        f"algo.replay_ratio={ratio}",
+        f"env.num_envs={envs}",
+        "algo.steps_per_iteration=4",
+        "total_env_steps=160",
+    ]
+    recorder = run(tmp_path / "run", *overrides)
     assert recorder.rows[-1][:2] == (160, expected)
     for env_steps, updates, _ in recorder.rows:
         assert updates == int(ratio * max(0, env_steps - 40))
@@ -78,10 +83,10 @@ def test_every_rollout_is_collected_by_the_newest_policy(tmp_path):
 def test_env_steps_do_not_depend_on_the_number_of_optimizers(tmp_path):
     recorder = run(tmp_path / "run", "total_env_steps=160")
     assert recorder.rows[-1][0] == 160
-    assert {global_step for _, _, global_step in recorder.rows} == {0}  # the clock that must not be read
+    assert {global_step for _, _, global_step in recorder.rows} == {0}  # Lightning's counter stays at 0
 
 
-def test_metrics_are_on_the_clock_of_env_steps(tmp_path):
+def test_metrics_are_indexed_by_env_steps(tmp_path):
     run(tmp_path / "run", "total_env_steps=640")
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -97,27 +102,27 @@ def test_metrics_are_on_the_clock_of_env_steps(tmp_path):
     assert os.readlink(tmp_path / "run" / "checkpoints" / "last") == "640"
 
 
-def test_evaluation_changes_nothing_of_the_run(tmp_path):
+def test_evaluation_does_not_change_training(tmp_path):
     often = run(tmp_path / "often", "eval.every=32", "total_env_steps=224", "env.normalize_observation=true")
     never = run(tmp_path / "never", "eval.every=100_000", "total_env_steps=224", "env.normalize_observation=true")
     assert same(dict(often.algorithm.state_dict()), dict(never.algorithm.state_dict()))
     assert float(often.algorithm.observation_normalizer.moments.count) == 224
 
 
-def test_statistics_are_saved_and_sit_inside_the_policy(tmp_path):
+def test_running_statistics_are_saved_and_applied_by_the_policy(tmp_path):
     recorder = run(
         tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96"
     )
     policy = levin.load(tmp_path / "run")
     observation = np.array([0.3, -0.2, 0.5], np.float32)
     normal = recorder.algorithm.observation_normalizer(torch.from_numpy(observation))
-    expected = 2 * recorder.algorithm.actor(normal.unsqueeze(0)).mode[0]  # Pendulum's units: [-2, 2]
+    expected = 2 * recorder.algorithm.actor(normal.unsqueeze(0)).mode[0]  # Pendulum's actions are in [-2, 2]
     np.testing.assert_allclose(policy(observation), expected.detach().numpy(), rtol=1e-6)
     assert policy(np.stack([observation] * 5)).shape == (5, 1)
     assert float(policy.algorithm.reward_normalizer.moments.count) == 96
 
 
-def test_normalisation_reaches_the_batch(tmp_path):
+def test_sampled_batches_are_normalized(tmp_path):
     recorder = run(
         tmp_path / "run", "env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=96"
     )
@@ -146,13 +151,13 @@ def test_a_checkpoint_loads_in_a_bare_interpreter(tmp_path):
     torch.load(path, weights_only=True)
 
 
-def test_targets_are_restored_and_not_copied_anew(tmp_path):
+def test_target_networks_are_restored_from_the_checkpoint(tmp_path):
     recorder = run(tmp_path / "run", "total_env_steps=160")
     loaded = SAC.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last" / "state.ckpt")
-    for saved, target, online in zip(
+    for saved_state, target, online in zip(
         recorder.algorithm.target_parameters, loaded.target_parameters, loaded.critic_parameters, strict=True
     ):
-        assert torch.equal(saved, target)
+        assert torch.equal(saved_state, target)
         assert not torch.equal(target, online)
 
 
@@ -163,14 +168,14 @@ def test_resume_continues_metrics_and_total(tmp_path, capsys):
     resume.resume(run=str(tmp_path / "run"), total_env_steps=640)
     assert "320 -> 640" in capsys.readouterr().out
     after = metrics(tmp_path / "run")
-    # The evaluation at the end of a run belongs to its end: a run that goes on has none there.
+    # The final evaluation of the first run is dropped on resume, because an uninterrupted run has none at this step.
     assert after[: len(before) - 1] == [{**dict.fromkeys(after[0], ""), **row} for row in before[:-1]]
     assert int(after[-1]["env_steps"]) == 640
     steps = [int(row["env_steps"]) for row in after]
     assert len(set(steps)) == len(steps)
 
 
-def test_a_run_that_is_over_is_left_alone(tmp_path, capsys):
+def test_resuming_a_complete_run_changes_nothing(tmp_path, capsys):
     run(tmp_path / "run", "total_env_steps=96")
     before = (tmp_path / "run" / "config.yaml").read_text()
     assert resume.resume(run=str(tmp_path / "run")) is None
@@ -180,9 +185,9 @@ def test_a_run_that_is_over_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
-def test_a_run_that_lightning_stops_is_saved_and_goes_on(tmp_path):
-    words = ["+trainer.max_time=00:00:00:02", "total_env_steps=1_000_000", "checkpoint.every=1_000_000"]
-    recorder = run(tmp_path / "run", *words)
+def test_a_run_stopped_by_lightning_is_saved_and_can_be_continued(tmp_path):
+    overrides = ["+trainer.max_time=00:00:00:02", "total_env_steps=1_000_000", "checkpoint.every=1_000_000"]
+    recorder = run(tmp_path / "run", *overrides)
     (folder,) = (each for each in (tmp_path / "run" / "checkpoints").iterdir() if each.name.isdigit())
     assert int(folder.name) == recorder.rows[-1][0] > 0
     state = torch.load(folder / "state.ckpt", weights_only=True)
@@ -191,7 +196,7 @@ def test_a_run_that_lightning_stops_is_saved_and_goes_on(tmp_path):
     assert state["levin"]["env_steps"] == int(folder.name)
 
 
-def test_the_newest_and_the_best_checkpoint_stay(tmp_path, monkeypatch):
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, monkeypatch):
     results = iter([5.0, 9.0, 1.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr("levin.training.evaluation.evaluate", lambda *_: ([next(results)], [1]))
     run(tmp_path / "run", "eval.every=32", "checkpoint.every=32", "checkpoint.keep=2", "total_env_steps=192")
@@ -202,8 +207,8 @@ def test_the_newest_and_the_best_checkpoint_stay(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 32])
 def test_sac_solves_pendulum(size, tmp_path):
-    words = ["algo=sac", "env=pendulum", "logger=csv", "eval.episodes=100", "eval.every=20_000"]
-    result = train(compose([*words, f"algo.steps_per_iteration={size}"]), tmp_path / "run")
+    overrides = ["algo=sac", "env=pendulum", "logger=csv", "eval.episodes=100", "eval.every=20_000"]
+    result = train(compose([*overrides, f"algo.steps_per_iteration={size}"]), tmp_path / "run")
     assert result is not None
     assert result >= -180  # RL Baselines3 Zoo: -157
 
@@ -222,13 +227,13 @@ def test_memmap_storage_and_bf16_train(tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in recorder.algorithm.parameters())
 
 
-def test_any_argument_of_the_trainer_passes_through(tmp_path, caplog):
+def test_any_trainer_argument_can_be_set(tmp_path, caplog):
     caplog.set_level("INFO")
     run(tmp_path / "run", "+trainer.profiler=simple", "total_env_steps=64")
     assert "run_training_batch" in caplog.text
 
 
-def test_hyper_parameters_do_what_they_say(tmp_path):
+def test_every_sac_hyper_parameter_has_an_effect(tmp_path):
     base = dict(run(tmp_path / "base", "total_env_steps=96").algorithm.state_dict())
     changes = {
         "gamma": 0.5,
@@ -248,7 +253,7 @@ def test_hyper_parameters_do_what_they_say(tmp_path):
         "activation": "tanh",
     }
     cfg = compose(SMALL[:2])
-    # Where rows are kept changes no number, and nor does compiling.
+    # The storage of the buffer and compiling do not change results.
     assert changes.keys() == set(cfg.algo) - {"_target_", "buffer_storage", "compile"}
     for name, value in changes.items():
         other = dict(run(tmp_path / name, "total_env_steps=96", f"algo.{name}={value}").algorithm.state_dict())
@@ -263,7 +268,7 @@ def test_evaluate_writes_its_file(tmp_path):
     assert (tmp_path / "run" / "evaluation.json").exists()
 
 
-def test_a_buffer_costs_its_tensors():
+def test_a_replay_buffer_uses_no_more_memory_than_its_tensors():
     code = """
 import resource, torch
 from tensordict import TensorDict
@@ -298,9 +303,9 @@ def test_memory_does_not_grow(tmp_path):
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 resident.append(pages * resource.getpagesize() / 2**20)
 
-    words = ["algo.steps_per_iteration=1", "algo.buffer_size=100", "eval.every=100_000", "checkpoint.every=100_000"]
+    overrides = ["algo.steps_per_iteration=1", "algo.buffer_size=100", "eval.every=100_000", "checkpoint.every=100_000"]
     Watch_instances.append(Watch())
-    run(tmp_path / "run", *words, "total_env_steps=3000", "+callbacks.watch={_target_:test_train.make_watch}")
+    run(tmp_path / "run", *overrides, "total_env_steps=3000", "+callbacks.watch={_target_:test_train.make_watch}")
     assert len(resident) == 6
     assert resident[-1] - resident[1] < 8, resident  # MiB over 2000 iterations
 
@@ -312,7 +317,7 @@ def make_watch() -> Callback:
     return Watch_instances.pop()
 
 
-def test_no_environment_and_no_object_is_pickled(tmp_path):
+def test_checkpoints_hold_only_tensors_and_plain_values(tmp_path):
     run(tmp_path / "run", "total_env_steps=64")
     for file in (tmp_path / "run" / "checkpoints" / "64").rglob("*"):
         if file.is_file() and file.name != "manifest.json":
@@ -322,7 +327,7 @@ def test_no_environment_and_no_object_is_pickled(tmp_path):
         torch.load(tmp_path / "evil.ckpt", weights_only=True)
 
 
-def test_the_core_needs_no_extra(tmp_path):
+def test_training_needs_no_optional_package(tmp_path):
     code = """
 import sys
 for name in ("mujoco", "Box2D", "ale_py", "dm_control", "shimmy", "rliable", "ray"):

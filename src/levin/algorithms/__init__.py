@@ -1,5 +1,4 @@
-"""Algorithms: one file per paper, and what all of them need besides mathematics.
+"""Algorithms, one file per paper, and `base.py`, the LightningModule that they all extend.
 
-Start reading at `README.md`, which maps the lecture onto these files, or at `sac.py`. `base.py` is the LightningModule
-that each of them is.
+Start reading at `README.md`, which maps the lecture onto these files, or at `sac.py`.
 """

@@ -1,12 +1,12 @@
-"""Advantage actor-critic (A2C): the synchronous form of Mnih et al. 2016 (arXiv:1602.01783), lecture row 14.
+"""Advantage actor-critic (A2C): the synchronous form of Mnih et al. 2016 (arXiv:1602.01783).
 
-A single online agent learns from samples that are correlated in time. N of them, each in an env of its own, take T
-steps with the same policy, and one update learns from all:
+A single online agent learns from samples that are correlated in time. Here N agents, each in its own env, take T steps
+with the same policy, and one update learns from the transitions of all of them:
 
     grad J = E[ A_t grad log pi(a_t|s_t) ],  A_t = r_{t+1} + ... + gamma^(n-1) r_{t+n} + gamma^n V(s_{t+n}) - V(s_t)
 
-With n up to the end of the rollout (`gae_lambda: 1`), or all n mixed by GAE. In the words of `levin.estimators` that is
-ScoreFunction with V(s_t) as its baseline.
+With `gae_lambda: 1`, n reaches to the end of the rollout; otherwise GAE averages over all n. In terms of
+`levin.estimators`, this is ScoreFunction with V(s_t) as its baseline.
 
 Pseudocode:
 
@@ -15,12 +15,12 @@ Pseudocode:
         R_t <- r_{t+1} + gamma R_{t+1}, from R_T = V(s_T)
         theta <- theta + lr grad( log pi(a_t|s_t) (R_t - V(s_t)) - c_1 (R_t - V(s_t))^2 + c_2 H(pi(.|s_t)) )
 
-The lecture's form, one step of each agent, is `steps_per_iteration: 1`; `debug=lecture` selects it. With one env it is
-the online actor-critic of `actor_critic.py`.
+With `steps_per_iteration: 1` there is one update per step of all agents, as in the lecture; `debug=lecture` selects it.
+With one env this is the online actor-critic of `actor_critic.py`.
 
 Deviations:
-    - Actor and critic share no layers, except for pixels.
-    - gamma^t of the derivation is dropped, as in the paper: see `discount_state_weighting`.
+    - Actor and critic share no layers, except the CNN for pixels.
+    - The factor gamma^t of the derivation is dropped, as in the paper: see `discount_state_weighting`.
 
 Metrics:
     train/actor_loss: -E[A log pi].
@@ -44,27 +44,27 @@ from levin.nn.networks import Actor, Critic, make_trunk
 
 
 class A2C(Algorithm):
-    """Advantage actor-critic over N envs at once, for vectors and pixels.
+    """Advantage actor-critic on N parallel envs, for vectors and pixels.
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. RL Baselines3 Zoo: 0.99, as for all that follows.
-        gae_lambda: Decay of GAE; 1.0 is the n-step return.
-        optimizer: RMSprop.
-        lr: 7e-4.
-        lr_schedule: `linear` takes it to 0.
+        gamma: Discount factor: 0.99. This value and those below are from RL Baselines3 Zoo.
+        gae_lambda: lambda of GAE; 1.0: the n-step return.
+        optimizer: Optimiser: RMSprop.
+        lr: Learning rate: 7e-4.
+        lr_schedule: Schedule of the learning rate; `linear` lowers it to 0.
         schedule_env_steps: Env steps after which a linear schedule is at 0.
         steps_per_iteration: Vector steps of a rollout, T: 5.
-        discount_state_weighting: Weigh step t of an episode by gamma^t, as the gradient of J has it.
-        normalize_advantage: To mean 0 and deviation 1, in each rollout: no.
-        entropy_coef: c_2: 0.
-        value_coef: c_1: 0.5.
-        max_grad_norm: Of actor and critic together: 0.5.
+        discount_state_weighting: Whether to weight step t of an episode by gamma^t, as the exact gradient of J does.
+        normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 in each rollout: no.
+        entropy_coef: Weight of the entropy, c_2: 0.
+        value_coef: Weight of the critic loss, c_1: 0.5.
+        max_grad_norm: Maximum gradient norm of actor and critic together: 0.5; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
-        activation: Between the layers: tanh.
-        initial_log_std: Of a Gaussian policy: 0.
-        compile: The loss, on a GPU all of an update as a CUDA graph; the same numbers in less time, after tens of
-            seconds at the start.
+        activation: Activation between the layers: tanh.
+        initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
+        compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph. Same numbers, faster
+            after tens of seconds at the start.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -117,26 +117,26 @@ class A2C(Algorithm):
         self.updates += 1
 
     def update(self, rollout: TensorDictBase) -> None:
-        """One gradient step on all transitions `[N, T]` of a rollout."""
+        """Take one gradient step on all transitions `[N, T]` of a rollout."""
         loss, metrics = self.combined_loss(rollout)
         self.step(self.optimizer, loss, self.max_grad_norm)
         self.record(**metrics)
 
     def combined_loss(self, rollout: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the gradient is taken of, and its parts."""
+        """Return the total loss to minimise, and its parts as metrics."""
         actor_loss, critic_loss, entropy = self.losses(rollout)
         loss = actor_loss + self.value_coef * critic_loss
-        if self.entropy_coef:  # what is not wanted is not differentiated
+        if self.entropy_coef:  # with weight 0, skip its backward pass
             loss = loss - self.entropy_coef * entropy
         metrics = {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy": entropy}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def losses(self, rollout: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of actor and critic, and the entropy: all three read the same features."""
+        """Return the actor loss, the critic loss and the mean entropy, all from the same features."""
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
-        after = self.trunk(rollout["next", "observation"].flatten(0, 1))
+        next_features = self.trunk(rollout["next", "observation"].flatten(0, 1))
         distribution = self.actor(features)
-        value, next_value = self.critic(torch.cat([features, after])).chunk(2)  # [2 N T, 1] -> 2 x [N T, 1]
+        value, next_value = self.critic(torch.cat([features, next_features])).chunk(2)  # [2 N T, 1] -> 2 x [N T, 1]
         target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         weight = target - value.detach()
         if self.normalize_advantage:
@@ -148,7 +148,7 @@ class A2C(Algorithm):
 
     @torch.no_grad()
     def value_target(self, rollout: Batch, next_value: Tensor) -> Tensor:
-        """R_t, `[N, T, 1]`: the TD(lambda) return, which is V(s_t) plus the advantage by GAE."""
+        """Return R_t, `[N, T, 1]`: the TD(lambda) return, which is V(s_t) plus the GAE advantage."""
         reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
         return returns.lambda_return(
             reward=reward,
@@ -160,9 +160,12 @@ class A2C(Algorithm):
         )
 
     def actor_loss(self, log_prob: Tensor, weight: Tensor) -> Tensor:
-        """-E[A log pi(a|s)], with gamma^t in A where the derivation is followed to the letter. Both `[B, 1]`."""
+        """Return the actor loss -E[A log pi(a|s)] for `[B, 1]` inputs.
+
+        The weight A includes gamma^t with `discount_state_weighting`.
+        """
         return -(weight * log_prob).mean()
 
     def critic_loss(self, value: Tensor, target: Tensor) -> Tensor:
-        """E[(R - V(s))^2]. Both `[B, 1]`."""
+        """Return the critic loss E[(R - V(s))^2] for `[B, 1]` inputs."""
         return (target - value).square().mean()

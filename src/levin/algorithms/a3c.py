@@ -1,11 +1,11 @@
-"""Asynchronous advantage actor-critic (A3C; Mnih et al. 2016, arXiv:1602.01783), lecture row 15.
+"""Asynchronous advantage actor-critic (A3C; Mnih et al. 2016, arXiv:1602.01783).
 
-A global network, and workers with copies of it and envs of their own. None waits for another: the policies that collect
-differ, and so do what they see, which takes the place of a replay buffer.
+Several workers train one global network. Each has its own copy of the network and its own envs, and none waits for
+another. Their policies differ, and so does what they see. This takes the place of a replay buffer.
 
     theta <- theta + lr grad( log pi(a_t|s_t; theta') (R_t - V(s_t; theta')) - c_1 (R_t - V(s_t))^2 + c_2 H(pi(.|s_t)) )
 
-Pseudocode (Algorithm S3), of each worker:
+Pseudocode (Algorithm S3), for each worker:
 
     repeat:
         theta' <- theta                                               pull
@@ -14,19 +14,20 @@ Pseudocode (Algorithm S3), of each worker:
         g <- gradient at theta'
         apply g to theta, without a lock                              push
 
-The optimiser's statistics are shared as well: `trainer.strategy=hogwild trainer.workers=4` shares the buffers below.
+The workers also share the optimiser's statistics. `trainer.strategy=hogwild trainer.workers=4` runs four workers, which
+share the buffers of the class below.
 
 Deviations:
-    - Actor and critic share no layers, except for pixels. The lock-free steps are on one flat vector.
+    - Actor and critic share no layers, except the CNN for pixels. The lock-free steps update one flat vector.
     - The loss is a mean over the transitions of a rollout, not their sum.
-    - GAE may take the place of the n-step return (`gae_lambda`).
+    - GAE can replace the n-step return (`gae_lambda`).
 
 Metrics:
     train/actor_loss: -E[A log pi].
     train/critic_loss: squared error of V.
     train/entropy: H(pi), nats.
-    train/staleness: updates by others between pull and push; of worker 0, as all of the above.
-    train/stale_pushes: share of all workers' pushes with a staleness of 1 or more.
+    train/staleness: updates by other workers between pull and push. This and the metrics above are those of worker 0.
+    train/stale_pushes: fraction of all workers' pushes with a staleness of 1 or more.
 """
 
 from collections.abc import Sequence
@@ -48,26 +49,26 @@ MAX_WORKERS, MAX_STALENESS = 256, 16
 
 
 class A3C(Algorithm):
-    """Asynchronous advantage actor-critic.
+    """Asynchronous advantage actor-critic, for vectors and pixels.
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. The paper: 0.99.
-        gae_lambda: Decay of GAE; 1.0 is the paper's n-step return.
-        optimizer: With shared statistics: `rmsprop` or `adam`. The paper: RMSprop, by far the most robust.
-        lr: The paper draws it from 1e-4 to 1e-2.
-        lr_schedule: `linear` takes it to 0, as in the paper.
+        gamma: Discount factor. The paper: 0.99.
+        gae_lambda: lambda of GAE; 1.0: the paper's n-step return.
+        optimizer: Optimiser with shared statistics, `rmsprop` or `adam`. The paper: RMSprop, by far the most robust.
+        lr: Learning rate. The paper samples it from 1e-4 to 1e-2.
+        lr_schedule: Schedule of the learning rate; `linear` lowers it to 0, as in the paper.
         schedule_env_steps: Env steps of all workers after which a linear schedule is at 0.
-        rmsprop_decay: alpha of the mean square. The paper: 0.99.
-        eps: Added to the mean square (RMSprop), or to its root (Adam).
+        rmsprop_decay: Decay alpha of the mean square. The paper: 0.99.
+        eps: Constant added to the mean square (RMSprop) or to its root (Adam).
         steps_per_iteration: Vector steps of a rollout, t_max. The paper: 5.
-        entropy_coef: c_2. The paper: 0.01, for Atari.
-        value_coef: c_1. The paper's code: 0.5.
-        max_grad_norm: Of actor and critic together.
+        entropy_coef: Weight of the entropy, c_2. The paper: 0.01, for Atari.
+        value_coef: Weight of the critic loss, c_1. The paper's code: 0.5.
+        max_grad_norm: Maximum gradient norm of actor and critic together.
         hidden_sizes: Widths of the hidden layers of actor and critic.
-        activation: Between the layers.
-        initial_log_std: Of a Gaussian policy.
-        compile: The loss, in each worker; the same numbers in less time, after tens of seconds at the start.
+        activation: Activation between the layers.
+        initial_log_std: Log standard deviation of a Gaussian policy at the start.
+        compile: Whether each worker compiles its loss. Same numbers, faster after tens of seconds at the start.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -106,34 +107,34 @@ class A3C(Algorithm):
         self.rmsprop_decay, self.eps, self.steps_per_iteration = rmsprop_decay, eps, steps_per_iteration
         self.entropy_coef, self.value_coef, self.max_grad_norm = entropy_coef, value_coef, max_grad_norm
 
-        # theta', the copy of this worker
+        # theta', this worker's copy of the network
         self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
         self.local_parameters = list(self.parameters())
-        self.separate()
-        # theta and the statistics, which all workers share
+        self.unshare_local_parameters()
+        # theta and the optimiser's statistics, shared by all workers
         self.register_buffer("theta", self.local.clone())  # [P]
         self.register_buffer("mean_square", torch.zeros_like(self.theta))
         self.register_buffer("momentum", torch.zeros_like(self.theta) if optimizer == "adam" else None)
-        # Each worker writes its own row only: counted without a lock, and without a loss.
+        # Each worker writes only its own entry, so no count is lost without a lock.
         self.register_buffer("pushes", torch.zeros(MAX_WORKERS, dtype=torch.int64), persistent=False)
         self.register_buffer("staleness", torch.zeros(MAX_WORKERS, MAX_STALENESS, dtype=torch.int64), persistent=False)
         if compile:
             self.compile_losses("combined_loss")
 
     def configure_optimizers(self) -> None:
-        """None: `push` is the optimiser."""
+        """Return no optimiser: `push` applies the gradients."""
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.separate()
+        self.unshare_local_parameters()
         self.pull()
 
-    def separate(self) -> None:
-        """Give theta' memory of its own, which no other worker sees: one vector `[P]`, and its gradient.
+    def unshare_local_parameters(self) -> None:
+        """Move theta' and its gradient into private memory of this worker, each as one vector `[P]`.
 
-        The policy acts and is evaluated by theta': between two iterations it is what theta was at the last pull.
+        The policy acts and is evaluated with theta'. Between two iterations, theta' equals theta at the last pull.
         """
         flat = flatten_parameters(self.local_parameters)
         self.local = flat.data
@@ -145,12 +146,12 @@ class A3C(Algorithm):
 
     @torch.no_grad()
     def pull(self) -> None:
-        """theta' <- theta."""
+        """Copy the shared parameters: theta' <- theta."""
         self.updates = int(self.pushes.sum())
         self.local.copy_(self.theta)
 
     def update(self, rollout: TensorDictBase) -> None:
-        """The gradient at theta' of all transitions `[N, T]` of a rollout, applied to theta."""
+        """Compute the gradient at theta' on all transitions `[N, T]` of a rollout, and apply it to theta."""
         loss, metrics = self.combined_loss(rollout)
         self.local.grad.zero_()  # type: ignore[union-attr]
         self.manual_backward(loss)
@@ -159,20 +160,20 @@ class A3C(Algorithm):
         self.record(**metrics)
 
     def combined_loss(self, rollout: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the gradient is taken of, and its parts."""
+        """Return the total loss to minimise, and its parts as metrics."""
         actor_loss, critic_loss, entropy = self.losses(rollout)
         loss = actor_loss + self.value_coef * critic_loss
-        if self.entropy_coef:  # what is not wanted is not differentiated
+        if self.entropy_coef:  # with weight 0, skip its backward pass
             loss = loss - self.entropy_coef * entropy
         metrics = {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy": entropy}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def losses(self, rollout: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """-E[(R - V) log pi(a|s)], E[(R - V(s))^2], and the entropy."""
+        """Return the actor loss -E[(R - V(s)) log pi(a|s)], the critic loss E[(R - V(s))^2] and the mean entropy."""
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
-        after = self.trunk(rollout["next", "observation"].flatten(0, 1))
+        next_features = self.trunk(rollout["next", "observation"].flatten(0, 1))
         distribution = self.actor(features)
-        value, next_value = self.critic(torch.cat([features, after])).chunk(2)  # [2 N T, 1] -> 2 x [N T, 1]
+        value, next_value = self.critic(torch.cat([features, next_features])).chunk(2)  # [2 N T, 1] -> 2 x [N T, 1]
         target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
         actor_loss = -((target - value.detach()) * log_prob).mean()
@@ -180,7 +181,7 @@ class A3C(Algorithm):
 
     @torch.no_grad()
     def value_target(self, rollout: Batch, next_value: Tensor) -> Tensor:
-        """R_t, `[N, T, 1]`; the TD(lambda) return, which is the n-step one for lambda = 1."""
+        """Return R_t, `[N, T, 1]`: the TD(lambda) return, which is the n-step return for lambda = 1."""
         reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
         return returns.lambda_return(
             reward=reward,
@@ -193,33 +194,36 @@ class A3C(Algorithm):
 
     @torch.no_grad()
     def push(self) -> None:
-        """g <- alpha g + (1 - alpha) dtheta^2, theta <- theta - lr dtheta / sqrt(g + eps)   (Eq. S2, S3); or Adam."""
-        rank = self.trainer.global_rank
+        """Apply the gradient dtheta to theta without a lock, by Adam or by RMSprop (Eq. S2, S3).
+
+        g <- alpha g + (1 - alpha) dtheta^2,  theta <- theta - lr dtheta / sqrt(g + eps)
+        """
+        worker = self.trainer.global_rank
         gradient = self.local.grad  # [P]
         assert gradient is not None
-        if not gradient.sum().isfinite():  # before it is everybody's
-            raise RunError(f"not finite after {self.env_steps} env steps: the gradient")
+        if not gradient.sum().isfinite():  # before it reaches the shared parameters
+            raise RunError(f"the gradient is not finite after {self.env_steps} env steps")
         lr = self.lr * self.remaining(self.schedule_env_steps) if self.lr_schedule == "linear" else self.lr
-        total = int(self.pushes.sum())
+        pushes = int(self.pushes.sum())
         decay = self.rmsprop_decay if self.optimizer_name == "rmsprop" else 0.999
         self.mean_square.mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
         if self.optimizer_name == "rmsprop":
             self.theta.addcdiv_(gradient, (self.mean_square + self.eps).sqrt(), value=-lr)
         else:
             self.momentum.lerp_(gradient, 1 - 0.9)
-            root = (self.mean_square / (1 - decay ** (total + 1))).sqrt() + self.eps
-            self.theta.addcdiv_(self.momentum / (1 - 0.9 ** (total + 1)), root, value=-lr)
-        stale = total - self.updates
-        self.pushes[rank] += 1
-        self.staleness[rank, min(stale, MAX_STALENESS - 1)] += 1
+            denominator = (self.mean_square / (1 - decay ** (pushes + 1))).sqrt() + self.eps
+            self.theta.addcdiv_(self.momentum / (1 - 0.9 ** (pushes + 1)), denominator, value=-lr)
+        staleness = pushes - self.updates
+        self.pushes[worker] += 1
+        self.staleness[worker, min(staleness, MAX_STALENESS - 1)] += 1
         counts = self.staleness.sum(0)
-        self.record(staleness=torch.tensor(float(stale)), stale_pushes=counts[1:].sum() / counts.sum())
+        self.record(staleness=torch.tensor(float(staleness)), stale_pushes=counts[1:].sum() / counts.sum())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        # What worker 0 has pulled, and maybe evaluated: others may have pushed since.
+        # Save theta as worker 0 last pulled and perhaps evaluated it: other workers may have pushed since.
         checkpoint["state_dict"]["theta"] = self.local.clone()
-        # How many pushes were 0, 1, ... updates late.
+        # Number of pushes with a staleness of 0, 1, ...
         checkpoint["staleness"] = self.staleness.sum(0).tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

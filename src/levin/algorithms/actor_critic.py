@@ -1,9 +1,10 @@
-"""Actor-critic, lecture rows 10 to 13 (Sutton and Barto 2018, chapter 13; Degris et al. 2012, arXiv:1205.4839).
+"""Actor-critic (Sutton and Barto 2018, chapter 13; Degris et al. 2012, arXiv:1205.4839).
 
-The return that weighs an action is replaced by what a learned critic says of it: less variance, some bias.
+A learned critic takes the place of the sampled return as the weight of an action. This lowers the variance of the
+gradient and adds some bias.
 
-    grad J = E[ sum_t gamma^t Q(s_t,a_t) grad log pi(a_t|s_t) ]            `critic: q`          (row 10)
-           = E[ sum_t gamma^t A_t grad log pi(a_t|s_t) ]                   `critic: advantage`  (row 12)
+    grad J = E[ sum_t gamma^t Q(s_t,a_t) grad log pi(a_t|s_t) ]            `critic: q`
+           = E[ sum_t gamma^t A_t grad log pi(a_t|s_t) ]                   `critic: advantage`
 
 with A_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t).
 
@@ -17,21 +18,21 @@ Pseudocode:
             advantage: V <- V - lr grad E[(V(s_t) - (r_{t+1} + gamma V(s_{t+1})))^2]
         theta <- theta + lr grad E[ weight_t log pi(a_t|s_t) ]
 
-Online (row 13), the same without a batch: act, observe, update the critic, update the actor, s <- s'.
+With `online: true` there is no batch: act, observe, update the critic, update the actor, s <- s'.
 
-The a' of the target says which Q is learned (`q_target`). Drawn from pi it is Q^pi (`sarsa`); with the mean over pi it
-is the same with less variance (`expected`); with the best (`max`, row 11, deep Q-learning's) it is Q*, NOT Q^pi: the
-policy gradient with it is biased even where it is exact.
+`q_target` chooses a' in the target of Q, and so the Q that is learned. With a' sampled from pi (`sarsa`) it is Q^pi.
+With the mean over pi (`expected`) it is Q^pi with less variance. With the best a' (`max`, as in deep Q-learning) it is
+Q*, NOT Q^pi: the policy gradient with Q* is biased even if Q* is exact.
 
 Deviations:
-    - gamma^t is dropped, as in practice: see `discount_state_weighting`.
-    - The mean is over transitions, not episodes: see `average_over`.
+    - The factor gamma^t is dropped, as in practice: see `discount_state_weighting`.
+    - The gradient is averaged over transitions, not episodes: see `average_over`.
 
 Metrics:
     train/actor_loss: -E[weight log pi].
     train/critic_loss: squared error of Q or V.
     train/entropy: H(pi), nats.
-    train/weight_std: deviation of the weights, before they are normalised (not online).
+    train/weight_std: standard deviation of the weights before they are normalised (`normalize_advantage`, not online).
 """
 
 from collections.abc import Sequence
@@ -63,31 +64,33 @@ from levin.nn.networks import Actor, Critic, make_trunk
 class ActorCritic(Algorithm):
     """Policy gradient with a learned critic, in batches or online.
 
-    No published run has these forms on these envs: the values are ours.
+    The default values are our own: there are no published runs of these forms on these envs.
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount.
-        critic: What weighs an action: `q`, Q(s,a); or `advantage`, the error of V over one step.
-        online: One env, one step, one update of the critic, one of the actor.
-        q_target: Of Q: `sarsa`, `expected` or `max`; the last two need discrete actions.
-        discount_state_weighting: Weigh step t by gamma^t, as the gradient of J has it. Without, the gradient is that of
-            no objective, but late steps count as much as early ones.
-        average_over: `transitions`, or `episodes`: the gradient of J exactly, longer episodes weigh more.
-        normalize_advantage: The weights to mean 0 and deviation 1 over the transitions of an update; not online.
+        gamma: Discount factor.
+        critic: Weight of an action: `q`, Q(s,a); or `advantage`, the one-step TD error of V.
+        online: Whether every step of one env is followed by one update of the critic and one of the actor.
+        q_target: Target of Q: `sarsa`, `expected` or `max`; the last two need discrete actions.
+        discount_state_weighting: Whether to weight step t by gamma^t, as the exact gradient of J does. Without it the
+            update is the gradient of no objective, but late steps count as much as early ones.
+        average_over: Unit of the mean in the policy gradient: `transitions`, or `episodes`, which is the exact gradient
+            of J and gives longer episodes more weight.
+        normalize_advantage: Whether to scale the weights to mean 0 and standard deviation 1 over the transitions of an
+            update; never online.
         steps_per_iteration: Vector steps of a rollout; 1 if online.
-        episodes_per_update: Whole episodes instead, so many; 0: no.
-        optimizer: Of actor and critic.
-        actor_lr: Of the actor.
-        critic_lr: Of the critic.
-        critic_updates: Steps of the critic per step of the actor, each with a target of its own.
+        episodes_per_update: Whole episodes of a rollout, in place of `steps_per_iteration`; 0: fixed-length rollouts.
+        optimizer: Optimiser of actor and critic.
+        actor_lr: Learning rate of the actor.
+        critic_lr: Learning rate of the critic.
+        critic_updates: Updates of the critic per update of the actor, each with a newly computed target.
         entropy_coef: Weight of the policy's entropy.
-        max_grad_norm: Of either.
+        max_grad_norm: Maximum gradient norm of the actor and of the critic, separately; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic.
-        activation: Between the layers.
-        initial_log_std: Of a Gaussian policy.
-        compile: The losses of critic and actor, on a GPU all of an update as a CUDA graph; the same numbers, on a CPU
-            in no less time.
+        activation: Activation between the layers.
+        initial_log_std: Log standard deviation of a Gaussian policy at the start.
+        compile: Whether to compile the losses of critic and actor, and on a GPU to run the whole update as a CUDA
+            graph. Same numbers, no faster on a CPU.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -119,16 +122,24 @@ class ActorCritic(Algorithm):
     ) -> None:
         super().__init__(env, gamma)
         if critic == "q" and env["action"]["type"] == "multi_discrete":
-            raise ConfigError(f"algo.critic=q has one value per action, and those of {env['id']} are combinations")
+            raise ConfigError(
+                f"algo.critic=q needs discrete or box actions, but those of {env['id']} are multi_discrete: "
+                "set algo.critic=advantage"
+            )
         if critic == "q" and q_target != "sarsa" and env["action"]["type"] != "discrete":
-            raise ConfigError(f"algo.q_target={q_target} goes through all actions, and those of {env['id']} are a box")
+            raise ConfigError(
+                f"algo.q_target={q_target} needs discrete actions, but those of {env['id']} are a box: "
+                "set algo.q_target=sarsa"
+            )
         if online and (env["num_envs"] > 1 or episodes_per_update or critic_updates > 1):
             raise ConfigError(
                 "algo.online=true learns from one step of one env: "
-                "env.num_envs=1, algo.episodes_per_update=0 and algo.critic_updates=1 go with it"
+                "also set env.num_envs=1, algo.episodes_per_update=0 and algo.critic_updates=1"
             )
         if average_over == "episodes" and not episodes_per_update:
-            raise ConfigError("algo.average_over=episodes is for whole ones: algo.episodes_per_update=1 or more")
+            raise ConfigError(
+                "algo.average_over=episodes needs whole episodes: set algo.episodes_per_update to 1 or more"
+            )
         self.gamma, self.critic_form, self.online, self.q_target = gamma, critic, online, q_target
         self.discount_state_weighting = self.step_count = discount_state_weighting
         self.average_over, self.normalize_advantage = average_over, normalize_advantage and not online
@@ -142,13 +153,13 @@ class ActorCritic(Algorithm):
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         if critic == "advantage":
             self.critic = Critic(features, hidden_sizes, activation)
-        elif self.actor.discrete:  # Q(s, .), a value for each action
+        elif self.actor.discrete:  # Q(s, .): one value for each action
             self.critic = Critic(features, hidden_sizes, activation, outputs=env["action"]["n"])
         else:
             self.critic = Critic(features + len(env["action"]["low"]), hidden_sizes, activation)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
-            if not episodes_per_update:  # of other lengths each time
+            if not episodes_per_update:  # whose lengths vary, and a CUDA graph has fixed shapes
                 self.capture("update")
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -161,30 +172,35 @@ class ActorCritic(Algorithm):
         self.updates += 1
 
     def update(self, batch: TensorDictBase) -> None:
-        """The steps of the critic, then one of the actor, on transitions `[B]`."""
-        share = distributed.rank_weight(len(batch))  # 1, unless several processes have episodes of other lengths
-        weight = self.weight(batch)  # by the critic as it was when the policy acted
+        """Update the critic `critic_updates` times, then the actor once, on transitions `[B]`."""
+        rank_weight = distributed.rank_weight(len(batch))  # 1, unless ranks have different numbers of transitions
+        weight = self.weight(batch)  # uses the critic before its updates on this rollout
         for _ in range(self.critic_updates):
             critic_loss = self.critic_loss(batch)
-            self.step(self.critic_optimizer, share * critic_loss, self.max_grad_norm)
+            self.step(self.critic_optimizer, rank_weight * critic_loss, self.max_grad_norm)
         if self.normalize_advantage:
             self.record(weight_std=weight.std(correction=0))
             weight = standardize(weight)
         actor_loss, entropy = self.actor_loss(batch, weight)
-        actor_share = distributed.rank_weight(batch["next", "done"].sum()) if self.average_over == "episodes" else share
-        loss = actor_share * actor_loss - share * self.entropy_coef * entropy
+        actor_rank_weight = (
+            distributed.rank_weight(batch["next", "done"].sum()) if self.average_over == "episodes" else rank_weight
+        )
+        loss = actor_rank_weight * actor_loss - rank_weight * self.entropy_coef * entropy
         self.step(self.actor_optimizer, loss, self.max_grad_norm)
         self.record(actor_loss=actor_loss, critic_loss=critic_loss, entropy=entropy)
 
     @torch.no_grad()
     def weight(self, batch: TensorDictBase) -> Tensor:
-        """Q(s,a), or r + gamma V(s') - V(s): `[B, 1]`."""
+        """Return the weight of each action, `[B, 1]`: Q(s,a), or r + gamma V(s') - V(s)."""
         if self.critic_form == "q":
             return self.value(batch)
         return self.value_target(batch) - self.value(batch)
 
     def actor_loss(self, batch: Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """-E[gamma^t weight log pi(a|s)], weight `[B, 1]`; and the mean entropy."""
+        """Return the actor loss -E[weight log pi(a|s)], weight `[B, 1]`, and the mean entropy.
+
+        With `discount_state_weighting` the weight is multiplied by gamma^t.
+        """
         if self.discount_state_weighting:
             weight = weight * self.gamma ** batch["step_count"].to(weight)
         distribution = self.actor(self.trunk(batch["observation"]))
@@ -193,17 +209,20 @@ class ActorCritic(Algorithm):
         return -(weight * log_prob).sum() / count, distribution.entropy().mean()
 
     def critic_loss(self, batch: Batch) -> Tensor:
-        """E[(Q(s,a) - (r + gamma Q(s',a')))^2], or E[(V(s) - (r + gamma V(s')))^2]."""
+        """Return the critic loss E[(Q(s,a) - (r + gamma Q(s',a')))^2], or E[(V(s) - (r + gamma V(s')))^2]."""
         return (self.value(batch) - self.value_target(batch)).square().mean()
 
     def value(self, batch: Batch) -> Tensor:
-        """Q(s,a), or V(s): `[B, 1]`."""
+        """Return Q(s,a), or V(s): `[B, 1]`."""
         features = self.trunk(batch["observation"])
         return self.critic(features) if self.critic_form == "advantage" else self.q_value(features, batch["action"])
 
     @torch.no_grad()
     def value_target(self, batch: Batch) -> Tensor:
-        """r + gamma (1 - terminated) times V(s'), Q(s',a'), E_pi Q(s',a') or max_a' Q(s',a'): `[B, 1]`."""
+        """Return the target r + gamma (1 - terminated) v', `[B, 1]`.
+
+        v' is V(s'), Q(s',a') with a' ~ pi, E_pi Q(s',a') or max_a' Q(s',a').
+        """
         features = self.trunk(batch["next", "observation"])
         if self.critic_form == "advantage":
             next_value = self.critic(features)
@@ -220,7 +239,7 @@ class ActorCritic(Algorithm):
         return batch["next", "reward"] + self.gamma * next_value * ~batch["next", "terminated"]
 
     def q_value(self, features: Tensor, action: Tensor) -> Tensor:
-        """Q(s,a): `[B, F], [B, *A] -> [B, 1]`."""
+        """Return Q(s,a): `[B, F], [B, *A] -> [B, 1]`."""
         if self.actor.discrete:
             return self.critic(features).gather(-1, action.unsqueeze(-1))  # [B, A], [B] -> [B, 1]
         return self.critic(torch.cat([features, action], -1))

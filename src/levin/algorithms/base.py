@@ -1,4 +1,4 @@
-"""What every algorithm needs: counters, optimiser steps, replay, metrics. No mathematics."""
+"""Base class of all algorithms: counters, optimiser steps, replay and metrics, but no mathematics."""
 
 import os
 import shutil
@@ -26,34 +26,37 @@ from levin.nn.networks import StochasticPolicy
 from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer
 from levin.nn.parameters import FlatParameter, clip_grad_norm, flatten_parameters
 
-Batch = Mapping[NestedKey, Tensor]  # what a loss reads: a TensorDict, or a dict of its tensors by the same keys
+Batch = Mapping[NestedKey, Tensor]  # input of a loss: a TensorDict, or a dict of tensors with the same keys
 PROGRESS = ("env_steps", "updates", "iterations", "recorded")
 
 
 def compile_loss(loss: Callable, *, dynamic: bool) -> Callable:
-    """`torch.compile` of a function of a batch, as one graph; it draws the random numbers of the eager one.
+    """Compile a loss with `torch.compile` as one graph that samples the same random numbers as the eager loss.
 
     Args:
-        loss: `batch, *tensors -> tensors`. It reads the batch by key and changes nothing but what it returns.
-        dynamic: The batch has another size each time. Else every other size is compiled anew.
+        loss: Function `batch, *tensors -> tensors`. It must read the batch by key and have no side effects.
+        dynamic: Whether the batch size varies. If false, every new size compiles the loss again.
 
     Raises:
-        ConfigError: There is no C++ compiler to do it with.
+        ConfigError: No C++ compiler is installed.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise ConfigError(f"algo.compile=true needs a C++ compiler, and {compiler} is not there")
-    traced = torch.compile(loss, fullgraph=True, dynamic=dynamic, options={"fallback_random": True})
+        raise ConfigError(
+            f"algo.compile=true needs a C++ compiler, but {compiler} was not found: "
+            "install it, name another one in the environment variable CXX, or set algo.compile=false"
+        )
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, options={"fallback_random": True})
 
     def call(batch: TensorDictBase | dict[str, Tensor] | Tensor, *others: Any) -> Any:
-        # A dict, since what guards a TensorDict takes longer than a small loss.
-        return traced(dict(batch.items(include_nested=True)) if isinstance(batch, TensorDictBase) else batch, *others)
+        # Pass a dict, since torch.compile's guards on a TensorDict take longer than a small loss.
+        return compiled(dict(batch.items(include_nested=True)) if isinstance(batch, TensorDictBase) else batch, *others)
 
     return call
 
 
 def standardize(values: Tensor) -> Tensor:
-    """To mean 0 and deviation 1, over all ranks; a single one, which has no deviation, stays what it is."""
+    """Scale values to mean 0 and standard deviation 1 over all ranks; return a single value unchanged."""
     if distributed.world_size() > 1:
         count = distributed.all_reduce_number(values.numel())
         deviation = values - distributed.all_reduce_sum(values.sum()) / count
@@ -64,55 +67,56 @@ def standardize(values: Tensor) -> Tensor:
 class Algorithm(LightningModule):
     """A LightningModule whose `training_step` is one iteration of the algorithm's outer loop.
 
-    `trainer.global_step` counts calls of `optimizer.step`, so it is never used: `env_steps` and `updates` are ours.
+    Progress is counted by `env_steps` and `updates`. `trainer.global_step` is never used, because it counts calls of
+    `optimizer.step`.
 
     Args:
-        env: Spaces and normalisation of the env (`levin.envs.factory.describe_env`); plain values.
+        env: Spaces and normalisation of the env in plain values (`levin.envs.factory.describe_env`).
 
     Raises:
-        ConfigError: The algorithm can't act in that action space, or read that observation.
+        ConfigError: The algorithm does not support the env's action space or observations.
     """
 
-    actions: ClassVar[tuple[str, ...]]  # action spaces it can act in: "box", "discrete", "multi_discrete"
-    observations: ClassVar[tuple[str, ...]] = ("float32",)  # and "uint8": pixels
-    lock_free: ClassVar[bool] = (
-        False  # whether several processes may train it at once (levin.training.distributed.hogwild)
-    )
-    trunk: nn.Module  # of a stochastic actor, and
-    actor: nn.Module  # itself: what `policy` is made of
-    steps_per_iteration: int | WholeEpisodes  # vector steps of a rollout
-    step_count: bool = False  # whether rollouts carry the number of each step in its episode
-    random_env_steps: int = 0  # env steps with uniformly random actions before the policy is asked
+    actions: ClassVar[tuple[str, ...]]  # supported action spaces: "box", "discrete", "multi_discrete"
+    observations: ClassVar[tuple[str, ...]] = ("float32",)  # supported observation dtypes; "uint8": pixels
+    lock_free: ClassVar[bool] = False  # whether Hogwild workers may train it (levin.training.distributed.hogwild)
+    trunk: nn.Module  # observation -> features
+    actor: nn.Module  # features -> distribution over actions
+    steps_per_iteration: int | WholeEpisodes  # length of a rollout: vector steps, or whole episodes
+    step_count: bool = False  # whether rollouts contain `step_count`, the number of each step in its episode
+    random_env_steps: int = 0  # env steps with uniformly random actions before the policy acts
     learning_starts: int  # env steps before the first update from replay
     replay_ratio: float  # updates from replay per env step
     batch_size: int  # transitions per update
-    dream_steps_per_update: int = 0  # steps that are imagined
-    collects: bool = True  # whether the next iteration has a rollout; else it has an empty one
-    status: str = ""  # what the progress bar adds
+    dream_steps_per_update: int = 0  # imagined steps per update
+    collects: bool = True  # whether the next iteration collects env steps; if not, its rollout is empty
+    status: str = ""  # text that the progress bar appends
 
     def __init__(self, env: EnvSpec, gamma: float) -> None:
         super().__init__()
         if env["action"]["type"] not in self.actions:
             raise ConfigError(
                 f"{type(self).__name__} acts in {' and '.join(self.actions)} action spaces, "
-                f"but the action space of {env['id']} is {env['action']['type']}"
+                f"but the action space of {env['id']} is {env['action']['type']}: choose another algo or env"
             )
         if not observation_dtypes(env["observation"]) <= set(self.observations):
             names = {"float32": "vectors", "uint8": "pixels"}
-            reads, shown = (
-                {names[each] for each in kinds} for kinds in (self.observations, observation_dtypes(env["observation"]))
+            supported, observed = (
+                {names[dtype] for dtype in dtypes}
+                for dtypes in (self.observations, observation_dtypes(env["observation"]))
             )
             raise ConfigError(
-                f"{type(self).__name__} reads {' and '.join(sorted(reads))}, but the observations of {env['id']} have "
-                f"{' and '.join(sorted(shown - reads))}"
+                f"{type(self).__name__} reads {' and '.join(sorted(supported))}, "
+                f"but the observations of {env['id']} contain {' and '.join(sorted(observed - supported))}: "
+                "choose another algo or env"
             )
         self.automatic_optimization = False
-        self.save_hyperparameters(logger=False)  # the loggers get the whole config
+        self.save_hyperparameters(logger=False)  # the loggers receive the whole config instead
         self.env = env
         self.env_steps = 0  # env steps taken, over all envs and ranks
         self.updates = 0  # calls of `update`
-        self.iteration_begun = 0  # env steps before the rollout of this iteration
-        self.iterations = 0  # begun; while a rollout is collected, those finished: the version of the policy
+        self.iteration_begun = 0  # env steps taken before this iteration's rollout
+        self.iterations = 0  # iterations begun; during collection those finished, which is the policy version
         self.buffer: Replay | None = None
         self._saved_buffer: dict[str, Any] | None = None
         self.observation_normalizer: nn.Module = nn.Identity()
@@ -123,84 +127,100 @@ class Algorithm(LightningModule):
             )
         if env["reward_clip"] is not None:
             self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
-        self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum, count: since the last row of metrics
+        self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum and count since the last row of metrics
         self.sample_seconds = 0.0
-        self.captured: tuple[str, ...] = ()  # methods that are CUDA graphs where there is a GPU
+        self.captured: tuple[str, ...] = ()  # names of methods that run as CUDA graphs on a GPU
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        """`observation -> action`, raw observations in; shares the parameters of this module.
+        """Build the policy `observation -> action` for raw observations; it shares the parameters of this module.
 
-        That of a stochastic `actor` behind a `trunk`; an algorithm whose networks are others overrides it.
+        This default uses `trunk` and a stochastic `actor`. Algorithms with other networks override it.
         """
-        chooser = StochasticPolicy(
+        module = StochasticPolicy(
             self.observation_normalizer,
             self.trunk,
             self.actor,
             deterministic=deterministic,
         )
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
+        return TensorDictModule(module, in_keys=["observation"], out_keys=["action"])
 
     def transfer_batch_to_device(
         self, batch: TensorDictBase, device: torch.device, dataloader_idx: int
     ) -> TensorDictBase:
-        # Lightning's own walks through a TensorDict entry by entry, also when there is nothing to move.
+        # Lightning's version visits every entry of a TensorDict, even when there is nothing to move.
         return batch if device.type == "cpu" else batch.to(device, non_blocking=True)
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.iteration_begun = self.env_steps
-        if isinstance(self.steps_per_iteration, WholeEpisodes):  # of which others have had longer or shorter ones
+        if isinstance(self.steps_per_iteration, WholeEpisodes):  # their lengths differ between ranks
             self.env_steps += int(distributed.all_reduce_number(batch.shape.numel()))
         else:
-            self.env_steps += (
-                batch.shape.numel() * distributed.world_size()
-            )  # of a TensorDict that is empty, numel is 1
+            # Not `batch.numel()`, which is 1 for an empty TensorDict.
+            self.env_steps += batch.shape.numel() * distributed.world_size()
         self.iterations += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
 
     @property
     def clock(self) -> int:
-        """What every `*.every` counts, and what names checkpoints and pictures: env steps, and more where none pass."""
+        """Progress counter: env steps, plus other progress in stages without env steps.
+
+        Every `*.every` is an interval of this counter, and checkpoints and pictures are named by it.
+        """
         return self.env_steps
 
     @property
     def dream_steps(self) -> int:
-        """Steps that were imagined, over all ranks."""
+        """Number of imagined steps, over all ranks."""
         return self.updates * self.dream_steps_per_update * distributed.world_size()
 
     def finished(self, total_env_steps: int) -> bool:
-        """Whether the run is complete."""
+        """Return whether the run is complete."""
         return self.env_steps >= total_env_steps
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """To zero, and not to None: gradients may be views of one vector. The Trainer calls it when a run begins."""
+        """Set gradients to zero, never to None, because they may be views of one vector.
+
+        The Trainer calls this when a run begins.
+        """
         super().zero_grad(set_to_none)
 
     def remaining(self, schedule_env_steps: int | None) -> float:
-        """What a linear schedule is at: 1 in the first iteration, 0 from `schedule_env_steps` on; always 1 without."""
+        """Return the factor of a linear schedule: 1 in the first iteration, 0 from `schedule_env_steps` on; None: 1."""
         return max(0.0, 1 - self.iteration_begun / schedule_env_steps) if schedule_env_steps else 1.0
 
     def on_evaluation(self, folder: Path) -> dict[str, float]:
-        """Called with every evaluation, on the first rank: pictures in `folder`, and more numbers for the row."""
+        """Write pictures to `folder` and return additional metrics of an evaluation.
+
+        The first rank calls this at every evaluation.
+        """
         return {}
 
     def imagine_pictures(self, observation: Any, length: int) -> Tensor | None:
-        """Pictures `[length, C, H, W]` uint8 of a dream that begins with an observation `[1, *S]`; None: none."""
+        """Return pictures `[length, C, H, W]` uint8 of an imagined episode, or None if the algorithm has none.
+
+        Args:
+            observation: First observation of the episode, `[1, *S]`.
+            length: Number of pictures.
+        """
         return None
 
     def compile_losses(self, *names: str) -> None:
-        """Compile these methods of this object. Raises ConfigError when there is no C++ compiler."""
-        torch.compiler.reset()  # runs of one process do not count as recompilations of one another
+        """Replace these methods by compiled ones. Raises ConfigError if there is no C++ compiler."""
+        torch.compiler.reset()  # else several runs in one process would count as recompilations
         dynamic = isinstance(self.steps_per_iteration, WholeEpisodes)
         for name in names:
             setattr(self, name, compile_loss(getattr(self, name), dynamic=dynamic))
 
     def capture(self, *names: str) -> None:
-        """Have these methods be CUDA graphs where all of the run is on one GPU; elsewhere they stay what they are."""
+        """Run these methods as CUDA graphs if the whole run is on one GPU; otherwise they stay eager."""
         self.captured = names
 
     def make_optimizer(self, name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
-        """Adam and RMSprop with the epsilon that on-policy codebases give them (1e-5), or plain SGD; on one vector."""
+        """Build an optimiser that steps on one vector of all parameters.
+
+        Adam and RMSprop have the epsilon of common on-policy code (1e-5); SGD is plain.
+        """
         parameters = [flatten_parameters(parameters)]
         if name == "adam":
             return Adam(parameters, lr=lr, eps=1e-5, fused=True)
@@ -209,12 +229,16 @@ class Algorithm(LightningModule):
         return SGD(parameters, lr=lr, fused=True)
 
     def pull(self) -> None:
-        """Take over what other processes have made of the parameters, where they are not simply shared."""
+        """Update the local parameters from the shared ones; does nothing where the algorithm has no local copy."""
 
     def step(self, optimizer: Optimizer, loss: Tensor, max_grad_norm: float | None = None) -> None:
-        """One step of one optimiser, the norm of its gradient clipped. Raises ValueError when the loss is no scalar."""
+        """Take one optimiser step on a scalar loss, with the gradient norm clipped to `max_grad_norm`.
+
+        Raises:
+            ValueError: The loss is not a scalar.
+        """
         if loss.ndim:
-            raise ValueError(f"a loss is a scalar, got shape {tuple(loss.shape)}")
+            raise ValueError(f"a loss must be a scalar, got shape {tuple(loss.shape)}")
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         if isinstance(parameters[0], FlatParameter):
             parameters[0].zero()
@@ -227,39 +251,39 @@ class Algorithm(LightningModule):
         optimizer.step()
 
     def full_precision(self) -> torch.autocast:
-        """A context in which mixed precision is off: for what a rollout was collected with, and what must be exact."""
+        """Return a context without mixed precision, to match collection or for results that must be exact."""
         return torch.autocast(self.device.type, enabled=False)
 
     def record(self, **metrics: Tensor) -> None:
-        """Add to the means that the next row of metrics shows as `train/<name>`. Stays on the device."""
+        """Add values to the means `train/<name>` of the next row of metrics, without waiting for the device."""
         for name, value in metrics.items():
             total, count = self.recorded.get(name, (0, 0))
             self.recorded[name] = (total + value.detach(), count + 1)
 
     def pop_metrics(self) -> dict[str, float]:
-        """The means since the last call, and the seconds spent. The one place that waits for the device."""
-        row = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
+        """Return the means and the sampling seconds since the last call, and reset them. This waits for the device."""
+        metrics = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
         if distributed.world_size() > 1:
-            means = distributed.all_reduce_mean(torch.tensor(list(row.values()), device=self.device))
-            row = dict(zip(row, means.tolist(), strict=True))
-        row["time/sample"] = self.sample_seconds
+            means = distributed.all_reduce_mean(torch.tensor(list(metrics.values()), device=self.device))
+            metrics = dict(zip(metrics, means.tolist(), strict=True))
+        metrics["time/sample"] = self.sample_seconds
         self.recorded, self.sample_seconds = {}, 0.0
-        return row
+        return metrics
 
     def normalize(self, batch: TensorDictBase) -> TensorDictBase:
-        """The batch with its observations and rewards normalised, where the env asks for it."""
+        """Return the batch with normalised observations and rewards, if the env is configured to normalise them."""
         if self.env["observation_clip"] is None and self.env["reward_clip"] is None:
             return batch
-        batch = batch.copy()  # the tensors stay the same
+        batch = batch.copy()  # a shallow copy: the tensors of the original stay as they are
         for key in ("observation", ("next", "observation")):
             batch[key] = self.observation_normalizer(batch[key])
         batch["next", "reward"] = self.reward_normalizer(batch["next", "reward"])
         return batch
 
     def replay(self) -> Iterator[TensorDictBase]:
-        """The batches `[B]` of the updates now due: `replay_ratio` per env step after `learning_starts`.
+        """Yield the batches `[B]` of all updates due now: `replay_ratio` per env step after `learning_starts`.
 
-        Counted from the start of the run, so that the remainder of a fraction is carried and survives a checkpoint.
+        Due updates are counted from the start of the run, so fractions carry over to later iterations and resumed runs.
         """
         assert self.buffer is not None
         due = int(self.replay_ratio * max(0, self.env_steps - self.learning_starts)) - self.updates
@@ -285,9 +309,9 @@ class Algorithm(LightningModule):
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:
-        # Only now is the device of the buffer known. Without its files (`load_from_checkpoint`) it is empty.
+        # Restore the buffer here, where its device is known. Without its files (`load_from_checkpoint`) it stays empty.
         self.recorded = {name: (total.to(self.device), count) for name, (total, count) in self.recorded.items()}
-        if isinstance(self.reward_normalizer, RewardNormalizer):  # an episode that did not replay is over
+        if isinstance(self.reward_normalizer, RewardNormalizer):  # their open episodes have ended
             not_replayed = torch.as_tensor(self.trainer.train_dataloader.not_replayed)  # type: ignore[union-attr]
             self.reward_normalizer.running_return[not_replayed] = 0
         if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:

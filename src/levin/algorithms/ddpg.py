@@ -1,6 +1,6 @@
-"""Deep deterministic policy gradient (Lillicrap et al. 2016, arXiv:1509.02971), lecture rows 21 and 24.
+"""Deep deterministic policy gradient (Lillicrap et al. 2016, arXiv:1509.02971).
 
-There is no derivative of the environment, so the actor follows that of a learned critic: the pathwise derivative
+The environment can't be differentiated, so the actor follows the derivative of a learned critic (pathwise derivative):
 
     grad J(mu) = E[ grad_a Q(s, a)|a=mu(s) grad mu(s) ]                     Eq. 6
 
@@ -9,17 +9,17 @@ Pseudocode (Algorithm 1):
     initialise Q, mu; targets Q' <- Q, mu' <- mu; replay D <- {}
     for each environment step:
         a = mu(s) + noise; observe r, s'; D <- D + {(s, a, r, s', terminated)}
-        draw a batch from D
+        sample a batch from D
         y = r + gamma (1 - terminated) Q'(s', mu'(s'))
         Q  <- argmin E[(Q(s, a) - y)^2]                                     Eq. 4
         mu <- mu + lr grad E[Q(s, mu(s))]                                   Eq. 6
         Q' <- tau Q + (1 - tau) Q';  mu' <- tau mu + (1 - tau) mu'
 
 Deviations:
-    - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
-    - Values and networks are those of Tianshou's benchmark. The paper has 400-300, batches of 64, learning rates of
-      1e-4 and 1e-3, tau 0.001, weight decay of 0.01 on Q, batch normalisation, the action at the second layer of Q, and
-      last layers that begin within 3e-3.
+    - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
+    - Default values and networks are those of Tianshou's benchmark. The paper uses hidden layers of 400 and 300 units,
+      batches of 64, learning rates of 1e-4 and 1e-3, tau 0.001, weight decay of 0.01 on Q, batch normalisation, the
+      action as an input of Q's second layer, and last layers initialised within 3e-3 of 0.
     - The first `random_env_steps` actions are uniform.
 
 Metrics:
@@ -49,27 +49,29 @@ from levin.nn.parameters import freeze
 
 
 class DDPG(Algorithm):
-    """DDPG: a deterministic actor that is trained through its critic.
+    """DDPG: a deterministic actor trained through its critic.
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. Paper, section 7: 0.99.
-        tau: Step of the targets towards actor and critic. Tianshou: 0.005. Paper: 0.001.
-        actor_lr: Adam. Tianshou: 1e-3. Paper: 1e-4.
-        critic_lr: Adam. Tianshou and paper: 1e-3.
-        noise: `gaussian`, independent in each step, or the paper's `ornstein_uhlenbeck`, which remembers itself.
-        exploration_noise: Deviation of what a step adds to it, with actions in [-1, 1]. Tianshou: 0.1. Paper: 0.2.
+        gamma: Discount factor. Paper, section 7: 0.99.
+        tau: Step of the target networks towards actor and critic. Tianshou: 0.005. Paper: 0.001.
+        actor_lr: Learning rate of the actor (Adam). Tianshou: 1e-3. Paper: 1e-4.
+        critic_lr: Learning rate of the critic (Adam). Tianshou and paper: 1e-3.
+        noise: Exploration noise: `gaussian`, independent in each step, or the paper's `ornstein_uhlenbeck`, which is
+            correlated in time.
+        exploration_noise: Standard deviation of the Gaussian sample of each step, with actions in [-1, 1].
+            Tianshou: 0.1. Paper: 0.2.
         batch_size: Transitions per update. Tianshou: 256. Paper: 64.
         replay_ratio: Updates per env step. Paper: 1.
         learning_starts: Env steps before the first update. Tianshou: 25000.
-        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
-        buffer_size: Transitions that replay keeps; of pixels, frames. Paper: 1e6.
-        buffer_storage: `memory`, or `memmap` for a file.
+        random_env_steps: Env steps with uniformly random actions at the start; null: `learning_starts`.
+        buffer_size: Transitions kept in replay; for pixels, frames. Paper: 1e6.
+        buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critic. Tianshou: 256, 256.
-        activation: Between the layers. Paper: relu.
-        compile: The losses of critic and actor, on a GPU all of an update as a CUDA graph; the same numbers, on a CPU
-            in no less time.
+        activation: Activation between the layers. Paper: relu.
+        compile: Whether to compile the losses of critic and actor, and on a GPU to run the whole update as a CUDA
+            graph. Same numbers, no faster on a CPU.
     """
 
     actions: ClassVar = ("box",)
@@ -108,7 +110,7 @@ class DDPG(Algorithm):
         self.critic = ActionCritic(1, env, hidden_sizes, activation)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # Listed once: walking the modules in every update takes as long as the update of the targets.
+        # Listed once, because walking the modules in every update takes as long as updating the targets.
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.online_parameters: list[Tensor] = [*self.critic_parameters, *self.actor.parameters()]
         self.target_parameters: list[Tensor] = [*self.target_critic.parameters(), *self.target_actor.parameters()]
@@ -128,11 +130,11 @@ class DDPG(Algorithm):
         return [self.critic_optimizer, self.actor_optimizer]
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        mean = DeterministicPolicy(self.observation_normalizer, self.actor)
-        chooser = mean if deterministic else NoisyPolicy(mean, self.noise)
-        remembers = not deterministic and isinstance(self.noise, OrnsteinUhlenbeckNoise)
-        keys: list[NestedKey] = ["observation", IS_FIRST] if remembers else ["observation"]
-        return TensorDictModule(chooser, in_keys=keys, out_keys=["action"])
+        noiseless = DeterministicPolicy(self.observation_normalizer, self.actor)
+        module = noiseless if deterministic else NoisyPolicy(noiseless, self.noise)
+        needs_is_first = not deterministic and isinstance(self.noise, OrnsteinUhlenbeckNoise)
+        keys: list[NestedKey] = ["observation", IS_FIRST] if needs_is_first else ["observation"]
+        return TensorDictModule(module, in_keys=keys, out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -149,7 +151,10 @@ class DDPG(Algorithm):
         self.record(q_value=q_value, critic_loss=critic_loss, actor_loss=actor_loss)
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) Q'(s', mu'(s')); and the mean of Q(s,a)."""
+        """Return the critic loss J_Q = E[(Q(s,a) - y)^2] and the mean of Q(s,a).
+
+        y = r + gamma (1 - terminated) Q'(s', mu'(s'))
+        """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
             q_next = self.target_critic.first(observation, self.target_actor(observation))  # [B, 1]
@@ -158,11 +163,11 @@ class DDPG(Algorithm):
         return (q - target).square().mean(), q.detach().mean()
 
     def actor_loss(self, batch: Batch) -> Tensor:
-        """J_mu = -E[Q(s, mu(s))]."""
+        """Return the actor loss J_mu = -E[Q(s, mu(s))]."""
         observation = batch["observation"]
         return -self.critic.first(observation, self.actor(observation)).mean()
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """Q' <- tau Q + (1 - tau) Q',  mu' <- tau mu + (1 - tau) mu'."""
+        """Update the targets: Q' <- tau Q + (1 - tau) Q',  mu' <- tau mu + (1 - tau) mu'."""
         torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.tau)

@@ -1,6 +1,6 @@
-"""Deep Q-learning (Mnih et al. 2015, doi:10.1038/nature14236), lecture row 11.
+"""Deep Q-learning (Mnih et al. 2015, doi:10.1038/nature14236).
 
-A network regressed on its own bootstrap, with the max over actions inside:
+The network Q is regressed on a bootstrap target computed from Q itself, with a max over the next actions:
 
     min E[ (Q(s, a) - (r + gamma max_a' Q'(s', a')))^2 ]
 
@@ -11,7 +11,7 @@ Pseudocode (Algorithm 1):
         a = a uniform action with probability epsilon, else argmax_a Q(s, a)
         observe r, s'; D <- D + {(s, a, r, s', terminated)}
         `replay_ratio` times:
-            draw a batch from D
+            sample a batch from D
             y = r + gamma (1 - terminated) max_a' Q'(s', a')
             Q <- argmin E[(Q(s, a) - y)^2]
             every `target_update_every` updates: Q' <- Q
@@ -19,10 +19,10 @@ Pseudocode (Algorithm 1):
 With `double_q` the action of y is chosen by Q and valued by Q' (van Hasselt et al. 2016, arXiv:1509.06461, Eq. 4).
 
 Deviations:
-    - An iteration is 100 vector steps, with one epsilon, and then the updates they owe; `steps_per_iteration=1` is the
-      paper's.
-    - Values are CleanRL's for CartPole. The paper's are for Atari: RMSprop, errors clipped (`huber`), a CNN, which
-      pixels get here too.
+    - One iteration takes 100 vector steps with the same epsilon, and then all updates due. The paper takes 1 step:
+      `steps_per_iteration=1`.
+    - Default values are CleanRL's for CartPole. The paper's are for Atari: RMSprop, clipped errors (`huber`), and a
+      CNN, which is used here for pixels too.
 
 Metrics:
     train/critic_loss: J_Q.
@@ -56,26 +56,27 @@ class DQN(Algorithm):
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. Paper, extended data table 1: 0.99.
-        lr: Adam. CleanRL: 2.5e-4, as the paper's RMSprop.
-        tau: Step of the target towards Q. Paper: 1, a copy.
-        target_update_every: Updates from one step of the target to the next. CleanRL: 50. Paper: 10000.
-        double_q: Choose the next action by Q and not by the target.
-        huber: Errors beyond 1 count linearly, as the paper's clipped ones.
-        max_grad_norm: Of the gradient; null: unbounded.
-        initial_epsilon: Probability of a uniform action, at the start. Paper: 1.
-        final_epsilon: The same, at the end. CleanRL: 0.05. Paper: 0.1.
-        epsilon_fraction: Of `schedule_env_steps`, in which epsilon falls linearly from one to the other. CleanRL: 0.5.
-        schedule_env_steps: Env steps of the whole.
+        gamma: Discount factor. Paper, extended data table 1: 0.99.
+        lr: Learning rate of Adam. CleanRL: 2.5e-4, like the paper's RMSprop.
+        tau: Step of the target network towards Q. Paper: 1, a copy.
+        target_update_every: Updates between two steps of the target network. CleanRL: 50. Paper: 10000.
+        double_q: Whether Q chooses the next action, and not the target network.
+        huber: Whether errors beyond 1 count linearly, like the paper's clipped errors.
+        max_grad_norm: Maximum gradient norm; null: no clipping.
+        initial_epsilon: Probability of a uniform action at the start. Paper: 1.
+        final_epsilon: Probability of a uniform action at the end. CleanRL: 0.05. Paper: 0.1.
+        epsilon_fraction: Fraction of `schedule_env_steps` over which epsilon falls linearly. CleanRL: 0.5.
+        schedule_env_steps: Env steps that `epsilon_fraction` is a fraction of.
         batch_size: Transitions per update. CleanRL: 128. Paper: 32.
         replay_ratio: Updates per env step. CleanRL: 0.1. Paper: 0.25.
         learning_starts: Env steps before the first update. CleanRL: 10000. Paper: 50000.
-        buffer_size: Transitions that replay keeps; of pixels, frames. CleanRL: 10000. Paper: 1e6.
-        buffer_storage: `memory`, or `memmap` for a file.
+        buffer_size: Transitions kept in replay; for pixels, frames. CleanRL: 10000. Paper: 1e6.
+        buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
-        hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, which the Nature CNN ends with.
-        activation: Between the layers. Paper: relu.
-        compile: The loss, on a GPU all of an update as a CUDA graph; the same numbers, on a CPU in no less time.
+        hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, here the last layer of the Nature CNN.
+        activation: Activation between the layers. Paper: relu.
+        compile: Whether to compile the loss, and on a GPU to run the update of Q as a CUDA graph. Same numbers,
+            no faster on a CPU.
     """
 
     actions: ClassVar = ("discrete",)
@@ -131,8 +132,8 @@ class DQN(Algorithm):
         return self.optimizer
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = Greedy() if deterministic else self.exploration
-        network = nn.Sequential(self.observation_normalizer, *self.critic, chooser)
+        select_action = Greedy() if deterministic else self.exploration
+        network = nn.Sequential(self.observation_normalizer, *self.critic, select_action)
         return TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
@@ -153,9 +154,11 @@ class DQN(Algorithm):
         self.record(q_value=q_value, critic_loss=critic_loss)
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_Q = E[(Q(s,a) - y)^2],  y = r + gamma (1 - terminated) max_a' Q'(s', a'); with `huber`, Huber's loss.
+        """Return the critic loss J_Q = E[(Q(s,a) - y)^2] and the mean of Q(s,a).
 
-        Also gives the mean of Q(s,a).
+        y = r + gamma (1 - terminated) max_a' Q'(s', a')
+
+        With `huber`, the Huber loss takes the place of the square.
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
@@ -167,11 +170,11 @@ class DQN(Algorithm):
         return loss, q.detach().mean()
 
     def scheduled_epsilon(self) -> float:
-        """The probability of a uniform action in the next rollout."""
+        """Return the probability of a uniform action in the next rollout."""
         progress = min(1.0, self.env_steps / self.epsilon_env_steps)
         return self.initial_epsilon + progress * (self.final_epsilon - self.initial_epsilon)
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """Q' <- tau Q + (1 - tau) Q'."""
+        """Update the target network: Q' <- tau Q + (1 - tau) Q'."""
         torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.tau)

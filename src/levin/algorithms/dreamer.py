@@ -1,9 +1,9 @@
-"""Dreamer (Hafner et al. 2020, arXiv:1912.01603): learning behaviours by latent imagination, lecture rows 25 to 28.
+"""Dreamer (Hafner et al. 2020, arXiv:1912.01603): learning behaviours by latent imagination.
 
-Three networks stand for the environment: the **state encoder** q(s|o), the **transition model** p(s'|s,a) and the
-**reward model** p(r|s). The policy learns inside of them, in imagined trajectories, without a step of the real env; as
-everything there is a network and every draw is reparameterised, the imagined return is differentiated through rewards,
-values, transitions and actions into the policy.
+A world model of three networks replaces the env: the **state encoder** q(s|o), the **transition model** p(s'|s,a) and
+the **reward model** p(r|s). The policy learns from trajectories imagined in this model, without a step of the real env.
+All parts are networks and every sample is reparameterised, so the gradient of the imagined return flows through
+rewards, values, transitions and actions into the policy.
 
 Pseudocode (Algorithm 1):
 
@@ -12,7 +12,7 @@ Pseudocode (Algorithm 1):
         for each env step:
             s ~ q(s | s_before, a_before, o); a ~ pi(a|s) + noise; observe r, o'; D <- D + {(o, a, r, ...)}
         for each update:
-            draw B sequences of T records
+            sample B sequences of T records from D
             world model:  theta <- theta - lr grad [ KL(q || p) - log p(o|s) - log p(r|s) ]     Eq. 10, model_loss
             from each of the B T states imagine H steps: a ~ pi(a|s), s' ~ p(s'|s,a)            imagine
             V_lambda <- the lambda-return of imagined rewards and values                        Eq. 6
@@ -20,23 +20,24 @@ Pseudocode (Algorithm 1):
             critic: psi <- psi - lr grad E[sum_t (v(s_t) - V_lambda(s_t))^2 / 2]                Eq. 8, value_loss
 
 Deviations:
-    - An iteration is 32 vector steps and then the updates they owe; the paper's is an episode and 100 updates.
-    - The dream starts in states of the updated world model's predecessor: model first, then the dream, as every step
-      here is one of an optimiser of its own.
-    - Learning begins with no more updates than later; the code beside the paper makes 100 first.
-    - Deterministic actions are the mode of pi for the mean of q; the paper's are the best of 100 draws.
+    - An iteration is 32 vector steps, then the updates due by `replay_ratio`; the paper's is one episode, then 100
+      updates.
+    - World model, actor and critic are updated one after the other, each by its own optimiser. Imagination therefore
+      runs in the updated world model, but starts from states computed before that update.
+    - There are no extra updates when learning begins; the published code makes 100 first.
+    - Deterministic actions are the mode of pi at the mean of q; the published code takes the best of 100 samples.
 
 Metrics:
-    train/model_loss: of all terms.
+    train/model_loss: total loss of the world model.
     train/kl: KL(q || p), nats, before `free_nats`.
     train/observation_loss: -log p(o|s), without its constant.
-    train/reward_loss: the same of rewards.
-    train/continue_loss: -log p(continue|s), where there is such a model.
-    train/actor_loss: -E[weight V_lambda].
-    train/value_loss: squared error of v.
+    train/reward_loss: -log p(r|s), without its constant.
+    train/continue_loss: -log p(continue|s); only if there is a continue model.
+    train/actor_loss: -E[weight V_lambda] with `actor_gradient=dynamics`; otherwise see `Dreamer.actor_loss`.
+    train/value_loss: E[weight (v - V_lambda)^2 / 2].
     train/imagined_return: E[V_lambda].
-    train/entropy: of pi, nats, where that is known (discrete actions).
-    eval/open_loop_5, ...: see `levin.model_based.open_loop`.
+    train/entropy: entropy of pi, nats; discrete actions only.
+    eval/open_loop_5, ...: errors of open-loop predictions, see `levin.model_based.open_loop`.
 """
 
 from pathlib import Path
@@ -62,47 +63,52 @@ from levin.model_based.recurrent import Carry, OneHotAction, RecurrentPolicy, St
 from levin.nn.networks import as_float32, mlp
 from levin.nn.parameters import freeze
 
-# deter, stoch, hidden, units
+# deter, stoch, hidden and units of `WorldModel`
 SIZES = {"micro": (64, 8, 64, 64), "small": (128, 16, 128, 128), "paper": (200, 30, 200, 400)}
 
 
 class Dreamer(Algorithm):
-    """World model, and an actor-critic that learns in its dreams.
+    """A world model, and an actor-critic trained on trajectories imagined in it.
+
+    Numbers in `Args` are the paper's values.
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. Paper: 0.99, as for all that follows.
+        gamma: Discount: 0.99.
         return_lambda: Decay of the lambda-return: 0.95.
         horizon: Imagined steps, H: 15.
         batch_size: Sequences per update, B: 50.
-        batch_length: Records of each, T: 50.
-        size: Of the networks: `paper`, `small` or `micro`.
-        transition: `gru` has a memory; `mlp` is the lecture's first picture, p(s'|s,a) and q(s|o) without one.
-        actor_gradient: `dynamics` goes through the dream; `reinforce` is the score function, with v as baseline.
-        initial_std: Deviation of a policy of continuous actions at the start, before it is squashed: 5, nearly always
-            an extreme action.
-        entropy_coef: Weight of the policy's entropy; of discrete actions only: 0.
-        free_nats: KL that costs nothing, in the mean over the batch: 3.
-        kl_scale: Weight of the KL: 1.
-        continue_scale: Weight of the continue model; 0: there is none, and imagined episodes never end.
-        model_lr: Adam: 6e-4.
-        actor_lr: Adam: 8e-5, as for the critic.
-        critic_lr: Adam.
-        max_grad_norm: Of each of the three: 100.
-        exploration_noise: Deviation of the noise on actions, with actions in [-1, 1]: 0.3. Of discrete actions, the
-            probability of a uniform one.
-        replay_ratio: Updates per env step: 100 per 1000 frames, of which an action is two.
+        batch_length: Records per sequence, T: 50.
+        size: Size of the networks: `paper`, `small` or `micro`.
+        transition: `gru`: recurrent; `mlp`: p(s'|s,a) and q(s|o) without memory.
+        actor_gradient: `dynamics`: backpropagate through the imagined trajectory; `reinforce`: score function, with v
+            as baseline.
+        initial_std: Std of the policy at the start of training, before tanh, for continuous actions: 5, so that nearly
+            all first actions are extreme.
+        entropy_coef: Weight of the policy's entropy, for discrete actions only: 0.
+        free_nats: KL below which there is no KL loss, nats, averaged over the batch: 3.
+        kl_scale: Weight of the KL loss: 1.
+        continue_scale: Weight of the continue model's loss; 0: no continue model, imagined episodes never end.
+        model_lr: Learning rate of Adam for the world model: 6e-4.
+        actor_lr: Learning rate of Adam for the actor: 8e-5.
+        critic_lr: Learning rate of Adam for the critic: 8e-5.
+        max_grad_norm: Largest gradient norm of world model, actor and critic, each clipped separately: 100; null: no
+            clipping.
+        exploration_noise: Std of the noise on continuous actions in [-1, 1]: 0.3; for discrete actions, the probability
+            of a uniformly random one.
+        replay_ratio: Updates per env step: 0.2, from 100 updates per 1000 frames and two frames per action.
         learning_starts: Env steps before the first update: 5000.
-        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
-        buffer_size: Records that replay keeps.
+        random_env_steps: Env steps with uniformly random actions; null: `learning_starts`.
+        buffer_size: Records kept in replay.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
-        activation: Between the layers: elu.
-        compile: The losses, on a GPU all of an update as a CUDA graph; the same numbers, after minutes at the start.
+        activation: Activation between the layers: elu.
+        compile: Compile the losses and, on a GPU, capture the whole update as a CUDA graph; same numbers, after minutes
+            at the start.
     """
 
     actions: ClassVar = ("box", "discrete")
-    actor: Policy  # on features of the model
+    actor: Policy  # takes features of the world model
     observations: ClassVar = ("float32", "uint8")
     buffer: SequenceReplay
 
@@ -139,15 +145,24 @@ class Dreamer(Algorithm):
     ) -> None:
         super().__init__(env, gamma)
         if env["observation_clip"] is not None or env["reward_clip"] is not None:
-            raise ConfigError("Dreamer models observations and rewards as they are: env.normalize_... must be false")
+            raise ConfigError(
+                "Dreamer needs unnormalized observations and rewards: set env.normalize_observation=false and "
+                "env.normalize_reward=false"
+            )
         if buffer_size // env["num_envs"] < batch_length:
-            raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
+            raise ConfigError(
+                f"algo.buffer_size={buffer_size} is too small for one sequence of each env: it must be at least "
+                f"{batch_length * env['num_envs']}"
+            )
         check_learning_starts(learning_starts, batch_length * env["num_envs"])
         if horizon < 2:
-            raise ConfigError("algo.horizon=1 leaves nothing to learn from: the last imagined step is a value only")
+            raise ConfigError(
+                "algo.horizon=1 is too short: the last imagined step only provides a value, so it must be at least 2"
+            )
         if entropy_coef and env["action"]["type"] != "discrete":
             raise ConfigError(
-                "algo.entropy_coef is for discrete actions: the entropy of a squashed Gaussian is not known"
+                "algo.entropy_coef is for discrete actions: the entropy of a squashed Gaussian has no closed form; "
+                "set algo.entropy_coef=0"
             )
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
@@ -187,10 +202,10 @@ class Dreamer(Algorithm):
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         carry = Carry(0, self.model).to(self.device) if deterministic else self.carry
-        chooser = RecurrentPolicy(
+        policy = RecurrentPolicy(
             self.model, self.actor, carry, noise=self.exploration_noise, deterministic=deterministic
         )
-        return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=["action"])
+        return TensorDictModule(policy, in_keys=["observation", IS_FIRST], out_keys=["action"])
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -209,9 +224,12 @@ class Dreamer(Algorithm):
         )
 
     def predict_open_loop(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
-        """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
-        seen = [window[key][:, : open_loop.CONTEXT] for key in ("observation", "action", "is_first")]
-        states, _, _ = self.model.observe_sequence(*seen)
+        """Return predicted observations and rewards of windows `[B, L]`.
+
+        The model reads the observations of the first `CONTEXT` records, and after that only the actions.
+        """
+        context = [window[key][:, : open_loop.CONTEXT] for key in ("observation", "action", "is_first")]
+        states, _, _ = self.model.observe_sequence(*context)
         features, state = list(states.feature.unbind(1)), State(*(part[:, -1] for part in states))
         for t in range(open_loop.CONTEXT - 1, window.shape[1] - 1):
             state = self.model.imagine_step(state, window["action"][:, t])
@@ -225,11 +243,11 @@ class Dreamer(Algorithm):
         return observation, reward.unflatten(0, window.shape)
 
     def dream_model(self) -> WorldModel:
-        """What can be dreamt in."""
+        """Return the world model, for `env=dream`."""
         return self.model
 
     def update(self, batch: TensorDictBase) -> None:
-        """One step of each of the three, on sequences `[B, T]`."""
+        """Update world model, actor and critic once each, on sequences `[B, T]`."""
         kl, loss, start, terms = self.model_loss(batch)
         model_loss = self.kl_scale * self.with_free_nats(kl) + loss
         self.step(self.model_optimizer, model_loss, self.max_grad_norm)
@@ -244,14 +262,18 @@ class Dreamer(Algorithm):
             self.record(entropy=entropy)
 
     def with_free_nats(self, kl: Tensor) -> Tensor:
-        """max(E KL, free nats), the mean that of all ranks."""
+        """Return max(E KL, free nats), comparing the mean KL over all ranks."""
         return torch.where(distributed.all_reduce_mean(kl.detach()) > self.free_nats, kl, self.free_nats)
 
     def model_loss(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """E KL(q || p), and E[- log p(o|s) - log p(r|s) - log p(continue|s)], over `[B, T]`.
+        """Return E KL(q || p) and E[-log p(o|s) - log p(r|s) - continue_scale log p(continue|s)] over `[B, T]`, Eq. 10.
 
-        Gaussians of variance 1, without their constant; a continue is gamma (1 - terminated). Also gives the states
-        `[B T, *]` to dream from, which have no gradient any more, and the terms.
+        p(o|s) and p(r|s) are Gaussians of variance 1, without their constants. The target of the continue model is
+        gamma (1 - terminated).
+
+        Returns:
+            The KL; the sum of the other terms; the states `[B T, *]` that imagination starts from, without a gradient,
+            with `alive`, false where the episode has terminated; and the terms as metrics.
         """
         states, posterior, prior = self.model.observe_sequence(batch["observation"], batch["action"], batch["is_first"])
         feature = states.feature.flatten(0, 1)  # [B, T, F] -> [B T, F]
@@ -263,7 +285,7 @@ class Dreamer(Algorithm):
         observation_loss = torch.stack(
             [
                 (0.5 * (decoded[name] - center_pixels(part)).square().flatten(1)).sum(-1).mean()
-                for name, part in self.model.of(observation).items()
+                for name, part in self.model.observation_parts(observation).items()
             ]
         ).sum()
         reward_loss = 0.5 * (as_float32(self.model.reward_model(feature)) - reward).square().mean()
@@ -273,40 +295,47 @@ class Dreamer(Algorithm):
             logit = as_float32(self.model.continue_model(feature))
             continue_loss = binary_cross_entropy_with_logits(logit, self.gamma * (~is_terminal).float())
             loss, terms["continue_loss"] = loss + self.continue_scale * continue_loss, continue_loss.detach()
-        start = {name: each.detach().flatten(0, 1) for name, each in states._asdict().items()}
+        start = {name: part.detach().flatten(0, 1) for name, part in states._asdict().items()}
         return kl, loss, start | {"alive": ~is_terminal}, terms
 
     def imagination_losses(self, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`actor_loss` of a dream, and what the critic learns from: features `[N, H-1, F]`, targets and weights.
+        """Imagine trajectories from the start states of `model_loss`; return the actor loss and the critic's data.
 
-        What begins where an episode has ended counts for nothing.
+        Trajectories that start where an episode has terminated get weight 0.
+
+        Returns:
+            The actor loss; features `[N, H-1, F]`, targets and weights `[N, H-1, 1]` for the critic; and the entropy.
         """
-        feature, action, seen = self.imagine(State(start["deter"], start["stoch"]))
+        feature, action, policy_input = self.imagine(State(start["deter"], start["stoch"]))
         target, weight = self.lambda_return(feature)
         weight = weight * start["alive"].unsqueeze(1)  # [N, 1] -> [N, 1, 1]
-        loss, entropy = self.actor_loss(feature, action, seen, target, weight)
+        loss, entropy = self.actor_loss(feature, action, policy_input, target, weight)
         return loss, feature[:, :-1].detach(), target.detach(), weight, entropy
 
     def imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """H steps of the policy in the transition model, from states `[N, *]`, which are not in it.
+        """Imagine H steps of the policy in the transition model, from states `[N, *]`.
 
-        Features `[N, H, F]` with a gradient through model and actions, the draws `[N, H, A]` of the actions that led to
-        them, and what the policy saw when it chose those: it is not differentiated by what it sees.
+        The start states themselves are not part of the output. The policy has no gradient with respect to its input.
+
+        Returns:
+            Features `[N, H, F]`, with a gradient through model and actions; for each of them the sample `[N, H, A]` of
+            the action that led to it, as `log_prob_of_draw` takes it; and the policy's input `[N, H, F]` for that
+            action.
         """
-        features, actions, seen = [], [], []
+        features, actions, policy_inputs = [], [], []
         for _ in range(self.horizon):
-            seen.append(state.feature.detach())
-            draw, action = self.actor(seen[-1]).draw()
+            policy_inputs.append(state.feature.detach())
+            draw, action = self.actor(policy_inputs[-1]).draw()
             state = self.model.imagine_step(state, action if self.actor_gradient == "dynamics" else action.detach())
             features.append(state.feature)
             actions.append(draw)
-        return torch.stack(features, 1), torch.stack(actions, 1), torch.stack(seen, 1)
+        return torch.stack(features, 1), torch.stack(actions, 1), torch.stack(policy_inputs, 1)
 
     def lambda_return(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """V_lambda(s_t) = r_t + c_t ((1 - lambda) v(s_{t+1}) + lambda V_lambda(s_{t+1})), from v(s_H), t < H.
+        """Return V_lambda(s_t) = r_t + c_t ((1 - lambda) v(s_{t+1}) + lambda V_lambda(s_{t+1})), t < H, Eq. 6.
 
-        c is gamma, or what the continue model says. Also gives the weight of each: the product of the c before it.
-        Both `[N, H-1, 1]`.
+        V_lambda(s_H) is v(s_H). c is gamma, or the continue model's prediction. Also return the weight of each step,
+        the product of the c before it. Both are `[N, H-1, 1]`.
         """
         reward, value = as_float32(self.model.reward_model(feature)), as_float32(self.critic(feature))
         if self.model.continue_model is None:
@@ -320,18 +349,20 @@ class Dreamer(Algorithm):
         return target[:, :-1], weight
 
     def actor_loss(
-        self, feature: Tensor, action: Tensor, seen: Tensor, target: Tensor, weight: Tensor
+        self, feature: Tensor, action: Tensor, policy_input: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """-E[weight V_lambda], differentiated through the dream (`dynamics`); and the entropy, where it is known.
+        """Return the actor loss and the policy's entropy (0 for continuous actions).
 
-        `reinforce`: -E[weight log pi(a_t|s_t) (V_lambda(s_{t+1}) - b(s_t))], the score function of what a_t led to.
+        `dynamics`: -E[weight V_lambda], differentiated through the imagined trajectory, Eq. 7.
+        `reinforce`: -E[weight log pi(a_t|s_t) (V_lambda(s_{t+1}) - b(s_t))], where a_t leads to s_{t+1}.
+        With discrete actions, `entropy_coef` times the entropy is subtracted from either.
         """
         entropy = torch.zeros((), device=feature.device)
-        asked = self.actor_gradient == "reinforce" or self.actor.one_hot is not None
-        policy = self.actor(seen[:, :-1]) if asked else None
+        needs_policy = self.actor_gradient == "reinforce" or self.actor.one_hot is not None
+        policy = self.actor(policy_input[:, :-1]) if needs_policy else None
         if self.actor_gradient == "reinforce":
             assert policy is not None
-            advantage = (target - self.baseline(seen[:, :-1])).detach()
+            advantage = (target - self.baseline(policy_input[:, :-1])).detach()
             loss = -(weight * policy.log_prob_of_draw(action[:, :-1].detach()) * advantage).mean()
         else:
             loss = -(weight * target).mean()
@@ -340,13 +371,13 @@ class Dreamer(Algorithm):
             loss = loss - self.entropy_coef * entropy
         return loss, entropy.detach()
 
-    def baseline(self, seen: Tensor) -> Tensor:
-        """b(s_t) = (v(s_t) - r_t) / c_t, what V_lambda(s_{t+1}) is expected to be: `[N, H-1, 1]`."""
-        reward, value = as_float32(self.model.reward_model(seen)), as_float32(self.critic(seen))
+    def baseline(self, feature: Tensor) -> Tensor:
+        """Return b(s_t) = (v(s_t) - r_t) / c_t, the expected V_lambda(s_{t+1}): `[N, H-1, 1]`."""
+        reward, value = as_float32(self.model.reward_model(feature)), as_float32(self.critic(feature))
         if self.model.continue_model is None:
             return (value - reward) / self.gamma
-        return (value - reward) / as_float32(self.model.continue_model(seen)).sigmoid().clamp(min=0.1)
+        return (value - reward) / as_float32(self.model.continue_model(feature)).sigmoid().clamp(min=0.1)
 
     def value_loss(self, feature: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        """E[weight (v(s_t) - V_lambda(s_t))^2 / 2], all without a gradient but v's."""
+        """Return the critic loss E[weight (v(s_t) - V_lambda(s_t))^2 / 2], Eq. 8; the gradient reaches v only."""
         return 0.5 * (weight * (as_float32(self.critic(feature)) - target).square()).mean()

@@ -1,4 +1,4 @@
-"""The networks of Dreamer's world model (Hafner et al. 2020, appendix A), and the policy that acts with it."""
+"""Networks of Dreamer: the world model (Hafner et al. 2020, appendix A) and the policy that acts on its features."""
 
 import math
 from collections.abc import Mapping
@@ -15,38 +15,38 @@ from levin.model_based.recurrent import OneHotAction, State, sample_episode_end,
 from levin.nn.distributions import OneHot, SquashedNormal
 from levin.nn.networks import action_size, as_float32, mlp
 
-MIN_STD = 0.1  # of a latent
-MEAN_SCALE = 5.0  # of the policy before it is squashed
+MIN_STD = 0.1  # smallest std of `stoch`
+MEAN_SCALE = 5.0  # bound of the policy's mean before the squashing tanh
 
 
 class GaussianState(NamedTuple):
-    """A Gaussian over the drawn part of a state: both `[..., S]`."""
+    """A Gaussian over `stoch`, the sampled part of a state; mean and std are `[..., S]`."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self) -> Tensor:
-        """Reparameterised."""
+        """Return a reparameterised sample `[..., S]`."""
         return torch.addcmul(self.mean, self.std, torch.randn_like(self.mean))
 
     def detach(self) -> "GaussianState":
-        """The same, without a gradient."""
+        """Return this Gaussian without a gradient."""
         return GaussianState(self.mean.detach(), self.std.detach())
 
     def kl(self, other: "GaussianState") -> Tensor:
-        """KL(self || other), summed over S: `[...]`."""
+        """Return KL(self || other), summed over S: `[...]`."""
         variance = (self.std / other.std).square()
         return (0.5 * (variance + ((self.mean - other.mean) / other.std).square() - 1 - variance.log())).sum(-1)
 
 
 def to_gaussian(numbers: Tensor) -> GaussianState:
-    """`[..., 2 S]`, any numbers."""
+    """Return the Gaussian of network outputs `[..., 2 S]`: mean, and std before softplus."""
     mean, std = as_float32(numbers).chunk(2, -1)
     return GaussianState(mean, softplus(std) + MIN_STD)
 
 
 class PixelEncoder(nn.Module):
-    """`[B, C, 64, 64]` uint8 `-> [B, 1024]`: four convolutions of 4 x 4, stride 2."""
+    """Four convolutions of 4 x 4, stride 2: `[B, C, 64, 64]` uint8 `-> [B, 1024]`."""
 
     size = 1024
 
@@ -65,7 +65,7 @@ class PixelEncoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """`[B, F] -> [B, C, 64, 64]`, around 0 as `centred` has them."""
+    """Four transposed convolutions, `[B, F] -> [B, C, 64, 64]`; pixels are scaled as by `center_pixels`."""
 
     def __init__(self, features: int, channels: int) -> None:
         super().__init__()
@@ -82,7 +82,10 @@ class PixelDecoder(nn.Module):
 
 
 class MultiEncoder(nn.Module):
-    """A network for each part of an observation: encoders are asked with a dict, and give one vector `[B, *]`."""
+    """One network for each part of a dict observation.
+
+    With encoders, calling it maps the dict to one vector `[B, *]`; with decoders, `decode` maps features to the dict.
+    """
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -92,31 +95,31 @@ class MultiEncoder(nn.Module):
         return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
 
     def decode(self, feature: Tensor) -> dict[str, Tensor]:
-        """Each part of the observation, of features `[B, F]`."""
+        """Return each part of the observation, decoded from features `[B, F]`."""
         return {name: part(feature) for name, part in self.parts.items()}
 
 
 def center_pixels(observation: Tensor) -> Tensor:
-    """Pixels to [-0.5, 0.5], the same when acting and when learning; vectors as they are."""
+    """Scale uint8 pixels to [-0.5, 0.5]; leave vectors unchanged."""
     return observation.float() / 255 - 0.5 if observation.dtype == torch.uint8 else observation
 
 
 class WorldModel(nn.Module):
-    """State encoder, transition model, decoder, reward model and, where episodes can end, continue model.
+    """State encoder, transition model, decoder, reward model and, optionally, continue model.
 
     Args:
-        env: Spaces.
-        transition: `gru`: deter' = GRU(deter, [stoch, action]), the state encoder q(stoch | deter, observation).
-            `mlp`: no memory: p(stoch' | stoch, action) and q(stoch | observation), deter has no entries.
-        deter: Size of the part that remembers.
-        stoch: Size of the part that is drawn.
-        hidden: Width of the layers between.
-        units: Width of the other networks.
-        activation: Between all layers, but for pixels.
-        gamma: Discount, which is in the continue model; None: there is none.
+        env: Spaces of the env.
+        transition: `gru`: deter' = GRU(deter, [stoch, action]) and state encoder q(stoch | deter, observation).
+            `mlp`: no memory, p(stoch' | stoch, action) and q(stoch | observation); deter has size 0.
+        deter: Size D of the deterministic, recurrent part of a state.
+        stoch: Size S of the stochastic part of a state.
+        hidden: Width of the hidden layers of state encoder and transition model.
+        units: Width of the hidden layers of all other networks.
+        activation: Activation between layers, except in the convolutions, which use ReLU.
+        gamma: Discount, included in the continue model's target; None: no continue model.
 
     Raises:
-        ConfigError: Observations that it can't read.
+        ConfigError: The observation has a part that is neither a vector nor 64 x 64 pixels.
     """
 
     def __init__(
@@ -137,14 +140,14 @@ class WorldModel(nn.Module):
         self.gamma = gamma or 1.0
         self.one_hot = OneHot([self.actions]) if env["action"]["type"] == "discrete" else None
         self.parts = env["observation"].get("spaces", {"": env["observation"]})
-        networks = {name: self.networks(part, units, activation, env["id"]) for name, part in self.parts.items()}
+        networks = {name: self.make_networks(part, units, activation, env["id"]) for name, part in self.parts.items()}
         embedding = sum(size for _, _, size in networks.values())
         if "" in networks:
             self.encoder, self.decoder, _ = networks[""]
         else:
             self.encoder = MultiEncoder({name: encoder for name, (encoder, _, _) in networks.items()})
             self.decoder = MultiEncoder({name: decoder for name, (_, decoder, _) in networks.items()})
-        self.act = mlp([1, 1, 1], activation)[1]  # the activation alone
+        self.act = mlp([1, 1, 1], activation)[1]  # the activation module alone
         self.into_stoch = nn.Linear(stoch, hidden)
         self.into_action = nn.Linear(self.actions, hidden, bias=False)
         self.memory = nn.GRUCell(hidden, deter) if self.deter else None
@@ -156,38 +159,38 @@ class WorldModel(nn.Module):
         self.continue_model = mlp([self.features, units, units, units, 1], activation) if gamma else None
 
     def zero_state(self, batch: int, like: Tensor) -> State:
-        """Nothing is known: zeros `[B, *]`."""
+        """Return the state before an episode: zeros `[B, *]`, with dtype and device of `like`."""
         return State(like.new_zeros(batch, self.deter), like.new_zeros(batch, self.stoch))
 
-    def networks(self, part: Space, units: int, activation: str, env: str) -> tuple[nn.Module, nn.Module, int]:
-        """Encoder and decoder of a part of the observation, and how many numbers the encoder makes of it."""
+    def make_networks(self, part: Space, units: int, activation: str, env: str) -> tuple[nn.Module, nn.Module, int]:
+        """Build encoder and decoder of one part of the observation; also return the encoder's output size."""
         shape = part["shape"]
         if part["dtype"] == "uint8" and shape[1:] == [64, 64]:
             return PixelEncoder(shape[0]), PixelDecoder(self.features, shape[0]), PixelEncoder.size
         if part["dtype"] == "uint8" or len(shape) != 1:
             raise ConfigError(
-                f"Dreamer reads vectors, and pixels of 64 x 64; those of {env} are {shape}; env.pixels=64 draws envs "
-                "of MuJoCo and dm_control so"
+                f"Dreamer reads vectors, or pixels of 64 x 64, but {env} has {part['dtype']} observations of shape "
+                f"{shape}; for MuJoCo and dm_control envs, set env.pixels=64"
             )
         encoder = nn.Sequential(nn.Flatten(), mlp([shape[0], units, units, units], activation))
         return encoder, mlp([self.features, units, units, shape[0]], activation), units
 
-    def of(self, observation: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of an observation; one that is no dict is a part without a name."""
+    def observation_parts(self, observation: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parts of an observation by name; a tensor is a single part with an empty name."""
         return {name: observation[name] if name else observation for name in self.parts}  # type: ignore[index, misc]
 
     def embed(self, observation: Any) -> Tensor:
-        """`[B, *S] -> [B, hidden]`: what the state encoder makes of an observation alone."""
+        """Return the observation's contribution to the state encoder's hidden layer: `[B, *S] -> [B, hidden]`."""
         return self.into_posterior(self.encoder(observation))
 
     def decode(self, feature: Tensor) -> dict[str, Tensor]:
-        """The parts of the observation `[B, *S]` of features `[B, F]`, pixels around 0."""
+        """Return the parts of the observation `[B, *S]` decoded from features `[B, F]`; pixels are centred at 0."""
         if isinstance(self.decoder, MultiEncoder):
             return {name: as_float32(part) for name, part in self.decoder.decode(feature).items()}
         return {"": as_float32(self.decoder(feature))}
 
     def transition(self, state: State, from_action: Tensor) -> tuple[Tensor, Tensor]:
-        """deter' `[B, D]` and what the prior reads, given the action's part of the first layer `[B, hidden]`."""
+        """Return deter' `[B, D]` and the input of `prior_head`; `from_action` is `into_action(action)`."""
         x = self.act(self.into_stoch(state.stoch) + from_action)
         if self.memory is None:
             return state.deter, x
@@ -195,100 +198,102 @@ class WorldModel(nn.Module):
         return deter, deter
 
     def posterior(self, deter: Tensor, embedded: Tensor) -> GaussianState:
-        """The state encoder: q(stoch | deter, observation)."""
-        # A copy, as some activations work in place
+        """Return the state encoder's q(stoch | deter, observation), given `embed(observation)`."""
+        # Cloned because some activations work in place
         x = embedded.clone() if self.from_deter is None else embedded + self.from_deter(deter)
         return to_gaussian(self.posterior_head(self.act(x)))
 
     def observe_sequence(
         self, observation: Tensor, action: Tensor, is_first: Tensor
     ) -> tuple[State, GaussianState, GaussianState]:
-        """The states `[B, T, *]` that a sequence of records leads to, their posteriors and priors.
+        """Return the states `[B, T, *]` of a sequence of records, their posteriors and their priors.
 
-        What does not depend on the state before is computed for all times at once.
+        Everything that does not depend on the previous state is computed for all T steps at once.
 
         Args:
-            observation: `[B, T, *S]`.
-            action: `[B, T, A]`, chosen after each observation.
-            is_first: `[B, T, 1]`: there state and action before it count for nothing.
+            observation: Observations `[B, T, *S]`.
+            action: Actions `[B, T, A]`, each chosen after the observation of the same record.
+            is_first: Starts of episodes `[B, T, 1]`; previous state and action are replaced by zeros there.
         """
         embedded = self.embed(observation.flatten(0, 1)).unflatten(0, is_first.shape[:2]).unbind(1)
-        before = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1) * ~is_first
-        from_action, continues = self.into_action(before).unbind(1), (~is_first).unbind(1)
+        previous_action = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1) * ~is_first
+        from_action, continues = self.into_action(previous_action).unbind(1), (~is_first).unbind(1)
         state = self.zero_state(len(action), action)
-        states, posteriors, seeds = [], [], []
+        states, posteriors, prior_inputs = [], [], []
         for t in range(len(embedded)):
             state = State(state.deter * continues[t], state.stoch * continues[t])
-            deter, seed = self.transition(state, from_action[t])
+            deter, prior_input = self.transition(state, from_action[t])
             posterior = self.posterior(deter, embedded[t])
             state = State(deter, posterior.sample())
             states.append(state)
             posteriors.append(posterior)
-            seeds.append(seed)
-        prior = to_gaussian(self.prior_head(torch.stack(seeds, 1)))
+            prior_inputs.append(prior_input)
+        prior = to_gaussian(self.prior_head(torch.stack(prior_inputs, 1)))
         return State(*stack_steps(states)), GaussianState(*stack_steps(posteriors)), prior
 
     def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
-        """The state after an action `[B, A]` and the observation that it led to; not drawn: its mean."""
+        """Return the state after an action `[B, A]` and the observation it led to; not sampled: the mean of q."""
         deter, _ = self.transition(state, self.into_action(action))
         posterior = self.posterior(deter, self.embed(observation))
         return State(deter, posterior.sample() if sample else posterior.mean)
 
     def imagine_step(self, state: State, action: Tensor) -> State:
-        """The state after an action, as the transition model imagines it."""
-        deter, seed = self.transition(state, self.into_action(action))
-        return State(deter, to_gaussian(self.prior_head(seed)).sample())
+        """Return the state after an action, sampled from the transition model."""
+        deter, prior_input = self.transition(state, self.into_action(action))
+        return State(deter, to_gaussian(self.prior_head(prior_input)).sample())
 
-    # What `levin.model_based.dream_env` asks for
+    # --- interface for `levin.model_based.dream_env`
 
     @property
     def noise(self) -> int:
-        """Standard normal numbers that a step of a dream takes."""
+        """Number of standard normal values that one step of `imagine` takes."""
         return self.stoch + 1
 
     def encode_action(self, action: Tensor) -> Tensor:
-        """Actions of a policy as the model reads them: `[N, A]` in [-1, 1]."""
+        """Return a policy's actions as the model reads them: `[N, A]` in [-1, 1], one-hot if discrete."""
         return self.one_hot.encode(action) if self.one_hot else action.clamp(-1, 1)
 
     def initial_state(self, observation: Any) -> State:
-        """The state at the first observation of an episode."""
-        num = len(next(iter(self.of(observation).values())))
-        nothing = self.into_stoch.weight.new_zeros(num, self.actions)
-        return self.observe(self.zero_state(num, nothing), nothing, observation)
+        """Return the state at the first observation of an episode."""
+        num = len(next(iter(self.observation_parts(observation).values())))
+        no_action = self.into_stoch.weight.new_zeros(num, self.actions)
+        return self.observe(self.zero_state(num, no_action), no_action, observation)
 
     def observe(self, state: State, action: Tensor, observation: Any) -> State:
-        """The state after an action and the observation that it led to: the mean of q."""
+        """Return the state after an action and the observation it led to, stoch being the mean of q."""
         return self.step(state, action, observation, sample=False)
 
     def imagine(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
-        """The state after an action, its reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
+        """Return the state after an action, the reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
 
         Args:
-            noise: Standard normal numbers `[N, S + 1]`: the only chance there is.
-            temperature: tau: sqrt(tau) is a factor of the deviation, 1 / tau one of the log-odds of an end.
+            state: States `[N, *]` before the action.
+            action: Actions `[N, A]`.
+            noise: Standard normal values `[N, S + 1]`, the only source of randomness.
+            temperature: Sampling temperature tau; multiplies the std by sqrt(tau), the log-odds of an end by 1 / tau.
         """
-        deter, seed = self.transition(state, self.into_action(action))
-        prior = to_gaussian(self.prior_head(seed))
+        deter, prior_input = self.transition(state, self.into_action(action))
+        prior = to_gaussian(self.prior_head(prior_input))
         stoch = torch.addcmul(prior.mean, prior.std, noise[:, :-1], value=math.sqrt(temperature))
         state = State(deter, stoch)
         reward = as_float32(self.reward_model(state.feature))
         if self.continue_model is None:
             return state, reward, torch.zeros_like(reward, dtype=torch.bool)
-        ends = sample_episode_end(
+        terminated = sample_episode_end(
             as_float32(self.continue_model(state.feature)).sigmoid() / self.gamma, noise[:, -1:], temperature
         )
-        return state, reward, ends
+        return state, reward, terminated
 
 
 class Policy(nn.Module):
-    """pi(a | s) on features: a squashed Gaussian, or one-hot actions that the gradient passes straight through.
+    """Policy pi(a | s) on features: a squashed Gaussian, or one-hot actions with a straight-through gradient.
 
     Args:
-        features: Their number.
-        env: Spaces.
+        features: Number of features.
+        env: Spaces of the env.
         units: Width of the hidden layers.
-        activation: Between them.
-        initial_std: Of the Gaussian before it is squashed, at the start.
+        activation: Activation between the layers.
+        initial_std: Std of the Gaussian at the start of training, before tanh.
     """
 
     def __init__(self, features: int, env: EnvSpec, units: int, activation: str, initial_std: float) -> None:

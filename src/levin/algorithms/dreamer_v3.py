@@ -1,46 +1,51 @@
-"""DreamerV3 (Hafner et al. 2023, arXiv:2301.04104v1): one configuration for all domains, lecture rows 25 to 28.
+"""DreamerV3 (Hafner et al. 2023, arXiv:2301.04104v1): one configuration for all domains.
 
-As Dreamer it learns a world model from replay and a policy in the model's dreams. What is new makes it robust: the
-state is categorical, large numbers are squeezed, predicted as distributions and normalised, and by default the policy's
-gradient is that of the score function and does not go through the dream.
+Like Dreamer, it learns a world model from replay and a policy from trajectories imagined in that model. Its changes
+make it robust: the latent state is categorical; observations, rewards and values of any scale are handled by symlog,
+two-hot distributions and return normalisation; and by default the policy is trained with the score function, not by
+backpropagation through the imagined trajectory.
 
 Pseudocode:
 
     for each env step:
         s ~ q(s | s_before, a_before, o);  a ~ pi(a|s);  D <- D + {(o, a, r, ..., s)}
     for each update:
-        draw B sequences of T records, each with the state before it
+        sample B sequences of T records from D, each with the state before it
         world model:  L_m = -log p(o|s) - log p(r|s) - log p(c|s) + max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
         from each of the B T states imagine H steps: a ~ pi(a|s), s' ~ p(s'|s,a)                        imagine
         R_t = r_{t+1} + c_{t+1} ((1 - lambda) v(s_{t+1}) + lambda R_{t+1}),  R_H = v(s_H)               Eq. 7
         S <- 0.99 S + 0.01 (P95(R) - P5(R))                                                             Eq. 12
         actor:   L_a = -sum_t w_t [log pi(a_t|s_t) sg((R_t - v(s_t)) / max(1, S)) + eta H(pi(.|s_t))]   Eq. 11
         critic:  L_v = -sum_t w_t [log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t)]                     Eq. 10
-        the same of replayed rewards, with R_0 of the dream as the value of what comes next, times 0.3
+        L_v <- L_v + 0.3 times the same loss on replayed rewards, bootstrapped from the imagined return R_0
         theta <- LaProp(L_m + L_a + L_v);  slow critic <- 0.02 critic + 0.98 slow critic
-        D's states of these sequences <- those that were computed here
+        replace the states stored in D for these sequences by the states computed here
 
 Deviations:
-    - An iteration is a few vector steps and then the updates they owe, whose sequences are drawn at once.
-    - Sequences are drawn uniformly; in the code beside the paper, each is first drawn once as soon as it is there.
-    - Replay keeps states in half precision, and a million records, not five. Deterministic actions are the modes of pi
-      at the mean of q: a draw is noise, and the mode of q loses what slowly changes.
-    - Gradients are clipped by the norm of parameters that are laid out otherwise: the first layer of the GRU is three
-      matrices and that of the posterior two, and the policy's mean and deviation have one.
-    - Each part of an observation has an encoder and a decoder of its own.
+    - An iteration is a few vector steps, then the updates due by `replay_ratio`, whose sequences are sampled together.
+    - Sequences are sampled uniformly; the published code first samples each new sequence once, as soon as it is stored.
+    - Replay stores states in bfloat16, and one million records instead of five.
+    - Deterministic actions are the mode of pi at the mean of q: a sample of q adds noise, and its mode misses slow
+      changes.
+    - Each parameter's gradient is clipped by that parameter's norm, and some layers are split into parameters
+      differently here: the GRU's first layer is three matrices, the posterior's first layer is two, and the policy's
+      mean and std share one.
+    - Each part of a dict observation has its own encoder and decoder.
 
 Metrics:
     train/kl: KL(q || p), nats, before it is clamped.
-    train/observation_loss: squared error of the observation, after symlog where it is numbers, summed.
+    train/observation_loss: squared error of the observation, summed over its entries; vectors after symlog.
     train/reward_loss: cross-entropy of the reward.
-    train/continue_loss: of the continue model.
-    train/actor_loss, train/value_loss, train/replay_value_loss.
+    train/continue_loss: cross-entropy of the continue model.
+    train/actor_loss: L_a.
+    train/value_loss: L_v on imagined trajectories.
+    train/replay_value_loss: L_v on replayed rewards, before the factor 0.3.
     train/imagined_return: E[R_0].
-    train/return_scale: S.
-    train/entropy: of pi, nats.
-    train/prior_entropy, train/posterior_entropy: of the state, nats.
-    train/clipped: share of parameters whose gradient was clipped.
-    eval/open_loop_5, ...: see `levin.model_based.open_loop`.
+    train/return_scale: max(1, S).
+    train/entropy: entropy of pi, nats.
+    train/prior_entropy, train/posterior_entropy: entropy of p and of q, nats.
+    train/clipped: fraction of parameters whose gradient was clipped.
+    eval/open_loop_5, ...: errors of open-loop predictions, see `levin.model_based.open_loop`.
 """
 
 from contextlib import nullcontext
@@ -75,9 +80,10 @@ ESTIMATORS = {"straight_through": StraightThrough(), "reinmax": ReinMax(), "gumb
 
 
 class DreamerV3(Algorithm):
-    """World model with categorical states, and an actor-critic that learns in its dreams.
+    """A world model with categorical states, and an actor-critic trained on trajectories imagined in it.
 
-    Values are those of the code beside the paper, https://github.com/danijar/dreamerv3, for vectors of DM Control.
+    Numbers in `Args` are those of the published code, https://github.com/danijar/dreamerv3, for state vectors of DM
+    Control.
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
@@ -85,35 +91,36 @@ class DreamerV3(Algorithm):
         return_lambda: Decay of the lambda-return: 0.95.
         horizon: Imagined steps, H: 15.
         batch_size: Sequences per update, B: 16.
-        batch_length: Records of each, T: 64.
-        size: Of the networks: `1m` to `200m` parameters, or `micro`.
-        latent_estimator: What carries the gradient through the draws of a state: `straight_through`.
-        actor_gradient: `reinforce` is the score function; `dynamics` goes through the dream, as in the first Dreamer.
+        batch_length: Records per sequence, T: 64.
+        size: Size of the networks: `1m` to `200m` parameters, or `micro`.
+        latent_estimator: Estimator of the gradient through sampled states: `straight_through`.
+        actor_gradient: `reinforce`: score function; `dynamics`: backpropagate through the imagined trajectory, as in
+            Dreamer.
         entropy_coef: Weight of the policy's entropy, eta: 3e-4.
-        free_nats: KL that costs nothing, in each state: 1.
-        dynamics_scale: Weight of the KL as a loss of p: 1.
-        representation_scale: Weight of the KL as a loss of q: 0.1.
+        free_nats: KL below which there is no KL loss, nats, for each state: 1.
+        dynamics_scale: Weight of the KL that trains p: 1.
+        representation_scale: Weight of the KL that trains q: 0.1.
         replay_value_scale: Weight of the critic's loss on replayed rewards: 0.3.
         slow_tau: Step of the slow critic towards the critic: 0.02.
-        return_decay: Of the percentiles of returns: 0.99.
-        lr: LaProp: 4e-5.
-        warm_up: Updates until then, from 0: 1000.
-        clip: The most that the norm of a gradient is, as a share of its parameter's: 0.3.
-        replay_ratio: Updates per env step: 1, their train ratio 1024.
-        learning_starts: Env steps before the first update: what fills a batch.
-        buffer_size: Records that replay keeps.
+        return_decay: Decay of the moving averages of the return percentiles: 0.99.
+        lr: Learning rate of LaProp: 4e-5.
+        warm_up: Updates over which the learning rate rises from 0 to `lr`: 1000.
+        clip: Largest gradient norm of a parameter, relative to the parameter's own norm: 0.3.
+        replay_ratio: Updates per env step: 1, their train ratio of 1024 divided by the 1024 records of a batch.
+        learning_starts: Env steps before the first update, enough for one sequence of each env.
+        buffer_size: Records kept in replay.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
-        compile: The steps of the model, on a GPU all of an update as a CUDA graph; the same numbers, after a minute at
-            the start.
+        compile: Compile the single steps of the world model and, on a GPU, capture the whole update as a CUDA graph;
+            same numbers, after a minute at the start.
     """
 
     actions: ClassVar = ("box", "discrete")
-    actor: Policy  # on features of the model
+    actor: Policy  # takes features of the world model
     observations: ClassVar = ("float32", "uint8")
     buffer: SequenceReplay
-    return_range: Tensor  # [2]: moving averages of the percentiles of returns
-    percentiles: Tensor  # [2]: which
+    return_range: Tensor  # [2]: moving averages of the return percentiles
+    percentiles: Tensor  # [2]: the percentiles, as fractions
 
     def __init__(
         self,
@@ -146,11 +153,20 @@ class DreamerV3(Algorithm):
     ) -> None:
         super().__init__(env, gamma)
         if env["observation_clip"] is not None or env["reward_clip"] is not None:
-            raise ConfigError("DreamerV3 squeezes numbers by itself: env.normalize_... must be false")
+            raise ConfigError(
+                "DreamerV3 needs unnormalized observations and rewards: set env.normalize_observation=false and "
+                "env.normalize_reward=false"
+            )
         if buffer_size // env["num_envs"] <= batch_length:
-            raise ConfigError(f"algo.buffer_size={buffer_size} is less than a sequence of each env")
+            raise ConfigError(
+                f"algo.buffer_size={buffer_size} is too small for one sequence of each env: it must be at least "
+                f"{(batch_length + 1) * env['num_envs']}"
+            )
         if batch_length < 2:
-            raise ConfigError("algo.batch_length=1 leaves nothing to learn values from: two records are the least")
+            raise ConfigError(
+                "algo.batch_length=1 is too short: values are learned from two successive records, so it must be at "
+                "least 2"
+            )
         check_learning_starts(learning_starts, (batch_length + 1) * env["num_envs"])
         self.gamma, self.return_lambda, self.horizon = gamma, return_lambda, horizon
         self.batch_size, self.batch_length, self.replay_ratio = batch_size, batch_length, replay_ratio
@@ -177,16 +193,16 @@ class DreamerV3(Algorithm):
             self.capture("update")
 
     def configure_optimizers(self) -> Optimizer:
-        learned = [each for each in self.parameters() if each.requires_grad]
-        self.optimizer = LaProp(learned, lr=self.lr, clip=self.clip, warm_up=self.warm_up)
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.optimizer = LaProp(trainable, lr=self.lr, clip=self.clip, warm_up=self.warm_up)
         return self.optimizer
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         carry = Carry(0, self.model).to(self.device) if deterministic else self.carry
         keeps = None if deterministic else self.model.pack
-        chooser = RecurrentPolicy(self.model, self.actor, carry, deterministic=deterministic, keeps=keeps)
+        policy = RecurrentPolicy(self.model, self.actor, carry, deterministic=deterministic, keeps=keeps)
         out_keys: list[NestedKey] = ["action"] if deterministic else ["action", LATENT]
-        return TensorDictModule(chooser, in_keys=["observation", IS_FIRST], out_keys=out_keys)
+        return TensorDictModule(policy, in_keys=["observation", IS_FIRST], out_keys=out_keys)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -207,30 +223,34 @@ class DreamerV3(Algorithm):
         )
 
     def predict_open_loop(self, window: TensorDict) -> tuple[dict[str, Tensor], Tensor]:
-        """Observations and rewards of a window `[B, L]` of which the first moments are seen, and then the actions."""
+        """Return predicted observations and rewards of windows `[B, L]`.
+
+        The first state is the stored one. The model then reads the observations up to record `CONTEXT`, and after that
+        only the actions.
+        """
         first = self.model.unpack(window[LATENT][:, 0])
         observation, is_first = (window[key][:, 1 : open_loop.CONTEXT] for key in ("observation", "is_first"))
-        before = window["action"][:, : open_loop.CONTEXT - 1]
-        states, _ = self.model.observe_sequence(self.model.observe_step, first, observation, before, is_first)
-        path = [first, *(State(*each) for each in zip(*(part.unbind(1) for part in states), strict=True))]
+        previous_action = window["action"][:, : open_loop.CONTEXT - 1]
+        states, _ = self.model.observe_sequence(self.model.observe_step, first, observation, previous_action, is_first)
+        path = [first, *(State(*parts) for parts in zip(*(part.unbind(1) for part in states), strict=True))]
         for t in range(open_loop.CONTEXT - 1, window.shape[1] - 1):
             path.append(State(*self.model.imagine_step(*path[-1], window["action"][:, t])))
         state = State(*(part.flatten(0, 1) for part in stack_steps(path)))
-        foreseen = {
+        predicted = {
             name: (part * 255 if part.ndim == 4 else symexp(part)).unflatten(0, window.shape)
             for name, part in self.model.decode(state).items()
         }
         reward = self.two_hot.mean(as_float32(self.model.reward_model(state.feature)))
-        return foreseen, reward.unflatten(0, window.shape)
+        return predicted, reward.unflatten(0, window.shape)
 
     def dream_model(self) -> WorldModel:
-        """What can be dreamt in."""
+        """Return the world model, for `env=dream`."""
         return self.model
 
     def update(self, batch: TensorDictBase) -> Tensor:
-        """One step, on sequences `[B, 1 + T]`; gives the states that they lead to `[B, T, *]`, as replay keeps them.
+        """Update all networks once on sequences `[B, 1 + T]`; return the new states `[B, T, *]` as replay stores them.
 
-        The first record of each sequence is there for its state and its action only.
+        Only the state and the action of the first record of each sequence are used.
         """
         state, posterior = self.observe(batch)
         model_loss, terms = self.model_loss(batch, state, posterior)
@@ -250,24 +270,27 @@ class DreamerV3(Algorithm):
         return self.model.pack(state)
 
     def observe(self, batch: Batch) -> tuple[State, Tensor]:
-        """The states `[B, T, *]` of all records but the first, and their posteriors `[B, T, S, K]`."""
-        first = State(*(part.requires_grad_() for part in self.model.unpack(batch[LATENT][:, 0])))  # as all others
+        """Return the states `[B, T, *]` of all records but the first, and their posteriors `[B, T, S, K]`."""
+        # It requires a gradient as all later states do, so that all calls of `observe_step` are alike
+        first = State(*(part.requires_grad_() for part in self.model.unpack(batch[LATENT][:, 0])))
         observation, is_first = batch["observation"][:, 1:], batch["is_first"][:, 1:]
         return self.model.observe_sequence(self.observe_step, first, observation, batch["action"][:, :-1], is_first)
 
     def model_loss(self, batch: Batch, state: State, posterior: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """E[-log p(o|s) - log p(r|s) - log p(c|s) + max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))], Eq. 4 and 5.
+        """Return E[-log p(o|s) - log p(r|s) - log p(c|s) + max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))].
 
-        The KL is summed over the categoricals of a state and then clamped. A continue is gamma (1 - terminated): the
-        discount is in it. Also gives the terms.
+        Eq. 4 and 5. The KL is summed over the categoricals of a state and then clamped. The target of the continue
+        model is gamma (1 - terminated), so it includes the discount. Also return the terms as metrics.
         """
         observation, reward, is_terminal = (batch[key][:, 1:] for key in ("observation", "reward", "is_terminal"))
         flat = State(*(part.flatten(0, 1) for part in state))  # [B, T, *] -> [B T, *]
         prior = self.model.prior(flat.deter).unflatten(0, state.deter.shape[:2])
-        raw = categorical_kl(posterior.detach(), prior)
-        dynamics = raw.clamp(min=self.free_nats).mean()
+        kl = categorical_kl(posterior.detach(), prior)
+        dynamics = kl.clamp(min=self.free_nats).mean()
         representation = categorical_kl(posterior, prior.detach()).clamp(min=self.free_nats).mean()
-        observation_loss = self.observation_loss(self.model.decode(flat), self.model.of(observation.flatten(0, 1)))
+        observation_loss = self.observation_loss(
+            self.model.decode(flat), self.model.observation_parts(observation.flatten(0, 1))
+        )
         feature = flat.feature
         reward_log_probs = as_float32(self.model.reward_model(feature)).log_softmax(-1)
         reward_loss = self.two_hot.loss(reward_log_probs, reward.flatten(0, 1)).mean()
@@ -277,14 +300,14 @@ class DreamerV3(Algorithm):
         loss = loss + self.dynamics_scale * dynamics + self.representation_scale * representation
         terms = {"observation_loss": observation_loss, "reward_loss": reward_loss, "continue_loss": continue_loss}
         terms |= {
-            "kl": raw.mean(),
+            "kl": kl.mean(),
             "prior_entropy": latent_entropy(prior),
             "posterior_entropy": latent_entropy(posterior),
         }
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def observation_loss(self, decoded: dict[str, Tensor], observation: dict[str, Tensor]) -> Tensor:
-        """Squared errors, summed over all of an observation: of pixels in [0, 1], and of numbers after symlog."""
+        """Return the squared error summed over an observation's entries: pixels in [0, 1], vectors after symlog."""
         losses = []
         for name, part in observation.items():
             target = part.float() / 255 if part.dtype == torch.uint8 else symlog(part)
@@ -292,14 +315,17 @@ class DreamerV3(Algorithm):
         return torch.stack(losses).sum()
 
     def imagine(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """H steps of the policy in the transition model from states `[N, *]`.
+        """Imagine H steps of the policy in the transition model, from states `[N, *]`.
 
-        Features `[N, H + 1, F]`, of which the first are those of the states, and log pi(a_t|s_t) and the entropy of pi
-        at the first H of them, `[N, H, 1]`. Only with `dynamics` have the features a gradient; the policy is not
-        differentiated by what it sees.
+        The policy has no gradient with respect to its input.
+
+        Returns:
+            Features `[N, H + 1, F]`, beginning with those of the start states, with a gradient only for `dynamics`;
+            log pi(a_t|s_t) and the entropy of pi at the first H of them, `[N, H, 1]` each.
         """
         dynamics = self.actor_gradient == "dynamics"
-        state = State(*(part.requires_grad_(dynamics) for part in state))  # all steps are alike
+        # The start states require a gradient if later states do, so that all calls of `imagine_step` are alike
+        state = State(*(part.requires_grad_(dynamics) for part in state))
         features, log_probs, entropies = [state.feature], [], []
         with freeze(self.model.parameters()):
             for _ in range(self.horizon):
@@ -313,61 +339,65 @@ class DreamerV3(Algorithm):
         return torch.stack(features, 1), torch.stack(log_probs, 1), torch.stack(entropies, 1)
 
     def lambda_return(self, feature: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """R_t = r_{t+1} + c_{t+1} ((1 - lambda) v(s_{t+1}) + lambda R_{t+1}), R_H = v(s_H), t < H; Eq. 7.
+        """Return R_t = r_{t+1} + c_{t+1} ((1 - lambda) v(s_{t+1}) + lambda R_{t+1}), R_H = v(s_H), t < H; Eq. 7.
 
-        Also gives v(s_t), and the weight of each: the product of the c up to it, so that a dream which begins at an end
-        counts for nothing. All `[N, H, 1]`.
+        Also return v(s_t), and the weight of each step: the product of the c up to and including c_t, so that a
+        trajectory which starts in a terminal state has little weight. All are `[N, H, 1]`.
 
         Args:
-            feature: `[N, H + 1, F]`.
-            logits: Of the critic for them, without a gradient in them.
+            feature: Features of the imagined states, `[N, H + 1, F]`.
+            logits: The critic's outputs for the detached features, `[N, H + 1, 255]`.
         """
         with freeze([*self.model.parameters(), *self.critic.parameters()]):
             dynamics = self.actor_gradient == "dynamics"
             value = self.two_hot.mean(as_float32(self.critic(feature) if dynamics else logits.detach()))
             reward = self.two_hot.mean(as_float32(self.model.reward_model(feature[:, 1:])))
             continues = as_float32(self.model.continue_model(feature)).sigmoid()
-        after = continues[:, 1:]
-        one_step = reward + after * (1 - self.return_lambda) * value[:, 1:]
-        decay = self.return_lambda * after
+        next_continues = continues[:, 1:]
+        one_step = reward + next_continues * (1 - self.return_lambda) * value[:, 1:]
+        decay = self.return_lambda * next_continues
         target = returns.discounted_sum(torch.cat([one_step, value[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1))
         return target[:, :-1], value[:, :-1], continues[:, :-1].detach().cumprod(1)
 
     @torch.no_grad()
     def return_scale(self, target: Tensor) -> Tensor:
-        """max(1, S), S the moving average of how far the 5th and the 95th percentile of returns are apart; Eq. 12."""
-        found = torch.quantile(distributed.all_gather(target.detach().flatten()), self.percentiles)
-        self.return_range.lerp_(found, 1 - self.return_decay)
+        """Update S, the moving average of P95(R) - P5(R) over all ranks, and return max(1, S); Eq. 12."""
+        quantiles = torch.quantile(distributed.all_gather(target.detach().flatten()), self.percentiles)
+        self.return_range.lerp_(quantiles, 1 - self.return_decay)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1.0)
 
     def actor_loss(self, log_prob: Tensor, entropy: Tensor, target: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-        """-E[w_t (log pi(a_t|s_t) sg(R_t - v(s_t)) + eta H(pi(.|s_t)))], Eq. 11; all `[N, H, 1]`, R and v by scale.
+        """Return -E[w_t (log pi(a_t|s_t) sg(R_t - v(s_t)) + eta H(pi(.|s_t)))], Eq. 11.
 
-        `dynamics`: R_t in the place of the first term, differentiated through the dream.
+        `dynamics`: R_t replaces the first term, differentiated through the imagined trajectory. All arguments are
+        `[N, H, 1]`; target and value are already divided by the return scale.
         """
         gain = target if self.actor_gradient == "dynamics" else log_prob * (target - value).detach()
         return -(weight * (gain + self.entropy_coef * entropy)).mean()
 
     def value_loss(self, logits: Tensor, feature: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        """-E[w_t (log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t))], Eq. 10, of distributions `[..., 255]`."""
+        """Return -E[w_t (log p_v(R_t | s_t) + log p_v(v_slow(s_t) | s_t))], Eq. 10; logits `[..., 255]`."""
         with torch.no_grad():
             slow = self.two_hot.mean(as_float32(self.slow_critic(feature)))
         log_probs = as_float32(logits).log_softmax(-1)
         return (weight * (self.two_hot.loss(log_probs, target) + self.two_hot.loss(log_probs, slow))).mean()
 
     def replay_value_loss(self, batch: Batch, state: State, imagined: Tensor) -> Tensor:
-        """The same of replayed rewards: R_t = r_{t+1} + gamma (1 - terminated) ((1 - l) R'_{t+1} + l R_{t+1}).
+        """Return the value loss on replayed rewards.
 
-        R' is the return of the dream that begins in a state, `[B T, 1]`, and l is lambda, or 0 where an episode ends.
-        What is learned is the value of all moments but the last of an episode; and the states learn too.
+        R_t = r_{t+1} + gamma (1 - terminated) ((1 - l) R'_{t+1} + l R_{t+1})
+
+        R' `[B T, 1]` is the imagined return from each state; l is lambda, or 0 where an episode ends. The last record
+        of an episode is left out. The gradient reaches the critic and, through the states, the world model.
         """
         reward, is_terminal, is_last = (batch[key][:, 1:] for key in ("reward", "is_terminal", "is_last"))
-        is_last = torch.cat([is_last[:, :-1] | batch["is_first"][:, 2:], is_last[:, -1:]], 1)  # a resume may cut one
+        # An episode that a resume cut off has no `is_last`: the next record's `is_first` marks its end
+        is_last = torch.cat([is_last[:, :-1] | batch["is_first"][:, 2:], is_last[:, -1:]], 1)
         imagined = imagined.unflatten(0, reward.shape[:2])  # [B T, 1] -> [B, T, 1]
         discount = self.gamma * (~is_terminal[:, 1:]).float()
-        go_on = self.return_lambda * (~is_last[:, 1:]).float()
-        one_step = reward[:, 1:] + discount * (1 - go_on) * imagined[:, 1:]
-        decay = discount * go_on
+        lambda_ = self.return_lambda * (~is_last[:, 1:]).float()
+        one_step = reward[:, 1:] + discount * (1 - lambda_) * imagined[:, 1:]
+        decay = discount * lambda_
         target = returns.discounted_sum(
             torch.cat([one_step, imagined[:, -1:]], 1), torch.cat([decay, decay[:, -1:]], 1)
         )
@@ -376,10 +406,10 @@ class DreamerV3(Algorithm):
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
-        """slow <- tau critic + (1 - tau) slow."""
+        """Update the slow critic: slow <- tau critic + (1 - tau) slow."""
         torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), self.slow_tau)
 
 
 def latent_entropy(log_probs: Tensor) -> Tensor:
-    """Of a state's categoricals `[..., S, K]`, in nats, in the mean over all others."""
+    """Return the entropy of categoricals `[..., S, K]`, nats, summed over S and averaged over all states."""
     return -(log_probs.exp() * log_probs).sum((-1, -2)).mean()

@@ -1,6 +1,8 @@
-"""The networks of DreamerV3 (Hafner et al. 2023, arXiv:2301.04104) in their latest form: https://github.com/danijar/dreamerv3
+"""Networks of DreamerV3 (Hafner et al. 2023, arXiv:2301.04104), as in the latest published code.
 
-A layer is linear, then RMSNorm, then SiLU. Weights are normal, cut off at two deviations, of variance 1 / inputs.
+Source: https://github.com/danijar/dreamerv3
+
+A layer is linear, then RMSNorm, then SiLU. Weights are truncated normal, cut off at two std, with variance 1 / fan-in.
 """
 
 import math
@@ -16,14 +18,18 @@ from levin.model_based.recurrent import OneHotAction, State
 from levin.nn.distributions import Normal
 from levin.nn.networks import action_size, as_float32
 
-BLOCKS = 8  # of the GRU's block-diagonal matrices
-UNIMIX = 0.01  # share of a uniform distribution in every categorical one
+BLOCKS = 8  # blocks of a block-diagonal matrix
+UNIMIX = 0.01  # share of the uniform distribution mixed into the categoricals of states and actions
 EPS = 1e-4  # of RMSNorm
-BINS = 255
+BINS = 255  # of the two-hot distributions of rewards and values
 
 
 class Size(NamedTuple):
-    """Widths: `deter` and `stoch` categoricals of `classes` are the state, `depth` the channels of convolutions."""
+    """Widths of the networks.
+
+    A state is `deter` numbers and `stoch` categoricals of `classes` each. `depth` multiplies the channels of the
+    convolutions; `hidden` is the width of the transition model and the state encoder, `units` that of other networks.
+    """
 
     deter: int
     hidden: int
@@ -34,7 +40,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "micro": Size(128, 64, 8, 4, 64, 8),  # ours, for processors
+    "micro": Size(128, 64, 8, 4, 64, 8),  # not in the published code; for CPUs
     "1m": Size(512, 64, 4, 4, 64),
     "12m": Size(2048, 256, 16, 16, 256),
     "25m": Size(3072, 384, 24, 24, 384),
@@ -45,26 +51,26 @@ SIZES = {
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|)."""
+    """Return sign(x) log(1 + |x|)."""
     return x.sign() * x.abs().log1p()
 
 
 def symexp(x: Tensor) -> Tensor:
-    """The inverse of `symlog`."""
+    """Return sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
     return x.sign() * x.abs().expm1()
 
 
 @torch.no_grad()
 def scaled_normal_(weight: Tensor, inputs: int, scale: float = 1.0) -> Tensor:
-    """Normal, cut off at two deviations, of the deviation `scale / sqrt(inputs)` after that."""
+    """Fill with a normal distribution cut off at two std, whose std is `scale / sqrt(inputs)` after the cut."""
     if scale == 0:
         return weight.zero_()
-    deviation = 1.1368 * scale / math.sqrt(inputs)
-    return nn.init.trunc_normal_(weight, 0.0, deviation, -2 * deviation, 2 * deviation)
+    std = 1.1368 * scale / math.sqrt(inputs)
+    return nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std)
 
 
 def linear(inputs: int, outputs: int, *, scale: float = 1.0, fan_in: int | None = None, bias: bool = True) -> nn.Linear:
-    """`fan_in`: inputs of the layer that this is a part of."""
+    """Build a linear layer with `scaled_normal_` weights; `fan_in`: inputs of the whole layer if this is a part."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     scaled_normal_(layer.weight, fan_in or inputs, scale)
     if bias:
@@ -73,7 +79,7 @@ def linear(inputs: int, outputs: int, *, scale: float = 1.0, fan_in: int | None 
 
 
 class NormSiLU(nn.Module):
-    """SiLU(RMSNorm(x)) over the last axis; the norm in float32."""
+    """SiLU(RMSNorm(x)) over the last axis, with the norm in float32."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -84,21 +90,24 @@ class NormSiLU(nn.Module):
 
 
 def norm_mlp(inputs: int, units: int, num: int) -> nn.Sequential:
-    """`[..., inputs] -> [..., units]`."""
+    """Build `num` layers of linear, RMSNorm and SiLU: `[..., inputs] -> [..., units]`."""
     sizes = pairwise([inputs, *[units] * num])
     return nn.Sequential(*(part for before, after in sizes for part in (linear(before, after), NormSiLU(after))))
 
 
 def output_head(inputs: int, units: int, num: int, outputs: int, scale: float = 1.0) -> nn.Sequential:
-    """Layers, and a linear one whose weights are `scale` times as large."""
+    """Build `norm_mlp` and a linear output layer whose initial weights are multiplied by `scale`."""
     return nn.Sequential(*norm_mlp(inputs, units, num), linear(units, outputs, scale=scale))
 
 
 class BlockLinear(nn.Module):
-    """A linear layer whose matrix is block-diagonal: `[B, inputs] -> [BLOCKS, B, outputs / BLOCKS]`.
+    """A linear layer with a block-diagonal matrix: `[B, inputs] -> [BLOCKS, B, outputs / BLOCKS]`.
 
     Args:
-        fan_in: Inputs of all of the layer that this is a part of, over all blocks.
+        inputs: Number of inputs, over all blocks.
+        outputs: Number of outputs, over all blocks.
+        fan_in: Inputs of the whole layer that this matrix is a part of, for the initial weights.
+        bias: Whether a bias is added.
     """
 
     def __init__(self, inputs: int, outputs: int, fan_in: int, *, bias: bool = True) -> None:
@@ -113,14 +122,15 @@ class BlockLinear(nn.Module):
 
 
 def merge_blocks(blocks: Tensor) -> Tensor:
-    """`[BLOCKS, B, *] -> [B, BLOCKS * *]`."""
+    """Concatenate the blocks: `[BLOCKS, B, D] -> [B, BLOCKS D]`."""
     return blocks.transpose(0, 1).flatten(1)
 
 
 class BlockGRU(nn.Module):
     """deter' = GRU(deter, [deter, stoch, action]) with block-diagonal matrices.
 
-    What each block reads beside its own part of deter is the same for all, so that part is one dense matrix.
+    Each block reads its own part of deter, and one input that is the same for all blocks; the matrix of the latter is
+    dense.
     """
 
     def __init__(self, size: Size, actions: int) -> None:
@@ -136,7 +146,7 @@ class BlockGRU(nn.Module):
         self.gates = BlockLinear(deter, 3 * deter, deter)
 
     def action_part(self, action: Tensor) -> Tensor:
-        """What an action adds to the first layer: `[..., A] -> [..., D]`. Beyond 1, its sign counts."""
+        """Return the contribution of actions, clipped to [-1, 1], to the first layer: `[..., A] -> [..., D]`."""
         return self.mix_action(self.from_action(action / action.detach().abs().clamp(min=1.0)))
 
     def forward(self, state: State, action_part: Tensor) -> Tensor:
@@ -150,7 +160,7 @@ class BlockGRU(nn.Module):
 
 
 class ConvNormSiLU(nn.Module):
-    """A convolution of 5 x 5 that keeps the size, RMSNorm over channels, SiLU."""
+    """A 5 x 5 convolution that keeps the size (optional 2 x 2 max-pooling), RMSNorm over channels, SiLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -165,7 +175,7 @@ class ConvNormSiLU(nn.Module):
 
 
 class PixelEncoder(nn.Module):
-    """`[B, C, 64, 64]` uint8 `-> [B, 64 depth]`: four convolutions, each followed by the maximum of 2 x 2."""
+    """Four convolutions, each with 2 x 2 max-pooling: `[B, C, 64, 64]` uint8 `-> [B, 64 depth]`."""
 
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
@@ -181,7 +191,7 @@ class PixelEncoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """`State -> [B, C, 64, 64]` in (0, 1): what `PixelEncoder` does, backwards."""
+    """Mirror image of `PixelEncoder`: `State -> [B, C, 64, 64]` in (0, 1)."""
 
     def __init__(self, size: Size, channels: int) -> None:
         super().__init__()
@@ -207,7 +217,7 @@ class PixelDecoder(nn.Module):
 
 
 class Policy(nn.Module):
-    """pi(a | s) on features: a Gaussian, or one-hot actions that the gradient passes straight through."""
+    """Policy pi(a | s) on features: a Gaussian, or one-hot actions with a straight-through gradient."""
 
     def __init__(self, features: int, env: EnvSpec, units: int) -> None:
         super().__init__()
@@ -224,7 +234,7 @@ class Policy(nn.Module):
 
 
 class TwoHot(nn.Module):
-    """Numbers as a distribution over 255 bins, which lie densely around 0: symexp of what is evenly spaced."""
+    """Distributions of real numbers over 255 bins, the symexp of evenly spaced points, thus densest around 0."""
 
     bins: Tensor
 
@@ -234,39 +244,42 @@ class TwoHot(nn.Module):
         self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """`[..., 255] -> [..., 1]`. Each bin is added together with that of the other sign: a sum in order is not 0."""
+        """Return the mean, `[..., 255] -> [..., 1]`.
+
+        Bins of opposite sign are added in pairs, so that the mean of a symmetric distribution is exactly 0.
+        """
         half = BINS // 2
         probs = logits.softmax(-1)
         return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * self.bins[half + 1 :]).sum(-1, keepdim=True)
 
     def encode(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The bins `[..., 1]` to both sides of `[..., 1]`, and the weight of the upper one."""
+        """Return the indices of the bins below and above a value, and the weight of the upper one: all `[..., 1]`."""
         value = value.clamp(self.bins[0], self.bins[-1])
         upper = torch.searchsorted(self.bins, value).clamp(1, BINS - 1)
         below, above = self.bins[upper - 1], self.bins[upper]
         return upper - 1, upper, (value - below) / (above - below)
 
     def loss(self, log_probs: Tensor, value: Tensor) -> Tensor:
-        """Cross-entropy with the two bins around a number: `[..., 255], [..., 1] -> [..., 1]`."""
+        """Return the cross-entropy with the two-hot target of a value: `[..., 255], [..., 1] -> [..., 1]`."""
         lower, upper, weight = self.encode(value)
         lower_log, upper_log = log_probs.gather(-1, torch.cat([lower, upper], -1)).chunk(2, -1)
         return -torch.lerp(lower_log, upper_log, weight)
 
 
 def sample_one_hot(logits: Tensor) -> Tensor:
-    """A one-hot draw from each mixture `[..., K]` with a uniform distribution, without a gradient.
+    """Sample a one-hot vector from each categorical `[..., K]` mixed with a uniform distribution; no gradient.
 
-    By the distribution function, with one random number: with one for each class, and PyTorch's softmax over so few,
-    it takes ten times as long.
+    It inverts the distribution function with one random number per sample. One random number per class, and PyTorch's
+    softmax over so few classes, would take ten times as long.
     """
     classes = logits.shape[-1]
-    below = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
     uniform = torch.arange(1, classes + 1, device=logits.device) * (UNIMIX / classes)
-    below = (1 - UNIMIX) * below / below[..., -1:] + uniform
-    place = (torch.rand_like(below[..., :1]) >= below[..., :-1]).sum(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter_(-1, place, 1.0)
+    cumulative = (1 - UNIMIX) * cumulative / cumulative[..., -1:] + uniform
+    index = (torch.rand_like(cumulative[..., :1]) >= cumulative[..., :-1]).sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(-1, index, 1.0)
 
 
-def categorical_kl(ours: Tensor, theirs: Tensor) -> Tensor:
-    """KL of categoricals `[..., S, K]` as log-probabilities, summed over S: `[..., 1]`."""
-    return (ours.exp() * (ours - theirs)).sum((-1, -2)).unsqueeze(-1)
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) of categoricals given as log-probabilities `[..., S, K]`, summed over S: `[..., 1]`."""
+    return (log_p.exp() * (log_p - log_q)).sum((-1, -2)).unsqueeze(-1)

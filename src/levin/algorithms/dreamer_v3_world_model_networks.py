@@ -1,4 +1,4 @@
-"""The world model of DreamerV3: state encoder, transition model, decoder, reward and continue models."""
+"""World model of DreamerV3: state encoder, transition model, decoder, reward model and continue model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,13 +34,13 @@ class WorldModel(nn.Module):
     """State encoder, transition model, decoder, reward model and continue model.
 
     Args:
-        env: Spaces. Observations are vectors, pixels of 64 x 64, or a dict of them.
-        size: Widths.
-        estimator: What carries the gradient through the draws of a state.
-        gamma: Discount, which is in the continue model.
+        env: Spaces of the env. Observations are vectors, 64 x 64 pixels, or a dict of them.
+        size: Widths of the networks.
+        estimator: Estimator of the gradient through sampled states.
+        gamma: Discount, included in the continue model's target.
 
     Raises:
-        ConfigError: Observations that it can't read.
+        ConfigError: The observation has a part that is neither a vector nor 64 x 64 pixels.
     """
 
     def __init__(self, env: EnvSpec, *, size: Size, estimator: Relaxation, gamma: float) -> None:
@@ -63,8 +63,8 @@ class WorldModel(nn.Module):
                 embedding += size.units
             else:
                 raise ConfigError(
-                    f"DreamerV3 reads vectors, and pixels of 64 x 64; those of {env['id']} are {shape}; env.pixels=64 "
-                    "draws envs of MuJoCo and dm_control so"
+                    f"DreamerV3 reads vectors, or pixels of 64 x 64, but {env['id']} has {part['dtype']} observations "
+                    f"of shape {shape}; for MuJoCo and dm_control envs, set env.pixels=64"
                 )
         self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
         self.gru = BlockGRU(size, self.actions)
@@ -76,52 +76,55 @@ class WorldModel(nn.Module):
         self.reward_model = output_head(self.features, size.units, 1, BINS, scale=0.0)
         self.continue_model = output_head(self.features, size.units, 1, 1)
 
-    def of(self, observation: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of an observation."""
+    def observation_parts(self, observation: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parts of an observation by name; a tensor is a single part with an empty name."""
         return {name: observation[name] if name else observation for name in self.parts}  # type: ignore[index, misc]
 
     def embed(self, observation: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """`[B, *S] -> [B, hidden]`: what the state encoder makes of an observation alone. Numbers go through symlog."""
+        """Return the observation's contribution to the state encoder's hidden layer: `[B, *S] -> [B, hidden]`.
+
+        Vectors go through symlog first.
+        """
         embedded = [
             self.encoders[f"{name}_"](part if part.dtype == torch.uint8 else symlog(part))
-            for name, part in self.of(observation).items()
+            for name, part in self.observation_parts(observation).items()
         ]
         return self.from_embedding(torch.cat(embedded, -1))
 
     def log_probs(self, numbers: Tensor) -> Tensor:
-        """Of the categoricals of a state: `[..., S K] -> [..., S, K]`."""
+        """Return the log-probabilities of a state's categoricals: `[..., S K] -> [..., S, K]`."""
         return mix_with_uniform(as_float32(numbers).unflatten(-1, self.choices), UNIMIX)
 
     def sample_stoch(self, log_probs: Tensor) -> Tensor:
-        """`[..., S, K] -> [..., S K]`, with the gradient of the estimator."""
+        """Sample stoch with the estimator's gradient: `[..., S, K] -> [..., S K]`."""
         return self.estimator.relaxed_sample(log_probs).flatten(-2)
 
     def posterior(self, deter: Tensor, embedded: Tensor) -> Tensor:
-        """The state encoder q(stoch | deter, observation), as log-probabilities."""
+        """Return the state encoder's q(stoch | deter, observation) as log-probabilities `[..., S, K]`."""
         return self.log_probs(self.posterior_head(self.posterior_norm(embedded + self.from_deter(deter))))
 
     def prior(self, deter: Tensor) -> Tensor:
-        """The transition model p(stoch | deter), as log-probabilities."""
+        """Return the transition model's p(stoch | deter) as log-probabilities `[..., S, K]`."""
         return self.log_probs(self.prior_head(deter))
 
     def observe_sequence(
-        self, step: Callable, state: State, observation: Tensor, before: Tensor, is_first: Tensor
+        self, step: Callable, state: State, observation: Tensor, previous_action: Tensor, is_first: Tensor
     ) -> tuple[State, Tensor]:
-        """The states `[B, T, *]` that a sequence of records leads to from one, and their posteriors `[B, T, S, K]`.
+        """Return the states `[B, T, *]` of a sequence of records, and their posteriors `[B, T, S, K]`.
 
-        What does not depend on the state before is computed for all times at once.
+        Everything that does not depend on the previous state is computed for all T steps at once.
 
         Args:
             step: `observe_step`, compiled or not.
-            state: `[B, *]`, of the record before the first.
-            observation: `[B, T, *S]`.
-            before: `[B, T, A]`, the action that led to each.
-            is_first: `[B, T, 1]`: there state and action before it count for nothing.
+            state: State `[B, *]` of the record before the first.
+            observation: Observations `[B, T, *S]`.
+            previous_action: Actions `[B, T, A]` that led to each observation.
+            is_first: Starts of episodes `[B, T, 1]`; previous state and action are replaced by zeros there.
         """
         lead = is_first.shape[:2]
         embedded = self.embed(observation.flatten(0, 1)).unflatten(0, lead).unbind(1)
         continues = ~is_first
-        action_part, continues = self.gru.action_part(before * continues).unbind(1), continues.unbind(1)
+        action_part, continues = self.gru.action_part(previous_action * continues).unbind(1), continues.unbind(1)
         states, posteriors = [], []
         for t in range(lead[1]):
             deter, stoch, log_probs = step(*state, action_part[t], embedded[t], continues[t])
@@ -133,51 +136,54 @@ class WorldModel(nn.Module):
     def observe_step(
         self, deter: Tensor, stoch: Tensor, action_part: Tensor, embedded: Tensor, continues: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of `observe`: the state, and its posterior."""
+        """Return the next state and its posterior: one step of `observe_sequence`."""
         deter = self.gru(State(deter * continues, stoch * continues), action_part)
         log_probs = self.posterior(deter, embedded)
         return deter, self.sample_stoch(log_probs), log_probs
 
     def step(self, state: State, action: Tensor, observation: Tensor, *, sample: bool = True) -> State:
-        """The state after an action `[B, A]` and the observation that it led to; not drawn: the mean of all states."""
+        """Return the state after an action `[B, A]` and the observation it led to; not sampled: the mean of q."""
         deter = self.gru(state, self.gru.action_part(action))
         log_probs = self.posterior(deter, self.embed(observation))
         return State(deter, self.sample_stoch(log_probs) if sample else log_probs.exp().flatten(-2))
 
     def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The state after an action, as the transition model imagines it."""
+        """Return the state after an action, sampled from the transition model."""
         deter = self.gru(State(deter, stoch), self.gru.action_part(action))
         if torch.is_grad_enabled():
             return deter, self.sample_stoch(self.prior(deter))
         return deter, sample_one_hot(as_float32(self.prior_head(deter)).unflatten(-1, self.choices)).flatten(-2)
 
-    # What `levin.model_based.dream_env` asks for
+    # --- interface for `levin.model_based.dream_env`
 
     def encode_action(self, action: Tensor) -> Tensor:
-        """Actions of a policy as the model reads them: `[N, A]`."""
+        """Return a policy's actions as the model reads them: `[N, A]`, one-hot if discrete."""
         return self.one_hot.encode(action) if self.one_hot else action
 
     def initial_state(self, observation: Any) -> State:
-        """The state at the first observation of an episode."""
-        num = len(next(iter(self.of(observation).values())))
-        nothing = self.from_deter.weight.new_zeros
-        before = State(nothing(num, self.deter), nothing(num, self.stoch))
-        return self.observe(before, nothing(num, self.actions), observation)
+        """Return the state at the first observation of an episode."""
+        num = len(next(iter(self.observation_parts(observation).values())))
+        zeros = self.from_deter.weight.new_zeros
+        before = State(zeros(num, self.deter), zeros(num, self.stoch))
+        return self.observe(before, zeros(num, self.actions), observation)
 
     def observe(self, state: State, action: Tensor, observation: Any) -> State:
-        """The state after an action and the observation that it led to: the mean of q."""
+        """Return the state after an action and the observation it led to, stoch being the mean of q."""
         return self.step(state, action, observation, sample=False)
 
     def imagine(self, state: State, action: Tensor, noise: Tensor, temperature: float) -> tuple[State, Tensor, Tensor]:
-        """The state after an action, its reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
+        """Return the state after an action, the reward `[N, 1]`, and whether the episode ends there `[N, 1]`.
 
         Args:
-            noise: Standard normal numbers `[N, S + 1]`: the only chance there is.
-            temperature: tau: 1 / tau is a factor of all log-odds.
+            state: States `[N, *]` before the action.
+            action: Actions `[N, A]`.
+            noise: Standard normal values `[N, S + 1]`, the only source of randomness.
+            temperature: Sampling temperature tau; multiplies the log-probabilities of p and the log-odds of an end by
+                1 / tau.
         """
         deter = self.gru(State(state.deter, state.stoch), self.gru.action_part(action))
-        below = (self.prior(deter) / temperature).softmax(-1).cumsum(-1)[..., :-1]  # [N, S, K - 1]
-        chosen = (torch.special.ndtr(noise[:, :-1]).unsqueeze(-1) >= below).sum(-1)
+        cumulative = (self.prior(deter) / temperature).softmax(-1).cumsum(-1)[..., :-1]  # [N, S, K - 1]
+        chosen = (torch.special.ndtr(noise[:, :-1]).unsqueeze(-1) >= cumulative).sum(-1)
         stoch = one_hot(chosen, self.choices[1]).to(deter).flatten(-2)
         state = State(deter, stoch)
         reward = self.two_hot.mean(as_float32(self.reward_model(state.feature)))
@@ -185,7 +191,7 @@ class WorldModel(nn.Module):
         return state, reward, sample_episode_end(continues, noise[:, -1:], temperature)
 
     def decode(self, state: State) -> dict[str, Tensor]:
-        """The parts of the observation `[B, *S]`: numbers after symlog, pixels in (0, 1)."""
+        """Return the decoded parts of the observation `[B, *S]`: vectors after symlog, pixels in (0, 1)."""
         decoders = {name: self.decoders[f"{name}_"] for name in self.parts}
         return {
             name: decoder(state) if isinstance(decoder, PixelDecoder) else as_float32(decoder(state.feature))
@@ -193,12 +199,12 @@ class WorldModel(nn.Module):
         }
 
     def pack(self, state: State) -> Tensor:
-        """A state as replay keeps it, `[..., D + S]` bfloat16: deter, and the numbers of the classes."""
+        """Return a state as replay stores it, `[..., D + S]` bfloat16: deter, and class indices of stoch."""
         classes = state.stoch.detach().unflatten(-1, self.choices).argmax(-1)
         return torch.cat([state.deter.detach().bfloat16(), classes.bfloat16()], -1)
 
     def unpack(self, packed: Tensor) -> State:
-        """The state `[..., *]` of what replay keeps."""
+        """Return the state `[..., *]` from its form in replay."""
         deter, classes = packed.to(self.from_deter.weight).split([self.deter, self.choices[0]], -1)
         one_hot = classes.unsqueeze(-1) == torch.arange(self.choices[1], device=packed.device)
         return State(deter.contiguous(), one_hot.to(deter).flatten(-2))

@@ -1,11 +1,11 @@
-"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), lecture rows 16 and 18.
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347).
 
-Several epochs of gradient steps on one rollout. The ratio of the new policy to the one that acted weighs the advantage,
-and is kept near 1 by a clip:
+Each rollout is used for several epochs of gradient steps. The advantage is weighted by the ratio rho of the new policy
+to the policy pi_k that acted. Either a clip keeps rho near 1:
 
     L(theta) = E[ min(rho A, clip(rho, 1 - eps, 1 + eps) A) ],  rho = pi_theta(a|s) / pi_k(a|s)        Eq. 7
 
-or by a penalty on the KL divergence, whose weight adapts:
+or a penalty on the KL divergence does, with a weight beta that adapts:
 
     L(theta) = E[ rho A - beta KL(pi_k || pi_theta) ]                                                   Eq. 8
 
@@ -18,17 +18,18 @@ Pseudocode (Algorithm 1):
             theta <- theta + lr grad (L(theta) - c_1 (V_theta(s) - target)^2 + c_2 H(pi_theta))         Eq. 9
         penalty: beta <- beta / 2 if KL < target_kl / 1.5, 2 beta if KL > 1.5 target_kl
 
-Deviations, all of the authors' code (Huang et al. 2022, "The 37 implementation details of PPO"):
-    - Advantages are normalised in each minibatch; the critic is clipped like the policy; so is the gradient's norm.
-    - The critic's loss has a factor of 1/2.
-    - With `penalty: clip`, a `target_kl` ends the epochs once KL exceeds it.
+Deviations, all as in the authors' code (Huang et al. 2022, "The 37 implementation details of PPO"):
+    - Advantages are normalised in each minibatch. The change of V is clipped like that of the policy. The gradient norm
+      is clipped.
+    - The critic loss has a factor of 1/2.
+    - With `penalty: clip`, no further epoch begins once KL exceeds `target_kl`.
 
 Metrics:
     train/actor_loss: -L, without the entropy.
     train/critic_loss: half the squared error of V.
     train/entropy: H(pi), nats.
     train/kl: KL(pi_k || pi), estimated by (rho - 1) - log rho; exact with `penalty: kl`.
-    train/clip_fraction: share of ratios outside of the clip.
+    train/clip_fraction: fraction of ratios outside the clip range.
     train/beta: weight of the penalty (`penalty: kl`).
     train/explained_variance: 1 - Var[target - V_k] / Var[target].
 """
@@ -56,30 +57,32 @@ class PPO(Algorithm):
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. Table 3: 0.99, as for all that follows.
-        gae_lambda: Decay of GAE: 0.95.
-        penalty: What keeps the policy near the one that acted: `clip` or `kl`.
-        clip_epsilon: Half the width of the clip: 0.2.
-        clip_schedule: `linear` takes it to 0.
-        clip_value: Clip the critic as well; the authors' code: true.
-        target_kl: Nats. Ends the epochs (`clip`); what the penalty steers to (`kl`, section 4: 0.01); null: never.
+        gamma: Discount factor: 0.99. This value and those below are from table 3, unless a source is named.
+        gae_lambda: lambda of GAE: 0.95.
+        penalty: Method that keeps the policy near the one that acted: `clip` (Eq. 7) or `kl` (Eq. 8).
+        clip_epsilon: Half-width eps of the clip range: 0.2.
+        clip_schedule: Schedule of `clip_epsilon`; `linear` lowers it to 0.
+        clip_value: Whether to clip the change of V as well; the authors' code: true.
+        target_kl: KL divergence in nats. `clip`: the epochs end above it, null: never. `kl`: the penalty steers to it
+            (section 4: 0.01).
         initial_beta: Weight of the KL penalty at the start, section 4: 1.
-        lr: Adam: 3e-4; the authors' code: with an epsilon of 1e-5.
-        lr_schedule: `linear` takes it to 0; the authors' code: linear.
+        lr: Learning rate of Adam: 3e-4. Its epsilon is 1e-5, as in the authors' code.
+        lr_schedule: Schedule of the learning rate; `linear` lowers it to 0. The authors' code: linear.
         schedule_env_steps: Env steps after which a linear schedule is at 0.
         epochs: Passes over a rollout: 10.
         batch_size: Transitions per minibatch: 64.
         steps_per_iteration: Vector steps of a rollout: 2048.
-        recompute_advantage: Anew in each epoch, from the critic as it is (Andrychowicz et al. 2021); the paper: no.
-        normalize_advantage: To mean 0 and deviation 1, in each minibatch.
-        entropy_coef: c_2: 0 (Atari: 0.01).
-        value_coef: c_1; authors' code: 0.5.
-        max_grad_norm: Of actor and critic together; authors' code: 0.5.
-        hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64; of pixels, behind the Nature CNN.
-        activation: Between the layers: tanh.
-        initial_log_std: Of a Gaussian policy: 0.
-        compile: The loss, on a GPU all of an update as a CUDA graph; the same numbers in less time, after tens of
-            seconds at the start.
+        recompute_advantage: Whether to recompute the advantages in each epoch, with the current critic (Andrychowicz et
+            al. 2021); the paper: no.
+        normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 in each minibatch.
+        entropy_coef: Weight of the entropy, c_2: 0 (Atari: 0.01).
+        value_coef: Weight of the critic loss, c_1; the authors' code: 0.5.
+        max_grad_norm: Maximum gradient norm of actor and critic together; the authors' code: 0.5; null: no clipping.
+        hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64; for pixels, after the Nature CNN.
+        activation: Activation between the layers: tanh.
+        initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
+        compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph (not with `kl`). Same
+            numbers, faster after tens of seconds at the start.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -116,11 +119,14 @@ class PPO(Algorithm):
         super().__init__(env, gamma)
         if steps_per_iteration * env["num_envs"] % batch_size:
             raise ConfigError(
-                f"algo.batch_size={batch_size} does not divide the rollout of algo.steps_per_iteration="
-                f"{steps_per_iteration} times env.num_envs={env['num_envs']} transitions"
+                f"algo.batch_size={batch_size} does not divide the number of transitions in a rollout, "
+                f"algo.steps_per_iteration={steps_per_iteration} times env.num_envs={env['num_envs']}: "
+                "change one of the three"
             )
         if penalty == "kl" and target_kl is None:
-            raise ConfigError("algo.penalty=kl needs an algo.target_kl to steer to; the paper takes 0.01")
+            raise ConfigError(
+                "algo.penalty=kl needs a KL divergence to steer to: set algo.target_kl, for example to the paper's 0.01"
+            )
         self.gamma, self.gae_lambda, self.penalty, self.target_kl = gamma, gae_lambda, penalty, target_kl
         self.clip_epsilon, self.clip_schedule, self.clip_value = clip_epsilon, clip_schedule, clip_value
         self.lr, self.lr_schedule, self.schedule_env_steps = lr, lr_schedule, schedule_env_steps
@@ -135,7 +141,7 @@ class PPO(Algorithm):
         self.register_buffer("beta", torch.tensor(initial_beta) if penalty == "kl" else None)
         if compile:
             self.compile_losses("combined_loss")
-            if penalty == "clip":  # the penalty compares distributions, which are no tensors
+            if penalty == "clip":  # with `kl`, `update` takes a distribution, and a CUDA graph takes tensors only
                 self.capture("update")
 
     def configure_optimizers(self) -> Optimizer:
@@ -145,19 +151,19 @@ class PPO(Algorithm):
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         remaining = self.remaining(self.schedule_env_steps)
         lr = self.lr * remaining if self.lr_schedule == "linear" else self.lr
-        # A tensor: what is compiled would be compiled anew for every other number.
+        # A tensor, because a loss compiled for a Python number is compiled again for every other number.
         epsilon = self.clip_epsilon * remaining if self.clip_schedule == "linear" else self.clip_epsilon
         clip_epsilon = torch.tensor(epsilon, device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rollout = self.normalize(rollout)
-        with self.full_precision():  # as it acted
+        with self.full_precision():  # as during collection
             data, old = self.evaluate(rollout)
         for epoch in range(self.epochs):
             if epoch and self.recompute_advantage:
                 data.update(self.advantages(rollout))
             kl = self.epoch(data, old, clip_epsilon)
-            # The one wait for the device, between epochs, and only where it is asked for.
+            # Reading `kl` waits for the device, so it happens only between epochs and only if target_kl is set.
             if self.penalty == "clip" and self.target_kl is not None and kl > self.target_kl:
                 break
         if self.penalty == "kl":
@@ -166,18 +172,18 @@ class PPO(Algorithm):
             self.update_beta(distributed.all_reduce_mean(old.kl(new).mean()))  # type: ignore[arg-type]
 
     def epoch(self, data: TensorDictBase, old: Categorical | Normal, clip_epsilon: Tensor) -> Tensor:
-        """One pass over the rollout `[B]` in shuffled minibatches. Returns the mean KL divergence."""
+        """Train on one pass over the rollout `[B]` in shuffled minibatches; return the mean KL divergence."""
         order = torch.randperm(len(data), device=data.device)
         batches = cast(Sequence[TensorDictBase], data[order].split(self.batch_size))
         kls = []
-        for batch, rows in zip(batches, order.split(self.batch_size), strict=True):
-            kls.append(self.update(batch, old[rows] if self.penalty == "kl" else None, clip_epsilon))
+        for batch, indices in zip(batches, order.split(self.batch_size), strict=True):
+            kls.append(self.update(batch, old[indices] if self.penalty == "kl" else None, clip_epsilon))
             self.updates += 1
         return distributed.all_reduce_mean(torch.stack(kls).mean())
 
     @torch.no_grad()
     def evaluate(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Categorical | Normal]:
-        """All transitions `[N T]` with log pi_k(a|s), advantage, target and V_k; and pi_k itself."""
+        """Return all transitions `[N T]` with log pi_k(a|s), advantage, target and V_k; and the distribution pi_k."""
         old = self.actor(self.trunk(rollout["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, *S]
         data = self.advantages(rollout)
         data["observation"] = rollout["observation"].flatten(0, 1)
@@ -189,7 +195,7 @@ class PPO(Algorithm):
 
     @torch.no_grad()
     def advantages(self, rollout: TensorDictBase) -> TensorDict:
-        """GAE of a rollout `[N, T]`, the critic's targets A + V, and V: each `[N T, 1]`."""
+        """Return the GAE of a rollout `[N, T]`, the critic's targets A + V, and V: each `[N T, 1]`."""
         after: TensorDict = rollout.get("next")
         value = self.value(rollout["observation"])
         next_value = self.value(after["observation"])
@@ -202,15 +208,16 @@ class PPO(Algorithm):
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
         )
-        each = {"advantage": advantage, "value_target": advantage + value, "value": value}
-        return TensorDict(each, batch_size=rollout.shape).flatten(0, 1)  # type: ignore[return-value]  # [N, T] -> [N T]
+        entries = {"advantage": advantage, "value_target": advantage + value, "value": value}
+        # [N, T] -> [N T]
+        return TensorDict(entries, batch_size=rollout.shape).flatten(0, 1)  # type: ignore[return-value]
 
     def value(self, observation: Tensor) -> Tensor:
-        """V(s) of a rollout's observations: `[N, T, *S] -> [N, T, 1]`."""
+        """Return V(s) of a rollout's observations: `[N, T, *S] -> [N, T, 1]`."""
         return self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, observation.shape[:2])
 
     def update(self, batch: TensorDictBase, old: Categorical | Normal | None, clip_epsilon: Tensor) -> Tensor:
-        """One gradient step on a minibatch `[B]`. Returns its KL divergence."""
+        """Take one gradient step on a minibatch `[B]`; return its KL divergence."""
         if self.normalize_advantage:
             batch["advantage"] = standardize(batch["advantage"])  # [B, 1]
         loss, metrics = self.combined_loss(batch, old, clip_epsilon)
@@ -221,14 +228,14 @@ class PPO(Algorithm):
     def combined_loss(
         self, batch: Batch, old: Categorical | Normal | None, clip_epsilon: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 9, to be minimised, and its parts."""
+        """Return the negative of Eq. 9, which is minimised, and its parts as metrics."""
         features = self.trunk(batch["observation"])
         distribution = self.actor(features)
         actor_loss, metrics = self.actor_loss(batch, distribution, old, clip_epsilon)
         critic_loss = self.critic_loss(batch, self.critic(features), clip_epsilon)
         entropy = distribution.entropy().mean()
         loss = actor_loss + self.value_coef * critic_loss
-        if self.entropy_coef:  # what is not wanted is not differentiated
+        if self.entropy_coef:  # with weight 0, skip its backward pass
             loss = loss - self.entropy_coef * entropy
         metrics |= {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy": entropy}
         return loss, {name: value.detach() for name, value in metrics.items()}
@@ -236,7 +243,11 @@ class PPO(Algorithm):
     def actor_loss(
         self, batch: Batch, new: Categorical | Normal, old: Categorical | Normal | None, clip_epsilon: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], or -E[rho A - beta KL(pi_k || pi)]; and the KL divergence."""
+        """Return the actor loss -L, and metrics with the KL divergence.
+
+        clip: L = E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]      Eq. 7
+        kl:   L = E[rho A - beta KL(pi_k || pi)]                    Eq. 8
+        """
         advantage = batch["advantage"]  # [B, 1]
         log_ratio = new.log_prob(batch["action"]) - batch["log_prob"]
         ratio = log_ratio.exp()
@@ -248,16 +259,19 @@ class PPO(Algorithm):
         return -torch.minimum(ratio * advantage, clipped * advantage).mean(), metrics
 
     def critic_loss(self, batch: Batch, value: Tensor, clip_epsilon: Tensor) -> Tensor:
-        """E[(V(s) - target)^2] / 2; clipped: the larger of that and of V no further than eps from V_k."""
+        """Return the critic loss E[(V(s) - target)^2] / 2.
+
+        With `clip_value`, the larger of two squared errors counts: that of V, and that of V clipped to V_k +- eps.
+        """
         error = (value - batch["value_target"]).square()  # [B, 1]
         if self.clip_value:
-            near = batch["value"] + (value - batch["value"]).clamp(-clip_epsilon, clip_epsilon)
-            error = torch.maximum(error, (near - batch["value_target"]).square())
+            clipped_value = batch["value"] + (value - batch["value"]).clamp(-clip_epsilon, clip_epsilon)
+            error = torch.maximum(error, (clipped_value - batch["value_target"]).square())
         return 0.5 * error.mean()
 
     @torch.no_grad()
     def update_beta(self, kl: Tensor) -> None:
-        """Halve beta where KL < target_kl / 1.5, double it where KL > 1.5 target_kl (section 4)."""
+        """Halve beta if KL < target_kl / 1.5, double it if KL > 1.5 target_kl (section 4)."""
         assert self.target_kl is not None
         self.beta *= torch.where(kl < self.target_kl / 1.5, 0.5, torch.where(kl > self.target_kl * 1.5, 2.0, 1.0))
         self.record(beta=self.beta)

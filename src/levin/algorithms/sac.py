@@ -1,6 +1,6 @@
-"""Soft actor-critic (Haarnoja et al. 2018 b, arXiv:1812.05905), lecture row 24.
+"""Soft actor-critic (Haarnoja et al. 2018 b, arXiv:1812.05905).
 
-Maximises return and entropy together, off-policy, with a critic that the actor is differentiated through:
+SAC maximises return and entropy together, off-policy. The gradient of the actor passes through a learned critic:
 
     J(pi) = E[ sum_t r(s_t, a_t) + alpha H(pi(.|s_t)) ]
 
@@ -17,7 +17,7 @@ Pseudocode (Algorithm 1):
             Q'_i  <- tau Q_i + (1 - tau) Q'_i
 
 Deviations:
-    - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
+    - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
     - The first `random_env_steps` actions are uniform, as in the authors' code.
 
 Metrics:
@@ -57,24 +57,24 @@ class SAC(Algorithm):
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. Table 1: 0.99.
+        gamma: Discount factor. Table 1: 0.99.
         tau: Step of the target critics towards the critics. Table 1: 0.005.
-        actor_lr: Adam. Table 1: 3e-4, as for the next two.
-        critic_lr: Adam.
-        alpha_lr: Adam; 0 leaves the temperature what it is at the start.
-        initial_alpha: The temperature at the start; jaxrl: 1.0.
-        target_entropy: What the temperature steers the entropy to, in nats; null: -|A|/2 as in jaxrl (the paper: -|A|).
+        actor_lr: Learning rate of the actor (Adam). Table 1: 3e-4, as for the next two.
+        critic_lr: Learning rate of the critics (Adam).
+        alpha_lr: Learning rate of the temperature (Adam); 0 keeps the temperature fixed.
+        initial_alpha: Temperature at the start; jaxrl: 1.0.
+        target_entropy: Entropy that the temperature steers to, in nats; null: -|A|/2 as in jaxrl (the paper: -|A|).
         batch_size: Transitions per update. Table 1: 256.
         replay_ratio: Updates per env step. Table 1: 1.
         learning_starts: Env steps before the first update; jaxrl: 10000.
-        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
-        buffer_size: Transitions that replay keeps; of pixels, frames. Table 1: 1e6.
-        buffer_storage: `memory`, or `memmap` for a file.
+        random_env_steps: Env steps with uniformly random actions at the start; null: `learning_starts`.
+        buffer_size: Transitions kept in replay; for pixels, frames. Table 1: 1e6.
+        buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. Table 1: 256, 256.
-        activation: Between the layers. Table 1: relu.
-        compile: The losses of critics and actor, on a GPU all of an update as a CUDA graph; the same numbers, on a CPU
-            in no less time.
+        activation: Activation between the layers. Table 1: relu.
+        compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
+            graph. Same numbers, no faster on a CPU.
     """
 
     actions: ClassVar = ("box",)
@@ -115,7 +115,7 @@ class SAC(Algorithm):
         self.critic = ActionCritic(2, env, hidden_sizes, activation)
         orthogonal_(self.critic)  # as in jaxrl
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # Listed once: walking the modules in every update takes as long as the update of the targets.
+        # Listed once, because walking the modules in every update takes as long as updating the targets.
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
@@ -126,15 +126,15 @@ class SAC(Algorithm):
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = Adam(self.critic_parameters, lr=self.critic_lr, fused=True)
-        # Actor and temperature share no parameter and no gradient: one step of both is a step of each.
+        # One optimiser can step both, because actor and temperature share no parameter and no gradient.
         actor = {"params": list(self.actor.parameters()), "lr": self.actor_lr}
         alpha = {"params": [self.log_alpha], "lr": self.alpha_lr}
         self.actor_optimizer = Adam([actor, alpha], fused=True)
         return [self.critic_optimizer, self.actor_optimizer]
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        chooser = StochasticPolicy(self.observation_normalizer, nn.Identity(), self.actor, deterministic=deterministic)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
+        module = StochasticPolicy(self.observation_normalizer, nn.Identity(), self.actor, deterministic=deterministic)
+        return TensorDictModule(module, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -153,9 +153,9 @@ class SAC(Algorithm):
         self.record(alpha=self.log_alpha.exp(), entropy=-log_prob.mean())
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) (min_i Q'_i(s',a') - alpha log pi(a'|s')).
+        """Return the critic loss J_Q = E[(Q_i(s,a) - y)^2], summed over i, and the mean of Q_i(s,a).
 
-        Also gives the mean of Q_i(s,a).
+        y = r + gamma (1 - terminated) (min_i Q'_i(s',a') - alpha log pi(a'|s'))
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
@@ -167,23 +167,26 @@ class SAC(Algorithm):
         return (q - target).square().mean((1, 2)).sum(), q.detach().mean()  # [2, B, 1] -> []
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_pi = E[alpha log pi(a|s) - min_i Q_i(s,a)], a reparameterised. Also gives log pi(a|s) `[B, 1]`."""
+        """Return the actor loss J_pi = E[alpha log pi(a|s) - min_i Q_i(s,a)], and log pi(a|s) `[B, 1]`.
+
+        The action a is reparameterised.
+        """
         action, log_prob = self.actor(batch["observation"]).sample_with_log_prob()
         q = self.critic(batch["observation"], action).amin(0)  # [2, B, 1] -> [B, 1]
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), log_prob.detach()
 
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
-        """J(alpha) = E[-alpha (log pi(a|s) + target entropy)]."""
+        """Return the temperature loss J(alpha) = E[-alpha (log pi(a|s) + target entropy)]."""
         return -(self.log_alpha.exp() * (log_prob + self.target_entropy)).mean()
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """Q'_i <- tau Q_i + (1 - tau) Q'_i."""
+        """Update the target critics: Q'_i <- tau Q_i + (1 - tau) Q'_i."""
         torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.tau)
 
 
 class Actor(nn.Module):
-    """pi(a|s): the squashed Gaussian `[B, A]` of an observation `[B, *S]`."""
+    """Policy pi(a|s): squashed Gaussian over actions `[B, A]`, given observations `[B, *S]`."""
 
     def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
@@ -191,7 +194,8 @@ class Actor(nn.Module):
         self.trunk, num_features = make_trunk(env)
         self.network = mlp([num_features, *hidden_sizes, 2 * num_actions], activation)
         orthogonal_(self.network)
-        self.network[-1].weight.data[num_actions:] /= 2**0.5  # type: ignore[operator]  # the deviations: a gain of 1
+        # Gain 1 for the log standard deviations.
+        self.network[-1].weight.data[num_actions:] /= 2**0.5  # type: ignore[operator]
 
     def forward(self, observation: Tensor) -> SquashedNormal:
         loc, log_std = as_float32(self.network(self.trunk(observation))).chunk(2, -1)  # [B, 2 A] -> 2 x [B, A]

@@ -1,13 +1,13 @@
-"""Soft actor-critic for discrete actions (Christodoulou 2019, arXiv:1910.07207), lecture rows 22 and 24.
+"""Soft actor-critic for discrete actions (Christodoulou 2019, arXiv:1910.07207).
 
-Of finitely many actions every one is valued, so the expectations over actions that SAC samples are sums here, and the
-gradient of the actor needs no reparameterisation.
+With finitely many actions the critic gives the value of each one. The expectations over actions that SAC estimates from
+samples are exact sums here, and the gradient of the actor needs no reparameterisation.
 
-With `critic: state_action` an action is an input of the critic, one-hot, as in SAC: for several choices at once, whose
-combinations are too many to list. How the actor then learns from the critic is `actor_estimator`:
+With `critic: state_action` the critic reads a one-hot action, as in SAC. This is for multi-discrete actions, which have
+too many combinations to give a value to each. `actor_estimator` chooses how the actor learns from the critic:
 
-    grad E_{a ~ pi}[Q(s, a)]        exact: all actions; loo: score function, leave-one-out; straight_through,
-                                    gumbel_softmax, reinmax: backpropagation through Q and a stand-in for the draw
+    grad E_{a ~ pi}[Q(s, a)]        exact: sum over all actions; loo: score function, leave-one-out; straight_through,
+                                    gumbel_softmax, reinmax: backpropagation through Q and a stand-in for the sample
 
 Pseudocode (Algorithm 1):
 
@@ -22,17 +22,17 @@ Pseudocode (Algorithm 1):
             Q'_i  <- tau Q_i + (1 - tau) Q'_i
 
 Deviations:
-    - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
-    - With `state_action` the value of s' is that of one a' ~ pi(.|s'), its entropy still exact.
-    - Values are SLM-Lab's. The paper's are for Atari: batches of 64, a replay ratio of 0.25, 20000 random steps, and
-      targets copied every 8000 steps.
+    - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
+    - With `state_action` the value of s' is estimated from one a' ~ pi(.|s'); its entropy is still exact.
+    - Default values are SLM-Lab's. The paper's are for Atari: batches of 64, a replay ratio of 0.25, 20000 random
+      steps, and targets copied every 8000 steps.
 
 Metrics:
     train/critic_loss: J_Q, summed over the two critics.
     train/actor_loss: J_pi.
     train/alpha_loss: J(alpha).
     train/alpha: the temperature.
-    train/entropy: of pi(.|s), averaged over the batch; approaches `target_entropy`.
+    train/entropy: H(pi(.|s)) in nats, averaged over the batch; approaches `target_entropy`.
     train/q_value: Q_i(s, a), averaged over the batch and the critics.
 """
 
@@ -58,7 +58,7 @@ from levin.nn.distributions import Categorical, MultiCategorical, OneHot
 from levin.nn.networks import ActionCritic, Actor, EnsembleMLP, as_float32, make_trunk
 from levin.nn.parameters import freeze
 
-MOST_VALUES = 2**20  # of Q, in one update
+MAX_Q_VALUES = 2**20  # values of Q per update that actor_estimator=exact may compute
 ActorEstimator = Literal["exact", "loo", "straight_through", "gumbel_softmax", "reinmax"]
 
 
@@ -67,32 +67,33 @@ class SACDiscrete(Algorithm):
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. Paper, table 2: 0.99.
+        gamma: Discount factor. Paper, table 2: 0.99.
         tau: Step of the target critics towards the critics. SLM-Lab: 0.005.
-        actor_lr: Adam. Paper: 3e-4, as for the next two.
-        critic_lr: Adam.
-        alpha_lr: Adam; 0 leaves the temperature what it is at the start.
-        initial_alpha: The temperature at the start: 1.0.
-        target_entropy: What the temperature steers the entropy to, in nats; null: 0.98 log A, as in the paper, summed
-            over the choices.
-        critic: `state` gives the values of all actions, as in the paper; of `state_action` the action is an input.
-        actor_estimator: Of the actor's gradient. All but `exact` draw actions.
-        actor_draws: So many; 2 or more for `loo`.
-        actor_tau: Temperature of `gumbel_softmax`, which is straight-through, so that the critic is asked for actions
-            only, and of `reinmax`.
-        huber: Errors of the critics beyond 1 count linearly.
-        max_grad_norm: Of the actor, and of both critics together; null: unbounded.
+        actor_lr: Learning rate of the actor (Adam). Paper: 3e-4, as for the next two.
+        critic_lr: Learning rate of the critics (Adam).
+        alpha_lr: Learning rate of the temperature (Adam); 0 keeps the temperature fixed.
+        initial_alpha: Temperature at the start: 1.0.
+        target_entropy: Entropy that the temperature steers to, in nats; null: 0.98 log A as in the paper, summed over
+            the choices of a multi-discrete action.
+        critic: Form of the critic: `state` outputs the values of all actions, as in the paper; `state_action` reads a
+            one-hot action.
+        actor_estimator: Estimator of the actor's gradient. All but `exact` sample actions.
+        actor_draws: Number of sampled actions per state; 2 or more for `loo`.
+        actor_tau: Temperature of `gumbel_softmax` and `reinmax`. `gumbel_softmax` is straight-through, so the critic
+            reads only one-hot actions.
+        huber: Whether errors of the critics beyond 1 count linearly.
+        max_grad_norm: Maximum gradient norm of the actor, and of both critics together; null: no clipping.
         batch_size: Transitions per update. SLM-Lab: 256.
         replay_ratio: Updates per env step. SLM-Lab: 1.
         learning_starts: Env steps before the first update. SLM-Lab: 1000.
-        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
-        buffer_size: Transitions that replay keeps; of pixels, frames. SLM-Lab: 1e5. Paper: 1e6.
-        buffer_storage: `memory`, or `memmap` for a file.
+        random_env_steps: Env steps with uniformly random actions at the start; null: `learning_starts`.
+        buffer_size: Transitions kept in replay; for pixels, frames. SLM-Lab: 1e5. Paper: 1e6.
+        buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. SLM-Lab: 256, 256.
-        activation: Between the layers: relu.
-        compile: The losses of critics and actor, on a GPU all of an update as a CUDA graph; the same numbers, on a CPU
-            in no less time.
+        activation: Activation between the layers: relu.
+        compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
+            graph. Same numbers, no faster on a CPU.
     """
 
     actions: ClassVar = ("discrete", "multi_discrete")
@@ -147,7 +148,9 @@ class SACDiscrete(Algorithm):
             sizes = [num_features, *hidden_sizes, env["action"]["n"]]
             self.critic = nn.Sequential(make_trunk(env)[0], EnsembleMLP(2, sizes, activation))
         else:
-            raise ConfigError("algo.critic=state lists every action, for several choices take algo.critic=state_action")
+            raise ConfigError(
+                "algo.critic=state needs a discrete action space: for a multi_discrete one set algo.critic=state_action"
+            )
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
@@ -158,18 +161,18 @@ class SACDiscrete(Algorithm):
             self.capture("update")
 
     def make_estimator(self, name: ActorEstimator, draws: int, tau: float) -> Estimator:
-        """Of grad E_{a ~ pi}[Q(s, a)]. Raises ConfigError for one that can't be."""
+        """Build the estimator of grad E_{a ~ pi}[Q(s, a)]. Raises ConfigError for settings that it can't work with."""
         if name == "exact":
             values = self.one_hot.combinations * self.batch_size
-            if self.critic_form == "state_action" and values > MOST_VALUES:
+            if self.critic_form == "state_action" and values > MAX_Q_VALUES:
                 raise ConfigError(
-                    f"algo.actor_estimator=exact would value {values} actions in an update, more than {MOST_VALUES}: "
-                    "take loo, straight_through, gumbel_softmax or reinmax"
+                    f"algo.actor_estimator=exact would evaluate {values} actions per update, more than {MAX_Q_VALUES}: "
+                    "use loo, straight_through, gumbel_softmax or reinmax"
                 )
             return Exact()
         if name == "loo":
             if draws < 2:
-                raise ConfigError(f"algo.actor_estimator=loo needs algo.actor_draws of 2 or more, got {draws}")
+                raise ConfigError(f"algo.actor_estimator=loo needs algo.actor_draws to be 2 or more, got {draws}")
             return LeaveOneOut(draws)
         if name == "straight_through":
             return StraightThrough(num=draws)
@@ -199,11 +202,12 @@ class SACDiscrete(Algorithm):
         self.record(alpha=self.log_alpha.exp(), entropy=entropy.mean())
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) V(s'); with `huber`, Huber's loss.
+        """Return the critic loss J_Q = E[(Q_i(s,a) - y)^2], summed over i, and the mean of Q_i(s,a).
 
+        y = r + gamma (1 - terminated) V(s')
         V(s') = sum_a' pi(a'|s') (min_i Q'_i(s',a') - alpha log pi(a'|s'))      Eq. 10
 
-        Also gives the mean of Q_i(s,a).
+        With `huber`, the Huber loss takes the place of the square.
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
@@ -223,17 +227,20 @@ class SACDiscrete(Algorithm):
         else:
             q = self.critic(batch["observation"], self.one_hot.encode(batch["action"]))  # [2, B, 1]
         regression = huber_loss if self.huber else mse_loss
-        # The mean over both critics, twice: their sum.
+        # `regression` averages over both critics; twice the mean is their sum.
         return 2 * regression(q, target.expand_as(q)), q.detach().mean()
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_pi = -E[E_{a ~ pi}[min_i Q_i(s,a)] + alpha H(pi(.|s))]      Eq. 12. Also gives the entropy `[B, 1]`."""
+        """Return the actor loss J_pi and the entropy H(pi(.|s)), `[B, 1]`.
+
+        J_pi = -E[E_{a ~ pi}[min_i Q_i(s,a)] + alpha H(pi(.|s))]      Eq. 12
+        """
         policy = self.actor(self.trunk(batch["observation"]))
         value, entropy = self.expected_q(batch["observation"], policy), policy.entropy()
         return -(value + self.log_alpha.exp().detach() * entropy).mean(), entropy.detach()
 
     def expected_q(self, observation: Tensor, policy: Categorical | MultiCategorical) -> Tensor:
-        """E_{a ~ pi}[min_i Q_i(s,a)]: `[B, 1]`, its gradient in pi by `actor_estimator`."""
+        """Return E_{a ~ pi}[min_i Q_i(s,a)], `[B, 1]`; `actor_estimator` provides the gradient in pi."""
         if self.critic_form == "state":
             with torch.no_grad():
                 q = as_float32(self.critic(observation)).amin(0)  # [2, B, A] -> [B, A]
@@ -242,8 +249,8 @@ class SACDiscrete(Algorithm):
                 return (policy.log_probs.exp() * q).sum(-1, keepdim=True)  # [B, A] -> [B, 1]
         distribution = self.one_hot.distribution(policy.logits)
         if isinstance(self.estimator, Exact):
-            every = self.one_hot.all_actions(observation.device).unsqueeze(1)  # [M, D, K] -> [M, 1, D, K]
-            draws = self.estimator.at(distribution, every.expand(-1, len(policy.logits), -1, -1))
+            all_actions = self.one_hot.all_actions(observation.device).unsqueeze(1)  # [M, D, K] -> [M, 1, D, K]
+            draws = self.estimator.at(distribution, all_actions.expand(-1, len(policy.logits), -1, -1))
         else:
             draws = self.estimator.sample(distribution)
         action = self.one_hot.join(draws.value)  # [S, B, D, K] -> [S, B, A]
@@ -254,10 +261,10 @@ class SACDiscrete(Algorithm):
         return self.estimator.surrogate(draws, value).unsqueeze(-1)
 
     def alpha_loss(self, entropy: Tensor) -> Tensor:
-        """J(alpha) = E[alpha (H(pi(.|s)) - target entropy)]."""
+        """Return the temperature loss J(alpha) = E[alpha (H(pi(.|s)) - target entropy)]."""
         return (self.log_alpha.exp() * (entropy - self.target_entropy)).mean()
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """Q'_i <- tau Q_i + (1 - tau) Q'_i."""
+        """Update the target critics: Q'_i <- tau Q_i + (1 - tau) Q'_i."""
         torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.tau)

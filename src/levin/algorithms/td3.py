@@ -1,14 +1,14 @@
-"""Twin delayed deep deterministic policy gradient (Fujimoto et al. 2018, arXiv:1802.09477), lecture row 24.
+"""Twin delayed deep deterministic policy gradient (Fujimoto et al. 2018, arXiv:1802.09477).
 
-DDPG with three remedies for a critic that overestimates: the smaller of two critics, an actor that waits for them, and
-targets smoothed over actions that are near.
+TD3 is DDPG with three remedies for a critic that overestimates: the smaller of two critics, an actor that is updated
+less often than they are, and targets that are smoothed over nearby actions.
 
 Pseudocode (Algorithm 1):
 
     initialise Q_1, Q_2, mu; targets Q'_i <- Q_i, mu' <- mu; replay D <- {}
     for each environment step:
         a = mu(s) + N(0, exploration_noise); observe r, s'; D <- D + {(s, a, r, s', terminated)}
-        draw a batch from D
+        sample a batch from D
         a' = mu'(s') + clip(N(0, target_noise), -c, c)
         y = r + gamma (1 - terminated) min_i Q'_i(s', a')                   Sec. 4.2, 5.3
         Q_i <- argmin E[(Q_i(s, a) - y)^2]
@@ -17,9 +17,9 @@ Pseudocode (Algorithm 1):
             Q'_i <- tau Q_i + (1 - tau) Q'_i;  mu' <- tau mu + (1 - tau) mu'
 
 Deviations:
-    - An iteration is 32 vector steps and then the updates they owe; the paper's 1 is `steps_per_iteration=1`.
-    - Values are those of the authors' later code. The paper has networks of 400-300, batches of 100, learning rates of
-      1e-3, and 10000 random steps on HalfCheetah and Ant, 1000 elsewhere.
+    - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
+    - Default values are those of the authors' later code. The paper uses hidden layers of 400 and 300 units, batches of
+      100, learning rates of 1e-3, and 10000 random steps on HalfCheetah and Ant, 1000 elsewhere.
 
 Metrics:
     train/critic_loss: E[(Q_i - y)^2], summed over the two critics.
@@ -52,25 +52,25 @@ class TD3(Algorithm):
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. Paper, appendix C: 0.99.
-        tau: Step of the targets, whenever the actor steps. Paper: 0.005.
-        actor_lr: Adam. The authors' code: 3e-4, as for the next.
-        critic_lr: Adam.
-        exploration_noise: Deviation of the noise on actions in [-1, 1]. Paper: 0.1.
-        target_noise: Deviation of the noise on target actions. Paper: 0.2.
-        target_noise_clip: Bound on that noise. Paper: 0.5.
+        gamma: Discount factor. Paper, appendix C: 0.99.
+        tau: Step of the target networks towards actor and critics, at every update of the actor. Paper: 0.005.
+        actor_lr: Learning rate of the actor (Adam). The authors' code: 3e-4, as for the next.
+        critic_lr: Learning rate of the critics (Adam).
+        exploration_noise: Standard deviation of the noise on actions in [-1, 1]. Paper: 0.1.
+        target_noise: Standard deviation of the noise on target actions. Paper: 0.2.
+        target_noise_clip: Bound c on the noise on target actions. Paper: 0.5.
         policy_delay: Updates of the critics per update of actor and targets. Paper: 2.
         batch_size: Transitions per update. The authors' code: 256.
         replay_ratio: Updates per env step. Paper: 1.
         learning_starts: Env steps before the first update. The authors' code: 25000.
-        random_env_steps: Env steps with uniformly random actions; null: those before the first update.
-        buffer_size: Transitions that replay keeps; of pixels, frames. Paper: 1e6.
-        buffer_storage: `memory`, or `memmap` for a file.
+        random_env_steps: Env steps with uniformly random actions at the start; null: `learning_starts`.
+        buffer_size: Transitions kept in replay; for pixels, frames. Paper: 1e6.
+        buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. The authors' code: 256, 256.
-        activation: Between the layers. Paper: relu.
-        compile: The losses of critics and actor, on a GPU all of an update as a CUDA graph; the same numbers, on a CPU
-            in no less time.
+        activation: Activation between the layers. Paper: relu.
+        compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
+            graph. Same numbers, no faster on a CPU.
     """
 
     actions: ClassVar = ("box",)
@@ -112,7 +112,7 @@ class TD3(Algorithm):
         self.critic = ActionCritic(2, env, hidden_sizes, activation)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # Listed once: walking the modules in every update takes as long as the update of the targets.
+        # Listed once, because walking the modules in every update takes as long as updating the targets.
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.online_parameters: list[Tensor] = [*self.critic_parameters, *self.actor.parameters()]
         self.target_parameters: list[Tensor] = [*self.target_critic.parameters(), *self.target_actor.parameters()]
@@ -128,9 +128,9 @@ class TD3(Algorithm):
         return [self.critic_optimizer, self.actor_optimizer]
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
-        mean = DeterministicPolicy(self.observation_normalizer, self.actor)
-        chooser = mean if deterministic else NoisyPolicy(mean, self.noise)
-        return TensorDictModule(chooser, in_keys=["observation"], out_keys=["action"])
+        noiseless = DeterministicPolicy(self.observation_normalizer, self.actor)
+        module = noiseless if deterministic else NoisyPolicy(noiseless, self.noise)
+        return TensorDictModule(module, in_keys=["observation"], out_keys=["action"])
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
@@ -155,7 +155,10 @@ class TD3(Algorithm):
         self.record(actor_loss=actor_loss)
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """J_Q = E[(Q_i(s,a) - y)^2],  y = r + gamma (1 - terminated) min_i Q'_i(s', a'); and the mean of Q_i(s,a)."""
+        """Return the critic loss J_Q = E[(Q_i(s,a) - y)^2], summed over i, and the mean of Q_i(s,a).
+
+        y = r + gamma (1 - terminated) min_i Q'_i(s', a')
+        """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
         with torch.no_grad():
             q_next = self.target_critic(observation, self.target_action(observation)).amin(0)  # [2, B, 1] -> [B, 1]
@@ -164,17 +167,17 @@ class TD3(Algorithm):
         return (q - target).square().mean((1, 2)).sum(), q.detach().mean()  # [2, B, 1] -> []
 
     def target_action(self, observation: Tensor) -> Tensor:
-        """a' = clip(mu'(s') + clip(N(0, target_noise), -c, c), -1, 1)."""
+        """Return the smoothed target action a' = clip(mu'(s') + clip(N(0, target_noise), -c, c), -1, 1)."""
         action = self.target_actor(observation)
         noise = (self.target_noise * torch.randn_like(action)).clamp_(-self.target_noise_clip, self.target_noise_clip)
         return (action + noise).clamp_(-1, 1)
 
     def actor_loss(self, batch: Batch) -> Tensor:
-        """J_mu = -E[Q_1(s, mu(s))]."""
+        """Return the actor loss J_mu = -E[Q_1(s, mu(s))]."""
         observation = batch["observation"]
         return -self.critic.first(observation, self.actor(observation)).mean()
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """Q'_i <- tau Q_i + (1 - tau) Q'_i,  mu' <- tau mu + (1 - tau) mu'."""
+        """Update the targets: Q'_i <- tau Q_i + (1 - tau) Q'_i,  mu' <- tau mu + (1 - tau) mu'."""
         torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.tau)

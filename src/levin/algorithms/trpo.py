@@ -1,10 +1,10 @@
-"""Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477), lecture rows 16 and 17.
+"""Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477).
 
-The largest improvement within a ball in the space of policies, not of parameters:
+Each step is the largest improvement within a ball in the space of policies, not of parameters:
 
     max_theta E[ rho A ]  subject to  E[ KL(pi_k || pi_theta) ] <= delta,   rho = pi_theta(a|s) / pi_k(a|s)    Eq. 14
 
-To first order in the objective and second in the constraint, the step is the natural gradient:
+To first order in the objective and to second order in the constraint, the step is the natural gradient:
 
     x = F^-1 g,  theta = theta_k + sqrt(2 delta / x'Fx) x,   g = grad E[ rho A ],  F = grad^2 E[ KL ] at theta_k
 
@@ -13,9 +13,9 @@ Pseudocode (appendix C):
     for each iteration k:
         collect T steps of N envs with pi_k; advantages A by GAE from V
         g <- gradient of the surrogate
-        x <- conjugate gradient of F x = g, with products F v alone
+        x <- conjugate gradient on F x = g, which needs only products F v
         for shrink = 1, 0.8, 0.8^2, ...: take theta = theta_k + shrink sqrt(2 delta / x'Fx) x
-            if it improves the surrogate within KL <= delta; if none does, stay
+            if it improves the surrogate within KL <= delta; if none does, theta = theta_k
         V <- V - lr grad E[(V(s) - (A + V_k))^2], over epochs of minibatches
 
 Deviations:
@@ -26,7 +26,7 @@ Metrics:
     train/surrogate: improvement of E[rho A] by the step taken.
     train/kl: KL(pi_k || pi) after the step, nats.
     train/cg_residual: ||F x - g|| / ||g||.
-    train/line_search_steps: candidates tried; one more than there are if none was taken.
+    train/line_search_steps: candidate steps tried; `line_search_steps` + 1 if none was taken.
     train/critic_loss: squared error of V.
     train/entropy: H(pi_k), nats.
     train/explained_variance: 1 - Var[target - V_k] / Var[target].
@@ -57,23 +57,23 @@ class TRPO(Algorithm):
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        gamma: Discount. RL Baselines3 Zoo, MuJoCo: 0.99, as for all that follows.
-        gae_lambda: Decay of GAE: 0.95.
+        gamma: Discount factor: 0.99. This value and those below are from RL Baselines3 Zoo, MuJoCo.
+        gae_lambda: lambda of GAE: 0.95.
         target_kl: delta, the radius of the trust region in nats: 0.01.
         cg_iterations: Steps of conjugate gradient: 25.
-        cg_damping: Added to the diagonal of F: 0.1.
-        line_search_shrink: Factor between two candidates: 0.8.
-        line_search_steps: Candidates: 10.
-        critic_lr: Adam: 1e-3.
-        critic_epochs: Passes over a rollout: 20.
+        cg_damping: Constant added to the diagonal of F: 0.1.
+        line_search_shrink: Factor between the lengths of two candidate steps: 0.8.
+        line_search_steps: Maximum number of candidate steps: 10.
+        critic_lr: Learning rate of the critic (Adam): 1e-3.
+        critic_epochs: Passes of the critic over a rollout: 20.
         batch_size: Transitions per minibatch of the critic: 128.
-        steps_per_iteration: Vector steps of a rollout: 1024, of two envs.
-        normalize_advantage: To mean 0 and deviation 1 over the rollout.
+        steps_per_iteration: Vector steps of a rollout: 1024, with two envs.
+        normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 over the rollout.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
-        activation: Between the layers: tanh.
-        initial_log_std: Of a Gaussian policy: 0.
-        compile: The loss of the critic; the same numbers, on a CPU in no less time. The policy's step is eager:
-            products with F differentiate twice, which compiled code can't.
+        activation: Activation between the layers: tanh.
+        initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
+        compile: Whether to compile the critic loss. Same numbers, no faster on a CPU. The policy's step stays eager,
+            because products with F differentiate twice, which compiled code can't do.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -102,8 +102,9 @@ class TRPO(Algorithm):
         super().__init__(env, gamma)
         if steps_per_iteration * env["num_envs"] % batch_size:
             raise ConfigError(
-                f"algo.batch_size={batch_size} does not divide the rollout of algo.steps_per_iteration="
-                f"{steps_per_iteration} times env.num_envs={env['num_envs']} transitions"
+                f"algo.batch_size={batch_size} does not divide the number of transitions in a rollout, "
+                f"algo.steps_per_iteration={steps_per_iteration} times env.num_envs={env['num_envs']}: "
+                "change one of the three"
             )
         self.gamma, self.gae_lambda, self.target_kl = gamma, gae_lambda, target_kl
         self.cg_iterations, self.cg_damping = cg_iterations, cg_damping
@@ -124,7 +125,7 @@ class TRPO(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         data = self.advantages(self.normalize(rollout))
-        with self.full_precision():  # a direction from rounded products of F is none of descent
+        with self.full_precision():  # products with F in half precision would not give an ascent direction
             self.update(data)
         for _ in range(self.critic_epochs):
             order = torch.randperm(len(data), device=data.device)
@@ -137,7 +138,7 @@ class TRPO(Algorithm):
 
     @torch.no_grad()
     def advantages(self, rollout: TensorDictBase) -> TensorDictBase:
-        """The transitions `[N T]` of a rollout `[N, T]` with advantage (GAE) and target A + V, each `[N T, 1]`."""
+        """Return the transitions `[N T]` of a rollout `[N, T]` with advantages (GAE) and targets A + V, `[N T, 1]`."""
         after: TensorDict = rollout.get("next")
         value, next_value = (
             self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, rollout.shape)  # [N, T, *S] -> [N, T, 1]
@@ -157,12 +158,12 @@ class TRPO(Algorithm):
         self.record(explained_variance=(variance - error) / variance.clamp(min=1e-8))
         if self.normalize_advantage:
             advantage = standardize(advantage)
-        each = {"observation": rollout["observation"], "action": rollout["action"]}
-        each |= {"advantage": advantage, "value_target": target}
-        return TensorDict(each, batch_size=rollout.shape).flatten(0, 1)  # [N, T] -> [N T]
+        entries = {"observation": rollout["observation"], "action": rollout["action"]}
+        entries |= {"advantage": advantage, "value_target": target}
+        return TensorDict(entries, batch_size=rollout.shape).flatten(0, 1)  # [N, T] -> [N T]
 
     def update(self, batch: TensorDictBase) -> None:
-        """The step of the policy on all transitions `[B]`."""
+        """Take one natural gradient step of the policy on all transitions `[B]`."""
         features = self.trunk(batch["observation"])
         new = self.actor(features)
         old = new.detach()
@@ -175,17 +176,21 @@ class TRPO(Algorithm):
         self.record(cg_residual=residual / gradient.norm().clamp(min=1e-8))
 
     def surrogate(self, batch: TensorDictBase, new: Categorical | Normal, old: Categorical | Normal) -> Tensor:
-        """E[rho A]."""
+        """Return the surrogate objective E[rho A]."""
         ratio = (new.log_prob(batch["action"]) - old.log_prob(batch["action"])).exp()  # [B, 1]
         return (ratio * batch["advantage"]).mean()
 
     def flat_gradient(self, objective: Tensor, *, create_graph: bool = False) -> Tensor:
-        """Gradient of a scalar for all parameters of the actor, as one vector `[P]`."""
+        """Return the gradient of a scalar in all parameters of the actor, as one vector `[P]`."""
         gradients = torch.autograd.grad(objective, self.actor_parameters, create_graph=create_graph, retain_graph=True)
         return torch.cat([each.flatten() for each in gradients])
 
     def fisher_vector_product(self, kl: Tensor) -> Callable[[Tensor], Tensor]:
-        """v -> (F + damping I) v, `[P] -> [P]`: F is the Hessian of the mean KL(pi_k || pi) where both are the same."""
+        """Return the function v -> (F + damping I) v, `[P] -> [P]`.
+
+        Args:
+            kl: Mean KL(pi_k || pi) at pi = pi_k, where its Hessian is F.
+        """
         gradient = self.flat_gradient(kl, create_graph=True)
         return lambda v: distributed.all_reduce_mean(self.flat_gradient(gradient @ v)) + self.cg_damping * v
 
@@ -195,7 +200,7 @@ class TRPO(Algorithm):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take the longest of the shrinking steps that improves the surrogate within the trust region.
 
-        Returns the improvement, the KL divergence and the number of candidates tried. Each one waits for the device.
+        Return the improvement, the KL divergence and the number of candidates. Each candidate waits for the device.
         """
         start = parameters_to_vector(self.actor_parameters)
         before = self.surrogate(batch, old, old)
@@ -210,23 +215,24 @@ class TRPO(Algorithm):
         return torch.zeros_like(before), torch.zeros_like(before), torch.tensor(self.line_search_steps + 1.0)
 
     def critic_loss(self, batch: Batch) -> Tensor:
-        """E[(V(s) - target)^2]."""
+        """Return the critic loss E[(V(s) - target)^2]."""
         return (self.critic(self.trunk(batch["observation"])) - batch["value_target"]).square().mean()
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Solve A x = b for a positive definite A that is known by its products. Returns x `[P]` and ||A x - b||.
+    """Solve A x = b for a positive definite A, given by its products A v. Return x `[P]` and ||A x - b||.
 
-    Source: Hestenes and Stiefel 1952. A fixed number of iterations: to look at the residual is to wait for the device.
+    Source: Hestenes and Stiefel 1952. The number of iterations is fixed, because reading the residual would wait for
+    the device.
     """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
-    square = residual @ residual
+    squared_norm = residual @ residual
     tiny = torch.finfo(b.dtype).tiny
     for _ in range(iterations):
         a_direction = product(direction)
-        alpha = square / (direction @ a_direction).clamp(min=tiny)
+        alpha = squared_norm / (direction @ a_direction).clamp(min=tiny)
         x = x + alpha * direction
         residual = residual - alpha * a_direction
-        previous, square = square, residual @ residual
-        direction = residual + square / previous.clamp(min=tiny) * direction
-    return x, square.sqrt()
+        previous, squared_norm = squared_norm, residual @ residual
+        direction = residual + squared_norm / previous.clamp(min=tiny) * direction
+    return x, squared_norm.sqrt()

@@ -1,4 +1,4 @@
-"""The networks of World Models: V sees, M remembers and foresees, C acts."""
+"""Networks of World Models: V encodes images, M predicts what follows, C acts."""
 
 import math
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from levin.model_based.dream_env import STARTS
 from levin.model_based.recurrent import Carry
 from levin.nn.networks import action_size, as_float32, mlp
 
-HIDDEN = 256  # of V, where pictures are not 64 x 64
-LOG_STD = (-7.0, 7.0)  # of a mixture's parts
-WANDER = 0.14  # how much random actions change at a step, sqrt(1 / 50)
-CHANGE = 0.3  # how often random finite actions are drawn anew
+HIDDEN = 256  # width of V's hidden layer for images other than 64 x 64
+LOG_STD = (-7.0, 7.0)  # bounds of the log-std of a mixture's Gaussians
+RANDOM_WALK_STD = 0.14  # std of a step of random continuous actions, sqrt(1 / 50)
+RESAMPLE_PROBABILITY = 0.3  # of random discrete actions, at each step
 
 
 class Vision(nn.Module):
-    """V: a variational autoencoder of pictures `[B, C, H, W]` uint8; z is `[B, Z]`.
+    """V: a variational autoencoder of images `[B, C, H, W]` uint8; z is `[B, Z]`.
 
-    64 x 64: the paper's convolutions, 4,348,547 parameters with three channels and Z = 32.
+    For 64 x 64 images it has the paper's convolutions, 4,348,547 parameters with three channels and Z = 32.
 
-    # Deviation: other sizes, for games smaller than the paper's, have one hidden layer on both sides instead.
+    # Deviation: for other sizes, of games smaller than the paper's, encoder and decoder have one hidden layer instead.
     """
 
     def __init__(self, shape: Sequence[int], size: int) -> None:
@@ -54,42 +54,52 @@ class Vision(nn.Module):
         self.mean, self.log_variance = nn.Linear(features, size), nn.Linear(features, size)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z | picture), both `[B, Z]`."""
+        """Return mean and log-variance of q(z | image), both `[B, Z]`."""
         features = self.encoder(pixels.float() / 255)
         return as_float32(self.mean(features)), as_float32(self.log_variance(features))
 
     def decode(self, z: Tensor) -> Tensor:
-        """The picture in (0, 1): `[B, C, H, W]`."""
+        """Return the decoded image in (0, 1): `[B, C, H, W]`."""
         return as_float32(self.decoder(z)).sigmoid()
 
 
 class Mixture(NamedTuple):
-    """Of K Gaussians, for each entry of z: all `[..., Z, K]`."""
+    """A mixture of K Gaussians for each entry of z; log-weights, means and log-std are all `[..., Z, K]`."""
 
     log_share: Tensor
     mean: Tensor
     log_std: Tensor
 
     def nll(self, z: Tensor) -> Tensor:
-        """-log sum_k share_k N(z_d | mean_k, std_k) of `[..., Z]`, averaged over d: `[...]`."""
+        """Return -log sum_k share_k N(z_d | mean_k, std_k) of z `[..., Z]`, averaged over its entries d: `[...]`."""
         error = (z.unsqueeze(-1) - self.mean) * (-self.log_std).exp()
         log_prob = self.log_share - self.log_std - 0.5 * (error.square() + math.log(2 * math.pi))
         return -log_prob.logsumexp(-1).mean(-1)
 
     def sample(self, noise: Tensor, temperature: float) -> Tensor:
-        """A draw `[..., Z]`, made of standard normal numbers `[..., 2 Z]`: shares^(1/tau) and std sqrt(tau)."""
-        which, how = noise.chunk(2, -1)
+        """Return a sample `[..., Z]` made from standard normal values `[..., 2 Z]`.
+
+        The temperature tau raises the weights of the Gaussians to the power 1 / tau and multiplies their std by
+        sqrt(tau).
+        """
+        component_noise, value_noise = noise.chunk(2, -1)
         share = (self.log_share / temperature).softmax(-1)
-        below = share.cumsum(-1)[..., :-1]
-        part = (torch.special.ndtr(which).unsqueeze(-1) >= below).sum(-1, keepdim=True)
-        mean, log_std = (each.gather(-1, part).squeeze(-1) for each in (self.mean, self.log_std))
-        return torch.addcmul(mean, log_std.exp(), how, value=math.sqrt(temperature))
+        cumulative = share.cumsum(-1)[..., :-1]
+        component = (torch.special.ndtr(component_noise).unsqueeze(-1) >= cumulative).sum(-1, keepdim=True)
+        mean, log_std = (each.gather(-1, component).squeeze(-1) for each in (self.mean, self.log_std))
+        return torch.addcmul(mean, log_std.exp(), value_noise, value=math.sqrt(temperature))
 
 
 class Memory(nn.Module):
-    """M: an LSTM over (z, a) that says what z comes next, with which reward, and whether the episode ends there.
+    """M: an LSTM over (z, a) that predicts the next z, its reward, and whether the episode ends there.
 
     LSTM and mixture have 422,368 parameters with Z = 32, A = 3, 256 cells and K = 5.
+
+    Args:
+        z: Size of z, Z.
+        actions: Size of an action, A.
+        cells: Cells of the LSTM.
+        mixtures: Gaussians for each entry of z, K.
     """
 
     def __init__(self, z: int, actions: int, cells: int, mixtures: int) -> None:
@@ -100,32 +110,34 @@ class Memory(nn.Module):
         self.mixture_head = nn.Linear(cells, 3 * z * mixtures)
         self.reward_head, self.end_head = nn.Linear(cells, 1), nn.Linear(cells, 1)
         with torch.no_grad():
-            self.from_input.bias[cells : 2 * cells] += 1  # remember, at first
+            self.from_input.bias[cells : 2 * cells] += 1  # bias of the forget gate: keep the cell state at first
 
     def forward(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: `inputs` `[B, 4 cells]` is `from_input([z, a])`; `hidden` and `cell` `[B, cells]`."""
+        """Return the next hidden and cell state `[B, cells]`; `inputs` `[B, 4 cells]` is `from_input([z, a])`."""
         gates = as_float32(inputs) + as_float32(self.from_hidden(hidden))
-        come_in, keep, candidate, go_out = gates.chunk(4, -1)
-        cell = keep.sigmoid() * cell + come_in.sigmoid() * candidate.tanh()
-        return go_out.sigmoid() * cell.tanh(), cell
+        input_gate, forget_gate, candidate, output_gate = gates.chunk(4, -1)
+        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+        return output_gate.sigmoid() * cell.tanh(), cell
 
-    def run(self, z: Tensor, action: Tensor, is_first: Tensor) -> Tensor:
-        """What is remembered after each of `z` `[B, T, Z]` and `action` `[B, T, A]`, from nothing: `[B, T, cells]`.
+    def unroll(self, z: Tensor, action: Tensor, is_first: Tensor) -> Tensor:
+        """Return the hidden states `[B, T, cells]` after each step of a window, starting from zeros.
 
         Args:
-            is_first: `[B, T, 1]`: there everything before is forgotten.
+            z: Latents `[B, T, Z]`.
+            action: Actions `[B, T, A]`.
+            is_first: Starts of episodes `[B, T, 1]`; the state is set to zero there.
         """
         inputs = self.from_input(torch.cat([z, action], -1)).unbind(1)
         continues = (~is_first).unbind(1)
         hidden = cell = z.new_zeros(len(z), self.cells)
-        found = []
+        hiddens = []
         for t in range(len(inputs)):
             hidden, cell = self(inputs[t], hidden * continues[t], cell * continues[t])
-            found.append(hidden)
-        return torch.stack(found, 1)
+            hiddens.append(hidden)
+        return torch.stack(hiddens, 1)
 
     def predict(self, hidden: Tensor) -> tuple[Mixture, Tensor, Tensor]:
-        """The mixture of the next z, the reward that comes with it, and the logit of the end: of `[..., cells]`."""
+        """Return the mixture of the next z, its reward, and the logit of the episode's end, for `[..., cells]`."""
         numbers = as_float32(self.mixture_head(hidden)).unflatten(-1, (3, self.z, self.mixtures))
         log_share, mean, log_std = numbers.unbind(-3)
         mixture = Mixture(log_share.log_softmax(-1), mean, log_std.clamp(*LOG_STD))
@@ -133,7 +145,7 @@ class Memory(nn.Module):
 
 
 class LatentState(NamedTuple):
-    """What is known at a moment: z of what is seen, and what M remembers of before, all `[N, *]`."""
+    """Latent state: z of the current image, and M's hidden and cell state after the previous step, all `[N, *]`."""
 
     z: Tensor
     hidden: Tensor
@@ -141,152 +153,158 @@ class LatentState(NamedTuple):
 
     @property
     def feature(self) -> Tensor:
-        """What C reads: `[N, Z + cells]`."""
+        """Return the features that C reads: `[N, Z + cells]`."""
         return torch.cat([self.z, self.hidden], -1)
 
 
 class WorldModel(nn.Module):
-    """V and M together, as what a policy remembers with and dreams in.
+    """V and M together: the world model that a policy acts with, and that dreams are generated from.
 
     Args:
-        env: Spaces.
-        z: Size of what V makes of a picture, Z.
-        cells: Of M's LSTM.
-        mixtures: K, Gaussians for each entry of z.
-        end_weight: How much more ends count where M learns.
+        env: Spaces of the env.
+        z: Size of z, Z.
+        cells: Cells of M's LSTM.
+        mixtures: Gaussians for each entry of z, K.
+        end_weight: Loss weight of steps that end an episode, relative to all others.
 
     Raises:
-        ConfigError: Observations that are not pixels.
+        ConfigError: The observations are not pixels.
     """
 
-    starts: Tensor  # [STARTS, C, H, W]: first pictures of episodes; zeros until V and M are trained
+    starts: Tensor  # [STARTS, C, H, W]: first images of episodes; zeros until V and M are trained
 
     def __init__(self, env: EnvSpec, z: int, cells: int, mixtures: int, end_weight: float) -> None:
         super().__init__()
         space = env["observation"]
         if space["type"] != "box" or space["dtype"] != "uint8":
-            raise ConfigError(f"WorldModels reads pixels; {env['id']} shows {space['type']} of {space['dtype']}")
+            raise ConfigError(
+                f"WorldModels reads pixels, but the observations of {env['id']} are {space['type']} of {space['dtype']}"
+            )
         self.actions, self.discrete = action_size(env), env["action"]["type"] == "discrete"
         self.vision = Vision(space["shape"], z)
         self.memory = Memory(z, self.actions, cells, mixtures)
         self.features, self.noise, self.end_weight = z + cells, 2 * z + 1, end_weight
-        self.deter, self.stoch = 2 * cells, z  # as `Carry` has them: M's hidden and cell, and z
+        self.deter, self.stoch = 2 * cells, z  # sizes for `Carry`: M's hidden and cell state together, and z
         self.register_buffer("starts", torch.zeros(STARTS, *space["shape"], dtype=torch.uint8))
 
     def encode_action(self, action: Tensor) -> Tensor:
-        """Actions as M reads them: `[N, A]` in [-1, 1], of finite ones `[N]` one-hot."""
+        """Return actions as M reads them: `[N, A]` in [-1, 1]; discrete ones `[N]` become one-hot."""
         return one_hot(action, self.actions).float() if self.discrete else action.clamp(-1, 1)
 
     def initial_state(self, observation: Tensor) -> LatentState:
-        """At the first observation of an episode."""
+        """Return the state at the first observation of an episode."""
         z, _ = self.vision.encode(observation)
-        nothing = z.new_zeros(len(z), self.memory.cells)
-        return LatentState(z, nothing, nothing)
+        zeros = z.new_zeros(len(z), self.memory.cells)
+        return LatentState(z, zeros, zeros)
 
-    def remember(self, latent: LatentState, action: Tensor) -> tuple[Tensor, Tensor]:
-        """M's step: what is remembered after an action `[N, A]`."""
+    def step_memory(self, latent: LatentState, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Return M's hidden and cell state after an action `[N, A]`."""
         return self.memory(self.memory.from_input(torch.cat([latent.z, action], -1)), latent.hidden, latent.cell)
 
     def observe(self, latent: LatentState, action: Tensor, observation: Tensor) -> LatentState:
-        """After an action, and what it led to. z is the mean of q(z | picture).
+        """Return the state after an action and the observation it led to, z being the mean of q(z | image).
 
-        # Deviation: the paper draws z also when it acts.
+        # Deviation: the paper samples z when acting, too.
         """
         z, _ = self.vision.encode(observation)
-        return LatentState(z, *self.remember(latent, action))
+        return LatentState(z, *self.step_memory(latent, action))
 
     def imagine(
         self, latent: LatentState, action: Tensor, noise: Tensor, temperature: float
     ) -> tuple[LatentState, Tensor, Tensor]:
-        """After an action, as M has it: the mind, the reward `[N, 1]`, and whether the episode ends `[N, 1]`.
+        """Return the state that M samples after an action, the reward, and whether the episode ends, both `[N, 1]`.
 
         Args:
-            noise: Standard normal numbers `[N, 2 Z + 1]`: the only chance there is.
-            temperature: tau, of all three draws.
+            latent: States `[N, *]` before the action.
+            action: Actions `[N, A]`.
+            noise: Standard normal values `[N, 2 Z + 1]`, the only source of randomness.
+            temperature: Sampling temperature tau of mixture weights, Gaussians and end of episode.
 
-        # Deviation: the end is drawn, too, of probabilities without the weight that ends had in training; in the code
-        beside the paper an episode ends where the logit is above 0.
+        # Deviation: the end is sampled too, with `end_weight` taken out of its probability again; in the published code
+        an episode ends where the logit is above 0.
         """
-        hidden, cell = self.remember(latent, action)
+        hidden, cell = self.step_memory(latent, action)
         mixture, reward, logit = self.memory.predict(hidden)
-        ends = torch.special.ndtr(noise[:, -1:]) < ((logit - math.log(self.end_weight)) / temperature).sigmoid()
-        return LatentState(mixture.sample(noise[:, :-1], temperature), hidden, cell), reward, ends
+        terminated = torch.special.ndtr(noise[:, -1:]) < ((logit - math.log(self.end_weight)) / temperature).sigmoid()
+        return LatentState(mixture.sample(noise[:, :-1], temperature), hidden, cell), reward, terminated
 
     def decode(self, latent: LatentState) -> Tensor:
-        """What it looks like: `[N, C, H, W]`, from 0 to 255."""
+        """Return the decoded images `[N, C, H, W]`, from 0 to 255."""
         return 255 * self.vision.decode(latent.z)
 
 
 class Controllers(nn.Module):
-    """C: linear policies `a = W [z, h] + b`, one for each row of numbers `[P, (F + 1) A]`. `best`: what they lead to.
+    """C: linear policies `a = W [z, h] + b`, one for each of the P weight vectors `[P, (F + 1) A]` of a call.
+
+    The buffer `best` holds the weights that act in evaluation: the mean of the search distribution of CMA-ES.
 
     Args:
-        reads: F, how many of the features are read: those of z come first.
-        env: Spaces.
+        num_features: Number of features that are read, F; those of z come first.
+        env: Spaces of the env.
     """
 
     best: Tensor  # [(F + 1) A]
 
-    def __init__(self, reads: int, env: EnvSpec) -> None:
+    def __init__(self, num_features: int, env: EnvSpec) -> None:
         super().__init__()
-        self.reads, self.actions = reads, action_size(env)
+        self.num_features, self.actions = num_features, action_size(env)
         self.discrete = env["action"]["type"] == "discrete"
-        self.size = (reads + 1) * self.actions
+        self.size = (num_features + 1) * self.actions
         self.register_buffer("best", torch.zeros(self.size))
 
-    def forward(self, numbers: Tensor, feature: Tensor) -> Tensor:
-        """What each chooses: `[P, R, *] -> [P, R, A]` in [-1, 1], or the numbers of finite actions `[P, R]`."""
-        weight, bias = numbers.unflatten(-1, (self.reads + 1, self.actions)).tensor_split([self.reads], 1)
-        chosen = torch.baddbmm(bias, feature[..., : self.reads], weight)
-        return chosen.argmax(-1) if self.discrete else chosen.tanh()
+    def forward(self, weights: Tensor, feature: Tensor) -> Tensor:
+        """Return the actions of P controllers: `[P, n], [P, R, *] -> [P, R, A]` in [-1, 1], or `[P, R]` if discrete."""
+        weight, bias = weights.unflatten(-1, (self.num_features + 1, self.actions)).tensor_split([self.num_features], 1)
+        output = torch.baddbmm(bias, feature[..., : self.num_features], weight)
+        return output.argmax(-1) if self.discrete else output.tanh()
 
 
 class Trials:
-    """Which of several controllers plays the next episode of which env.
+    """Assignment of controllers to envs. A trial is one episode that one controller plays.
 
     Args:
-        num_envs: N.
+        num_envs: Number of envs N.
     """
 
     def __init__(self, num_envs: int) -> None:
-        self.numbers: Tensor | None = None  # [P, n] the controllers; None: actions are random
-        self.queue: list[int] = []  # which controller each trial is of; empty: all of them in turn, for ever
-        self.next = 0  # trial
-        self.trial = [-1] * num_envs  # that each env is in; -1: none, while others end theirs
+        self.weights: Tensor | None = None  # [P, n], of the controllers; None: actions are random
+        self.queue: list[int] = []  # controller of each trial; empty: all controllers in turn, without end
+        self.next = 0  # index of the next trial
+        self.trial = [-1] * num_envs  # index of each env's trial; -1: no trial
 
-    def begin(self, numbers: Tensor | None, queue: list[int]) -> None:
-        """New trials; what is open goes on as no trial."""
-        self.numbers, self.queue, self.next, self.trial = numbers, queue, 0, [-1] * len(self.trial)
+    def begin(self, weights: Tensor | None, queue: list[int]) -> None:
+        """Replace all trials; episodes that are not finished belong to no trial."""
+        self.weights, self.queue, self.next, self.trial = weights, queue, 0, [-1] * len(self.trial)
 
-    def assign_next(self, first: Tensor) -> None:
-        """Where an episode begins `[N]`, the next trial does."""
-        for env in first.nonzero().flatten().tolist():
-            waits = not self.queue or self.next < len(self.queue)
-            self.trial[env] = self.next if waits else -1
-            self.next += waits
+    def assign_next(self, is_first: Tensor) -> None:
+        """Assign the next trial to each env that starts an episode, `[N]`."""
+        for env in is_first.nonzero().flatten().tolist():
+            available = not self.queue or self.next < len(self.queue)
+            self.trial[env] = self.next if available else -1
+            self.next += available
 
     def current_weights(self) -> Tensor:
-        """The numbers of the controller of each env `[N, n]`, the first one's where there is no trial."""
-        assert self.numbers is not None
+        """Return the weights `[N, n]` of each env's controller; an env without a trial gets the one of trial 0."""
+        assert self.weights is not None
         trials = [max(0, trial) for trial in self.trial]
-        return self.numbers[[self.queue[trial] if self.queue else trial % len(self.numbers) for trial in trials]]
+        return self.weights[[self.queue[trial] if self.queue else trial % len(self.weights) for trial in trials]]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"numbers": self.numbers, "queue": self.queue, "next": self.next, "trial": list(self.trial)}
+        return {"numbers": self.weights, "queue": self.queue, "next": self.next, "trial": list(self.trial)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.numbers, self.queue = state["numbers"], list(state["queue"])
+        self.weights, self.queue = state["numbers"], list(state["queue"])
         self.next, self.trial = state["next"], list(state["trial"])
 
 
 class Player(nn.Module):
-    """What the collector asks for an action, `[N, *S], [N, 1] -> [N, *A]`: V, M and C, or actions at random.
+    """Policy for training and evaluation, `[N, *S], [N, 1] -> [N, *A]`: V, M and C, or random actions.
 
     Args:
         model: V and M.
-        controllers: C, the best of them.
-        carry: Its memory.
-        trials: Which others play instead; then their trial is given too, `[N, 1]`.
+        controllers: C; without `trials`, its `best` acts.
+        carry: Latent state and action of the last step of each env.
+        trials: Assignment of other controllers; the indices of the trials `[N, 1]` are then returned too.
     """
 
     def __init__(self, model: WorldModel, controllers: Controllers, carry: Carry, trials: Trials | None = None) -> None:
@@ -296,15 +314,15 @@ class Player(nn.Module):
     def forward(self, observation: Tensor, is_first: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         carry = self.carry
         carry.begin(is_first)
-        if self.trials is None or self.trials.numbers is not None:
+        if self.trials is None or self.trials.weights is not None:
             before = LatentState(carry.stoch, *carry.deter.chunk(2, -1))
-            carry.deter = torch.cat(self.model.remember(before, carry.action), -1) * ~is_first
+            carry.deter = torch.cat(self.model.step_memory(before, carry.action), -1) * ~is_first
             carry.stoch, _ = self.model.vision.encode(observation)
         if self.trials is None:
             action = self.controller_action(self.controllers.best.expand(len(is_first), -1))
         else:
             self.trials.assign_next(is_first.squeeze(-1))
-            at_random = self.trials.numbers is None
+            at_random = self.trials.weights is None
             action = (
                 self.random_action(is_first)
                 if at_random
@@ -313,16 +331,20 @@ class Player(nn.Module):
         carry.action = self.model.encode_action(action)
         return action if self.trials is None else (action, torch.tensor(self.trials.trial).unsqueeze(-1))
 
-    def controller_action(self, numbers: Tensor) -> Tensor:
-        """Of one controller each, `[N, n] -> [N, *A]`."""
+    def controller_action(self, weights: Tensor) -> Tensor:
+        """Return the action of each env's controller, `[N, n] -> [N, *A]`."""
         latent = LatentState(self.carry.stoch, *self.carry.deter.chunk(2, -1))
-        return self.controllers(numbers, latent.feature.unsqueeze(1)).squeeze(1)
+        return self.controllers(weights, latent.feature.unsqueeze(1)).squeeze(1)
 
     def random_action(self, is_first: Tensor) -> Tensor:
-        """At random, as white noise stays where it is: uniform at first, then in small steps, or mostly the same."""
+        """Return random actions correlated in time, as independent ones would average out and hardly move.
+
+        An episode starts with a uniform action. Then continuous actions follow a random walk, and discrete ones are
+        resampled with probability `RESAMPLE_PROBABILITY`.
+        """
         if self.model.discrete:
             new = torch.randint(self.model.actions, (len(is_first),), device=is_first.device)
-            changes = is_first.squeeze(-1) | (torch.rand(len(is_first), device=is_first.device) < CHANGE)
+            changes = is_first.squeeze(-1) | (torch.rand(len(is_first), device=is_first.device) < RESAMPLE_PROBABILITY)
             return torch.where(changes, new, self.carry.action.argmax(-1))
         before = torch.where(is_first, torch.rand_like(self.carry.action) * 2 - 1, self.carry.action)
-        return (before + WANDER * torch.randn_like(before)).clamp(-1, 1)
+        return (before + RANDOM_WALK_STD * torch.randn_like(before)).clamp(-1, 1)

@@ -1,6 +1,6 @@
-"""Speed beside the peers: the same work, interleaved in one call, medians and ratios. `python -m levin.bench what=sac`.
+"""Speed benchmarks against other libraries doing the same work: `python -m levin.bench what=sac`.
 
-A ratio survives a noisy machine and an absolute time does not, so every comparison alternates short segments of the
-two sides. Run it with nothing else on the machine. Peers live in an environment of their own (`make bench-setup`).
-Start reading at `peers.py`.
+Absolute times vary on a noisy machine, ratios much less. Every comparison therefore alternates short segments of both
+sides and reports medians of the ratios. Run it with nothing else on the machine. The other libraries (peers) have
+their own Python environment, made by `make bench-setup`. Start reading at `peers.py`.
 """

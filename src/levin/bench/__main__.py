@@ -1,4 +1,4 @@
-"""`python -m levin.bench what=sac`, or what else `bench` lists below: prints medians and ratios."""
+"""Command `python -m levin.bench what=sac`: run one benchmark of `bench` below and print medians and ratios."""
 
 import subprocess
 import tempfile
@@ -17,13 +17,13 @@ from levin.runs import provenance
 
 
 def checkpoint(*, rounds: int, threads: int) -> None:
-    """SAC on HalfCheetah-v4 with a buffer of a million transitions, full, saved every 10,000 env steps."""
+    """Measure checkpoints of SAC on HalfCheetah-v4, every 10,000 env steps with a million transitions in the buffer."""
     print(provenance.processor_name(), flush=True)
     (task,) = COMPARISONS["sac"]
     probe = f"{{_target_:levin.bench.checkpoint.Probe,start:{task.warm_up},segment:{task.segment},rounds:{rounds}}}"
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that runs are on
-        words = levin_command(task, (), Path(folder) / "run", threads, f"+callbacks.probe={probe}")
-        subprocess.run(words, check=True)
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # the disk that run folders are on
+        command = levin_command(task, (), Path(folder) / "run", threads, f"+callbacks.probe={probe}")
+        subprocess.run(command, check=True)
 
 
 def bench(
@@ -46,13 +46,15 @@ def bench(
     segments: PositiveInt = 10,
     threads: PositiveInt = 2,
 ) -> None:
-    """Run one comparison.
+    """Run one benchmark.
 
     Args:
-        what: An algorithm: training runs; `collect`: rollouts alone; `memory`: replay, full; `checkpoint`: what saving
-            costs a run; `estimators`: of gradients; `dreamer`: updates beside TorchRL's; `dream`: steps in a model.
-        segments: Rounds, each one segment of every side.
-        threads: Torch threads of each side.
+        what: An algorithm: training runs against Stable-Baselines3; `collect`: rollouts without updates; `memory`: size
+            and sampling time of a full replay buffer; `checkpoint`: time that checkpoints take from a run;
+            `estimators`: gradient estimators; `dreamer`: updates of Dreamer and DreamerV3 against TorchRL; `dream`:
+            steps of imagined episodes in a world model.
+        segments: Number of rounds; in each round every side runs one segment.
+        threads: Number of Torch threads of each side.
     """
     if what == "checkpoint":
         checkpoint(rounds=segments, threads=threads)
@@ -84,11 +86,11 @@ def bench(
             *(("walker_walk", 1, "shimmy"), ("cheetah_run", 1, "shimmy")),
         ):
             if find_spec(package) is None:
-                print(f"\nwithout {name}, whose extra is missing ({package})")
+                print(f"\nskipping {name}: {package} is not installed")
                 continue
-            words = [f"env={name}", "algo=a2c", f"env.num_envs={num_envs}"]
+            overrides = [f"env={name}", "algo=a2c", f"env.num_envs={num_envs}"]
             print(f"\n{name} x {num_envs}, random actions", end="")
-            rates = compare_env_stepping(EnvConfig(**to_plain(compose(words).env)), segments)
+            rates = compare_env_stepping(EnvConfig(**to_plain(compose(overrides).env)), segments)
             print_table(rates, "the env alone", "vector steps/s")
     else:
         for task in COMPARISONS[what]:

@@ -1,4 +1,4 @@
-"""The price of a checkpoint: the pause beside a plain write of the same bytes, and its share of the run."""
+"""Measure a checkpoint: its pause compared with a plain write of the same bytes, and its share of the wall time."""
 
 import os
 import statistics
@@ -13,16 +13,16 @@ from tensordict import TensorDict
 from levin.algorithms.base import Algorithm
 from levin.training.checkpointing import Checkpointing
 
-EVERY = 10_000  # env steps between two checkpoints, as train.yaml has it
+EVERY = 10_000  # env steps between two checkpoints, as in train.yaml
 
 
 class Probe(Callback):
-    """Measures the pace of a run for a while, then fills its buffer and saves it again and again.
+    """Measure the speed of a run over one segment, then fill its buffer, save it repeatedly, and stop the run.
 
     Args:
-        start: Env steps of warm-up.
-        segment: Env steps over which the pace is measured.
-        rounds: Checkpoints of `EVERY` new transitions each.
+        start: Number of env steps of warm-up.
+        segment: Number of env steps over which the speed is measured.
+        rounds: Number of checkpoints, each with `EVERY` new transitions.
     """
 
     def __init__(self, start: int, segment: int, rounds: int) -> None:
@@ -44,7 +44,7 @@ class Probe(Callback):
     def measure(
         self, trainer: Trainer, algorithm: Algorithm, checkpointing: Checkpointing, every_seconds: float
     ) -> None:
-        """Print both pauses."""
+        """Print the pause for the full buffer, and for `EVERY` new transitions."""
         assert algorithm.buffer is not None
         for _ in range(algorithm.buffer.size // EVERY):
             algorithm.buffer.extend(_rollout(algorithm))
@@ -64,7 +64,7 @@ class Probe(Callback):
 
 
 def _rollout(algorithm: Algorithm) -> TensorDict:
-    """Random transitions `[1, EVERY]`."""
+    """Return random transitions `[1, EVERY]`."""
     shape, actions = algorithm.env["observation"]["shape"], algorithm.env["action"]["shape"]
     after = {"observation": torch.randn(1, EVERY, *shape), "reward": torch.randn(1, EVERY, 1)}
     flags = torch.zeros(1, EVERY, 1, dtype=torch.bool)
@@ -73,7 +73,7 @@ def _rollout(algorithm: Algorithm) -> TensorDict:
 
 
 def _save(trainer: Trainer, algorithm: Algorithm, checkpointing: Checkpointing) -> tuple[float, int, float]:
-    """Seconds of a checkpoint, its new bytes, and seconds of writing as many bytes to one file."""
+    """Return seconds of a checkpoint, its new bytes, and seconds of a plain write of as many bytes."""
     algorithm.env_steps += EVERY
     start = perf_counter()
     checkpointing.save(trainer, algorithm)
@@ -85,6 +85,7 @@ def _save(trainer: Trainer, algorithm: Algorithm, checkpointing: Checkpointing) 
 
 
 def _plain_write(path: Path, data: bytes) -> float:
+    """Return the seconds of writing the bytes to one file, with fsync."""
     start = perf_counter()
     with path.open("wb") as file:
         file.write(data)

@@ -1,6 +1,6 @@
-"""Rollouts alone: our collector beside a hand-written loop and TorchRL's `Collector`, in one process.
+"""Rollouts without updates: Levin's collector against a hand-written loop and TorchRL's `Collector`, in one process.
 
-And beside ale-py's own stepping, with random actions and without a policy.
+A second comparison has random actions instead of a policy: Levin's collector against bare stepping of the envs.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ from levin.envs.factory import describe_env, make_env, make_single_env
 from levin.nn.networks import mlp
 
 STEPS = 256  # vector steps per rollout
-SHORT = 128  # as PPO's: longer ones are not kept by `keep_freed_memory`
+SHORT = 128  # as PPO; memory of longer rollouts is returned to the system in spite of `keep_freed_memory`
 NEVER = 1_000_000_000
 
 
 class Chooser(nn.Module):
-    """A 64-64 policy that samples a category or a Gaussian."""
+    """64-64 policy with a categorical or a Gaussian action distribution."""
 
     def __init__(self, num_observations: int, num_actions: int, discrete: bool) -> None:
         super().__init__()
         self.network, self.discrete = mlp([num_observations, 64, 64, num_actions], "tanh"), discrete
 
     def forward(self, observation: Tensor) -> Tensor:
-        """`[N, S] -> [N]` or `[N, A]`."""
+        """Return actions, `[N, S] -> [N]` or `[N, A]`."""
         output = self.network(observation)
         if self.discrete:
             return torch.multinomial(output.softmax(-1), 1).squeeze(-1)  # [N, A] -> [N, 1] -> [N]
@@ -41,7 +41,7 @@ class Chooser(nn.Module):
 
 
 class HandWritten:
-    """The loop one would write by hand for one env: no seeds, no statistics, no resume."""
+    """Minimal hand-written rollout loop, without per-env seeds, running statistics or resume."""
 
     def __init__(self, config: EnvConfig, policy: nn.Module) -> None:
         self.env = SyncVectorEnv(
@@ -52,7 +52,7 @@ class HandWritten:
 
     @torch.inference_mode()
     def rollout(self) -> dict[str, Tensor]:
-        """The tensors of `STEPS` vector steps, time first."""
+        """Return the tensors of `STEPS` vector steps, time first."""
         env, shape = self.env, self.env.single_observation_space.shape or ()
         observation, after = np.empty((2, STEPS, env.num_envs, *shape), np.float32)
         space = env.single_action_space
@@ -75,7 +75,7 @@ class HandWritten:
 
 
 def compare_collectors(env_id: str, num_envs: int, rounds: int) -> dict[str, list[float]]:
-    """Vector steps per second of each side in each round."""
+    """Return vector steps per second of each side in each round, with a policy."""
     silence_libraries()
     config = EnvConfig(id=env_id, num_envs=num_envs)
     spec = describe_env(make_env(config, seed=0))
@@ -85,33 +85,36 @@ def compare_collectors(env_id: str, num_envs: int, rounds: int) -> dict[str, lis
     module = TensorDictModule(policy, in_keys=["observation"], out_keys=["action"])
     vector = make_collector("vector", make_env(config, seed=0, copy=False), module, steps=STEPS, random_env_steps=0)
     torchrl = make_collector("torchrl", make_env(config, seed=0), module, steps=STEPS, random_env_steps=0)
-    mine, theirs = iter(vector.iterator()), iter(torchrl.iterator())
+    levin_rollouts, torchrl_rollouts = iter(vector.iterator()), iter(torchrl.iterator())
     sides = {
         "hand-written loop": HandWritten(config, policy).rollout,
-        "levin": lambda: next(mine),
-        "TorchRL Collector": lambda: next(theirs),
+        "levin": lambda: next(levin_rollouts),
+        "TorchRL Collector": lambda: next(torchrl_rollouts),
     }
     return time_interleaved(sides, rounds)
 
 
 def compare_env_stepping(config: EnvConfig, rounds: int) -> dict[str, list[float]]:
-    """Vector steps per second of each side in each round, without a policy. Needs the extra of the family."""
+    """Return vector steps per second of each side in each round, with random actions.
+
+    It needs the optional package of the env family.
+    """
     silence_libraries()
-    keep_freed_memory()  # as a run does
+    keep_freed_memory()  # as every run does
     env = make_env(config, seed=0, copy=False)
-    nobody = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
-    collector = make_collector("vector", env, nobody, steps=SHORT, random_env_steps=NEVER)
+    unused_policy = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
+    collector = make_collector("vector", env, unused_policy, steps=SHORT, random_env_steps=NEVER)
     rollouts = iter(collector.iterator())
     alone = make_stepper(config, random_actions(env.single_action_space, SHORT, config.num_envs))
     return time_interleaved({"the env alone": alone, "levin": lambda: next(rollouts)}, rounds, SHORT)
 
 
 def make_stepper(config: EnvConfig, actions: np.ndarray) -> Callable[[], None]:
-    """A loop that steps the envs by `actions` `[T, N, *A]`, and keeps nothing."""
+    """Return a function that steps the envs with `actions`, `[T, N, *A]`, and keeps nothing."""
     if config.family == "atari":
         from ale_py.vector_env import AtariVectorEnv
 
-        games = AtariVectorEnv(config.id, config.num_envs, reward_clipping=False)  # begins the next game by itself
+        games = AtariVectorEnv(config.id, config.num_envs, reward_clipping=False)  # resets finished games by itself
         games.reset(seed=0)
 
         def play() -> None:
@@ -125,20 +128,20 @@ def make_stepper(config: EnvConfig, actions: np.ndarray) -> Callable[[], None]:
 
     def step() -> None:
         for action in actions:
-            _, _, ends, cuts, _ = env.step(action)
-            if (ends | cuts).any():
-                env.reset(options={"reset_mask": ends | cuts})
+            _, _, terminated, truncated, _ = env.step(action)
+            if (terminated | truncated).any():
+                env.reset(options={"reset_mask": terminated | truncated})
 
     return step
 
 
 def time_interleaved(sides: dict[str, Callable[[], object]], rounds: int, steps: int = STEPS) -> dict[str, list[float]]:
-    """Steps per second of each side in each round, of rollouts of `steps`."""
+    """Return steps per second of each side in each round; one call of a side is a rollout of `steps` steps."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
         for name, rollout in sides.items():
             start = perf_counter()
             rollout()
-            if round_:  # the first is warm-up
+            if round_:  # round 0 is warm-up
                 rates[name].append(steps / (perf_counter() - start))
     return rates

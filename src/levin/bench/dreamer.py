@@ -1,12 +1,16 @@
-"""Updates of Dreamers beside those of TorchRL's own modules and losses, on the same sizes and the same sequences.
+"""Updates of Dreamer and DreamerV3 against TorchRL's own modules and losses, with equal sizes and equal sequences.
 
-TorchRL's are put together as in its examples. Those of DreamerV3 have the published architecture: block GRU, RMSNorm,
-uniform mixtures, two-hot rewards and values, continue model, slow critic, replayed values. The first Dreamer has no
-continue model here. Both sides have as many parameters, and all of them must have got a gradient.
+TorchRL's agents are built as in its examples. Its DreamerV3 has the published architecture: block GRU, RMSNorm, uniform
+mixtures, two-hot rewards and values, continue model, slow critic, replayed values. The first Dreamer has no continue
+model here. Both sides have the same number of parameters; a check makes sure that each parameter gets a gradient.
 
-A difference is left where TorchRL offers no other way. Its rollouts draw from the prior too; its dreams decode each
-reward at once and keep a graph which the score function has no use for. Its first Dreamer differentiates the policy by
-what it sees, knows no `is_first`, and sums the errors of vectors over the batch: they are scaled. Ours records metrics.
+TorchRL's interface leaves these differences:
+- Its rollouts also sample from the prior.
+- Its imagination decodes the reward at each step, and keeps an autograd graph that the score function does not need.
+- Its first Dreamer backpropagates through the input of the policy and has no `is_first`.
+- Its first Dreamer sums the errors of vector observations over the batch, so the loss is scaled here.
+
+In addition, Levin records metrics.
 """
 
 import os
@@ -45,13 +49,21 @@ from levin.data.sequences import LATENT
 BATCH = 16
 PEER = "TorchRL"
 STATE: list[Any] = ["state", "belief"]
-Chain: Any = TensorDictSequential  # whose hints ask for one list of modules
-Choose: Any = ProbabilisticTensorDictSequential
+Chain: Any = TensorDictSequential  # Any, as its type hints accept only one list of modules
+ProbabilisticChain: Any = ProbabilisticTensorDictSequential
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a task: the spaces, the length of a sequence and of a dream, and updates per segment."""
+    """Sizes of a task.
+
+    Args:
+        observation: Number of observation entries.
+        actions: Number of action entries.
+        length: Steps T of a replayed sequence.
+        horizon: Steps of an imagined trajectory.
+        updates: Updates per segment.
+    """
 
     observation: int
     actions: int
@@ -65,41 +77,45 @@ V1 = Sizes(observation=3, actions=1, length=16, horizon=10, updates=20)  # pendu
 
 
 class Side:
-    """What makes updates.
+    """One side of a comparison.
 
     Args:
-        update: One.
-        parameters: All that it is of.
+        update: Function that makes one update.
+        parameters: All parameters that it updates.
     """
 
     def __init__(self, update: Callable[[], object], parameters: list[nn.Parameter]) -> None:
         self.update, self.parameters = update, parameters
-        self.size = sum(each.numel() for each in parameters)
+        self.size = sum(parameter.numel() for parameter in parameters)
 
     def segment(self, updates: int) -> float:
-        """Updates per minute."""
+        """Make this many updates; return updates per minute."""
         start = perf_counter()
         for _ in range(updates):
             self.update()
         return 60 * updates / (perf_counter() - start)
 
     def check(self) -> None:
-        """Raises RuntimeError when the last update has not given every parameter a finite gradient."""
-        if not all(each.grad is not None and each.grad.isfinite().all() for each in self.parameters):
-            raise RuntimeError("a parameter has got no gradient, or not a finite one")
+        """Check the gradients of the last update.
+
+        Raises:
+            RuntimeError: A parameter has no gradient, or one that is not finite.
+        """
+        if not all(part.grad is not None and part.grad.isfinite().all() for part in self.parameters):
+            raise RuntimeError("after an update a parameter has no gradient, or one that is not finite")
 
 
 def vector_env(sizes: Sizes) -> EnvSpec:
-    """An env of vectors and continuous actions."""
+    """Return the spec of an env with vector observations and continuous actions."""
     bound = [1.0] * sizes.actions
-    low = [-each for each in bound]
+    low = [-value for value in bound]
     return fake_env_spec(
         {**EMPTY, "shape": [sizes.observation]}, {**EMPTY, "shape": [sizes.actions], "low": low, "high": bound}
     )
 
 
 def random_records(sizes: Sizes) -> TensorDict:
-    """Random sequences `[B, 1 + T]`, of episodes that go on."""
+    """Return random sequences of records, `[B, 1 + T]`, in which no episode ends."""
     lead = (BATCH, 1 + sizes.length)
     data = {key: torch.zeros(*lead, 1, dtype=torch.bool) for key in ("is_first", "is_terminal", "is_last")}
     data |= {"observation": torch.randn(*lead, sizes.observation), "reward": torch.randn(*lead, 1)}
@@ -108,29 +124,29 @@ def random_records(sizes: Sizes) -> TensorDict:
 
 
 def as_torchrl_transitions(sequence: TensorDict, state: int, belief: int) -> TensorDict:
-    """The same as TorchRL has them, `[B, T]`: the action of a record, and what it led to."""
+    """Return records `[B, 1 + T]` as transitions in TorchRL's format, `[B, T]`: an action and the next record."""
     lead = (BATCH, sequence.shape[1] - 1)
     names = {"observation": "observation", "reward": "reward", "done": "is_last", "terminated": "is_terminal"}
     data = {"state": torch.zeros(*lead, state), "belief": torch.zeros(*lead, belief)}
     data |= {"action": sequence["action"][:, :-1], "is_init": sequence["is_first"][:, 1:]}
     after = {name: sequence[key][:, 1:] for name, key in names.items()}
-    return TensorDict({**data, "next": after}, batch_size=lead).clone()  # contiguous, as replay's are
+    return TensorDict({**data, "next": after}, batch_size=lead).clone()  # contiguous, as batches from replay are
 
 
 def make_levin_side(algorithm: Dreamer | DreamerV3, batch: TensorDict) -> Side:
-    """An algorithm without a Trainer."""
+    """Return the side that updates one of Levin's algorithms, without a Trainer."""
     algorithm.configure_optimizers()
     algorithm.manual_backward = Tensor.backward  # type: ignore[method-assign]
-    return Side(lambda: algorithm.update(batch), [each for each in algorithm.parameters() if each.requires_grad])
+    return Side(lambda: algorithm.update(batch), [part for part in algorithm.parameters() if part.requires_grad])
 
 
 def next_keys(*keys: str) -> list[Any]:
-    """Keys of what comes next; `_` for what nobody asks for."""
+    """Return the keys nested under `next`; `_`, the name of an unused output, stays as it is."""
     return [key if key == "_" else ("next", key) for key in keys]
 
 
 def dream_env(transition: Any, reward: Any, state: int, belief: int, actions: int) -> DreamerEnv:
-    """The env that TorchRL's losses of the actor roll out."""
+    """Return the imagined env in which TorchRL's actor losses roll out."""
     env = DreamerEnv(modules.WorldModelWrapper(transition, reward), torch.Size([state]), torch.Size([belief]))
     env.observation_spec = Composite(state=Unbounded(state), belief=Unbounded(belief))
     env.state_spec = env.observation_spec.clone()
@@ -139,14 +155,19 @@ def dream_env(transition: Any, reward: Any, state: int, belief: int, actions: in
     return env
 
 
-def bounded_gaussian(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Location and deviation of DreamerV3's Gaussian: `[..., 2 A] -> [..., A], [..., A]`."""
-    loc, std = numbers.chunk(2, -1)
+def bounded_gaussian(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of DreamerV3's Gaussian policy, `[..., 2 A] -> [..., A], [..., A]`."""
+    loc, std = outputs.chunk(2, -1)
     return loc.tanh(), 0.9 * (std + 2).sigmoid() + 0.1
 
 
 def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
-    """TorchRL's DreamerV3, `1m`; compiled are the steps of rollouts and dreams, as its example can have them."""
+    """Build TorchRL's DreamerV3 of size `1m`.
+
+    Args:
+        sequence: Batch that every update trains on.
+        compiled: Whether to compile single steps of rollouts and imagination, an option of TorchRL's example.
+    """
     size, wire = V3_SIZES["1m"], TensorDictModule
     state, belief, units = size.stoch * size.classes, size.deter, size.units
     widths: dict[str, Any] = {"hidden_dim": size.hidden, "rnn_hidden_dim": belief, "unimix": UNIMIX}
@@ -171,11 +192,11 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     )
     if compiled:
         rollout.compile_rollout("step")
-    dreamt = torch.compile(prior, dynamic=False) if compiled else prior
-    transition = wire(dreamt, [*STATE, "action"], ["_", *STATE])
+    imagination_prior = torch.compile(prior, dynamic=False) if compiled else prior
+    transition = wire(imagination_prior, [*STATE, "action"], ["_", *STATE])
     rewards = Chain(wire(reward, STATE, ["logits"]), wire(two_hot, ["logits"], ["reward"]))
     continues = Chain(wire(continues, STATE, ["logit"]), wire(torch.sigmoid, ["logit"], ["continuation"]))
-    actor = Choose(
+    actor = ProbabilisticChain(
         wire(head(2 * V3.actions, depth=3, outscale=0.01), STATE, ["numbers"]),
         wire(bounded_gaussian, ["numbers"], ["loc", "scale"]),
         ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=modules.IndependentNormal),
@@ -185,7 +206,7 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
         wire(two_hot, ["state_value_logits"], ["state_value"]),
     )
     terms: dict[str, Any] = {"lambda_continue": 1.0, "continue_target_scale": 1 - 1 / 333, "kl_mode": "separate"}
-    terms |= {"unimix": UNIMIX, "detach_output": False, "reco_symlog": False}  # the target has been through symlog
+    terms |= {"unimix": UNIMIX, "detach_output": False, "reco_symlog": False}  # the targets are already symlog
     model_loss = objectives.DreamerV3ModelLoss(model, **terms)
     model_loss.set_keys(pixels="squeezed")
     env = dream_env(transition, rewards, state, belief, V3.actions)
@@ -196,22 +217,27 @@ def torchrl_v3(sequence: TensorDict, *, compiled: bool = False) -> Side:
     value_loss = objectives.DreamerV3ValueLoss(value, "two_hot", actor_loss=actor_loss, slow_critic_regularization=1.0)
     slow = objectives.SoftUpdate(value_loss, tau=0.02)
     loss = objectives.DreamerV3Loss(model_loss, actor_loss, value_loss, replay_value_loss_weight=0.3)
-    learned = list(chain(model.parameters(), actor.parameters(), value.parameters()))
-    optimizer = DreamerV3Optimizer(learned)
+    parameters = list(chain(model.parameters(), actor.parameters(), value.parameters()))
+    optimizer = DreamerV3Optimizer(parameters)
     sample = as_torchrl_transitions(sequence, state, belief)
 
     def update() -> None:
         losses = loss(sample)
         optimizer.zero_grad()
-        torch.stack([each for name, each in losses.items() if name.startswith("loss_")]).sum().backward()
+        torch.stack([term for name, term in losses.items() if name.startswith("loss_")]).sum().backward()
         optimizer.step()
         slow.step()
 
-    return Side(update, learned)
+    return Side(update, parameters)
 
 
 def torchrl_v1(sequence: TensorDict, *, compiled: bool = False) -> Side:
-    """TorchRL's first Dreamer, `micro`: three losses, each with a step of its own; compiled are rollouts and dreams."""
+    """Build TorchRL's first Dreamer of size `micro`, with an optimiser step for each of its three losses.
+
+    Args:
+        sequence: Batch that every update trains on.
+        compiled: Whether to compile rollouts and imagination.
+    """
     (belief, state, hidden, units), wire = SIZES["micro"], TensorDictModule
     network = partial(modules.MLP, num_cells=units, activation_class=nn.ELU)
     action = Bounded(-1, 1, torch.Size([V1.actions]))
@@ -230,12 +256,13 @@ def torchrl_v1(sequence: TensorDict, *, compiled: bool = False) -> Side:
         wire(network(state + belief, V1.observation, depth=2), next_keys(*STATE), next_keys("reco_pixels")),
     )
     model = modules.WorldModelWrapper(encoded, wire(reward, next_keys(*STATE), next_keys("reward")))
-    dreamt = torch.compile(prior, dynamic=False) if compiled else prior
-    transition, reward = wire(dreamt, [*STATE, "action"], ["_", "_", *STATE]), wire(reward, STATE, ["reward"])
-    squashed = {"distribution_class": modules.TanhNormal, "distribution_kwargs": {"tanh_loc": True}}
-    actor = Choose(
+    imagination_prior = torch.compile(prior, dynamic=False) if compiled else prior
+    transition = wire(imagination_prior, [*STATE, "action"], ["_", "_", *STATE])
+    reward = wire(reward, STATE, ["reward"])
+    distribution = {"distribution_class": modules.TanhNormal, "distribution_kwargs": {"tanh_loc": True}}
+    actor = ProbabilisticChain(
         wire(modules.DreamerActor(V1.actions, 4, units), STATE, ["loc", "scale"]),
-        ProbabilisticTensorDictModule(["loc", "scale"], ["action"], **squashed),
+        ProbabilisticTensorDictModule(["loc", "scale"], ["action"], **distribution),
     )
     value = wire(network(state + belief, 1, depth=3), STATE, ["state_value"])
     sample = as_torchrl_transitions(sequence, state, belief)
@@ -246,28 +273,30 @@ def torchrl_v1(sequence: TensorDict, *, compiled: bool = False) -> Side:
     actor_loss = objectives.DreamerActorLoss(actor, value, env, imagination_horizon=V1.horizon)
     actor_loss.make_value_estimator(gamma=0.99, lmbda=0.95)
     value_loss = objectives.DreamerValueLoss(value)
-    learned = [list(each.parameters()) for each in (model, actor, value)]
-    optimizers = [Adam(each, lr=lr, eps=1e-7, fused=True) for each, lr in zip(learned, (6e-4, 8e-5, 8e-5), strict=True)]
+    parameters = [list(module.parameters()) for module in (model, actor, value)]
+    optimizers = [
+        Adam(group, lr=lr, eps=1e-7, fused=True) for group, lr in zip(parameters, (6e-4, 8e-5, 8e-5), strict=True)
+    ]
 
-    def step(optimizer: Optimizer, parameters: list[nn.Parameter], loss: Tensor) -> None:
+    def step(optimizer: Optimizer, group: list[nn.Parameter], loss: Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
-        clip_grad_norm_(parameters, 100.0)
+        clip_grad_norm_(group, 100.0)
         optimizer.step()
 
     def update() -> None:
-        losses, seen = model_loss(sample)
-        step(optimizers[0], learned[0], torch.cat(list(losses.values())).sum())
-        losses, dreams = actor_loss(seen["next"].select(*STATE).reshape(-1))
-        step(optimizers[1], learned[1], losses["loss_actor"])
-        losses, _ = value_loss(dreams)
-        step(optimizers[2], learned[2], losses["loss_value"])
+        losses, output = model_loss(sample)
+        step(optimizers[0], parameters[0], torch.cat(list(losses.values())).sum())
+        losses, imagined = actor_loss(output["next"].select(*STATE).reshape(-1))
+        step(optimizers[1], parameters[1], losses["loss_actor"])
+        losses, _ = value_loss(imagined)
+        step(optimizers[2], parameters[2], losses["loss_value"])
 
-    return Side(update, list(chain(*learned)))
+    return Side(update, list(chain(*parameters)))
 
 
 def compare_sides(title: str, sides: dict[str, Side], sizes: Sizes, rounds: int) -> None:
-    """Print how fast they are, in turns, after two segments that warm up."""
+    """Run the sides in turns, after a warm-up of two segments each, and print their rates."""
     for side in sides.values():
         side.segment(2 * sizes.updates)
         side.check()
@@ -281,7 +310,7 @@ def compare_sides(title: str, sides: dict[str, Side], sizes: Sizes, rounds: int)
 
 
 def dreamer(*, rounds: int, threads: int) -> None:
-    """Both comparisons; compiled variants where there is a compiler."""
+    """Compare Dreamer, then DreamerV3; also compiled if there is a C++ compiler."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     compiles = shutil.which(os.environ.get("CXX", "g++")) is not None
@@ -295,7 +324,8 @@ def dreamer(*, rounds: int, threads: int) -> None:
         sides |= {f"{PEER}, compiled": torchrl_v1(batch, compiled=True)}
     compare_sides("Dreamer, micro", sides, V1, rounds)
     batch, size = random_records(V3), V3_SIZES["1m"]
-    batch[LATENT] = torch.zeros(*batch.shape, size.deter + size.stoch, dtype=torch.bfloat16)  # with class numbers
+    # As stored: deter, and the class index of each variable of stoch
+    batch[LATENT] = torch.zeros(*batch.shape, size.deter + size.stoch, dtype=torch.bfloat16)
     v3 = partial(DreamerV3, env=vector_env(V3), size="1m", batch_size=BATCH, batch_length=V3.length, horizon=V3.horizon)
     sides = {"levin": make_levin_side(v3(), batch), PEER: torchrl_v3(batch)}
     if compiles:

@@ -1,4 +1,7 @@
-"""Estimates of a gradient: as a share of what no estimator can do without, and beside Storchastic."""
+"""Speed of gradient estimators, as a share of a floor and against Storchastic.
+
+The floor computes only the costs and one log-probability, which every estimator needs.
+"""
 
 import json
 import statistics
@@ -45,10 +48,10 @@ class Task:
     """One estimator on one problem.
 
     Args:
-        kind: `choices`, `coins`, or `autoencoder`: a cost that takes most of the time.
-        estimator: Ours.
-        peer: Its name in peer_storchastic.py, where that is right (see `reference`); else nothing to compare with.
-        sizes: Of the problem.
+        kind: `choices`, `coins`, or `autoencoder`, whose cost takes most of the time.
+        estimator: Levin's estimator.
+        peer: Name of the same estimator in peer_storchastic.py; None if Storchastic has no correct one.
+        sizes: Sizes of the problem; `rows` is the batch size.
     """
 
     kind: str
@@ -58,10 +61,10 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For people."""
-        words = [f"{self.sizes['choices']} {'coins' if self.kind == 'coins' else 'x ' + str(self.sizes['values'])}"]
-        words += ["autoencoder"] if self.kind == "autoencoder" else []
-        return f"{self.estimator}, {' '.join(words)}"
+        """Name of the task in the printed table."""
+        parts = [f"{self.sizes['choices']} {'coins' if self.kind == 'coins' else 'x ' + str(self.sizes['values'])}"]
+        parts += ["autoencoder"] if self.kind == "autoencoder" else []
+        return f"{self.estimator}, {' '.join(parts)}"
 
 
 TASKS = [
@@ -85,7 +88,13 @@ TASKS = [
 
 
 class LevinSide:
-    """Estimates by one of our estimators, or with `floor` its cost and log-probability alone, as often."""
+    """Repeated estimates by one of Levin's estimators.
+
+    Args:
+        task: Estimator and problem.
+        number: Estimates per segment.
+        floor: Compute only costs and log-probability instead, see `make_floor`.
+    """
 
     def __init__(self, task: Task, number: int, *, floor: bool = False) -> None:
         self.number = number
@@ -94,7 +103,7 @@ class LevinSide:
             self.step()
 
     def segment(self) -> float:
-        """Estimates per second."""
+        """Run one segment; return estimates per second."""
         start = perf_counter()
         for _ in range(self.number):
             self.step()
@@ -102,7 +111,7 @@ class LevinSide:
 
 
 def make_problem(task: Task) -> tuple[Callable[[], Distribution], Callable[[Tensor], Tensor], list[Tensor]]:
-    """The distribution anew, the cost of points `[S, B, *E] -> [S, B]`, and all parameters."""
+    """Return a function that builds the distribution, the cost, `[S, B, *E] -> [S, B]`, and all parameters."""
     torch.manual_seed(0)
     rows, choices, values = (task.sizes[key] for key in ("rows", "choices", "values"))
     if task.kind == "autoencoder":
@@ -125,7 +134,7 @@ def make_problem(task: Task) -> tuple[Callable[[], Distribution], Callable[[Tens
 def make_autoencoder(
     rows: int, choices: int, values: int, pixels: int
 ) -> tuple[Callable[[], Distribution], Callable[[Tensor], Tensor], list[Tensor]]:
-    """Of the size that MNIST's have."""
+    """Return the problem of an autoencoder of a common size for MNIST, see `make_problem`."""
     encoder = nn.Sequential(
         *(nn.Linear(pixels, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, choices * values))
     )
@@ -146,7 +155,7 @@ def make_autoencoder(
 
 
 def make_step(task: Task) -> Callable[[], None]:
-    """One estimate of the gradient of the mean over the rows."""
+    """Return a function that makes one estimate of the gradient of the mean over the batch."""
     dist, cost, parameters = make_problem(task)
 
     def step() -> None:
@@ -158,7 +167,7 @@ def make_step(task: Task) -> Callable[[], None]:
 
 
 def make_floor(task: Task) -> Callable[[], None]:
-    """The same cost of as many points, and one log-probability of them, with their gradients: no sampling."""
+    """Return a function that computes costs and log-probability of fixed points, with gradients, without sampling."""
     dist, cost, parameters = make_problem(task)
     draws = task.estimator.sample(dist())
     points = draws.value.detach().requires_grad_(draws.value.requires_grad)
@@ -172,13 +181,13 @@ def make_floor(task: Task) -> Callable[[], None]:
 
 
 def estimators(*, rounds: int, threads: int, number: int = 100) -> None:
-    """Print both ratios of every estimator.
+    """Print, for every estimator, the time per estimate, the share of the floor, and the ratio to Storchastic.
 
     Raises:
-        ConfigError: The peers are not installed.
+        ConfigError: Storchastic is not installed.
     """
     if not PYTHON.exists():
-        raise ConfigError("the peers are not installed: make bench-setup")
+        raise ConfigError("Storchastic is not installed in .venv-bench: run make bench-setup")
     torch.set_num_threads(threads)
     script = Path(__file__).with_name("peer_storchastic.py")
     print(f"{provenance.processor_name()}, {threads} threads; medians of {rounds} rounds, interleaved")
@@ -187,12 +196,12 @@ def estimators(*, rounds: int, threads: int, number: int = 100) -> None:
         count = number // 5 if task.kind == "autoencoder" else number
         with ExitStack() as stack:
             sides: dict[str, LevinSide | Worker] = {
-                "ours": LevinSide(task, count),
+                "levin": LevinSide(task, count),
                 "floor": LevinSide(task, count, floor=True),
             }
             if task.peer:
-                words = [task.kind, task.peer, str(threads), str(count), json.dumps(task.sizes)]
-                sides["peer"] = peer = Worker([str(PYTHON), str(script), *words])
+                arguments = [task.kind, task.peer, str(threads), str(count), json.dumps(task.sizes)]
+                sides["peer"] = peer = Worker([str(PYTHON), str(script), *arguments])
                 stack.callback(peer.stop)
             for side in sides.values():
                 side.segment()
@@ -200,9 +209,9 @@ def estimators(*, rounds: int, threads: int, number: int = 100) -> None:
             for _ in range(rounds):
                 for name, side in sides.items():
                     rates[name].append(side.segment())
-        share = statistics.median(a / b for a, b in zip(rates["ours"], rates["floor"], strict=True))
-        beside = ""
+        share = statistics.median(a / b for a, b in zip(rates["levin"], rates["floor"], strict=True))
+        ratio = ""
         if task.peer:
-            ratios = [a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]
-            beside = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{task.name:<56}{1000 / statistics.median(rates['ours']):>8.2f}{share:>8.0%}   {beside}", flush=True)
+            ratios = [a / b for a, b in zip(rates["levin"], rates["peer"], strict=True)]
+            ratio = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{task.name:<56}{1000 / statistics.median(rates['levin']):>8.2f}{share:>8.0%}   {ratio}", flush=True)

@@ -1,4 +1,4 @@
-"""Two processes taking turns: each works for one segment when it is told to, and reports its seconds."""
+"""Let a benchmark control a training run: the run waits for a line on stdin, trains one segment, reports its time."""
 
 import sys
 from time import perf_counter
@@ -12,11 +12,13 @@ REPORT = "segment "
 
 
 class Pace(Callback):
-    """Makes a training run wait for its turn before every segment.
+    """Wait for a line on stdin before every segment, and print the env steps and seconds of the last one.
+
+    The run stops when stdin is closed.
 
     Args:
-        start: Env steps of warm-up.
-        segment: Env steps per segment.
+        start: Number of env steps of warm-up.
+        segment: Number of env steps per segment.
     """
 
     def __init__(self, start: int, segment: int) -> None:

@@ -1,6 +1,7 @@
-"""Stable-Baselines3 and sb3-contrib as peers. Runs in the peers' environment; imports nothing of this project.
+"""Train with Stable-Baselines3 or sb3-contrib. This script runs in .venv-bench and imports nothing of Levin.
 
-Words: algorithm, env id, number of envs, threads, env steps of warm-up, env steps per segment, arguments as JSON.
+Command-line arguments: algorithm, env id, number of envs, threads, env steps of warm-up, env steps per segment,
+arguments of the algorithm as JSON.
 """
 
 import json
@@ -16,7 +17,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 
 
 class Pace(BaseCallback):
-    """The turn-taking of `levin.bench.pace`, once per vector step."""
+    """Counterpart of `levin.bench.pace.Pace`, called once per vector step."""
 
     def __init__(self, start: int, segment: int) -> None:
         super().__init__()
@@ -29,9 +30,9 @@ class Pace(BaseCallback):
             seconds, start = self.before
             print(f"segment {self.num_timesteps - start} {perf_counter() - seconds}", flush=True)
         self.next = self.num_timesteps + self.segment
-        more = bool(sys.stdin.readline())
+        proceed = bool(sys.stdin.readline())
         self.before = (perf_counter(), self.num_timesteps)
-        return more
+        return proceed
 
 
 if __name__ == "__main__":

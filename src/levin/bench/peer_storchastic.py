@@ -1,6 +1,6 @@
-"""Storchastic as a peer. Runs in the peers' environment; imports nothing of this project.
+"""Estimate gradients with Storchastic. This script runs in .venv-bench and imports nothing of Levin.
 
-Words: task, threads, estimates per segment, sizes as JSON.
+Command-line arguments: kind of task, estimator, threads, estimates per segment, sizes as JSON.
 """
 
 import json
@@ -22,7 +22,7 @@ METHODS = {
 
 
 def make_step(kind: str, estimator: str, sizes: dict):
-    """One estimate of the gradient, of everything that has one."""
+    """Return a function that makes one estimate of the gradient in all parameters."""
     torch.manual_seed(0)
     method = METHODS[estimator]()
     rows, choices, values = sizes["rows"], sizes["choices"], sizes["values"]

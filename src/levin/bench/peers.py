@@ -1,4 +1,4 @@
-"""Whole training runs beside those of Stable-Baselines3: same work, same envs, same threads, in turns."""
+"""Whole training runs against those of Stable-Baselines3: same work, same envs, same threads, in turns."""
 
 import json
 import statistics
@@ -29,18 +29,18 @@ FLOOR = "envs and updates alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One task, by the peer and by one or more variants of ours.
+    """One task for Stable-Baselines3 (the peer) and for one or more variants of Levin.
 
     Args:
-        algo: The algorithm.
-        env: Ours.
-        env_id: The peer's.
-        num_envs: Of both.
-        warm_up: Env steps before the first segment; a multiple of the rollout, as is the segment.
-        segment: Env steps per turn.
-        peer: Arguments of the peer's algorithm, where its defaults are others.
-        ours: Overrides that make ours the same work.
-        variants: Name -> further overrides.
+        algo: Algorithm.
+        env: Env name in Levin.
+        env_id: Gymnasium id of the same env, for the peer.
+        num_envs: Number of envs N of both sides.
+        warm_up: Number of env steps before the first segment; like `segment`, a multiple of the rollout.
+        segment: Number of env steps per turn.
+        peer: Arguments of the peer's algorithm that differ from its defaults.
+        overrides: Overrides of Levin's config so that both sides do the same work.
+        variants: Further overrides of each variant of Levin, by its name in the table.
     """
 
     algo: str
@@ -50,7 +50,7 @@ class Comparison:
     warm_up: int
     segment: int
     peer: dict[str, Any] = field(default_factory=dict)
-    ours: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"levin": ()})
 
 
@@ -62,7 +62,7 @@ CHUNKS = {
 }
 COMPARISONS = {
     "sac": [
-        # The peer's defaults are batch 256, one update per step, buffer 1M, 256-256: what ours is given.
+        # The peer's defaults: batch 256, one update per step, buffer 1M, networks 256-256
         Comparison(
             algo="sac",
             env="halfcheetah",
@@ -71,11 +71,11 @@ COMPARISONS = {
             warm_up=640,
             segment=512,
             peer={"learning_starts": 320},
-            ours=("algo.learning_starts=320",),
+            overrides=("algo.learning_starts=320",),
             variants=CHUNKS,
         )
     ],
-    # The peer's defaults are batch 256, learning rate 1e-3, one update per step, buffer 1M.
+    # The peer's defaults: batch 256, learning rate 1e-3, one update per step, buffer 1M
     **{
         algo: [
             Comparison(
@@ -86,15 +86,15 @@ COMPARISONS = {
                 warm_up=640,
                 segment=512,
                 peer={"learning_starts": 320} | EQUAL_NETS,
-                ours=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
+                overrides=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
                 variants=CHUNKS,
             )
         ]
         for algo in ("td3", "ddpg")
     },
     "dqn": [
-        # Both at the final epsilon: the peer does not ask its network for what it then draws at random. Its loss is
-        # Huber's, and it clips the gradient.
+        # Both sides start at the final epsilon, because the peer skips its network whenever the action is random. The
+        # peer has a Huber loss and clips the gradient, so Levin is set to do the same.
         Comparison(
             algo="dqn",
             env="cartpole",
@@ -113,7 +113,7 @@ COMPARISONS = {
                 "exploration_final_eps": 0.05,
                 "policy_kwargs": {"net_arch": [120, 84]},
             },
-            ours=(
+            overrides=(
                 *("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
                 *("algo.huber=true", "algo.max_grad_norm=10"),
             ),
@@ -132,7 +132,7 @@ COMPARISONS = {
             warm_up=4096,
             segment=16384,
             peer={"n_steps": 128, "batch_size": 256, "n_epochs": 4},
-            ours=(
+            overrides=(
                 *("algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", "algo.lr=3e-4"),
                 *("algo.gamma=0.99", "algo.gae_lambda=0.95", "algo.clip_schedule=constant"),
             ),
@@ -146,7 +146,7 @@ COMPARISONS = {
             warm_up=4096,
             segment=4096,
             peer={"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
-            ours=(
+            overrides=(
                 *("algo.steps_per_iteration=2048", "algo.recompute_advantage=false", "algo.normalize_advantage=true"),
                 *("algo.clip_value=false", "algo.value_coef=1.0", "algo.initial_log_std=0.0", *RAW),
             ),
@@ -154,7 +154,9 @@ COMPARISONS = {
         ),
     ],
     "a2c": [
-        Comparison(algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, ours=RAW)
+        Comparison(
+            algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, overrides=RAW
+        )
     ],
     "trpo": [
         Comparison(
@@ -173,14 +175,14 @@ COMPARISONS = {
                 "target_kl": 0.04,
                 "learning_rate": 1e-3,
             },
-            ours=("algo.target_kl=0.04", *RAW),
+            overrides=("algo.target_kl=0.04", *RAW),
         )
     ],
 }
 
 
 class Worker:
-    """A process that works when it is told to."""
+    """Process that runs one segment whenever it gets a line on stdin, see `levin.bench.pace`."""
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(
@@ -188,7 +190,7 @@ class Worker:
         )
 
     def segment(self) -> float:
-        """Env steps per second over one segment.
+        """Run one segment; return env steps (or estimates) per second.
 
         Raises:
             ConfigError: The process has ended.
@@ -201,27 +203,27 @@ class Worker:
             if line.startswith(REPORT):
                 steps, seconds = line.removeprefix(REPORT).split()
                 return int(steps) / float(seconds)
-        raise ConfigError(f"{' '.join(map(str, self.process.args))} ended with {self.process.wait()}")  # type: ignore[arg-type]
+        raise ConfigError(f"{' '.join(map(str, self.process.args))} ended with exit code {self.process.wait()}")  # type: ignore[arg-type]
 
     def stop(self) -> None:
-        """End it."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
 
 
 class Floor:
-    """What no run of ours can be faster than: its envs, stepped alone, and its updates, without a Trainer."""
+    """Upper bound on the speed of a Levin run: only steps of its envs and its updates, without a Trainer."""
 
     def __init__(self, task: Comparison, threads: int) -> None:
-        words = [f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}", *task.ours]
+        overrides = [f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}", *task.overrides]
         keep_freed_memory()
-        self.algorithm, self.loader = build_run(compose([*words, f"trainer.threads={threads}"]))
+        self.algorithm, self.loader = build_run(compose([*overrides, f"trainer.threads={threads}"]))
         self.algorithm.configure_optimizers()
         self.algorithm.manual_backward = torch.Tensor.backward  # type: ignore[method-assign]
         self.steps = 0
 
     def segment(self) -> float:
-        """Env steps per second, over half a second or more."""
+        """Run for at least half a second; return env steps per second."""
         env, steps, seconds = self.loader.env, 0, 0.0
         while seconds < 0.5:
             rollout = next(self.loader)
@@ -239,38 +241,38 @@ class Floor:
         return steps / seconds
 
     def stop(self) -> None:
-        """Close its envs."""
+        """Close the envs."""
         self.loader.collector.shutdown()
 
 
 def pace_callback(task: Comparison) -> str:
-    """The callback that takes turns."""
+    """Return the override that adds the `Pace` callback to a run."""
     return f"+callbacks.pace={{_target_:levin.bench.pace.Pace,start:{task.warm_up},segment:{task.segment}}}"
 
 
 def levin_command(task: Comparison, variant: tuple[str, ...], folder: Path, threads: int, callback: str) -> list[str]:
-    """The real command, with everything but evaluation and checkpoints, which the peer does not do either."""
+    """Return the command of a training run, without evaluation and checkpoints, which the peer does not do either."""
     return [
         *(sys.executable, "-m", "levin.train", f"algo={task.algo}", f"env={task.env}", f"env.num_envs={task.num_envs}"),
-        *(*task.ours, *variant, "logger=csv", f"run={folder}", f"total_env_steps={NEVER}"),
+        *(*task.overrides, *variant, "logger=csv", f"run={folder}", f"total_env_steps={NEVER}"),
         *("trainer.accelerator=cpu", f"trainer.threads={threads}", callback),
         *(f"eval.every={NEVER}", f"checkpoint.every={NEVER}"),
     ]
 
 
 def compare(task: Comparison, *, segments: int, threads: int) -> None:
-    """Run the peer and ours in turns, and print medians, ratios and our share of the floor.
+    """Run the peer, Levin and the floor in turns; print medians, ratios and Levin's share of the floor.
 
     Raises:
-        ConfigError: The peers are not installed, or one of them ends.
+        ConfigError: Stable-Baselines3 is not installed, or one of the processes ends.
     """
     if not PYTHON.exists():
-        raise ConfigError("the peers are not installed: make bench-setup")
+        raise ConfigError("Stable-Baselines3 is not installed in .venv-bench: run make bench-setup")
     script = Path(__file__).with_name("peer_sb3.py")
-    words = (task.num_envs, threads, task.warm_up, task.segment, json.dumps(task.peer))
+    arguments = (task.num_envs, threads, task.warm_up, task.segment, json.dumps(task.peer))
     print(f"\n{task.algo} {task.env_id} x {task.num_envs}, {threads} threads", end="", flush=True)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        commands = {"Stable-Baselines3": [str(PYTHON), str(script), task.algo, task.env_id, *map(str, words)]}
+        commands = {"Stable-Baselines3": [str(PYTHON), str(script), task.algo, task.env_id, *map(str, arguments)]}
         for i, (name, variant) in enumerate(task.variants.items()):
             commands[name] = levin_command(task, variant, Path(folder) / str(i), threads, pace_callback(task))
         workers: dict[str, Worker | Floor] = {name: Worker(command) for name, command in commands.items()}
@@ -290,7 +292,7 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
 
 
 def fake_env_spec(observation: Space, action: Space) -> EnvSpec:
-    """An env that is none: its spaces are all that an algorithm asks for."""
+    """Return the spec of a made-up env with these spaces; algorithms need no more than the spec."""
     return {
         "id": "a benchmark",
         "num_envs": 1,
@@ -304,7 +306,7 @@ def fake_env_spec(observation: Space, action: Space) -> EnvSpec:
 
 
 def print_table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
-    """Median rate of each, and the median over rounds of its ratio to the peer in the same round."""
+    """Print the median rate of each side, and the median over rounds of its ratio to `peer` in the same round."""
     print(f"\n{provenance.processor_name()}; medians of {len(rates[peer])} rounds, interleaved")
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[peer], strict=True)]

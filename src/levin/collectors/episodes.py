@@ -1,4 +1,4 @@
-"""Whole episodes: the statistics of those that end during training, and those that are played to evaluate a policy."""
+"""Episode statistics during training, and evaluation of a policy over whole episodes."""
 
 import numpy as np
 import torch
@@ -10,9 +10,9 @@ from levin.envs.vector import SeededVectorEnv
 
 
 class EpisodeStatistics:
-    """Returns and lengths of the episodes that ended, summed over rollouts `[N, T]`.
+    """Running return and length of each env's open episode, across rollouts `[N, T]`.
 
-    Gymnasium's own wrapper miscounts when autoreset is disabled.
+    It replaces Gymnasium's own wrapper, which miscounts when autoreset is disabled.
     """
 
     def __init__(self, num_envs: int) -> None:
@@ -22,15 +22,17 @@ class EpisodeStatistics:
     def update(
         self, reward: np.ndarray, done: np.ndarray, envs: np.ndarray | None = None
     ) -> tuple[list[float], list[int]]:
-        """Take in `[n, T]` rewards and ends; give the returns and lengths of the episodes that ended, in time order.
+        """Add the rewards of a rollout; return the returns and the lengths of the episodes that ended, in time order.
 
         Args:
-            envs: `[n]`, which env each row is of; without it, all in their order.
+            reward: Rewards `[n, T]`.
+            done: End flags `[n, T]`.
+            envs: Numbers of the n envs `[n]`; None: all envs, in order.
         """
         ended = []
         totals = np.cumsum(reward, axis=1, dtype=np.float64)
         for row, i in enumerate(range(len(reward)) if envs is None else envs):
-            start, before = 0, 0.0  # of the open episode, within this rollout
+            start, before = 0, 0.0  # first step of the open episode in this rollout, and the rewards before it
             for end in np.flatnonzero(done[row]):
                 length = self.open_length[i] + end + 1 - start
                 ended.append((end, self.open_return[i] + totals[row, end] - before, int(length)))
@@ -42,25 +44,25 @@ class EpisodeStatistics:
         return [float(each[1]) for each in ended], [each[2] for each in ended]
 
 
-def step_count(done: np.ndarray, begun: np.ndarray) -> np.ndarray:
-    """The number of each step in its episode, from 0: `[N, T]`.
+def step_count(done: np.ndarray, open_length: np.ndarray) -> np.ndarray:
+    """Return the index of each step within its episode, `[N, T]`, counted from 0.
 
     Args:
-        done: `[N, T]`, ends of episodes.
-        begun: `[N]`, steps that each open episode already had.
+        done: End flags `[N, T]`.
+        open_length: Steps of each env's open episode before this rollout, `[N]`.
     """
     steps = np.arange(done.shape[1])
-    ends = np.where(done, steps, np.iinfo(np.int64).min)[:, :-1]
-    # [N, T]: where the last episode ended before each step
-    last = np.maximum.accumulate(np.concatenate([-1 - begun[:, None], ends], axis=1), axis=1)
+    end_steps = np.where(done, steps, np.iinfo(np.int64).min)[:, :-1]
+    # [N, T]: the step at which the previous episode ended
+    last = np.maximum.accumulate(np.concatenate([-1 - open_length[:, None], end_steps], axis=1), axis=1)
     return steps - last - 1
 
 
 @torch.inference_mode()
 def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
-    """The undiscounted returns and the lengths of `episodes` episodes.
+    """Play `episodes` episodes with a policy; return their undiscounted returns and their lengths.
 
-    Each env plays a fixed number of episodes: counting the first to finish would favour short ones.
+    Each env plays a fixed number of episodes: taking those that finish first would favour short ones.
     """
     num_envs = env.num_envs
     device = next(iter(policy.parameters()), torch.empty(0)).device
@@ -70,7 +72,7 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
     total, length = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
     done = np.ones(num_envs, dtype=bool)
     observation = env.begin([0] * num_envs, done)
-    while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
+    while any(len(played) < count for played, count in zip(returns, quota, strict=True)):
         batch = to_tensors(env.observation, observation, device)
         observation, reward, terminated, truncated, _ = env.step(act(policy, batch, done).cpu().numpy())
         total += reward

@@ -1,4 +1,4 @@
-"""Choose and build the collector that `collector=` names, and the loader around it."""
+"""Build the collector that `collector=` names, and the loader that passes its rollouts to the Trainer."""
 
 from importlib.util import find_spec
 
@@ -20,12 +20,17 @@ from levin.nn.exploration import OrnsteinUhlenbeckNoise
 def make_loader(
     name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int = 0, workers: int = 1
 ) -> CollectorLoader:
-    """Build the rollouts of an algorithm's policy in an env, as the Trainer takes them.
+    """Build the loader that collects rollouts with an algorithm's policy and passes them to the Trainer.
 
     Args:
         name: `vector`, `torchrl`, or one of `workers.NAMES`.
-        seed: The root of the random streams of workers.
-        workers: Processes of the collectors that have some.
+        env: Envs to collect from.
+        algorithm: Algorithm whose policy acts.
+        seed: Root of the workers' random streams.
+        workers: Number of worker processes, for the collectors in `workers.NAMES`.
+
+    Raises:
+        ConfigError: The collector does not support the env or the algorithm.
     """
     if name in NAMES:
         collector = make_workers_collector(name, env, algorithm, seed=seed, workers=workers)
@@ -44,22 +49,25 @@ def make_loader(
 def make_collector(
     name: str, env: SeededVectorEnv, policy: TensorDictModule, *, steps: int | WholeEpisodes, random_env_steps: int = 0
 ) -> BaseCollector:
-    """Build a collector in this process: `vector` is our own, `torchrl` is TorchRL's over the same env.
+    """Build a collector that runs in this process.
 
     Args:
+        name: `vector` is Levin's `VectorCollector`, `torchrl` is TorchRL's `Collector` over the same env.
+        env: Envs to collect from.
+        policy: Policy that acts.
         steps: Vector steps per rollout (T), or whole episodes.
-        random_env_steps: Env steps with uniformly random actions before the policy is asked.
+        random_env_steps: Number of env steps with uniformly random actions before the policy acts.
 
     Raises:
-        ConfigError: Whole episodes of several envs, or by TorchRL's collector.
+        ConfigError: Whole episodes are asked for with several envs, or from TorchRL's collector.
     """
     if isinstance(steps, WholeEpisodes) and env.num_envs > 1:
-        # Of several envs the first to finish would be taken: short episodes would count too often.
+        # With several envs, taking the episodes that finish first would favour short ones.
         raise ConfigError(f"whole episodes are collected one after the other: env.num_envs={env.num_envs} must be 1")
     if name == "vector":
         return VectorCollector(env, policy, steps=steps, random_env_steps=random_env_steps)
     if isinstance(steps, WholeEpisodes):
-        raise ConfigError(f"collector={name} has rollouts of one length; whole episodes need collector=vector")
+        raise ConfigError(f"collector={name} collects rollouts of fixed length; whole episodes need collector=vector")
     return Collector(
         to_torchrl(env, is_first=IS_FIRST in policy.in_keys),
         policy,
@@ -75,14 +83,14 @@ def make_collector(
 def make_workers_collector(
     name: str, env: SeededVectorEnv, algorithm: Algorithm, *, seed: int, workers: int
 ) -> WorkersCollector:
-    """Build a collector whose envs are stepped by several processes.
+    """Build a collector whose envs are stepped by several worker processes.
 
     Raises:
-        ConfigError: The envs can't be shared among them, or the algorithm can't learn from such rollouts.
+        ConfigError: The envs can't be divided among the workers, or the algorithm can't learn from such rollouts.
     """
     policy = algorithm.policy()
-    for is_asked, message in _refusals(name, env, algorithm, policy, workers):
-        if is_asked:
+    for is_set, message in _unsupported_options(name, env, algorithm, policy, workers):
+        if is_set:
             raise ConfigError(message)
     return WorkersCollector(
         name,
@@ -96,12 +104,12 @@ def make_workers_collector(
     )
 
 
-def _refusals(
+def _unsupported_options(
     name: str, env: SeededVectorEnv, algorithm: Algorithm, policy: TensorDictModule, workers: int
 ) -> list[tuple[bool, str]]:
-    """Return what a collector of several processes can't do: whether this run asks for it, and the message."""
+    """List what collectors with workers do not support: whether this run asks for it, and the error message."""
     num_envs, asynchronous = env.num_envs, name == "torchrl-async"
-    size = getattr(env.env, "size", 1)  # envs that `env.target` makes at once
+    size = getattr(env.env, "size", 1)  # envs per `EnvBase` that `env.target` makes
     return [
         (
             num_envs % workers > 0,
@@ -110,7 +118,7 @@ def _refusals(
         ),
         (
             env.config.family == "atari",
-            f"ale-py has threads of its own, and collector={name} is not for it: set collector=vector",
+            f"ale-py steps games in threads of its own, and collector={name} does not support it: set collector=vector",
         ),
         (
             (num_envs // workers) % size > 0,
@@ -119,7 +127,7 @@ def _refusals(
         ),
         (
             isinstance(algorithm.steps_per_iteration, WholeEpisodes),
-            f"collector={name} has rollouts of one length; whole episodes need collector=vector",
+            f"collector={name} collects rollouts of fixed length; whole episodes need collector=vector",
         ),
         (
             env.config.vectorization == "async",
@@ -127,22 +135,23 @@ def _refusals(
         ),
         (
             any(isinstance(each, OrnsteinUhlenbeckNoise) for each in policy.modules()),
-            f"noise that remembers itself can't be sent to the workers of collector={name}: set algo.noise=gaussian",
+            f"Ornstein-Uhlenbeck noise has a state that can't be sent to the workers of collector={name}: "
+            "set algo.noise=gaussian",
         ),
         (
             IS_FIRST in policy.in_keys,
             f"a policy with a memory can't be sent to the workers of collector={name}: "
-            "set collector=vector, or torchrl",
+            "set collector=vector or collector=torchrl",
         ),
         (
             asynchronous and algorithm.buffer is None,
-            f"{type(algorithm).__name__} learns from what its own policy did, and collector=torchrl-async yields what "
-            "older ones did: set collector=torchrl-process",
+            f"{type(algorithm).__name__} learns from rollouts of its current policy, but collector=torchrl-async "
+            "yields those of older ones: set collector=torchrl-process",
         ),
         (
             asynchronous and env.config.normalize_reward,
-            "env.normalize_reward looks at all envs step by step, and collector=torchrl-async yields those of one "
-            "worker: set env.normalize_reward=false",
+            "env.normalize_reward needs the rewards of all envs at each step, but collector=torchrl-async yields the "
+            "envs of one worker at a time: set env.normalize_reward=false",
         ),
         (
             name == "ray" and find_spec("ray") is None,

@@ -1,4 +1,4 @@
-"""The loader that hands rollouts to Lightning's Trainer, and what it knows of the episodes in them."""
+"""Loader that passes rollouts to Lightning's Trainer, checks them, and keeps episode statistics."""
 
 from collections.abc import Callable, Iterator
 from time import perf_counter
@@ -19,18 +19,19 @@ from levin.envs.vector import SeededVectorEnv
 
 
 class CollectorLoader:
-    """What the Trainer iterates: one batch is one iteration's fresh rollout.
+    """Data loader of the Trainer: each batch is the fresh rollout of one iteration.
 
     It has a length because Lightning prefetches from a loader without one, and a prefetched rollout is one update
-    stale. The length is out of reach: the run ends by its count of env steps, and a resumed run may go on for longer.
+    stale. The length is never reached: the number of env steps ends a run, and a resumed run may continue beyond it.
 
     Args:
-        collector: Any TorchRL collector whose rollouts are `[N, T]`.
-        env: What it collects from, N envs.
-        version: The version of the policy; every rollout carries that of the policy that acted as `policy_version`
-            `[N, T, 1]`.
-        step_count: Whether rollouts carry `step_count` `[N, T, 1]`, the number of each step in its episode, from 0.
-        collects: Whether there is a rollout at all; without one the batch is empty, `[0]`, and no env takes a step.
+        collector: TorchRL collector whose rollouts are `[N, T]`.
+        env: Envs that it collects from, N of them.
+        version: Function that returns the version of the policy. Rollouts hold the version of the policy that acted as
+            `policy_version` `[N, T, 1]`.
+        step_count: Whether rollouts hold `step_count` `[N, T, 1]`, the index of each step within its episode, from 0.
+        collects: Function that returns whether to collect a rollout in this iteration; if not, the batch is empty,
+            `[0]`, and no env takes a step.
     """
 
     def __init__(
@@ -45,13 +46,12 @@ class CollectorLoader:
         self.collector, self.env, self.version, self.step_count = collector, env, version, step_count
         self.collects = collects
         self.statistics = EpisodeStatistics(env.num_envs)
-        self.returns: list[float] = []  # of episodes that ended since `take`
+        self.returns: list[float] = []  # of episodes that ended since `pop_metrics`
         self.lengths: list[int] = []
-        self.lags: list[float] = []  # iterations by which the policies of workers were behind, since `take`
-        self.seconds = 0.0
-        self.not_replayed = np.zeros(
-            env.num_envs, dtype=bool
-        )  # [N]: whose open episode was truncated when the run resumed
+        self.lags: list[float] = []  # iterations by which the workers' policies were behind, since `pop_metrics`
+        self.seconds = 0.0  # spent collecting since `pop_metrics`
+        # [N]: whether the open episode was truncated when the run resumed
+        self.not_replayed = np.zeros(env.num_envs, dtype=bool)
         self._iterator: Iterator[TensorDictBase] | None = None
 
     def __len__(self) -> int:
@@ -68,25 +68,25 @@ class CollectorLoader:
         self._iterator = self._iterator or iter(self.collector.iterator())
         version = self.version()
         rollout = next(self._iterator)
-        if POLICY_VERSION in rollout.keys():  # noqa: SIM118  # workers may have acted with an older one
+        if POLICY_VERSION in rollout.keys():  # noqa: SIM118  # from workers, whose policy may be older
             self.lags.append(version - rollout[POLICY_VERSION].float().mean().item())
         else:
             rollout[POLICY_VERSION] = torch.full((*rollout.shape, 1), version)
-        indices = rollout.get(ENV_INDEX, None)  # [N, T, 1]: of the envs of one worker only, or of all
+        indices = rollout.get(ENV_INDEX, None)  # [N, T, 1]: numbers of the envs, which may be those of one worker only
         envs = np.arange(len(rollout)) if indices is None else indices[:, 0, 0].numpy()
         after: TensorDict = rollout.get("next")
         reward, done = (after.get(key).squeeze(-1).numpy() for key in ("reward", "done"))  # [N, T, 1] -> [N, T]
-        for what in (
+        for values in (
             *observation_tensors(after.get("observation")),
             *observation_tensors(rollout.get("observation")),
             reward,
         ):
-            self._check_finite(np.asarray(what), done, envs)
+            self._check_finite(np.asarray(values), done, envs)
         if self.step_count:
             count = step_count(done, self.statistics.open_length[envs])
             rollout["step_count"] = torch.from_numpy(count).unsqueeze(-1)  # [N, T] -> [N, T, 1]
         returns, lengths = self.statistics.update(reward, done, envs)
-        if self.env.games is not None:  # what is published is the score of whole games
+        if self.env.games is not None:  # papers report the score of whole games
             returns, lengths = [score for score, _ in self.env.games], [length for _, length in self.env.games]
             self.env.games.clear()
         self.returns += returns
@@ -95,7 +95,8 @@ class CollectorLoader:
         return rollout
 
     def _check_finite(self, values: np.ndarray, done: np.ndarray, envs: np.ndarray) -> None:
-        if values.dtype != np.uint8 and not np.isfinite(values).all():  # [N, T, *]
+        """Raise a RunError that names env, step, episode and seed if `values` `[n, T, *]` has a NaN or an infinity."""
+        if values.dtype != np.uint8 and not np.isfinite(values).all():
             row, step = (int(each[0]) for each in np.nonzero(~np.isfinite(values))[:2])
             env = int(envs[row])
             episode = self.env.episodes[env] - int(done[row, step:].sum())
@@ -106,18 +107,18 @@ class CollectorLoader:
             )
 
     def pop_metrics(self) -> dict[str, float]:
-        """Means over the episodes that ended since the last call, their count, and the seconds spent collecting."""
-        row = {"time/collect": self.seconds}
+        """Return the metrics since the last call: number and means of the episodes that ended, and collection time."""
+        metrics = {"time/collect": self.seconds}
         returns, lengths = (
             [x for part in distributed.gather_objects(each) for x in part] for each in (self.returns, self.lengths)
         )
         if returns:
-            row |= {"episode/return": float(np.mean(returns)), "episode/length": float(np.mean(lengths))}
-            row["episode/count"] = len(returns)
+            metrics |= {"episode/return": float(np.mean(returns)), "episode/length": float(np.mean(lengths))}
+            metrics["episode/count"] = len(returns)
         if self.lags:
-            row["collect/policy_lag"] = float(np.mean(self.lags))
+            metrics["collect/policy_lag"] = float(np.mean(self.lags))
         self.returns, self.lengths, self.lags, self.seconds = [], [], [], 0.0
-        return row
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -135,19 +136,19 @@ class CollectorLoader:
         self.statistics.open_return = np.array(state_dict["open_return"])
         self.statistics.open_length = np.array(state_dict["open_length"])
         self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
-        self.lags = list(state_dict.get("lags", []))  # checkpoints of before they were kept have none
+        self.lags = list(state_dict.get("lags", []))  # older checkpoints have no lags
         if isinstance(self.collector, VectorCollector):
             self.not_replayed = self.collector.not_replayed
-        else:  # TorchRL's collectors save no open episode: the next one begins
+        else:  # TorchRL's collectors do not save open episodes, so the next ones begin
             self.not_replayed = np.ones(self.env.num_envs, dtype=bool)
             self.env.begin([episode + 1 for episode in state_dict["episodes"]], self.not_replayed)
             self.collector.reset()  # type: ignore[attr-defined]
         if self.env.games is not None:
-            self.env.games.clear()  # those that were replayed
+            self.env.games.clear()  # they ended again in the replay, and were counted before
         self.statistics.open_return[self.not_replayed] = 0
         self.statistics.open_length[self.not_replayed] = 0
 
 
 def observation_tensors(observation: Tensor | TensorDictBase) -> list[Tensor]:
-    """The tensors of an observation: one, unless it is a dict."""
+    """Return the tensors of an observation: one, or one for each part of a dict."""
     return [observation] if isinstance(observation, Tensor) else list(observation.values())

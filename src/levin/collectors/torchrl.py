@@ -1,4 +1,4 @@
-"""Wrap vector envs for TorchRL's own collectors."""
+"""Wrap the vector env for TorchRL's own collectors."""
 
 import torch
 from tensordict import NestedKey
@@ -16,7 +16,12 @@ from levin.envs.vector import SeededVectorEnv
 
 
 def to_torchrl(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
-    """The vector env as TorchRL's collectors take it, with the keys of ours."""
+    """Wrap the vector env as a TorchRL `EnvBase` with the keys of Levin's rollouts.
+
+    Args:
+        env: Vector env.
+        is_first: Whether the policy reads `is_first`, the flag of an episode's first step.
+    """
     wrapped = GymWrapper(env, categorical_action_encoding=True)
     if parts := list(env.observation.get("spaces", {})):
         nested: list[NestedKey] = [("observation", part) for part in parts]

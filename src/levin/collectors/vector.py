@@ -21,11 +21,11 @@ from levin.core.spaces import IS_FIRST, random_actions, to_tensors
 from levin.data.rollout import WholeEpisodes
 from levin.envs.vector import SeededVectorEnv
 
-CHUNK = 256  # vector steps at a time, while the length of a rollout is not known
+CHUNK = 256  # vector steps to allocate at a time, when the length of a rollout is not known in advance
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """What a policy takes, on its device: a tensor, or one for each part of an observation."""
+    """Move a policy input to a device: a tensor, or a dict of tensors, one for each part of an observation."""
     if isinstance(inputs, dict):
         return {name: part.to(device) for name, part in inputs.items()}
     return inputs.to(device)
@@ -33,10 +33,11 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 
 @dataclass(kw_only=True)
 class RolloutArrays:
-    """Arrays `[N, T, *]` that one rollout is written into, one of each per part of an observation that is a dict.
+    """Preallocated arrays `[N, T, *]` that one rollout is written into.
 
-    `ended` holds, for every step in which episodes ended, its number, the envs `[N]`, and their last observations;
-    `states` the memory of a policy that has one, `[N, *]` at each step.
+    `observation` and `following` (the next observations) have one array for each part of a dict observation. `ended`
+    has an entry for every step at which episodes ended: the step, a mask `[N]` of the envs, and their last
+    observations. `states` holds the state of a policy with memory, `[N, *]` for each step.
     """
 
     observation: list[np.ndarray]
@@ -50,16 +51,22 @@ class RolloutArrays:
 
 
 class VectorCollector(BaseCollector):
-    """A tight loop over a gymnasium `VectorEnv` that writes into preallocated tensors.
+    """Collector with a tight loop over a gymnasium `VectorEnv` that writes into preallocated arrays.
 
-    TorchRL's `Collector` over the same env costs several times as much per vector step; this one runs only what
-    chooses the action, and calls the policy's module without a TensorDict in between: with the observation, and with
-    `is_first` `[N, 1]` when that is the policy's second key. What a policy gives beside the action, its second key, is
-    in the rollout; such a policy is never replaced by random actions.
+    TorchRL's `Collector` over the same env costs several times as much per vector step. This one calls the policy's
+    module directly, without a TensorDict: with the observation, and with `is_first` `[N, 1]` if that is among the
+    policy's `in_keys`. If the policy returns a second output, the rollout holds it under the second of `out_keys`; such
+    a policy can't be combined with random actions (`random_env_steps` must be 0).
 
-    An episode that is still open when the state is saved resumes by replay: its seed is known, its actions are in the
-    state, and the observation they lead to is compared with the saved one. Where the episode before it was played with
-    the same seed (`SeededVectorEnv.goes_on`), that is replayed too.
+    An open episode is resumed by replay: its seed is known, its actions are in `state_dict`, and the observation after
+    them is compared with the saved one. If it began without a seed (`SeededVectorEnv.continues_without_seed`), all
+    episodes since the last seed are replayed.
+
+    Args:
+        env: Envs to collect from, N of them.
+        policy: Policy that acts.
+        steps: Vector steps per rollout (T), or whole episodes.
+        random_env_steps: Number of env steps with uniformly random actions before the policy acts.
     """
 
     def __init__(
@@ -76,20 +83,20 @@ class VectorCollector(BaseCollector):
         self.takes_is_first = IS_FIRST in policy.in_keys
         self.random_env_steps = random_env_steps
         self.vector_steps = 0
-        self.parts = list(env.observation.get("spaces", {}))  # the names of an observation that is a dict
-        self._observation: list[np.ndarray] | None = None  # [N, *S] of each part: what the envs show now
-        self._first = np.ones(env.num_envs, dtype=bool)  # [N]: whether that begins an episode
-        self._opened = np.zeros(env.num_envs, dtype=np.int64)  # [N]: the vector step at which each env was last seeded
-        self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: the actions since the first of these
-        self._history_from = 0  # the vector step of the first of them
-        self.not_replayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whose open episode could not be resumed
+        self.parts = list(env.observation.get("spaces", {}))  # names of the parts of a dict observation; else empty
+        self._observation: list[np.ndarray] | None = None  # current observation, [N, *S] for each part
+        self._first = np.ones(env.num_envs, dtype=bool)  # [N]: whether the current observation begins an episode
+        self._seeded_at = np.zeros(env.num_envs, dtype=np.int64)  # [N]: vector step at which each env was last seeded
+        self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: all actions since the oldest of these steps
+        self._history_start = 0  # vector step of the first action in `_history`
+        self.not_replayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whether the open episode could not be resumed
 
     def iterator(self) -> Iterator[TensorDictBase]:
         while True:
             yield self.rollout()
 
     def rollout(self) -> TensorDict:
-        """The next `[N, T]` transitions."""
+        """Collect the next rollout, `[N, T]` transitions."""
         if isinstance(self.steps, int):
             return self._collect(self.steps)
         chunks: list[TensorDict] = []
@@ -108,59 +115,59 @@ class VectorCollector(BaseCollector):
         return torch.cat(chunks, 1)  # type: ignore[arg-type, return-value]
 
     def _collect(self, steps: int, *, until_done: bool = False) -> TensorDict:
-        """The next `steps` transitions of every env; fewer with `until_done`, when the first episode ends."""
+        """Collect `steps` transitions of every env; with `until_done`, stop when the first episode ends."""
         if self._observation is None:
-            self._observation = self._copy(self.env.reset()[0])
+            self._observation = self._copy_parts(self.env.reset()[0])
         arrays = self._allocate(self._observation, steps)
         taken = self._step(arrays, self._observation, until_done=until_done)
         return self._assemble(arrays, taken)
 
     def _allocate(self, now: list[np.ndarray], steps: int) -> RolloutArrays:
-        """Make room for one rollout. Not reused: whoever holds the last rollout keeps what it was given."""
+        """Allocate the arrays of one rollout. They are never reused, so earlier rollouts are not overwritten."""
         num_envs = self.env.num_envs
         observation = [np.empty((num_envs, steps, *part.shape[1:]), part.dtype) for part in now]
         terminated, truncated = np.empty((2, num_envs, steps), bool)
         return RolloutArrays(
             observation=observation,
             following=[np.empty_like(part) for part in observation],
-            action=self._actions(steps),
+            action=self._allocate_actions(steps),
             reward=np.empty((num_envs, steps), np.float32),
             terminated=terminated,
             truncated=truncated,
         )
 
     def _step(self, arrays: RolloutArrays, now: list[np.ndarray], *, until_done: bool) -> int:
-        """Let the policy act in the envs and write down what comes of it, the hot loop. Returns the steps taken."""
+        """Run the hot loop: let the policy act in the envs and fill the arrays. Return the number of steps taken."""
         env, observation, following, action = self.env, arrays.observation, arrays.following, arrays.action
-        reward, terminated, truncated = arrays.reward, arrays.terminated, arrays.truncated
+        rewards, terminations, truncations = arrays.reward, arrays.terminated, arrays.truncated
         steps = taken = action.shape[1]
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
         num_random = self._num_random(steps)
         if num_random:
             action[:, :num_random] = random_actions(env.single_action_space, env.num_envs, num_random)
         current: list[Any] = now
-        with torch.inference_mode():  # around the loop only: a loss may be differentiated on what comes out
+        with torch.inference_mode():  # around the loop only: a loss can't use inference tensors
             for t in range(steps):
                 if t >= num_random:
-                    chosen, state = self._ask(current, device)
+                    chosen, state = self._act(current, device)
                     action[:, t] = chosen.numpy()
                     if state is not None:
                         arrays.states.append(state)
                 env.send(action[:, t])
-                # What a step starts from is what the one before led to, but behind the end of an episode: `_assemble`
-                # mends that.
-                for part, before, value in zip(observation, following, current, strict=True):
-                    part[:, t] = before[:, t - 1] = value
-                seen, rewards, ends, cuts, _ = env.receive()
-                current = self._split(seen)
-                reward[:, t] = rewards
-                terminated[:, t] = ends
-                truncated[:, t] = cuts
-                self._first = done = ends | cuts
+                # An observation is also the next observation of the step before, except after the end of an episode:
+                # `_assemble` corrects that, and the index -1 that t = 0 writes to.
+                for part, next_part, value in zip(observation, following, current, strict=True):
+                    part[:, t] = next_part[:, t - 1] = value
+                observed, reward, terminated, truncated, _ = env.receive()
+                current = self._split_parts(observed)
+                rewards[:, t] = reward
+                terminations[:, t] = terminated
+                truncations[:, t] = truncated
+                self._first = done = terminated | truncated
                 if done.any():
                     arrays.ended.append((t, done, [np.asarray(value)[done] for value in current]))
-                    self._opened[done & ~env.continues_without_seed] = self.vector_steps + t + 1
-                    current = self._split(env.reset(options={"reset_mask": done})[0])
+                    self._seeded_at[done & ~env.continues_without_seed] = self.vector_steps + t + 1
+                    current = self._split_parts(env.reset(options={"reset_mask": done})[0])
                     if until_done:
                         taken = t + 1
                         break
@@ -168,11 +175,11 @@ class VectorCollector(BaseCollector):
             np.array(value, dtype=part.dtype) for value, part in zip(current, observation, strict=True)
         ]
         self.vector_steps += taken
-        self._remember(action[:, :taken])
+        self._append_history(action[:, :taken])
         return taken
 
     def _assemble(self, arrays: RolloutArrays, steps: int) -> TensorDict:
-        """Build the rollout `[N, steps]`, in which every episode ends with its own last observation."""
+        """Build the rollout `[N, steps]` from the arrays, and set the true last observation of every episode."""
         assert self._observation is not None
         for part, last in zip(arrays.following, self._observation, strict=True):
             part[:, steps - 1] = last
@@ -181,18 +188,18 @@ class VectorCollector(BaseCollector):
                 part[done, t] = last
         flags = (arrays.reward, arrays.terminated, arrays.truncated)
         reward, terminated, truncated = (torch.from_numpy(x[:, :steps]).unsqueeze(-1) for x in flags)  # [N, T, 1]
-        beside = {self.policy.out_keys[1]: torch.stack(arrays.states, 1).cpu()} if arrays.states else {}
-        shown, after = (
-            self._joined([torch.from_numpy(part[:, :steps]) for part in parts])
+        state = {self.policy.out_keys[1]: torch.stack(arrays.states, 1).cpu()} if arrays.states else {}
+        observation, following = (
+            self._join_parts([torch.from_numpy(part[:, :steps]) for part in parts])
             for parts in (arrays.observation, arrays.following)
         )
         return TensorDict(
             {
-                **beside,
-                "observation": shown,
+                **state,
+                "observation": observation,
                 "action": torch.from_numpy(arrays.action[:, :steps]),
                 "next": {
-                    "observation": after,
+                    "observation": following,
                     "reward": reward,
                     "terminated": terminated,
                     "truncated": truncated,
@@ -202,9 +209,9 @@ class VectorCollector(BaseCollector):
             batch_size=(self.env.num_envs, steps),
         )
 
-    def _ask(self, current: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """The policy's actions `[N, *A]`, and what it gives beside them."""
-        inputs = [to_tensors(self.env.observation, self._joined(current))]
+    def _act(self, current: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return the policy's actions `[N, *A]`, and its second output (None: it has none)."""
+        inputs = [to_tensors(self.env.observation, self._join_parts(current))]
         if self.takes_is_first:
             inputs.append(torch.from_numpy(self._first).unsqueeze(-1))  # [N] -> [N, 1]
         if device.type != "cpu":
@@ -212,36 +219,37 @@ class VectorCollector(BaseCollector):
         chosen = self.policy.module(*inputs)
         return (chosen[0].cpu(), chosen[1]) if isinstance(chosen, tuple) else (chosen.cpu(), None)
 
-    def _split(self, observation: Any) -> list[Any]:
-        """The parts of what the envs show."""
+    def _split_parts(self, observation: Any) -> list[Any]:
+        """Split an observation into the list of its parts."""
         return [observation[name] for name in self.parts] if self.parts else [observation]
 
-    def _joined(self, parts: Sequence[Any]) -> Any:
-        """An observation of its parts."""
+    def _join_parts(self, parts: Sequence[Any]) -> Any:
+        """Build an observation from the list of its parts."""
         return dict(zip(self.parts, parts, strict=True)) if self.parts else parts[0]
 
-    def _copy(self, observation: Any) -> list[np.ndarray]:
-        """The parts of what the envs show, in the dtypes of rollouts."""
+    def _copy_parts(self, observation: Any) -> list[np.ndarray]:
+        """Split an observation into copies of its parts, with the dtypes of rollouts."""
         spaces = self.env.observation.get("spaces", {"": self.env.observation}).values()
-        parts = zip(self._split(observation), spaces, strict=True)
+        parts = zip(self._split_parts(observation), spaces, strict=True)
         return [np.array(part, dtype=space["dtype"]) for part, space in parts]
 
-    def _actions(self, num: int) -> np.ndarray:
-        """Room for `num` vector steps of actions `[N, num, *A]`."""
+    def _allocate_actions(self, num: int) -> np.ndarray:
+        """Allocate an array for the actions of `num` vector steps, `[N, num, *A]`."""
         space = self.env.single_action_space
         dtype = np.float32 if isinstance(space, Box) else np.int64
         return np.empty((self.env.num_envs, num, *(space.shape or ())), dtype)
 
     def _num_random(self, steps: int) -> int:
-        """How many of the next `steps` vector steps lie before `random_env_steps`."""
-        left = self.random_env_steps - self.vector_steps * self.env.num_envs
-        return max(0, min(steps, -(-left // self.env.num_envs)))
+        """Return how many of the next `steps` vector steps have random actions."""
+        remaining = self.random_env_steps - self.vector_steps * self.env.num_envs
+        return max(0, min(steps, -(-remaining // self.env.num_envs)))
 
-    def _remember(self, action: np.ndarray) -> None:
+    def _append_history(self, action: np.ndarray) -> None:
+        """Append actions `[N, T, *A]` to the history, and drop those that no open episode needs for its replay."""
         self._history.append(action)
-        oldest = self._opened.min()
-        while self._history and self._history_from + self._history[0].shape[1] <= oldest:
-            self._history_from += self._history.popleft().shape[1]
+        oldest = self._seeded_at.min()
+        while self._history and self._history_start + self._history[0].shape[1] <= oldest:
+            self._history_start += self._history.popleft().shape[1]
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
         if close_env:
@@ -251,30 +259,30 @@ class VectorCollector(BaseCollector):
         raise RuntimeError("every episode has its own seed already: pass `seed` to levin.envs.factory.make_env")
 
     def state_dict(self) -> OrderedDict[str, Any]:
-        """Plain values and tensors: counters, the current observation, and the actions of the open episodes."""
+        """Return the state as plain values and tensors: counters, the current observation, actions of open episodes."""
         if self._observation is None:
             return OrderedDict()
-        lengths = self.vector_steps - self._opened  # [N]
-        history = np.concatenate([self._actions(0), *self._history], axis=1)  # [N, L, *A]
+        lengths = self.vector_steps - self._seeded_at  # [N]
+        history = np.concatenate([self._allocate_actions(0), *self._history], axis=1)  # [N, L, *A]
         start = history.shape[1] - int(lengths.max())
         return OrderedDict(
             vector_steps=self.vector_steps,
             episodes=list(self.env.episodes),
             lengths=lengths.tolist(),
-            observation=self._joined([torch.from_numpy(part.copy()) for part in self._observation]),
+            observation=self._join_parts([torch.from_numpy(part.copy()) for part in self._observation]),
             actions=torch.from_numpy(history[:, start:].copy()),
         )
 
     def load_state_dict(self, state_dict: OrderedDict[str, Any]) -> None:
-        """Continue where `state_dict` was taken: the open episodes are replayed from their seeds and actions."""
+        """Continue from a saved state: replay the open episodes from their seeds and actions."""
         if not state_dict:
             return
         self.vector_steps = state_dict["vector_steps"]
         lengths, actions = np.array(state_dict["lengths"]), state_dict["actions"].numpy()
-        saved = self._copy(state_dict["observation"])
+        saved = self._copy_parts(state_dict["observation"])
         self._history = deque([actions])
-        self._history_from = self.vector_steps - actions.shape[1]
-        self._opened = self.vector_steps - lengths
+        self._history_start = self.vector_steps - actions.shape[1]
+        self._seeded_at = self.vector_steps - lengths
         self._observation = self._replay(state_dict["episodes"], lengths, actions)
         self.not_replayed = not_replayed = np.array(
             [
@@ -284,39 +292,40 @@ class VectorCollector(BaseCollector):
         )
         if not_replayed.any():
             warnings.warn(
-                f"{self.env.config.id} does not replay: the open episode of {int(not_replayed.sum())} env(s) is "
-                "truncated and a new one begins; this run is not the uninterrupted one",
+                f"{self.env.config.id} does not replay: the same actions led to another observation. The open episode "
+                f"of {int(not_replayed.sum())} env(s) is truncated, and this run differs from an uninterrupted one",
                 stacklevel=2,
             )
-            self._opened[not_replayed], self._first[not_replayed] = self.vector_steps, True
+            self._seeded_at[not_replayed], self._first[not_replayed] = self.vector_steps, True
             episodes = [episode + 1 for episode in self.env.episodes]
-            self._observation = self._copy(self.env.begin(episodes, not_replayed))
+            self._observation = self._copy_parts(self.env.begin(episodes, not_replayed))
 
     def _replay(self, episodes: list[int], lengths: np.ndarray, actions: np.ndarray) -> list[np.ndarray]:
-        """Lead every env to where it was. All envs step together, so a shorter episode begins later.
+        """Replay the open episode of every env; return the observations `[N, *S]` of each part at the end.
+
+        All envs step together, so a shorter episode begins later.
 
         Args:
-            episodes: The number of each env's open episode.
-            lengths: `[N]`, the steps taken since its seed.
-            actions: `[N, L, *A]`, the last L actions of each env, with L the longest of `lengths`.
+            episodes: Number of each env's open episode.
+            lengths: Number of steps since each env was last seeded, `[N]`.
+            actions: Last L actions of each env, `[N, L, *A]`, where L is the maximum of `lengths`.
         """
         longest = actions.shape[1]
-        everyone = np.ones(len(lengths), dtype=bool)
-        current = self.env.begin(episodes, everyone)
-        first = everyone
+        all_envs = np.ones(len(lengths), dtype=bool)
+        current = self.env.begin(episodes, all_envs)
+        first = all_envs
         for t in range(longest):
             begins = lengths == longest - t
             if begins.any():
                 current = self.env.begin(episodes, begins)
-            current, _, ends, cuts, _ = self.env.step(actions[:, t])
-            first, continues_without_seed = ends | cuts, self.env.continues_without_seed
-            if (
-                first & ~continues_without_seed
-            ).any():  # an env still waiting for its turn, or one that does not replay
+            current, _, terminated, truncated, _ = self.env.step(actions[:, t])
+            first, continues_without_seed = terminated | truncated, self.env.continues_without_seed
+            # These envs wait for the start of their episode, or do not replay.
+            if (first & ~continues_without_seed).any():
                 current = self.env.begin(episodes, first & ~continues_without_seed)
             if (first & continues_without_seed).any():
                 current, _ = self.env.reset(options={"reset_mask": first & continues_without_seed})
         self._first = first | (lengths == 0)
         if (lengths == 0).any():
             current = self.env.begin(episodes, lengths == 0)
-        return self._copy(current)
+        return self._copy_parts(current)

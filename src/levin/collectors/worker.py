@@ -1,4 +1,4 @@
-"""What a worker of `levin.collectors.workers` does: it makes its envs, acts in them, and leaves word if it can't."""
+"""Code inside a worker process of `levin.collectors.workers`: build the envs, act in them, report errors."""
 
 import ctypes
 import json
@@ -28,17 +28,23 @@ from levin.data.rollout import POLICY_VERSION
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 
-PR_SET_PDEATHSIG = 1  # prctl.h
-START = 60.0  # seconds in which a worker makes its envs
+PR_SET_PDEATHSIG = 1  # from prctl.h
+START_SECONDS = 60.0  # time for a worker to make its envs
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerShare:
-    """What one worker has of a run: its envs `first` to `first + num_envs - 1`.
+    """Share of one worker in a run: the envs `first` to `first + num_envs - 1`, and how to seed them.
 
     Args:
-        episodes: The episode that each of them begins with.
-        env_steps: Of the run so far: what is drawn after it has been resumed is not what was drawn before.
+        worker: Number of the worker.
+        config: Options of the envs.
+        seed: Root of all random streams.
+        env_steps: Env steps of the run so far; they are part of the seed, so a resumed run samples new numbers.
+        first: Number of the first env.
+        num_envs: Number of envs of this worker.
+        episodes: Number of the episode that each env begins with.
+        is_first: Whether the policy reads `is_first`.
     """
 
     worker: int
@@ -52,11 +58,11 @@ class WorkerShare:
 
 
 def make_worker_env(share: WorkerShare) -> EnvBase:
-    """Seed the process of a worker, and make its envs."""
+    """Seed the worker process, and build its envs."""
     ignore_signals()
     if sys.platform == "linux" and multiprocessing.parent_process() is not None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and no longer than that, however it ends
-    signal.setitimer(signal.ITIMER_REAL, START + share.config.timeout)  # until the first reset is over: see `Worker`
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent, however that ends
+    signal.setitimer(signal.ITIMER_REAL, START_SECONDS + share.config.timeout)  # `Worker` stops this alarm
     torch.set_num_threads(1)
     rng.seed_everything(share.seed, rank=1 + share.worker, env_steps=share.env_steps)
     env = make_env(share.config, seed=share.seed, num_envs=share.num_envs, first=share.first)
@@ -65,17 +71,17 @@ def make_worker_env(share: WorkerShare) -> EnvBase:
 
 
 def make_policy(policy: TensorDictModule, space: Space, timeout: float) -> "WorkerPolicy":
-    """In the process of a worker, where `policy` is a copy."""
+    """Build the worker's policy. It is called inside the worker process, where `policy` is a copy."""
     return WorkerPolicy(policy, space, timeout)
 
 
 class WorkerPolicy(TensorDictModuleBase):
-    """A policy in a worker: writes the version of its weights beside every action, and begins with random ones.
+    """Policy of a worker that adds `policy_version` to every action, and acts randomly for the first `random_steps`.
 
     Args:
-        policy: The worker's own copy.
-        space: Of the actions, in the units of the policy.
-        timeout: Seconds that an env may take until the next action is asked for.
+        policy: Copy of the policy that belongs to the worker.
+        space: Action space, in the units of the policy.
+        timeout: Seconds that the envs may take for a step.
     """
 
     version: Tensor
@@ -86,10 +92,10 @@ class WorkerPolicy(TensorDictModuleBase):
         self.in_keys = policy.in_keys  # type: ignore[assignment]
         self.out_keys = ["action", POLICY_VERSION]
         self.register_buffer("version", torch.zeros((), dtype=torch.int64))
-        self.random_steps = 0  # vector steps until the policy is asked
+        self.random_steps = 0  # remaining vector steps with random actions
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """`[n]` envs."""
+        """Add actions `[n, *A]` and `policy_version` `[n, 1]` to the TensorDict of n envs, and restart the alarm."""
         signal.setitimer(signal.ITIMER_REAL, self.timeout)
         if self.random_steps > 0:
             self.random_steps -= 1
@@ -101,41 +107,43 @@ class WorkerPolicy(TensorDictModuleBase):
 
     @torch.no_grad()
     def load(self, weights: list[np.ndarray], version: int) -> None:
-        """Take over what `weights_of` gave."""
+        """Load the weights that `policy_weights` returned, and their version."""
         for tensor, value in zip(policy_tensors(self.policy), weights, strict=True):
             tensor.copy_(torch.tensor(value))
         self.version.fill_(version)
 
 
 def policy_tensors(policy: nn.Module) -> list[Tensor]:
-    """All that a policy's actions depend on."""
+    """List the parameters and buffers of a policy."""
     return [*policy.parameters(), *policy.buffers()]
 
 
 def policy_weights(policy: nn.Module) -> list[np.ndarray]:
-    """Not a copy, where they are on the CPU: what is sent to another process is copied then and there."""
+    """Return the weights of a policy as arrays. On the CPU they share memory with it; sending them copies them."""
     return [each.detach().cpu().numpy() for each in policy_tensors(policy)]
 
 
 class Worker(Collector):
-    """TorchRL's collector in the process of a worker.
+    """TorchRL's collector inside a worker process.
 
-    An env that takes too long, in whatever library, is ended with its process by the alarm that every action winds up.
+    Every action restarts an alarm (SIGALRM), which ends the process if an env takes too long.
 
     Args:
-        reports: Where to leave word of an error before the process ends; None: it is raised (Ray passes it on).
+        args: Passed on to `Collector`.
+        reports: Folder for the report of an error before the process ends; None: raise the error (Ray passes it on).
+        kwargs: Passed on to `Collector`.
     """
 
     def __init__(self, *args: Any, reports: str | None = None, **kwargs: Any) -> None:
         self.reports = reports
-        super().__init__(*args, track_traj_ids=reports is not None, **kwargs)  # TorchRL's multi-collectors read them
+        super().__init__(*args, track_traj_ids=reports is not None, **kwargs)  # TorchRL's multi-collectors read the ids
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __bool__(self) -> bool:
-        return True  # Ray asks before it passes an error on, and a collector without an end has no length to go by
+        return True  # Ray tests it before it passes on an error; a collector without an end has no length to test
 
     def load(self, weights: list[np.ndarray], version: int, random_steps: int) -> None:
-        """What the next rollout is collected with. Called between two of them."""
+        """Set weights, version and number of random steps for the next rollout. It is called between two rollouts."""
         assert isinstance(self.policy, WorkerPolicy)
         self.policy.load(weights, version)
         self.policy.random_steps = random_steps
@@ -154,6 +162,6 @@ class Worker(Collector):
 
 
 def summarize_error(error: Exception) -> str:
-    """What a worker says of an error, in one line."""
+    """Return an error as one line of text."""
     first = (str(error).splitlines() or [""])[0]
     return first if isinstance(error, RunError) else f"raised {type(error).__name__}: {first}"

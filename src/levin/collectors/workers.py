@@ -1,9 +1,9 @@
-"""TorchRL's collectors of several processes: `collector=torchrl-process`, `torchrl-async` and `ray`.
+"""TorchRL's collectors with several worker processes: `collector=torchrl-process`, `torchrl-async` and `ray`.
 
-The envs of a run are shared among workers, which are numbered so that every env keeps the episodes that it would have
-with any other collector. A worker acts with a copy of the policy. Weights are sent to it, by value, while it waits for
-its next rollout: TorchRL's own ways share memory with it or write from another thread, and so change weights in the
-middle of a rollout. Their version travels with them and is written into the rollout by the policy itself.
+The envs of a run are divided among the workers. Every env keeps its number, so it has the same episode seeds as with
+any other collector. A worker acts with a copy of the policy. New weights are sent to it by value while it waits for its
+next rollout, because TorchRL's own ways, shared memory or another thread, change weights in the middle of a rollout.
+The version of the weights is sent with them, and the policy writes it into the rollout.
 """
 
 import copy
@@ -37,19 +37,19 @@ from levin.data.rollout import ENV_INDEX, POLICY_VERSION
 from levin.envs.vector import SeededVectorEnv
 
 NAMES = ("torchrl-process", "torchrl-async", "ray")
-AFTER = ("observation", "reward", "terminated", "truncated", "done")
-RAY = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+AFTER = ("observation", "reward", "terminated", "truncated", "done")  # keys under "next"
+RAY_OPTIONS = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
 
 
 class AsyncCollector(MultiAsyncCollector):
-    """Sends a worker that has just delivered the newest weights, and only then lets it go on."""
+    """`MultiAsyncCollector` that sends a worker the newest weights after each of its rollouts, before the next."""
 
     push: Callable[[int], None]
-    worker: int  # whose rollout came last
+    worker: int  # number of the worker that delivered the last rollout
 
     @property
     def _queue_len(self) -> int:
-        # With TorchRL's 1, a worker that can't deliver for a second throws its rollout away.
+        # TorchRL's value is 1, with which a worker that can't deliver for a second drops its rollout.
         return len(self.create_env_fn)
 
     def _get_from_queue(self, timeout: float | None = None) -> tuple[int, int, TensorDictBase]:
@@ -58,7 +58,7 @@ class AsyncCollector(MultiAsyncCollector):
         return self.worker, number, rollout
 
     def load(self, worker: int, *args: Any) -> None:
-        """`Worker.load`, of one of them."""
+        """Call `Worker.load` in one worker."""
         self.pipes[worker].send((("load", args, {}), "cascade_execute"))
         result, _ = self._recv_and_check(self.pipes[worker], worker_idx=worker)
         if isinstance(result, Exception):
@@ -66,19 +66,21 @@ class AsyncCollector(MultiAsyncCollector):
 
 
 class WorkersCollector(BaseCollector):
-    """The rollouts of several workers: `[N, T]` of all of them, or of `torchrl-async` `[N / workers, T]` of one.
+    """Collector with several workers: rollouts `[N, T]` of all workers; `torchrl-async`: `[N / workers, T]` of one.
 
-    Beside what every collector yields they carry `policy_version` `[N, T, 1]`, the iterations that the policy which
-    acted had learned from, and `env_index` `[N, T, 1]`. The workers start with the first rollout: by then a run that is
-    resumed knows where it was. Of open episodes TorchRL saves nothing: the next ones begin.
+    Rollouts also hold `policy_version` `[N, T, 1]`, the number of iterations that the acting policy had learned from,
+    and `env_index` `[N, T, 1]`. The workers start with the first rollout, when a resumed run has loaded its state.
+    TorchRL does not save open episodes, so a resumed run begins the next ones.
 
     Args:
         name: One of `NAMES`.
-        env: N envs as those of the workers; here nothing but the numbers of their episodes is kept.
-        policy: Whose weights are sent.
-        seed: The root of all random streams.
-        version: That of the weights.
-        workers: Processes; they divide N.
+        env: Envs like those of the workers, N of them. It only counts their episodes and takes no step.
+        policy: Policy whose weights are sent to the workers.
+        steps: Vector steps per rollout, T.
+        random_env_steps: Number of env steps with uniformly random actions before the policy acts.
+        seed: Root of all random streams.
+        version: Function that returns the version of the weights.
+        workers: Number of worker processes, a divisor of N.
     """
 
     def __init__(
@@ -96,10 +98,10 @@ class WorkersCollector(BaseCollector):
         super().__init__()
         self.name, self.env, self.policy, self.steps, self.version = name, env, policy, steps, version
         self.random_env_steps, self.seed, self.workers = random_env_steps, seed, workers
-        self.num_envs = env.num_envs // workers  # of each
-        self.vector_steps = [0] * workers  # that have come from each
+        self.num_envs = env.num_envs // workers  # of each worker
+        self.vector_steps = [0] * workers  # received from each worker
         self.collector: MultiSyncCollector | AsyncCollector | RayCollector | None = None
-        self.reports: Path | None = None  # the folder in which workers leave word of what ended them
+        self.reports: Path | None = None  # folder in which workers report the error that ended them
         self._owns_ray = False
 
     def iterator(self) -> Iterator[TensorDictBase]:
@@ -107,22 +109,23 @@ class WorkersCollector(BaseCollector):
             self.collector = self._start()
             rollouts = self.collector.iterator()
         except Exception as error:
-            raise self._failure(error) from error
+            raise self._run_error(error) from error
         while True:
             try:
                 if not isinstance(self.collector, AsyncCollector):
-                    self.collector.map_fn("load", [self._orders(worker) for worker in range(self.workers)])
+                    self.collector.map_fn("load", [self._load_arguments(worker) for worker in range(self.workers)])
                 rollout = next(rollouts)
             except Exception as error:
-                raise self._failure(error) from error
-            yield self._finish(rollout)
+                raise self._run_error(error) from error
+            yield self._finish_rollout(rollout)
 
     def _start(self) -> MultiSyncCollector | AsyncCollector | RayCollector:
-        self.env.reset()  # the episodes that begin now
+        """Start the workers."""
+        self.env.reset()  # count the episodes that begin in the workers
         self.reports = Path(tempfile.mkdtemp(prefix="levin-workers-"))
         policy = copy.deepcopy(self.policy).requires_grad_(False).cpu()
         factory = partial(make_policy, policy, self.env.single_action_space, self.env.config.timeout)
-        shares = [self._share(worker) for worker in range(self.workers)]
+        shares = [self._worker_share(worker) for worker in range(self.workers)]
         make_envs: list[Callable[[], EnvBase]] = [partial(make_worker_env, share) for share in shares]
         num_envs = self.num_envs if self.name == "torchrl-async" else self.env.num_envs
         common: dict[str, Any] = {
@@ -134,46 +137,47 @@ class WorkersCollector(BaseCollector):
             return self._start_ray(make_envs, common)
         common |= {
             "collector_class": partial(Worker, reports=str(self.reports)),
-            "num_threads": torch.get_num_threads(),  # of this process, which TorchRL would change
+            "num_threads": torch.get_num_threads(),  # of this process: TorchRL would change it otherwise
             "use_buffers": True,
             "total_frames": -1,
             "auto_register_policy_transforms": False,
         }
-        # Blocked signals stay so in the processes that are started meanwhile; here they come when it is over.
+        # Workers inherit the blocked signals. In this process, signals are delivered when the mask is restored.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         method = multiprocessing.get_start_method()
-        if sys.platform == "linux":  # with TorchRL's own, `spawn`, every worker would import all of this for seconds
+        if sys.platform == "linux":  # with `spawn`, TorchRL's default, every worker spends seconds on imports
             multiprocessing.set_start_method("fork", force=True)
         try:
             if self.name == "torchrl-process":
                 collector = MultiSyncCollector(make_envs, cat_results=0, **common)
             else:
                 collector = AsyncCollector(make_envs, **common)
-                collector.push = lambda worker: collector.load(worker, *self._orders(worker, begun=1))
+                collector.push = lambda worker: collector.load(worker, *self._load_arguments(worker, uncounted=1))
         finally:
             multiprocessing.set_start_method(method, force=True)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for process in collector.procs:  # are deaf to what `terminate` sends
+        for process in collector.procs:  # they ignore SIGTERM, so end them with SIGKILL
             process._popen.terminate = process._popen.kill
         if isinstance(collector, AsyncCollector):
-            collector.map_fn("load", [self._orders(worker) for worker in range(self.workers)])
+            collector.map_fn("load", [self._load_arguments(worker) for worker in range(self.workers)])
         return collector
 
     def _start_ray(self, make_envs: list[Callable[[], EnvBase]], common: dict[str, Any]) -> RayCollector:
+        """Start the workers as Ray actors."""
         import ray  # type: ignore[import-not-found]
 
         if not ray.is_initialized():
-            paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # else workers don't find a user's modules
-            ray.init(**RAY, runtime_env={"env_vars": paths})
+            paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # so that workers find the user's modules
+            ray.init(**RAY_OPTIONS, runtime_env={"env_vars": paths})
             self._owns_ray = True
         cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < self.workers:  # Ray would wait for more to join
-            raise RunError(f"collector=ray finds {cpus} CPUs for collector_workers={self.workers}")
+        if cpus < self.workers:  # Ray would wait for more CPUs to join
+            raise RunError(f"collector=ray needs a CPU for each of collector_workers={self.workers}, but finds {cpus}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is no policy to take weights from: they are sent by us
+            warnings.simplefilter("ignore")  # about a policy to take weights from: Levin sends them itself
             collector = RayCollector(
                 make_envs,
-                total_frames=sys.maxsize,  # with -1 it would end at once
+                total_frames=sys.maxsize,  # -1 would end it at once
                 sync=True,
                 weight_sync_schemes={},
                 collector_class=Worker,  # type: ignore[arg-type]
@@ -181,10 +185,11 @@ class WorkersCollector(BaseCollector):
                 remote_configs={"num_cpus": 1},
                 **common,
             )
-        collector._weight_sync_initialized = True  # again: it would warn
+        collector._weight_sync_initialized = True  # otherwise it would warn again
         return collector
 
-    def _share(self, worker: int) -> WorkerShare:
+    def _worker_share(self, worker: int) -> WorkerShare:
+        """Return the share of a worker in the run."""
         first = worker * self.num_envs
         return WorkerShare(
             worker=worker,
@@ -197,51 +202,51 @@ class WorkersCollector(BaseCollector):
             is_first=IS_FIRST in self.policy.in_keys,
         )
 
-    def _orders(self, worker: int, begun: int = 0) -> tuple[list[np.ndarray], int, int]:
-        """What `Worker.load` takes, `begun` rollouts of the worker not being counted yet."""
-        taken = self.vector_steps[worker] + begun * self.steps
+    def _load_arguments(self, worker: int, uncounted: int = 0) -> tuple[list[np.ndarray], int, int]:
+        """Return the arguments of `Worker.load`; `uncounted` is the number of rollouts not yet in `vector_steps`."""
+        taken = self.vector_steps[worker] + uncounted * self.steps
         return (
             policy_weights(self.policy),
             self.version(),
             max(0, -(-self.random_env_steps // self.env.num_envs) - taken),
         )
 
-    def _finish(self, rollout: Any) -> TensorDict:
-        """What TorchRL collected `[W, n, T]` or `[n, T]`, in the order of the envs and nothing beside it."""
+    def _finish_rollout(self, rollout: Any) -> TensorDict:
+        """Convert TorchRL's rollout `[W, n, T]` or `[n, T]` to Levin's, in env order, and update the counters."""
         if rollout.ndim > 2:
             rollout = rollout.flatten(0, -2)  # [W, n, T] -> [N, T]
-        one = [self.collector.worker] if isinstance(self.collector, AsyncCollector) else None
-        for worker in one or range(self.workers):
+        sender = [self.collector.worker] if isinstance(self.collector, AsyncCollector) else None  # None: all workers
+        for worker in sender or range(self.workers):
             self.vector_steps[worker] += self.steps
-        index = one[0] * self.num_envs + torch.arange(self.num_envs) if one else torch.arange(self.env.num_envs)
-        for env, ends in zip(index.tolist(), rollout["next", "done"].sum((1, 2)).tolist(), strict=True):
-            self.env.episodes[env] += ends
+        index = sender[0] * self.num_envs + torch.arange(self.num_envs) if sender else torch.arange(self.env.num_envs)
+        for env, num_ended in zip(index.tolist(), rollout["next", "done"].sum((1, 2)).tolist(), strict=True):
+            self.env.episodes[env] += num_ended
         data: dict[str, Any] = {key: rollout[key] for key in ("observation", "action", POLICY_VERSION)}
         data["next"] = {key: rollout["next", key] for key in AFTER}
         data[ENV_INDEX] = index.view(-1, 1, 1).expand(*rollout.shape, 1)
         return TensorDict(data, batch_size=rollout.shape)
 
-    def _failure(self, error: Exception) -> RunError:
-        """What is known of the end of a worker, in one sentence."""
+    def _run_error(self, error: Exception) -> RunError:
+        """Build an error that says in one sentence which worker ended, and why."""
         if isinstance(error, RunError) and not hasattr(error, "cause"):
             return error
-        late = f"did not come back within env.timeout={self.env.config.timeout:g} seconds"
-        cause = getattr(error, "cause", None) or error  # of Ray's: what a worker raised
-        who, said = "a worker", summarize_error(cause)
+        timed_out = f"did not come back within env.timeout={self.env.config.timeout:g} seconds"
+        cause = getattr(error, "cause", None) or error  # Ray's errors hold the worker's own as `cause`
+        name, reason = "a worker", summarize_error(cause)
         if "ActorDied" in type(error).__name__:
-            said = f"died, or {late}"
+            reason = f"died, or {timed_out}"
         for worker, process in enumerate(getattr(self.collector, "procs", ())):
             if not process._closed and process.exitcode:
-                who, code = f"worker {worker}", process.exitcode
-                said = late if code == -signal.SIGALRM else f"ended with exit code {code}"
+                name, code = f"worker {worker}", process.exitcode
+                reason = timed_out if code == -signal.SIGALRM else f"ended with exit code {code}"
         for report in sorted(self.reports.glob("*")) if self.reports else []:
-            who = f"worker {report.name}"
-            said, trace = json.loads(report.read_text())
+            name = f"worker {report.name}"
+            reason, trace = json.loads(report.read_text())
             error.add_note(trace)
-        return RunError(f"{who} of {self.workers} (collector={self.name}, {self.env.config.id}): {said}")
+        return RunError(f"{name} of {self.workers} (collector={self.name}, {self.env.config.id}): {reason}")
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
-        """End the workers."""
+        """End the workers, Ray if this collector started it, and by default close the env."""
         collector, self.collector = self.collector, None
         if isinstance(collector, RayCollector):
             collector.shutdown()
@@ -260,7 +265,7 @@ class WorkersCollector(BaseCollector):
             self.env.close()
 
     def reset(self) -> None:
-        """Nothing: the workers of a run that is resumed begin with the episodes that `env` is in."""
+        """Do nothing: workers start after a resumed run has loaded its state, with the current episodes of `env`."""
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         raise RuntimeError(

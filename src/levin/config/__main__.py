@@ -1,4 +1,4 @@
-"""Print every value of a composed config and the file that set it. `python -m levin.config algo=sac`."""
+"""Print every value of a composed config and the file that sets it: `python -m levin.config algo=sac`."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
 
 
 def value_origins(overrides: list[str]) -> dict[str, str]:
-    """Every key, and the file that set its value."""
+    """Return the origin of each config value: dotted key -> YAML file or "command line"."""
     overrides, run = take_run(with_search_path(overrides))
     parsed = parse_hydra_overrides(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
@@ -28,16 +28,16 @@ def value_origins(overrides: list[str]) -> dict[str, str]:
         files = loader.compute_defaults_list("train", overrides, RunMode.RUN).defaults
     origin = {"name": "configs/algo, configs/env"}
     for file in files:
-        found = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *EXPERIMENTS.glob("*"))]
-        for path in filter(Path.exists, found):
+        candidates = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *EXPERIMENTS.glob("*"))]
+        for path in filter(Path.exists, candidates):
             values = yaml.safe_load(path.read_text()) or {}
             values.pop("defaults", None)
             prefix = f"{file.package}." if file.package and file.package != "_global_" else ""
             origin |= dict.fromkeys(flat_keys(values, prefix), str(path.relative_to(ROOT)))
-    for each in parsed:
-        if each.key_or_group not in (*GROUPS, SEARCH_PATH):
-            origin = {key: of for key, of in origin.items() if not key.startswith(f"{each.key_or_group}.")}
-            origin[each.key_or_group] = "command line"
+    for override in parsed:
+        if override.key_or_group not in (*GROUPS, SEARCH_PATH):
+            origin = {key: file for key, file in origin.items() if not key.startswith(f"{override.key_or_group}.")}
+            origin[override.key_or_group] = "command line"
     if run is not None:
         origin["run"] = "command line"
     return origin
@@ -51,8 +51,8 @@ def main() -> None:
         rows = [(key, OmegaConf.select(config, key)) for key in flat_keys(to_plain(config))]
         lines = [(f"{key}: {'null' if value is None else value}", origin.get(key, "")) for key, value in rows]
         width = max(len(line) for line, _ in lines)
-        for line, of in lines:
-            print(f"{line:<{width}}  # {of}")
+        for line, source in lines:
+            print(f"{line:<{width}}  # {source}")
 
 
 if __name__ == "__main__":

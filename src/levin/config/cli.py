@@ -1,4 +1,4 @@
-"""Parse the `key=value` words of a command line."""
+"""Parse the `key=value` arguments of a command line."""
 
 import sys
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from levin.core.errors import ConfigError
 
 
 def command_arguments(command: Callable[..., Any]) -> dict[str, Any]:
-    """The `key=value` words of the command line, held against the signature of the command.
+    """Return the arguments of the command line, checked against the signature of the command.
 
     Raises:
-        ConfigError: Unknown or missing key, wrong type, out of range.
+        ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
     """
     hints = get_type_hints(command)
     values = parse_overrides(sys.argv[1:], as_typed=[key for key, hint in hints.items() if hint is str])
@@ -24,18 +24,18 @@ def command_arguments(command: Callable[..., Any]) -> dict[str, Any]:
     return values
 
 
-def parse_overrides(words: list[str], *, as_typed: list[str]) -> dict[str, Any]:
-    """`["a=1", "b.c=x"] -> {"a": 1, "b.c": "x"}`.
+def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, Any]:
+    """Return `key=value` arguments as a dict: `["a=1", "b.c=x"] -> {"a": 1, "b.c": "x"}`.
 
     Args:
-        words: Of the command line.
-        as_typed: Keys, such as those of paths, whose values stay what was typed, whatever a parser would make of them.
+        arguments: Arguments of the command line.
+        as_typed: Keys whose values stay strings exactly as typed, such as paths; other values are parsed by Hydra.
 
     Raises:
-        ConfigError: One is not of the form key=value.
+        ConfigError: An argument is not of the form key=value.
     """
     values: dict[str, Any] = {}
-    for word in words:
+    for word in arguments:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{word} is not of the form key=value")
@@ -48,7 +48,11 @@ def parse_overrides(words: list[str], *, as_typed: list[str]) -> dict[str, Any]:
 
 
 def parse_hydra_overrides(overrides: list[str]) -> list[Override]:
-    """The words of a command line. Raises ConfigError when they are not of the form key=value."""
+    """Return Hydra's overrides of `key=value` arguments.
+
+    Raises:
+        ConfigError: An argument is not of the form key=value.
+    """
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:

@@ -1,6 +1,7 @@
-"""From YAML files and overrides to one checked, resolved config. `python -m levin.config` prints each value's file.
+"""Compose a checked, resolved config from YAML files and overrides.
 
-Hydra composes; what a value may be is said once, by the hints of the `__init__` that takes it.
+Hydra composes the files. `schema.py` checks each value against the type hints of the `__init__` that takes it.
+`python -m levin.config` prints the file that sets each value.
 """
 
 from collections.abc import Mapping
@@ -21,14 +22,14 @@ from levin.core.paths import CONFIGS, EXPERIMENTS
 
 SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
-NULL_DEFAULTS = ("debug=null", "launcher=null")  # the defaults, which Hydra does not take as words
+NULL_DEFAULTS = ("debug=null", "launcher=null")  # valid defaults, which Hydra refuses as overrides
 
 
 def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
-    """The checked config of `key=value` overrides, resolved and read-only.
+    """Return the config of `key=value` overrides: checked, resolved and read-only.
 
     Raises:
-        ConfigError: Anything in them is not valid.
+        ConfigError: An override is not valid.
     """
     overrides, run = take_run(with_search_path(overrides))
     _check_groups(parse_hydra_overrides(overrides))
@@ -48,7 +49,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
 
 
 def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bool = True) -> DictConfig:
-    """Name, resolve, check and freeze what Hydra has composed.
+    """Set the name of a config that Hydra has composed, resolve it, check it and make it read-only.
 
     Raises:
         ConfigError: A value is not valid.
@@ -65,25 +66,27 @@ def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
 
 
 def take_run(overrides: list[str]) -> tuple[list[str], str | None]:
-    """Take `run=path` out of the overrides: a path is what was typed, whatever Hydra's grammar would make of it.
+    """Remove `run=path` from the overrides, so that Hydra's grammar does not change the path.
 
     Returns:
-        The other overrides, and the path; None without one.
+        The other overrides, and the path exactly as typed; None without one.
 
     Raises:
-        ConfigError: OmegaConf would take the path for a reference to another key.
+        ConfigError: OmegaConf would read the path as a reference to another key or as a missing value.
     """
-    others = [each for each in overrides if not each.startswith("run=")]
-    typed = [each.removeprefix("run=") for each in overrides if each.startswith("run=")]
+    others = [override for override in overrides if not override.startswith("run=")]
+    typed = [override.removeprefix("run=") for override in overrides if override.startswith("run=")]
     if not typed or typed[-1] == "null":
         return others, None
     if "${" in typed[-1] or typed[-1] == "???":
-        raise ConfigError(f"run={typed[-1]} is what a config takes for another key or none; name another folder")
+        raise ConfigError(
+            f"run={typed[-1]} has a special meaning in a config (a reference or a missing value); name another folder"
+        )
     return others, typed[-1]
 
 
 def with_search_path(overrides: list[str]) -> list[str]:
-    """Add the forks, so that `algo=my_idea` finds `experiments/my_idea/algo/my_idea.yaml`."""
+    """Add the folders of forks to Hydra's search path: `algo=my_idea` is `experiments/my_idea/algo/my_idea.yaml`."""
     if any(each.startswith(SEARCH_PATH) for each in overrides):
         return overrides
     folders = sorted({file.parents[1] for file in EXPERIMENTS.glob("*/algo/*.yaml")})
@@ -98,7 +101,7 @@ def _check_groups(overrides: list[Override]) -> None:
     for override in overrides:
         group, choice = override.key_or_group, override.value()
         if group in ("algo", "env") and choice is None:
-            raise ConfigError(f"{group}=null is nothing to train; name one of {group}")
+            raise ConfigError(f"{group}=null leaves nothing to train; name one of configs/{group}/")
         if group in GROUPS and choice is not None:
             valid = [file.stem for folder in folders for file in (folder / group).glob("*.yaml")]
             if choice not in valid:
@@ -106,28 +109,32 @@ def _check_groups(overrides: list[Override]) -> None:
 
 
 def _check_debug(debug: str, algo: str) -> None:
-    """Some presets are nothing but what they say of single algorithms."""
-    told = sorted(file.stem.removeprefix(f"{debug}_") for file in (CONFIGS / "debug_algo").glob(f"{debug}_*.yaml"))
-    if debug in ("lecture", "overfit") and algo not in told:
-        raise ConfigError(f"debug={debug} is for {', '.join(told)}; of {algo} it says nothing")
+    """Check that a preset which exists only for some algorithms is used with one of them."""
+    supported = sorted(file.stem.removeprefix(f"{debug}_") for file in (CONFIGS / "debug_algo").glob(f"{debug}_*.yaml"))
+    if debug in ("lecture", "overfit") and algo not in supported:
+        raise ConfigError(f"debug={debug} is not for {algo}; valid algorithms: {', '.join(supported)}")
 
 
 def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
-    """Hydra says that a key is not in the struct; find which, and what it could have been."""
+    """Return a plain error for one of Hydra's: name the unknown key and the valid ones."""
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/launcher/"):
-        return ConfigError("launcher needs a package that is missing: pip install -e '.[scale]'")
+        return ConfigError("launcher=... needs a package that is missing: pip install -e '.[scale]'")
     parsed = parse_hydra_overrides(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     if len(groups) < len(parsed):
         valid = [key for key in flat_keys(to_plain(compose(groups, check_values=False))) if key != "name"]
-        for each in parsed:
-            key = each.key_or_group
+        for override in parsed:
+            key = override.key_or_group
             if (
                 key not in (*GROUPS, SEARCH_PATH)
-                and not each.is_add()
+                and not override.is_add()
                 and not any(v == key or v.startswith(f"{key}.") for v in valid)
             ):
                 open_ended = key.startswith(("env.kwargs.", "trainer.", "callbacks."))
-                plus = f"; what is not listed is added with a plus: +{each.input_line}" if open_ended else ""
-                return ConfigError(f"{key} is unknown; {valid_names(key, valid)}{plus}")
+                hint = (
+                    f"; to add a key that is not listed, put a plus before it: +{override.input_line}"
+                    if open_ended
+                    else ""
+                )
+                return ConfigError(f"{key} is unknown; {valid_names(key, valid)}{hint}")
     return ConfigError(" ".join(str(error).split()))

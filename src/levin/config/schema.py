@@ -1,4 +1,4 @@
-"""What a config may hold: every value is checked against the hints of the code that takes it."""
+"""Check every value of a config against the type hints of the code that takes it."""
 
 import inspect
 from collections.abc import Callable
@@ -17,8 +17,9 @@ from levin.training.checkpointing import Checkpointing
 from levin.training.distributed import sharding
 from levin.training.evaluation import Evaluation
 
-# Lightning's arguments that would act on the wrong clock, or not at all under manual optimisation.
-OWN_TRAINER_KEYS = {
+# Trainer arguments that would count Lightning's steps instead of env steps, or that have no effect under manual
+# optimisation -> config key to use instead.
+REPLACED_TRAINER_KEYS = {
     "max_epochs": "total_env_steps",
     "min_epochs": "total_env_steps",
     "max_steps": "total_env_steps",
@@ -43,27 +44,27 @@ OWN_TRAINER_KEYS = {
 
 
 def check(config: DictConfig) -> None:
-    """Hold every value against the hints of the code that takes it; a whole float where an int belongs becomes one.
+    """Check every value against the type hints of the code that takes it; convert whole floats such as 1e5 to int.
 
     Raises:
-        ConfigError: Unknown or missing key, wrong type, out of range.
+        ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
     """
     for key in sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{key} has no value: give one by {key}=...")
+        raise ConfigError(f"{key} has no value: set {key}=...")
     for key in ("env", "algo", "eval", "checkpoint", "trainer", "callbacks"):
         if not isinstance(config.get(key), DictConfig):
-            raise ConfigError(f"{key} is a section, not a value; say {key}.<key>=...")
+            raise ConfigError(f"{key} is a section, not a value: set {key}.<key>=...")
     for key, callback in config.callbacks.items():
         if not isinstance(callback, DictConfig) or "_target_" not in callback:
-            raise ConfigError(f"callbacks.{key} is a section with a _target_: {{_target_: my_module.MyCallback}}")
+            raise ConfigError(f"callbacks.{key} must be a section with a _target_: {{_target_: my_module.MyCallback}}")
     check_section(top_level, "", config, skip=("env", "algo", "eval", "checkpoint", "trainer", "callbacks"))
     check_section(EnvConfig, "env.", config.env)
     check_section(algorithm_class(config), "algo.", config.algo, skip=("_target_",), given=("env",))
     check_section(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget", "run"))
     check_section(Checkpointing, "checkpoint.", config.checkpoint, given=("run", "evaluation"))
-    for name, ours in OWN_TRAINER_KEYS.items():
+    for name, replacement in REPLACED_TRAINER_KEYS.items():
         if name in config.trainer:
-            raise ConfigError(f"trainer.{name} does not act here; say {ours} instead")
+            raise ConfigError(f"trainer.{name} has no effect here; use {replacement} instead")
     check_section(trainer_options, "trainer.", config.trainer, ignore_unknown=True)
     _check_trainer_keys(config.trainer)
     _check_workers(config)
@@ -76,13 +77,13 @@ def top_level(
     total_env_steps: PositiveInt,
     run: str | None,
     collector: Literal["vector", "torchrl", "torchrl-process", "torchrl-async", "ray"],
-    collector_workers: PositiveInt = 2,  # runs that were begun before it came have none
+    collector_workers: PositiveInt = 2,  # default for configs of runs older than this key
     logger: Literal["csv", "tensorboard", "wandb"] | None,
     log_every: PositiveInt,
     wandb_project: str,
     upload: bool,
 ) -> None:
-    """What the plain keys of train.yaml may hold."""
+    """Declare the types of the top-level keys of train.yaml; never called."""
 
 
 def trainer_options(
@@ -91,15 +92,16 @@ def trainer_options(
     devices: PositiveInt,
     strategy: Literal["auto", "ddp", "hogwild"],
     workers: PositiveInt = 1,
-    # Half "true" precisions cast the batch and lose its shape; 16-mixed needs a gradient scaler per optimiser.
+    # No bf16-true or 16-true: they cast the batch, which loses its shape. No 16-mixed: it needs a gradient scaler per
+    # optimiser.
     precision: Literal["32-true", "bf16-mixed"],
     threads: PositiveInt | None,
 ) -> None:
-    """What the `trainer` keys that we read ourselves may hold."""
+    """Declare the types of the `trainer` keys that Levin itself reads; never called."""
 
 
 def _check_trainer_keys(trainer: DictConfig) -> None:
-    valid = {"threads", "workers", *inspect.signature(Trainer.__init__).parameters} - {"self", *OWN_TRAINER_KEYS}
+    valid = {"threads", "workers", *inspect.signature(Trainer.__init__).parameters} - {"self", *REPLACED_TRAINER_KEYS}
     for key in map(str, trainer):
         if key not in valid:
             raise ConfigError(f"trainer.{key} is unknown; {valid_names(key, valid)}")
@@ -109,30 +111,42 @@ def _check_workers(config: DictConfig) -> None:
     trainer, workers = config.trainer, config.trainer.get("workers", 1)
     if trainer.strategy != "hogwild":
         if workers > 1:
-            raise ConfigError(f"trainer.workers={workers} are processes of trainer.strategy=hogwild")
+            raise ConfigError(f"trainer.workers={workers} needs trainer.strategy=hogwild")
         if sharding.configured_world_size(config) > 1 and algorithm_class(config).lock_free:
             raise ConfigError(
-                f"the workers of {algorithm_class(config).__name__} share their parameters, not their gradients: "
-                f"trainer.strategy=hogwild trainer.workers={trainer.devices}"
+                f"{algorithm_class(config).__name__} trains with Hogwild workers, not with data-parallel ranks: "
+                f"set trainer.strategy=hogwild trainer.workers={trainer.devices} trainer.devices=1"
             )
-        sharding.shard_config(config)  # refuses what can't be divided
+        sharding.shard_config(config)  # raises an error if a value can't be divided
         return
     if trainer.devices > 1:
-        raise ConfigError("trainer.strategy=hogwild has workers, not devices: trainer.devices=1")
+        raise ConfigError(
+            f"trainer.strategy=hogwild has workers, not trainer.devices={trainer.devices}: set trainer.devices=1"
+        )
     if trainer.accelerator not in ("auto", "cpu"):
-        raise ConfigError(f"trainer.strategy=hogwild shares the memory of the CPU, not of {trainer.accelerator}")
+        raise ConfigError(
+            f"trainer.strategy=hogwild runs on the CPU: set trainer.accelerator=cpu instead of {trainer.accelerator}"
+        )
     if config.collector not in ("vector", "torchrl"):
-        raise ConfigError(f"trainer.strategy=hogwild has workers of its own, without collector={config.collector}")
+        raise ConfigError(
+            f"collector={config.collector} is not for trainer.strategy=hogwild, which has its own workers; "
+            "valid: torchrl, vector"
+        )
     if workers > 1:
         name = algorithm_class(config).__name__
         if not algorithm_class(config).lock_free:
             raise ConfigError(
-                f"{name} keeps what workers can't share without a lock: trainer.strategy=hogwild is for A3C"
+                f"trainer.strategy=hogwild with several workers is for A3C: {name} can't be trained without a lock"
             )
         if trainer.threads != 1:
-            raise ConfigError("threads do not survive the fork of trainer.strategy=hogwild: trainer.threads=1")
+            raise ConfigError(
+                "trainer.strategy=hogwild forks its workers, and threads do not survive a fork: set trainer.threads=1"
+            )
         if config.env.normalize_observation or config.env.normalize_reward:
-            raise ConfigError("running statistics can't be shared without a lock: env.normalize_*=false, or one worker")
+            raise ConfigError(
+                "running statistics can't be shared without a lock: set env.normalize_observation=false and "
+                "env.normalize_reward=false, or use one worker"
+            )
 
 
 def check_section(
@@ -144,7 +158,19 @@ def check_section(
     given: tuple[str, ...] = (),
     ignore_unknown: bool = False,
 ) -> None:
-    """Check a section against the signature that will take it. `given` arguments are not the config's to say."""
+    """Check a section of the config against the signature of the class or function that takes it.
+
+    Args:
+        target: Class or function; its type hints are checked.
+        prefix: Dotted prefix of the section's keys, for messages.
+        section: Keys and values. Whole floats where an int belongs are converted in place.
+        skip: Keys of the section that are not checked.
+        given: Parameters that the code passes itself, so the config must not set them.
+        ignore_unknown: Accept keys that are not in the signature.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
+    """
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     parameters = inspect.signature(target).parameters
     content = to_plain(section) if isinstance(section, DictConfig) else section
@@ -152,9 +178,9 @@ def check_section(
     valid = [name for name in parameters if name not in given]
     for name, value in values.items():
         if name in valid:
-            whole = _validate(f"{prefix}{name}", hints[name], value)
-            if whole is not value:
-                section[name] = whole
+            converted = _validate(f"{prefix}{name}", hints[name], value)
+            if converted is not value:
+                section[name] = converted
         elif not ignore_unknown:
             raise ConfigError(f"{prefix}{name} is unknown; {valid_names(name, valid)}")
     for name in valid:
@@ -167,8 +193,8 @@ def _validate(key: str, hint: Any, value: Any) -> Any:
     try:
         valid = adapter.validate_python(value, strict=True)
     except pydantic.ValidationError as error:
-        if isinstance(value, float) and value.is_integer():  # 1e5 env steps
+        if isinstance(value, float) and value.is_integer():  # such as 1e5
             return _validate(key, hint, int(value))
         first = error.errors()[0]
         raise ConfigError(f"{key}={value}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-    return valid if isinstance(valid, float) else value  # 1, where 1.0 is meant
+    return valid if isinstance(valid, float) else value  # 1 becomes 1.0 where a float belongs

@@ -1,4 +1,4 @@
-"""What every other package stands on: errors, paths, seeds, files, spaces of an env, and all-reduce between ranks.
+"""Basics that all other packages use: errors, paths, seeds, files, env spaces, and all-reduce between ranks.
 
-Nothing here knows an algorithm or an env. Start reading at `spaces.py`: what networks read of an observation.
+Nothing here depends on an algorithm or an env. Start reading at `spaces.py`: how observations become network input.
 """

@@ -1,7 +1,8 @@
-"""The processes of one run that learn together, each from a share of the envs: what they add up and agree on.
+"""Collective operations between the ranks of a run: all-reduce, all-gather, broadcast.
 
-A rank is one of them. All go through the same calls in the same order. Where a run has one process, or none of this has
-begun, every function gives what it was given.
+A rank is one of the data-parallel processes of a run; each has its share of the envs. All ranks must make the same
+calls in the same order. In a run with one process, and before the process group is initialised, nothing is sent: every
+function treats its argument as the value of the only rank.
 """
 
 from collections.abc import Callable
@@ -15,24 +16,24 @@ from levin.core.errors import RunError
 
 
 class RankLostError(RunError):
-    """Another process of the run has ended."""
+    """Another rank of the run has ended."""
 
 
 def world_size() -> int:
-    """How many there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return the index of this rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over ranks of a tensor, which is the same on all of them; differentiable nowhere.
+    """Return the sum of a tensor over ranks, equal on all of them. With several ranks the sum has no gradient.
 
     Raises:
-        RankLostError: One of them is gone.
+        RankLostError: Another rank has ended.
     """
     if world_size() == 1:
         return value
@@ -42,7 +43,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def all_reduce_number(number: float) -> float:
-    """The sum over ranks of a number. Waits for the device where there are several."""
+    """Return the sum of a number over ranks. With several ranks this waits for the device."""
     return (
         number
         if world_size() == 1
@@ -51,61 +52,61 @@ def all_reduce_number(number: float) -> float:
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over ranks of a tensor."""
+    """Return the mean of a tensor over ranks."""
     return value if world_size() == 1 else all_reduce_sum(value) / world_size()
 
 
 def all_gather(value: Tensor) -> Tensor:
-    """The values `[n]` of all ranks, one after the other; each has as many."""
+    """Return the values `[n]` of all ranks, concatenated in rank order; n must be the same on every rank."""
     if world_size() == 1:
         return value
-    found = [torch.empty_like(value) for _ in range(world_size())]
-    _call_collective(lambda: dist.all_gather(found, value.contiguous()))
-    return torch.cat(found)
+    gathered = [torch.empty_like(value) for _ in range(world_size())]
+    _call_collective(lambda: dist.all_gather(gathered, value.contiguous()))
+    return torch.cat(gathered)
 
 
 def rank_weight(samples: int | Tensor) -> float:
-    """What the mean over a rank's samples counts in the average over ranks, where others may have more or fewer."""
+    """Return the weight of this rank's mean in the average over ranks, when ranks have different numbers of samples."""
     if world_size() == 1:
         return 1.0
     return float(samples) * world_size() / all_reduce_number(float(samples))
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
-    """Set the gradients to their mean over ranks, all by one message."""
+    """Set the gradients to their mean over ranks, with a single all-reduce."""
     if world_size() == 1:
         return
     gradients = [each.grad for each in parameters if each.grad is not None]
-    whole = all_reduce_mean(torch.cat([each.flatten() for each in gradients]))
-    for gradient, part in zip(gradients, whole.split([each.numel() for each in gradients]), strict=True):
+    mean = all_reduce_mean(torch.cat([each.flatten() for each in gradients]))
+    for gradient, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
-def any_rank(wish: bool) -> bool:
-    """Whether any of them wants to."""
-    return all_reduce_number(wish) > 0
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is true on any rank."""
+    return all_reduce_number(flag) > 0
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What each of them has, in their order."""
+    """Return the objects of all ranks, in rank order."""
     if world_size() == 1:
         return [value]
-    found = [None] * world_size()
-    _call_collective(lambda: dist.all_gather_object(found, value))
-    return found
+    gathered = [None] * world_size()
+    _call_collective(lambda: dist.all_gather_object(gathered, value))
+    return gathered
 
 
 def broadcast_object(value: Any) -> Any:
-    """What the first of them has."""
+    """Return the object of rank 0."""
     if world_size() == 1:
         return value
-    found = [value]
-    _call_collective(lambda: dist.broadcast_object_list(found))
-    return found[0]
+    objects = [value]
+    _call_collective(lambda: dist.broadcast_object_list(objects))
+    return objects[0]
 
 
 def barrier() -> None:
-    """Wait until all of them are here."""
+    """Wait until all ranks have made this call."""
     if world_size() > 1:
         _call_collective(dist.barrier)
 
@@ -117,5 +118,5 @@ def _device() -> torch.device:
 def _call_collective(call: Callable[[], Any]) -> None:
     try:
         call()
-    except RuntimeError as error:  # of the backend, in its own words
+    except RuntimeError as error:  # raised by the backend when a peer is lost
         raise RankLostError("another process of this run has ended") from error

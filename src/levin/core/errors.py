@@ -1,4 +1,4 @@
-"""Mistakes a user can make: one sentence each, never a traceback."""
+"""Errors that a user can cause or fix; the commands print each as one line, without a traceback."""
 
 import difflib
 import sys
@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
-    """Something the user said is not valid. The message says what is."""
+    """A config value, a command or a path is not valid. The message says what is."""
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint is damaged, or not one that this run can go on from."""
+    """A checkpoint is damaged, or this run can't resume from it."""
 
 
 class RunError(RuntimeError):
-    """A run can't go on: an env that fails, a number that is not finite, a disk that is full."""
+    """A run can't continue: an env fails, a number is not finite, or the disk is full."""
 
 
 def valid_names(wrong: str, valid: Iterable[str]) -> str:
-    """`valid: sac, ppo`: the nearest matches of the wrong name first."""
+    """Return the end of an error message, such as `valid: sac, ppo`, with the names closest to the wrong one first."""
     names = sorted(valid)
     nearest = difflib.get_close_matches(wrong, names, n=3, cutoff=0.5)
     return "valid: " + ", ".join(nearest + [name for name in names if name not in nearest])
@@ -27,7 +27,7 @@ def valid_names(wrong: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `ConfigError` into its sentence and exit code 2, a `RunError` into its sentence and exit code 1."""
+    """Print a ConfigError or RunError as one line on stderr, and exit with code 2 or 1."""
     try:
         yield
     except (ConfigError, RunError) as error:

@@ -1,4 +1,4 @@
-"""Files that can be trusted: whole on the disk before they count, and checked before they are read."""
+"""Write files safely: force them onto the disk, record their size and checksum, and verify both before reading."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from levin.core.errors import CheckpointError
 
 
 class ChecksummedFile:
-    """A binary file that counts what is written to it. It has what `torch.save` asks of a file."""
+    """Binary file for `torch.save` that counts the bytes written to it and computes their CRC-32."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.bytes, self.crc32 = file, 0, 0
         self.error: OSError | None = None
 
     def write(self, data: memoryview) -> int:
-        """Write on; keeps the error that torch would hide behind one of its own."""
+        """Append data. Remember an OSError, because `torch.save` replaces it by a RuntimeError."""
         self.bytes += len(data)
         self.crc32 = zlib.crc32(data, self.crc32)
         try:
@@ -30,12 +30,12 @@ class ChecksummedFile:
             raise
 
     def flush(self) -> None:
-        """As of the file."""
+        """Flush the underlying file."""
         self.file.flush()
 
 
 def save(value: Any, path: Path) -> dict[str, int]:
-    """Write tensors and plain values, force them onto the disk, and give size and CRC-32 of the file.
+    """Write tensors and plain values, force them onto the disk, and return the size and CRC-32 of the file.
 
     Raises:
         OSError: The disk is full, or the folder is gone or read-only.
@@ -54,10 +54,10 @@ def save(value: Any, path: Path) -> dict[str, int]:
 
 
 def load(path: Path, *, mmap: bool = False) -> Any:
-    """Tensors and plain values, on the CPU. Nothing in the file is executed.
+    """Load tensors and plain values onto the CPU. No code in the file is executed.
 
     Raises:
-        CheckpointError: It holds something else, or is not readable.
+        CheckpointError: The file can't be read, or holds other objects.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -67,7 +67,7 @@ def load(path: Path, *, mmap: bool = False) -> Any:
 
 
 def save_json(value: Any, path: Path) -> None:
-    """Write plain values and force them onto the disk."""
+    """Write plain values as JSON and force them onto the disk."""
     with path.open("w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
@@ -76,10 +76,10 @@ def save_json(value: Any, path: Path) -> None:
 
 
 def verify(path: Path, expected: dict[str, int]) -> None:
-    """Hold a file against its size and CRC-32.
+    """Check a file against its expected size and CRC-32, as returned by `save`.
 
     Raises:
-        CheckpointError: It is another file than was written.
+        CheckpointError: The file is missing, or differs from what was written.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
@@ -90,11 +90,11 @@ def verify(path: Path, expected: dict[str, int]) -> None:
         while data := file.read(1 << 20):
             crc32 = zlib.crc32(data, crc32)
     if crc32 != expected["crc32"]:
-        raise CheckpointError(f"{path} is not what was written: its checksum differs")
+        raise CheckpointError(f"{path} is damaged: its checksum differs from the one recorded when it was written")
 
 
 def sync(path: Path) -> None:
-    """Force a file or the names in a folder onto the disk."""
+    """Force a file, or the list of names in a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

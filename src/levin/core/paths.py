@@ -1,4 +1,4 @@
-"""Where things are in the repository."""
+"""Paths of the repository and its folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a process of a run sets up for itself: signals, memory, and what it prints."""
+"""Set up a process of a run: signals, memory allocation, and log output."""
 
 import ctypes
 import logging
@@ -7,18 +7,24 @@ import signal
 import sys
 import warnings
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: SLURM's warning before the time is over
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends USR1 before the time limit
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # as in glibc's malloc.h
 
 
 def ignore_signals() -> None:
-    """Ctrl-C and SLURM signal every process of a run: the run's own is to save, and its workers live until it has."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    """Ignore Ctrl-C and SLURM's signals, in a worker.
+
+    The signals reach every process of a run. The main process then saves, and its workers must live until it has.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def print_line(text: str) -> None:
-    """Print a line, for whoever still listens: Ctrl-C also ends the `tee` behind a pipe, and the run must be saved."""
+    """Print a line; once the pipe is broken, discard all output.
+
+    Ctrl-C also ends the `tee` behind a pipe, and the run must still be saved.
+    """
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -26,8 +32,11 @@ def print_line(text: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed. The tensors of one update are those of the next: giving their pages back to the
-    system and faulting them in again costs a tenth of an update on the CPU."""
+    """Make glibc keep freed memory instead of returning it to the system.
+
+    Every update allocates tensors of the same sizes. Returning their pages and faulting them in again costs a tenth of
+    an update on the CPU.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
@@ -35,17 +44,17 @@ def keep_freed_memory() -> None:
 
 
 def silence_libraries() -> None:
-    """Silence what the libraries say at every start and no user can act on."""
+    """Silence the library messages that appear at every start and that no user can act on."""
     for name in (
         "torchrl",
         "lightning.fabric.utilities.distributed",
         "lightning.pytorch.trainer.connectors.checkpoint_connector",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning's profilers report through the same logger as its greetings.
-    spoken = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    spoken.addFilter(lambda record: record.levelno >= logging.WARNING or "Report" in record.getMessage())
-    # What a worker raises is said once, and not by Gymnasium in three warnings.
+    # Lightning's profilers write their reports to the same logger as its messages at the start.
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: record.levelno >= logging.WARNING or "Report" in record.getMessage())
+    # Levin reports an error of an env worker once; Gymnasium would add three warnings.
     for message in (
         ".*ERROR: (Traceback|Received|Raising).*",
         ".*is out of date.*",

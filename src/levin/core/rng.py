@@ -1,4 +1,4 @@
-"""Every random generator of a run: seeded, saved, restored."""
+"""Seed, save and restore all random generators of a process."""
 
 import random
 from typing import Any
@@ -8,7 +8,13 @@ import torch
 
 
 def seed_everything(seed: int, rank: int, env_steps: int = 0) -> None:
-    """Seed python, numpy and torch. The third stream beside training and evaluation episodes."""
+    """Seed Python, NumPy and PyTorch, with a random stream apart from those of training and evaluation episodes.
+
+    Args:
+        seed: Seed of the run.
+        rank: Number of the process; each has a stream of its own.
+        env_steps: Env steps at which the run resumes, for a stream that was not used before; else 0.
+    """
     key = (2, rank, env_steps) if env_steps else (2, rank)
     python, numpy, pytorch = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()
     random.seed(python)
@@ -17,11 +23,12 @@ def seed_everything(seed: int, rank: int, env_steps: int = 0) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of python's, numpy's and torch's generators, in tensors and plain values."""
+    """Return the state of the generators of Python, NumPy and PyTorch, in tensors and plain values."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
-        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],  # a list of 625 words is slow to save
+        # A tensor, because a list of 625 numbers is slow to save.
+        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
@@ -29,7 +36,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Undo everything that has been drawn since `rng_state`."""
+    """Restore the generators to a state that `rng_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]

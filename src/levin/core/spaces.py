@@ -1,4 +1,4 @@
-"""Spaces of an env in plain values, what networks read of an observation, and the units of actions."""
+"""Describe env spaces in plain values; convert observations to network input, and actions to the env's units."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,52 +11,56 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 
 from levin.core.errors import ConfigError
 
-VECTOR = "vector"  # of an observation with pixels: all the rest of it
-CHANNELS = (1, 3, 4)
-IS_FIRST = "is_first"  # [N, 1], for policies that ask for it: whether an observation begins an episode
-# Of rollouts: a part of an observation can't have these names.
+VECTOR = "vector"  # name of the network input that holds everything but pixels
+CHANNELS = (1, 3, 4)  # numbers of channels by which an image is recognised
+IS_FIRST = "is_first"  # [N, 1], input of policies with a memory: whether an observation begins an episode
+# Keys of a rollout, which parts of an observation can't have as names.
 RESERVED = {"observation", "action", "reward", "terminated", "truncated", "done", "next", IS_FIRST}
 
 
 class Space(TypedDict):
-    """A gymnasium space in plain values, as a checkpoint can hold it (`weights_only`)."""
+    """A gymnasium space in plain values, so that checkpoints load with `weights_only`."""
 
     type: Literal["box", "discrete", "multi_discrete", "dict"]
     shape: list[int]
     dtype: str
-    low: list[float]  # box: flat bounds
+    low: list[float]  # box of actions: bounds; else empty
     high: list[float]
-    n: int  # discrete: number of actions; else 0
-    start: int  # discrete: the env's first action; ours is 0
-    nvec: NotRequired[list[int]]  # multi_discrete: flat numbers of actions
-    starts: NotRequired[list[int]]  # multi_discrete: the env's first actions
-    spaces: NotRequired[dict[str, "Space"]]  # dict
+    n: int  # discrete: number of values; else 0
+    start: int  # discrete: the env's first value; the policy's is 0
+    nvec: NotRequired[list[int]]  # multi_discrete: number of values of each choice, flat
+    starts: NotRequired[list[int]]  # multi_discrete: the env's first value of each choice, flat
+    spaces: NotRequired[dict[str, "Space"]]  # dict: its parts
 
 
 class EnvSpec(TypedDict):
-    """All that an algorithm knows of its env, in plain values."""
+    """Everything that an algorithm knows about its env, in plain values."""
 
     id: str
     num_envs: int
-    observation: Space  # what networks read: a box, or a dict of them
-    shown: NotRequired[Space]  # what the env shows, where that is something else
+    observation: Space  # the network input: a box, or a dict of boxes
+    shown: NotRequired[Space]  # the env's observation space; if missing, `observation`
     action: Space
     action_units: Literal["rescale", "clip", "none"]
     action_repeat: int
-    frame_stack: NotRequired[int]  # policies that were kept before it came are of 1
-    observation_clip: float | None  # None: not normalised
-    reward_clip: float | None  # None: not normalised
+    frame_stack: NotRequired[int]  # missing in policies saved by older versions, which have 1
+    observation_clip: float | None  # None: observations are not normalised
+    reward_clip: float | None  # None: rewards are not normalised
 
 
 EMPTY: Space = {"type": "box", "shape": [], "dtype": "float32", "low": [], "high": [], "n": 0, "start": 0}
 
 
 def describe_action(space: gym.Space) -> Space:
-    """An action space in plain values. Raises ConfigError when no policy here can act in it."""
+    """Return an action space in plain values.
+
+    Raises:
+        ConfigError: No policy here can act in the space.
+    """
     if not isinstance(space, Box | Discrete | MultiDiscrete):
-        raise ConfigError(f"the env's action space is {type(space).__name__}; valid here: Box, Discrete, MultiDiscrete")
+        raise ConfigError(f"the env's action space is {type(space).__name__}; valid: Box, Discrete, MultiDiscrete")
     if isinstance(space, Box | MultiDiscrete) and len(space.shape) != 1:
-        raise ConfigError(f"the env's action space has the shape {space.shape}; valid here: one dimension")
+        raise ConfigError(f"the env's action space has the shape {space.shape}; valid: one dimension")
     described = describe_space(space)
     if isinstance(space, Box):
         described["low"], described["high"] = space.low.tolist(), space.high.tolist()
@@ -64,13 +68,17 @@ def describe_action(space: gym.Space) -> Space:
 
 
 def describe_space(space: gym.Space) -> Space:
-    """A space in plain values. Raises ConfigError when nothing here reads it."""
+    """Return an observation space in plain values.
+
+    Raises:
+        ConfigError: The space can't be converted to network input.
+    """
     if isinstance(space, Box):
         shape = list(space.shape)
         if space.dtype == np.uint8 and len(shape) > 3:
             raise ConfigError(
-                f"the env's observation space has bytes of the shape {shape}; valid here: pixels [H, W], [H, W, C] or "
-                "[C, H, W], which env.frame_stack stacks"
+                f"the env's observation space is uint8 of the shape {shape}; valid: pixels [H, W], [H, W, C] or "
+                "[C, H, W]; to stack frames, set env.frame_stack"
             )
         return {**EMPTY, "shape": shape, "dtype": "uint8" if is_image(space.dtype, shape) else "float32"}
     if isinstance(space, Discrete):
@@ -86,74 +94,82 @@ def describe_space(space: gym.Space) -> Space:
         return {**EMPTY, "type": "dict", "spaces": {str(name): describe_space(part) for name, part in parts}}
     raise ConfigError(
         f"the env's observation space has a {type(space).__name__}; "
-        "valid here: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple"
+        "valid: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple"
     )
 
 
 def is_image(dtype: Any, shape: list[int]) -> bool:
-    """Bytes in two or three dimensions are pixels; in one, such as Atari's memory, they are a vector."""
+    """Return whether a box holds pixels: bytes in two or three dimensions.
+
+    Bytes in one dimension, such as Atari's RAM, are a vector.
+    """
     return dtype == np.uint8 and len(shape) in (2, 3)
 
 
 def is_channel_last(shape: list[int]) -> bool:
-    """Whether pixels are `[H, W, C]`, not `[C, H, W]`."""
+    """Return whether pixels are `[H, W, C]`, not `[C, H, W]`."""
     return len(shape) == 3 and shape[-1] in CHANNELS and shape[0] not in CHANNELS
 
 
 class NetworkInput:
-    """Convert observations of an env, one batch at a time, into the input of networks.
+    """Converter of observation batches of an env to network input.
 
-    A box of numbers stays. Pixels become `[C, H, W]`. Of everything else numbers become one flat vector, those of
-    finite sets one-hot. Pixels with something beside them are a dict: they by their names, all the rest as `vector`.
+    A box of numbers is kept as it is. Pixels become `[C, H, W]`. Everything else is flattened, with discrete values
+    one-hot, and joined to one vector. Images beside a vector or other images give a dict: each image under its name,
+    all the rest as `vector`.
 
     Args:
-        shown: The env's observation space.
+        space: Observation space of the env.
 
     Attributes:
-        space: The space of the networks' input.
-        is_identity: Whether there is nothing to convert.
+        space: Space of the network input.
+        is_identity: Whether observations already are network input.
 
     Raises:
         ConfigError: Two parts have the same name.
     """
 
-    def __init__(self, shown: Space) -> None:
-        self.space: Space = shown
-        self.is_identity = shown["type"] == "box" and bool(shown["shape"])
-        self.is_identity &= shown["dtype"] != "uint8" or _channel_first(shown) == shown
+    def __init__(self, space: Space) -> None:
+        self.space: Space = space
+        self.is_identity = space["type"] == "box" and bool(space["shape"])
+        self.is_identity &= space["dtype"] != "uint8" or _channel_first(space) == space
         if self.is_identity:
             return
-        leaves = list(_leaves(shown))
+        leaves = list(_leaves(space))
         self._images = {_key_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
         self._numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
         parts = {name: _channel_first(leaf) for name, (_, leaf) in self._images.items()}
         if self._numbers:
             parts[VECTOR] = {**EMPTY, "shape": [sum(_flat_size(leaf) for _, leaf in self._numbers)]}
         if len(parts) < len(leaves) - len(self._numbers) + bool(self._numbers):
-            raise ConfigError(f"two parts of the env's observation have the same name, or pixels that of {VECTOR}")
+            raise ConfigError(
+                f"two parts of the env's observation have the same name (all parts but images are joined as {VECTOR}); "
+                "rename one of them in the env"
+            )
         self.space = {**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
 
     def __call__(self, observation: Any) -> Any:
-        """Convert a batch `[N, *S]` of the env's observations, or of each of their parts."""
+        """Convert a batch `[N, *S]` of observations, or a dict or tuple of such batches, to network input."""
         if self.is_identity:
             return observation
-        found = {
+        converted = {
             name: _to_channel_first(_select_part(observation, path), leaf)
             for name, (path, leaf) in self._images.items()
         }
         if self._numbers:
             flat = [_flatten(_select_part(observation, path), leaf) for path, leaf in self._numbers]
-            found[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")
-        return found if len(found) > 1 else next(iter(found.values()))
+            converted[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")
+        return converted if len(converted) > 1 else next(iter(converted.values()))
 
 
 def _key_name(path: tuple[str, ...]) -> str:
-    """Of pixels in an observation, as networks and TensorDicts can have it."""
+    """Return a name for an image that is valid in modules and rollouts: its path in the observation, joined by `_`."""
     name = "_".join(path).replace(".", "_")
     return f"{name}_pixels" if name in RESERVED else name
 
 
 def _leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Space]]:
+    """Yield the path and the space of each part that is not a dict."""
     if "spaces" not in space:
         yield path, space
     for name, part in space.get("spaces", {}).items():
@@ -161,13 +177,14 @@ def _leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def _select_part(observation: Any, path: tuple[str, ...]) -> np.ndarray:
+    """Return the part of an observation at a path."""
     for name in path:
         observation = observation[int(name)] if isinstance(observation, tuple) else observation[name]
     return np.asarray(observation)
 
 
 def _channel_first(space: Space) -> Space:
-    """Of pixels: `[H, W, C] -> [C, H, W]`, `[H, W] -> [1, H, W]`."""
+    """Return a space of pixels with the channels first: `[H, W, C] -> [C, H, W]`, `[H, W] -> [1, H, W]`."""
     shape = space["shape"]
     if len(shape) == 2:
         return {**space, "shape": [1, *shape]}
@@ -175,19 +192,19 @@ def _channel_first(space: Space) -> Space:
 
 
 def _to_channel_first(observation: np.ndarray, space: Space) -> np.ndarray:
-    """`[N, *S] -> [N, C, H, W]`."""
+    """Return a batch of pixels with the channels first: `[N, *S] -> [N, C, H, W]`."""
     if len(space["shape"]) == 2:
         return observation[:, None]
     return np.moveaxis(observation, -1, 1) if is_channel_last(space["shape"]) else observation
 
 
 def _flat_size(space: Space) -> int:
-    """How many numbers `_flat` makes of it."""
+    """Return the length D of an observation that `_flatten` has flattened."""
     return sum(space.get("nvec", [])) or space["n"] or math.prod(space["shape"])
 
 
 def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
-    """`[N, *S] -> [N, D]`; of finite sets, whether it is each of their members."""
+    """Flatten a batch of numbers, with discrete values one-hot: `[N, *S] -> [N, D]`."""
     flat = observation.reshape(len(observation), -1)
     if space["type"] == "box":
         return flat
@@ -197,7 +214,7 @@ def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
 
 
 def to_gym(space: Space) -> gym.Space:
-    """The gymnasium space of what networks read."""
+    """Return the gymnasium space of a network input."""
     if "spaces" in space:
         return Dict({name: to_gym(part) for name, part in space["spaces"].items()})
     low, high = (0, 255) if space["dtype"] == "uint8" else (-np.inf, np.inf)
@@ -205,26 +222,26 @@ def to_gym(space: Space) -> gym.Space:
 
 
 def observation_dtypes(space: Space) -> set[str]:
-    """Of what networks read."""
+    """Return the dtypes of a network input."""
     return {part["dtype"] for part in space.get("spaces", {"": space}).values()}
 
 
 def to_tensors(space: Space, observation: Any, device: torch.device | None = None) -> Any:
-    """A batch of what networks read, as they take it: `[N, *S]`, or such a tensor for each part of a dict."""
+    """Convert a batch of network input to tensors: `[N, *S]`, or such a tensor for each part of a dict."""
     if "spaces" in space:
         return {name: to_tensors(part, observation[name], device) for name, part in space["spaces"].items()}
     batch = torch.from_numpy(np.ascontiguousarray(observation, dtype=space["dtype"]))
     return batch if device is None else batch.to(device)
 
 
-def is_unbatched(shown: Space, observation: Any) -> bool:
-    """Whether what an env showed is one observation, not a batch."""
-    path, leaf = next(_leaves(shown))
+def is_unbatched(space: Space, observation: Any) -> bool:
+    """Return whether this is a single observation of an observation space, not a batch."""
+    path, leaf = next(_leaves(space))
     return _select_part(observation, path).ndim == len(leaf["shape"])
 
 
 def unsqueeze(observation: Any) -> Any:
-    """A batch of one observation."""
+    """Add a batch dimension to a single observation, or to each of its parts."""
     if isinstance(observation, dict):
         return {name: unsqueeze(part) for name, part in observation.items()}
     if isinstance(observation, tuple):
@@ -233,7 +250,15 @@ def unsqueeze(observation: Any) -> Any:
 
 
 def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The map from the policy's actions `[N, *A]` to those of the env."""
+    """Return the function that converts actions `[N, *A]` of the policy to actions of the env.
+
+    Args:
+        space: Action space of the env.
+        units: Value of `env.action`: `rescale` from [-1, 1] to the bounds, `clip` to them, or `none`.
+
+    Raises:
+        ConfigError: `units` is `rescale`, but the bounds are not finite.
+    """
     if space["type"] != "box":
         first = np.array(space.get("starts", space["start"]))
         return (lambda actions: actions + first) if first.any() else (lambda actions: actions)
@@ -243,16 +268,18 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
     if units == "clip":
         return lambda actions: np.clip(actions, low, high)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ConfigError("env.action=rescale needs finite action bounds; valid here: clip, none")
+        raise ConfigError(
+            "env.action=rescale needs finite action bounds, which this env does not have; valid: clip, none"
+        )
     if (low == -1).all() and (high == 1).all():
         return lambda actions: actions
     scale, middle = (high - low) / 2, (high + low) / 2
-    # float32 rounding may step over the bound by one unit in the last place
+    # float32 rounding can exceed a bound by one unit in the last place
     return lambda actions: np.clip(actions * scale + middle, low, high)
 
 
 def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
-    """Uniform actions `[*shape, *A]`, in the policy's units."""
+    """Return uniform random actions `[*shape, *A]`, in the policy's units; infinite bounds count as -1 and 1."""
     shape = (*shape, *(space.shape or ()))
     if isinstance(space, Discrete):
         return torch.randint(int(space.n), shape).numpy()

@@ -1,4 +1,4 @@
-"""Number ranges for `__init__` hints. `levin.config.schema.check` holds every YAML value against them."""
+"""Types for `__init__` hints: number ranges and names. `levin.config.schema.check` checks YAML values against them."""
 
 from typing import Annotated, Literal
 

@@ -1,11 +1,11 @@
-"""What followed an action: reward-to-go, n-step, TD(lambda) returns and GAE. Pure functions, lecture rows 2, 5 and 12.
+"""Compute returns and advantages: reward-to-go, n-step returns, TD(lambda) returns and GAE.
 
-Everything is `[N, T, 1]`: N envs, T steps in time order, as a rollout has them. Episodes may end anywhere within it:
+All arguments and results are `[N, T, 1]`: N envs, T steps in time order, as in a rollout. Episodes may end anywhere:
 
-- `terminated`: the episode is over, and nothing follows. V(s') counts as 0.
-- `done` without `terminated`: it was cut short (truncated). What would have followed is V(s'), s' the true last
-  observation, which is why `next_value` is asked for and not a shifted `value`.
-- The end of the rollout is such a cut too.
+- `terminated`: the episode is over and nothing follows, so V(s') counts as 0.
+- `done` without `terminated`: the episode was truncated, and the return bootstraps from V(s'). Here s' is the true last
+  observation of the episode, so `next_value` is not `value` shifted by one step.
+- The end of the rollout is treated like a truncation.
 """
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def reward_to_go(*, reward: Tensor, terminated: Tensor, done: Tensor, next_value: Tensor, gamma: float) -> Tensor:
-    """G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1}, to the end of the episode; from a cut on, gamma^k V(s').
+    """Return G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1} to the end of the episode, plus gamma^k V(s') at a truncation.
 
     Args:
         reward: r_{t+1}, `[N, T, 1]`.
         terminated: `[N, T, 1]`, bool.
-        done: terminated or truncated.
-        next_value: V(s_{t+1}); zeros where a cut is to count for nothing.
-        gamma: Discount.
+        done: `[N, T, 1]`, bool: terminated or truncated.
+        next_value: V(s_{t+1}), `[N, T, 1]`; zeros for returns without bootstrapping.
+        gamma: Discount factor.
     """
     return lambda_return(
         reward=reward, terminated=terminated, done=done, next_value=next_value, gamma=gamma, lambda_=1.0
@@ -30,14 +30,16 @@ def reward_to_go(*, reward: Tensor, terminated: Tensor, done: Tensor, next_value
 def lambda_return(
     *, reward: Tensor, terminated: Tensor, done: Tensor, next_value: Tensor, gamma: float, lambda_: float
 ) -> Tensor:
-    """G_t = r_{t+1} + gamma ((1 - lambda) V(s_{t+1}) + lambda G_{t+1}): TD(lambda), Sutton and Barto 2018, 12.18.
+    """Return the TD(lambda) return G_t = r_{t+1} + gamma ((1 - lambda) V(s_{t+1}) + lambda G_{t+1}).
 
-    lambda = 0 is the one-step target, lambda = 1 the reward-to-go. Arguments as of `reward_to_go`.
+    lambda = 0 gives the one-step target, lambda = 1 the reward-to-go. The arguments are as in `reward_to_go`.
+
+    Source: Sutton and Barto 2018, Eq. 12.18.
     """
-    go_on = lambda_ * (~done).to(reward)  # [N, T, 1]: the weight of G_{t+1}
-    go_on[:, -1] = 0
+    weight = lambda_ * (~done).to(reward)  # [N, T, 1]: of G_{t+1}
+    weight[:, -1] = 0
     discount = gamma * (~terminated).to(reward)
-    return discounted_sum(reward + discount * (1 - go_on) * next_value, discount * go_on)
+    return discounted_sum(reward + discount * (1 - weight) * next_value, discount * weight)
 
 
 def gae(
@@ -50,11 +52,12 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> Tensor:
-    """A_t = delta_t + gamma lambda A_{t+1},  delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t).
+    """Return the GAE A_t = delta_t + gamma lambda A_{t+1},  delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t).
 
-    Schulman et al. 2016 (arXiv:1506.02438), Eq. 16.
+    A_t + V(s_t) is the TD(lambda) return, the target of the critic. `value` is V(s_t); the other arguments are as in
+    `reward_to_go`.
 
-    A_t + V(s_t) is the TD(lambda) return, the critic's target. `value` is V(s_t); the rest as of `reward_to_go`.
+    Source: Schulman et al. 2016 (arXiv:1506.02438), Eq. 16.
     """
     discount = gamma * (~terminated).to(reward)
     delta = reward + discount * next_value - value
@@ -64,27 +67,30 @@ def gae(
 def n_step_return(
     *, reward: Tensor, terminated: Tensor, done: Tensor, next_value: Tensor, gamma: float, n: int
 ) -> Tensor:
-    """G_t = r_{t+1} + ... + gamma^(n-1) r_{t+n} + gamma^n V(s_{t+n}); fewer steps before an end or a cut.
+    """Return G_t = r_{t+1} + ... + gamma^(n-1) r_{t+n} + gamma^n V(s_{t+n}), with fewer steps where the episode ends.
 
-    Arguments as of `reward_to_go`; `n` is 1 or more.
+    The arguments are as in `reward_to_go`; `n` is 1 or more.
+
+    Raises:
+        ValueError: `n` is less than 1.
     """
     if n < 1:
-        raise ValueError(f"n={n}: an n-step return has one step or more")
+        raise ValueError(f"n={n} is too small: an n-step return has at least one step")
     discount = gamma * (~terminated).to(reward)
     one_step = reward + discount * next_value  # [N, T, 1]
-    go_on = ~done
-    go_on[:, -1] = False
+    continues = ~done
+    continues[:, -1] = False
     result = one_step
-    for _ in range(n - 1):  # G^(k+1)_t = r_{t+1} + gamma G^(k)_{t+1}, where the episode goes on
-        result = torch.where(go_on, reward + gamma * result.roll(-1, 1), one_step)
+    for _ in range(n - 1):  # G^(k+1)_t = r_{t+1} + gamma G^(k)_{t+1}, where the episode continues
+        result = torch.where(continues, reward + gamma * result.roll(-1, 1), one_step)
     return result
 
 
 def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + decay_t y_{t+1}, all `[N, T, *]`, in log2(T) passes over everything.
+    """Return y_t = x_t + decay_t y_{t+1}, all `[N, T, *]`, in log2(T) passes over all steps.
 
-    A scan by doubling (Hillis and Steele 1986): after the k-th pass y_t has the first 2^k terms of its sum. A loop over
-    time takes T passes over one column, which on long rollouts is many times slower.
+    A parallel scan (Hillis and Steele 1986): after pass k, y_t is the sum of its first 2^k terms. A loop over time
+    takes T passes over a single step each, which is many times slower on long rollouts.
     """
     step, steps = 1, x.shape[1]
     while step < steps:

@@ -1,19 +1,19 @@
-"""The rollout: the TensorDict that every collector yields, and how a policy is asked for actions.
+"""Rollout, the TensorDict of one iteration that every collector yields, and how to get actions from a policy.
 
-A rollout of T steps in N envs is a TensorDict of the batch size `[N, T]`, on the CPU:
+A rollout of T steps in N envs is a TensorDict with the batch size `[N, T]`, on the CPU:
 
-    observation       [N, T, *S]  what the policy saw; float32, or uint8 for pixels; a nested TensorDict if it has parts
+    observation       [N, T, *S]  input of the policy; float32, or uint8 for pixels; a nested TensorDict if it has parts
     action            [N, T, *A]  float32 in the units of the policy, or int64
-    next.observation  [N, T, *S]  what the step led to; at the end of an episode its true last observation
-    next.reward       [N, T, 1]   float32, as the env gave it
-    next.terminated   [N, T, 1]   bool: the episode is over for good, nothing follows
+    next.observation  [N, T, *S]  observation after the step; where an episode ends, its true last observation
+    next.reward       [N, T, 1]   float32, as returned by the env
+    next.terminated   [N, T, 1]   bool: the episode is over, and its last state has the value 0
     next.truncated    [N, T, 1]   bool: the episode was cut off, and its last state still has a value
-    next.done         [N, T, 1]   bool: one of both
-    policy_version    [N, T, 1]   int64: iterations that the policy which acted had learned from
-    env_index         [N, T, 1]   int64: the number of the env, from collectors with several processes
-    step_count        [N, T, 1]   int64: steps since the episode began, for algorithms that ask for it
+    next.done         [N, T, 1]   bool: terminated or truncated
+    policy_version    [N, T, 1]   int64: number of iterations from which the acting policy had learned
+    env_index         [N, T, 1]   int64: number of the env; only from collectors with several processes
+    step_count        [N, T, 1]   int64: steps since the episode began; only for algorithms that ask for it
 
-A policy with a memory adds its state. Within one env, step t + 1 follows step t, except where `done`.
+A recurrent policy adds its latent state. Within one env, step t + 1 follows step t, except where `done`.
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ ENV_INDEX = "env_index"
 
 @dataclass(frozen=True, kw_only=True)
 class WholeEpisodes:
-    """Rollouts `[1, T]` of complete episodes only, with as many as it takes.
+    """Length of a rollout `[1, T]` that consists of whole episodes, as many as it takes to meet both minimums.
 
     Args:
-        transitions: At least so many of them.
-        episodes: At least so many of them.
-        twins: They come in pairs, of which both have the same seed.
+        transitions: Minimum number of transitions.
+        episodes: Minimum number of episodes.
+        paired_episodes: Whether episodes come in pairs with the same seed.
     """
 
     transitions: int = 1
@@ -49,7 +49,9 @@ def act(policy: TensorDictModule, batch: Any, is_first: np.ndarray) -> Tensor:
     """Return the actions `[N, *A]` for a batch of observations.
 
     Args:
-        is_first: `[N]`, whether each observation begins an episode; only policies with a memory are told.
+        policy: Policy module.
+        batch: Batch of observations, `[N, *S]` or a dict of such tensors.
+        is_first: `[N]`, whether each observation begins an episode; only policies with a memory read it.
     """
     if IS_FIRST not in policy.in_keys:
         return policy.module(batch)

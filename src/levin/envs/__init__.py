@@ -1,4 +1,4 @@
-"""Environments: from a `configs/env/*.yaml` to gymnasium vector envs in which every episode has its own seed.
+"""Environments: build the gymnasium vector env that `configs/env/*.yaml` describes, with a seed for every episode.
 
 Start reading at `factory.py`, which builds them. `vector.py` seeds the episodes; `config.py` lists every env option.
 """

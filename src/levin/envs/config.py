@@ -5,40 +5,41 @@ from typing import Any, Literal
 
 from levin.core.types import PositiveFloat, PositiveInt
 
-# The first word of an episode's seed: what the episode is for.
+# Purpose of an episode, one of the numbers that its seed is derived from.
 TRAINING, EVALUATION = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
-    """What a `configs/env/*.yaml` may say.
+    """Options of an environment, the keys of `configs/env/*.yaml`.
 
     Args:
-        id: A gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. Of Atari a game, as in `space_invaders`.
-        family: The library behind the id; `dm_control` ids are those of Shimmy, `dm_control/walker-walk-v0`; `atari` is
-            ale-py's vector env, see `levin.envs.atari`; with `torchrl` the id is only a name, and with `dream`,
-            which is the model of `run`.
-        target: `my_module:make_env`, what makes a `torchrl.envs.EnvBase`, of one env or a batch of them.
-        num_envs: Copies that are stepped together.
-        vectorization: `sync` steps them in this process, `async` in one process each (for slow envs).
+        id: Gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. For Atari the name of a game, such as
+            `space_invaders`; for `torchrl` and `dream` only a label.
+        family: Library behind the id. `dm_control` takes Shimmy's ids, such as `dm_control/walker-walk-v0`; `atari` is
+            ale-py's vector env (`levin.envs.atari`); `torchrl` calls `target`; `dream` is the world model of `run`.
+        target: `my_module:make_env`, a function that returns a `torchrl.envs.EnvBase`, single or batched.
+        num_envs: Number of envs N that are stepped together.
+        vectorization: `sync` steps all envs in this process, `async` each in a process of its own (for slow envs).
         timeout: Seconds that async envs may take for a step or a reset.
-        action: `rescale` maps the policy's [-1, 1] onto the env's bounds, `clip` cuts at them, `none` does neither.
+        action: `rescale` maps the policy's [-1, 1] to the env's bounds, `clip` clips to them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
-        action_repeat: Env steps per action. The rewards of the repeats are summed; `time_limit` counts env steps, which
-            of Atari are frames.
-        pixels: Show a picture of the scene, `[3, pixels, pixels]`, instead of the state (MuJoCo and dm_control).
-        observation_entries: The numbers of a vector that are shown, by their places; null: all. `[0, 1]` hides how fast
-            Pendulum-v1 turns.
-        frame_stack: The newest observations, shown together along the first axis, oldest first; `[C, H, W]` or `[H, W]`
-            pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
-        normalize_observation: Subtract the running mean and divide by the running deviation.
+        action_repeat: Number of times each action is applied, with the rewards summed. `time_limit` counts every
+            repeat (for Atari, frames).
+        pixels: Side of a square image of the scene, `[3, pixels, pixels]`, which replaces the state as the observation
+            (MuJoCo and dm_control).
+        observation_entries: Indices of the vector entries that are observed; null: all. `[0, 1]` hides the angular
+            velocity of Pendulum-v1.
+        frame_stack: Number K of newest observations that are stacked along the first axis, oldest first; `[C, H, W]` or
+            `[H, W]` pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
+        normalize_observation: Whether to subtract the running mean and divide by the running standard deviation.
         observation_clip: Bound on a normalised observation.
-        normalize_reward: Divide by the running deviation of the discounted return.
+        normalize_reward: Whether to divide by the running standard deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
-        run: Whose model is dreamt in, or seen with: of world_models, dreamer or dreamer_v3. See
-            `levin.model_based.dream_env`.
-        temperature: Of a dream's draws, tau.
-        wrappers: `[latent]` shows what the model of `run` makes of each observation.
+        run: Run of world_models, dreamer or dreamer_v3 whose world model is used, for `family=dream` and for
+            `wrappers=[latent]`. See `levin.model_based.dream_env`.
+        temperature: Sampling temperature tau of the `dream` family.
+        wrappers: `[latent]` replaces each observation by the features of the latent state of the world model of `run`.
         kwargs: Passed on to `gymnasium.make`, `levin.envs.atari.AtariGames`, or the target.
     """
 

@@ -1,7 +1,7 @@
-"""A game to dream of: balls fall, and whoever stands at the bottom steps aside. `levin.dodge:Dodge-v0`.
+"""Dodge, a small pixel game for world models: the player evades falling balls. Its id is `levin.dodge:Dodge-v0`.
 
-One picture does not show where a ball drifts or how fast it falls, most show nothing, and none shows where the next
-ball comes from: a model of this game needs a memory, and several futures.
+A single image does not show the drift and the speed of a ball, every other image is dark, and no image shows where the
+next ball will appear. So a model of this game needs memory and must predict several possible futures.
 """
 
 from typing import Any, ClassVar
@@ -10,26 +10,26 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-SIZE = 16  # pixels of the picture, and width and depth of the world
-WALL = 64  # brightness
-FAR, NEAR = 0.5, 1.3  # how wide a ball looks, pixels
-REACH = 2.0  # how far from the player's middle a ball still hits
-FALL = (0.8, 1.6)  # rows per step
-DRIFT = 0.6  # columns per step, at most, to both sides
-BLINK = 2  # of so many pictures one is not dark
+SIZE = 16  # side of the image in pixels; the world is as wide and as deep
+WALL = 64  # brightness of a wall
+FAR, NEAR = 0.5, 1.3  # width of a ball in the image, at the far and at the near end, pixels
+REACH = 2.0  # distance from the player's centre below which a ball hits
+FALL = (0.8, 1.6)  # speed towards the player, minimum and maximum, pixels per step
+DRIFT = 0.6  # maximum sideways speed, pixels per step
+BLINK = 2  # one of so many images is lit, the others are dark
 
 
 class Dodge(gym.Env):
-    """Observations `[16, 16]` uint8; left, stay, right; +1 for every step; an episode ends with a hit.
+    """Env with observations `[16, 16]` uint8 and actions left, stay, right. The reward is 1 per step; a hit terminates.
 
-    A picture shows what is before the player, who stands in the middle of its lower edge and is not drawn. Far balls
-    are small and dim, and the light blinks: every other picture is dark. The world is as wide as a picture, and ends
-    with walls, from which balls bounce. A ball that has passed comes again from afar, in a random column with a random
-    drift and speed.
+    The image shows the view from the player, who stands at the centre of its lower edge and is not drawn. Far balls are
+    small and dim, and every other image is dark. The world is as wide as the image and is bounded by walls, from which
+    balls bounce. A ball that has passed the player starts again at the far end, in a random column, with a random drift
+    and speed.
 
     Args:
-        balls: How many there are at a time.
-        render_mode: `rgb_array` draws a picture of 256 pixels squared.
+        balls: Number of balls.
+        render_mode: `rgb_array` renders images of 256 x 256 pixels; None: `render` is not used.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -38,17 +38,17 @@ class Dodge(gym.Env):
         self.balls, self.render_mode = balls, render_mode
         self.observation_space = Box(0, 255, (SIZE, SIZE), np.uint8)
         self.action_space = Discrete(3)
-        self.player = 0  # column, of its middle
+        self.player = 0  # column of the player's centre
         self.steps = 0
-        self.place = np.zeros((balls, 2))  # row and column of each ball
-        self.speed = np.zeros((balls, 2))
+        self.place = np.zeros((balls, 2))  # row and column of each ball in the world
+        self.speed = np.zeros((balls, 2))  # their change per step
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         self.player, self.steps = int(self.np_random.integers(1, SIZE)), 0
         for ball in range(self.balls):
             self._throw(ball)
-            self.place[ball, 0] = -(SIZE / self.balls) * ball  # one after the other
+            self.place[ball, 0] = -(SIZE / self.balls) * ball  # staggered, so that they arrive one after the other
         return self._picture(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -66,14 +66,16 @@ class Dodge(gym.Env):
         return picture, 1.0, hit, False, {}
 
     def _throw(self, ball: int) -> None:
+        """Start a ball at the far end with a random column, speed and drift."""
         self.place[ball] = 0.0, self.np_random.uniform(0, SIZE)
         self.speed[ball] = self.np_random.uniform(*FALL), self.np_random.uniform(-DRIFT, DRIFT)
 
     def _picture(self) -> np.ndarray:
+        """Draw the current observation, `[16, 16]` uint8."""
         if self.steps % BLINK:
             return np.zeros((SIZE, SIZE), np.uint8)
         at = np.arange(SIZE) + 0.5
-        columns = at + self.player - SIZE / 2  # of the world
+        columns = at + self.player - SIZE / 2  # world column of each image column
         picture = np.where((columns < 0) | (columns > SIZE), WALL, 0.0) * np.ones((SIZE, 1))
         for row, column in self.place:
             near = np.clip(row / SIZE, 0, 1)

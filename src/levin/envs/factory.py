@@ -1,7 +1,7 @@
-"""From a `configs/env/*.yaml` to a gymnasium `VectorEnv` whose every episode has a seed of its own.
+"""Build the gymnasium `VectorEnv` that `configs/env/*.yaml` describes, in which every episode has a seed of its own.
 
-Autoreset is DISABLED: the observation that ends an episode is the true one, and whoever steps the envs resets the ones
-that are done with `reset(options={"reset_mask": done})`.
+Autoreset is DISABLED: the last observation of an episode is the true one, and the caller resets the envs that are done
+with `reset(options={"reset_mask": done})`.
 """
 
 import importlib
@@ -44,18 +44,20 @@ def make_env(
     render: bool = False,
     copy: bool = True,
 ) -> SeededVectorEnv:
-    """Build the vector env.
+    """Build the vector env that a config describes.
 
     Args:
-        seed: Together with `purpose` and `rank`, the root of all episode seeds.
-        purpose: `TRAINING` or `EVALUATION`: Atari differs between them.
-        num_envs: Instead of `config.num_envs`.
-        first: The number of the first env, where they are a part of a run's.
-        render: Whether `env.render()` gives frames.
-        copy: Whether observations are copies. Without it the next step overwrites them.
+        config: Options of the env.
+        seed: Root of all episode seeds, together with `purpose` and `rank`.
+        purpose: `TRAINING` or `EVALUATION`. They have different episode seeds, and Atari differs between them.
+        rank: Rank that steps the envs.
+        num_envs: Number of envs; None: `config.num_envs`.
+        first: Number of the first env, if these envs are a part of the run's.
+        render: Whether `env.render()` returns frames.
+        copy: Whether observations are copies; otherwise the next step overwrites them.
 
     Raises:
-        ConfigError: The env can't be made: the id is unknown, a package behind it is missing, it does not take a key.
+        ConfigError: The env can't be made: its id is unknown, a package is missing, or it rejects a key.
     """
     if config.target is not None and config.family != "torchrl":
         raise ConfigError(f"env.target={config.target} is for env.family=torchrl, not for {config.family}")
@@ -67,26 +69,26 @@ def make_env(
         raise
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise ConfigError(
-            f"env.id={config.id} needs a package that is missing ({error}); "
-            "the extras mujoco, box2d, atari and dmc bring them: pip install -e '.[mujoco]'"
+            f"env.id={config.id} needs a package that is missing ({error}); install the extra that has it "
+            "(mujoco, box2d, atari or dmc), for example: pip install -e '.[mujoco]'"
         ) from error
-    except Exception as error:  # of whatever kind its library chose
+    except Exception as error:  # libraries raise errors of every type
         what = f"env.id={config.id}" if config.target is None else f"env.target={config.target}"
-        said = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{what} can't be made: {type(error).__name__}: {said}") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{what} can't be made: {type(error).__name__}: {reason}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
 
 
 def make_vector(
     config: EnvConfig, num_envs: int | None, *, training: bool = False, render: bool = False, copy: bool = True
 ) -> VectorEnv:
-    """As `make_env`, without seeds and with the actions of the env."""
+    """Build the vector env without the episode seeds of `make_env`; its actions are in the env's own units."""
     families = {"torchrl": _make_torchrl, "atari": _make_atari, "dream": make_dream}
     return families.get(config.family, _make_gymnasium)(config, num_envs, training=training, render=render, copy=copy)
 
 
 def registered_limit(config: EnvConfig) -> int | None:
-    """Steps of the env before truncation, as its id was registered."""
+    """Return the time limit that the env id was registered with, in steps of the env; None: it has none."""
     if config.family in ("atari", "torchrl"):
         return None
     env = make_single_env(config)
@@ -97,28 +99,29 @@ def registered_limit(config: EnvConfig) -> int | None:
 def _make_gymnasium(
     config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool
 ) -> SyncVectorEnv | AsyncVectorEnv:
-    one, count = partial(make_single_env, config, render), num_envs or config.num_envs
+    make_single, count = partial(make_single_env, config, render), num_envs or config.num_envs
     if config.vectorization == "sync":
-        return SyncVectorEnv([one] * count, copy=copy, autoreset_mode=AutoresetMode.DISABLED)
-    one().close()  # an error inside a worker process would be a traceback
-    # TorchRL makes `spawn` the default, and every worker would import all of this for seconds. OpenGL, which has drawn
-    # here already, does not survive a fork.
-    start = "fork" if sys.platform == "linux" and not config.pixels else None
-    deaf = partial(_make_without_signals, one, os.getpid())
-    env = AsyncVectorEnv([deaf] * count, copy=copy, context=start, autoreset_mode=AutoresetMode.DISABLED)
-    for process in env.processes:
+        return SyncVectorEnv([make_single] * count, copy=copy, autoreset_mode=AutoresetMode.DISABLED)
+    make_single().close()  # fail here with a clear message, not with a traceback from an env process
+    # TorchRL makes `spawn` the default, with which every env process spends seconds on imports. With pixels, `fork` is
+    # not possible: OpenGL has rendered in this process already and does not survive a fork.
+    context = "fork" if sys.platform == "linux" and not config.pixels else None
+    make_in_process = partial(_make_without_signals, make_single, os.getpid())
+    env = AsyncVectorEnv([make_in_process] * count, copy=copy, context=context, autoreset_mode=AutoresetMode.DISABLED)
+    for process in env.processes:  # they ignore SIGTERM, so end them with SIGKILL
         process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
     return env
 
 
-def _make_without_signals(one: Callable[[], gym.Env], parent: int) -> gym.Env:
-    if os.getpid() != parent:  # where one is made too, to be looked at
+def _make_without_signals(make_single: Callable[[], gym.Env], parent: int) -> gym.Env:
+    """Build one env in a process that ignores the signals which end a run: the parent handles them."""
+    if os.getpid() != parent:  # Gymnasium also makes one env in the parent, to read its spaces
         ignore_signals()
-    return one()
+    return make_single()
 
 
 def _make_atari(config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool) -> VectorEnv:
-    from levin.envs import atari  # needs the extra
+    from levin.envs import atari  # needs the extra `atari`
 
     return atari.make_atari_games(config, num_envs or config.num_envs, training=training, view=render)
 
@@ -128,30 +131,30 @@ def _make_torchrl(
 ) -> TorchRLVectorEnv:
     if config.target is None:
         raise ConfigError("env.family=torchrl needs env.target=my_module:make_env")
-    refused = {
-        "vectorization=async": (config.vectorization == "async", "take collector=torchrl-process"),
+    unsupported = {
+        "vectorization=async": (config.vectorization == "async", "set collector=torchrl-process"),
         "action_repeat": (config.action_repeat > 1, "let env.target add a FrameSkipTransform"),
         "observation_entries": (config.observation_entries is not None, "let env.target select them"),
         "frame_stack": (config.frame_stack > 1, "let env.target add a CatFrames"),
-        "pixels": (config.pixels is not None, "let env.target show them"),
-        "render": (render, "let env.target make its own pictures"),
+        "pixels": (config.pixels is not None, "let env.target return pixel observations"),
+        "render": (render, "let env.target render its own images"),
     }
-    for name, (wanted, instead) in refused.items():
-        if wanted:
+    for name, (is_set, instead) in unsupported.items():
+        if is_set:
             raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
-    one, count = partial(import_target(config.target), **config.kwargs), num_envs or config.num_envs
-    return TorchRLVectorEnv(one, count, time_limit=config.time_limit, round_up=not training)
+    make_single, count = partial(import_target(config.target), **config.kwargs), num_envs or config.num_envs
+    return TorchRLVectorEnv(make_single, count, time_limit=config.time_limit, round_up=not training)
 
 
 def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
-    """One copy, without the vector around it."""
+    """Build one env, not vectorized."""
     module, _, name = config.id.rpartition(":")
     if module:
         importlib.import_module(module)
     env = gym.make(
         config.id,
         max_episode_steps=config.time_limit,
-        disable_env_checker=True,  # one Python call less per step
+        disable_env_checker=True,  # it costs a Python call per step
         **_render_options(config, name, render),
         **config.kwargs,
     )
@@ -165,43 +168,43 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
 
 
 def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:
-    """What `gymnasium.make` must be told of the picture, if there is to be one: not every env knows the words."""
+    """Return the rendering arguments for `gymnasium.make`: only those that the env accepts, none without rendering."""
     side = config.pixels
-    view: dict[str, Any] = {"render_mode": "rgb_array"} if render or side else {}
-    if (view or config.family == "dm_control") and "DISPLAY" not in os.environ:
+    options: dict[str, Any] = {"render_mode": "rgb_array"} if render or side else {}
+    if (options or config.family == "dm_control") and "DISPLAY" not in os.environ:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         if find_library("EGL"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # read when dm_control is imported: it can't change its mind
+            os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before dm_control is imported
     if config.family == "dm_control":
         gym.register_envs(importlib.import_module("shimmy"))
-        return view | ({"render_kwargs": {"height": side, "width": side, "camera_id": 0}} if side else {})
+        return options | ({"render_kwargs": {"height": side, "width": side, "camera_id": 0}} if side else {})
     if "mujoco" in str(gym.spec(name).entry_point):
-        if view and not {"camera_name", "camera_id"} & config.kwargs.keys():
-            view["camera_name"] = "track"  # the default camera stays where the runner began
+        if options and not {"camera_name", "camera_id"} & config.kwargs.keys():
+            options["camera_name"] = "track"  # the default camera does not follow the robot
         importlib.import_module("mujoco").set_mju_user_warning(_mujoco_warning)
-        return view | ({"height": side, "width": side} if side else {})
+        return options | ({"height": side, "width": side} if side else {})
     if side:
-        raise ConfigError(f"env.pixels={side} is for MuJoCo and dm_control: {config.id} draws at one size only")
-    return view
+        raise ConfigError(f"env.pixels={side} is for MuJoCo and dm_control: {config.id} renders at one size only")
+    return options
 
 
 def _mujoco_warning(message: str) -> None:
-    """MuJoCo prints warnings and writes them into a file where one stands; let python's filters see them instead."""
-    if "settotalmass" not in message:  # in the XML of the v4 envs, whoever makes them
+    """Issue MuJoCo's warning as a Python warning; MuJoCo would print it and write it to the working directory."""
+    if "settotalmass" not in message:  # the XML files of the v4 envs cause this one
         warnings.warn(f"MuJoCo: {message}", stacklevel=2)
 
 
 def describe_env(env: SeededVectorEnv) -> EnvSpec:
-    """What the algorithm needs to know of the env.
+    """Return the description of the env that an algorithm is built from.
 
     Raises:
-        ConfigError: Pixels are to be normalised.
+        ConfigError: `env.normalize_observation` is set, but the env has pixel observations.
     """
     config = env.config
     if config.normalize_observation and (
         observation_dtypes(env.observation) != {"float32"} or "spaces" in env.observation
     ):
-        raise ConfigError(f"{config.id} shows pixels, which are not normalised: env.normalize_observation=false")
+        raise ConfigError(f"{config.id} shows pixels, which are not normalised: set env.normalize_observation=false")
     return {
         "id": config.id,
         "num_envs": env.num_envs,
@@ -217,25 +220,33 @@ def describe_env(env: SeededVectorEnv) -> EnvSpec:
 
 
 def load_world_model(run: str) -> tuple[Algorithm, Model]:
-    """The algorithm of a run and its model, on the CPU, the parameters frozen.
+    """Load the algorithm of a run and its world model, on the CPU, with frozen model parameters.
 
     Raises:
-        ConfigError: There is none, or its training is not over.
+        ConfigError: The algorithm has no world model, or has not finished training it.
     """
     algorithm = load_algorithm(Path(run))
     if not hasattr(algorithm, "dream_model"):
-        raise ConfigError(f"env.run={run} is of {type(algorithm).__name__}, which has no model to dream in")
+        raise ConfigError(
+            f"env.run={run} is a run of {type(algorithm).__name__}, which has no world model; "
+            "valid: runs of world_models, dreamer or dreamer_v3"
+        )
     return algorithm, algorithm.dream_model().requires_grad_(False).eval()  # type: ignore[operator]
 
 
 def make_dream(config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool) -> VectorEnv:
-    """The dream of `env.run`; for evaluation the env that its model was trained in, seen as in the dream.
+    """Build the dream env of `env.run`, whose episodes are imagined by the world model of that run.
+
+    For evaluation (`training` is False), build the real env that the model was trained in, with the same observations:
+    the features of the model's latent state.
 
     Raises:
-        ConfigError: No run is named, it can't be dreamt in, or nothing says when a dream is over.
+        ConfigError: `env.run` is not set or has no trained world model, or no time limit is known.
     """
     if config.run is None:
-        raise ConfigError("a dream is that of a run: env.run=runs/..., of world_models, dreamer or dreamer_v3")
+        raise ConfigError(
+            "env.family=dream needs the run of a world model: set env.run=runs/... (world_models, dreamer, dreamer_v3)"
+        )
     source, num_envs = load_env(Path(config.run)), num_envs or config.num_envs
     algorithm, model = load_world_model(config.run)
     if not training:
@@ -243,7 +254,7 @@ def make_dream(config: EnvConfig, num_envs: int | None, *, training: bool, rende
         return LatentEnv(env, model, source.action, algorithm.env["observation"])
     limit = config.time_limit or source.time_limit or registered_limit(source)
     if limit is None:
-        raise ConfigError(f"nothing says when an episode of {source.id} is over: env.time_limit=...")
+        raise ConfigError(f"{source.id} has no time limit, and a dream needs one: set env.time_limit=...")
     starts = getattr(model, "starts", None)
     if starts is None:
         starts = first_observations(source)
@@ -252,27 +263,32 @@ def make_dream(config: EnvConfig, num_envs: int | None, *, training: bool, rende
 
 
 def wrap_latent(env: VectorEnv, config: EnvConfig) -> LatentEnv:
-    """Envs as the model of `env.run` sees them. Raises ConfigError when no run is named, or it reads something else."""
+    """Wrap envs so that they show the features of the latent state of `env.run`'s world model.
+
+    Raises:
+        ConfigError: `env.run` is not set or has no world model, or the model reads other observations.
+    """
     if config.run is None:
-        raise ConfigError("env.wrappers=[latent] is what the model of a run sees: env.run=runs/...")
+        raise ConfigError("env.wrappers=[latent] needs the run of a world model: set env.run=runs/...")
     algorithm, model = load_world_model(config.run)
     return LatentEnv(env, model, config.action, algorithm.env["observation"])
 
 
 def first_observations(source: EnvConfig) -> Any:
-    """What training episodes of an env begin with: `[STARTS, *S]`. It takes no step."""
+    """Return the first observations of `STARTS` training episodes, `[STARTS, *S]`, without taking a step."""
     env = make_env(source, seed=0, num_envs=1)
-    each = [env.begin([episode], np.ones(1, dtype=bool)) for episode in range(STARTS)]
+    observations = [env.begin([episode], np.ones(1, dtype=bool)) for episode in range(STARTS)]
     env.close()
-    return to_tensors(env.observation, _stack_observations(each))
+    return to_tensors(env.observation, _concatenate(observations))
 
 
-def _stack_observations(observations: list[Any]) -> Any:
+def _concatenate(observations: list[Any]) -> Any:
+    """Concatenate batches of observations, arrays or dicts of arrays, along the first axis."""
     if isinstance(observations[0], dict):
         return {name: np.concatenate([each[name] for each in observations]) for name in observations[0]}
     return np.concatenate(observations)
 
 
 def load_env(run: Path) -> EnvConfig:
-    """The env that a run was made in."""
+    """Return the env options of a run."""
     return EnvConfig(**to_plain(load_config(run).env))

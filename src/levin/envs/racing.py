@@ -1,4 +1,7 @@
-"""CarRacing-v3 as World Models see it. `levin.racing:Racing-v3`; needs the extra `box2d`."""
+"""CarRacing-v3 with the observations and actions of World Models; its id is `levin.racing:Racing-v3`.
+
+It needs the extra `box2d`.
+"""
 
 from typing import Any, cast
 
@@ -8,22 +11,22 @@ from gymnasium.envs.box2d.car_racing import CarRacing
 from gymnasium.spaces import Box
 from PIL import Image
 
-SIDE, DASHBOARD = 64, 84  # pixels of a picture, and the row that the dashboard begins at
+SIDE, DASHBOARD = 64, 84  # side of the image, and top edge of the dashboard in the frame, pixels
 
 
 class Racing(CarRacing):
-    """Observations `[64, 64, 3]` uint8 without the dashboard; steering, gas and brake, all in [-1, 1].
+    """CarRacing with observations `[64, 64, 3]` uint8 without the dashboard; steering, gas and brake are in [-1, 1].
 
-    Half gas is 0, and negative braking is none, as in the code beside the paper.
+    A gas of 0 is half throttle and a negative brake is no braking, as in the authors' code.
 
-    # Deviation: where actions are repeated, only the last picture is drawn: a step is little else.
+    # Deviation: when actions are repeated, only the last image is drawn, because drawing takes most of a step's time.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.observation_space = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
         self.action_space = Box(-1.0, 1.0, (3,), np.float32)
-        self.draws = True  # whether the next step shows anything new: `ActionRepeat` says so
+        self.draws = True  # whether the next step draws a new image; `ActionRepeat` sets it
         self.shown = np.zeros((SIDE, SIDE, 3), np.uint8)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -38,7 +41,7 @@ class Racing(CarRacing):
         return super()._render(mode)
 
     def show(self) -> np.ndarray:
-        """What there is to see now."""
+        """Draw and return the current observation."""
         frame = cast(np.ndarray, super()._render("state_pixels"))
         self.shown = np.asarray(Image.fromarray(frame[:DASHBOARD]).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
         return self.shown

@@ -1,6 +1,6 @@
-"""Any TorchRL `EnvBase` as a gymnasium `VectorEnv`: what `env.family=torchrl` is.
+"""Turn any TorchRL `EnvBase` into a gymnasium `VectorEnv`, for `env.family=torchrl`.
 
-Simulators that have a TorchRL wrapper run unchanged, with every collector, in evaluations and when a run resumes.
+So a simulator with a TorchRL wrapper works with every collector, in evaluations and in resumed runs.
 """
 
 import importlib
@@ -30,39 +30,41 @@ from torchrl.envs import (
 
 from levin.core.errors import ConfigError
 
-LIMIT = "time_limit_steps"  # counts them; an env may have a count of its own
+LIMIT = "time_limit_steps"  # key of the step counter for `time_limit`; an env may have a counter of its own
 
 
 def import_target(name: str) -> Callable[..., EnvBase]:
-    """`my_module:make_env`.
+    """Import the function that `env.target` names, such as `my_module:make_env`.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: It can't be imported.
     """
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"env.target={name} can't be imported ({error}); say my_module:make_env") from error
+        raise ConfigError(f"env.target={name} can't be imported ({error}); write it as my_module:make_env") from error
 
 
 class TorchRLVectorEnv(VectorEnv):
-    """N envs: one batched `EnvBase`, or as many as it takes.
+    """Vector env of N envs, made of one or more `EnvBase` objects of B envs each.
 
-    What an env draws from torch's global generator, as those do whose `_set_seed` is `torch.manual_seed`, it draws from
-    a stream of its own: the run's is not touched, and an unbatched env whose episode is begun with the same seed goes
-    the same way. The envs of a batched one share their random numbers. A seed, that of the first of them, is given to
-    one when all of its episodes begin. When only some begin, they go on with the stream of the others: many such envs
-    can't be seeded without beginning anew (`SerialEnv` and `ParallelEnv` reset all that they hold).
+    Each `EnvBase` has a random stream of its own in place of torch's global generator, which many envs sample from
+    (those whose `_set_seed` is `torch.manual_seed`). So the envs do not affect the random numbers of the run, and an
+    unbatched env replays an episode from its seed.
+
+    The envs of a batched `EnvBase` share one random stream. It is seeded only when all its episodes begin at once, with
+    the seed of the first of them. When only some begin, the stream continues, because many batched envs can't be seeded
+    without a full reset (`SerialEnv` and `ParallelEnv` reset all their envs).
 
     Args:
-        make: Makes one `EnvBase`, of the batch size `[]` or `[B]`.
-        num_envs: N, a multiple of B.
-        time_limit: Steps until an episode is truncated.
-        round_up: Whether N may become the next multiple of B.
+        make: Function that makes one `EnvBase`, with batch size `[]` (B = 1) or `[B]`.
+        num_envs: Number of envs N, a multiple of B.
+        time_limit: Number of steps until an episode is truncated; None: no limit.
+        round_up: Whether to round N up to a multiple of B, instead of raising an error.
 
     Raises:
-        ConfigError: It is not, or the env has what no algorithm here can take.
+        ConfigError: N is not a multiple of B, or no algorithm supports the spaces of the env.
     """
 
     def __init__(
@@ -95,8 +97,8 @@ class TorchRLVectorEnv(VectorEnv):
         spaces = {".".join(key): observation_space(first.observation_spec_unbatched[key]) for key in self.keys}
         self.single_observation_space = Dict(spaces) if len(spaces) > 1 else next(iter(spaces.values()))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self._now: list[TensorDictBase] = [TensorDict()] * count  # what each shows
-        self._rng = [torch.get_rng_state()] * count
+        self._now: list[TensorDictBase] = [TensorDict()] * count  # current TensorDict of each `EnvBase`
+        self._rng = [torch.get_rng_state()] * count  # random state of each `EnvBase`
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
@@ -104,11 +106,12 @@ class TorchRLVectorEnv(VectorEnv):
         for k, env in enumerate(self.envs):
             part = slice(k * self.size, (k + 1) * self.size)
             if mask[part].any():
-                given = seeds[part][int(np.argmax(mask[part]))]
-                self._now[k] = self._alone(k, partial(self._reset, env, self._now[k], mask[part], given))
+                part_seed = seeds[part][int(np.argmax(mask[part]))]
+                self._now[k] = self._with_own_rng(k, partial(self._reset, env, self._now[k], mask[part], part_seed))
         return self._observation(), {}
 
     def _reset(self, env: EnvBase, now: TensorDictBase, mask: np.ndarray, seed: int | None) -> TensorDictBase:
+        """Reset the envs of the mask `[B]` in one `EnvBase`; `seed` has an effect only if the mask is all True."""
         if mask.all():
             if seed is not None:
                 torch.manual_seed(seed)
@@ -128,29 +131,29 @@ class TorchRLVectorEnv(VectorEnv):
             now = self._now[k].copy()
             action = self.to_action(torch.from_numpy(np.ascontiguousarray(actions[part])))  # [B, *A]
             now.set(env.action_key, action if self.batched else action[0])
-            after = self._alone(k, partial(env.step, now))
+            after = self._with_own_rng(k, partial(env.step, now))
             now = after.get("next")
-            done, ends, cuts = (now.get(key, None) for key in ("done", "terminated", "truncated"))
-            ends = done if ends is None else ends
+            done, ended, cut_off = (now.get(key, None) for key in ("done", "terminated", "truncated"))
+            ended = done if ended is None else ended
             reward[part] = now.get(env.reward_key).reshape(self.size).cpu()
-            terminated[part] = ends.reshape(self.size).cpu()
-            truncated[part] = (done & ~ends if cuts is None else cuts).reshape(self.size).cpu()
+            terminated[part] = ended.reshape(self.size).cpu()
+            truncated[part] = (done & ~ended if cut_off is None else cut_off).reshape(self.size).cpu()
             self._now[k] = env.step_mdp(after)
         return self._observation(), reward, terminated, truncated, {}
 
-    def _alone(self, k: int, act: Callable[[], TensorDictBase]) -> TensorDictBase:
-        """Let the `k`-th env act with its own random stream."""
-        run = torch.get_rng_state()
+    def _with_own_rng(self, k: int, call: Callable[[], TensorDictBase]) -> TensorDictBase:
+        """Call a function with the random stream of the `k`-th `EnvBase` as torch's global one."""
+        run_state = torch.get_rng_state()
         torch.set_rng_state(self._rng[k])
         try:
             with torch.no_grad():
-                return act()
+                return call()
         finally:
             self._rng[k] = torch.get_rng_state()
-            torch.set_rng_state(run)
+            torch.set_rng_state(run_state)
 
     def _observation(self) -> Any:
-        """What all envs show: `[N, *S]`, or a dict of such."""
+        """Return the observations of all envs, `[N, *S]` or a dict of such arrays."""
         parts = []
         for key in self.keys:
             values = torch.stack([now[key] for now in self._now]).cpu()  # [K, B, *S] or [K, *S]
@@ -166,35 +169,35 @@ class TorchRLVectorEnv(VectorEnv):
 
 
 def observation_keys(env: EnvBase) -> list[tuple[str, ...]]:
-    """The leaves of what an env shows, without what transforms count."""
+    """Return the keys of the observation's tensors, without the counters that transforms add."""
     counted = {as_path(key) for each in list_transforms(env) for key in counted_keys(each)}
     keys = [as_path(key) for key in env.observation_spec.keys(include_nested=True, leaves_only=True)]
     return [key for key in keys if key not in counted]
 
 
 def counted_keys(transform: Transform) -> list[NestedKey]:
-    """The keys of what a transform only counts: it is no observation."""
+    """Return the keys of the counters and flags that a transform adds, which are not part of the observation."""
     if isinstance(transform, StepCounter):
         return transform.step_count_keys
     return list(transform.out_keys) if isinstance(transform, InitTracker | RewardSum) else []
 
 
 def as_path(key: NestedKey) -> tuple[str, ...]:
-    """`"a" -> ("a",)`"""
+    """Return a key as a tuple of strings: `"a"` becomes `("a",)`."""
     return (key,) if isinstance(key, str) else tuple(key)  # type: ignore[arg-type, return-value]
 
 
 def list_transforms(env: EnvBase) -> list[Transform]:
-    """All of them, outermost env first."""
-    found: list[Transform] = []
+    """List the transforms of an env, those of the outermost env first."""
+    transforms: list[Transform] = []
     while isinstance(env, TransformedEnv):
-        found += env.transform if isinstance(env.transform, Compose) else [env.transform]
+        transforms += env.transform if isinstance(env.transform, Compose) else [env.transform]
         env = env.base_env
-    return found
+    return transforms
 
 
 def observation_space(spec: TensorSpec) -> gym.Space:
-    """Of one leaf and one env. Numbers of every kind become float32, pixels stay uint8."""
+    """Return the space of one observation tensor of one env. Pixels stay uint8, other numbers become float32."""
     if isinstance(spec, Categorical) and spec.dtype != torch.bool:
         return Discrete(int(spec.n))
     if spec.dtype == torch.uint8:
@@ -203,13 +206,15 @@ def observation_space(spec: TensorSpec) -> gym.Space:
 
 
 def action_converter(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Space]:
-    """The door from actions `[B, *A]` to those of an env, and their space.
+    """Return a function that converts actions `[B, *A]` to those of the env, and their gymnasium space.
 
     Raises:
-        ConfigError: It has several, or of a kind that no gymnasium space is.
+        ConfigError: The env has several actions, or actions of an unsupported kind.
     """
     if len(env.action_keys) > 1:
-        raise ConfigError(f"env.target makes an env with the actions {env.action_keys}; valid here: one")
+        raise ConfigError(
+            f"env.target makes an env with several actions, {env.action_keys}; valid: an env with one action"
+        )
     spec = env.action_spec_unbatched
     if isinstance(spec, OneHot):
         return lambda action: torch.nn.functional.one_hot(action, spec.space.n).to(spec.dtype), Discrete(spec.space.n)
@@ -219,7 +224,7 @@ def action_converter(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Spac
         return lambda action: action.reshape(-1, *spec.shape).to(spec.dtype), Discrete(int(spec.n))
     if not spec.dtype.is_floating_point:
         raise ConfigError(
-            f"env.target makes an env with actions of {type(spec).__name__}; valid here: numbers, choices"
+            f"env.target makes an env with actions of {type(spec).__name__}; valid: continuous or categorical actions"
         )
     shape = tuple(spec.shape) or (1,)
     low, high = -math.inf, math.inf

@@ -1,4 +1,4 @@
-"""Envs that are stepped together, whose every episode has a seed of its own."""
+"""Vector env that seeds every episode separately, and converts the policy's actions to the env's units."""
 
 import multiprocessing
 import traceback
@@ -17,17 +17,26 @@ from levin.envs.torchrl import TorchRLVectorEnv
 
 
 def episode_seed(seed: int, purpose: int, rank: int, env: int, episode: int) -> int:
-    """The seed of one episode. No two of (seed, purpose, rank, env, episode) share a stream."""
+    """Return the seed of one episode, derived from all arguments: each combination has a random stream of its own."""
     return int(np.random.SeedSequence(seed, spawn_key=(purpose, rank, env, episode)).generate_state(1)[0])
 
 
 class SeededVectorEnv(VectorWrapper):
-    """Seeds every episode of every env, and turns the policy's actions into the env's units.
+    """Wrapper of a vector env that seeds every episode of every env, and converts actions to the env's units.
 
-    `episodes[i]` is the number of the episode that env `i` is in. Resetting an env that has not moved since its last
-    reset begins the same episode again, so that a library which resets twice at the start changes nothing.
+    `episodes[i]` is the number of the current episode of env `i`. An env that is reset again before it has taken a step
+    begins the same episode again, so a library that resets twice at the start changes nothing.
 
-    Not every episode of every family has a seed of its own: see `goes_on`. `episodes` counts those that have.
+    Some families also have episodes without a seed of their own, which `episodes` does not count: see
+    `continues_without_seed`.
+
+    Args:
+        env: Vector env with autoreset DISABLED.
+        config: Options of the env.
+        seed: Root of all episode seeds, together with `purpose` and `rank`.
+        purpose: `TRAINING` or `EVALUATION`.
+        rank: Rank that steps the envs.
+        first: Number of the first env, if these envs are a part of the run's.
     """
 
     def __init__(
@@ -35,18 +44,20 @@ class SeededVectorEnv(VectorWrapper):
     ) -> None:
         super().__init__(env)
         self.config, self.first = config, first
-        self.paired_episodes = False  # whether two episodes in a row have the same seed
+        self.paired_episodes = False  # whether episodes 2k and 2k + 1 have the same seed
         self._seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
-        # Returns and lengths of the games that ended, where an episode is less than a game; whoever reads it clears it.
+        # Scores and lengths of finished games, if an episode may be less than a game; else None. The reader clears it.
         self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
-        self._nobody = np.zeros(self.num_envs, dtype=bool)
-        self._moves = 0  # vector steps so far
-        self._begun = [-1] * self.num_envs  # of them, when each was reset; no reset yet counts as a move
-        self._actions: np.ndarray | None = None  # sent, in the env's units
+        self._no_envs = np.zeros(self.num_envs, dtype=bool)
+        self._vector_steps = 0  # since this object was made
+        self._reset_at = [-1] * self.num_envs  # `_vector_steps` at the last reset of each env; -1: not reset yet
+        self._actions: np.ndarray | None = None  # of the current step, in the env's units
         self.action = describe_action(env.single_action_space)
         self._to_env = action_converter(self.action, config.action)
-        if config.action == "rescale" and isinstance(env.single_action_space, Box):  # the space is the policy's too
+        if config.action == "rescale" and isinstance(
+            env.single_action_space, Box
+        ):  # the action space that the policy sees
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
             self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.shown = describe_space(env.single_observation_space)
@@ -57,7 +68,7 @@ class SeededVectorEnv(VectorWrapper):
             self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     def episode_seed_of(self, env: int, episode: int) -> int:
-        """The seed of an episode of one of the envs."""
+        """Return the seed of an episode of an env, both by their numbers."""
         return self._seed_of(env, episode // 2 if self.paired_episodes else episode)
 
     @property
@@ -66,16 +77,16 @@ class SeededVectorEnv(VectorWrapper):
 
     @property
     def continues_without_seed(self) -> np.ndarray:
-        """`[N]`: whose episode is over, and the next one goes on without a seed: after a lost life, say."""
-        return self._nobody if self.games is None else self.env.continues_without_seed  # type: ignore[attr-defined]
+        """Return `[N]`: whether the next episode begins without a new seed, as after a lost life in Atari."""
+        return self._no_envs if self.games is None else self.env.continues_without_seed  # type: ignore[attr-defined]
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, of all without it. `seed` is ours."""
+        """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, or of all envs. `seed` is ignored."""
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
         seeds: list[int | None] = [None] * self.num_envs
         for i in np.flatnonzero(mask & ~self.continues_without_seed).tolist():
-            self.episodes[i] += self._moves > self._begun[i]
-            self._begun[i] = self._moves
+            self.episodes[i] += self._vector_steps > self._reset_at[i]
+            self._reset_at[i] = self._vector_steps
             seeds[i] = self.episode_seed_of(self.first + i, self.episodes[i])
         options = dict(options) if options else None
         try:
@@ -86,22 +97,30 @@ class SeededVectorEnv(VectorWrapper):
                 observation, info = self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]
             return self.read(observation), info
         except Exception as error:
-            raise self._failure("reset", error) from error
+            raise self._run_error("reset", error) from error
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step of all envs. Raises RunError when one raises, or an async one takes longer than the timeout."""
+        """Step all envs.
+
+        Raises:
+            RunError: An env raised an error, or an async env took longer than `env.timeout`.
+        """
         self.send(actions)
         return self.receive()
 
     def send(self, actions: np.ndarray) -> None:
-        """The first half of a step. Atari begins now, while what it showed last is copied; others share that memory."""
-        self._moves += 1
+        """Start a step, the first half of `step`.
+
+        Atari starts to compute at once, while the caller copies the last observation. Other envs only start in
+        `receive`, because they would overwrite that observation.
+        """
+        self._vector_steps += 1
         self._actions = self._to_env(actions)
         if self.config.family == "atari":
             self.env.send(self._actions)  # type: ignore[attr-defined]
 
     def receive(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """The second half."""
+        """Finish the step that `send` started; return its observations, rewards, end flags and infos."""
         try:
             if isinstance(self.env, AsyncVectorEnv):
                 self.env.step_async(self._actions)  # type: ignore[arg-type]
@@ -112,26 +131,27 @@ class SeededVectorEnv(VectorWrapper):
                 observation, *rest = self.env.step(self._actions)  # type: ignore[arg-type]
             return self.read(observation), *rest  # type: ignore[return-value]
         except Exception as error:
-            raise self._failure("step", error) from error
+            raise self._run_error("step", error) from error
 
-    def _failure(self, what: str, error: Exception) -> RunError:
-        culprit, said = self._culprit(error), f"raised {type(error).__name__}: {error}"
+    def _run_error(self, operation: str, error: Exception) -> RunError:
+        """Build the error for a failed `step` or `reset`: the cause, and the env, step, episode and seed."""
+        failed, reason = self._failed_env(error), f"raised {type(error).__name__}: {error}"
         if isinstance(error, multiprocessing.TimeoutError):
-            said = f"did not come back within env.timeout={self.config.timeout:g} seconds"
+            reason = f"did not come back within env.timeout={self.config.timeout:g} seconds"
         elif isinstance(error, EOFError | ConnectionError):
-            said = "lost its process"
+            reason = "failed: its process has ended"
         elif isinstance(self.env, AsyncVectorEnv):
-            said += " (env.vectorization=sync shows where)"
+            reason += " (env.vectorization=sync shows the traceback)"
         if isinstance(self.env, AsyncVectorEnv):
-            self.env.close(terminate=True)  # a worker that hangs would be waited for
-        if culprit is not None:
-            env, episode = self.first + culprit, self.episodes[culprit]
-            step, seed = self._moves - self._begun[culprit], self.episode_seed_of(env, episode)
-            said += f"; env {env}, step {step} of episode {episode}, seed {seed}"
-        return RunError(f"the {what} of {self.config.id} {said}")
+            self.env.close(terminate=True)  # otherwise it would wait for a process that hangs
+        if failed is not None:
+            env, episode = self.first + failed, self.episodes[failed]
+            step, seed = self._vector_steps - self._reset_at[failed], self.episode_seed_of(env, episode)
+            reason += f"; env {env}, step {step} of episode {episode}, seed {seed}"
+        return RunError(f"the {operation} of {self.config.id} {reason}")
 
-    def _culprit(self, error: Exception) -> int | None:
-        """Which env it was, as far as one can tell."""
+    def _failed_env(self, error: Exception) -> int | None:
+        """Return the index of the env that failed (with TorchRL, of the first env of its batch); None: unknown."""
         if isinstance(self.env, AsyncVectorEnv):
             for i, (pipe, process) in enumerate(zip(self.env.parent_pipes, self.env.processes, strict=True)):
                 if pipe is None:  # closed by Gymnasium when its env raised
@@ -140,10 +160,10 @@ class SeededVectorEnv(VectorWrapper):
                     if not pipe.poll():
                         return i
                 elif isinstance(error, EOFError | ConnectionError):
-                    process.join(0.2)  # its pipe is closed before it has ended
+                    process.join(0.2)  # its pipe closes before the process has ended
                     if process.exitcode is not None:
                         return i
-        for frame, _ in traceback.walk_tb(error.__traceback__):  # where the loop over the envs stands
+        for frame, _ in traceback.walk_tb(error.__traceback__):  # read the index from the loop over the envs
             if frame.f_code in (SyncVectorEnv.step.__code__, SyncVectorEnv.reset.__code__):
                 return frame.f_locals["i"]
             if frame.f_code in (TorchRLVectorEnv.step.__code__, TorchRLVectorEnv.reset.__code__):
@@ -151,8 +171,8 @@ class SeededVectorEnv(VectorWrapper):
         return None
 
     def begin(self, episodes: list[int], mask: np.ndarray) -> Any:
-        """Begin episode `episodes[i]` in every env of the mask `[N]`; returns the observations `[N, *shape]`."""
+        """Begin episode `episodes[i]` in every env `i` of the mask `[N]`; return the observations `[N, *S]`."""
         for i in np.flatnonzero(mask):
-            self.episodes[i], self._begun[i] = episodes[i], self._moves
+            self.episodes[i], self._reset_at[i] = episodes[i], self._vector_steps
         self.continues_without_seed[mask] = False
         return self.reset(options={"reset_mask": mask})[0]

@@ -1,4 +1,4 @@
-"""What stands between a single env and the vector of them."""
+"""Wrappers that are applied to each env before vectorization."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ from levin.core.spaces import is_channel_last, is_image
 
 
 class ActionRepeat(gym.Wrapper):
-    """Apply each action `times` times, or until the episode ends; rewards are summed.
+    """Wrapper that applies each action `times` times, or until the episode ends, and sums the rewards.
 
-    An env that has `draws` and `show` is told to draw what is shown only.
+    An env with an attribute `draws` and a method `show` (`levin.envs.racing`) only draws the observation that is
+    returned, not those in between.
     """
 
     def __init__(self, env: gym.Env, times: int) -> None:
@@ -23,27 +24,27 @@ class ActionRepeat(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         total = 0.0
-        self._draw(False)
+        self._set_drawing(False)
         for _ in range(self.times - 1):
             observation, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
             if terminated or truncated:
-                self._draw(True)
+                self._set_drawing(True)
                 return self.unwrapped.show() if self.lazy else observation, total, terminated, truncated, info  # type: ignore[attr-defined]
-        self._draw(True)
+        self._set_drawing(True)
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, total + float(reward), terminated, truncated, info
 
-    def _draw(self, whether: bool) -> None:
+    def _set_drawing(self, enabled: bool) -> None:
         if self.lazy:
-            self.unwrapped.draws = whether  # type: ignore[attr-defined]
+            self.unwrapped.draws = enabled  # type: ignore[attr-defined]
 
 
 def stack_frames(env: gym.Env, num: int) -> gym.Env:
-    """Show the last `num` observations along the first axis, oldest first; pixels are `[num * C, H, W]` then.
+    """Stack the last `num` observations along the first axis, oldest first; pixels become `[num * C, H, W]`.
 
     Raises:
-        ConfigError: There is more than a box to stack.
+        ConfigError: The observation space is not a `Box`.
     """
     if not isinstance(env.observation_space, Box):
         raise ConfigError(f"env.frame_stack={num} stacks a Box, not a {type(env.observation_space).__name__}")
@@ -60,10 +61,10 @@ def stack_frames(env: gym.Env, num: int) -> gym.Env:
 
 
 def select_entries(env: gym.Env, entries: list[int]) -> gym.Env:
-    """Show these numbers of a vector only, in this order.
+    """Reduce vector observations to the entries with these indices, in this order.
 
     Raises:
-        ConfigError: Observations are no vectors, or have no such entries.
+        ConfigError: Observations are not vectors, or have no such entries.
     """
     space = env.observation_space
     if not isinstance(space, Box) or len(space.shape) != 1:
@@ -71,6 +72,8 @@ def select_entries(env: gym.Env, entries: list[int]) -> gym.Env:
             f"env.observation_entries={entries} is for vectors, not for {type(space).__name__}{space.shape}"
         )
     if not entries or min(entries) < 0 or max(entries) >= space.shape[0]:
-        raise ConfigError(f"env.observation_entries={entries} names no entries: there are 0 to {space.shape[0] - 1}")
+        raise ConfigError(
+            f"env.observation_entries={entries} must name entries of the vector; valid: 0 to {space.shape[0] - 1}"
+        )
     shown = Box(space.low[entries], space.high[entries], dtype=space.dtype)
     return TransformObservation(env, lambda observation: observation[entries], shown)

@@ -1,6 +1,6 @@
-"""Gradient estimators: score function, pathwise, Gumbel-softmax and their like, for any expectation over draws.
+"""Estimators of gradients of expectations: score function, pathwise, Gumbel-softmax and others.
 
-Start reading at `README.md`, which says what each is for, or at `base.py`, what all of them share.
+Start reading at `README.md`, which compares them, or at `base.py`, which defines their interface.
 """
 
 from levin.estimators.base import Draws, Estimator, attach_score, magic_box

@@ -1,14 +1,17 @@
-"""What every gradient estimator has: where it wants the cost, and what it makes of it. No estimator's mathematics.
+"""Interface of all gradient estimators, and the functions that they share.
 
-    E = grad_theta E_{z ~ p_theta}[f(z)]
+An estimator estimates grad_theta E_{z ~ p_theta}[f(z)] for a cost f. It is used in two steps, because the cost is often
+computed elsewhere, by an env, a critic or a decoder:
 
-An estimator is used in two steps, as the cost is often computed elsewhere, by an env, a critic or a decoder:
-
-    draws = estimator.sample(dist)                    # points z of a torch.distributions.Distribution
+    draws = estimator.sample(dist)                    # points z at which to evaluate the cost
     loss = estimator.surrogate(draws, f(draws.value)) # forward: an estimate of E f; backward: one of its gradient
 
-Shapes: `dist` has a batch shape `[*B]` and an event shape `[*E]`; points are `[S, *B, *E]`, their costs `[S, *B]`, a
-surrogate `[*B]`. What the cost depends on otherwise (a decoder, an earlier node) gets its gradient as well, unweighted.
+Most points are samples from `dist`, a torch.distributions.Distribution; some estimators also use other points, such as
+all values of `dist` or relaxed samples.
+
+Shapes: `dist` has the batch shape `[*B]` and the event shape `[*E]`; points are `[S, *B, *E]`, their costs `[S, *B]`, a
+surrogate `[*B]`. Other parameters of the cost (a decoder, an earlier node) get the gradient of the estimate of E f by
+ordinary backpropagation.
 """
 
 from abc import ABC, abstractmethod
@@ -34,21 +37,22 @@ FAMILIES = {
     "normal": Normal,
     "poisson": Poisson,
 }
-MAX_SUPPORT = 10_000  # points that are enumerated
+MAX_SUPPORT = 10_000  # largest number of values that is enumerated
 
 
 class TooManyValuesError(ValueError):
-    """A finite distribution has more values than can be gone through."""
+    """A finite distribution has more than `MAX_SUPPORT` values, too many to enumerate."""
 
 
 class Draws(NamedTuple):
-    """Points where the cost is wanted.
+    """Points at which the cost is evaluated, with what the estimator needs to turn costs into a surrogate.
 
     Args:
-        value: The points, `[S, *B, *E]`.
-        log_prob: Their log-probability, `[S, *B]`, differentiable in the parameters; None where none is needed.
-        weight: Of each cost in the estimate of E f, `[S, *B]`, without a gradient; None: 1/S.
-        aux: What else the estimator needs to know of them.
+        value: Points, `[S, *B, *E]`.
+        log_prob: Log-probability of each point, or another term `[S, *B]` that the estimator differentiates in the
+            parameters of the distribution; None if it needs none.
+        weight: Weight of each cost in the estimate of E f, `[S, *B]`, without a gradient; None: 1/S.
+        aux: Further tensors that only the estimator itself reads.
     """
 
     value: Tensor
@@ -58,77 +62,89 @@ class Draws(NamedTuple):
 
 
 class Estimator(ABC):
-    """An estimate of a gradient of an expectation.
+    """Base class of all gradient estimators. A subclass defines `draw` and, unless it is pathwise, `score`.
 
     Class attributes:
-        families: The distributions it is for (keys of FAMILIES); None: all. `Independent` ones of them, too.
-        unbiased: When its mean is the gradient, in words.
+        families: Supported distributions (keys of FAMILIES), also inside `Independent`; None: all.
+        unbiased: Condition under which the estimate is unbiased, in words.
+        instead: Estimators to suggest in the error message for an unsupported distribution.
     """
 
     families: ClassVar[tuple[str, ...] | None] = None
     unbiased: ClassVar[str] = "always"
-    instead: ClassVar[str] = "ScoreFunction or LeaveOneOut, which take any distribution"  # for other families
+    instead: ClassVar[str] = "ScoreFunction or LeaveOneOut, which take any distribution"
 
     @abstractmethod
     def draw(self, dist: Distribution) -> Draws:
-        """The points `[S, *B, *E]`, of a distribution that it is for."""
+        """Return the points `[S, *B, *E]` for a supported distribution. Callers use `sample`, which checks `dist`."""
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
-        """`[*B]`: a tensor of any value whose gradient is what backpropagation through the cost does not give."""
+        """Return a tensor `[*B]` whose gradient is the part that backpropagation through the cost does not give.
+
+        Only its gradient is used, not its value. The default is zero, for pathwise estimators.
+        """
         return torch.zeros_like(cost[0])
 
     def mean(self, draws: Draws, cost: Tensor) -> Tensor:
-        """`[S, *B] -> [*B]`: an estimate of E f, as unbiased as the points are draws."""
+        """Return an estimate of E f, the weighted sum of the costs: `[S, *B] -> [*B]`.
+
+        It is unbiased unless the points are relaxed or sampled at another temperature.
+        """
         return cost.mean(0) if draws.weight is None else (draws.weight * cost).sum(0)
 
     def sample(self, dist: Distribution) -> Draws:
-        """The points `[S, *B, *E]`.
+        """Return the points `[S, *B, *E]` at which to evaluate the cost.
 
         Raises:
-            TypeError: The estimator is not for that distribution.
+            TypeError: The estimator does not support this distribution.
         """
         base, _ = split_independent(dist)
-        if self.families is not None and not isinstance(base, tuple(FAMILIES[each] for each in self.families)):
-            names = " and ".join(FAMILIES[each].__name__ for each in self.families)
-            raise TypeError(f"{type(self).__name__} is for {names}, not for {type(base).__name__}: take {self.instead}")
+        if self.families is not None and not isinstance(base, tuple(FAMILIES[name] for name in self.families)):
+            names = " and ".join(FAMILIES[name].__name__ for name in self.families)
+            raise TypeError(f"{type(self).__name__} is for {names}, not for {type(base).__name__}: use {self.instead}")
         return self.draw(dist)
 
     def surrogate(self, draws: Draws, cost: Tensor) -> Tensor:
-        """`[S, *B] -> [*B]`: forward an estimate of E f, backward one of its gradient.
+        """Return the surrogate `[*B]` of costs `[S, *B]`: its value estimates E f, its gradient grad E f.
 
         Raises:
-            ValueError: There is not one cost for each point.
+            ValueError: The costs are not one per point.
         """
         cost = check_costs(draws, cost)
         return attach_score(self.mean(draws, cost), self.score(draws, cost))
 
     def __call__(self, dist: Distribution, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`[*B]`: both steps, for a cost at hand, `[S, *B, *E] -> [S, *B]`."""
+        """Return the surrogate `[*B]` of a cost function `[S, *B, *E] -> [S, *B]`: both steps in one call."""
         draws = self.sample(dist)
         return self.surrogate(draws, function(draws.value))
 
 
 def check_costs(draws: Draws, cost: Tensor) -> Tensor:
-    """One cost for each point, and a floating one. Raises ValueError when there is another number of them."""
-    known = draws.weight if draws.weight is not None else draws.log_prob
-    points = draws.value.shape[: cost.ndim] if known is None else known.shape
+    """Return the costs as floating-point numbers. Raises ValueError unless there is one cost per point."""
+    per_point = draws.weight if draws.weight is not None else draws.log_prob
+    points = draws.value.shape[: cost.ndim] if per_point is None else per_point.shape
     if cost.ndim == 0 or points != cost.shape:
-        raise ValueError(f"a cost for each of the points {tuple(points)} is wanted, got {tuple(cost.shape)}")
+        raise ValueError(
+            f"the cost needs one value per point, shape {tuple(points)}, but has shape {tuple(cost.shape)}"
+        )
     return cost if cost.is_floating_point() else cost.to(torch.get_default_dtype())
 
 
 def attach_score(value: Tensor, score: Tensor) -> Tensor:
-    """The value, with the gradient of both."""
-    return value + (score - score.detach())  # in this order: the score may be much larger
+    """Return `value`, with the gradient of `value + score`."""
+    return value + (score - score.detach())  # the parentheses keep the digits of `value` if the score is much larger
 
 
 def magic_box(log_prob: Tensor) -> Tensor:
-    """1, whose derivatives of any order are those of the probability over it. Source: Foerster et al. 2018 (DiCE)."""
+    """Return exp(log p - sg(log p)): its value is 1, its derivatives of any order are those of p divided by p.
+
+    Source: Foerster et al. 2018 (DiCE).
+    """
     return (log_prob - log_prob.detach()).exp()
 
 
 def split_independent(dist: Any) -> tuple[Any, int]:
-    """What `Independent` wraps, with its parameters, and how many of the batch dimensions belong to the event."""
+    """Return the distribution inside `Independent`, and how many of its batch dimensions belong to the event."""
     dims = 0
     while isinstance(dist, Independent):
         dist, dims = dist.base_dist, dims + dist.reinterpreted_batch_ndims
@@ -136,42 +152,44 @@ def split_independent(dist: Any) -> tuple[Any, int]:
 
 
 def trailing_sum(values: Tensor, ndim: int) -> Tensor:
-    """The sum over all dimensions but the first `ndim`."""
+    """Return the sum over all dimensions after the first `ndim`."""
     return values.flatten(ndim).sum(-1) if values.ndim > ndim else values
 
 
 def event_sum(values: Tensor, dist: Distribution) -> Tensor:
-    """`[..., *B, *E] -> [..., *B]`."""
+    """Return the sum over the event dimensions, `[..., *B, *E] -> [..., *B]`."""
     return trailing_sum(values, values.ndim - len(dist.event_shape))
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raises ValueError for a temperature that is none."""
+    """Check that a temperature is above 0. Raises ValueError if not."""
     if value <= 0:
-        raise ValueError(f"{name} is a temperature above 0, got {value}")
+        raise ValueError(f"{name} is a temperature and must be above 0, got {value}")
 
 
 def enumerate_values(dist: Distribution) -> tuple[Tensor, Tensor]:
-    """All values of a finite distribution, also of several independent choices: `[M, *B, *E]`, log p `[M, *B]`.
+    """Return all values of a finite distribution, `[M, *B, *E]`, and their log-probabilities, `[M, *B]`.
+
+    The values of several independent variables are all combinations of their values.
 
     Raises:
-        TooManyValuesError: There are more than `MAX_SUPPORT`.
+        TooManyValuesError: There are more than `MAX_SUPPORT` combinations.
     """
     base, dims = split_independent(dist)
     if dims == 0:
         support = base.enumerate_support()
         return support, base.log_prob(support)
-    shape = base.batch_shape[len(base.batch_shape) - dims :]  # the choices
-    each = base.enumerate_support(expand=False)  # [K, 1 ..., *e], with e the event of one choice
-    each = each.reshape(len(each), *base.event_shape)
-    if len(each) ** shape.numel() > MAX_SUPPORT:
+    shape = base.batch_shape[len(base.batch_shape) - dims :]  # of the independent variables
+    support = base.enumerate_support(expand=False)  # [K, 1 ..., *e], with e the event of one variable
+    support = support.reshape(len(support), *base.event_shape)
+    if len(support) ** shape.numel() > MAX_SUPPORT:
         raise TooManyValuesError(
-            f"{len(each)} ** {shape.numel()} values are too many to go through, the limit is {MAX_SUPPORT}"
+            f"{len(support)} ** {shape.numel()} values are too many to enumerate, the limit is {MAX_SUPPORT}"
         )
-    # The digits of 0, 1, 2, ... in base K are every combination
-    number = torch.arange(len(each) ** shape.numel(), device=each.device).unsqueeze(-1)  # [M, 1]
-    place = len(each) ** torch.arange(shape.numel() - 1, -1, -1, device=each.device)  # [D]
-    values = each[number // place % len(each)]  # [M, D, *e]
+    # The digits of 0, 1, 2, ... in base K give every combination
+    number = torch.arange(len(support) ** shape.numel(), device=support.device).unsqueeze(-1)  # [M, 1]
+    place = len(support) ** torch.arange(shape.numel() - 1, -1, -1, device=support.device)  # [D]
+    values = support[number // place % len(support)]  # [M, D, *e]
     values = values.view(len(values), *[1] * len(dist.batch_shape), *dist.event_shape)
     values = values.expand(-1, *dist.batch_shape, *dist.event_shape)
     return values, dist.log_prob(values)

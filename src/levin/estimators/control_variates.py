@@ -1,11 +1,12 @@
-"""Score functions with a relaxation of the same draw as control variate: REBAR, RELAX and LAX.
+"""Score-function estimators whose control variate is a relaxation of the same sample: REBAR, RELAX and LAX.
 
-z = g(theta, noise) is relaxed, b = H(z) the real value, z~ a second noise that gives the same b. A c of the relaxed
-y = act(z / tau) is like f(b), and the path through z gives its gradient:
+z = g(theta, noise) is reparameterised, b = H(z) is its discrete value, and z~ is a second sample of z given b. The
+control variate is a function c of the relaxed values y = act(z / tau) and y~ = act(z~ / tau). It should be close to
+f(b), and its own gradient is pathwise:
 
     g = (f(b) - c(y~)) grad log p(b) + grad c(y) - grad c(y~)        unbiased for any c
 
-y~ = act(z~ / tau) depends on theta as well, through the noise that gives b.
+y~ depends on theta as well, because the distribution of z given b does.
 """
 
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ DISCRETE = ("bernoulli", "one_hot")
 
 @dataclass(frozen=True)
 class REBAR(Estimator):
-    """c = eta f, of the relaxed points: three evaluations. Source: Tucker et al. 2017.
+    """REBAR: c = eta f, evaluated at the relaxed points; three evaluations in all. Source: Tucker et al. 2017.
 
     Args:
         eta: Weight of the control variate; 0 is the plain score function.
-        tau: Temperature.
+        tau: Temperature of the relaxation.
     """
 
     eta: float = 1.0
@@ -58,8 +59,8 @@ class REBAR(Estimator):
         if self.eta == 0:
             return real.detach() * draws.log_prob
         if not cost.requires_grad:
-            raise TypeError("REBAR differentiates the cost, and this one has no gradient: take RELAX")
-        # Of the points alone: what else the cost depends on has its gradient from the real one.
+            raise TypeError("REBAR needs a differentiable cost, but this one has no gradient: use RELAX")
+        # Only in the points: other parameters of the cost get their gradient from the cost at b
         difference = self.eta * (relaxed - other)
         (slope,) = torch.autograd.grad(difference.sum(), draws.value, retain_graph=True)
         path = trailing_sum(slope.detach() * draws.value, cost.ndim).sum(0)
@@ -67,9 +68,9 @@ class REBAR(Estimator):
 
 
 class RELAX(Estimator, nn.Module):
-    """c a network that is trained to make the variance small; f may be a black box: one evaluation.
+    """RELAX: c is a network trained to minimise the variance. f may be a black box; one evaluation.
 
-    The critic learns from `variance` alone, and nothing of a surrogate reaches it:
+    Train the critic on `variance`; the surrogate gives it no gradient:
 
         gradient = relax.gradient(draws, cost)
         relax.variance(gradient).backward()
@@ -78,12 +79,12 @@ class RELAX(Estimator, nn.Module):
     Source: Grathwohl et al. 2018.
 
     Args:
-        critic: c, `[*B, *E] -> [*B]`.
-        tau: Temperature.
+        critic: Network c, `[*B, *E] -> [*B]`.
+        tau: Temperature of the relaxation.
     """
 
     families: ClassVar = DISCRETE
-    unbiased: ClassVar = "always, with a critic that does not know this draw"
+    unbiased: ClassVar = "always, with a critic that does not depend on this sample"
 
     def __init__(self, critic: nn.Module, tau: float = 0.5) -> None:
         super().__init__()
@@ -93,46 +94,46 @@ class RELAX(Estimator, nn.Module):
     def draw(self, dist: Distribution) -> Draws:
         base, _ = split_independent(dist)
         logits = choice_logits(dist)
-        leaf = logits.detach().requires_grad_()  # gradients of c stay apart from those of f
+        leaf = logits.detach().requires_grad_()  # so that gradients of c do not reach the parameters
         b, y, other = relaxed_pair(leaf, self.tau, dist)
         score = b - base.probs.detach()  # grad log p(b), in the logits
         parameter = logits[..., 0] if isinstance(base, Bernoulli) else logits
         return Draws(b.unsqueeze(0), None, None, (parameter, leaf, score, y, other))
 
     def gradient(self, draws: Draws, cost: Tensor) -> Tensor:
-        """g `[*B, *E]` in the logits, differentiable in the critic."""
+        """Return the gradient g in the logits, `[*B, *E]`, differentiable in the critic's parameters."""
         parameter, leaf, score, y, other = draws.aux
         relaxed, conditional = critic_values(self.critic, y, cost), critic_values(self.critic, other, cost)
         (path,) = torch.autograd.grad((relaxed - conditional).sum(), leaf, create_graph=True)
-        path = path if leaf.ndim == parameter.ndim else path[..., 0]  # the logit 0 of a Bernoulli is no parameter
+        path = path if leaf.ndim == parameter.ndim else path[..., 0]  # a Bernoulli's second logit is constant
         weight = cost[0].detach() - conditional
         return weight.view(*weight.shape, *[1] * (score.ndim - weight.ndim)) * score + path
 
     def variance(self, gradient: Tensor) -> Tensor:
-        """E|g|^2 for each of the parameters: the variance, but for a constant. A scalar."""
+        """Return the mean of g^2 over all entries, a scalar: the variance per parameter up to a constant."""
         return gradient.square().mean()
 
     def surrogate(self, draws: Draws, cost: Tensor, gradient: Tensor | None = None) -> Tensor:
-        """As that of every estimator; a `gradient` at hand is not computed again."""
+        """Return the surrogate, see `Estimator.surrogate`. Pass `gradient` if you have already computed it."""
         cost = check_costs(draws, cost)
         gradient = self.gradient(draws, cost) if gradient is None else gradient
         return attach_score(self.mean(draws, cost), trailing_sum(gradient.detach() * draws.aux[0], cost.ndim - 1))
 
-    __call__ = Estimator.__call__  # and not that of a module
+    __call__ = Estimator.__call__  # not nn.Module's
 
 
 class LAX(Estimator, nn.Module):
-    """RELAX of what is reparameterised: g = (f(z) - c(z)) grad log p(z) + grad c(z). Source: Grathwohl et al. 2018.
+    """LAX, RELAX for continuous z: g = (f(z) - c(z)) grad log p(z) + grad c(z). Source: Grathwohl et al. 2018.
 
-    The critic learns as that of RELAX does.
+    Train the critic as in RELAX.
 
     Args:
-        critic: c, `[*B, *E] -> [*B]`.
+        critic: Network c, `[*B, *E] -> [*B]`.
     """
 
     families: ClassVar = ("normal",)
-    unbiased: ClassVar = "always, with a critic that does not know this draw"
-    instead: ClassVar = "RELAX for choices"
+    unbiased: ClassVar = "always, with a critic that does not depend on this sample"
+    instead: ClassVar = "RELAX for categorical variables"
 
     def __init__(self, critic: nn.Module) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class LAX(Estimator, nn.Module):
         return Draws(z.detach().unsqueeze(0), None, None, (parameters, leaf, score, z))
 
     def gradient(self, draws: Draws, cost: Tensor) -> Tensor:
-        """g `[2, *B, *E]` in mean and deviation, differentiable in the critic."""
+        """Return the gradient g in mean and standard deviation, `[2, *B, *E]`, differentiable in the critic."""
         _, leaf, score, z = draws.aux
         relaxed = critic_values(self.critic, z, cost)
         (path,) = torch.autograd.grad(relaxed.sum(), leaf, create_graph=True)
@@ -158,33 +159,36 @@ class LAX(Estimator, nn.Module):
     variance = RELAX.variance
 
     def surrogate(self, draws: Draws, cost: Tensor, gradient: Tensor | None = None) -> Tensor:
-        """As that of every estimator; a `gradient` at hand is not computed again."""
+        """Return the surrogate, see `Estimator.surrogate`. Pass `gradient` if you have already computed it."""
         cost = check_costs(draws, cost)
         gradient = self.gradient(draws, cost) if gradient is None else gradient
         return attach_score(
             self.mean(draws, cost), trailing_sum((gradient.detach() * draws.aux[0]).sum(0), cost.ndim - 1)
         )
 
-    __call__ = Estimator.__call__  # and not that of a module
+    __call__ = Estimator.__call__  # not nn.Module's
 
 
 def critic_values(critic: nn.Module, points: Tensor, cost: Tensor) -> Tensor:
-    """c of the points, `[*B]`. Raises ValueError when the critic gives another shape than costs `[1, *B]` have."""
+    """Return c(points), `[*B]`. Raises ValueError if the shape does not fit that of the costs, `[1, *B]`."""
     values = critic(points)
     if values.shape != cost.shape[1:]:
-        raise ValueError(f"a critic gives {tuple(cost.shape[1:])} for {tuple(points.shape)}, got {tuple(values.shape)}")
+        raise ValueError(
+            f"the critic must return shape {tuple(cost.shape[1:])} for points of shape {tuple(points.shape)}, "
+            f"got {tuple(values.shape)}"
+        )
     return values
 
 
 def choice_logits(dist: Distribution) -> Tensor:
-    """The logits of choices `[*B, *E, K]`, all finite; a Bernoulli is the first of two, with the logits (l, 0)."""
+    """Return finite categorical logits `[..., K]`; a Bernoulli becomes two categories with the logits (l, 0)."""
     base, _ = split_independent(dist)
     logits = base.logits.clamp(min=torch.finfo(base.logits.dtype).min)
     return torch.stack([logits, torch.zeros_like(logits)], -1) if isinstance(base, Bernoulli) else logits
 
 
 def relaxed_pair(logits: Tensor, tau: float, dist: Distribution) -> tuple[Tensor, Tensor, Tensor]:
-    """b, y and y~ of those logits, in the form of `dist`: each `[*B, *E]`. b has no gradient, the others have."""
+    """Return b, y and y~, each `[*B, *E]`, the shape of a sample of `dist`; b has no gradient in the logits."""
     log_probs = logits.log_softmax(-1)
     z = log_probs + sample_gumbel(log_probs)
     b = one_hot_argmax(z.detach())

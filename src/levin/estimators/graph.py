@@ -1,16 +1,16 @@
-"""A computation with several sampling steps, whose gradient estimate is put together from those of its nodes.
+"""Stochastic computation graph: combine one gradient estimator per sampling step into one surrogate.
 
-The expected cost is nested, and so is its estimate: each node's estimator takes all that comes after it as its cost.
+The expected cost is nested, and so is its estimate: the cost of each node is the estimate of all that follows it.
 
     E_{z_1}[ c_1 + E_{z_2 | z_1}[ c_2 + ... ]]
 
     graph = StochasticGraph()
     z = graph.sample("z", OneHotCategorical(logits=encoder(x)), LeaveOneOut(4))    # [4, *B, K]
-    a = graph.sample("a", Normal(network(z), 1.0), Reparameterized())              # [4, *B]: one draw, no dimension
+    a = graph.sample("a", Normal(network(z), 1.0), Reparameterized())              # [4, *B]: one sample adds no dim
     graph.cost("loss", (decoder(a) - x).square().sum(-1))                          # [4, *B]
     graph.surrogate().mean().backward()
 
-Source: Schulman et al. 2015 (arXiv:1506.05254); van Krieken et al. 2021 (arXiv:2104.00428); the lecture's row 23.
+Source: Schulman et al. 2015 (arXiv:1506.05254); van Krieken et al. 2021 (arXiv:2104.00428).
 """
 
 from dataclasses import dataclass
@@ -24,50 +24,57 @@ from levin.estimators.base import Draws, Estimator
 
 
 class Node(NamedTuple):
-    """A sampling step."""
+    """One sampling step of the graph."""
 
     name: str
     dist: Distribution
     estimator: Estimator
     draws: Draws
-    value: Tensor  # what the caller has: the points, without the dimension of a single one
+    value: Tensor  # the points as the caller gets them: without the leading dimension if there is only one
 
 
 @dataclass
 class Cost:
-    """What is paid once the first `after` nodes have been sampled; `of`: those of them that it may depend on."""
+    """A cost, or an estimate of one.
+
+    Args:
+        value: Costs `[*sizes, *B]`.
+        after: Number of nodes sampled before the cost was recorded.
+        depends_on: Indices of the nodes, among these, that the cost may depend on.
+    """
 
     value: Tensor
     after: int
-    of: set[int]
+    depends_on: set[int]
 
 
 class StochasticGraph:
-    """Records sampling steps and costs in the order of the computation, and gives the surrogate of the expected cost.
+    """Record sampling steps and costs in the order of computation, and return the surrogate of the expected cost.
 
-    A node with several draws puts a dimension in front of all that are there: with the batch shape `[*B]` of the first
-    distribution, what comes after nodes of 4 and then 2 draws is `[2, 4, *B, ...]`. A later distribution, or a cost,
-    that does not depend on them may have the batch shape `[*B]` alone.
+    A node with several points adds a leading dimension: if the first distribution has the batch shape `[*B]`, tensors
+    computed from nodes with 4 and then 2 points are `[2, 4, *B, ...]`. A later distribution or cost that does not
+    depend on these nodes may have the batch shape `[*B]` alone.
 
     Args:
-        prune: A node is charged with the costs that are reachable from its points by autograd, instead of with all that
-            are recorded after it. That is less variance, and right only if costs and later parameters depend on points
-            by differentiable operations: no env, no `argmax`, no indexing, no `detach` in between. Points that are
-            integers, and costs without a graph, are never pruned.
+        prune: Charge a node only with the costs that autograd reaches from its points, instead of with all costs
+            recorded after it. This lowers the variance, but is correct only if costs and later parameters depend on the
+            points through differentiable operations: no env, no `argmax`, no indexing, no `detach` in between. Nodes
+            with integer points are never pruned, nor are costs without an autograd graph.
     """
 
     def __init__(self, *, prune: bool = False) -> None:
         self.prune = prune
         self.nodes: list[Node] = []
         self.costs: dict[str, Cost] = {}
-        self.sizes: tuple[int, ...] = ()  # of the dimensions in front of the batch
+        self.sizes: tuple[int, ...] = ()  # numbers of points, the dimensions before the batch shape
         self.batch: torch.Size | None = None
 
     def sample(self, name: str, dist: Distribution, estimator: Estimator) -> Tensor:
-        """The points of a new node: `[S, *sizes, *B, *E]`; those of an estimator with one point `[*sizes, *B, *E]`.
+        """Add a node and return its points: `[S, *sizes, *B, *E]`, or `[*sizes, *B, *E]` if S is 1.
 
         Raises:
-            ValueError: The name is taken, or the batch shape of the distribution is not that of the graph.
+            ValueError: The name is taken, or the batch shape of the distribution does not fit the graph.
+            TypeError: The estimator does not support this distribution.
         """
         self._check_new(name)
         self.batch = dist.batch_shape if self.batch is None else self.batch
@@ -75,10 +82,14 @@ class StochasticGraph:
         if dist.batch_shape == self.batch != expected:
             dist = dist.expand(expected)
         if dist.batch_shape != expected:
-            raise ValueError(f"{name!r} has the batch shape {[*dist.batch_shape]}, the graph {[*expected]} before it")
+            raise ValueError(
+                f"the distribution of {name!r} has the batch shape {[*dist.batch_shape]}, "
+                f"but the graph needs {[*expected]} here"
+            )
         draws = estimator.sample(dist)
         if self.prune and draws.value.is_floating_point() and not draws.value.requires_grad:
-            draws = draws._replace(value=draws.value.detach().requires_grad_())  # so that autograd sees who reads it
+            # So that autograd finds what depends on the points
+            draws = draws._replace(value=draws.value.detach().requires_grad_())
         value = draws.value if len(draws.value) > 1 else draws.value.squeeze(0)
         self.nodes.append(Node(name, dist, estimator, draws, value))
         if len(draws.value) > 1:
@@ -86,81 +97,81 @@ class StochasticGraph:
         return value
 
     def cost(self, name: str, value: Tensor) -> None:
-        """Record a cost, `[*sizes, *B]` or `[*B]`, of all that was sampled so far.
+        """Record a cost, `[*sizes, *B]` or `[*B]`, that may depend on all nodes so far.
 
         Raises:
-            ValueError: The name is taken, or the shape is another.
+            ValueError: The name is taken, or the shape of the cost does not fit the graph.
         """
         self._check_new(name)
         self.batch = value.shape if self.batch is None else self.batch
         expected = torch.Size([*self.sizes, *self.batch])
         if value.shape not in (expected, self.batch):
-            raise ValueError(f"the cost {name!r} is {[*value.shape]}, and {[*expected]} is wanted")
-        self.costs[name] = Cost(value.expand(expected), len(self.nodes), self._reached(value))
+            raise ValueError(f"the cost {name!r} has shape {[*value.shape]}, but needs {[*expected]}")
+        self.costs[name] = Cost(value.expand(expected), len(self.nodes), self._dependencies(value))
 
     def surrogate(self, *, causal: bool = True) -> Tensor:
-        """`[*B]`: forward an estimate of the expected sum of the costs, backward one of its gradient.
+        """Return the surrogate `[*B]`: its value estimates the expected sum of the costs, its gradient the gradient.
 
         Args:
-            causal: A node is charged with what is recorded after it. Without, with every cost: a score function is then
-                as unbiased, and as noisy, as simple REINFORCE.
+            causal: True: charge a node only with the costs recorded after it. False: charge it with every cost; a score
+                function is then still unbiased, and as noisy as REINFORCE with the full return.
 
         Raises:
-            ValueError: There is no cost.
+            ValueError: The graph has no cost.
         """
         if not self.costs:
-            raise ValueError("a graph without a cost has no expected cost")
+            raise ValueError("the graph has no cost: record one with cost(name, value) before surrogate()")
         terms = list(self.costs.values())
         if not causal:
-            everyone, full = set(range(len(self.nodes))), [*self.sizes, *(self.batch or ())]
-            terms = [Cost(term.value.expand(full), len(self.nodes), everyone) for term in terms]
+            all_nodes, shape = set(range(len(self.nodes))), [*self.sizes, *(self.batch or ())]
+            terms = [Cost(term.value.expand(shape), len(self.nodes), all_nodes) for term in terms]
         for index in reversed(range(len(self.nodes))):
             later = [term for term in terms if term.after > index]
             terms = [term for term in terms if term.after <= index]
-            charged = [term for term in later if index in term.of]
-            others = [term for term in later if index not in term.of]
+            charged = [term for term in later if index in term.depends_on]
+            others = [term for term in later if index not in term.depends_on]
             if charged:
-                terms.append(self._surrogate_of(index, charged))
+                terms.append(self._charge_node(index, charged))
             if others:
-                terms.append(self._mean_over(index, others))
-        return sum_terms(terms)
+                terms.append(self._average_over_node(index, others))
+        return sum_costs(terms)
 
-    def _surrogate_of(self, index: int, terms: list[Cost]) -> Cost:
-        """What a node is charged with, as seen before it was sampled."""
+    def _charge_node(self, index: int, terms: list[Cost]) -> Cost:
+        """Return the surrogate of a node for these costs, as one cost recorded before the node was sampled."""
         _, dist, estimator, draws, _ = self.nodes[index]
-        of = set(range(index))
-        if self.prune:  # through later costs, and through the parameters of the node itself
+        depends_on = set(range(index))
+        if self.prune:  # earlier nodes are reached through the costs, and through the parameters of this node
             source = draws.value if draws.value.grad_fn is not None else dist.log_prob(draws.value)
-            of = set[int]().union(self._reached(source, index), *(term.of for term in terms)) - {index}
-        return Cost(estimator.surrogate(draws, with_points(sum_terms(terms), draws)), index, of)
+            depends_on = self._dependencies(source, index).union(*(term.depends_on for term in terms)) - {index}
+        return Cost(estimator.surrogate(draws, with_point_dimension(sum_costs(terms), draws)), index, depends_on)
 
-    def _mean_over(self, index: int, terms: list[Cost]) -> Cost:
-        """What a node has no part in: its expectation over the points."""
+    def _average_over_node(self, index: int, terms: list[Cost]) -> Cost:
+        """Return the mean over the node's points of costs that do not depend on the node."""
         _, _, estimator, draws, _ = self.nodes[index]
-        of = set[int]().union(*(term.of for term in terms))
-        # The plain mean: that of Dice has a gradient of its own
-        return Cost(Estimator.mean(estimator, draws, with_points(sum_terms(terms), draws)), index, of)
+        depends_on = set[int]().union(*(term.depends_on for term in terms))
+        # Not `estimator.mean`: that of Dice adds a gradient
+        return Cost(Estimator.mean(estimator, draws, with_point_dimension(sum_costs(terms), draws)), index, depends_on)
 
     def _check_new(self, name: str) -> None:
         if name in self.costs or any(node.name == name for node in self.nodes):
-            raise ValueError(f"there is a {name!r} in this graph already")
+            raise ValueError(f"the name {name!r} is already used in this graph")
 
-    def _reached(self, value: Tensor, before: int | None = None) -> set[int]:
-        """Which of the nodes `before` one it may depend on."""
+    def _dependencies(self, value: Tensor, before: int | None = None) -> set[int]:
+        """Return the indices of the nodes that `value` may depend on, among those below `before` (None: all)."""
         nodes = dict(enumerate(self.nodes[:before]))
         traced = {index: node.value for index, node in nodes.items() if node.value.requires_grad}
         if not self.prune or not value.requires_grad or not traced:
             return set(nodes)
-        slopes = torch.autograd.grad(value.sum(), list(traced.values()), retain_graph=True, allow_unused=True)
-        unread = {index for index, slope in zip(traced, slopes, strict=True) if slope is None}
-        return set(nodes) - unread
+        gradients = torch.autograd.grad(value.sum(), list(traced.values()), retain_graph=True, allow_unused=True)
+        unreached = {index for index, gradient in zip(traced, gradients, strict=True) if gradient is None}
+        return set(nodes) - unreached
 
 
-def sum_terms(terms: list[Cost]) -> Tensor:
-    """Their sum."""
+def sum_costs(terms: list[Cost]) -> Tensor:
+    """Return the sum of the costs, `[*sizes, *B]`."""
     return torch.stack([term.value for term in terms]).sum(0)
 
 
-def with_points(value: Tensor, draws: Draws) -> Tensor:
-    """`[S, ...]`, also where there is one point, which has no dimension."""
+def with_point_dimension(value: Tensor, draws: Draws) -> Tensor:
+    """Return `[S, ...]`: add the dimension that the value lacks if there is only one point."""
     return value if len(draws.value) > 1 else value.unsqueeze(0)

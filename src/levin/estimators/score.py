@@ -1,4 +1,4 @@
-"""The score function and its baselines: any distribution with a `log_prob`, any cost.
+"""Score-function estimators and their baselines, for any cost and any distribution with a `log_prob`.
 
 grad E f = E[(f(z) - b) grad log p(z)]        b independent of this z
 """
@@ -14,16 +14,16 @@ from levin.estimators.base import Draws, Estimator, enumerate_values, event_sum,
 
 
 def check_num_draws(name: str, num: int, least: int) -> None:
-    """Raises ValueError when an estimator is asked for with too few draws."""
+    """Check that an estimator has at least `least` samples. Raises ValueError if not."""
     if num < least:
-        raise ValueError(f"{name} needs {least} draws or more, got {num}")
+        raise ValueError(f"{name} needs {least} or more samples, got {num}")
 
 
 @dataclass(frozen=True)
 class Exact(Estimator):
-    """sum_z grad p(z) f(z): every value of a finite distribution; of D independent choices, K^D. Variance 0.
+    """Exact gradient of a finite distribution, sum_z grad p(z) f(z), with variance 0.
 
-    Its points are all values, so that E f is exact as well.
+    Its points are all values, K^D for D independent variables of K values, so the value of the surrogate is exact too.
     """
 
     families: ClassVar = ("bernoulli", "categorical", "one_hot")
@@ -32,7 +32,7 @@ class Exact(Estimator):
         return self.at(dist, enumerate_values(dist)[0])
 
     def at(self, dist: Distribution, values: Tensor) -> Draws:
-        """All values `[M, *B, *E]`, or all that have a probability."""
+        """Return these values as points, `[M, *B, *E]`: all that have a probability above 0."""
         log_prob = dist.log_prob(values)
         return Draws(values, log_prob, log_prob.detach().exp())
 
@@ -43,16 +43,16 @@ class Exact(Estimator):
 
 @dataclass(frozen=True)
 class ScoreFunction(Estimator):
-    """(f - b) grad log p, averaged over the draws. Source: Williams 1992; the lecture's row 3.
+    """Score function, (f - b) grad log p, averaged over the samples. Source: Williams 1992.
 
     Args:
-        num: Draws.
-        baseline: b, a number or a tensor `[*B]` that does not know these draws: a constant, V(x) from other data.
+        num: Number of samples.
+        baseline: Baseline b, a number or a tensor `[*B]` that does not depend on these samples, such as V(x).
     """
 
     num: int = 1
     baseline: float | Tensor = 0.0
-    unbiased: ClassVar = "always, with a baseline that does not depend on the draw"
+    unbiased: ClassVar = "always, with a baseline that does not depend on the sample"
 
     def __post_init__(self) -> None:
         check_num_draws("ScoreFunction", self.num, 1)
@@ -62,22 +62,22 @@ class ScoreFunction(Estimator):
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         if isinstance(self.baseline, Tensor) and self.baseline.shape != cost.shape[1:]:
-            shapes = f"{tuple(self.baseline.shape)}, and the costs are {tuple(cost.shape)}"
-            raise ValueError(f"a baseline has the shape of the batch, got {shapes}")
+            shapes = f"{tuple(self.baseline.shape)} for costs of shape {tuple(cost.shape)}"
+            raise ValueError(f"the baseline must have the batch shape of the costs, got {shapes}")
         return weighted_score(draws, cost - self.baseline)
 
 
 class MovingAverage(Estimator, nn.Module):
-    """The score function with an exponential average of the costs of earlier calls as baseline.
+    """Score function whose baseline is an exponential average of the costs of earlier calls.
 
-    The costs at hand enter it after they were weighed: with them in it the estimate would be biased.
+    The average is updated after the current costs are used, because a baseline that contains them would be biased.
 
     Args:
-        decay: Of the average, in [0, 1).
-        num: Draws.
+        decay: Decay of the average, in [0, 1).
+        num: Number of samples.
     """
 
-    unbiased: ClassVar = "always, as only the past is in the baseline"
+    unbiased: ClassVar = "always, as the baseline contains only earlier costs"
     average: Tensor
     total: Tensor
 
@@ -85,11 +85,11 @@ class MovingAverage(Estimator, nn.Module):
         super().__init__()
         check_num_draws("MovingAverage", num, 1)
         if not 0 <= decay < 1:
-            raise ValueError(f"a decay is in [0, 1), got {decay}")
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay, self.num = decay, num
-        # [1] and not []: torch.compile of 2.13 loses what is written into a double without a dimension.
+        # Shape [1], not []: torch.compile 2.13 loses in-place updates of a zero-dimensional float64 tensor
         self.register_buffer("average", torch.zeros(1))
-        self.register_buffer("total", torch.zeros(1))  # of the weights, so that the first costs count in full
+        self.register_buffer("total", torch.zeros(1))  # sum of the weights, corrects the bias towards the initial 0
 
     def draw(self, dist: Distribution) -> Draws:
         return draws_at(dist, dist.sample(torch.Size([self.num])))
@@ -101,15 +101,15 @@ class MovingAverage(Estimator, nn.Module):
             self.total.lerp_(torch.ones_like(self.total), 1 - self.decay)
         return score
 
-    __call__ = Estimator.__call__  # and not that of a module
+    __call__ = Estimator.__call__  # not nn.Module's
 
 
 @dataclass(frozen=True)
 class SelfCritical(Estimator):
-    """The score function with f at the most probable value as baseline. Source: Rennie et al. 2017.
+    """Score function whose baseline is f at the most probable value. Source: Rennie et al. 2017.
 
     Args:
-        num: Draws; one more evaluation is that of the baseline.
+        num: Number of samples; the baseline takes one more evaluation.
     """
 
     num: int = 1
@@ -124,7 +124,7 @@ class SelfCritical(Estimator):
         weight = torch.full(
             [self.num + 1, *dist.batch_shape], 1 / self.num, device=value.device, dtype=parameter_dtype(dist)
         )
-        weight[-1] = 0  # no draw
+        weight[-1] = 0  # the mode is not a sample
         return Draws(value, dist.log_prob(value), weight)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
@@ -133,16 +133,17 @@ class SelfCritical(Estimator):
 
 @dataclass(frozen=True)
 class LeaveOneOut(Estimator):
-    """1/(n-1) sum_i (f_i - mean f) grad log p(z_i): the baseline of a draw is the mean cost of the others.
+    """Leave-one-out (RLOO): the baseline of a sample is the mean cost of the others.
 
-    Source: Mnih and Rezende 2016 (VIMCO's idea), Kool et al. 2019 a (RLOO).
+    The estimate is 1/(n-1) sum_i (f_i - mean f) grad log p(z_i). Source: Kool et al. 2019 a; the idea is that of VIMCO,
+    Mnih and Rezende 2016.
 
     Args:
-        num: Draws, 2 or more, independent given the parameters.
+        num: Number of independent samples, 2 or more.
     """
 
     num: int = 2
-    unbiased: ClassVar = "always, for two draws or more"
+    unbiased: ClassVar = "always, for two or more samples"
 
     def __post_init__(self) -> None:
         check_num_draws("LeaveOneOut", self.num, 2)
@@ -156,18 +157,18 @@ class LeaveOneOut(Estimator):
 
 @dataclass(frozen=True)
 class OptimalConstant(Estimator):
-    """The score function with b* = E[f |s|^2] / E[|s|^2], s = grad log p: of all constants the one of least variance.
+    """Score function with the constant baseline of least variance, b* = E[f |s|^2] / E[|s|^2], s = grad log p.
 
-    The expectations are those of the other draws, in the logits, or in the mean of a Normal. Source: Greensmith et al.
-    2004.
+    For each sample the expectations are estimated from the other samples. s is the gradient in the logits, or in the
+    mean of a Normal. Source: Greensmith et al. 2004.
 
     Args:
-        num: Draws, 2 or more.
+        num: Number of samples, 2 or more.
     """
 
     num: int = 4
     families: ClassVar = ("bernoulli", "categorical", "one_hot", "normal")
-    unbiased: ClassVar = "always: the constant of a draw is made of the others"
+    unbiased: ClassVar = "always, as the baseline of a sample uses only the others"
 
     def __post_init__(self) -> None:
         check_num_draws("OptimalConstant", self.num, 2)
@@ -184,12 +185,12 @@ class OptimalConstant(Estimator):
 
 @dataclass(frozen=True)
 class Dice(Estimator):
-    """f times the magic box of log p: gradients of any order, through several sampling steps too.
+    """DiCE: f exp(log p - sg(log p)), for gradients of any order, also through several sampling steps.
 
     Source: Foerster et al. 2018.
 
     Args:
-        num: Draws.
+        num: Number of samples.
     """
 
     num: int = 1
@@ -207,20 +208,23 @@ class Dice(Estimator):
 
 
 def draws_at(dist: Distribution, value: Tensor, aux: tuple[Tensor, ...] = ()) -> Draws:
-    """Points `[S, *B, *E]` that were drawn, with their log-probability."""
+    """Return sampled points `[S, *B, *E]` with their log-probability."""
     value = value.detach()
     return Draws(value, dist.log_prob(value), None, aux)
 
 
 def weighted_score(draws: Draws, weight: Tensor) -> Tensor:
-    """sum_s w_s weight_s log p(z_s): its gradient is the score function's. `[S, *B] -> [*B]`."""
+    """Return sum_s w_s weight_s log p(z_s), `[S, *B] -> [*B]`; w_s is the weight of point s in E f.
+
+    Its gradient is that of the score function.
+    """
     assert draws.log_prob is not None
     terms = weight.detach() * draws.log_prob
     return terms.mean(0) if draws.weight is None else (draws.weight * terms).sum(0)
 
 
 def most_probable(dist: Distribution) -> Tensor:
-    """The most probable value `[*B, *E]`; of a Bernoulli with p = 1/2, 0."""
+    """Return the most probable value, `[*B, *E]`; 0 for a Bernoulli with p = 1/2."""
     base, _ = split_independent(dist)
     if isinstance(base, torch.distributions.Bernoulli):
         return (base.logits > 0).to(base.logits)
@@ -228,18 +232,18 @@ def most_probable(dist: Distribution) -> Tensor:
 
 
 def squared_score(dist: Distribution, value: Tensor) -> Tensor:
-    """|grad log p(z)|^2 in the logits, or in the mean of a Normal: `[S, *B]`."""
+    """Return |grad log p(z)|^2, `[S, *B]`; the gradient is in the logits, or in the mean of a Normal."""
     base, _ = split_independent(dist)
     with torch.no_grad():
         if isinstance(base, torch.distributions.Normal):
             return event_sum(((value - base.loc) / base.scale**2).square(), dist)
-        if isinstance(base, torch.distributions.Categorical):  # z is a number: (z - p)^2 of its one-hot form
+        if isinstance(base, torch.distributions.Categorical):  # z is an index: |onehot(z) - p|^2
             probs = base.probs.expand(*value.shape, -1)
             return event_sum(1 - 2 * probs.gather(-1, value.unsqueeze(-1)).squeeze(-1) + probs.square().sum(-1), dist)
         return event_sum((value - base.probs).square(), dist)
 
 
 def parameter_dtype(dist: Distribution) -> torch.dtype:
-    """Of the parameters, and so of the costs."""
+    """Return the dtype of the distribution's parameters."""
     base, _ = split_independent(dist)
     return base.loc.dtype if isinstance(base, torch.distributions.Normal) else base.logits.dtype

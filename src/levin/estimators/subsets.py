@@ -1,7 +1,7 @@
-"""Draws without replacement: of a finite distribution, no value is paid for twice.
+"""Estimators that sample without replacement from a finite distribution, so that no value is evaluated twice.
 
-For one choice, or several independent ones that are few enough to be enumerated together. p is the probability of a
-value of all of them, S the set of those drawn.
+They support one categorical variable, or several independent ones with few enough combinations to enumerate. p(s) is
+the probability of a combination s, S the set of sampled combinations.
 """
 
 import math
@@ -23,12 +23,13 @@ FINITE = ("bernoulli", "categorical", "one_hot")
 
 @dataclass(frozen=True)
 class SumAndSample(Estimator):
-    """sum_{C} grad p f + (1 - P(C)) f(r) grad log p(r): the n - 1 likeliest values C, and one draw r of the others.
+    """Sum over the n - 1 most probable values C, plus one sample r of the others.
 
-    Source: Liu et al. 2019 (Rao-Blackwellised).
+    The estimate is sum_{c in C} grad p(c) f(c) + (1 - P(C)) f(r) grad log p(r). Source: Liu et al. 2019
+    (Rao-Blackwellised).
 
     Args:
-        num: n, evaluations.
+        num: Number of evaluations n.
     """
 
     num: int = 2
@@ -46,11 +47,11 @@ class SumAndSample(Estimator):
         return self.at(values, log_prob, torch.cat([chosen, rest]))
 
     def at(self, values: Tensor, log_prob: Tensor, indices: Tensor) -> Draws:
-        """Those of the values `[M, *B, *E]` at `indices` `[n, *B]`, the last of which was drawn."""
+        """Return the values `[M, *B, *E]` at `indices`, `[n, *B]`, as points; the last index is the sample r."""
         rest = log_prob.detach().exp().scatter(0, indices[:-1], 0.0).sum(0, keepdim=True)  # 1 - P(C)
         log_prob = log_prob.gather(0, indices)
         weight = torch.cat([log_prob[:-1].detach().exp(), rest])
-        return Draws(take_rows(values, indices), log_prob, weight)
+        return Draws(gather_values(values, indices), log_prob, weight)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
@@ -60,17 +61,20 @@ class SumAndSample(Estimator):
 
 @dataclass(frozen=True)
 class UnorderedSet(Estimator):
-    """sum_{s in S} grad p(s) R(S, s) (f(s) - sum_{t in S} p(t) R(S, s, t) f(t)), S = n draws without replacement.
+    """Unordered set estimator with a built-in baseline, of a set S of n samples without replacement.
 
-    R(S, s) is the probability of the others of S when s is left out of the domain, over that of S; R(S, s, t) the same
-    with s left out already, R(S, s, s) = 1. The probability of a set is an integral, by 96 nodes to 8 digits:
+        sum_{s in S} grad p(s) R(S, s) (f(s) - sum_{t in S} p(t) R(S, s, t) f(t))
+
+    P(S) is the probability that sampling gives the set S. R(S, s) = P(S without s, in the domain without s) / P(S).
+    R(S, s, t) is the same ratio for t once s is removed from S and from the domain; R(S, s, s) = 1. P(S) is an
+    integral, computed with 96 nodes to 8 digits:
 
         P(S) = int_0^1 prod_{s in S} (1 - v^(p(s) / (1 - p(S)))) dv
 
-    Source: Kool et al. 2020, equations 13 to 20; the rule is that of Takahasi and Mori 1974.
+    Source: Kool et al. 2020, equations 13 to 20; the quadrature rule is that of Takahasi and Mori 1974.
 
     Args:
-        num: n; all values: exact.
+        num: Number of samples n; with all values the gradient is exact.
     """
 
     num: int = 3
@@ -85,24 +89,29 @@ class UnorderedSet(Estimator):
         return self.at(values, log_prob, (log_prob.detach() + sample_gumbel(log_prob)).topk(num, 0).indices)
 
     def at(self, values: Tensor, log_prob: Tensor, indices: Tensor) -> Draws:
-        """Those of the values `[M, *B, *E]` at `indices` `[n, *B]`: the set S, in any order."""
-        rest = log_prob.detach().exp().scatter(0, indices, 0.0).sum(0)  # 1 - p(S), without its loss of digits
+        """Return the values `[M, *B, *E]` at `indices`, `[n, *B]`, as points: the set S, in any order."""
+        rest = log_prob.detach().exp().scatter(0, indices, 0.0).sum(0)  # 1 - p(S), but exact also if p(S) is near 1
         log_prob = log_prob.gather(0, indices)
         first, second = self.ratios(log_prob.detach().exp(), rest)
-        return Draws(take_rows(values, indices), log_prob, log_prob.detach().exp() * first, (second,))
+        return Draws(gather_values(values, indices), log_prob, log_prob.detach().exp() * first, (second,))
 
     def ratios(self, prob: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """R(S, s) `[n, *B]` and R(S, s, t) `[n, n, *B]` of the probabilities `[n, *B]`; `[*B]` that of all others."""
+        """Return R(S, s), `[n, *B]`, and R(S, s, t), `[n, n, *B]`.
+
+        Args:
+            prob: Probabilities of the values in S, `[n, *B]`.
+            rest: Total probability of all other values, `[*B]`.
+        """
         log_v, w = quadrature_nodes(prob.dtype, prob.device)
         least = torch.finfo(prob.dtype).tiny ** 0.5
         ratio = prob.clamp(min=least) / rest.clamp(min=least)
         log_factor = (ratio.unsqueeze(-1) * log_v).expm1().neg().log()  # log(1 - v^ratio): [n, *B, Q]
         total = log_factor.sum(0)
-        whole = (w * total.exp()).sum(-1)  # P(S): [*B]
+        set_prob = (w * total.exp()).sum(-1)  # P(S): [*B]
         without = (w * (total - log_factor).exp()).sum(-1)  # P(S - s): [n, *B]
         pair = (w * (total - log_factor.unsqueeze(1) - log_factor.unsqueeze(0)).exp()).sum(-1)  # [n, n, *B]
         same = torch.eye(len(prob), device=prob.device, dtype=torch.bool).view(*[len(prob)] * 2, *[1] * (prob.ndim - 1))
-        return without / whole, torch.where(same, 1.0, pair / without.unsqueeze(1))
+        return without / set_prob, torch.where(same, 1.0, pair / without.unsqueeze(1))
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
@@ -115,13 +124,15 @@ class UnorderedSet(Estimator):
 
 @dataclass(frozen=True)
 class WithoutReplacement(Estimator):
-    """sum_{s in S} grad p(s)/q(s) (f(s) (1 - p(s) + p(s)/q(s)) - sum_{t in S} p(t)/q(t) f(t)): importance weights p/q.
+    """Importance-weighted estimator, with the weights p/q, of a set S of n samples without replacement.
 
-    q(s) = 1 - exp(-exp(log p(s) - kappa)), kappa the (n+1)-th largest of log p + G. Heavy tails where n is small.
-    Source: Kool et al. 2019 b.
+        sum_{s in S} grad p(s)/q(s) (f(s) (1 - p(s) + p(s)/q(s)) - sum_{t in S} p(t)/q(t) f(t))
+
+    q(s) = 1 - exp(-exp(log p(s) - kappa)), with kappa the (n+1)-th largest of log p + G. The estimate has heavy tails
+    if n is small. Source: Kool et al. 2019 b.
 
     Args:
-        num: n; all values: exact.
+        num: Number of samples n; with all values the gradient is exact.
     """
 
     num: int = 4
@@ -134,12 +145,13 @@ class WithoutReplacement(Estimator):
         values, log_prob = enumerate_support(dist)
         num = limit_num(log_prob, self.num)
         perturbed = log_prob.detach() + sample_gumbel(log_prob)
-        perturbed = torch.cat([perturbed, torch.full_like(perturbed[:1], -torch.inf)])  # where there is no (n+1)-th
+        # If all values are sampled there is no (n+1)-th
+        perturbed = torch.cat([perturbed, torch.full_like(perturbed[:1], -torch.inf)])
         top, indices = perturbed.topk(num + 1, 0)
         indices = indices[:-1]
         log_prob = log_prob.gather(0, indices)
         included = -(-(log_prob.detach() - top[-1]).exp()).expm1()  # q(s)
-        return Draws(take_rows(values, indices), log_prob, log_prob.detach().exp() / included)
+        return Draws(gather_values(values, indices), log_prob, log_prob.detach().exp() / included)
 
     def score(self, draws: Draws, cost: Tensor) -> Tensor:
         assert draws.log_prob is not None
@@ -150,9 +162,9 @@ class WithoutReplacement(Estimator):
 
 @cache
 def quadrature_nodes(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """log v and weights of an integral over v in [0, 1]: of even steps in t, v = sigmoid(pi sinh t).
+    """Return log v and the weights of nodes for an integral over v in [0, 1]: even steps in t, v = sigmoid(pi sinh t).
 
-    The nodes crowd at both ends, where v^r bends for a large and for a small r.
+    The nodes are dense at both ends, where v^r changes fastest for large r and for small r.
     """
     t = torch.linspace(-3.6, 3.6, 96, dtype=torch.float64, device=device)
     u = math.pi * t.sinh()
@@ -161,17 +173,17 @@ def quadrature_nodes(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
 
 
 def enumerate_support(dist: Distribution) -> tuple[Tensor, Tensor]:
-    """`enumerated`, where nothing is impossible: a value without a probability has hardly any."""
+    """Return `enumerate_values(dist)`, but with a tiny probability instead of 0, so that logarithms stay finite."""
     values, log_prob = enumerate_values(dist)
     return values, log_prob.clamp(min=math.log(torch.finfo(log_prob.dtype).tiny))
 
 
-def take_rows(values: Tensor, indices: Tensor) -> Tensor:
-    """Of `[M, *B, *E]` those at `[n, *B]`: `[n, *B, *E]`."""
+def gather_values(values: Tensor, indices: Tensor) -> Tensor:
+    """Return the values `[M, *B, *E]` at the indices `[n, *B]`: `[n, *B, *E]`."""
     index = indices.view(*indices.shape, *[1] * (values.ndim - indices.ndim))
     return values.gather(0, index.expand(*indices.shape, *values.shape[indices.ndim :]))
 
 
 def limit_num(log_prob: Tensor, num: int, spare: int = 0) -> int:
-    """How many of the values `[M, *B]` to take: `num`, but no more than there are, less `spare`."""
+    """Return how many of M values to take, min(num, M - spare), for log-probabilities `[M, *B]`."""
     return min(num, len(log_prob) - spare)

@@ -1,4 +1,4 @@
-"""Measure the gradient estimators. `python -m levin.lab [out=runs/lab] [rows=20000]`."""
+"""Command `python -m levin.lab [out=runs/lab] [rows=20000]`: measure the gradient estimators."""
 
 from levin.config import cli
 from levin.core.errors import exit_on_user_error

@@ -1,7 +1,8 @@
 """Measure gradient estimators on problems whose gradient is known: `python -m levin.lab [out=runs/lab] [rows=20000]`.
 
-For every problem and every estimator that can be asked: bias, variance, their sum, the direction, and the price in
-evaluations and milliseconds. Writes lab.csv, lab.png, curves.csv and curves.png, and prints the table.
+For every problem and every estimator that supports it, it measures bias, variance, mean squared error, the cosine
+with the exact gradient, and the cost in evaluations and milliseconds. It prints a table and writes lab.csv, lab.png,
+curves.csv and curves.png.
 """
 
 import csv
@@ -25,27 +26,32 @@ from levin.estimators.score import Exact, LeaveOneOut, OptimalConstant, ScoreFun
 from levin.estimators.subsets import SumAndSample, UnorderedSet, WithoutReplacement
 from levin.lab.problems import Problem, all_problems, choice_of_five, single_coin
 
-ROWS_TIMED = 128
-POINTS = 200_000  # that are valued at once
-Maker = Callable[[Problem], Estimator]
+TIMED_ESTIMATES = 128  # number of estimates in one timed batch
+MAX_POINTS = 200_000  # largest number of points whose cost is evaluated at once
+EstimatorFactory = Callable[[Problem], Estimator]
 
 
 class Critic(nn.Module):
-    """c of RELAX and LAX: `[*B, *E] -> [*B]`."""
+    """Control variate c of RELAX and LAX, `[*B, *E] -> [*B]`.
+
+    Args:
+        dims: Number of event dimensions.
+        size: Number of entries of an event.
+    """
 
     def __init__(self, dims: int, size: int) -> None:
         super().__init__()
-        self.dims = dims  # of an event
+        self.dims = dims
         self.layers = nn.Sequential(nn.Linear(size, 10), nn.Tanh(), nn.Linear(10, 1))
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z.flatten(-self.dims)).squeeze(-1)
 
 
-def with_learned_critic(kind: type[RELAX] | type[LAX], updates: int = 400) -> Maker:
-    """With a critic that has learned on other draws."""
+def with_learned_critic(kind: type[RELAX] | type[LAX], updates: int = 400) -> EstimatorFactory:
+    """Return a factory that trains the critic of a RELAX or LAX estimator for a problem, on samples of its own."""
 
-    def make(problem: Problem) -> Estimator:
+    def make_estimator(problem: Problem) -> Estimator:
         torch.manual_seed(0)
         theta = problem.theta.expand(256, *problem.theta.shape)
         event = problem.family(theta).event_shape
@@ -59,29 +65,29 @@ def with_learned_critic(kind: type[RELAX] | type[LAX], updates: int = 400) -> Ma
             optimizer.step()
         return estimator.requires_grad_(False)
 
-    return make
+    return make_estimator
 
 
-def without_critic(estimator: Estimator) -> Maker:
-    """The same for every problem."""
+def without_critic(estimator: Estimator) -> EstimatorFactory:
+    """Return a factory that returns this estimator for every problem."""
     return lambda _: estimator
 
 
-SCORES: dict[str, Maker] = {
+SCORES: dict[str, EstimatorFactory] = {
     "score": without_critic(ScoreFunction()),
     "self-critical": without_critic(SelfCritical()),
     "leave-one-out, 2": without_critic(LeaveOneOut(2)),
     "leave-one-out, 4": without_critic(LeaveOneOut(4)),
     "optimal constant, 4": without_critic(OptimalConstant(4)),
 }
-RELAXATIONS: dict[str, Maker] = {
+RELAXATIONS: dict[str, EstimatorFactory] = {
     "straight-through": without_critic(StraightThrough()),
     "Gumbel-softmax, 0.5": without_critic(GumbelSoftmax(0.5)),
     "ST Gumbel-softmax, 0.5": without_critic(GumbelSoftmax(0.5, hard=True)),
     "Gumbel-Rao, 0.5": without_critic(GumbelRao()),
     "ReinMax": without_critic(ReinMax()),
 }
-FINITE: dict[str, Maker] = {
+FINITE: dict[str, EstimatorFactory] = {
     "exact": without_critic(Exact()),
     **SCORES,
     "sum and sample, 3": without_critic(SumAndSample(3)),
@@ -92,7 +98,7 @@ FINITE: dict[str, Maker] = {
     "RELAX": with_learned_critic(RELAX),
     **RELAXATIONS,
 }
-ESTIMATORS: dict[str, dict[str, Maker]] = {
+ESTIMATORS: dict[str, dict[str, EstimatorFactory]] = {
     "choices": FINITE,
     "coins": {
         **FINITE,
@@ -110,21 +116,21 @@ ESTIMATORS: dict[str, dict[str, Maker]] = {
 
 
 def collect_estimates(estimator: Estimator, problem: Problem, rows: int) -> Iterator[Tensor]:
-    """`rows` of them, in chunks `[n, *P]`."""
+    """Yield `rows` estimates of the gradient, in chunks `[n, *P]`."""
     with torch.no_grad():
         points = estimator.sample(problem.family(problem.theta.unsqueeze(0))).value
-    at_once = max(1, POINTS // (points.shape[0] * max(1, problem.cost(points)[0].numel())))
-    for start in range(0, rows, at_once):
-        leaf = problem.theta.expand(min(at_once, rows - start), *problem.theta.shape).clone().requires_grad_()
+    chunk = max(1, MAX_POINTS // (points.shape[0] * max(1, problem.cost(points)[0].numel())))
+    for start in range(0, rows, chunk):
+        leaf = problem.theta.expand(min(chunk, rows - start), *problem.theta.shape).clone().requires_grad_()
         yield torch.autograd.grad(estimator(problem.family(leaf), problem.cost).sum(), leaf)[0]
 
 
 def measure_estimator(estimator: Estimator, problem: Problem, rows: int) -> dict[str, float]:
-    """What the table says of one estimator."""
+    """Return the columns of lab.csv for one estimator on one problem, from `rows` estimates."""
     torch.manual_seed(0)
-    each = torch.cat(list(collect_estimates(estimator, problem, rows))).double().flatten(1)  # [rows, P]
+    estimates = torch.cat(list(collect_estimates(estimator, problem, rows))).double().flatten(1)  # [rows, P]
     exact = problem.gradient.double().flatten()
-    mean, variance = each.mean(0), float(each.var(0).sum())
+    mean, variance = estimates.mean(0), float(estimates.var(0).sum())
     bias = float((mean - exact).norm())
     evals = len(estimator.sample(problem.family(problem.theta.unsqueeze(0))).value)
     ms = time_estimates(estimator, problem)
@@ -143,12 +149,12 @@ def measure_estimator(estimator: Estimator, problem: Problem, rows: int) -> dict
 
 
 def time_estimates(estimator: Estimator, problem: Problem, repeats: int = 15) -> float:
-    """Of the estimates of 128 rows, with one thread; the median."""
+    """Return the median time of one batch of `TIMED_ESTIMATES` estimates, in ms, with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     times = []
     for _ in range(repeats):
-        leaf = problem.theta.expand(ROWS_TIMED, *problem.theta.shape).clone().requires_grad_()
+        leaf = problem.theta.expand(TIMED_ESTIMATES, *problem.theta.shape).clone().requires_grad_()
         start = perf_counter()
         estimator(problem.family(leaf), problem.cost).sum().backward()
         times.append(perf_counter() - start)
@@ -157,36 +163,36 @@ def time_estimates(estimator: Estimator, problem: Problem, repeats: int = 15) ->
 
 
 def measure_all(rows: int) -> list[dict[str, Any]]:
-    """Every problem and every estimator that can be asked."""
-    found = []
+    """Return the rows of lab.csv: every problem with every estimator that supports it. Prints each row."""
+    results = []
     for problem in all_problems():
         number = rows if problem.theta.numel() < 100 else max(200, rows // 20)
-        for name, make in ESTIMATORS[problem.kind].items():
+        for name, make_estimator in ESTIMATORS[problem.kind].items():
             try:
-                result = measure_estimator(make(problem), problem, number)
+                result = measure_estimator(make_estimator(problem), problem, number)
             except TooManyValuesError:
                 continue
             kind = "relaxation" if name in RELAXATIONS else "unbiased"
-            found.append({"problem": problem.name, "estimator": name, "kind": kind, **result})
+            results.append({"problem": problem.name, "estimator": name, "kind": kind, **result})
             print("  ".join([f"{problem.name:<30}{name:<26}", *format_row(result)]), flush=True)
-    return found
+    return results
 
 
 def format_row(result: dict[str, float]) -> list[str]:
-    """A line of the table."""
+    """Return the columns of one printed line: bias, variance, cosine and cost."""
     bias = f"bias {result['relative_bias']:.3f} ± {result['standard_error']:.3f}"
     cost = f"{result['evaluations']:.0f} evaluations, {result['ms']:.2f} ms"
     return [bias, f"variance {result['variance']:.3g}", f"cosine {result['cosine']:.3f}", cost]
 
 
 def measure_curves(rows: int) -> list[dict[str, Any]]:
-    """Over theta of a coin, and over the temperature of what has one."""
-    found = []
+    """Return the rows of curves.csv: estimators over theta of a coin, and over the temperature of relaxations."""
+    results = []
     for theta in torch.linspace(0.05, 0.95, 13).tolist():
         problem = single_coin(0.45, theta)
         for name in ("score", "leave-one-out, 2", "leave-one-out, 4", "ARM", "DisARM", "REBAR", "measure-valued"):
             result = measure_estimator(ESTIMATORS["coins"][name](problem), problem, rows)
-            found.append({"axis": "theta", "x": theta, "estimator": name, **result})
+            results.append({"axis": "theta", "x": theta, "estimator": name, **result})
     problem = choice_of_five()
     for tau in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0):
         relaxed = {
@@ -197,12 +203,12 @@ def measure_curves(rows: int) -> list[dict[str, Any]]:
             "REBAR": REBAR(tau=tau),
         }
         for name, estimator in relaxed.items():
-            found.append({"axis": "tau", "x": tau, "estimator": name, **measure_estimator(estimator, problem, rows)})
-    return found
+            results.append({"axis": "tau", "x": tau, "estimator": name, **measure_estimator(estimator, problem, rows)})
+    return results
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """As CSV, six digits."""
+    """Write the rows as CSV, numbers with six significant digits."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -210,14 +216,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def lab(*, out: str = "runs/lab", rows: Annotated[int, Field(ge=2)] = 20_000) -> None:
-    """Measure, write and draw.
+    """Measure all estimators; write tables and figures.
 
     Args:
-        out: The folder.
-        rows: Estimates for each number, fewer for the autoencoder.
+        out: Folder for the results.
+        rows: Number of estimates per problem and estimator; a twentieth of it, at least 200, for the autoencoder.
 
     Raises:
-        ConfigError: The folder can't be made.
+        ConfigError: The folder can't be created.
     """
     from levin.lab.pictures import draw_lab
 

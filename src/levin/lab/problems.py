@@ -1,4 +1,4 @@
-"""Expectations whose gradient is known: what the lab measures estimators on."""
+"""Expectations with a known gradient, on which the lab measures estimators."""
 
 import math
 from collections.abc import Callable
@@ -14,15 +14,16 @@ from levin.lab.digits import load_digits, train_autoencoder
 
 
 class Problem(NamedTuple):
-    """grad E_{z ~ p_theta}[f(z)] at one theta.
+    """Expectation E_{z ~ p_theta}[f(z)] at one theta, with its reference gradient.
 
     Args:
-        name: For people.
-        kind: `coins`, `choices` or `normal`: which estimators can be asked.
-        theta: The parameters `[*P]`.
-        family: `[N, *P]` -> p_theta, with the batch shape `[N, ...]`.
-        cost: f, `[S, N, ..., *E] -> [S, N, ...]`.
-        gradient: Of the sum over what is in `...`: `[*P]`.
+        name: Name in tables and figures.
+        kind: Key of `measure.ESTIMATORS` that selects the estimators to measure: `coins`, `choices` or `normal`.
+        theta: Parameters, `[*P]`.
+        family: Function from parameters `[N, *P]` to the distribution p_theta, with the batch shape `[N, ...]`.
+        cost: Cost f, `[S, N, ..., *E] -> [S, N, ...]`.
+        gradient: Reference gradient `[*P]` of the expected cost, summed over the dimensions `...`; exact, except for
+            the autoencoder.
     """
 
     name: str
@@ -34,24 +35,24 @@ class Problem(NamedTuple):
 
 
 def coins(logits: Tensor) -> Distribution:
-    """`[N, D]`."""
+    """Return D independent Bernoulli variables with these logits, `[N, D]`."""
     return Independent(Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
 
 
 def one_choice(logits: Tensor) -> Distribution:
-    """`[N, K]`."""
+    """Return a categorical variable of K values with these logits, `[N, K]`."""
     return OneHotCategorical(logits=logits, validate_args=False)
 
 
 def choices(logits: Tensor) -> Distribution:
-    """`[N, ..., D, K]`."""
+    """Return D independent categorical variables with these logits, `[N, ..., D, K]`."""
     return Independent(one_choice(logits), 1, validate_args=False)
 
 
 def enumerated_problem(
     name: str, kind: str, theta: Tensor, family: Callable[[Tensor], Distribution], cost: Callable[[Tensor], Tensor]
 ) -> Problem:
-    """A problem of finitely many values."""
+    """Return a problem with finitely many values, whose gradient is computed by enumerating them in float64."""
     leaf = theta.double().unsqueeze(0).requires_grad_()
     values, log_prob = enumerate_values(family(leaf))
     with torch.no_grad():
@@ -61,13 +62,13 @@ def enumerated_problem(
 
 
 def single_coin(target: float = 0.499, theta: float = 0.3) -> Problem:
-    """E[(b - t)^2]: the toy of REBAR and all that came after."""
+    """Return E[(b - t)^2] of one Bernoulli variable, the toy problem of REBAR and later papers."""
     logit = torch.tensor([math.log(theta / (1 - theta))])
     return enumerated_problem("a coin", "coins", logit, coins, lambda z: (z[..., 0] - target).square())
 
 
 def shared_coins() -> Problem:
-    """Three coins with one logit, E[|x - p|^2]: the toy of Liu et al. 2019 and Kool et al. 2020."""
+    """Return E[|x - p|^2] of three coins with one logit, the toy problem of Liu et al. 2019 and Kool et al. 2020."""
     goal = torch.tensor([0.6, 0.51, 0.48])
     return enumerated_problem(
         *("three coins, one logit", "coins", torch.zeros(1)),
@@ -77,7 +78,7 @@ def shared_coins() -> Problem:
 
 
 def choice_of_five() -> Problem:
-    """One choice of five, a square of what is chosen."""
+    """Return one categorical variable of five values; the cost is quadratic in the weight of the sampled value."""
     weight = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4])
     return enumerated_problem(
         *("a choice of five", "choices", torch.tensor([0.5, -0.3, 0.2, 1.0, -1.0]), one_choice),
@@ -86,7 +87,7 @@ def choice_of_five() -> Problem:
 
 
 def gaussian_mean() -> Problem:
-    """E[(x - k)^2] of a Gaussian, in its mean."""
+    """Return E[x^2] of a Gaussian with standard deviation 1, as a function of its mean."""
     return Problem(
         *("a Gaussian and a square", "normal", torch.tensor([1.0])),
         lambda loc: Independent(Normal(loc, 1.0, validate_args=False), 1, validate_args=False),
@@ -96,7 +97,7 @@ def gaussian_mean() -> Problem:
 
 
 def fixed_network(inputs: int, seed: int) -> nn.Sequential:
-    """A fixed function, far from linear."""
+    """Return a fixed random network with large weights, which makes it far from linear."""
     torch.manual_seed(seed)
     layers = nn.Sequential(nn.Linear(inputs, 32), nn.Tanh(), nn.Linear(32, 1)).requires_grad_(False)
     layers[0].weight.mul_(3)  # type: ignore[operator]
@@ -105,7 +106,10 @@ def fixed_network(inputs: int, seed: int) -> nn.Sequential:
 
 
 def fixed_critic() -> Problem:
-    """The actor of discrete SAC: three choices of three, Q(s, a) a network that reads them, one state."""
+    """Return the actor's problem of discrete SAC in one state, with a fixed critic Q(s, a).
+
+    The action has three categorical variables of three values.
+    """
     q = fixed_network(9, seed=0)
     theta = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
     return enumerated_problem(
@@ -114,9 +118,9 @@ def fixed_critic() -> Problem:
 
 
 def imagined_step() -> Problem:
-    """One step of a Dreamer's dream: latents of four choices of four, and the loss of what a network makes of them.
+    """Return the loss of one imagined step of Dreamer; the latent has four categorical variables of four values.
 
-    The loss is quadratic in that: a reward and 8 features are to be predicted.
+    The loss is the squared error of nine predictions of a fixed network: a reward and 8 features.
     """
     torch.manual_seed(2)
     heads = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 9)).requires_grad_(False)
@@ -128,9 +132,9 @@ def imagined_step() -> Problem:
 
 
 def autoencoder_reconstruction(rows: int = 8, draws: int = 400_000) -> Problem:
-    """The reconstruction of digits by a half-trained autoencoder, in the logits of a few of them.
+    """Return the reconstruction loss of a half-trained autoencoder, in the posterior logits of `rows` digits.
 
-    Too many values to go through: the gradient is that of very many draws.
+    There are too many values to enumerate, so the reference gradient is an estimate from `draws` samples.
     """
     model = train_autoencoder(LeaveOneOut(4), seed=0, updates=1000).requires_grad_(False)
     x = load_digits()[1][:rows]
@@ -139,15 +143,15 @@ def autoencoder_reconstruction(rows: int = 8, draws: int = 400_000) -> Problem:
     def cost(z: Tensor) -> Tensor:
         return model.reconstruction(z, x)
 
-    total, at_once = torch.zeros_like(theta), 1000
-    for _ in range(draws // at_once):
+    total, chunk = torch.zeros_like(theta), 1000
+    for _ in range(draws // chunk):
         leaf = theta.clone().requires_grad_()
-        total += torch.autograd.grad(LeaveOneOut(at_once)(choices(leaf), cost).sum(), leaf)[0]
-    return Problem("an autoencoder of digits", "choices", theta, choices, cost, total / (draws // at_once))
+        total += torch.autograd.grad(LeaveOneOut(chunk)(choices(leaf), cost).sum(), leaf)[0]
+    return Problem("an autoencoder of digits", "choices", theta, choices, cost, total / (draws // chunk))
 
 
 def all_problems() -> list[Problem]:
-    """All of them."""
+    """Return all problems of the lab."""
     return [
         single_coin(),
         shared_coins(),

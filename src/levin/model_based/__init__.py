@@ -1,4 +1,4 @@
-"""Parts that world models share: recurrent policies, envs inside a model, and pictures of open-loop predictions.
+"""Parts that world models share: recurrent policies, envs inside a model, and open-loop predictions.
 
-Start reading at `dream_env.py`: a model in the place of an env.
+Start reading at `dream_env.py`: a world model used as an env.
 """

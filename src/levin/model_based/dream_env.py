@@ -1,7 +1,8 @@
-"""The model of a run in the place of an env: `env=dream env.run=runs/...`; and the way back, `env.wrappers=[latent]`.
+"""Use the world model of a run as an env (`env=dream env.run=runs/...`), or add its features (`env.wrappers=[latent]`).
 
-In a dream a policy sees what the model believes, and no env takes a step. In the env it sees the same: what the model
-makes of each observation. So what was trained in a dream acts in the env, and is evaluated there.
+In a dream, a policy sees the features of the model's latent state, and no real env takes a step. `LatentEnv` shows the
+same features in the real env: the model updates its latent state with each observation. A policy that was trained in a
+dream can therefore act in the real env and be evaluated there.
 """
 
 from typing import Any, ClassVar, Protocol
@@ -17,66 +18,66 @@ from torch import Tensor
 from levin.core.errors import ConfigError
 from levin.core.spaces import NetworkInput, Space, action_converter, describe_action, describe_space, to_tensors
 
-STARTS = 64  # first observations of episodes, that dreams begin with
-BLOCK = 32  # steps whose chance is drawn at once
+STARTS = 64  # number of first observations of real episodes from which dreams begin
+BLOCK = 32  # steps for which the noise is sampled at once
 
 
 class LatentState(Protocol):
-    """What a model knows at a moment: a named tuple of tensors `[N, *]`."""
+    """Latent state of a world model: a named tuple of tensors `[N, *]`."""
 
     @property
     def feature(self) -> Tensor:
-        """All that a policy reads: `[N, F]`."""
+        """Policy input, `[N, F]`."""
         ...
 
 
 class Model(Protocol):
-    """What can be dreamt in."""
+    """World model that can be used as an env."""
 
-    features: int
-    noise: int  # standard normal numbers that one step takes
+    features: int  # F, size of the policy input
+    noise: int  # standard normal numbers that one step needs
 
     def encode_action(self, action: Tensor) -> Tensor:
-        """Actions `[N, *A]` of a policy, as the model reads them."""
+        """Convert actions `[N, *A]` of a policy to the input of the model."""
         ...
 
     def initial_state(self, observation: Any) -> Any:
-        """The mind at the first observation of an episode."""
+        """Return the latent state at the first observation of an episode."""
         ...
 
     def observe(self, latent: Any, action: Tensor, observation: Any) -> Any:
-        """The mind after an action and the observation that it led to."""
+        """Return the latent state after an action and the observation that followed."""
         ...
 
     def imagine(self, latent: Any, action: Tensor, noise: Tensor, temperature: float) -> tuple[Any, Tensor, Tensor]:
-        """The mind after an action, the reward `[N, 1]`, and whether the episode ends for good `[N, 1]`."""
+        """Return the latent state after an action, the reward `[N, 1]`, and whether the episode terminates `[N, 1]`."""
         ...
 
 
 def policy_space(space: Space) -> gym.Space:
-    """The actions that a policy gives."""
+    """Return the space of the policy's actions, for the env's action space."""
     return Discrete(space["n"]) if space["type"] == "discrete" else Box(-1.0, 1.0, tuple(space["shape"]))
 
 
 def where_mask(mask: Tensor, new: Any, old: Any) -> Any:
-    """A mind of the new where the mask `[N]` is true, and of the old elsewhere."""
+    """Return the new latent state where the mask `[N]` is true, and the old one elsewhere."""
     pairs = zip(new, old, strict=True)
-    return type(old)(*(torch.where(mask.unsqueeze(-1), part, before) for part, before in pairs))
+    return type(old)(*(torch.where(mask.unsqueeze(-1), new_part, old_part) for new_part, old_part in pairs))
 
 
 class DreamEnv(VectorEnv):
-    """Episodes inside of a model, N at a time: observations are the features of its minds, `[N, F]`.
+    """Vector env of N episodes inside a world model; observations are the features of its latent state, `[N, F]`.
 
-    All chance of an episode comes from its seed, so that it replays, whatever the others do. An env that is done goes
-    on until it is reset, and what it says counts for nothing.
+    All randomness of an episode comes from its seed, so that it can be replayed whatever the other envs do. An env that
+    is done continues until it is reset; its outputs after the end must be ignored.
 
     Args:
-        model: What is dreamt in; its parameters are only read.
+        model: World model to step; its parameters are only read.
         starts: First observations of real episodes `[K, *S]`; each dream begins with one of them.
-        actions: The policy's.
-        num_envs: N.
-        temperature: Of all draws, tau: above 1 the dream is less certain than the model.
-        time_limit: Steps before truncation.
+        actions: Space of the policy's actions.
+        num_envs: Number of envs N.
+        temperature: Sampling temperature tau; above 1 the dream is less certain than the model.
+        time_limit: Number of steps before truncation.
     """
 
     autoreset_mode = AutoresetMode.DISABLED
@@ -98,69 +99,75 @@ class DreamEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(actions, num_envs)
         with torch.inference_mode():
-            self.first = model.initial_state(starts)  # [K, *]
-            self.latent = type(self.first)(*(part[:1].repeat(num_envs, 1) for part in self.first))
+            self.start_states = model.initial_state(starts)  # [K, *]
+            self.latent = type(self.start_states)(*(part[:1].repeat(num_envs, 1) for part in self.start_states))
         self.length = np.zeros(num_envs, dtype=np.int64)
-        self.chance = [np.random.default_rng(0)] * num_envs
+        self.rngs = [np.random.default_rng(0)] * num_envs
         self.noise = torch.zeros(num_envs, BLOCK, model.noise)
         self.device = self.latent[0].device
 
     @torch.inference_mode()
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin an episode in the envs of `options["reset_mask"]` `[N]`, in all without it; one seed for each env."""
+        """Begin an episode in the envs of the mask `options["reset_mask"]` `[N]`, or in all envs without it.
+
+        `seed` is a list of one seed for each env, or one seed for all.
+        """
         mask = np.ones(self.num_envs, dtype=bool) if not options else options["reset_mask"]
         seeds = seed if isinstance(seed, list) else [seed] * self.num_envs
         start = np.zeros(self.num_envs, dtype=np.int64)
         for i in np.flatnonzero(mask):
-            self.chance[i] = np.random.default_rng(seeds[i])
-            start[i] = self.chance[i].integers(len(self.first[0]))
+            self.rngs[i] = np.random.default_rng(seeds[i])
+            start[i] = self.rngs[i].integers(len(self.start_states[0]))
         self.length[mask] = 0
         rows = torch.from_numpy(start).to(self.device)
-        begun = type(self.first)(*(part[rows] for part in self.first))
-        self.latent = where_mask(torch.from_numpy(mask).to(self.device), begun, self.latent)
+        begin = type(self.start_states)(*(part[rows] for part in self.start_states))
+        self.latent = where_mask(torch.from_numpy(mask).to(self.device), begin, self.latent)
         return self.latent.feature.cpu().numpy(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step of all envs, with actions `[N, *A]`."""
+        """Step all envs with actions `[N, *A]`."""
         feature, *rest = self.advance(torch.as_tensor(actions, device=self.device))
         return feature.cpu().numpy(), *rest, {}  # type: ignore[return-value]
 
     @torch.inference_mode()
     def advance(self, actions: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
-        """The same between tensors: features `[N, F]`, rewards `[N]`, and both kinds of ends `[N]`."""
+        """Step all envs with tensors; return features `[N, F]`, and reward, terminated and truncated, each `[N]`."""
         at = self.length % BLOCK
         for i in np.flatnonzero(at == 0):
-            self.noise[i] = torch.from_numpy(self.chance[i].standard_normal(self.noise[i].shape, np.float32))
+            self.noise[i] = torch.from_numpy(self.rngs[i].standard_normal(self.noise[i].shape, np.float32))
         noise = self.noise[torch.arange(self.num_envs), torch.from_numpy(at)].to(self.device)
-        self.latent, reward, ends = self.model.imagine(
+        self.latent, reward, terminated = self.model.imagine(
             self.latent, self.model.encode_action(actions), noise, self.temperature
         )
         self.length += 1
-        outcome = (part.squeeze(-1).cpu().numpy() for part in (reward, ends))
+        outcome = (part.squeeze(-1).cpu().numpy() for part in (reward, terminated))
         return self.latent.feature, *outcome, self.length >= self.time_limit  # type: ignore[return-value]
 
 
 class LatentEnv(VectorWrapper):
-    """Shows what a model makes of what the envs show, `[N, F]`; takes the actions of a policy.
+    """Wrapper of a vector env that replaces observations by the features of a model's latent state, `[N, F]`.
+
+    Actions are those of a policy; the wrapper converts them to the env's units.
 
     Args:
-        env: The envs.
-        model: Its parameters are only read.
-        units: What `env.action` says of them.
-        reads: The observations that the model reads.
+        env: Vector env to wrap.
+        model: World model that observes the env; its parameters are only read.
+        units: Value of `env.action`, see `levin.core.spaces.action_converter`.
+        expected: Space of the network input that the model was trained with.
 
     Raises:
-        ConfigError: The envs show others.
+        ConfigError: The env has other observations than `expected`.
     """
 
-    def __init__(self, env: VectorEnv, model: Model, units: str, reads: Space) -> None:
+    def __init__(self, env: VectorEnv, model: Model, units: str, expected: Space) -> None:
         super().__init__(env)
         self.model = model
         self.read = NetworkInput(describe_space(env.single_observation_space))
         self.space = self.read.space
-        if self.space != reads:
+        if self.space != expected:
             raise ConfigError(
-                f"the model of env.run reads {_describe_space(reads)}, and the env shows {_describe_space(self.space)}"
+                f"the model of env.run needs the observations {_describe_space(expected)}, but the env has "
+                f"{_describe_space(self.space)}"
             )
         action = describe_action(env.single_action_space)
         self.to_env = action_converter(action, units)
@@ -172,16 +179,16 @@ class LatentEnv(VectorWrapper):
 
     @torch.inference_mode()
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """As of the envs."""
+        """Reset the envs; return the features `[N, F]` at their first observations."""
         mask = torch.from_numpy(options["reset_mask"] if options else np.ones(self.num_envs, dtype=bool))
         observation, info = self.env.reset(seed=seed, options=options)
-        begun = self.model.initial_state(to_tensors(self.space, self.read(observation)))
-        self.latent = begun if self.latent is None else where_mask(mask, begun, self.latent)
+        begin = self.model.initial_state(to_tensors(self.space, self.read(observation)))
+        self.latent = begin if self.latent is None else where_mask(mask, begin, self.latent)
         return self.latent.feature.numpy(), info
 
     @torch.inference_mode()
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, Any, Any, Any, dict[str, Any]]:  # type: ignore[override]
-        """As of the envs."""
+        """Step the envs; return the features `[N, F]` instead of their observations."""
         observation, *rest = self.env.step(self.to_env(actions))
         action = self.model.encode_action(torch.as_tensor(actions))
         self.latent = self.model.observe(self.latent, action, to_tensors(self.space, self.read(observation)))
@@ -189,7 +196,7 @@ class LatentEnv(VectorWrapper):
 
 
 def _describe_space(space: Space) -> str:
-    """An observation in words."""
+    """Return a short description of a space for an error message."""
     if "spaces" in space:
         return ", ".join(f"{name}: {_describe_space(part)}" for name, part in space["spaces"].items())
     return f"{space['dtype']} {space['shape']}"

@@ -1,4 +1,7 @@
-"""Policies that remember: what they believe, and how it is carried from step to step. No mathematics of any of them."""
+"""Recurrent policies of world models: latent state, memory between steps, and exploration.
+
+The world models themselves are in `levin.algorithms`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,30 +14,36 @@ from levin.estimators.pathwise import one_hot_argmax
 
 
 class State(NamedTuple):
-    """What the model believes: `deter` `[..., D]` remembers, `stoch` `[..., S]` is drawn."""
+    """Latent state: the deterministic part `deter` `[..., D]` and the sampled part `stoch` `[..., S]`."""
 
     deter: Tensor
     stoch: Tensor
 
     @property
     def feature(self) -> Tensor:
-        """All that the other networks read: `[..., S + D]`."""
+        """Input of the other networks, `[..., S + D]`."""
         return torch.cat([self.stoch, self.deter], -1)
 
 
 def stack_steps(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
-    """Each part of T tuples: `[B, T, *]`."""
+    """Stack each part of T tuples of tensors `[B, *]` to `[B, T, *]`."""
     return (torch.stack(part, 1) for part in zip(*steps, strict=True))
 
 
-def sample_episode_end(continues: Tensor, chance: Tensor, temperature: float) -> Tensor:
-    """Whether a dreamt episode ends, of the probability that it goes on and a standard normal number; all `[N, 1]`."""
+def sample_episode_end(continues: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Sample whether an imagined episode ends, `[N, 1]`.
+
+    Args:
+        continues: Probability that the episode continues, `[N, 1]`.
+        noise: Standard normal numbers `[N, 1]`, which determine the sample.
+        temperature: Sampling temperature tau, by which the log-odds are divided.
+    """
     log_odds = torch.logit(1 - continues.clamp(max=1.0), eps=1e-6) / temperature
-    return torch.special.ndtr(chance) < log_odds.sigmoid()
+    return torch.special.ndtr(noise) < log_odds.sigmoid()
 
 
 class Sizes(Protocol):
-    """How many numbers there are of each that a policy carries."""
+    """Sizes of the tensors that a recurrent policy carries from step to step."""
 
     deter: int
     stoch: int
@@ -42,26 +51,26 @@ class Sizes(Protocol):
 
 
 class Model(Sizes, Protocol):
-    """What a policy remembers with."""
+    """World model that updates the latent state of a recurrent policy."""
 
     def step(self, state: State, action: Tensor, observation: Any, *, sample: bool = True) -> State:
-        """The state after an action `[B, A]` and the observation that it led to."""
+        """Return the latent state after an action `[B, A]` and the observation that followed."""
         ...
 
 
 def mix_with_uniform(logits: Tensor, share: float) -> Tensor:
-    """The log-probabilities `[..., K]` of a mixture with a uniform distribution."""
+    """Return log-probabilities `[..., K]`, after mixing in a share of the uniform distribution."""
     if not share:
         return logits.log_softmax(-1)
     return torch.log((1 - share) * logits.softmax(-1) + share / logits.shape[-1])
 
 
 class OneHotAction:
-    """One of A actions as `[..., A]`, the gradient of a draw that of its probabilities (straight-through).
+    """Distribution over A one-hot actions `[..., A]`, with straight-through gradients of samples.
 
     Args:
-        logits: `[..., A]`.
-        unimix: Share of a uniform distribution that is mixed in.
+        logits: Logits `[..., A]`.
+        unimix: Share of the uniform distribution that is mixed in.
     """
 
     def __init__(self, logits: Tensor, unimix: float = 0.0) -> None:
@@ -69,31 +78,31 @@ class OneHotAction:
 
     @property
     def mode(self) -> Tensor:
-        """The most probable action."""
+        """Most probable action, `[..., A]`."""
         return one_hot_argmax(self.log_probs)
 
     def sample(self) -> Tensor:
-        """A draw."""
+        """Sample an action `[..., A]`; its gradient is that of the probabilities."""
         return StraightThrough().relaxed_sample(self.log_probs)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """The same twice: what `log_prob_of_draw` is asked with, and the action."""
+        """Return the input for `log_prob_of_draw` and a sampled action (identical here)."""
         action = self.sample()
         return action, action
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """`[..., 1]`."""
+        """Return log pi(a|s), `[..., 1]`."""
         return (self.log_probs * action).sum(-1, keepdim=True)
 
     log_prob_of_draw = log_prob
 
     def entropy(self) -> Tensor:
-        """In nats, `[..., 1]`."""
+        """Return the entropy in nats, `[..., 1]`."""
         return -(self.log_probs.exp() * self.log_probs).sum(-1, keepdim=True)
 
 
 class Carry(nn.Module):
-    """What a policy remembers of the step before, for each env: state and action. It is saved with the algorithm."""
+    """Memory of a recurrent policy: latent state and action of the last step of each env. Saved with the algorithm."""
 
     deter: Tensor
     stoch: Tensor
@@ -105,7 +114,7 @@ class Carry(nn.Module):
             self.register_buffer(name, torch.zeros(num_envs, size))
 
     def begin(self, is_first: Tensor) -> None:
-        """Forget, where an episode begins `[N, 1]`. For another number of envs: everything."""
+        """Set the memory to zero where an episode begins, `is_first` `[N, 1]`, and everywhere if N has changed."""
         for name in ("deter", "stoch", "action"):
             value = getattr(self, name)
             if len(value) != len(is_first):
@@ -114,15 +123,15 @@ class Carry(nn.Module):
 
 
 class RecurrentPolicy(nn.Module):
-    """What the collector asks for an action: `[N, *S], [N, 1] -> [N, *A]`.
+    """Policy with a memory: observations `[N, *S]` and `is_first` `[N, 1]` to actions `[N, *A]`.
 
     Args:
-        model: Encodes what is seen.
-        actor: The policy on its features.
-        carry: Its memory.
-        noise: Exploration: the deviation of what is added to an action, or the probability of a uniform one.
-        deterministic: The most probable action, of the mean state.
-        keeps: What to give of the state beside the action; without it, the action alone.
+        model: World model that updates the latent state.
+        actor: Network from features to the distribution of actions.
+        carry: Memory between steps.
+        noise: Exploration noise: standard deviation for continuous actions, probability of a uniform one for discrete.
+        deterministic: Whether to take the mode of the actor and not to sample the latent state.
+        keeps: Function of the latent state whose result is returned with the action; None: return the action alone.
     """
 
     def __init__(
@@ -150,7 +159,7 @@ class RecurrentPolicy(nn.Module):
         return (chosen, self.keeps(state)) if self.keeps else chosen
 
     def explore(self, distribution: Any) -> Tensor:
-        """A draw, with the noise."""
+        """Sample an action and add the exploration noise."""
         action = distribution.sample()
         if isinstance(distribution, OneHotAction):
             if not self.noise:

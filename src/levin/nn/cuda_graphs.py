@@ -1,8 +1,9 @@
-"""Updates as CUDA graphs: one launch where eager code makes hundreds, which for small networks is where the time goes.
+"""Capture updates as CUDA graphs, which need one launch where eager code needs hundreds.
 
-A graph repeats what the GPU did while it was recorded, on the same memory, and runs no Python: no hook of a callback
-around the backward pass, no branch. What changes from call to call has to be a tensor that the method is called with,
-a parameter, a state, or the learning rate of an optimiser. Random numbers go on as they would have.
+For small networks these launches take most of the time. A replay repeats the captured GPU work on the same memory and
+runs no Python: callbacks get no hooks around the backward pass, and no branch is decided again. Whatever changes from
+call to call has to be a tensor argument of the method, a parameter, a state, or the learning rate of an optimiser.
+Random numbers continue as in eager code.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,20 +17,23 @@ from torch.optim import Optimizer, RMSprop
 
 from levin.core import distributed
 
-WARM_UP = 3  # calls before a method is recorded: what compiles does so, and optimisers make their state
+WARM_UP = 3  # eager calls before the capture, in which code is compiled and optimisers create their state
 Metrics = dict[str, tuple[Tensor, int]]  # name -> sum, count
 Result = TypeVar("Result")
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether methods can be recorded there: on a GPU, and without messages to other ranks in between."""
+    """Return whether methods can be captured: on a GPU, in a run of one rank, which sends no messages in between."""
     return device.type == "cuda" and distributed.world_size() == 1
 
 
 def capture_graph(function: Callable[[], Result], stream: torch.cuda.Stream) -> tuple[Result, Callable[[], None]]:
-    """What the function gives, in memory that every replay fills; and the replay. Recording itself computes nothing."""
+    """Capture a function; return its result, which every replay overwrites, and the function that replays it.
+
+    The capture itself computes nothing.
+    """
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile.
+    # Other threads may use the device during the capture.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = function()
     return result, graph.replay
@@ -37,7 +41,7 @@ def capture_graph(function: Callable[[], Result], stream: torch.cuda.Stream) -> 
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """On the stream of the recording, as gradients belong to the stream that they were first accumulated on."""
+    """Run the block on the stream of the capture: gradients belong to the stream where they were first accumulated."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
@@ -45,16 +49,16 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 class Captured:
-    """A method `batch, *tensors -> tensor | None` of an algorithm, as a CUDA graph from its fourth call on.
+    """Method `batch, *tensors -> tensor | None` of an algorithm, run as a CUDA graph from its fourth call on.
 
-    Every call is one call of the method: those that warm up are made eagerly, and the recording is replayed at once.
+    Every call computes the method once: the first three run eagerly, the fourth captures the graph and replays it.
 
     Args:
-        method: It may step optimisers and `record` metrics, and must not wait for the device. Other arguments than
-            tensors stay what they are when it is recorded.
-        recorded: Gives the metrics that an algorithm has recorded so far, a dict which the method adds to.
-        optimizers: Those that it may step.
-        device: Where all of this is.
+        method: May step optimisers and `record` metrics; must not wait for the device. Arguments that are not tensors
+            keep the values that they have at the capture.
+        recorded: Returns the dict of metrics that the algorithm has recorded so far, to which the method adds.
+        optimizers: Optimisers that the method may step.
+        device: Device of the method's tensors.
     """
 
     def __init__(
@@ -69,19 +73,23 @@ class Captured:
         self.calls = 0
         self.replay: Callable[[], None] | None = None
         self.inputs: list[Tensor] = []
-        self.lrs: list[tuple[dict[str, Any], Tensor, float]] = []  # group of an optimiser, what is read, what it is
+        self.lrs: list[tuple[dict[str, Any], Tensor, float]] = []  # param group, tensor that the graph reads, its value
         self.result: Tensor | None = None
         self.metrics: Metrics = {}
 
     def __call__(self, batch: TensorDictBase, *others: Tensor | None) -> Tensor | None:
-        """Raises ValueError when a tensor has another shape than when the method was recorded."""
+        """Run the method once.
+
+        Raises:
+            ValueError: A tensor has another shape than at the capture.
+        """
         self.calls += 1
         if self.calls <= WARM_UP:
             with on_stream(self.stream):
                 return self.method(batch, *others)
         if self.replay is None:
-            self._record(batch, others)
-        self._fill(batch, others)
+            self._capture(batch, others)
+        self._copy_inputs(batch, others)
         assert self.replay is not None
         self.replay()
         totals = self.recorded()
@@ -90,25 +98,27 @@ class Captured:
             totals[name] = (total + value, counted + count)
         return None if self.result is None else self.result.clone()
 
-    def _record(self, batch: TensorDictBase, others: Sequence[Tensor | None]) -> None:
+    def _capture(self, batch: TensorDictBase, others: Sequence[Tensor | None]) -> None:
         static = batch.clone()
-        constants = [each.clone() if isinstance(each, Tensor) else each for each in others]
-        self.inputs = all_tensors(static, constants)  # listed first: a method may put other entries into its batch
+        arguments = [each.clone() if isinstance(each, Tensor) else each for each in others]
+        self.inputs = all_tensors(static, arguments)  # before the call, as the method may add entries to its batch
         totals = self.recorded()
         before = dict(totals)
         totals.clear()
         with self._capturable():
-            self.result, self.replay = capture_graph(lambda: self.method(static, *constants), self.stream)
+            self.result, self.replay = capture_graph(lambda: self.method(static, *arguments), self.stream)
         self.metrics = dict(totals)
         totals.clear()
         totals.update(before)
 
-    def _fill(self, batch: TensorDictBase, others: Sequence[Tensor | None]) -> None:
-        given = all_tensors(batch, others)
-        shapes = [each.shape for each in given]
+    def _copy_inputs(self, batch: TensorDictBase, others: Sequence[Tensor | None]) -> None:
+        inputs = all_tensors(batch, others)
+        shapes = [each.shape for each in inputs]
         if shapes != [each.shape for each in self.inputs]:
-            raise ValueError(f"what was recorded with other shapes is called with {shapes}")
-        torch._foreach_copy_(self.inputs, given)
+            raise ValueError(
+                f"a CUDA graph that was captured with tensors of other shapes is called with the shapes {shapes}"
+            )
+        torch._foreach_copy_(self.inputs, inputs)
         for index, (group, static, lr) in enumerate(self.lrs):
             if group["lr"] != lr:
                 static.fill_(group["lr"])
@@ -116,7 +126,10 @@ class Captured:
 
     @contextmanager
     def _capturable(self) -> Iterator[None]:
-        """The optimisers in the form that can be recorded; what they save stays that of an eager run."""
+        """Make the optimisers capturable in the block, then restore their param groups.
+
+        Checkpoints therefore have the same param groups as those of an eager run.
+        """
         groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
         before = [dict(group) for _, group in groups]
         for optimizer, group in groups:
@@ -126,7 +139,7 @@ class Captured:
             group["lr"] = static
             if "capturable" in group:
                 group["capturable"] = True
-            if isinstance(optimizer, RMSprop):  # which waits for the device to read the rate of a single tensor
+            if isinstance(optimizer, RMSprop):  # without foreach it waits for the device to read the learning rate
                 group["foreach"] = True
             for state in optimizer.state.values():
                 if "step" in state:
@@ -137,6 +150,6 @@ class Captured:
 
 
 def all_tensors(batch: TensorDictBase, others: Sequence[Tensor | None]) -> list[Tensor]:
-    """All of a call, in one order."""
+    """Return all tensors of a call, in a fixed order."""
     entries = batch.items(include_nested=True, leaves_only=True, sort=True)
     return [value for _, value in entries] + [each for each in others if isinstance(each, Tensor)]

@@ -1,4 +1,4 @@
-"""Action distributions, in plain tensor operations: `torch.distributions` costs about twice as much per update."""
+"""Action distributions in plain tensor operations; `torch.distributions` costs about twice as much per update."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,11 +10,11 @@ from torch.nn.functional import pad, softplus
 from levin.estimators.latent import DiscreteLatent
 
 LOG_2PI = math.log(2 * math.pi)
-NEVER = -1e9  # the logit of a value that is none
+NEVER = -1e9  # logit of padding: its probability is 0
 
 
 class Categorical:
-    """One of A actions, `p = softmax(logits)`. `logits` is `[..., A]`, an action `[...]` int64."""
+    """Categorical distribution over A actions, `p = softmax(logits)`: `logits` `[..., A]`, an action `[...]` int64."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -24,40 +24,44 @@ class Categorical:
         return Categorical(self.logits[index])
 
     def detach(self) -> "Categorical":
-        """The same distribution, without a gradient."""
+        """Return the same distribution without gradients."""
         return Categorical(self.logits.detach())
 
     @property
     def log_probs(self) -> Tensor:
-        """The log-probability of every action, `[..., A]`."""
-        if self._log_probs is None:  # a cached_property has a lock before Python 3.12, which can't be compiled
+        """Log-probability of every action, `[..., A]`."""
+        # No cached_property: before Python 3.12 it takes a lock, which torch.compile can't compile.
+        if self._log_probs is None:
             self._log_probs = self.logits.log_softmax(-1)
         return self._log_probs
 
     @property
     def mode(self) -> Tensor:
-        """The most probable action `[...]`, which evaluation takes."""
+        """Most probable action `[...]`, used in evaluation."""
         return self.logits.argmax(-1)
 
     def sample(self) -> Tensor:
-        """An action `[...]`, by the Gumbel-max trick: `-log` of an exponential variable is a Gumbel one."""
+        """Sample an action `[...]` with the Gumbel-max trick: `-log` of an exponential variable is Gumbel."""
         return (self.logits - torch.empty_like(self.logits).exponential_().log_()).argmax(-1)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """`[..., 1]`."""
+        """Return log pi(a|s), `[..., 1]`."""
         return self.log_probs.gather(-1, action.unsqueeze(-1))  # [...] -> [..., 1]
 
     def entropy(self) -> Tensor:
-        """In nats, `[..., 1]`."""
+        """Return the entropy in nats, `[..., 1]`."""
         return -(self.log_probs.exp() * self.log_probs).sum(-1, keepdim=True)  # [..., A] -> [..., 1]
 
     def kl(self, other: "Categorical") -> Tensor:
-        """KL(self || other) in nats, `[..., 1]`."""
+        """Return KL(self || other) in nats, `[..., 1]`."""
         return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(-1, keepdim=True)  # -> [..., 1]
 
 
 class MultiCategorical:
-    """K independent choices: `logits` is `[..., sum(sizes)]`, one choice after another; an action `[..., K]` int64."""
+    """K independent categorical choices; an action is `[..., K]` int64.
+
+    `logits` is `[..., sum(sizes)]`: those of the first choice, then those of the second, and so on.
+    """
 
     def __init__(self, logits: Tensor, sizes: Sequence[int]) -> None:
         self.logits, self.sizes = logits, list(sizes)
@@ -67,36 +71,36 @@ class MultiCategorical:
         return MultiCategorical(self.logits[index], self.sizes)
 
     def detach(self) -> "MultiCategorical":
-        """The same distribution, without a gradient."""
+        """Return the same distribution without gradients."""
         return MultiCategorical(self.logits.detach(), self.sizes)
 
     @property
     def mode(self) -> Tensor:
-        """The most probable action `[..., K]`, which evaluation takes."""
+        """Most probable action `[..., K]`, used in evaluation."""
         return torch.stack([part.mode for part in self.parts], -1)
 
     def sample(self) -> Tensor:
-        """An action `[..., K]`."""
+        """Sample an action `[..., K]`."""
         return torch.stack([part.sample() for part in self.parts], -1)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """`[..., 1]`."""
+        """Return log pi(a|s), `[..., 1]`."""
         return sum_terms(part.log_prob(choice) for part, choice in zip(self.parts, action.unbind(-1), strict=True))
 
     def entropy(self) -> Tensor:
-        """In nats, `[..., 1]`."""
+        """Return the entropy in nats, `[..., 1]`."""
         return sum_terms(part.entropy() for part in self.parts)
 
     def kl(self, other: "MultiCategorical") -> Tensor:
-        """KL(self || other) in nats, `[..., 1]`."""
-        return sum_terms(part.kl(their) for part, their in zip(self.parts, other.parts, strict=True))
+        """Return KL(self || other) in nats, `[..., 1]`."""
+        return sum_terms(part.kl(other_part) for part, other_part in zip(self.parts, other.parts, strict=True))
 
 
 class OneHot:
-    """Actions of D choices as one-hot vectors side by side, A = sum(sizes), and as a torch distribution of them.
+    """Encoding of actions of D discrete choices as joined one-hot vectors, A = sum(sizes), and their distribution.
 
     Args:
-        sizes: The values of each choice.
+        sizes: Number of values of each choice. K is the largest of them.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -104,16 +108,16 @@ class OneHot:
 
     @property
     def max_entropy(self) -> float:
-        """Of uniform choices, in nats."""
+        """Entropy of uniform choices, in nats."""
         return sum(math.log(size) for size in self.sizes)
 
     @property
     def combinations(self) -> int:
-        """How many actions there are."""
+        """Number M of different actions."""
         return math.prod(self.sizes)
 
     def all_actions(self, device: torch.device) -> Tensor:
-        """All of them: `[M, D, K]`."""
+        """Return all actions, one-hot `[M, D, K]`."""
         number, places = torch.arange(self.combinations, device=device), []
         for size in reversed(self.sizes):
             places.insert(0, number % size)
@@ -122,29 +126,32 @@ class OneHot:
         return (chosen == torch.arange(self.widest, device=device)).float()
 
     def encode(self, action: Tensor) -> Tensor:
-        """`[B]` or `[B, D]` int64 -> `[B, A]`."""
+        """Encode actions: `[B]` or `[B, D]` int64 -> `[B, A]`."""
         parts = zip(action.view(len(action), -1, 1).unbind(1), self.sizes, strict=True)  # D x [B, 1]
         return torch.cat([part == torch.arange(size, device=part.device) for part, size in parts], -1).float()
 
     def distribution(self, logits: Tensor) -> DiscreteLatent:
-        """`[B, A]` -> D choices of K, `[B, D, K]`; shorter ones are filled up with values that never come."""
+        """Return the distribution over one-hot choices `[B, D, K]` with the logits `[B, A]`.
+
+        Choices of fewer than K values are padded with values of probability 0.
+        """
         parts = logits.split(self.sizes, -1)
         padded = [pad(part, (0, self.widest - part.shape[-1]), value=NEVER) for part in parts]
         return DiscreteLatent(torch.stack(padded, -2))
 
     def join(self, choices: Tensor) -> Tensor:
-        """`[..., D, K] -> [..., A]`."""
+        """Join one-hot choices, without their padding: `[..., D, K] -> [..., A]`."""
         parts = [choices[..., index, :size] for index, size in enumerate(self.sizes)]
         return torch.cat(parts, -1)
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:
-    """Of tensors of one shape."""
+    """Return the sum of tensors of the same shape."""
     return torch.stack(list(terms)).sum(0)
 
 
 class Normal:
-    """A Gaussian with independent components. `loc` and an action are `[..., A]`, `log_std` is `[A]` or `[..., A]`."""
+    """Gaussian with independent components. `loc` and an action are `[..., A]`, `log_std` is `[A]` or `[..., A]`."""
 
     def __init__(self, loc: Tensor, log_std: Tensor) -> None:
         self.loc, self.log_std = loc, log_std
@@ -153,38 +160,38 @@ class Normal:
         return Normal(self.loc[index], self.log_std.expand_as(self.loc)[index])
 
     def detach(self) -> "Normal":
-        """The same distribution, without a gradient."""
+        """Return the same distribution without gradients."""
         return Normal(self.loc.detach(), self.log_std.detach())
 
     @property
     def mode(self) -> Tensor:
-        """The mean `[..., A]`, which evaluation takes."""
+        """Mean `[..., A]`, used in evaluation."""
         return self.loc
 
     def sample(self) -> Tensor:
-        """A reparameterised action `[..., A]`."""
+        """Sample a reparameterised action `[..., A]`."""
         return torch.addcmul(self.loc, self.log_std.exp(), torch.randn_like(self.loc))
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Log-density `[..., 1]`."""
+        """Return the log-density log pi(a|s), `[..., 1]`."""
         standard = (action - self.loc) * (-self.log_std).exp()
-        # Sums first: what does not depend on the action is added to one number, not to A.
+        # Both terms are summed over A first, so that the second is added to one number per action instead of A.
         return -0.5 * standard.square().sum(-1, keepdim=True) - (self.log_std + 0.5 * LOG_2PI).sum(-1, keepdim=True)
 
     def entropy(self) -> Tensor:
-        """In nats, `[..., 1]`."""
-        each = (self.log_std + 0.5 * (1 + LOG_2PI)).sum(-1, keepdim=True)  # [A] or [..., A] -> [1] or [..., 1]
-        return each.expand(*self.loc.shape[:-1], 1)
+        """Return the entropy in nats, `[..., 1]`."""
+        entropy = (self.log_std + 0.5 * (1 + LOG_2PI)).sum(-1, keepdim=True)  # [A] or [..., A] -> [1] or [..., 1]
+        return entropy.expand(*self.loc.shape[:-1], 1)
 
     def kl(self, other: "Normal") -> Tensor:
-        """KL(self || other) in nats, `[..., 1]`."""
+        """Return KL(self || other) in nats, `[..., 1]`."""
         var, other_var = (2 * self.log_std).exp(), (2 * other.log_std).exp()
         terms = other.log_std - self.log_std + (var + (self.loc - other.loc).square()) / (2 * other_var) - 0.5
         return terms.sum(-1, keepdim=True)  # [..., A] -> [..., 1]
 
 
 class SquashedNormal:
-    """`a = tanh(u)`, `u ~ Normal(loc, exp(log_std))`: a Gaussian squeezed into (-1, 1).
+    """Gaussian squashed into (-1, 1): `a = tanh(u)`, `u ~ Normal(loc, exp(log_std))`.
 
     Source: Haarnoja et al. 2018 b, appendix C. `loc` and `log_std` are `[..., A]`.
     """
@@ -194,30 +201,30 @@ class SquashedNormal:
 
     @property
     def mode(self) -> Tensor:
-        """The action `tanh(loc)` `[..., A]`, which evaluation takes."""
+        """Action `tanh(loc)` `[..., A]`, used in evaluation."""
         return torch.tanh(self.loc)
 
     def sample(self) -> Tensor:
-        """A reparameterised action `[..., A]`."""
+        """Sample a reparameterised action `[..., A]`."""
         return torch.tanh(self.loc + self.log_std.exp() * torch.randn_like(self.loc))
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """u and the action tanh(u), reparameterised: both `[..., A]`."""
+        """Sample u and the action tanh(u), reparameterised, both `[..., A]`."""
         before_tanh = torch.addcmul(self.loc, self.log_std.exp(), torch.randn_like(self.loc))
         return before_tanh, before_tanh.tanh()
 
     def log_prob_of_draw(self, before_tanh: Tensor) -> Tensor:
-        """Log-density `[..., 1]` of the action tanh(u), also where rounding makes that 1."""
+        """Return the log-density `[..., 1]` of the action tanh(u), given u: finite even if tanh(u) is rounded to 1."""
         return self._log_prob(before_tanh, (before_tanh - self.loc) * (-self.log_std).exp())
 
     def sample_with_log_prob(self) -> tuple[Tensor, Tensor]:
-        """A reparameterised action `[..., A]` and its log-density `[..., 1]`."""
+        """Sample a reparameterised action `[..., A]`; return it and its log-density `[..., 1]`."""
         noise = torch.randn_like(self.loc)
         before_tanh = self.loc + self.log_std.exp() * noise
         return torch.tanh(before_tanh), self._log_prob(before_tanh, noise)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Log-density `[..., 1]` of an action `[..., A]`, strictly inside (-1, 1)."""
+        """Return the log-density `[..., 1]` of an action `[..., A]` strictly inside (-1, 1)."""
         return self.log_prob_of_draw(torch.atanh(action))
 
     def _log_prob(self, before_tanh: Tensor, noise: Tensor) -> Tensor:

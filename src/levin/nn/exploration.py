@@ -1,4 +1,4 @@
-"""How an algorithm that does not sample from its policy finds out what other actions do."""
+"""Exploration: noise on deterministic policies, epsilon-greedy actions, and pairs of sampled and greedy episodes."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ THETA = 0.15  # Lillicrap et al. 2016, section 7
 
 
 class GaussianNoise(nn.Module):
-    """Independent noise of each action: `[N, *A] -> [N, *A]`.
+    """Gaussian noise, independent for each action: `[N, *A] -> [N, *A]`.
 
     Args:
-        scale: Its standard deviation, in the units of the policy.
+        scale: Standard deviation of the noise, in the units of the policy.
     """
 
     def __init__(self, scale: float) -> None:
@@ -24,15 +24,15 @@ class GaussianNoise(nn.Module):
 
 
 class OrnsteinUhlenbeckNoise(nn.Module):
-    """Noise that remembers itself, so that a body with inertia gets somewhere: `[N, *A] -> [N, *A]`.
+    """Ornstein-Uhlenbeck noise, correlated in time to explore systems with inertia: `[N, *A] -> [N, *A]`.
 
-    x <- x - theta x + scale N(0, 1), from 0 at the beginning of an episode.
+    x <- x - theta x + scale N(0, 1), starting from 0 in every episode.
 
     Source: Uhlenbeck and Ornstein 1930; Lillicrap et al. 2016 (arXiv:1509.02971), section 7, with a time step of 1.
 
     Args:
-        scale: Deviation of what is added in each step; that of x approaches `scale / sqrt(theta (2 - theta))`.
-        shape: Of the actions of all envs, `[N, *A]`.
+        scale: Standard deviation of each step's increment; that of x approaches `scale / sqrt(theta (2 - theta))`.
+        shape: Shape of the actions of all envs, `[N, *A]`.
     """
 
     state: Tensor
@@ -40,7 +40,7 @@ class OrnsteinUhlenbeckNoise(nn.Module):
     def __init__(self, scale: float, shape: Sequence[int]) -> None:
         super().__init__()
         self.scale = scale
-        self.register_buffer("state", torch.zeros(*shape))  # a resumed run goes on with it
+        self.register_buffer("state", torch.zeros(*shape))  # a resumed run continues with it
 
     def forward(self, action: Tensor, is_first: Tensor) -> Tensor:
         kept = (1 - THETA) * self.state * ~is_first
@@ -49,9 +49,9 @@ class OrnsteinUhlenbeckNoise(nn.Module):
 
 
 class NoisyPolicy(nn.Module):
-    """A deterministic policy with noise on top, inside of [-1, 1].
+    """Deterministic policy with added noise, clamped to [-1, 1]: `[N, *S], [N, 1] -> [N, *A]`.
 
-    `[N, *S], [N, 1] -> [N, *A]`: an observation and, for noise that has a state, whether it begins an episode.
+    The second input, which only noise with a state needs, is whether each observation begins an episode.
     """
 
     def __init__(self, policy: nn.Module, noise: nn.Module) -> None:
@@ -64,10 +64,10 @@ class NoisyPolicy(nn.Module):
 
 
 class EpsilonGreedy(nn.Module):
-    """The action of the highest value, and with probability epsilon a uniform one: `[N, A] -> [N]`.
+    """Epsilon-greedy: a uniform action with probability epsilon, else the one of the highest value: `[N, A] -> [N]`.
 
     Args:
-        epsilon: At the start; the algorithm lowers it.
+        epsilon: Initial probability; the algorithm lowers it.
     """
 
     epsilon: Tensor
@@ -79,26 +79,29 @@ class EpsilonGreedy(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         explores = torch.rand(values.shape[0], device=values.device) < self.epsilon  # [N]
         best = values.argmax(-1)
-        if not explores.any():  # as a rule, once epsilon is small
+        if not explores.any():  # the usual case once epsilon is small
             return best
         return torch.where(explores, torch.randint_like(best, values.shape[1]), best)
 
 
 class Greedy(nn.Module):
-    """The action of the highest value: `[N, A] -> [N]`."""
+    """Greedy action, which has the highest value: `[N, A] -> [N]`."""
 
     def forward(self, values: Tensor) -> Tensor:
         return values.argmax(-1)
 
 
 class AlternatingGreedy(nn.Module):
-    """Whether an episode is the second of a pair, whose actions are not drawn: `[1, 1] -> [1, 1]`, in turns."""
+    """Flag of the second episode of each pair, in which the policy acts greedily: `[1, 1] -> [1, 1]`.
+
+    The input is whether an episode begins. The flag is false in the first episode and changes with each new one.
+    """
 
     second: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("second", torch.ones(1, 1, dtype=torch.bool))  # a resumed run goes on with it
+        self.register_buffer("second", torch.ones(1, 1, dtype=torch.bool))  # a resumed run continues with it
 
     def forward(self, is_first: Tensor) -> Tensor:
         self.second ^= is_first
@@ -106,7 +109,7 @@ class AlternatingGreedy(nn.Module):
 
 
 class PairedPolicy(nn.Module):
-    """One episode with draws from the policy, the next one with its modes: `[1, *S], [1, 1] -> [1, *A]`."""
+    """Policy that samples in one episode and takes the mode in the next, in turn: `[1, *S], [1, 1] -> [1, *A]`."""
 
     def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: nn.Module, twin: AlternatingGreedy) -> None:
         super().__init__()
@@ -114,6 +117,6 @@ class PairedPolicy(nn.Module):
 
     def forward(self, observation: Tensor, is_first: Tensor) -> Tensor:
         distribution = self.actor(self.trunk(self.normalizer(observation)))
-        drawn = distribution.sample()
-        greedy = self.twin(is_first).view(1, *[1] * (drawn.ndim - 1))
-        return torch.where(greedy, distribution.mode, drawn)
+        sampled = distribution.sample()
+        greedy = self.twin(is_first).view(1, *[1] * (sampled.ndim - 1))
+        return torch.where(greedy, distribution.mode, sampled)

@@ -1,4 +1,4 @@
-"""Networks that more than one algorithm uses."""
+"""Networks that several algorithms share: MLPs, ensembles, CNN encoders, actors, critics and policies."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ from levin.nn.distributions import Categorical, MultiCategorical, Normal
 
 
 class InPlaceTanh(nn.Module):
-    """tanh, whose own output is all that it is differentiated by."""
+    """tanh in place; its gradient needs only its output."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.tanh_()
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": partial(nn.ReLU, inplace=True),  # a linear layer does not need its own output to differentiate
+    "relu": partial(nn.ReLU, inplace=True),  # in place: the gradient of a linear layer does not need its output
     "tanh": InPlaceTanh,
     "elu": nn.ELU,
     "silu": nn.SiLU,
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
-    """Linear layers of the given sizes with the activation between them, none behind the last.
+    """Build linear layers of the given sizes with the activation between them, none after the last.
 
     `[..., sizes[0]] -> [..., sizes[-1]]`
     """
@@ -41,9 +41,11 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
 
 @torch.no_grad()
 def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
-    """Give every linear layer orthogonal weights times `gain`, and no bias; also convolutions, and each of an ensemble.
+    """Initialise linear layers, convolutions and all members of ensembles with orthogonal weights and zero biases.
 
-    Source: Saxe et al. 2014; the gain keeps the scale of activations through ReLUs.
+    Weights are multiplied by `gain`; the default keeps the scale of activations through ReLUs.
+
+    Source: Saxe et al. 2014.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -57,12 +59,12 @@ def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
 
 
 def as_float32(outputs: Tensor) -> Tensor:
-    """Densities, values and losses are float32, also where mixed precision runs a network in half of it."""
+    """Return outputs as float32: densities, values and losses need it, also after a network in mixed precision."""
     return outputs.float() if outputs.dtype.itemsize < 4 else outputs
 
 
 class EnsembleLinear(nn.Module):
-    """`num` independent linear layers in one batched product; initialised like `nn.Linear`.
+    """Ensemble of `num` independent linear layers in one batched product, initialised like `nn.Linear`.
 
     `[num, B, inputs] -> [num, B, outputs]`
     """
@@ -77,14 +79,14 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, inputs, self.weight)
 
     def first(self, inputs: Tensor) -> Tensor:
-        """The first layer alone: `[B, inputs] -> [B, outputs]`."""
+        """Return the output of the first layer alone: `[B, inputs] -> [B, outputs]`."""
         return torch.addmm(self.bias[0], inputs, self.weight[0])
 
 
 class EnsembleMLP(nn.Module):
-    """`num` independent networks of the same shape over the same input, as batched products.
+    """Ensemble of `num` independent MLPs of the same sizes on the same input, computed in batched products.
 
-    Two critics evaluated one after the other cost twice the kernel launches.
+    Two networks evaluated one after the other would cost twice the kernel launches.
     `[B, sizes[0]] -> [num, B, sizes[-1]]`
     """
 
@@ -100,14 +102,14 @@ class EnsembleMLP(nn.Module):
         return self.layers(inputs.expand(self.num, *inputs.shape))  # [B, D] -> [num, B, D]
 
     def first(self, inputs: Tensor) -> Tensor:
-        """The first network alone, at its own cost: `[B, sizes[0]] -> [B, sizes[-1]]`."""
+        """Return the output of the first network, without computing the others: `[B, sizes[0]] -> [B, sizes[-1]]`."""
         for layer in self.layers:
             inputs = layer.first(inputs) if isinstance(layer, EnsembleLinear) else layer(inputs)
         return inputs
 
 
 class NatureCNN(nn.Module):
-    """Three convolutions and a linear layer: `[B, C, 84, 84]` uint8 `-> [B, 512]`.
+    """Nature CNN, three convolutions and a linear layer: `[B, C, 84, 84]` uint8 `-> [B, 512]`.
 
     Source: Mnih et al. 2015 (doi:10.1038/nature14236), methods.
     """
@@ -128,9 +130,9 @@ class NatureCNN(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels and numbers side by side: `{"vector": [B, D], name: [B, C, H, W] uint8, ...} -> [B, F]`.
+    """Encoder of dict observations: `{"vector": [B, D], name: [B, C, H, W] uint8, ...} -> [B, F]`.
 
-    Each image has a Nature CNN of its own, whose features stand beside the vector.
+    Each image has its own Nature CNN. Their features are concatenated with the vector.
     """
 
     def __init__(self, parts: Mapping[str, Space], env_id: str) -> None:
@@ -144,10 +146,12 @@ class Encoder(nn.Module):
 
 
 def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
-    """What reads an observation, and how many features `[B, F]` it gives: the Nature CNN for pixels, else nothing.
+    """Build the trunk of a network, which maps observations to features `[B, F]`; return it and F.
+
+    The trunk is the Nature CNN for pixels. Boxes of numbers are only flattened.
 
     Raises:
-        ConfigError: Pixels that are not `[C, H, W]`, or too few for the convolutions.
+        ConfigError: Pixels are not `[C, H, W]`, or too few for the convolutions.
     """
     if "spaces" not in env["observation"]:
         return make_box_trunk(env["observation"], env["id"])
@@ -156,28 +160,30 @@ def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
 
 
 def make_box_trunk(space: Space, env_id: str) -> tuple[nn.Module, int]:
-    """`trunk` of one box."""
+    """Build the trunk of a single box, as `make_trunk` does."""
     shape = space["shape"]
     if space["dtype"] != "uint8":
         return (nn.Identity() if len(shape) == 1 else nn.Flatten()), math.prod(shape)
     if len(shape) != 3 or min(shape[1:]) < 36:
-        raise ConfigError(f"the Nature CNN reads [C, H, W] of 36 x 36 pixels or more; those of {env_id} are {shape}")
+        raise ConfigError(
+            f"the Nature CNN needs images [C, H, W] of 36 x 36 pixels or more; those of {env_id} are {shape}"
+        )
     return NatureCNN(shape), 512
 
 
 def action_size(env: EnvSpec) -> int:
-    """How many numbers an action is, the finite ones one-hot."""
+    """Return the number of values in an action, with discrete choices one-hot."""
     action = env["action"]
     return sum(action.get("nvec") or [0]) or action["n"] or math.prod(action["shape"])
 
 
 class Actor(nn.Module):
-    """pi(a|s): features `[B, F]` -> categorical `[B]` of a discrete space, or Gaussian `[B, A]` of a box.
+    """Actor pi(a|s): features `[B, F]` to the distribution of actions.
 
-    Of a multi-discrete space, one categorical for each of its actions, `[B, K]`.
-
-    The deviation of the Gaussian is a parameter of its own and does not depend on s.
-    The first actions hardly depend on s: the last layer's gain is 0.01 (Andrychowicz et al. 2021, arXiv:2006.05990).
+    The distribution is Categorical `[B]` for a discrete space, MultiCategorical `[B, K]` for a multi-discrete one, and
+    Normal `[B, A]` for a box. The standard deviation of the Normal is a parameter that does not depend on s.
+    The last layer's gain of 0.01 makes the first actions almost independent of s (Andrychowicz et al. 2021,
+    arXiv:2006.05990).
     """
 
     def __init__(
@@ -206,7 +212,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(s): features `[B, F] -> [B, 1]`. With more `outputs`, one value for each of them."""
+    """Critic V(s): features `[B, F] -> [B, outputs]`."""
 
     def __init__(self, num_features: int, hidden_sizes: Sequence[int], activation: str, outputs: int = 1) -> None:
         super().__init__()
@@ -219,7 +225,7 @@ class Critic(nn.Module):
 
 
 class StochasticPolicy(nn.Module):
-    """What the collector asks for an action: `[N, *S] -> [N, *A]`, a draw or the mode."""
+    """Policy of a stochastic actor: `[N, *S] -> [N, *A]`, the mode if `deterministic`, else a sample."""
 
     def __init__(self, normalizer: nn.Module, trunk: nn.Module, actor: nn.Module, *, deterministic: bool) -> None:
         super().__init__()
@@ -231,7 +237,7 @@ class StochasticPolicy(nn.Module):
 
 
 class DeterministicActor(nn.Module):
-    """mu(s): the action `[B, A]` in [-1, 1] of an observation `[B, *S]`."""
+    """Deterministic actor mu(s): observations `[B, *S]` to actions `[B, A]` in [-1, 1]."""
 
     def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
@@ -243,7 +249,7 @@ class DeterministicActor(nn.Module):
 
 
 class DeterministicPolicy(nn.Module):
-    """What an evaluation asks for an action: `[N, *S] -> [N, A]`."""
+    """Policy of a deterministic actor, without noise: `[N, *S] -> [N, A]`."""
 
     def __init__(self, normalizer: nn.Module, actor: nn.Module) -> None:
         super().__init__()
@@ -254,9 +260,9 @@ class DeterministicPolicy(nn.Module):
 
 
 class ActionCritic(nn.Module):
-    """Q_i(s, a) of `num` critics: `[B, *S], [B, A] -> [num, B, 1]`. Pixels are read by one trunk for all of them.
+    """Ensemble of `num` critics Q_i(s, a): `[B, *S], [B, A] -> [num, B, 1]`. All of them share one trunk.
 
-    Of several actions in each state, `[S, B, A]`, their values are `[num, S, B, 1]`.
+    For several actions in each state, `[S, B, A]`, the values are `[num, S, B, 1]`.
     """
 
     def __init__(self, num: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
@@ -267,10 +273,10 @@ class ActionCritic(nn.Module):
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         features = self.trunk(observation)
         if action.ndim > 2:
-            several = torch.cat([features.expand(*action.shape[:-1], -1), action], -1)  # [S, B, F + A]
-            return as_float32(self.ensemble(several.flatten(0, -2))).unflatten(1, action.shape[:-1])
+            inputs = torch.cat([features.expand(*action.shape[:-1], -1), action], -1)  # [S, B, F + A]
+            return as_float32(self.ensemble(inputs.flatten(0, -2))).unflatten(1, action.shape[:-1])
         return as_float32(self.ensemble(torch.cat([features, action], -1)))
 
     def first(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Q_1(s, a) alone, at its own cost: `[B, 1]`."""
+        """Return Q_1(s, a), without computing the other critics: `[B, 1]`."""
         return as_float32(self.ensemble.first(torch.cat([self.trunk(observation), action], -1)))

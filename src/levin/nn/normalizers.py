@@ -1,10 +1,11 @@
-"""Running statistics of observations and returns.
+"""Normalise observations and rewards with running statistics.
 
-Gymnasium's vector wrappers miscount when autoreset is disabled, so the statistics are ours. Normalisers are modules:
-they live in the algorithm, travel in its checkpoint and sit inside its policy. A rollout is collected with frozen
-statistics and updates them once. Those of rewards take it in before it is learned from: the first would be far too
-large or small. Those of observations do so after that: a policy is improved on the observations that it acted on.
-Buffers keep raw values and are normalised when a batch is drawn.
+Gymnasium's vector wrappers miscount when autoreset is disabled, so Levin has its own. Normalisers are modules of the
+algorithm: its checkpoint contains them, and its policy applies them. Statistics are frozen while a rollout is
+collected, and every rollout updates them once. Reward statistics are updated before the update that learns from the
+rollout, because the first normalised rewards would otherwise be far too large or small. Observation statistics are
+updated after it, so that the policy is improved on the same inputs that it acted on. Replay buffers keep raw values;
+batches are normalised when they are sampled.
 """
 
 import torch
@@ -16,7 +17,7 @@ EPSILON = 1e-8
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all samples seen, in float64. Source: Chan et al. 1979, the parallel update."""
+    """Running mean and variance of all samples, in float64. Source: Chan et al. 1979, the parallel update."""
 
     mean: Tensor
     var: Tensor
@@ -30,16 +31,16 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, samples: Tensor) -> None:
-        """Take in `samples` `[B, *shape]`."""
+        """Add the samples `[B, *shape]` to the statistics."""
         samples = samples.double()
         mean, var, count = samples.mean(0), samples.var(0, correction=0), len(samples)
-        if distributed.world_size() > 1:  # their samples are samples like these
+        if distributed.world_size() > 1:  # pool the samples of all ranks
             count = distributed.all_reduce_sum(torch.full_like(self.count, count))
             own, mean = mean, distributed.all_reduce_sum(mean * len(samples)) / count
             var = distributed.all_reduce_sum((var + (own - mean).square()) * len(samples)) / count
         total = self.count + count
         delta = mean - self.mean
-        # Before the first sample the variance is a stand-in of 1 with a weight of 0.
+        # The initial variance of 1 has no weight, because the initial count is 0.
         squares = self.var * self.count + var * count + delta.square() * self.count * count / total
         self.mean.add_(delta * count / total)
         self.var.copy_(squares / total)
@@ -47,7 +48,7 @@ class RunningMoments(nn.Module):
 
 
 class ObservationNormalizer(nn.Module):
-    """`clamp((s - mean) / std, -clip, clip)`; the identity until the first rollout is complete."""
+    """Observation normaliser `clamp((s - mean) / std, -clip, clip)`; before the first update mean is 0 and std is 1."""
 
     def __init__(self, shape: tuple[int, ...], clip: float) -> None:
         super().__init__()
@@ -55,19 +56,20 @@ class ObservationNormalizer(nn.Module):
         self.clip = clip
 
     def update(self, observation: Tensor) -> None:
-        """Take in the observations `[N, T, *shape]` of one rollout."""
+        """Update the statistics with the observations `[N, T, *shape]` of one rollout."""
         self.moments.update(observation.flatten(0, 1))
 
     def forward(self, observation: Tensor) -> Tensor:
-        """`[..., *shape] -> [..., *shape]`, float32."""
+        """Normalise observations: `[..., *shape] -> [..., *shape]`, float32."""
         scale = (self.moments.var + EPSILON).rsqrt()
         return ((observation - self.moments.mean) * scale).float().clamp(-self.clip, self.clip)
 
 
 class RewardNormalizer(nn.Module):
-    """`clamp(r / std(G), -clip, clip)`, where `G_t = gamma G_{t-1} + r_t` runs through each env's open episode.
+    """Reward normaliser `clamp(r / std(G), -clip, clip)`, G the running return of each env.
 
-    Source: `NormalizeReward` of OpenAI Baselines; the running return is cut at the ends of episodes only.
+    `G_t = gamma G_{t-1} + r_t` is reset only where an episode ends, not between rollouts.
+    Source: `NormalizeReward` of OpenAI Baselines.
     """
 
     running_return: Tensor
@@ -80,7 +82,7 @@ class RewardNormalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Tensor, done: Tensor) -> None:
-        """Take in the rewards and ends of one rollout, both `[N, T, 1]`."""
+        """Update the statistics with the rewards and the `done` flags of one rollout, both `[N, T, 1]`."""
         returns = torch.empty(reward.shape[:2], dtype=torch.float64)  # [N, T]
         running = self.running_return.cpu()
         rewards, alive = reward.squeeze(-1).double().cpu(), 1 - done.squeeze(-1).double().cpu()  # [N, T, 1] -> [N, T]
@@ -92,6 +94,6 @@ class RewardNormalizer(nn.Module):
         self.moments.update(returns.flatten().to(self.running_return.device))
 
     def forward(self, reward: Tensor) -> Tensor:
-        """`[..., 1] -> [..., 1]`, float32."""
+        """Normalise rewards: `[..., 1] -> [..., 1]`, float32."""
         scale = (self.moments.var + EPSILON).rsqrt()
         return (reward * scale).float().clamp(-self.clip, self.clip)

@@ -1,4 +1,4 @@
-"""Parameters of networks as vectors, and without gradients."""
+"""Flatten, assign, clip and freeze the parameters of networks."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def freeze(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Gradients flow through these parameters, but none are computed for them."""
+    """Let gradients flow through these parameters without computing any for them."""
     parameters = list(parameters)
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -21,31 +21,31 @@ def freeze(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 class FlatParameter(nn.Parameter):
-    """A vector `[P]` that parameters are views of, and its gradient one that theirs are views of."""
+    """Vector `[P]` of which parameters are views; their gradients are views of its gradient."""
 
     @torch.no_grad()
     def zero(self) -> None:
-        """Set the gradient to zero, where it is."""
+        """Set the gradient to zero in place, so that the views of it stay valid."""
         assert self.grad is not None
         self.grad.zero_()
 
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> None:
-    """Scale the gradients so that their common norm is at most `max_norm`; as `torch.nn.utils.clip_grad_norm_`."""
+    """Scale the gradients so that their joint norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does."""
     if len(parameters) > 1:
         nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-    else:  # which takes many times as long for one vector
+    else:  # for a single vector this is many times as fast
         gradient = parameters[0].grad
         assert gradient is not None
         gradient.mul_((max_norm / (gradient.norm() + 1e-6)).clamp_(max=1.0))
 
 
 def flatten_parameters(parameters: Iterable[nn.Parameter]) -> FlatParameter:
-    """Turn parameters into views of one vector, for an optimiser that then steps on that alone.
+    """Make parameters views of one vector, and return that vector for the optimiser to step on.
 
-    To clip, to zero and to step on a dozen small tensors one by one takes as long as a quarter of a small update. Call
-    it where parameters have reached their device, and let nothing replace their gradients.
+    Clipping, zeroing and stepping on a dozen small tensors one by one takes as long as a quarter of a small update.
+    Call this when the parameters are on their device. After that, nothing may replace their gradients.
     """
     parameters = list(parameters)
     flat = FlatParameter(torch.cat([each.detach().flatten() for each in parameters]))
@@ -60,8 +60,9 @@ def flatten_parameters(parameters: Iterable[nn.Parameter]) -> FlatParameter:
 def assign_parameters(parameters: Iterable[Tensor], vector: Tensor) -> None:
     """Copy the parts of a vector `[P]` into parameters.
 
-    PyTorch's own `vector_to_parameters` makes them views of it. Products of what is aligned in another way round in
-    another way, and a resumed run, whose parameters are no views, would not be the uninterrupted one.
+    PyTorch's own `vector_to_parameters` makes them views of the vector. These are aligned differently in memory, so
+    products with them round differently, and a resumed run, whose parameters are no views, would differ from an
+    uninterrupted one.
     """
     parameters = list(parameters)
     for parameter, part in zip(parameters, vector.split([each.numel() for each in parameters]), strict=True):

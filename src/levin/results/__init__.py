@@ -1,4 +1,4 @@
 """Reported results in `experiments/`: learning curves, published numbers, verdicts, tables and figures.
 
-Start reading at `result.py`: what the folder of a result holds.
+Start reading at `result.py`, which describes the folder of a result.
 """

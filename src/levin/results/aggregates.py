@@ -1,4 +1,4 @@
-"""Statistics over few seeds, by rliable (Agarwal et al. 2021, arXiv:2108.13264)."""
+"""Statistics over few seeds, computed with rliable (Agarwal et al. 2021, arXiv:2108.13264)."""
 
 from collections.abc import Callable
 
@@ -7,49 +7,51 @@ from rliable import library
 from rliable.metrics import probability_of_improvement as probability
 from scipy import stats
 
-REPETITIONS = 2000  # of the bootstrap: the interval's ends move by about a percent of its width
+REPETITIONS = 2000  # bootstrap resamples; with this many, the ends of an interval vary by about 1% of its width
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """Interquartile mean over seeds and tasks, of each frame: `[seeds, tasks, frames] -> [frames]`."""
+    """Return the interquartile mean (IQM) over seeds and tasks: `[seeds, tasks, frames] -> [frames]`."""
     return stats.trim_mean(scores.reshape(-1, scores.shape[-1]), proportiontocut=0.25, axis=0)
 
 
 def iqm_with_interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The interquartile mean `[frames]` and its 95% stratified-bootstrap interval `[2, frames]`.
+    """Return the interquartile mean `[frames]` of scores `[seeds, tasks, frames]` and its 95% interval `[2, frames]`.
 
-    Of scores `[seeds, tasks, frames]`. One seed has no interval: its ends are then the value itself.
+    The interval is a stratified bootstrap. With one seed there is no interval: both ends are the mean.
     """
     return _bootstrap(scores, iqm)
 
 
-def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, np.ndarray]:
-    """P(a run of ours is better than one of theirs on the same task), and its interval `[2]`.
+def probability_of_improvement(first: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return P(a run of the first algorithm beats one of the second on the same task), and its 95% interval `[2]`.
 
     Args:
-        ours: `[seeds, tasks]`.
-        theirs: `[other seeds, tasks]`, the same tasks.
+        first: Scores `[seeds, tasks]` of the first algorithm.
+        second: Scores `[other seeds, tasks]` of the second algorithm, on the same tasks.
     """
-    estimate, interval = _bootstrap([ours, theirs], lambda x, y: np.array([probability(x, y)]))
+    estimate, interval = _bootstrap([first, second], lambda x, y: np.array([probability(x, y)]))
     return float(estimate[0]), interval[:, 0]
 
 
 def _bootstrap(
     scores: np.ndarray | list[np.ndarray], statistic: Callable[..., np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    before = np.random.get_state()
-    np.random.seed(0)  # rliable draws from the global generator, whatever `random_state` it is given
+    state = np.random.get_state()
+    np.random.seed(0)  # rliable samples from the global generator, even if it is given a `random_state`
     try:
         points, intervals = library.get_interval_estimates({"": scores}, statistic, reps=REPETITIONS)  # type: ignore[dict-item]
     finally:
-        np.random.set_state(before)
+        np.random.set_state(state)
     return points[""], intervals[""]
 
 
 def prediction_interval(scores: np.ndarray, others: int) -> tuple[float, float]:
-    """Where the mean of `others` further seeds lies, 19 times in 20, when they come from where these `[seeds]` do.
+    """Return the 95% prediction interval for the mean of `others` new seeds of the same algorithm and task.
 
-    Student's t with the spread of these seeds. Two seeds or more.
+    Args:
+        scores: Scores `[seeds]` of two seeds or more. The interval is Student's t with their standard deviation.
+        others: Number of new seeds.
     """
     n = len(scores)
     half = stats.t.ppf(0.975, n - 1) * scores.std(ddof=1) * np.sqrt(1 / n + 1 / others)

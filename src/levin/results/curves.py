@@ -1,4 +1,4 @@
-"""Learning curves: read from a run's metrics or a result's stored file, and written."""
+"""Learning curves: read them from a run's metrics or a result's stored files, and write them."""
 
 import csv
 import gzip
@@ -15,22 +15,25 @@ COLUMNS = {CURVES: ("return_mean", "return_std"), TRAINING: ("return_mean", "epi
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What is known of one seed: each array `[rows]`, and `second` is the column's deviation or count."""
+    """Learning curve of one seed; all arrays are `[rows]`.
+
+    `second` is the standard deviation of the returns in evaluation curves, the number of episodes in training curves.
+    """
 
     env_steps: np.ndarray
     return_mean: np.ndarray
     second: np.ndarray
 
     def equals(self, other: "Curve") -> bool:
-        """Whether every number is the same, to the last bit."""
+        """Return whether all numbers are identical, to the last bit."""
         return all(
             np.array_equal(getattr(self, key), getattr(other, key)) for key in ("env_steps", "return_mean", "second")
         )
 
     def until(self, env_steps: int) -> "Curve":
-        """The rows up to the first env steps at or past `env_steps`, where an iteration ended.
+        """Return the curve up to the first row at or past `env_steps`: an iteration may end past that number.
 
-        There may be several of those: what is trained in dreams takes no env step.
+        Further rows with the same env steps are included: training in a world model's dreams takes no env steps.
         """
         last = self.env_steps[self.env_steps >= env_steps][:1]
         rows = slice(0, int(np.searchsorted(self.env_steps, last[0], "right")) if len(last) else None)
@@ -40,11 +43,11 @@ class Curve:
 Curves = dict[int, Curve]
 
 
-def read_curves(cell: Path, kind: str = CURVES) -> Curves:
-    """The stored curves of each seed; empty before the first run."""
-    if not (cell / kind).is_file():
+def read_curves(folder: Path, kind: str = CURVES) -> Curves:
+    """Return the stored curves of a result by seed; empty before its first run."""
+    if not (folder / kind).is_file():
         return {}
-    with gzip.open(cell / kind, "rt") as file:
+    with gzip.open(folder / kind, "rt") as file:
         rows = list(csv.DictReader(file))
     return {
         seed: _curve_from_rows([row for row in rows if int(row["seed"]) == seed], "env_steps", *COLUMNS[kind])
@@ -53,7 +56,7 @@ def read_curves(cell: Path, kind: str = CURVES) -> Curves:
 
 
 def read_run(run: Path, kind: str = CURVES) -> Curve:
-    """The same, of a run folder's metrics."""
+    """Return the curve of a run, read from the metrics in its folder."""
     columns = {CURVES: ("eval/return_mean", "eval/return_std"), TRAINING: ("episode/return", "episode/count")}[kind]
     with (run / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get(columns[0])]
@@ -64,22 +67,22 @@ def _curve_from_rows(rows: Iterable[dict[str, str]], *columns: str) -> Curve:
     return Curve(*(np.array([float(row[column]) for row in rows]) for column in columns))
 
 
-def write_curves(cell: Path, curves: Curves, kind: str = CURVES) -> None:
-    """Every number in full; the same curves give the same bytes."""
+def write_curves(folder: Path, curves: Curves, kind: str = CURVES) -> None:
+    """Write the curves of a result in full precision; equal curves give identical files."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["seed", "env_steps", *COLUMNS[kind]])
     for seed, curve in sorted(curves.items()):
         for env_steps, *values in zip(curve.env_steps, curve.return_mean, curve.second, strict=True):
             writer.writerow([seed, int(env_steps), *map(float, values)])
-    with (cell / kind).open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+    with (folder / kind).open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
         packed.write(text.getvalue().encode())
 
 
 def align_curves(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Env steps `[evaluations]` that every seed has come to, and the returns there `[seeds, evaluations]`."""
+    """Return the env steps `[evaluations]` that all seeds have reached, and their returns `[seeds, evaluations]`."""
     grid = seeds[0].env_steps
-    if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # which may stand still
+    if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # not interpolated: steps may repeat
         return grid, np.stack([curve.return_mean for curve in seeds])
     grid = grid[grid <= min(curve.env_steps[-1] for curve in seeds)]
     return grid, np.stack([np.interp(grid, curve.env_steps, curve.return_mean) for curve in seeds])

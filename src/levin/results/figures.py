@@ -1,4 +1,4 @@
-"""The pictures in experiments/: each result with the published numbers drawn in, and all of them together."""
+"""Figures in experiments/: one per result, with the published numbers, and one of all results together."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -19,33 +19,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AGGREGATE = "aggregate.png"
-DRAWING = "2"  # change it when the pictures are drawn in another way
+DRAWING = "2"  # version of the drawing code: change it to have all figures redrawn
 
 
-def expected(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], None]]]:
-    """Every picture: its path, what its description should say, and how to draw it."""
+def expected_figures(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], None]]]:
+    """Yield each figure that experiments/ should have: path, fingerprint of its data, and a function that draws it."""
     done = [result for result in results if result.evaluations]
     for result in done:
-        yield result.cell / PICTURE, _source(result), lambda result=result: draw_result(result)
-    comparable = [result for result in done if result.reference.published]  # 1 is the published number
+        yield result.folder / PICTURE, _source(result), lambda result=result: draw_result(result)
+    # The normalised return needs a published number, which is its 1.
+    comparable = [result for result in done if result.reference.published]
     if comparable:
         yield paths.EXPERIMENTS / AGGREGATE, _source(*comparable), lambda: draw_aggregate(comparable)
 
 
 def _source(*results: Result) -> str:
-    """A fingerprint of all that a picture shows."""
+    """Return a fingerprint of all data that a figure of these results shows."""
     digest = hashlib.sha256(DRAWING.encode())
     for result in results:
         digest.update(result.name.encode())
-        files = file_fingerprints(result.cell)
+        files = file_fingerprints(result.folder)
         digest.update(files[CURVES].encode())
         digest.update(files[TRAINING].encode())
         digest.update(result.reference.model_dump_json().encode())
     return digest.hexdigest()
 
 
-def read_description(path: Path) -> str | None:
-    """The fingerprint that a picture carries."""
+def read_fingerprint(path: Path) -> str | None:
+    """Return the fingerprint stored in a figure's file; None without a file."""
     if not path.is_file():
         return None
     from PIL import Image
@@ -55,7 +56,7 @@ def read_description(path: Path) -> str | None:
 
 
 def draw_result(result: Result) -> None:
-    """The curve of a result, with the published numbers drawn in."""
+    """Draw the learning curve of a result with the published numbers."""
     figure, axes = new_figure()
     curves = result.evaluations if result.reference.metric == "evaluations" else result.training
     draw_line(axes, f"{result.algorithm}, {len(curves)} seeds", list(curves.values()))
@@ -73,34 +74,34 @@ def draw_result(result: Result) -> None:
     )
     axes.set_title(f"{result.env}: {judge_scores(result.reference, result.scores)[0]}")
     axes.legend(frameon=False, loc="lower right")
-    save_figure(figure, result.cell / PICTURE, _source(result))
+    save_figure(figure, result.folder / PICTURE, _source(result))
 
 
 def draw_aggregate(results: list[Result]) -> None:
-    """All results of each algorithm as one: efficiency, the end, and who is better where two share their tasks."""
+    """Draw each algorithm over all its results: sample efficiency, final scores, and comparisons on shared tasks."""
     by_algorithm: dict[str, list[Result]] = {}
     for result in results:
         by_algorithm.setdefault(result.algorithm, []).append(result)
     compared = list(algorithm_pairs(by_algorithm))
     figure, axes = new_figure(3 if compared else 2)
     efficiency, end, *improvement = axes  # type: ignore[misc]
-    share, labels = np.linspace(0.05, 1, 20), []
-    for i, (name, those) in enumerate(by_algorithm.items()):
-        curves = _aligned([_normalised(result, share) for result in those])  # [seeds, tasks, 20]
+    shares, labels = np.linspace(0.05, 1, 20), []
+    for i, (name, own) in enumerate(by_algorithm.items()):
+        curves = _stack_tasks([_normalised_curves(result, shares) for result in own])  # [seeds, tasks, 20]
         iqm, interval = aggregates.iqm_with_interval(curves)
-        (line,) = efficiency.plot(share, iqm, linewidth=2)
-        efficiency.fill_between(share, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
-        scores = _aligned([result.reference.normalise(result.scores)[:, None] for result in those])
+        (line,) = efficiency.plot(shares, iqm, linewidth=2)
+        efficiency.fill_between(shares, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
+        scores = _stack_tasks([result.reference.normalise(result.scores)[:, None] for result in own])
         iqm, interval = aggregates.iqm_with_interval(scores)
         end.barh(i, interval[1] - interval[0], left=interval[0], color=line.get_color(), alpha=0.4, height=0.5)
         end.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color=line.get_color(), linewidth=3)
-        labels.append(f"{name} ({len(those)})")
+        labels.append(f"{name} ({len(own)})")
     efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of published tasks")
     end.axvline(1, color="gray", linestyle=":")
     end.set(xlabel="0: uniform actions, 1: published", title="At the end: IQM, 95% interval (results)")
     end.margins(x=0.05)
     end.set_xlim(left=min(0, end.get_xlim()[0]))
-    end.set_yticks(range(len(labels)), labels)  # the legend of the left one, too
+    end.set_yticks(range(len(labels)), labels)  # also serves as the legend of the left axes
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
     for axis in improvement:
         for i, (_, probability, interval) in enumerate(compared):
@@ -112,33 +113,33 @@ def draw_aggregate(results: list[Result]) -> None:
     save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
 
 
-def _normalised(result: Result, share: np.ndarray) -> np.ndarray:
-    """Evaluation curves on shares of the budget: `[seeds, shares]`."""
+def _normalised_curves(result: Result, shares: np.ndarray) -> np.ndarray:
+    """Return the normalised evaluation curves at these shares of the env steps: `[seeds, shares]`."""
     grid, returns = align_curves(list(result.evaluations.values()))
-    at = share * result.config.total_env_steps
-    return result.reference.normalise(np.stack([np.interp(at, grid, each) for each in returns]))
+    env_steps = shares * result.config.total_env_steps
+    return result.reference.normalise(np.stack([np.interp(env_steps, grid, curve) for curve in returns]))
 
 
-def _aligned(tasks: list[np.ndarray]) -> np.ndarray:
-    """`[seeds, tasks, frames]` of as many seeds as every task has."""
+def _stack_tasks(tasks: list[np.ndarray]) -> np.ndarray:
+    """Stack the scores `[seeds, frames]` of tasks to `[seeds, tasks, frames]`; surplus seeds of a task are dropped."""
     seeds = min(len(each) for each in tasks)
     return np.stack([each[:seeds] for each in tasks], axis=1)
 
 
 def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
-    """Each two algorithms that share tasks, and the number of results that do: P(the first is better) at the end."""
+    """Yield each two algorithms that share tasks: label, P(the first has the better final return), 95% interval."""
     names = list(by_algorithm)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             both = product(by_algorithm[first], by_algorithm[second])
-            shared = [(ours, theirs) for ours, theirs in both if ours.task == theirs.task]
+            shared = [pair for pair in both if pair[0].task == pair[1].task]
             if shared:
-                left, right = (_aligned([pair[k].finals[:, None] for pair in shared])[..., 0] for k in (0, 1))
+                left, right = (_stack_tasks([pair[k].finals[:, None] for pair in shared])[..., 0] for k in (0, 1))
                 yield f"{first} > {second} ({len(shared)})", *aggregates.probability_of_improvement(left, right)
 
 
 def draw_line(axes: "Axes", label: str, seeds: list[Curve]) -> None:
-    """One line, and around it the interval when there are seeds enough for one."""
+    """Draw the interquartile mean of the seeds' curves, and its 95% interval as a band."""
     grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
     (line,) = axes.plot(grid, iqm, label=label, linewidth=2)
@@ -146,7 +147,7 @@ def draw_line(axes: "Axes", label: str, seeds: list[Curve]) -> None:
 
 
 def new_figure(columns: int = 1) -> "tuple[Figure, Axes]":
-    """A picture that needs no display; with more than one column, the axes are an array."""
+    """Return a figure and its axes, without needing a display. With several columns, the axes are an array."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -163,10 +164,15 @@ def new_figure(columns: int = 1) -> "tuple[Figure, Axes]":
 
 
 def save_figure(figure: "Figure", out: Path, source: str = "") -> None:
-    """Write the picture; `source` goes into the file as its description.
+    """Write a figure to a file.
+
+    Args:
+        figure: Figure to write; it is closed afterwards.
+        out: Path of the file.
+        source: Fingerprint of the data, stored in the file as its description.
 
     Raises:
-        ConfigError: It can't be written.
+        ConfigError: The file can't be written.
     """
     from matplotlib import pyplot as plt
 

@@ -24,144 +24,166 @@ from levin.runs import folder as run_folder
 from levin.runs import provenance
 from levin.runs.load import POLICY, export_policy, load_config
 
-# With the CPU's vendor, what equal numbers rest on. The packages that compute, not the lock: it holds tools too.
-SAME = ("versions", "cpu_capability", "threads")
-# What seeds of one result share, whose provenance says it once
-ONE_MACHINE = ("python", "versions", "processor", "cpu_capability", "cores", "gpus")
+# Facts of provenance.json that, with the CPU vendor, must be equal for runs to give identical numbers. `versions` are
+# those of the packages that compute; `lock_sha256` would also change with development tools.
+COMPARED_FACTS = ("versions", "cpu_capability", "threads")
+# Facts that provenance.json stores once for all seeds of a result, so seeds that are added must have the same ones.
+SHARED_FACTS = ("python", "versions", "processor", "cpu_capability", "cores", "gpus")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: the verdict on the published number, and what the stored curves say."""
+    """Outcome of a reproduction. `good`: the stored curves match and the required score is reached."""
 
     verdict: str
-    published: str
-    stored: str
+    published: str  # comparison with the published number
+    stored: str  # comparison with the stored curves
     good: bool
 
 
-def judge_runs(cell: Path, reference: Reference, folders: dict[int, Path], kept: Sequence[int] = ()) -> Outcome:
-    """Hold finished runs, seed -> folder, against a result's curves and, with the kept seeds, its published number."""
-    evaluations = {seed: read_run(run) for seed, run in folders.items()}
-    training = {seed: read_run(run, TRAINING) for seed, run in folders.items()}
-    same, stored = _compare_curves(cell, reference, evaluations, training, folders)
+def judge_runs(folder: Path, reference: Reference, runs: dict[int, Path], kept: Sequence[int] = ()) -> Outcome:
+    """Compare finished runs with the stored curves and the published number of a result.
+
+    Args:
+        folder: Folder of the result.
+        reference: Published numbers and required score of the result.
+        runs: Run folders by seed.
+        kept: Stored seeds that count together with these runs for the published number.
+    """
+    evaluations = {seed: read_run(run) for seed, run in runs.items()}
+    training = {seed: read_run(run, TRAINING) for seed, run in runs.items()}
+    matches, stored = _compare_curves(folder, reference, evaluations, training, runs)
     if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps:
-        return Outcome("not run", f"the published number is at {reference.env_steps:,} env steps", stored, same)
-    known, known_training = read_curves(cell), read_curves(cell, TRAINING)
-    evaluations |= {seed: known[seed] for seed in kept}
-    training |= {seed: known_training[seed] for seed in kept}
-    found = score_seeds(evaluations, training, reference)
-    verdict, published = judge_scores(reference, found)
-    missed = found.mean() < reference.gate
-    return Outcome(verdict, published, stored, same and not missed)
+        return Outcome("not run", f"the published number is at {reference.env_steps:,} env steps", stored, matches)
+    stored_evaluations, stored_training = read_curves(folder), read_curves(folder, TRAINING)
+    evaluations |= {seed: stored_evaluations[seed] for seed in kept}
+    training |= {seed: stored_training[seed] for seed in kept}
+    scores = score_seeds(evaluations, training, reference)
+    verdict, published = judge_scores(reference, scores)
+    missed = scores.mean() < reference.gate
+    return Outcome(verdict, published, stored, matches and not missed)
 
 
 def _compare_curves(
-    cell: Path,
+    folder: Path,
     reference: Reference,
     evaluations: Curves,
     training: Curves,
-    folders: dict[int, Path],
+    runs: dict[int, Path],
 ) -> tuple[bool, str]:
-    """Whether the curves are the stored ones as far as they can be, and one sentence."""
-    before = read_provenance(cell)
+    """Compare the curves of new runs with the stored ones; return whether they match, and a message.
+
+    Runs of stored seeds in an equal environment must give identical curves. Otherwise the mean score of the new runs
+    must lie in the 95% prediction interval of the stored seeds.
+    """
+    before = read_provenance(folder)
     if not before:
         return True, "there are no stored curves yet"
-    known, known_training = read_curves(cell), read_curves(cell, TRAINING)
-    common = sorted(set(known) & set(evaluations))
-    others = [
-        key for run in folders.values() for key in _provenance_differences(before, run_folder.read_provenance(run))
+    stored_evaluations, stored_training = read_curves(folder), read_curves(folder, TRAINING)
+    common = sorted(set(stored_evaluations) & set(evaluations))
+    differences = [
+        key for run in runs.values() for key in _provenance_differences(before, run_folder.read_provenance(run))
     ]
-    if load_config(cell).trainer.get("workers", 1) > 1:
-        others.append("order in which the workers came")
-    if common and not others:
+    if load_config(folder).trainer.get("workers", 1) > 1:
+        differences.append("order of the workers' updates")  # not deterministic
+    if common and not differences:
         identical = [
             seed
             for seed in common
-            if _is_prefix(evaluations[seed], known[seed]) and _is_prefix(training[seed], known_training[seed])
+            if _is_prefix(evaluations[seed], stored_evaluations[seed])
+            and _is_prefix(training[seed], stored_training[seed])
         ]
-        said = f"{len(identical)} of {len(common)} curves are identical to the stored ones"
-        return len(identical) == len(common), said
-    why = f"another {', '.join(dict.fromkeys(others))}" if others else "other seeds"
-    if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps or len(known) < 2:
-        return True, f"nothing to compare with the stored curves ({why})"
-    ours = score_seeds(evaluations, training, reference)
-    low, high = aggregates.prediction_interval(score_seeds(known, known_training, reference), len(ours))
-    inside = bool(low <= ours.mean() <= high)
-    where = f"{'in' if inside else 'out'}side [{low:.1f}, {high:.1f}], where 95% of such means lie"
-    return inside, f"mean {ours.mean():.1f} is {where} ({why})"
+        message = f"{len(identical)} of {len(common)} curves are identical to the stored ones"
+        return len(identical) == len(common), message
+    why = f"different {', '.join(dict.fromkeys(differences))}" if differences else "other seeds"
+    if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps or len(stored_evaluations) < 2:
+        return True, f"can't be compared with the stored curves ({why})"
+    scores = score_seeds(evaluations, training, reference)
+    stored_scores = score_seeds(stored_evaluations, stored_training, reference)
+    low, high = aggregates.prediction_interval(stored_scores, len(scores))
+    inside = bool(low <= scores.mean() <= high)
+    where = f"{'in' if inside else 'out'}side the 95% prediction interval [{low:.1f}, {high:.1f}] of the stored seeds"
+    return inside, f"mean {scores.mean():.1f} is {where} ({why})"
 
 
-def _is_prefix(ours: Curve, stored: Curve) -> bool:
-    """Whether the curve is how the stored one begins. A shorter run ends with an evaluation and a row of its own."""
-    shared = np.isin(ours.env_steps, stored.env_steps)
-    if len(ours.env_steps) < len(stored.env_steps):
-        shared[-1:] &= ours.equals(stored.until(int(ours.env_steps[-1])))
-    ours = Curve(ours.env_steps[shared], ours.return_mean[shared], ours.second[shared])
-    return len(ours.env_steps) > 0 and ours.equals(stored.until(int(ours.env_steps[-1])))
+def _is_prefix(curve: Curve, stored: Curve) -> bool:
+    """Return whether the stored curve begins with this one.
+
+    The last row of a shorter run may be left out: its final evaluation and row are not in a longer run.
+    """
+    shared = np.isin(curve.env_steps, stored.env_steps)
+    if len(curve.env_steps) < len(stored.env_steps):
+        shared[-1:] &= curve.equals(stored.until(int(curve.env_steps[-1])))
+    curve = Curve(curve.env_steps[shared], curve.return_mean[shared], curve.second[shared])
+    return len(curve.env_steps) > 0 and curve.equals(stored.until(int(curve.env_steps[-1])))
 
 
 def _provenance_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     vendors = (before["processor"].split(" ")[0], now["processor"].split(" ")[0])
-    found = ["CPU vendor"] if len(set(vendors)) > 1 else []
+    differences = ["CPU vendor"] if len(set(vendors)) > 1 else []
     if before["gpus"] or now["gpus"]:
-        found.append("GPU")  # whose sums come in no fixed order
-    return found + [key for key in SAME if before[key] != now[key]]
+        differences.append("GPU")  # even the same GPU: its sums have no fixed order
+    return differences + [key for key in COMPARED_FACTS if before[key] != now[key]]
 
 
-def kept_seeds(cell: Path, seeds: list[int]) -> list[int]:
-    """The stored seeds that stay when these are added.
+def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
+    """Return the stored seeds that stay in the result when these seeds are stored.
 
     Raises:
-        ConfigError: They come from another config or machine.
+        ConfigError: The stored seeds come from a different config or machine.
     """
-    before = read_provenance(cell)
+    before = read_provenance(folder)
     kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
     if kept:
         here = provenance.collect_provenance()
-        others = [key for key in ONE_MACHINE if before[key] != here[key]]
-        if before["files"][CONFIG] != file_fingerprints(cell)[CONFIG]:
-            others.append(CONFIG)
-        if others:
-            every = " ".join(map(str, sorted([*kept, *seeds])))
+        differences = [key for key in SHARED_FACTS if before[key] != here[key]]
+        if before["files"][CONFIG] != file_fingerprints(folder)[CONFIG]:
+            differences.append(CONFIG)
+        if differences:
+            all_seeds = " ".join(map(str, sorted([*kept, *seeds])))
             raise ConfigError(
-                f"store=true: the stored seeds {' '.join(map(str, kept))} are of another {', '.join(others)}; "
-                f'run them, too: seeds="{every}"'
+                f"store=true: the stored seeds {' '.join(map(str, kept))} differ in {', '.join(differences)}; "
+                f'run them again, too: seeds="{all_seeds}"'
             )
     return kept
 
 
-def store_runs(cell: Path, folders: dict[int, Path], kept: Sequence[int] = ()) -> None:
-    """Make these runs the result, with the stored seeds that are kept; what follows from it is for `levin.report`.
+def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) -> None:
+    """Store runs as the result: write its curves, policy and provenance. `levin.report` writes the rest.
+
+    Args:
+        folder: Folder of the result.
+        runs: Run folders by seed.
+        kept: Stored seeds that stay in the result.
 
     Raises:
-        ConfigError: They are not of one commit.
+        ConfigError: The runs are not all of one commit.
     """
-    facts = {seed: run_folder.read_provenance(run) for seed, run in folders.items()}
-    sessions = [session for each in facts.values() for session in (each, *each["resumed"])]
+    facts = {seed: run_folder.read_provenance(run) for seed, run in runs.items()}
+    sessions = [session for own in facts.values() for session in (own, *own["resumed"])]
     first = next(iter(facts.values()))
     if any(session["git_dirty"] for session in sessions) or len({session["git_sha"] for session in sessions}) > 1:
         raise ConfigError(
-            "store=true keeps what one commit gives, and these runs are of changed files or of several commits; "
-            f"commit, remove {next(iter(folders.values())).parent} and run again"
+            "store=true needs runs of one commit, but these are of uncommitted files or of several commits; "
+            f"commit, remove {next(iter(runs.values())).parent} and run again"
         )
-    before = read_provenance(cell)
+    before = read_provenance(folder)
     for kind in (CURVES, TRAINING):
-        known = read_curves(cell, kind)
+        stored = read_curves(folder, kind)
         write_curves(
-            cell,
-            {seed: known[seed] for seed in kept} | {seed: read_run(run, kind) for seed, run in folders.items()},
+            folder,
+            {seed: stored[seed] for seed in kept} | {seed: read_run(run, kind) for seed, run in runs.items()},
             kind,
         )
     seeds = {seed: {"git_sha": before["git_sha"], **before["seeds"][str(seed)]} for seed in kept}
-    seeds |= {seed: {key: each[key] for key in ("git_sha", "date", "wall_seconds")} for seed, each in facts.items()}
-    if min(seeds) in folders:
-        export_policy(folders[min(seeds)], cell / POLICY)
+    seeds |= {seed: {key: own[key] for key in ("git_sha", "date", "wall_seconds")} for seed, own in facts.items()}
+    if min(seeds) in runs:
+        export_policy(runs[min(seeds)], folder / POLICY)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty")
     origin = {
-        "command": f'make reproduce EXP={cell.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
+        "command": f'make reproduce EXP={folder.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
         **{key: value for key, value in first.items() if key not in dropped},
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
-        "files": file_fingerprints(cell),
+        "files": file_fingerprints(folder),
     }
-    (cell / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")
+    (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")

@@ -1,8 +1,9 @@
-"""A reported result: the folder `experiments/<algo>_<env>/`, and what its files say.
+"""Read a reported result from its folder `experiments/<algo>_<env>/`, and judge its scores.
 
-`config.yaml` is what was run, `curves.csv.gz` every evaluation of every seed, `training.csv.gz` the returns of the
-training episodes, `provenance.json` where they came from, `reference.yaml` the published numbers and their sources.
-Everything else follows from these: see `levin.report`.
+`config.yaml` is the pinned config: the config that was run, frozen. `curves.csv.gz` has every evaluation of every seed,
+`training.csv.gz` the returns of the training episodes, and `policy.ckpt` the policy of the lowest seed.
+`provenance.json` says on what commit and machine they were made. `reference.yaml` has the published numbers with their
+sources, and the required score (`gate`). All other files are generated from these by `levin.report`.
 """
 
 import hashlib
@@ -26,33 +27,35 @@ CONFIG = "config.yaml"
 MAX_POLICY_BYTES = 1 << 20
 PROVENANCE, REFERENCE, SUMMARY, PICTURE = "provenance.json", "reference.yaml", "summary.json", "curve.png"
 SEEDS_OF_A_REPRODUCTION = 3
-FINAL = 10  # evaluations whose mean is the end of a run
+FINAL = 10  # number of last evaluations whose mean is the final return of a run
 
 Verdict = Literal["reproduced", "passed", "partial", "not run"]
 
 
 class Published(pydantic.BaseModel, extra="forbid", frozen=True):
-    """A number that somebody else reported."""
+    """A number that others have published."""
 
-    family: str  # who, and which version
+    family: str  # authors or library, and version
     env: str
     mean: float
-    std: float | None  # over seeds
+    std: float | None  # standard deviation over seeds
     seeds: pydantic.PositiveInt
     metric: str
     source: str = pydantic.Field(pattern=r"^[\w.-]+/[\w.-]+@\w+:.+|^https://.+|^.* \d{4}.*")  # repository@commit:path
 
     @property
     def number(self) -> str:
-        """The mean, and the deviation where there is one."""
+        """Mean, with the standard deviation if there is one."""
         return f"{self.mean:g}" if self.std is None else f"{self.mean:g} ± {self.std:g}"
 
 
 class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What a result is held against. The first of the published numbers is the one that the gate comes from.
+    """Published numbers that a result is compared with, and its required score.
 
-    `metric` and `last` are how the source measures: the mean of the `last` evaluations (deterministic episodes), of the
-    `last` training episodes, or of the training episodes in the `last` env steps.
+    `gate` is the required score, and `gate_from` says how it was chosen. The first published number decides whether a
+    result can be "reproduced" or only "passed". `metric` and `last` say how the source measures: the mean of the `last`
+    evaluations (deterministic episodes), of the `last` training episodes, or of the training episodes in the `last` env
+    steps.
     """
 
     env_steps: pydantic.PositiveInt
@@ -60,85 +63,89 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     last: pydantic.PositiveInt
     gate: float
     gate_from: str
-    random_return: float  # of uniform actions: where the normalised score is 0
-    published: list[Published]  # empty where nobody has reported one
+    random_return: float  # mean return of uniform actions, which has normalised score 0
+    published: list[Published]  # empty if there is no published number
 
     @property
     def has_spread(self) -> bool:
-        """Whether the source has the seeds and the deviation that a reproduction can be held against."""
+        """Return whether the source gives a standard deviation over enough seeds to call a result reproduced."""
         first = next(iter(self.published), None)
         return first is not None and first.seeds >= SEEDS_OF_A_REPRODUCTION and first.std is not None
 
     def normalise(self, returns: np.ndarray) -> np.ndarray:
-        """0 is what uniform actions get, 1 the published number."""
+        """Return normalised returns: 0 is the return of uniform actions, 1 the published number."""
         return (returns - self.random_return) / (self.published[0].mean - self.random_return)
 
 
 def result_folder(exp: str) -> Path:
-    """Where the result of this name is.
+    """Return the folder of a result.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no result of this name.
     """
-    found = paths.EXPERIMENTS / exp
-    if not (found / CONFIG).is_file():
-        names = [each.name for each in result_folders()]
-        raise ConfigError(f"exp={exp} is no result in experiments/; {valid_names(exp, names)}; a new one: make pin")
-    return found
+    folder = paths.EXPERIMENTS / exp
+    if not (folder / CONFIG).is_file():
+        names = [other.name for other in result_folders()]
+        raise ConfigError(
+            f"exp={exp} is not a result in experiments/; {valid_names(exp, names)}; make pin starts a new one"
+        )
+    return folder
 
 
 def result_folders() -> list[Path]:
-    """All of them, by name."""
-    return sorted(each.parent for each in paths.EXPERIMENTS.glob(f"*/{CONFIG}"))
+    """Return the folders of all results, sorted by name."""
+    return sorted(file.parent for file in paths.EXPERIMENTS.glob(f"*/{CONFIG}"))
 
 
-def read_reference(cell: Path) -> Reference:
-    """The published numbers.
+def read_reference(folder: Path) -> Reference:
+    """Return the contents of a result's reference.yaml.
 
     Raises:
-        ConfigError: They are not there, or one of them lacks its source.
+        ConfigError: The file is missing or not valid, such as a number without a source.
     """
-    file = cell / REFERENCE
+    file = folder / REFERENCE
     try:
         return Reference(**yaml.safe_load(file.read_text()))
     except FileNotFoundError as error:
-        raise ConfigError(f"{cell.name} has no {REFERENCE}: a number without a source is no result") from error
+        raise ConfigError(
+            f"{folder.name} has no {REFERENCE}, which must name the published numbers and their sources"
+        ) from error
     except (pydantic.ValidationError, TypeError) as error:
-        said = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(map(str, said["loc"]))
-        raise ConfigError(f"{cell.name}/{REFERENCE}: {where}: {said['msg']}") from error
+        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{folder.name}/{REFERENCE}: {where}: {first['msg']}") from error
 
 
-def read_provenance(cell: Path) -> dict[str, Any]:
-    """Where the curves came from; empty before the first run."""
-    file = cell / PROVENANCE
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return the contents of a result's provenance.json; empty before its first run."""
+    file = folder / PROVENANCE
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def file_fingerprints(cell: Path) -> dict[str, str]:
-    """The SHA-256 of each file that a run made or was made from. Comments of the config do not count."""
-    found = {}
+def file_fingerprints(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the result's config, curves and policy. Comment lines of the config are left out."""
+    fingerprints = {}
     for name in (CONFIG, CURVES, TRAINING, POLICY):
-        content = (cell / name).read_bytes() if (cell / name).is_file() else b""
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
         if name == CONFIG:
             content = b"".join(line for line in content.splitlines(keepends=True) if not line.startswith(b"#"))
-        found[name] = hashlib.sha256(content).hexdigest()
-    return found
+        fingerprints[name] = hashlib.sha256(content).hexdigest()
+    return fingerprints
 
 
 def score_seeds(evaluations: Curves, training: Curves, reference: Reference) -> np.ndarray:
-    """One number of each seed, measured as the source does: `[seeds]`.
+    """Return the score of each seed, `[seeds]`, measured in the way of the reference's source.
 
     Raises:
-        ConfigError: A seed has not come to the reference's env steps.
+        ConfigError: A seed has not reached the reference's env steps.
     """
-    of = evaluations if reference.metric == "evaluations" else training
-    found = []
-    for seed, curve in sorted(of.items()):
+    curves = evaluations if reference.metric == "evaluations" else training
+    scores = []
+    for seed, curve in sorted(curves.items()):
         if not len(curve.env_steps) or evaluations[seed].env_steps[-1] < reference.env_steps:
-            raise ConfigError(f"seed {seed} has not come to {reference.env_steps} env steps")
-        found.append(_score(curve.until(reference.env_steps), reference))
-    return np.array(found)
+            raise ConfigError(f"seed {seed} has not reached {reference.env_steps} env steps")
+        scores.append(_score(curve.until(reference.env_steps), reference))
+    return np.array(scores)
 
 
 def _score(curve: Curve, reference: Reference) -> float:
@@ -147,32 +154,37 @@ def _score(curve: Curve, reference: Reference) -> float:
     episodes = curve.second.copy()
     if reference.metric == "training_env_steps":
         episodes[curve.env_steps <= curve.env_steps[-1] - reference.last] = 0
-    else:  # of the oldest row in the window, only the episodes that are still within it
+    else:  # the oldest row in the window counts with only those of its episodes that are among the `last`
         newer = np.cumsum(episodes[::-1])[::-1] - episodes
         episodes = np.clip(reference.last - newer, 0, episodes)
     return float(np.average(curve.return_mean, weights=episodes))
 
 
-def judge_scores(reference: Reference, found: np.ndarray) -> tuple[Verdict, str]:
-    """What the scores `[seeds]` amount to, and one sentence with the numbers."""
-    if not len(found):
-        return "not run", f"the gate is {reference.gate:g} at {reference.env_steps:,} env steps"
-    mean, gate, n = float(found.mean()), reference.gate, len(found)
-    said = f"mean of {n} seed{'s' if n > 1 else ''} {mean:.1f}, gate {gate:g} ({reference.gate_from})"
+def judge_scores(reference: Reference, scores: np.ndarray) -> tuple[Verdict, str]:
+    """Judge the scores `[seeds]` against the required score; return the verdict and a message with the numbers.
+
+    "reproduced": at least three seeds reach it in the mean, and the source has a standard deviation over at least three
+    seeds. "passed": the mean reaches it, but the source has no such deviation. "partial": the mean is below, or there
+    are too few seeds. "not run": there are no scores.
+    """
+    if not len(scores):
+        return "not run", f"the required score is {reference.gate:g} at {reference.env_steps:,} env steps"
+    mean, gate, n = float(scores.mean()), reference.gate, len(scores)
+    message = f"mean of {n} seed{'s' if n > 1 else ''} {mean:.1f}, gate {gate:g} ({reference.gate_from})"
     if mean < gate:
-        return "partial", f"{said}: {gate - mean:.1f} below"
+        return "partial", f"{message}: {gate - mean:.1f} below"
     if not reference.has_spread:
-        return "passed", said
+        return "passed", message
     if n < SEEDS_OF_A_REPRODUCTION:
-        return "partial", f"{said}: reached, but {SEEDS_OF_A_REPRODUCTION} seeds are needed"
-    return "reproduced", said
+        return "partial", f"{message}: reached, but {SEEDS_OF_A_REPRODUCTION} seeds are needed"
+    return "reproduced", message
 
 
 @dataclass(frozen=True)
 class Result:
-    """A cell as it was read, and what it amounts to."""
+    """A reported result as read from its folder, with its scores."""
 
-    cell: Path
+    folder: Path
     config: DictConfig
     reference: Reference
     provenance: dict[str, Any]
@@ -180,71 +192,75 @@ class Result:
     training: Curves
 
     @classmethod
-    def read(cls, cell: Path) -> "Result":
-        """Read a folder in experiments/."""
+    def read(cls, folder: Path) -> "Result":
+        """Read a result from its folder in experiments/."""
         return cls(
-            cell,
-            load_config(cell),
-            read_reference(cell),
-            read_provenance(cell),
-            read_curves(cell),
-            read_curves(cell, TRAINING),
+            folder,
+            load_config(folder),
+            read_reference(folder),
+            read_provenance(folder),
+            read_curves(folder),
+            read_curves(folder, TRAINING),
         )
 
     @property
     def name(self) -> str:
-        """Of the folder."""
-        return self.cell.name
+        """Name of the result: that of its folder."""
+        return self.folder.name
 
     @property
     def algorithm(self) -> str:
-        """The name of its class."""
+        """Class name of the algorithm."""
         return self.config.algo._target_.rpartition(".")[2]
 
     @property
     def env(self) -> str:
-        """Its id, without the module that registers it."""
+        """Id of the env, without the module that registers it."""
         return self.config.env.id.rpartition(":")[2]
 
     @property
     def variant(self) -> str:
-        """What its folder's name says beyond algorithm and env, in brackets: ` (online)`; mostly nothing."""
+        """Words of the folder's name besides algorithm and env, in parentheses, such as ` (online)`; often empty."""
         usual = self.config.name.split("_")
-        more = [word for word in self.name.split("_") if word not in usual]
-        return f" ({' '.join(more)})" if more else ""
+        extra = [word for word in self.name.split("_") if word not in usual]
+        return f" ({' '.join(extra)})" if extra else ""
 
     @property
     def task(self) -> tuple[str, int]:
-        """What another algorithm must share to be compared."""
+        """Env id and number of env steps; results of two algorithms are compared if both are equal."""
         return self.config.env.id, self.config.total_env_steps
 
     @property
     def scores(self) -> np.ndarray:
-        """`[seeds]`, measured as the source does."""
+        """Score of each seed, `[seeds]`, measured in the way of the reference's source."""
         return score_seeds(self.evaluations, self.training, self.reference)
 
     @property
     def finals(self) -> np.ndarray:
-        """`[seeds]`: the mean of the last evaluations of each."""
+        """Final return of each seed, `[seeds]`: the mean of its last evaluations."""
         return np.array([curve.return_mean[-FINAL:].mean() for curve in self.evaluations.values()])
 
 
 def find_broken(result: Result) -> Iterator[str]:
-    """What no rebuilding mends: files that are not those of the provenance, and seeds that did not run to the end."""
+    """Yield a message for each fault that `levin.report` can't repair.
+
+    Faults are files that do not match the provenance, seeds that did not run to the end, and too large a policy.
+    """
     if not result.provenance:
         if result.evaluations:
-            yield "there are curves without provenance.json"
+            yield "curves.csv.gz has no provenance.json"
         return
-    for name, found in file_fingerprints(result.cell).items():
-        if found != result.provenance["files"].get(name):
-            yield f"{name} is not the file that provenance.json tells of"
+    for name, fingerprint in file_fingerprints(result.folder).items():
+        if fingerprint != result.provenance["files"].get(name):
+            yield f"{name} does not match its checksum in provenance.json"
     if sorted(map(str, result.evaluations)) != sorted(result.provenance["seeds"]):
-        yield "the seeds of curves.csv.gz are not those of provenance.json"
+        yield "curves.csv.gz and provenance.json have different seeds"
     grids = [curve.env_steps.tolist() for curve in result.evaluations.values()]
-    every = result.config.eval.every  # an iteration of whole episodes, or of several workers, ends a little later
+    # Compared by multiples: an iteration of whole episodes, or of several workers, ends a little later.
+    every = result.config.eval.every
     if any([step // every for step in grid] != [step // every for step in grids[0]] for grid in grids):
         yield "the seeds were not evaluated at the same env steps"
     if any(grid[-1] < result.config.total_env_steps for grid in grids):
-        yield "a seed did not run to the end"
-    if (result.cell / POLICY).stat().st_size > MAX_POLICY_BYTES:
+        yield "a seed ended before total_env_steps"
+    if (result.folder / POLICY).stat().st_size > MAX_POLICY_BYTES:
         yield f"{POLICY} is larger than {MAX_POLICY_BYTES} bytes"

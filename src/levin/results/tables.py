@@ -1,10 +1,11 @@
-"""Tables and texts in `experiments/` and the README that follow from the stored curves."""
+"""Text generated from the stored curves: config headers and summaries in `experiments/`, and tables in the READMEs."""
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import yaml
@@ -19,31 +20,57 @@ from levin.results.result import (
     SUMMARY,
     Published,
     Result,
+    Verdict,
     judge_scores,
 )
 
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
+# Columns of the tables in experiments/README.md and README.md. README.md shows the headline results only.
+COLUMNS = ("result", "env steps", "seeds", "ours", "95% interval", "measured by", "published", "required", "verdict")
+HEADLINE_COLUMNS = ("result", "env steps", "seeds", "ours", "published", "verdict")
+HEADLINES = (
+    *("reinforce_inverted_pendulum", "a2c_acrobot", "trpo_halfcheetah", "ppo_halfcheetah", "dqn_cartpole"),
+    *("ddpg_halfcheetah_300k", "td3_halfcheetah_300k", "sac_halfcheetah"),
+)
 
 
 def expected_texts(results: list[Result]) -> Iterator[tuple[Path, str]]:
-    """Every text file that is made here, as it should be."""
-    rows = []
+    """Yield the path of each generated text file and the text that it should have."""
+    summaries = {result.name: summarise(result) for result in results}
     for result in results:
-        summary = summarise(result)
-        rows.append(table_row(result, summary))
-        yield result.cell / CONFIG, config_header(result, summary) + OmegaConf.to_yaml(result.config)
+        summary = summaries[result.name]
+        yield result.folder / CONFIG, config_header(result, summary) + OmegaConf.to_yaml(result.config)
         if summary:
-            yield result.cell / SUMMARY, json.dumps(summary, indent=2) + "\n"
-    for path, columns in ((paths.EXPERIMENTS / "README.md", COLUMNS), (paths.ROOT / "README.md", SHORT)):
-        yield path, _between_marks(path, markdown_table(rows, columns))
+            yield result.folder / SUMMARY, json.dumps(summary, indent=2) + "\n"
+    rows = [table_row(result, summaries[result.name]) for result in results]
+    page = paths.EXPERIMENTS / "README.md"
+    yield page, _replace_between_marks(page, markdown_table(rows, COLUMNS))
+    by_name = {result.name: result for result in results}
+    headlines = [by_name[name] for name in HEADLINES if name in by_name]
+    rows = [table_row(result, summaries[result.name], published=1) for result in headlines]
+    page = paths.ROOT / "README.md"
+    text = f"{markdown_table(rows, HEADLINE_COLUMNS)}\n{count_verdicts(list(summaries.values()))}"
+    yield page, _replace_between_marks(page, text)
+
+
+def count_verdicts(summaries: list[dict[str, Any]]) -> str:
+    """Return the paragraph of README.md that counts the verdicts of all results and explains them."""
+    counts = Counter(summary.get("verdict", "not run") for summary in summaries)
+    numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
+    return (
+        f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
+        "Reproduced: the mean of three seeds or more reaches the required score, which is mostly the published mean\n"
+        "less its standard deviation over three seeds or more.\n"
+        "Passed: the mean reaches the required score, but the source gives no such deviation.\n"
+    )
 
 
 def summarise(result: Result) -> dict[str, Any]:
-    """The numbers of a result; empty before the first run."""
+    """Return the contents of a result's summary.json; empty before its first run."""
     if not result.evaluations:
         return {}
-    verdict, said = judge_scores(result.reference, result.scores)
-    wall = [each["wall_seconds"] for each in result.provenance["seeds"].values()]
+    verdict, message = judge_scores(result.reference, result.scores)
+    wall = [seed["wall_seconds"] for seed in result.provenance["seeds"].values()]
     env_steps = int(min(curve.env_steps[-1] for curve in result.evaluations.values()))
     return {
         "env_steps": env_steps,
@@ -56,14 +83,14 @@ def summarise(result: Result) -> dict[str, Any]:
         },
         "gate": result.reference.gate,
         "verdict": verdict,
-        "because": said,
+        "because": message,
         "wall_seconds": wall,
         "env_steps_per_second": round(env_steps * len(wall) / sum(wall), 1),
     }
 
 
 def _statistics(scores: np.ndarray) -> dict[str, Any]:
-    """Rounded: the last digits of a sum depend on the processor."""
+    """Return the scores and their statistics, rounded because the last digits of a sum depend on the processor."""
     iqm, interval = aggregates.iqm_with_interval(scores[:, None, None])
     per_seed, mean, middle, ends = (
         [round(float(x), 2) for x in each] for each in (scores, [scores.mean()], iqm, interval[:, 0])
@@ -72,7 +99,7 @@ def _statistics(scores: np.ndarray) -> dict[str, Any]:
 
 
 def config_header(result: Result, summary: dict[str, Any]) -> str:
-    """The comments that a pinned config opens with."""
+    """Return the comment lines at the top of a pinned config, the frozen config of a reported result."""
     lines = [f"make reproduce EXP={result.name}"]
     if summary:
         minutes, facts = max(summary["wall_seconds"]) / 60, result.provenance
@@ -96,7 +123,7 @@ def _hardware(facts: dict[str, Any]) -> str:
 
 
 def _describe_measure(result: Result) -> str:
-    """How this result is measured, as its source is."""
+    """Return how the score of a result is measured, in words; its source measures in the same way."""
     last, episodes = result.reference.last, result.config.eval.episodes
     return {
         "evaluations": f"{'last evaluation' if last == 1 else f'last {last} evaluations'} of {episodes} episodes",
@@ -106,7 +133,7 @@ def _describe_measure(result: Result) -> str:
 
 
 def _required_extra(result: Result) -> str | None:
-    """What the env's YAML says must be installed."""
+    """Return the extra that the env's YAML says must be installed, if any."""
     mark = "# needs the extra:"
     for file in sorted((paths.CONFIGS / "env").glob("*.yaml")):
         text = file.read_text()
@@ -115,23 +142,24 @@ def _required_extra(result: Result) -> str | None:
     return None
 
 
-COLUMNS = ("result", "env steps", "seeds", "ours", "95% interval", "measured by", "published", "gate", "verdict")
-SHORT = ("result", "env steps", "seeds", "ours", "published, nearest", "verdict")
+def table_row(result: Result, summary: dict[str, Any], published: int | None = None) -> dict[str, str]:
+    """Return the row of a result in the tables, by column.
 
-
-def table_row(result: Result, summary: dict[str, Any]) -> dict[str, str]:
-    """A result in the tables."""
-    ours = summary.get("as_the_source_measures")
+    Args:
+        result: The result.
+        summary: Content of its summary.json; empty if it has not been run.
+        published: Number of published numbers to show; None: all.
+    """
+    score = summary.get("as_the_source_measures")
     return {
         "result": f"[{result.algorithm} {result.env}{result.variant}](experiments/{result.name})",
         "env steps": f"{result.reference.env_steps:,}",
-        "seeds": str(len(result.evaluations)),
-        "ours": f"{ours['mean']:.1f}" if ours else "",
-        "95% interval": f"{ours['interval'][0]:.1f} to {ours['interval'][1]:.1f}" if ours else "",
+        "seeds": str(len(result.evaluations)) if result.evaluations else "",
+        "ours": f"{score['mean']:.1f}" if score else "",
+        "95% interval": f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}" if score else "",
         "measured by": _describe_measure(result),
-        "published": "; ".join(map(_citation, result.reference.published)) or "none",
-        "published, nearest": next(map(_citation, result.reference.published), "none"),
-        "gate": f"{result.reference.gate:g}: {result.reference.gate_from}",
+        "published": "; ".join(map(_citation, result.reference.published[:published])) or "none",
+        "required": f"{result.reference.gate:g}: {result.reference.gate_from}",
         "verdict": summary.get("verdict", "not run"),
     }
 
@@ -150,17 +178,25 @@ def _citation(published: Published) -> str:
 
 
 def markdown_table(rows: list[dict[str, str]], columns: tuple[str, ...]) -> str:
-    """In Markdown."""
+    """Return a Markdown table with these columns of the rows."""
     lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _between_marks(path: Path, text: str) -> str:
-    """The page with its generated part replaced. Links are those of the page's own folder."""
+def _replace_between_marks(path: Path, text: str) -> str:
+    """Return the content of a page with its generated part replaced by the text.
+
+    Links in the text are relative to the repository's root, and are adapted to the page's folder.
+
+    Raises:
+        ConfigError: The page lacks the marks around its generated part.
+    """
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ConfigError(f"{path.relative_to(paths.ROOT)} has lost its marks {BEGIN} and {END}")
+        raise ConfigError(
+            f"{path.relative_to(paths.ROOT)} lacks the lines {BEGIN} and {END}: put them back around the table"
+        )
     if path.parent == paths.EXPERIMENTS:
         text = text.replace("](experiments/", "](")
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"

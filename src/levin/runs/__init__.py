@@ -1,4 +1,4 @@
-"""A run on the disk: its folder, checkpoints, provenance, and the trained policy that is loaded from it.
+"""A training run on disk: its folder, checkpoints and provenance, and how to load its trained policy.
 
-Start reading at `folder.py` for what a run folder holds, and at `policy.py` for `levin.load`.
+Start reading at `folder.py` for the contents of a run folder, and at `policy.py` for `levin.load`.
 """

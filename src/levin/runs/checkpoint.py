@@ -1,8 +1,11 @@
-"""Checkpoints are Lightning's, one folder each: `state.ckpt`, the replay buffer as files, and a manifest of them. What
-other ranks have is in folders of the same kind inside, `rank1` and so on.
+"""Save, load and verify checkpoints, one folder each.
 
-A folder is written under a temporary name and renamed last, so a checkpoint is whole or absent. Nothing in it is
-pickled: everything loads with `weights_only=True`, after its size and checksum have been compared with the manifest's.
+A folder holds Lightning's checkpoint as `state.ckpt`, the replay buffer in `buffer/`, and `manifest.json` with the size
+and checksum of each file. Rank 0 owns the folder; every other rank has a folder of the same layout inside it, `rank1`
+and so on.
+
+A folder is written under a temporary name and renamed last, so a checkpoint is either complete or absent. Its files
+hold tensors and plain values only: they load with `weights_only=True`, after a comparison with the manifest.
 """
 
 import json
@@ -18,48 +21,52 @@ from levin.core.errors import CheckpointError, ConfigError
 from levin.runs import segments
 
 STATE, BUFFER, MANIFEST, LAST = "state.ckpt", "buffer", "manifest.json", "last"
-REWRITTEN = "rewritten.ckpt"  # in BUFFER: what changes in rows that are stored already, whole each time
-FORMAT = 1  # of the folder; another is refused
+REWRITTEN = "rewritten.ckpt"  # in BUFFER: the tensors that change after they were stored, saved in full each time
+FORMAT = 1  # version of the folder layout; any other is refused
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
-    """Writes `checkpoints/<clock>/` for the path `checkpoints/<clock>/state.ckpt`, and points `last` at it."""
+    """Lightning plugin that saves and loads checkpoint folders `checkpoints/<clock>/`; `last` links to the newest."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.before: Path | None = None  # the checkpoint whose buffer files the next one takes over
+        self.before: Path | None = None  # the previous checkpoint: the next one hard-links its buffer files
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
         partial = _partial_path(folder, distributed.rank())
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        sums = {}
+        checksums = {}
         if checkpoint.get("buffer") is not None:
             (partial / BUFFER).mkdir()
             saved = _read_manifest(self.before)["files"] if self.before and self.before.exists() else {}
-            known = {name.removeprefix(f"{BUFFER}/"): of for name, of in saved.items() if name.startswith(BUFFER)}
-            known.pop(REWRITTEN, None)
-            rows, written = checkpoint["buffer"].pop("data"), checkpoint["buffer"]["written"]
+            previous = {name.removeprefix(f"{BUFFER}/"): of for name, of in saved.items() if name.startswith(BUFFER)}
+            previous.pop(REWRITTEN, None)
+            data, written = checkpoint["buffer"].pop("data"), checkpoint["buffer"]["written"]
             before = (self.before or partial) / BUFFER
-            new = segments.save(rows, written, partial / BUFFER, before, known)
+            new = segments.save(data, written, partial / BUFFER, before, previous)
             if "rewritten" in checkpoint["buffer"]:
                 new[REWRITTEN] = files.save(checkpoint["buffer"].pop("rewritten"), partial / BUFFER / REWRITTEN)
-            sums = {f"{BUFFER}/{name}": of for name, of in new.items()}
-        sums[STATE] = files.save(checkpoint, partial / STATE)
-        facts = {"algorithm": checkpoint["algorithm"], "env_steps": checkpoint["levin"]["env_steps"], "files": sums}
-        files.save_json({"format": FORMAT, "ranks": distributed.world_size(), **facts}, partial / MANIFEST)
+            checksums = {f"{BUFFER}/{name}": of for name, of in new.items()}
+        checksums[STATE] = files.save(checkpoint, partial / STATE)
+        contents = {
+            "algorithm": checkpoint["algorithm"],
+            "env_steps": checkpoint["levin"]["env_steps"],
+            "files": checksums,
+        }
+        files.save_json({"format": FORMAT, "ranks": distributed.world_size(), **contents}, partial / MANIFEST)
         if distributed.rank():
             files.sync(partial)
             self.before = folder / f"rank{distributed.rank()}"
             distributed.barrier()
-            distributed.barrier()  # the first rank has taken it over
+            distributed.barrier()  # rank 0 has moved this folder into its own
             return
         distributed.barrier()
         for rank in range(1, distributed.world_size()):
             _partial_path(folder, rank).rename(partial / f"rank{rank}")
         files.sync(partial)
-        if folder.exists():  # not the one before: nothing is saved twice at the same moment of the clock
+        if folder.exists():  # a leftover of the same clock, never `self.before`: each clock value is saved once
             discard(folder)
         partial.rename(folder)
         _relink(folder.with_name(LAST), folder.name)
@@ -87,12 +94,12 @@ class FolderCheckpointIO(TorchCheckpointIO):
 
 
 def _partial_path(folder: Path, rank: int) -> Path:
-    """Where a rank writes what becomes its part of a checkpoint."""
+    """Return the temporary folder that a rank writes before it becomes part of the checkpoint `folder`."""
     return folder.with_name(f".{folder.name}.{rank}.partial" if rank else f".{folder.name}.partial")
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder. Its name goes first, so that no half of it is ever taken for a checkpoint."""
+    """Delete a checkpoint folder. It is renamed first, so a half-deleted folder is never mistaken for a checkpoint."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
@@ -100,6 +107,7 @@ def discard(folder: Path) -> None:
 
 
 def _relink(link: Path, target: str) -> None:
+    """Point a symbolic link at another target, in one atomic step."""
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
@@ -107,45 +115,45 @@ def _relink(link: Path, target: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a killed run left half-written or half-deleted in its `checkpoints/`."""
+    """Delete the half-written and half-deleted folders that a killed run left in `checkpoints/`."""
     for pattern in (".*.partial", ".*.removed"):
         for left in folder.glob(pattern):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """Return the manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: There is none.
-        ConfigError: It is of another format.
+        CheckpointError: The manifest is missing or unreadable.
+        ConfigError: The checkpoint has another format.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        found = manifest["format"]
+        saved_format = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or not readable") from error
-    if found != FORMAT:
-        raise ConfigError(f"{folder} has format {found}, and this version reads format {FORMAT}")
+        raise CheckpointError(f"{path} is missing or unreadable") from error
+    if saved_format != FORMAT:
+        raise ConfigError(f"{folder} has format {saved_format}, but this version of Levin reads format {FORMAT}")
     return manifest
 
 
 def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
-    """Hold a checkpoint against its manifest.
+    """Check the files of a checkpoint against its manifest.
 
     Args:
-        folder: The checkpoint.
-        buffer: Whether the files of the replay buffer too.
-        algorithm: The class that it must be of.
+        folder: Checkpoint folder.
+        buffer: Whether to check the files of the replay buffer too.
+        algorithm: Name of the algorithm class that must have written it; None: any.
 
     Raises:
-        CheckpointError: It is not whole.
-        ConfigError: It is of another format or algorithm.
+        CheckpointError: A file is missing or damaged.
+        ConfigError: The checkpoint has another format, or another algorithm wrote it.
     """
     manifest = _read_manifest(folder)
     if algorithm not in (None, manifest["algorithm"]):
-        raise ConfigError(f"{folder} is of {manifest['algorithm']}, and the run is of {algorithm}")
+        raise ConfigError(f"{folder} was written by {manifest['algorithm']}, but this run trains {algorithm}")
     for name, expected in manifest["files"].items():
         if buffer or name == STATE:
             files.verify(folder / name, expected)
@@ -155,18 +163,18 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
 
 
 def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None = None) -> Path:
-    """The `state.ckpt` of a run's newest whole checkpoint; the folder or file of a checkpoint is taken as it is.
+    """Return the path of `state.ckpt` in the newest undamaged checkpoint of a run.
 
-    Whatever is damaged is named on stderr.
+    Damaged checkpoints are reported on stderr and skipped.
 
     Args:
-        run: A run folder.
-        buffer: Whether its replay buffer must be whole too.
-        algorithm: The class that it must be of.
+        run: Run folder; or one checkpoint, as its folder or its `state.ckpt`, which then must be undamaged.
+        buffer: Whether the replay buffer must be undamaged too.
+        algorithm: Name of the algorithm class that must have written it; None: any.
 
     Raises:
-        CheckpointError: A checkpoint that was named is damaged, or every one of the run is.
-        ConfigError: There is none, or it is of another format or algorithm.
+        CheckpointError: The given checkpoint is damaged, or all checkpoints of the run are.
+        ConfigError: There is no checkpoint, it has another format, or another algorithm wrote it.
     """
     path = run / STATE if (run / MANIFEST).exists() or run.parent.name == "checkpoints" else run
     if path.name == STATE:
@@ -177,21 +185,21 @@ def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None 
         try:
             verify(folder, buffer=buffer, algorithm=algorithm)
         except CheckpointError as error:
-            print(f"levin: {error}; the checkpoint before it is tried", file=sys.stderr)
+            print(f"levin: {error}; trying the checkpoint before it", file=sys.stderr)
             continue
         return folder / STATE
     if folders:
-        raise CheckpointError(f"run={run} holds no checkpoint that is whole")
-    raise ConfigError(f"run={run} holds no checkpoint; a run folder has checkpoints/{LAST}/{STATE}")
+        raise CheckpointError(f"run={run} has no undamaged checkpoint")
+    raise ConfigError(f"run={run} holds no checkpoint; set run= to a folder that has checkpoints/{LAST}/{STATE}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints/`, oldest first."""
+    """Return the checkpoint folders in a run's `checkpoints/`, oldest first."""
     return sorted((each for each in folder.glob("*") if each.name.isdigit()), key=lambda each: int(each.name))
 
 
 def set_aside_newer(folder: Path) -> None:
-    """Rename the checkpoints after this one, which are damaged: those that follow take their names."""
+    """Rename the checkpoints newer than `folder` to `<clock>.damaged`, which frees their names for new checkpoints."""
     for newer in list_checkpoints(folder.parent):
         if int(newer.name) > int(folder.name):
             aside = newer.with_name(f"{newer.name}.damaged")
@@ -200,6 +208,6 @@ def set_aside_newer(folder: Path) -> None:
 
 
 def env_steps_and_wandb_id(path: Path) -> tuple[int, str | None]:
-    """How many env steps a checkpoint is at, and the Weights & Biases run that it belongs to."""
+    """Return the number of env steps of a checkpoint, and the id of its Weights & Biases run (None: it has none)."""
     state = files.load(path, mmap=True)
     return state["levin"]["env_steps"], state.get("wandb_id")

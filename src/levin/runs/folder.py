@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
+"""Create, lock and update the run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
 
 import fcntl
 import json
@@ -21,80 +21,96 @@ CONFIG, PROVENANCE = "config.yaml", "provenance.json"
 
 
 def new_run_path(config: DictConfig) -> Path:
-    """Where a new run will live: `run`, or `runs/<algo>_<env>/s<seed>_<time>`.
+    """Return the folder for a new run: `config.run`, or by default `runs/<algo>_<env>/s<seed>_<time>`.
 
     Raises:
-        ConfigError: It exists already.
+        ConfigError: The folder exists and is not empty.
     """
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     run = Path(config.run or f"runs/{config.name}/s{config.seed}_{now}")
     if run.exists() and (not run.is_dir() or any(not each.name.startswith(".") for each in run.iterdir())):
-        raise ConfigError(f"run={run} exists; name another folder, or continue that run with make resume RUN={run}")
+        raise ConfigError(
+            f"run={run} exists already; name another folder, or continue that run with make resume RUN={run}"
+        )
     return run
 
 
 def find_requeued_run(config: DictConfig) -> Path | None:
-    """Where the run lives that this command began in this SLURM job, before that was requeued."""
+    """Return the folder of the run that this command began before its SLURM job was requeued; None: there is none."""
     if not slurm.was_requeued():
         return None
     folders = [Path(config.run)] if config.run else Path("runs", config.name).glob(f"s{config.seed}_*")
-    for each in sorted(folders, reverse=True):
-        facts = read_provenance(each)
-        if (facts.get("slurm_job"), facts.get("command")) == (slurm.job_id(), command_line()):
-            return each
+    for folder in sorted(folders, reverse=True):
+        provenance = read_provenance(folder)
+        if (provenance.get("slurm_job"), provenance.get("command")) == (slurm.job_id(), command_line()):
+            return folder
     return None
 
 
 def has_begun(run: Path) -> bool:
-    """Whether a run lives in the folder already."""
+    """Return whether the folder already holds a run."""
     return (run / CONFIG).exists()
 
 
 def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed: bool) -> None:
-    """Make the folder with its config and provenance. A resumed run adds to the list of its sessions.
+    """Create the run folder and write its config and provenance.
+
+    Args:
+        run: Run folder.
+        config: Config of the run.
+        provenance: Provenance of this process, from `collect_provenance`.
+        resumed: Whether the run is continued: its `provenance` is then appended to the list `resumed` of the file.
 
     Raises:
-        ConfigError: It can't be written.
+        ConfigError: The folder can't be written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
         config = config.copy()
         OmegaConf.set_readonly(config, False)
-        config.trainer.threads = torch.get_num_threads()  # results depend on it: a resumed run takes as many
-        facts = read_provenance(run)
-        if resumed and facts:
-            facts["resumed"].append(provenance)
+        config.trainer.threads = torch.get_num_threads()  # a resumed run must use as many: results depend on it
+        contents = read_provenance(run)
+        if resumed and contents:
+            contents["resumed"].append(provenance)
         else:
-            facts = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
-        # In this order: a run can be continued without provenance, and not without its config.
+            contents = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
+        # The config comes first: a run can be continued without its provenance, but not without its config.
         _write(run / CONFIG, OmegaConf.to_yaml(config))
-        _write(run / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+        _write(run / PROVENANCE, json.dumps(contents, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
 
 
 def record_end(run: Path, seconds: float, env_steps: int | None) -> None:
-    """Add the wall time of this session, and the env steps of a run that is complete."""
-    facts = read_provenance(run)
-    facts |= {"env_steps": env_steps, "wall_seconds": round(facts["wall_seconds"] + seconds, 1)}
-    _write(run / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+    """Write the end of a training process to provenance.json: its wall time, and the env steps of a completed run.
+
+    Args:
+        run: Run folder.
+        seconds: Wall time of this process, which is added to that of earlier ones.
+        env_steps: Env steps of the run; None: the run is not complete.
+    """
+    provenance = read_provenance(run)
+    provenance |= {"env_steps": env_steps, "wall_seconds": round(provenance["wall_seconds"] + seconds, 1)}
+    _write(run / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
 
 
 def read_provenance(run: Path) -> dict[str, Any]:
-    """What provenance.json says: of the first session, and under `resumed` of each later one; empty without a file.
+    """Read provenance.json; return an empty dict if there is no such file.
+
+    The top level describes the first training process, and the list `resumed` each later one.
 
     Raises:
-        ConfigError: It is damaged.
+        ConfigError: The file is damaged.
     """
     file = run / PROVENANCE
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise ConfigError(f"{file} is damaged; the run can be continued without it") from error
+        raise ConfigError(f"{file} is damaged; delete it to continue the run without it") from error
 
 
 def _write(file: Path, text: str) -> None:
-    """Replace a file at once: a kill or a power cut leaves the old one or the new one."""
+    """Replace a file atomically: after a kill or a power cut, either the old or the new file is there."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text)
     files.sync(partial)
@@ -104,10 +120,10 @@ def _write(file: Path, text: str) -> None:
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Let no second process train in the folder. The lock goes with the process, however that ends.
+    """Lock the run folder against other training processes. The lock ends with this process, however that ends.
 
     Raises:
-        ConfigError: Another process does, or the folder can't be written.
+        ConfigError: Another process holds the lock, or the folder can't be written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -116,7 +132,7 @@ def lock(run: Path) -> Iterator[None]:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, which env workers would inherit
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, whose lock env processes would inherit
         except (BlockingIOError, PermissionError) as error:
             raise ConfigError(f"run={run} is being trained by another process") from error
         yield
@@ -124,7 +140,7 @@ def lock(run: Path) -> Iterator[None]:
 
 @contextmanager
 def report_failure(run: Path) -> Iterator[None]:
-    """Say in one sentence what ended a run and where it can be taken up again.
+    """Turn an error that ends a run into one sentence that also says how to continue the run.
 
     Raises:
         RunError: An env failed, a number was not finite, or the run folder can't be written any more.
@@ -132,10 +148,16 @@ def report_failure(run: Path) -> Iterator[None]:
     try:
         yield
     except (RunError, OSError) as error:
-        said = str(error) if isinstance(error, RunError) else f"run={run} can't be written: {error.strerror or error}"
-        if error.__cause__ is not None:  # an env's own error: whoever wrote the env wants to see where
+        message = (
+            str(error) if isinstance(error, RunError) else f"run={run} can't be written: {error.strerror or error}"
+        )
+        if error.__cause__ is not None:  # raised inside the env: its author needs the traceback
             (run / "traceback.txt").write_text(traceback.format_exc())
-            said += f" (see {run}/traceback.txt)"
-        whole = checkpoint.list_checkpoints(run / "checkpoints")
-        left = f"checkpoint {whole[-1].name} is whole: make resume RUN={run}" if whole else "it has no checkpoint yet"
-        raise RunError(f"{said}; {left}") from error
+            message += f" (see {run}/traceback.txt)"
+        checkpoints = checkpoint.list_checkpoints(run / "checkpoints")
+        advice = (
+            f"continue from checkpoint {checkpoints[-1].name} with make resume RUN={run}"
+            if checkpoints
+            else "the run has no checkpoint yet"
+        )
+        raise RunError(f"{message}; {advice}") from error

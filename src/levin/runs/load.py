@@ -13,18 +13,18 @@ from levin.core.errors import ConfigError
 from levin.core.paths import ROOT
 from levin.runs import checkpoint
 
-POLICY = "policy.ckpt"  # of a result in experiments/: the policy alone
+POLICY = "policy.ckpt"  # the policy alone, which a result in experiments/ has instead of checkpoints
 
 
 def load_config(run: Path) -> DictConfig:
-    """The config that a run was made from.
+    """Load the config of a run from its `config.yaml`.
 
     Raises:
-        ConfigError: The folder has none, or it is damaged.
+        ConfigError: The file is missing or damaged.
     """
     path = run / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"run={run} is no run folder: it has no config.yaml")
+        raise ConfigError(f"run={run} is not a run folder: it has no config.yaml")
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -35,46 +35,49 @@ def load_config(run: Path) -> DictConfig:
 
 
 def algorithm_class(config: DictConfig) -> type[Algorithm]:
-    """The class that `algo._target_` names.
+    """Import the algorithm class that `algo._target_` names.
 
     Raises:
-        ConfigError: It names no algorithm.
+        ConfigError: It can't be imported, or is not an `Algorithm`.
     """
     target = config.algo.get("_target_")
     if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # a fork is experiments.<name>.algorithm, from whatever folder it is called
+        sys.path.append(
+            str(ROOT)
+        )  # a forked algorithm is experiments.<name>.algorithm, importable from any working directory
     try:
-        found = get_class(target)
+        algorithm = get_class(target)
     except (ImportError, ValueError, TypeError) as error:
         raise ConfigError(f"algo._target_={target} can't be imported: {' '.join(str(error).split())}") from error
-    if not issubclass(found, Algorithm):
-        raise ConfigError(f"algo._target_={target} is no levin.algorithms.base.Algorithm")
-    return found
+    if not issubclass(algorithm, Algorithm):
+        raise ConfigError(f"algo._target_={target} is not a subclass of levin.algorithms.base.Algorithm")
+    return algorithm
 
 
 def load_algorithm(run: Path) -> Algorithm:
-    """The algorithm of a run, with its newest weights, statistics and counters; on the CPU, without its buffer.
+    """Load the algorithm of a run on the CPU, with its newest weights, statistics and counters but without its buffer.
 
-    Of a result in experiments/, only what its policy needs has been kept: the rest is as it was initialised.
+    A result in experiments/ has only stored its policy: there, everything else keeps its initial values.
     """
     if (run / POLICY).is_file():
         saved = files.load(run / POLICY)
-        algorithm = _class_of(run)(**saved["hyper_parameters"])
+        algorithm = _class_of_run(run)(**saved["hyper_parameters"])
         algorithm.policy(deterministic=True).load_state_dict(saved["policy"])
         algorithm.env_steps = saved["env_steps"]
         return algorithm
     path = checkpoint.newest_checkpoint(run)
-    return _class_of(path.resolve().parents[2]).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    return _class_of_run(path.resolve().parents[2]).load_from_checkpoint(path, map_location="cpu", weights_only=True)
 
 
 def export_policy(run: Path, path: Path) -> None:
-    """Write the newest policy of a run, and nothing else of its algorithm, to a file that `load_algorithm` reads."""
+    """Write the newest policy of a run, without the rest of its algorithm, to a file that `load_algorithm` reads."""
     algorithm = load_algorithm(run)
     policy = algorithm.policy(deterministic=True).state_dict()
     files.save({"hyper_parameters": dict(algorithm.hparams), "env_steps": algorithm.env_steps, "policy": policy}, path)
 
 
-def _class_of(run: Path) -> type[Algorithm]:
+def _class_of_run(run: Path) -> type[Algorithm]:
+    """Return the algorithm class that a run folder's config names."""
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"run={run} has no config.yaml beside its checkpoints folder")
+        raise ConfigError(f"run={run} has no config.yaml next to its checkpoints folder")
     return algorithm_class(load_config(run))

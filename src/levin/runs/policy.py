@@ -1,4 +1,4 @@
-"""What is left of a run when training is over: observation in, action out."""
+"""Load a run's trained policy and call it on raw observations."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from levin.runs.load import load_algorithm
 
 
 class Policy:
-    """A trained policy with its normaliser inside: raw observation in, action in the env's own units out.
+    """Deterministic trained policy that maps raw observations to actions in the env's own units.
 
-    Observations are what the env shows, `[*S]` or a batch `[N, *S]`, and the actions then `[*A]` or `[N, *A]`. Stacks
-    of frames are the caller's to keep. The policy is deterministic. One with a memory is told where episodes begin,
-    `policy(observation, is_first)`; without a word, its first call is where.
+    Observations are those of the env, `[*S]` or a batch `[N, *S]`; the actions are then `[*A]` or `[N, *A]`. The policy
+    normalises its input itself, but does not stack frames: with `env.frame_stack` the caller passes stacked ones.
+
+    A policy with memory must know where episodes begin: `policy(observation, is_first)`. Without `is_first`, only the
+    first call begins an episode.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
@@ -25,14 +27,14 @@ class Policy:
         self.env = algorithm.env
         self.policy = algorithm.policy(deterministic=True)
         self.module = self.policy.module
-        self._begun = False
+        self._called = False
         self.shown = self.env.get("shown", self.env["observation"])
         self._read = NetworkInput(self.shown)
         self._to_env = action_converter(self.env["action"], self.env["action_units"])
 
     @classmethod
     def load(cls, run: Path) -> "Policy":
-        """The newest policy of a run folder."""
+        """Load the newest policy of a run folder."""
         return cls(load_algorithm(run))
 
     @torch.inference_mode()
@@ -40,8 +42,8 @@ class Policy:
         single = is_unbatched(self.shown, observation)
         batch = unsqueeze(observation) if single else observation
         batch = to_tensors(self.env["observation"], self._read(batch))
-        first = np.asarray(not self._begun if is_first is None else is_first)
+        first = np.asarray(not self._called if is_first is None else is_first)
         num = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
         action = self._to_env(act(self.policy, batch, np.broadcast_to(first, num).copy()).numpy())
-        self._begun = True
+        self._called = True
         return action[0] if single else action

@@ -1,4 +1,4 @@
-"""Where a run came from: code, lock, versions, hardware."""
+"""Collect the provenance of a run: command, git commit, lock file, package versions, hardware."""
 
 import hashlib
 import os
@@ -20,7 +20,10 @@ CODE = ("src", "configs", "requirements.lock", "experiments/*.py", "experiments/
 
 
 def collect_provenance() -> dict[str, Any]:
-    """Plain values, for `provenance.json`. `git_dirty` says that the code or its configs are not the commit's."""
+    """Collect the contents of `provenance.json` as plain values.
+
+    `git_dirty` is True if tracked files under `CODE` differ from the commit `git_sha`.
+    """
     lock = ROOT / "requirements.lock"
     return {
         "command": command_line(),
@@ -40,18 +43,18 @@ def collect_provenance() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     return " ".join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
-def run_git(*words: str) -> str:
-    """What git prints, or an empty string outside a repository."""
-    answer = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+def run_git(*arguments: str) -> str:
+    """Run git in the repository and return its output; an empty string outside a repository."""
+    answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return answer.stdout.strip()
 
 
 def processor_name() -> str:
-    """The processor's name, as the system gives it."""
+    """Return the name of the processor, as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next(
@@ -62,5 +65,5 @@ def processor_name() -> str:
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # an extra that is not installed
+    except PackageNotFoundError:  # it belongs to an extra that is not installed
         return None

@@ -1,8 +1,9 @@
-"""The rows of a ring buffer as files that are written once.
+"""Save and load a replay buffer as a series of files that are each written once.
 
-`<start>_<end>.pt` holds the rows that were stored start-th to end-th since the run began. A checkpoint writes what is
-new since the one before it and takes over the older files by hard links: a checkpoint is a whole folder, and deleting
-one frees what no other needs. The price: a disk that spoils an old file spoils it for every checkpoint that shares it.
+Entries are numbered in the order in which they were stored since the run began; `<start>_<end>.pt` holds the entries
+from number `start` up to, but not including, `end`. A checkpoint writes only the entries that are new since the one
+before it, and hard-links the older files. So every checkpoint folder is complete, and deleting one frees the files that
+no other links to. The drawback: a file that is damaged on disk is damaged in every checkpoint that shares it.
 """
 
 import errno
@@ -17,66 +18,72 @@ from tensordict import TensorDict, TensorDictBase
 from levin.core import files
 from levin.core.errors import CheckpointError
 
-PIECE_BYTES = 32 << 20  # copied out of the buffer before they are written: all that a checkpoint adds to the memory
+PIECE_BYTES = 32 << 20  # per file, at most: entries are copied before they are written, and this bounds the copy
 
 
 def save(
-    rows: TensorDictBase, written: int, folder: Path, before: Path, known: dict[str, dict[str, int]]
+    data: TensorDictBase, written: int, folder: Path, before: Path, previous: dict[str, dict[str, int]]
 ) -> dict[str, dict[str, int]]:
     """Write a buffer into `folder`.
 
     Args:
-        rows: `[L, ...]`, what the buffer holds; the k-th row ever stored lies at k modulo the buffer's size.
-        written: How many rows have ever been stored.
-        folder: Where the files go; it exists.
-        before: The same folder of the checkpoint before, or of none.
-        known: Size and checksum of the files there.
+        data: `[L, ...]`, the contents of the buffer; the entry with number k lies at index k modulo the buffer's size.
+        written: Number of entries stored since the run began.
+        folder: Folder for the files, which exists already.
+        before: Buffer folder of the previous checkpoint; it is not read if `previous` is empty.
+        previous: Size and checksum of each file in `before`, by file name.
 
     Returns:
-        Size and checksum of every file of `folder`, by its name.
+        Size and checksum of each file in `folder`, by file name.
     """
-    sums = {}
-    oldest = end = written - len(rows)
-    for name in sorted(known, key=_range):
-        start, stop = _range(name)
+    checksums = {}
+    oldest = end = written - len(data)
+    for name in sorted(previous, key=_entry_range):
+        start, stop = _entry_range(name)
         if start <= end < stop:
             _link(before / name, folder / name)
-            sums[name], end = known[name], stop
-    per_piece = max(1, PIECE_BYTES // max(1, rows.bytes() // max(1, len(rows))))
+            checksums[name], end = previous[name], stop
+    per_piece = max(1, PIECE_BYTES // max(1, data.bytes() // max(1, len(data))))
     while end < written:
-        at = end % len(rows) if oldest else end  # a ring that has not wrapped may be longer than what it holds
-        stop = min(end + per_piece, written, end + len(rows) - at)
+        at = end % len(data) if oldest else end  # only a full buffer wraps, and L is its size then
+        stop = min(end + per_piece, written, end + len(data) - at)
         name = f"{end}_{stop}.pt"
-        piece = cast(TensorDict, rows[at : at + stop - end]).flatten_keys(".")
-        sums[name] = files.save({key: value.cpu().clone() for key, value in piece.items()}, folder / name)
+        piece = cast(TensorDict, data[at : at + stop - end]).flatten_keys(".")
+        checksums[name] = files.save({key: value.cpu().clone() for key, value in piece.items()}, folder / name)
         end = stop
     files.sync(folder)
-    return sums
+    return checksums
 
 
 def load(folder: Path, written: int, length: int) -> Iterator[TensorDict]:
-    """The last `length` of the `written` rows that were ever stored, oldest first, piece by piece."""
+    """Yield the newest `length` of the `written` entries ever stored, file by file, oldest first: `[n, ...]` each.
+
+    Raises:
+        CheckpointError: Files are missing.
+    """
     end = written - length
-    for path in sorted(folder.glob("*.pt"), key=lambda path: _range(path.name)):
-        start, stop = _range(path.name)
+    for path in sorted(folder.glob("*.pt"), key=lambda path: _entry_range(path.name)):
+        start, stop = _entry_range(path.name)
         if start <= end < stop:
-            rows = TensorDict(files.load(path), batch_size=(stop - start,)).unflatten_keys(".")
-            yield rows[end - start :]
+            data = TensorDict(files.load(path), batch_size=(stop - start,)).unflatten_keys(".")
+            yield data[end - start :]
             end = stop
     if end != written:
-        raise CheckpointError(f"{folder} ends at row {end} of {written}")
+        raise CheckpointError(f"{folder} is incomplete: its files end at entry {end} of {written}")
 
 
-def _range(name: str) -> tuple[int, int]:
+def _entry_range(name: str) -> tuple[int, int]:
+    """Return start and end of the entries in the file `<start>_<end>.pt`."""
     start, _, stop = name.removesuffix(".pt").partition("_")
     return int(start), int(stop)
 
 
 def _link(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
             raise
-        shutil.copyfile(source, target)  # a file system without hard links
+        shutil.copyfile(source, target)
         files.sync(target)

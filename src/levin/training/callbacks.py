@@ -1,10 +1,12 @@
-"""What happens between iterations, on the clock of the algorithm, which is that of env steps but where none pass.
+"""Trainer callbacks that run after each iteration, scheduled by `Algorithm.clock`.
 
-Lightning calls them in list order at the end of a batch: `Statistics` takes in the rollout, `Budget` decides whether
-this is the last iteration, `Throughput` stops its watch, `Evaluation` adds to the row, `Metrics` writes it,
-`ProgressBar` shows, then the user's own come, and `Checkpointing` saves. A run that is stopped and continued writes
-what an uninterrupted one writes: a stop adds no evaluation and no row. A run that is complete adds both, after its last
-checkpoint.
+The clock counts env steps, plus updates in stages without env steps. Lightning calls the callbacks in list order at the
+end of an iteration: `Statistics` updates the running statistics, `Budget` decides whether this was the last iteration,
+`Throughput` records the time, `Evaluation` adds its results to the row of metrics, `Metrics` writes the row,
+`ProgressBar` shows the progress, then the user's own callbacks run, and `Checkpointing` saves.
+
+A run that is stopped and continued writes the same rows as an uninterrupted one, because a stop adds no evaluation and
+no row. A complete run adds one of each after its last checkpoint.
 """
 
 from time import perf_counter
@@ -19,21 +21,22 @@ from levin.training import loggers
 
 
 class Clock:
-    """Rings once for every `every` of what it counts, however far one iteration goes."""
+    """Schedule of an action that is due once per `every` clock units; several units may pass in one iteration."""
 
     def __init__(self, every: int) -> None:
-        self.every, self.rung = every, 0
+        self.every = every
+        self.periods = 0  # number of whole periods of `every` that have passed
 
     def is_due(self, count: int) -> bool:
-        """Whether a multiple of `every` has been passed since it last rang."""
-        if count // self.every > self.rung:
-            self.rung = count // self.every
+        """Return whether the count has passed a multiple of `every` since the action was last due."""
+        if count // self.every > self.periods:
+            self.periods = count // self.every
             return True
         return False
 
 
 class Statistics(Callback):
-    """Lets the observation normaliser take in a rollout, when the iteration that it was collected for is over."""
+    """Updates the observation normaliser with a rollout, after the iteration that trained on it."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
@@ -44,23 +47,26 @@ class Statistics(Callback):
 
 
 class Budget(Callback):
-    """Ends the run when it is complete, at the end of an iteration."""
+    """Stops the run at the end of the iteration that completes it."""
 
     def __init__(self, total_env_steps: int) -> None:
         self.total_env_steps = total_env_steps
-        self.spent = False  # whether the run is complete, or was stopped by something else
+        self.complete = False  # stays false if a signal or `max_time` stops the run before its end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that was killed in its last evaluation has nothing left to do but that.
+        # A run that was killed in its last evaluation has all its env steps: it is only evaluated.
         self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if cast(Algorithm, pl_module).finished(self.total_env_steps):
-            trainer.should_stop = self.spent = True
+            trainer.should_stop = self.complete = True
 
 
 class Throughput(Callback):
-    """Seconds spent in `training_step`. On a GPU work is queued, and the wait shows where the queue is read."""
+    """Measures the seconds spent in `training_step`.
+
+    GPU work is asynchronous: its time is counted where the CPU waits for a result.
+    """
 
     def __init__(self, metrics: "Metrics") -> None:
         self.metrics = metrics
@@ -74,21 +80,21 @@ class Throughput(Callback):
 
 
 class Metrics(Callback):
-    """Collects one row of metrics and writes it to every logger each `every` env steps, and at the end of the run."""
+    """Collects a row of metrics and writes it to every logger each `every` env steps, and at the end of the run."""
 
     def __init__(self, every: int, budget: Budget) -> None:
         self.every, self.budget = every, budget
         self.clock = Clock(every)
         self.row: dict[str, float] = {}
-        self.rows = 0  # written since the run began
+        self.rows = 0  # rows written since the start of the run, resumed or not
         self.last_return: float | None = None
         self.log_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        self.clock.rung = algorithm.clock // self.every
-        self._written = (perf_counter(), algorithm.env_steps, algorithm.updates)
-        self._written_at = algorithm.clock
+        self.clock.periods = algorithm.clock // self.every
+        self._last_write = (perf_counter(), algorithm.env_steps, algorithm.updates)
+        self._last_write_clock = algorithm.clock
         for logger in trainer.loggers:
             if isinstance(logger, loggers.CSVMetrics):
                 logger.truncate(self.rows)
@@ -100,15 +106,15 @@ class Metrics(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.budget.spent and (algorithm.clock > self._written_at or "eval/return_mean" in self.row):
+        if self.budget.complete and (algorithm.clock > self._last_write_clock or "eval/return_mean" in self.row):
             self.write(trainer, algorithm)
 
     def write(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Write what has come together since the last row."""
+        """Write one row: the metrics collected since the last row, and the throughput."""
         start = perf_counter()
         loader = cast(CollectorLoader, trainer.train_dataloader)
-        wall, env_steps, updates = self._written
-        seconds = start - wall
+        last_time, env_steps, updates = self._last_write
+        seconds = start - last_time
         row = {"env_steps": algorithm.env_steps, "updates": algorithm.updates}
         row |= {"env_frames": algorithm.env_steps * algorithm.env["action_repeat"]}
         if algorithm.dream_steps:
@@ -124,7 +130,7 @@ class Metrics(Callback):
             logger.log_metrics(row, step=algorithm.clock)
         self.row = {}
         self.rows += 1
-        self._written, self._written_at = (start, algorithm.env_steps, algorithm.updates), algorithm.clock
+        self._last_write, self._last_write_clock = (start, algorithm.env_steps, algorithm.updates), algorithm.clock
         self.log_seconds = perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Callback that saves checkpoints and decides which are kept."""
+"""Callback that saves checkpoints and deletes old ones."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -22,20 +22,21 @@ from levin.training.evaluation import Evaluation
 class Checkpointing(Checkpoint):
     """Saves `checkpoints/<clock>/` at the end of an iteration, and keeps the newest and the best.
 
-    Being a `Checkpoint`, it comes after all other callbacks, and so knows of every wish to stop (`max_time`). Only here
-    a state can be continued exactly: from one of a closed epoch, Lightning resumes with a batch less.
+    Lightning calls subclasses of `Checkpoint` after all other callbacks, so a request to stop by any of them, such as
+    `max_time`, is known here. A state must be saved within an epoch to be continued exactly: from a checkpoint of a
+    finished epoch Lightning resumes with one batch less.
 
     Args:
         every: Env steps between two checkpoints. The last iteration is always saved.
-        keep: How many of the newest to keep; the one that evaluated best is kept beside them.
-        run: The run folder.
-        evaluation: Whose result a checkpoint of the same iteration is judged by.
+        keep: Number of newest checkpoints to keep. The one with the best evaluation is kept in addition.
+        run: Run folder.
+        evaluation: Evaluation callback; its result ranks the checkpoint of the same iteration.
     """
 
     def __init__(self, *, every: PositiveInt, keep: PositiveInt, run: Path, evaluation: Evaluation) -> None:
         self.keep, self.folder, self.evaluation = keep, run / "checkpoints", evaluation
         self.clock = Clock(every)
-        self.returns: dict[str, float] = {}  # folder name -> its evaluation
+        self.returns: dict[str, float] = {}  # checkpoint folder -> mean return of its evaluation
         self._rng: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,7 +44,7 @@ class Checkpointing(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             checkpoint.remove_partial(self.folder)
-        self.clock.rung = cast(Algorithm, pl_module).clock // self.clock.every
+        self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
 
@@ -54,9 +55,9 @@ class Checkpointing(Checkpoint):
             self.save(trainer, algorithm)
 
     def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Save now, and remove what need not be kept."""
+        """Save a checkpoint, and delete those that need not be kept."""
         name = str(algorithm.clock)
-        if self.evaluation.at == algorithm.clock and self.evaluation.return_mean is not None:
+        if self.evaluation.evaluated_at == algorithm.clock and self.evaluation.return_mean is not None:
             self.returns[name] = self.evaluation.return_mean
         for logger in trainer.loggers:
             if isinstance(logger, loggers.CSVMetrics):
@@ -66,7 +67,7 @@ class Checkpointing(Checkpoint):
             self._prune()
 
     def _prune(self) -> None:
-        folders = {each.name: each for each in checkpoint.list_checkpoints(self.folder)}
+        folders = {folder.name: folder for folder in checkpoint.list_checkpoints(self.folder)}
         self.returns = {name: self.returns[name] for name in folders if name in self.returns}
         best = max(self.returns, key=lambda name: self.returns[name], default=None)
         for name in list(folders)[: -self.keep]:
@@ -77,19 +78,19 @@ class Checkpointing(Checkpoint):
         checkpoint["rng"] = rng_state()
         checkpoint["ranks"] = distributed.world_size()
         for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
-            del checkpoint["callbacks"][key]  # `max_time` is that of one session: a run that used it up can go on
+            del checkpoint["callbacks"][key]  # `max_time` limits one session, not the run: resuming starts it anew
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 checkpoint["wandb_id"] = logger.experiment.id
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("ranks", 1)
-        if saved != distributed.world_size():
+        ranks = checkpoint.get("ranks", 1)
+        if ranks != distributed.world_size():
             raise ConfigError(
-                f"the checkpoint is of {saved} ranks, and this run has {distributed.world_size()}: "
-                f"trainer.devices={saved}"
+                f"the checkpoint was saved by {ranks} ranks, but this run has {distributed.world_size()}: "
+                f"set trainer.devices={ranks}"
             )
-        # Drawn numbers are taken back last, when everything is built: see `on_train_start`.
+        # Restored in `on_train_start`: building the rest of the run still samples random numbers.
         self._rng = checkpoint["rng"]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Callback that evaluates the policy on envs of its own."""
+"""Callback that evaluates the policy in separate envs."""
 
 from pathlib import Path
 from time import perf_counter
@@ -19,16 +19,16 @@ from levin.training.callbacks import Budget, Clock, Metrics
 
 
 class Evaluation(Callback):
-    """Deterministic episodes on envs of their own, with the same seeds every time.
+    """Evaluates the deterministic policy in separate envs, with the same seeds every time.
 
     Args:
         every: Env steps between two evaluations.
-        episodes: Episodes of each.
-        seed: Of the evaluation's envs; apart from the run's own.
-        env: The env of the run. Its statistics are only read.
-        metrics: Where the results go.
-        budget: A run that has spent it is evaluated once more.
-        run: The run folder, for what algorithms draw.
+        episodes: Episodes per evaluation.
+        seed: Seed of the evaluation envs, independent of the run's seed.
+        env: Env config of the run. Its running statistics are read, not updated.
+        metrics: Metrics callback; the results are added to its row.
+        budget: Budget callback. A complete run is evaluated once more.
+        run: Run folder. Algorithms write their pictures to its `pictures/`.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class Evaluation(Callback):
         self.pictures = run / "pictures"
         self.clock = Clock(every)
         self.vector_env: SeededVectorEnv | None = None
-        self.return_mean: float | None = None  # of the last evaluation
-        self.at, self.env_steps = 0, 0  # when it was, by the clock and in env steps
+        self.return_mean: float | None = None  # result of the last evaluation
+        self.evaluated_at, self.env_steps = 0, 0  # clock and env steps of the last evaluation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.rung = cast(Algorithm, pl_module).clock // self.clock.every
+        self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
         if trainer.is_global_zero:
             num_envs = min(self.episodes, 10)
             self.vector_env = make_env(self.env, seed=self.seed, purpose=EVALUATION, num_envs=num_envs)
@@ -62,7 +62,7 @@ class Evaluation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.budget.spent and self.at != algorithm.clock:
+        if self.budget.complete and self.evaluated_at != algorithm.clock:
             self.evaluate(trainer, algorithm)
         self.close()
 
@@ -75,7 +75,7 @@ class Evaluation(Callback):
             self.vector_env.close()
 
     def evaluate(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Add the results of the policy as it is now to the row. The other ranks wait for them."""
+        """Evaluate the current policy on rank 0, and add the results to the row of metrics on every rank."""
         row, start = {}, perf_counter()
         if self.vector_env is not None:
             returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
@@ -84,12 +84,13 @@ class Evaluation(Callback):
             loggers.log_pictures(trainer.loggers, self.pictures, algorithm.clock)
             row["time/evaluate"] = perf_counter() - start
         row = distributed.broadcast_object(row)
-        self.return_mean, self.at, self.env_steps = row["eval/return_mean"], algorithm.clock, algorithm.env_steps
+        self.return_mean, self.env_steps = row["eval/return_mean"], algorithm.env_steps
+        self.evaluated_at = algorithm.clock
         self.metrics.row |= row
 
     def state_dict(self) -> dict[str, Any]:
-        return {"return_mean": self.return_mean, "env_steps": self.env_steps, "at": self.at}
+        return {"return_mean": self.return_mean, "env_steps": self.env_steps, "at": self.evaluated_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.return_mean, self.env_steps = state_dict["return_mean"], state_dict["env_steps"]
-        self.at = state_dict.get("at", self.env_steps)  # checkpoints of before it was counted have none
+        self.evaluated_at = state_dict.get("at", self.env_steps)  # older checkpoints have no "at"

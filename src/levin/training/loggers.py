@@ -1,4 +1,7 @@
-"""Where metrics go. The x-axis is `env_steps` in all of them; CSV is always written."""
+"""Loggers of a run's metrics: `metrics.csv` always, Weights & Biases or TensorBoard by choice.
+
+The x-axis is `env_steps` in all of them.
+"""
 
 import csv
 import io
@@ -18,10 +21,11 @@ from levin.runs import checkpoint
 def make_loggers(
     name: str | None, run: Path, config: dict[str, Any], git_sha: str, ckpt_path: Path | None = None
 ) -> list[Logger]:
-    """`metrics.csv`, and the one the user asked for; by default Weights & Biases where there is a login.
+    """Build the loggers: `metrics.csv`, and the one that `name` selects.
 
     Args:
-        ckpt_path: The checkpoint that the run is continued from.
+        name: `csv`, `tensorboard` or `wandb`; None means Weights & Biases if the user is logged in there.
+        ckpt_path: Checkpoint that the run is continued from.
     """
     wandb_id, clock = None, -1
     if ckpt_path is not None:
@@ -51,7 +55,7 @@ def make_loggers(
 
 
 def _wandb_login() -> bool:
-    import wandb  # takes a second, and most runs go without
+    import wandb  # here: the import takes a second, and most runs don't need it
 
     return os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False)
 
@@ -90,7 +94,7 @@ def upload(loggers: list[Logger], run: Path) -> None:
 
 
 def close(loggers: list[Logger]) -> None:
-    """Write out what is still in memory; an offline Weights & Biases run says how to upload it."""
+    """Flush and close the loggers. Weights & Biases prints how to upload an offline run."""
     for logger in loggers:
         logger.finalize("success")
         if isinstance(logger, WandbLogger):
@@ -98,7 +102,7 @@ def close(loggers: list[Logger]) -> None:
 
 
 class CSVMetrics(Logger):
-    """One wide `metrics.csv`, `env_steps` first. A metric that appears later becomes a new column."""
+    """Logger that writes one `metrics.csv`, first column `env_steps`. A metric that appears later adds a column."""
 
     def __init__(self, run: Path) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """config.yaml stands beside it."""
+        """Do nothing: `config.yaml` in the run folder has the hyper-parameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -132,16 +136,16 @@ class CSVMetrics(Logger):
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def rows(self) -> list[dict[str, str]]:
-        """What has been written so far."""
+        """Return the rows written so far."""
         if not self.path.exists():
             return []
         return list(csv.DictReader(io.StringIO(self._read(), newline="")))
 
     def _read(self) -> str:
-        return self.path.read_text(errors="replace")  # a crash may leave anything after the last row that counts
+        return self.path.read_text(errors="replace")  # a crash may leave garbage after the last complete row
 
     def truncate(self, count: int) -> None:
-        """Keep the first `count` rows: those that the checkpoint knows, from which a run is continued."""
+        """Keep the first `count` rows: those written before the checkpoint from which the run is continued."""
         rows = self.rows()
         if len(rows) < count:
             warnings.warn(f"{self.path} has lost {count - len(rows)} of its {count} rows", stacklevel=2)
@@ -149,7 +153,7 @@ class CSVMetrics(Logger):
             self._rewrite(rows[:count])
 
     def sync(self) -> None:
-        """Force the rows onto the disk."""
+        """Force the file onto the disk."""
         if self.path.exists():
             files.sync(self.path)
 

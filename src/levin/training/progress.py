@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""Progress bar of a training run."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from levin.training.callbacks import Budget, Metrics
 
 
 class ProgressBar(Callback):
-    """Env steps done and to go, rates, last return, time left; a line per row of metrics where there is no terminal."""
+    """Shows env steps, rates, the last return and the time left; without a terminal, prints a line every 10 seconds."""
 
     def __init__(self, run: Path, budget: Budget, metrics: Metrics) -> None:
         self.run, self.budget, self.total, self.metrics = run, budget, budget.total_env_steps, metrics
@@ -29,34 +29,34 @@ class ProgressBar(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         env_steps = cast(Algorithm, pl_module).env_steps
-        self.seen = (perf_counter(), env_steps, cast(Algorithm, pl_module).updates)
+        self._last_shown = (perf_counter(), env_steps, cast(Algorithm, pl_module).updates)
         if trainer.is_global_zero:
             self.task = self.bar.add_task("", total=self.total, completed=env_steps, rates="")
             self.bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm, now = cast(Algorithm, pl_module), perf_counter()
-        wall, env_steps, updates = self.seen
+        last_time, env_steps, updates = self._last_shown
         period = 0.5 if sys.stdout.isatty() else 10.0
-        if self.task is None or (now - wall < period and not trainer.should_stop):
+        if self.task is None or (now - last_time < period and not trainer.should_stop):
             return
         last = "" if self.metrics.last_return is None else f" · return {self.metrics.last_return:.1f}"
         steps_rate, updates_rate = (
-            (algorithm.env_steps - env_steps) / (now - wall),
-            (algorithm.updates - updates) / (now - wall),
+            (algorithm.env_steps - env_steps) / (now - last_time),
+            (algorithm.updates - updates) / (now - last_time),
         )
         rates = f"{steps_rate:,.0f} steps/s · {updates_rate:,.0f} updates/s{last}{algorithm.status}"
-        self.seen = (now, algorithm.env_steps, algorithm.updates)
+        self._last_shown = (now, algorithm.env_steps, algorithm.updates)
         self.bar.update(self.task, completed=algorithm.env_steps, rates=rates)
         if self.bar.disable:
             print_line(f"{algorithm.env_steps:,}/{self.total:,} env steps · {rates}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.bar.stop()
-        if trainer.is_global_zero and not self.budget.spent:
+        if trainer.is_global_zero and not self.budget.complete:
             env_steps = cast(Algorithm, pl_module).env_steps
-            at = f"stopped and saved at {env_steps} of {self.total} env steps"
-            print_line(f"{at}; to go on: make resume RUN={self.run}")
+            progress = f"stopped and saved at {env_steps} of {self.total} env steps"
+            print_line(f"{progress}; to continue: make resume RUN={self.run}")
 
     def on_exception(self, *_: Any) -> None:
         self.bar.stop()

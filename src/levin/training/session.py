@@ -1,21 +1,21 @@
-"""The training session: build the parts of a run, and let Lightning's Trainer turn them in one loop.
+"""Training session: build the parts of a run, and train in the loop of Lightning's Trainer.
 
-Each step of the loop, and the function that does it:
+The steps of a session, and the function or class that does each:
 
-    build env, algorithm and collector, seeded              build
-    build the Trainer and its callbacks                     trainer.build
+    build env, algorithm and collector, with seeds          build_run
+    build the Trainer and its callbacks                     trainer.build_trainer
     restore a checkpoint, if the run is continued           runs.checkpoint.FolderCheckpointIO.load_checkpoint
     until the run is complete or asked to stop:             (Trainer.fit)
-        rollout <- the policy acts, T steps in N envs       collectors.loader.CollectorLoader.__next__
-        every update that the rollout owes                  Algorithm.training_step
-        running statistics take in the rollout              callbacks.Statistics
-        complete, signalled, or not finite?                 callbacks.Budget, guards.Preemption, guards.FiniteGuard
-        evaluate the policy on envs of its own              evaluation.Evaluation         (each `eval.every`)
+        collect a rollout: T steps in N envs                collectors.loader.CollectorLoader.__next__
+        make all updates that are due after the rollout     Algorithm.training_step
+        update the running statistics with the rollout      callbacks.Statistics
+        stop if complete, on a signal, or on NaN or inf     callbacks.Budget, guards.Preemption, guards.FiniteGuard
+        evaluate the policy in separate envs                evaluation.Evaluation         (each `eval.every`)
         write a row of metrics                              callbacks.Metrics             (each `log_every`)
         save a checkpoint                                   checkpointing.Checkpointing   (each `checkpoint.every`)
-    evaluate once more, write the last row                  the same, if the run is complete
+    if complete: evaluate once more, write the last row     evaluation.Evaluation, callbacks.Metrics
 
-Everything below `training_step` is a callback, called in the order of `trainer.build` when an iteration ends.
+Everything after `training_step` is a callback. `trainer.build_trainer` sets the order in which they run.
 """
 
 from functools import partial
@@ -43,17 +43,24 @@ from levin.training.distributed import sharding
 
 
 def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | None:
-    """Train in the run folder, from a checkpoint if one is given. Returns the mean of the last evaluation.
+    """Train a run in its folder, and return the mean return of the last evaluation (None without one).
+
+    Args:
+        cfg: Checked config of the run.
+        run: Run folder; created if missing.
+        ckpt_path: Checkpoint to continue from; None starts a new run.
 
     Raises:
-        RunError: The run can't go on; its newest checkpoint is whole.
+        RunError: The run can't continue. It can be resumed from its newest checkpoint.
     """
     start = perf_counter()
     silence_libraries()
     keep_freed_memory()
     algorithm, rollouts = build_run(cfg)
-    others = partial(make_rollouts, cfg, algorithm)
-    trainer, budget, evaluation = lightning_trainer.build_trainer(cfg, run, rollouts.env.config, others, ckpt_path)
+    worker_rollouts = partial(make_rollouts, cfg, algorithm)
+    trainer, budget, evaluation = lightning_trainer.build_trainer(
+        cfg, run, rollouts.env.config, worker_rollouts, ckpt_path
+    )
     facts = provenance.collect_provenance()
     with run_folder.lock(run), run_folder.report_failure(run):
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
@@ -63,28 +70,28 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
         finally:
             rollouts.collector.shutdown()
-        run_folder.record_end(run, perf_counter() - start, algorithm.env_steps if budget.spent else None)
-        if cfg.upload and budget.spent:
+        run_folder.record_end(run, perf_counter() - start, algorithm.env_steps if budget.complete else None)
+        if cfg.upload and budget.complete:
             video.record_video(run=str(run))
             loggers.upload(trainer.loggers, run)
         loggers.close(trainer.loggers)
     if evaluation.return_mean is not None:
         print_line(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
-    if not budget.spent:
+    if not budget.complete:
         guards.forward_sigusr1(trainer)
     return evaluation.return_mean
 
 
 def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
-    """Seed this process and build its env, its algorithm, and the loader of its rollouts, all as this rank has them."""
-    together, rank, cfg = sharding.configured_world_size(cfg), sharding.process_rank(cfg), sharding.shard_config(cfg)
-    if cfg.trainer.threads or together > 1:
-        torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // together))
+    """Seed this process, and build its algorithm and its rollout loader, with this rank's share of the envs."""
+    world_size, rank, cfg = sharding.configured_world_size(cfg), sharding.process_rank(cfg), sharding.shard_config(cfg)
+    if cfg.trainer.threads or world_size > 1:
+        torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // world_size))
     rng.seed_everything(cfg.seed, rank=0)
     env = make_training_env(cfg, rank=0)
     values = {key: value for key, value in to_plain(cfg.algo).items() if key != "_target_"}
     algorithm = algorithm_class(cfg)(env=describe_env(env), **values)
-    algorithm.random_env_steps = -(-algorithm.random_env_steps // together)  # as a collector counts them
+    algorithm.random_env_steps = -(-algorithm.random_env_steps // world_size)  # a collector counts its own rank's steps
     if rank:
         env.close()
         return algorithm, make_rollouts(cfg, algorithm, rank, env_steps=0)
@@ -92,21 +99,21 @@ def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
 
 
 def make_training_env(cfg: DictConfig, rank: int) -> SeededVectorEnv:
-    """Build the vector env of one process of a run."""
+    """Build the training envs of one process of a run."""
     config = EnvConfig(**to_plain(cfg.env))
     return make_env(config, seed=cfg.seed, rank=rank, copy=cfg.collector != "vector")
 
 
 def make_training_loader(cfg: DictConfig, env: SeededVectorEnv, algorithm: Algorithm) -> CollectorLoader:
-    """Build the loader of an algorithm's rollouts, by the collector that the config names."""
+    """Build the rollout loader of an algorithm, with the collector that the config names."""
     return make_loader(cfg.collector, env, algorithm, seed=cfg.seed, workers=cfg.get("collector_workers", 2))
 
 
 def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: int) -> CollectorLoader:
-    """Seed this process as one of a run's workers, and build the loader of its rollouts.
+    """Seed this process as a worker or rank of a run, and build its rollout loader.
 
-    Nothing is drawn again when the run resumes: the numbers of episodes begin at `env_steps`, of which each takes one
-    or more.
+    Episodes are seeded by their number. Numbers start at `env_steps`, the env steps of the run so far: every episode
+    takes at least one step, so a resumed run never repeats an episode seed.
     """
     rng.seed_everything(cfg.seed, rank=rank, env_steps=env_steps)
     env = make_training_env(cfg, rank)
@@ -115,7 +122,7 @@ def make_rollouts(cfg: DictConfig, algorithm: Algorithm, rank: int, env_steps: i
 
 
 def train_rank(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> None:
-    """Train as a rank other than the first, which alone writes the run folder, evaluates and logs."""
+    """Train as a rank other than rank 0. Only rank 0 creates the run folder, evaluates and logs."""
     silence_libraries()
     keep_freed_memory()
     algorithm, rollouts = build_run(cfg)

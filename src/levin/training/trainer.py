@@ -1,4 +1,4 @@
-"""Lightning's Trainer, as a run needs it."""
+"""Build Lightning's Trainer for a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,45 +28,51 @@ def build_trainer(
     cfg: DictConfig,
     run: Path,
     env: EnvConfig,
-    rollouts: Callable[[int, int], CollectorLoader],
+    make_rollouts: Callable[[int, int], CollectorLoader],
     ckpt_path: Path | None = None,
 ) -> tuple[Trainer, Budget, Evaluation]:
-    """Lightning's Trainer with our callbacks and the user's; its loggers come when the run folder is there.
+    """Build the Trainer with Levin's callbacks and the user's. Loggers are set later: they need the run folder.
 
     Args:
-        rollouts: Makes the rollouts of another worker of the same run: rank, env steps so far -> loader.
-        ckpt_path: What other ranks go on from, where they are started here.
+        cfg: Config of the run.
+        run: Run folder.
+        env: Config of the training envs.
+        make_rollouts: Builds the rollout loader of another worker: (rank, env steps so far) -> loader.
+        ckpt_path: Checkpoint to continue from; passed to the ranks that this process starts.
+
+    Returns:
+        The Trainer, and its Budget and Evaluation callbacks.
 
     Raises:
-        ConfigError: The Trainer refuses an argument, or a callback can't be made.
+        ConfigError: The Trainer refuses an argument, or a callback can't be built.
     """
     budget = Budget(cfg.total_env_steps)
     metrics = Metrics(cfg.log_every, budget)
     evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget, run=run)
-    ours = [
+    callbacks = [
         *(Statistics(), budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
         Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),
     ]
     if not sharding.process_rank(cfg):
-        ours.append(ProgressBar(run, budget, metrics))
+        callbacks.append(ProgressBar(run, budget, metrics))
     options = {key: value for key, value in to_plain(cfg.trainer).items() if key not in ("threads", "workers")}
     if cfg.trainer.strategy == "hogwild":
-        options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, rollouts)), "accelerator": "cpu"}
-        ours.insert(ours.index(evaluation), Workers(strategy))
+        options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, make_rollouts)), "accelerator": "cpu"}
+        callbacks.insert(callbacks.index(evaluation), Workers(strategy))
     if cfg.trainer.strategy == "ddp" or sharding.configured_world_size(cfg) > 1:
         options |= {
             "strategy": DataParallel(cfg, run, ckpt_path) if sharding.configured_world_size(cfg) > 1 else "auto"
         }
     fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
-    quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    disabled = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     plugins = checkpoint.FolderCheckpointIO()
     try:
-        theirs = [instantiate(each) for each in cfg.callbacks.values()]
-        trainer = Trainer(**{**fixed, **quiet, **options}, plugins=plugins, callbacks=[*ours, *theirs])  # type: ignore[arg-type]
+        added = [instantiate(section) for section in cfg.callbacks.values()]
+        trainer = Trainer(**{**fixed, **disabled, **options}, plugins=plugins, callbacks=[*callbacks, *added])  # type: ignore[arg-type]
     except (HydraException, MisconfigurationException, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the Trainer can't be made: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"the Trainer or a callback can't be built: {' '.join(str(error).split())}") from error
     if cfg.collector != "vector" and trainer.strategy.root_device.type != "cpu":
         raise ConfigError(
-            f"collector={cfg.collector} runs on the CPU: add trainer.accelerator=cpu, or take collector=vector"
+            f"collector={cfg.collector} runs only on the CPU: set trainer.accelerator=cpu or collector=vector"
         )
     return trainer, budget, evaluation

@@ -19,17 +19,17 @@ from levin.runs.policy import Policy
 
 
 def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:
-    """Write `videos/<env_steps>_<episode>.mp4`, one frame per step, and return the paths.
+    """Record episodes as `videos/<clock>_<episode>.mp4`, one frame per step, and return the paths.
 
-    Of World Models also `..._dream.mp4`: what was seen beside a dream that begins alike.
+    World Models also writes `..._dream.mp4`: the episode beside a dream that starts from the same observation.
 
     Args:
-        run: The run folder.
-        episodes: How many to record.
-        seed: Root of the env's seeds.
+        run: Run folder.
+        episodes: Number of episodes.
+        seed: Seed of the env.
 
     Raises:
-        ConfigError: The env can't be drawn here.
+        ConfigError: The env can't be rendered here.
     """
     silence_libraries()
     policy = Policy.load(Path(run))
@@ -38,19 +38,21 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
     folder.mkdir(exist_ok=True)
     paths = []
     for episode in range(episodes):
-        first, frames, shown = np.ones(1, dtype=bool), [], []
+        first, frames, observations = np.ones(1, dtype=bool), [], []
         observation, done = env.begin([episode], first), ~first
         while not done.any():
-            shown.append(observation)
+            observations.append(observation)
             with torch.inference_mode():
                 action = act(policy.policy, to_tensors(env.observation, observation), first).numpy()
             observation, _, terminated, truncated, _ = env.step(action)
             first, done = np.zeros(1, dtype=bool), terminated | truncated
             frames.append(_render_frame(env))
         videos = {f"{policy.algorithm.clock}_{episode}.mp4": frames}
-        if (dreamt := policy.algorithm.imagine_pictures(to_tensors(env.observation, shown[0]), len(shown))) is not None:
+        if (
+            dreamt := policy.algorithm.imagine_pictures(to_tensors(env.observation, observations[0]), len(observations))
+        ) is not None:
             videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _side_by_side(
-                np.concatenate(shown), dreamt.numpy()
+                np.concatenate(observations), dreamt.numpy()
             )
         for name, pictures in videos.items():
             imageio.mimwrite(
@@ -67,22 +69,22 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
 
 
 def _side_by_side(real: np.ndarray, dreamt: np.ndarray) -> list[np.ndarray]:
-    """What was seen and what was dreamt, `[T, C, H, W]`, side by side and large enough to look at."""
-    both = np.concatenate([real, np.full_like(real[..., :1], 128), dreamt], -1)[:, -3:].transpose(0, 2, 3, 1)
-    times = max(1, 256 // both.shape[1])
-    large = both.repeat(times, 1).repeat(times, 2)
-    return list(large.repeat(3, -1) if large.shape[-1] == 1 else large)
+    """Return frames with real and dreamt pictures `[T, C, H, W]` side by side, enlarged by a whole factor."""
+    pictures = np.concatenate([real, np.full_like(real[..., :1], 128), dreamt], -1)[:, -3:].transpose(0, 2, 3, 1)
+    scale = max(1, 256 // pictures.shape[1])
+    enlarged = pictures.repeat(scale, 1).repeat(scale, 2)
+    return list(enlarged.repeat(3, -1) if enlarged.shape[-1] == 1 else enlarged)
 
 
 def _render_frame(env: SeededVectorEnv) -> np.ndarray:
     try:
         frame = env.render()[0]  # type: ignore[index]
-    except Exception as error:  # each of the many backends fails in its own way
-        library = os.environ.get("MUJOCO_GL", "its default")
+    except Exception as error:  # each rendering backend raises its own errors
+        backend = os.environ.get("MUJOCO_GL", "its default")
         raise ConfigError(
-            f"{env.config.id} can't be drawn with MUJOCO_GL={library} ({str(error).splitlines()[0]}); "
-            "without a display, install libegl1 and leave MUJOCO_GL alone"
+            f"{env.config.id} can't be rendered with MUJOCO_GL={backend} ({str(error).splitlines()[0]}); "
+            "without a display, install libegl1 and unset MUJOCO_GL"
         ) from error
     if not isinstance(frame, np.ndarray):
-        raise ConfigError(f"{env.config.id} draws no rgb_array")
+        raise ConfigError(f"{env.config.id} can't be recorded: it does not render an rgb_array")
     return frame

@@ -1,4 +1,4 @@
-"""Several processes in one run: data-parallel ranks, lock-free Hogwild workers, and the share of each in the config.
+"""Several processes in one run: data-parallel ranks, lock-free Hogwild workers, and the sharding of their config.
 
 Start reading at `data_parallel.py`.
 """

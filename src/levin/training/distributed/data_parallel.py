@@ -1,7 +1,7 @@
-"""Data parallelism: every process learns from envs of its own, and all apply the mean of their gradients.
+"""Data parallelism: each rank collects in its own envs, and all ranks apply the mean of their gradients.
 
-Lightning's DistributedDataParallel wraps a module whose every forward is followed by one backward of all parameters. An
-iteration here is many updates by several optimisers, so `Algorithm.step` averages the gradients itself, in one message.
+PyTorch's DistributedDataParallel expects one backward pass through all parameters after each forward pass. An iteration
+here is many updates by several optimisers, so `Algorithm.step` averages the gradients itself, in one all-reduce.
 """
 
 import json
@@ -26,22 +26,22 @@ from omegaconf import DictConfig, OmegaConf
 from levin.core import distributed
 from levin.core.errors import RunError
 
-GRACE = 20.0  # seconds in which rank 0 notices by itself that another has ended
+GRACE = 20.0  # seconds that rank 0 gets to notice by itself that another rank has ended
 
 
 class DataParallel(DDPStrategy):
-    """Ranks that are equal but for the envs, the random streams and the replay buffer of each.
+    """Strategy of data-parallel ranks. Each has its own envs, random streams and replay buffer.
 
     Args:
-        config: Of the whole run, for the ranks that are started here.
-        run: The run folder.
-        ckpt_path: The checkpoint that the run goes on from.
+        config: Config of the whole run, passed to the ranks that this process starts.
+        run: Run folder.
+        ckpt_path: Checkpoint to continue from; None starts a new run.
     """
 
     strategy_name = "ddp"
 
     def __init__(self, config: DictConfig, run: Path, ckpt_path: Path | None) -> None:
-        # A rank that is gone is noticed otherwise, and an evaluation may take long.
+        # Long, because the other ranks wait during an evaluation. `RanksLauncher` notices ranks that have ended.
         super().__init__(timeout=timedelta(days=1))
         self.config, self.run, self.ckpt_path = config, run, ckpt_path
 
@@ -51,18 +51,21 @@ class DataParallel(DDPStrategy):
             self._launcher = RanksLauncher(self)
 
     def configure_ddp(self) -> None:
-        """Nothing is wrapped. Parameters are drawn by every rank from the same seed; of other hardware, not quite."""
+        """Broadcast the parameters of rank 0; the module is not wrapped in DistributedDataParallel.
+
+        All ranks initialise from the same seed, but on different hardware the numbers may differ slightly.
+        """
         assert self.model is not None
-        for each in self.model.parameters():
-            torch.distributed.broadcast(each.data, 0)
+        for parameter in self.model.parameters():
+            torch.distributed.broadcast(parameter.data, 0)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Every rank has something of its own to save."""
+        """Save on every rank, not only on rank 0: each has its own part of the state."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
 
 class RanksLauncher(_Launcher):
-    """Starts the other ranks of this machine around what the Trainer runs, and leaves none behind."""
+    """Starts the other ranks of this machine before `Trainer.fit`, and ends them after it."""
 
     def __init__(self, strategy: DataParallel) -> None:
         self.strategy = strategy
@@ -73,35 +76,39 @@ class RanksLauncher(_Launcher):
         return True
 
     def launch(self, function: Callable, *args: Any, trainer: Trainer, **kwargs: Any) -> Any:
-        """`function` is the Trainer's own `fit`."""
+        """Start the other ranks, run `function` (the Trainer's `fit`) as rank 0, and return its result.
+
+        Raises:
+            RunError: Another rank failed; the message says why.
+        """
         self.reports = Path(tempfile.mkdtemp(prefix="levin-ranks-"))
-        over, before = Event(), dict(os.environ)
+        finished, environ_before = Event(), dict(os.environ)
         try:
             for rank in range(1, self.strategy.num_processes):
                 self.processes.append(self._start(rank))
-            Thread(target=self._watch, args=(over,), daemon=True).start()
+            Thread(target=self._watch, args=(finished,), daemon=True).start()
             result = function(*args, **kwargs)
             for process in self.processes:
                 process.wait(GRACE)
             return result
         except distributed.RankLostError as error:
-            raise self._failure() or error from error
+            raise self._find_failure() or error from error
         finally:
-            over.set()
+            finished.set()
             self.kill()
-            # The next run of this process, a sweep's, is another group at another address.
+            # A sweep's next run in this process needs a new process group at another address.
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-            for name in os.environ.keys() - before.keys():
+            for name in os.environ.keys() - environ_before.keys():
                 del os.environ[name]
             shutil.rmtree(self.reports, ignore_errors=True)
 
     def _start(self, rank: int) -> subprocess.Popen:
-        """As torchrun would, with what it is to do on its stdin."""
+        """Start a rank with the environment variables of torchrun, and write its arguments to its stdin."""
         environment = self.strategy.cluster_environment
         assert environment is not None
         address = {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
-        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # a user's modules are found here too
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # so that user modules can be imported
         process = subprocess.Popen(
             [sys.executable, "-m", "levin.training.distributed.rank"],
             env={**os.environ, **address, **paths, "LOCAL_RANK": str(rank), "NODE_RANK": "0"},
@@ -110,23 +117,23 @@ class RanksLauncher(_Launcher):
         )
         strategy = self.strategy
         ckpt_path = str(strategy.ckpt_path) if strategy.ckpt_path else ""
-        orders = {"config": OmegaConf.to_yaml(strategy.config), "run": str(strategy.run), "ckpt_path": ckpt_path}
-        orders["reports"] = str(self.reports)
+        arguments = {"config": OmegaConf.to_yaml(strategy.config), "run": str(strategy.run), "ckpt_path": ckpt_path}
+        arguments["reports"] = str(self.reports)
         assert process.stdin is not None
-        process.stdin.write(json.dumps(orders))
+        process.stdin.write(json.dumps(arguments))
         process.stdin.close()
         return process
 
-    def _failure(self) -> RunError | None:
-        """What ended a rank, if one has ended by itself."""
-        end = monotonic() + GRACE
-        while not any(self.reports.glob("*")) and any(each.poll() is None for each in self.processes):
-            if monotonic() > end:
+    def _find_failure(self) -> RunError | None:
+        """Wait for the report of a failed rank, and return its error; None if there is none."""
+        deadline = monotonic() + GRACE
+        while not any(self.reports.glob("*")) and any(process.poll() is None for process in self.processes):
+            if monotonic() > deadline:
                 break
             sleep(0.05)
         for report in sorted(self.reports.glob("*")):
-            said, trace = json.loads(report.read_text())
-            error = RunError(f"rank {report.name} of {len(self.processes) + 1} {said}")
+            message, trace = json.loads(report.read_text())
+            error = RunError(f"rank {report.name} of {len(self.processes) + 1} {message}")
             error.__cause__ = RuntimeError(trace)
             return error
         for rank, process in enumerate(self.processes, start=1):
@@ -134,13 +141,17 @@ class RanksLauncher(_Launcher):
                 return RunError(f"rank {rank} of {len(self.processes) + 1} ended by signal {-process.returncode}")
         return None
 
-    def _watch(self, over: Event) -> None:
-        """End this process where it waits for a rank that is gone: in an evaluation, or in a message on a GPU."""
-        while not over.wait(1.0):
+    def _watch(self, finished: Event) -> None:
+        """End this process if another rank has ended and rank 0 does not notice, as in a collective call on a GPU."""
+        while not finished.wait(1.0):
             if any(process.poll() for process in self.processes):
-                if over.wait(GRACE):
+                if finished.wait(GRACE):
                     return
-                print(f"levin: {self._failure() or 'another rank of this run has ended'}", file=sys.stderr, flush=True)
+                print(
+                    f"levin: {self._find_failure() or 'another rank of this run has ended'}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 self.kill()
                 os._exit(1)
 

@@ -1,4 +1,4 @@
-"""How a run is spread over processes, where Lightning has no strategy for it."""
+"""Hogwild: lock-free workers on shared CPU parameters."""
 
 import multiprocessing
 import multiprocessing.process
@@ -23,24 +23,25 @@ from levin.training.guards import FiniteGuard
 
 
 class Hogwild(SingleDeviceStrategy):
-    """Processes on one machine's CPU train one set of parameters in shared memory, without a lock.
+    """Strategy of workers that train one set of parameters in the shared memory of a CPU, without a lock.
 
     Source: Niu et al. 2011 (arXiv:1106.5730); asynchronous agents: Mnih et al. 2016 (arXiv:1602.01783).
 
-    This process is worker 0: it evaluates, logs and saves. The others are forked from it when training begins, each
-    with envs and random streams of its own. What an algorithm does not want to share it copies in `on_train_start`.
+    This process is worker 0: it evaluates, logs and saves. The other workers are forked from it when training begins,
+    each with its own envs and random streams. An algorithm copies in `on_train_start` what it does not want to share.
 
     Args:
-        workers: Processes, this one included.
-        rollouts: Makes the rollouts of another worker, in its process: rank, env steps of the run so far -> loader.
+        workers: Number of workers, including this process.
+        make_rollouts: Builds the rollout loader of another worker, in its process: (rank, env steps of the run so far)
+            -> loader.
     """
 
     strategy_name = "hogwild"
 
-    def __init__(self, workers: int, rollouts: Callable[[int, int], CollectorLoader]) -> None:
+    def __init__(self, workers: int, make_rollouts: Callable[[int, int], CollectorLoader]) -> None:
         super().__init__(device="cpu")
-        self.workers, self.rollouts = workers, rollouts
-        self.env_steps = torch.zeros(workers, dtype=torch.int64).share_memory_()  # each writes its own: no lock
+        self.workers, self.make_rollouts = workers, make_rollouts
+        self.env_steps = torch.zeros(workers, dtype=torch.int64).share_memory_()  # each worker writes its own element
         self.stopping = torch.zeros(1, dtype=torch.bool).share_memory_()
         self.restored = torch.zeros(1, dtype=torch.bool).share_memory_()
         self.processes: list[multiprocessing.process.BaseProcess] = []
@@ -57,11 +58,11 @@ class Hogwild(SingleDeviceStrategy):
         """Raise the error of a worker that has died."""
         for rank, process in enumerate(self.processes, start=1):
             if process.exitcode:
-                said = self.errors.get() if not self.errors.empty() else f"ended with exit code {process.exitcode}"
-                raise RunError(f"worker {rank} of {self.workers} {said}")
+                reason = self.errors.get() if not self.errors.empty() else f"ended with exit code {process.exitcode}"
+                raise RunError(f"worker {rank} of {self.workers} {reason}")
 
     def join(self) -> None:
-        """Let the other workers finish their iterations and end."""
+        """Ask the other workers to end after their current iteration, and wait for them."""
         self.stopping.fill_(True)
         while any(process.is_alive() for process in self.processes):
             self.check()
@@ -70,7 +71,7 @@ class Hogwild(SingleDeviceStrategy):
 
 
 class HogwildLauncher(_Launcher):
-    """Forks the other workers around what the Trainer runs, and leaves none behind."""
+    """Forks the other workers before `Trainer.fit`, and ends them after it."""
 
     def __init__(self, strategy: Hogwild) -> None:
         self.strategy = strategy
@@ -80,7 +81,10 @@ class HogwildLauncher(_Launcher):
         return True
 
     def launch(self, function: Callable, *args: Any, trainer: Trainer, **kwargs: Any) -> Any:
-        """`function` is the Trainer's own `fit`, its first arguments the module and worker 0's rollouts."""
+        """Fork the other workers, run `function` as worker 0, and return its result.
+
+        `function` is the Trainer's `fit`; its first two arguments are the algorithm and worker 0's rollout loader.
+        """
         strategy, algorithm = self.strategy, cast(Algorithm, args[0])
         algorithm.share_memory()
         context = multiprocessing.get_context("fork")
@@ -105,18 +109,18 @@ class HogwildLauncher(_Launcher):
             self.strategy.global_rank = rank
             trainer.callbacks = [Workers(self.strategy), FiniteGuard()]  # type: ignore[attr-defined]
             trainer.loggers = []
-            while not self.strategy.restored:  # worker 0 reads the checkpoint into the memory that all share
+            while not self.strategy.restored:  # worker 0 is still loading the checkpoint into shared memory
                 exit_if_orphaned()
                 sleep(0.005)
             if not self.strategy.stopping:
-                rollouts = self.strategy.rollouts(rank, int(self.strategy.env_steps[0]))
+                rollouts = self.strategy.make_rollouts(rank, int(self.strategy.env_steps[0]))
                 function(algorithm, rollouts)
                 rollouts.collector.shutdown()
         except BaseException as error:
-            said = str(error) if isinstance(error, RunError) else f"raised {traceback.format_exc()}"
-            self.strategy.errors.put(said)
+            message = str(error) if isinstance(error, RunError) else f"raised {traceback.format_exc()}"
+            self.strategy.errors.put(message)
             os._exit(1)
-        os._exit(0)  # nothing of worker 0, whose copy this is, is to be closed
+        os._exit(0)  # skips exit handlers: this process is a copy of worker 0 and must not close its files
 
 
 def exit_if_orphaned() -> None:
@@ -127,7 +131,7 @@ def exit_if_orphaned() -> None:
 
 
 class Workers(Callback):
-    """Keeps the clock of all workers, and ends each when another has."""
+    """Adds up the env steps of all workers, ends the other workers with worker 0, and raises their errors in it."""
 
     def __init__(self, strategy: Hogwild) -> None:
         self.strategy = strategy
@@ -135,15 +139,15 @@ class Workers(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self.strategy.env_steps[0] = cast(Algorithm, pl_module).env_steps
-            self.strategy.stopping.fill_(trainer.should_stop)  # a run that has nothing left to do but to evaluate
+            self.strategy.stopping.fill_(trainer.should_stop)  # already complete: only evaluate
             self.strategy.restored.fill_(True)
         else:
-            ignore_signals()  # again: the Trainer has handlers of its own
+            ignore_signals()  # again: the Trainer has set its own handlers
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TensorDictBase, batch_idx: int
     ) -> None:
-        # The algorithm adds the steps of this batch itself.
+        # Without this batch, whose steps the algorithm adds itself.
         cast(Algorithm, pl_module).env_steps = int(self.strategy.env_steps.sum())
         self.strategy.env_steps[self.strategy.global_rank] += batch.numel()
 
@@ -151,7 +155,7 @@ class Workers(Callback):
         if not trainer.is_global_zero:
             exit_if_orphaned()
             trainer.should_stop = bool(self.strategy.stopping)
-        elif trainer.should_stop:  # before the last evaluation and the last checkpoint
+        elif trainer.should_stop:  # all workers must have ended before the last evaluation and the last checkpoint
             self.strategy.join()
             cast(Algorithm, pl_module).env_steps = int(self.strategy.env_steps.sum())
             cast(Algorithm, pl_module).pull()

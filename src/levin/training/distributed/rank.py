@@ -14,18 +14,20 @@ from levin.training.session import train_rank
 
 
 def main() -> None:
-    """One of the ranks that `RanksLauncher` starts."""
-    orders = json.load(sys.stdin)
-    config = OmegaConf.create(orders["config"])
+    """Train as one rank with the arguments from stdin. On an error, write a report for `RanksLauncher`, and exit 1."""
+    arguments = json.load(sys.stdin)
+    config = OmegaConf.create(arguments["config"])
     OmegaConf.set_readonly(config, True)
-    ckpt_path = Path(orders["ckpt_path"]) if orders["ckpt_path"] else None
+    ckpt_path = Path(arguments["ckpt_path"]) if arguments["ckpt_path"] else None
     try:
-        train_rank(config, Path(orders["run"]), ckpt_path)  # type: ignore[arg-type]
-    except distributed.RankLostError:  # the one that was lost says why
+        train_rank(config, Path(arguments["run"]), ckpt_path)  # type: ignore[arg-type]
+    except distributed.RankLostError:  # the rank that was lost reports why
         raise SystemExit(1) from None
     except Exception as error:
-        said = str(error) if isinstance(error, RunError | ConfigError) else f"raised {type(error).__name__}: {error}"
-        (Path(orders["reports"]) / os.environ["LOCAL_RANK"]).write_text(json.dumps([said, traceback.format_exc()]))
+        message = str(error) if isinstance(error, RunError | ConfigError) else f"raised {type(error).__name__}: {error}"
+        (Path(arguments["reports"]) / os.environ["LOCAL_RANK"]).write_text(
+            json.dumps([message, traceback.format_exc()])
+        )
         raise SystemExit(1) from None
 
 

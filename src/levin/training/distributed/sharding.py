@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from levin.core.errors import ConfigError
 
-# What the config says of all ranks together, and each has an equal share of.
+# Values that the config gives for all ranks together; each rank gets an equal share.
 SHARDED_KEYS = (
     *("env.num_envs", "algo.batch_size", "algo.buffer_size"),
     *("algo.transitions_per_update", "algo.episodes_per_update"),
@@ -15,17 +15,19 @@ SHARDED_KEYS = (
 
 
 def configured_world_size(config: DictConfig) -> int:
-    """How many processes a run is to have."""
+    """Return the number of ranks that the config asks for. Hogwild workers don't count: they are in one rank."""
     if config.trainer.strategy == "hogwild":
         return 1
     return config.trainer.devices * config.trainer.get("num_nodes", 1)
 
 
 def process_rank(config: DictConfig) -> int:
-    """Which rank this process is, before the run has begun: torchrun, srun and `data_parallel.RanksLauncher` say so.
+    """Return the rank of this process from the environment variables of torchrun, srun or `RanksLauncher`.
+
+    Needs no process group: it works before training starts.
 
     Raises:
-        ConfigError: They have started more or fewer than the config wants.
+        ConfigError: The number of processes that were started is not the one in the config.
     """
     ranks = configured_world_size(config)
     environment: ClusterEnvironment | None = None
@@ -37,17 +39,17 @@ def process_rank(config: DictConfig) -> int:
         return int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0
     if environment.world_size() != ranks:
         raise ConfigError(
-            f"{environment.world_size()} processes were started for trainer.devices={config.trainer.devices} "
-            f"times trainer.num_nodes={config.trainer.get('num_nodes', 1)}"
+            f"{environment.world_size()} processes were started, but trainer.devices={config.trainer.devices} "
+            f"and trainer.num_nodes={config.trainer.get('num_nodes', 1)} need {ranks}"
         )
     return environment.global_rank()
 
 
 def shard_config(config: DictConfig) -> DictConfig:
-    """The config of one rank: numbers that are of all of them together are divided.
+    """Return the config of one rank: the values of `SHARDED_KEYS` are divided by the number of ranks.
 
     Raises:
-        ConfigError: One of them can't be.
+        ConfigError: A value can't be divided equally.
     """
     ranks = configured_world_size(config)
     if ranks == 1:
@@ -60,8 +62,7 @@ def shard_config(config: DictConfig) -> DictConfig:
             continue
         if number % ranks:
             raise ConfigError(
-                f"{key}={number} is of all {ranks} ranks together and can't be divided: "
-                f"set {key}={-(-number // ranks) * ranks}"
+                f"{key}={number} can't be divided equally among {ranks} ranks: set {key}={-(-number // ranks) * ranks}"
             )
         OmegaConf.update(config, key, number // ranks)
     OmegaConf.set_readonly(config, True)

@@ -1,12 +1,12 @@
-"""A distribution whose draws are handed to it: every outcome can be gone through."""
+"""Categorical distribution with prescribed samples, to enumerate every outcome of an estimator."""
 
 from torch import Tensor
 from torch.distributions import OneHotCategorical
 from torch.nn.functional import one_hot
 
 
-class Given(OneHotCategorical):
-    """One-hot draws of the given `indices`, in the order of `[S, *B]`."""
+class FixedSamples(OneHotCategorical):
+    """One-hot distribution whose `sample` returns the prescribed `indices`, in the order of `[S, *B]`."""
 
     def __init__(self, logits: Tensor, indices: Tensor) -> None:
         super().__init__(logits=logits, validate_args=False)

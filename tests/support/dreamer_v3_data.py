@@ -1,16 +1,16 @@
-"""A small DreamerV3 and its records."""
+"""Small DreamerV3 agents and batches for their tests."""
 
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-from dreams import records
 from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.config.compose import compose
 from levin.data.sequences import LATENT
 from levin.model_based.recurrent import State
 from levin.training.session import build_run
+from world_model_data import random_records
 
 SMALL = (
     *("algo=dreamer_v3", "env=pendulum", "env.num_envs=1", "algo.size=micro", "algo.learning_starts=40"),
@@ -18,17 +18,18 @@ SMALL = (
 )
 
 
-def make(*words: str) -> DreamerV3:
-    algorithm, _ = build_run(compose([*SMALL, *words]))
+def make_dreamer_v3(*overrides: str) -> DreamerV3:
+    """Build a small DreamerV3 with its optimizers, without a Trainer."""
+    algorithm, _ = build_run(compose([*SMALL, *overrides]))
     algorithm.configure_optimizers()
     algorithm.manual_backward = lambda loss: loss.backward()
     return algorithm
 
 
-def drawn(algorithm: DreamerV3, **how: Any) -> TensorDict:
-    """Random records with states that a policy had: `[3, 1 + 6]`."""
+def random_batch(algorithm: DreamerV3, **options: Any) -> TensorDict:
+    """Return random records with random latents, as sampled from replay: `[3, 1 + 6]`."""
     size = algorithm.env["observation"]["shape"][0]
-    data = records(observation=size, action=algorithm.model.actions, **how)
+    data = random_records(observation=size, action=algorithm.model.actions, **options)
     generator = torch.Generator().manual_seed(1)
     deter = torch.randn(3, 7, algorithm.model.deter, generator=generator).tanh()
     classes = torch.rand(3, 7, *algorithm.model.choices, generator=generator).argmax(-1)
@@ -38,18 +39,21 @@ def drawn(algorithm: DreamerV3, **how: Any) -> TensorDict:
     return TensorDict(data, batch_size=(3, 7))
 
 
-def count(module) -> int:
+def count_parameters(module) -> int:
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 # --- the world model
 
 
-def with_noise(seed: int) -> None:
+def fix_noise(seed: int) -> None:
+    """Seed the generator that latent states are sampled with."""
     torch.manual_seed(seed)
 
 
-def observed(algorithm: DreamerV3, data: TensorDict) -> State:
-    with_noise(0)
+def observe(algorithm: DreamerV3, data: TensorDict) -> State:
+    """Return the latent states of a batch, sampled with a fixed seed and without gradients."""
+    fix_noise(0)
     with torch.no_grad():
         return algorithm.observe(data)[0]
