@@ -273,8 +273,8 @@ def test_a_replay_buffer_uses_no_more_memory_than_its_tensors():
 import resource, torch
 from tensordict import TensorDict
 from levin.config.compose import compose
-from levin.training.session import build
-algorithm, loader = build(compose(["env=halfcheetah"]))
+from levin.training.session import build_run
+algorithm, loader = build_run(compose(["env=halfcheetah"]))
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 def chunk(n):
