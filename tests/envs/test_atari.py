@@ -219,7 +219,7 @@ def test_time_limit_frame_skip_and_frame_stack_follow_the_config():
         ({"normalize_observation": True}, "scale pixels themselves"),
         ({"kwargs": {"frameskip": 2}}, "frameskip"),
         ({"pixels": 64}, "env.pixels=64 is not for env.family=atari"),
-        ({"kwargs": {"grayscale": False}}, "bytes of the shape .1, 84, 84, 3."),
+        ({"kwargs": {"grayscale": False}}, "uint8 of the shape .1, 84, 84, 3."),
         ({"target": "toy:env"}, "env.target=toy:env is for env.family=torchrl"),
         ({"kwargs": {"sticky": 1}}, "sticky"),
     ],
