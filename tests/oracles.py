@@ -281,10 +281,6 @@ def torchrl_critic(algorithm: Any) -> ValueOperator:
     return ValueOperator(algorithm.critic, in_keys=["observation"])
 
 
-def weight_and_critic_loss(algorithm: Any, rollout: TensorDict) -> tuple[Tensor, Tensor]:
-    return algorithm.weight(rollout), algorithm.critic_loss(rollout)
-
-
 def with_changed_policy(algorithm: Algorithm) -> Any:
     """Return a copy of an algorithm whose policy parameters have changed, as after an update."""
     algorithm = copy.deepcopy(algorithm)
