@@ -1,5 +1,5 @@
-# `make` prints the help. Variables are read from the command line only, never from the environment. Their values reach
-# the commands as typed and are not expanded by the shell, except for an ARGS that contains quotes.
+# `make` prints the help. The variables below are read from the command line only, never from the environment. Their
+# values reach the commands as typed and are not expanded by the shell, except for an ARGS that contains quotes.
 VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
@@ -122,7 +122,7 @@ bench-setup: ## Install the libraries of `make bench` into .venv-bench
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
 
-lock: ## Write requirements.lock: the newest versions that pyproject.toml allows
+lock: ## Write requirements.lock: the newest versions that pyproject.toml allows, with torch 2.13.0
 	$(PYTHON) scripts/lock.py
 
 clean: ## Remove caches; keeps runs/

@@ -1,4 +1,7 @@
-"""Write requirements.lock: the versions that pip would install for all extras together. Nothing is installed."""
+"""Write requirements.lock: the versions that pip would install for all extras together with torch 2.13.0.
+
+Nothing is installed.
+"""
 
 import json
 import subprocess

@@ -3,7 +3,7 @@
 Each row of tests/rows.py is trained for a short run at BASE, in a git worktree, and in this tree, with the command that
 users type. Checkpoints are read with `torch.load` only, so the code under test does not take part in the comparison.
 Runs alternate between the two trees, so that the ratio of their speeds is meaningful on a busy machine. Exits with 0 if
-every number is identical to the bit and no row is slower, with 1 otherwise.
+every number is identical to the bit and no row is slower, with 1 otherwise. Speed is judged with `--pairs 3` or more.
 
 A row is trained in one process, with one collector and without torch.compile. `--words collector=torchrl` and other
 overrides test other settings.
@@ -140,7 +140,7 @@ def compare(
 ) -> tuple[list[str], list[float]]:
     """Train a row in both trees. Return a word for each of PARTS, and the ratios of steps/s here / BASE.
 
-    The words are "identical" or "DIFFERS"; "new" if BASE does not have the row; "failed" if a run failed.
+    The words are "identical" or "DIFFERS"; "new" if BASE does not have the algorithm; "failed" if a run failed.
     """
     if not (trees["base"] / f"configs/algo/{row.algo}.yaml").exists():
         return ["new"] * len(PARTS), []

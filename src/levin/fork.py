@@ -26,7 +26,8 @@ make plot RUNS="runs/{algo}_pendulum runs/{name}_pendulum"
 git diff --no-index {source} experiments/{name}/algorithm.py
 ```
 
-These commands train three seeds, plot them beside `{algo}`, and show your changes.
+These commands train three seeds, plot them beside the runs of `{algo}`, which the first command trains with
+`ALGO={algo}`, and show your changes. Replace `pendulum` by an env that `{algo}` can act in.
 
 - `algorithm.py`: the algorithm.
 - `algo/{name}.yaml`: its hyper-parameters. To add one, add a keyword argument to `__init__` and a line to this file.

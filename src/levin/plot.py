@@ -19,7 +19,7 @@ def plot(*, runs: str, out: str = "plot.png") -> Path:
         out: Path of the image to write; returned.
 
     Raises:
-        ConfigError: There is no run, or a run has no evaluation yet.
+        ConfigError: There is no run, or no run of a curve has an evaluation yet.
     """
     from levin.results.figures import draw_line, new_figure, save_figure  # rliable takes seconds to import
 
@@ -38,7 +38,7 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
     """Return the learning curves of all seeds: folder that the seeds share -> their curves.
 
     Raises:
-        ConfigError: A folder is not a run, a folder of runs or a result, or it has no evaluation yet.
+        ConfigError: A folder is not a run, a folder of runs or a result, or no run of a curve has an evaluation yet.
     """
     matches = {Path(match) for pattern in runs.split() for match in glob.glob(pattern)}
     folders = sorted(match for match in matches if match.is_dir())

@@ -16,7 +16,8 @@ from levin.runs.load import algorithm_class, load_config
 from levin.training.distributed import sharding
 from levin.training.session import train, train_rank
 
-# Config keys that may change on resume: none of them changes a number that the run computes.
+# Config keys that may change on resume. They change none of the numbers computed so far; a new total_env_steps also
+# stretches or shortens annealed schedules, which `resume` prints.
 MAY_CHANGE = (
     *("total_env_steps", "logger", "wandb_project", "upload", "checkpoint.every", "checkpoint.keep"),
     *("trainer.accelerator", "trainer.max_time"),
@@ -35,7 +36,7 @@ def resume(*, run: str, **changes: Any) -> float | None:
         changes: New values of config keys in `MAY_CHANGE`; `total_env_steps` is the new total.
 
     Raises:
-        ConfigError: A change is not allowed, every checkpoint is damaged, or the run is past the new total.
+        ConfigError: A change is not allowed, every checkpoint is damaged, or the run is at or past the new total.
     """
     folder = Path(run)
     cfg = load_config(folder)

@@ -80,8 +80,8 @@ class Algorithm(LightningModule):
     actions: ClassVar[tuple[str, ...]]  # supported action spaces: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # supported observation dtypes; "uint8": pixels
     lock_free: ClassVar[bool] = False  # whether Hogwild workers may train it (levin.training.distributed.hogwild)
-    trunk: nn.Module  # observation -> features
-    actor: nn.Module  # features -> distribution over actions
+    trunk: nn.Module  # observation -> features; part of the default `policy`
+    actor: nn.Module  # in the default `policy`: features -> distribution over actions
     steps_per_iteration: int | WholeEpisodes  # length of a rollout: vector steps, or whole episodes
     step_count: bool = False  # whether rollouts contain `step_count`, the number of each step in its episode
     random_env_steps: int = 0  # env steps with uniformly random actions before the policy acts
@@ -213,7 +213,7 @@ class Algorithm(LightningModule):
             setattr(self, name, compile_loss(getattr(self, name), dynamic=dynamic))
 
     def capture(self, *names: str) -> None:
-        """Run these methods as CUDA graphs if the whole run is on one GPU; otherwise they stay eager."""
+        """Run these methods as CUDA graphs if the whole run is on one GPU; otherwise they stay as they are."""
         self.captured = names
 
     def make_optimizer(self, name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
@@ -311,7 +311,7 @@ class Algorithm(LightningModule):
     def on_train_start(self) -> None:
         # Restore the buffer here, where its device is known. Without its files (`load_from_checkpoint`) it stays empty.
         self.recorded = {name: (total.to(self.device), count) for name, (total, count) in self.recorded.items()}
-        if isinstance(self.reward_normalizer, RewardNormalizer):  # their open episodes have ended
+        if isinstance(self.reward_normalizer, RewardNormalizer):  # an episode that a resume could not replay is over
             not_replayed = torch.as_tensor(self.trainer.train_dataloader.not_replayed)  # type: ignore[union-attr]
             self.reward_normalizer.running_return[not_replayed] = 0
         if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:

@@ -74,7 +74,7 @@ class WorldModels(Algorithm):
 
     Args:
         env: Spaces of the env (`levin.envs.factory.describe_env`).
-        rounds: Number of rounds of all four stages; each continues from the networks of the last.
+        rounds: Number of rounds of all four stages; each continues from the networks of the round before.
         collect_env_steps: Env steps of data collection, over all rounds together.
         latent_size: Size of z, Z: 32.
         memory_size: Cells of M's LSTM: 256.

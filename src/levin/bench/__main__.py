@@ -54,7 +54,7 @@ def bench(
             `estimators`: gradient estimators; `dreamer`: updates of Dreamer and DreamerV3 against TorchRL; `dream`:
             steps of imagined episodes in a world model.
         segments: Number of rounds; in each round every side runs one segment.
-        threads: Number of Torch threads of each side.
+        threads: Number of Torch threads of each side; `collect` uses Torch's default instead.
     """
     if what == "checkpoint":
         checkpoint(rounds=segments, threads=threads)

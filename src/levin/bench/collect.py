@@ -21,7 +21,8 @@ from levin.envs.factory import describe_env, make_env, make_single_env
 from levin.nn.networks import mlp
 
 STEPS = 256  # vector steps per rollout
-SHORT = 128  # as PPO; memory of longer rollouts is returned to the system in spite of `keep_freed_memory`
+# As `ppo` in `peers.py`; memory of longer rollouts is returned to the system in spite of `keep_freed_memory`.
+SHORT = 128
 NEVER = 1_000_000_000
 
 

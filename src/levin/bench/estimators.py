@@ -1,6 +1,6 @@
 """Speed of gradient estimators, as a share of a floor and against Storchastic.
 
-The floor computes only the costs and one log-probability, which every estimator needs.
+The floor computes only the costs of as many points and one log-probability, which every estimator needs.
 """
 
 import json
@@ -167,7 +167,10 @@ def make_step(task: Task) -> Callable[[], None]:
 
 
 def make_floor(task: Task) -> Callable[[], None]:
-    """Return a function that computes costs and log-probability of fixed points, with gradients, without sampling."""
+    """Return a function that computes costs and log-probability of fixed points, with gradients, without sampling.
+
+    There are as many points as the estimator samples.
+    """
     dist, cost, parameters = make_problem(task)
     draws = task.estimator.sample(dist())
     points = draws.value.detach().requires_grad_(draws.value.requires_grad)

@@ -22,7 +22,7 @@ class CollectorLoader:
     """Data loader of the Trainer: each batch is the fresh rollout of one iteration.
 
     It has a length because Lightning prefetches from a loader without one, and a prefetched rollout is one update
-    stale. The length is never reached: the number of env steps ends a run, and a resumed run may continue beyond it.
+    stale. The length is never reached: a run ends by its number of env steps, which may be larger when it is resumed.
 
     Args:
         collector: TorchRL collector whose rollouts are `[N, T]`.
@@ -107,7 +107,7 @@ class CollectorLoader:
             )
 
     def pop_metrics(self) -> dict[str, float]:
-        """Return the metrics since the last call: number and means of the episodes that ended, and collection time."""
+        """Return the metrics since the last call: count and means of ended episodes, collection time, policy lag."""
         metrics = {"time/collect": self.seconds}
         returns, lengths = (
             [x for part in distributed.gather_objects(each) for x in part] for each in (self.returns, self.lengths)

@@ -87,7 +87,7 @@ class VectorCollector(BaseCollector):
         self._observation: list[np.ndarray] | None = None  # current observation, [N, *S] for each part
         self._first = np.ones(env.num_envs, dtype=bool)  # [N]: whether the current observation begins an episode
         self._seeded_at = np.zeros(env.num_envs, dtype=np.int64)  # [N]: vector step at which each env was last seeded
-        self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: all actions since the oldest of these steps
+        self._history: deque[np.ndarray] = deque()  # [N, T, *A] each: all actions since the earliest `_seeded_at`
         self._history_start = 0  # vector step of the first action in `_history`
         self.not_replayed = np.zeros(env.num_envs, dtype=bool)  # [N]: whether the open episode could not be resumed
 

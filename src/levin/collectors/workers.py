@@ -174,7 +174,7 @@ class WorkersCollector(BaseCollector):
         if cpus < self.workers:  # Ray would wait for more CPUs to join
             raise RunError(f"collector=ray needs a CPU for each of collector_workers={self.workers}, but finds {cpus}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a policy to take weights from: Levin sends them itself
+            warnings.simplefilter("ignore")  # that it has no policy to take weights from: Levin sends them itself
             collector = RayCollector(
                 make_envs,
                 total_frames=sys.maxsize,  # -1 would end it at once

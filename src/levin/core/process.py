@@ -21,7 +21,7 @@ def ignore_signals() -> None:
 
 
 def print_line(text: str) -> None:
-    """Print a line; once the pipe is broken, discard all output.
+    """Print a line; once the pipe is broken, discard what else goes to stdout.
 
     Ctrl-C also ends the `tee` behind a pipe, and the run must still be saved.
     """

@@ -36,7 +36,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the generators to a state that `rng_state` returned."""
+    """Restore the generators to a state that `rng_state` returned; those of GPUs only if there are as many as then."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 
 from levin.core.errors import ConfigError
 
-VECTOR = "vector"  # name of the network input that holds everything but pixels
+VECTOR = "vector"  # in a network input that is a dict, the name of the part with everything but pixels
 CHANNELS = (1, 3, 4)  # numbers of channels by which an image is recognised
 IS_FIRST = "is_first"  # [N, 1], input of policies with a memory: whether an observation begins an episode
 # Keys of a rollout, which parts of an observation can't have as names.

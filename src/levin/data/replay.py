@@ -12,7 +12,7 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 
 KEYS = ("observation", "action", ("next", "observation"), ("next", "reward"), ("next", "terminated"))
-MAX_SAMPLE_BYTES = 64 << 20  # of the batches that are sampled at once
+MAX_SAMPLE_BYTES = 64 << 20  # of the batches that are sampled at once, unless a single batch is larger
 
 
 def make_replay(env: EnvSpec, size: int, storage: str) -> "Replay":
@@ -23,7 +23,7 @@ def make_replay(env: EnvSpec, size: int, storage: str) -> "Replay":
 
 
 def to_device(sample: TensorDict, device: torch.device) -> TensorDict:
-    """Move a sample to the device. A CPU sample stays as it is: without a device of its own it would be copied."""
+    """Move a sample to the device, except to the CPU: a sample there may have no `device`, and would be copied."""
     return sample if device.type == "cpu" else sample.to(device, non_blocking=True)
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 def reward_to_go(*, reward: Tensor, terminated: Tensor, done: Tensor, next_value: Tensor, gamma: float) -> Tensor:
-    """Return G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1} to the end of the episode, plus gamma^k V(s') at a truncation.
+    """Return G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1} to the end of the episode.
+
+    Where that is truncated after k steps, gamma^k V(s_{t+k}) is added.
 
     Args:
         reward: r_{t+1}, `[N, T, 1]`.
@@ -67,7 +69,9 @@ def gae(
 def n_step_return(
     *, reward: Tensor, terminated: Tensor, done: Tensor, next_value: Tensor, gamma: float, n: int
 ) -> Tensor:
-    """Return G_t = r_{t+1} + ... + gamma^(n-1) r_{t+n} + gamma^n V(s_{t+n}), with fewer steps where the episode ends.
+    """Return G_t = r_{t+1} + ... + gamma^(n-1) r_{t+n} + gamma^n V(s_{t+n}).
+
+    It has fewer steps where the episode or the rollout ends before.
 
     The arguments are as in `reward_to_go`; `n` is 1 or more.
 

@@ -13,7 +13,8 @@ A rollout of T steps in N envs is a TensorDict with the batch size `[N, T]`, on 
     env_index         [N, T, 1]   int64: number of the env; only from collectors with several processes
     step_count        [N, T, 1]   int64: steps since the episode began; only for algorithms that ask for it
 
-A recurrent policy adds its latent state. Within one env, step t + 1 follows step t, except where `done`.
+A policy with a second output, such as a latent state, adds it under the second of its `out_keys`. Within one env, step
+t + 1 follows step t, except where `done`.
 """
 
 from dataclasses import dataclass

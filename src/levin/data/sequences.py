@@ -17,11 +17,11 @@ LATENT = "latent"  # latent state of the policy when it acted
 
 
 def check_learning_starts(learning_starts: int, least: int) -> None:
-    """Check that each env has stored a sequence before the first update.
+    """Check that each env will have stored a sequence by the first update.
 
     Args:
         learning_starts: Env steps before the first update.
-        least: Records in one sequence of each env.
+        least: Number of records in one sequence of each env, all envs together.
 
     Raises:
         ConfigError: `learning_starts` is less than `least`.
@@ -91,6 +91,7 @@ class SequenceReplay(Replay):
         assert self.reward is not None
         done, reward = steps["next", "done"], steps["next", "reward"]  # [T, 1]
         first = torch.cat([self.begins[env : env + 1], done[:-1]])
+        # [T, 1]: the reward that came with each observation, so that of the step before
         last_reward = torch.cat([self.reward[env : env + 1], reward[:-1] * ~done[:-1]])
         self.begins[env], self.reward[env] = done[-1], reward[-1] * ~done[-1]
         number = 1 + done.squeeze(-1).long()  # [T]: two records for a step that ends an episode

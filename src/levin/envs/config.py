@@ -21,7 +21,7 @@ class EnvConfig:
         target: `my_module:make_env`, a function that returns a `torchrl.envs.EnvBase`, single or batched.
         num_envs: Number of envs N that are stepped together.
         vectorization: `sync` steps all envs in this process, `async` each in a process of its own (for slow envs).
-        timeout: Seconds that async envs may take for a step or a reset.
+        timeout: Seconds that async envs, and those of a collector's workers, may take for a step or a reset.
         action: `rescale` maps the policy's [-1, 1] to the env's bounds, `clip` clips to them, `none` does neither.
         time_limit: Steps of the env before truncation; null keeps the limit the id was registered with.
         action_repeat: Number of times each action is applied, with the rewards summed. `time_limit` counts every

@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Discrete
 
 SIZE = 16  # side of the image in pixels; the world is as wide and as deep
 WALL = 64  # brightness of a wall
-FAR, NEAR = 0.5, 1.3  # width of a ball in the image, at the far and at the near end, pixels
+FAR, NEAR = 0.5, 1.3  # width (standard deviation) of a ball in the image, at the far and at the near end, pixels
 REACH = 2.0  # distance from the player's centre below which a ball hits
 FALL = (0.8, 1.6)  # speed towards the player, minimum and maximum, pixels per step
 DRIFT = 0.6  # maximum sideways speed, pixels per step

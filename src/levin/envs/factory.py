@@ -49,7 +49,8 @@ def make_env(
     Args:
         config: Options of the env.
         seed: Root of all episode seeds, together with `purpose` and `rank`.
-        purpose: `TRAINING` or `EVALUATION`. They have different episode seeds, and Atari differs between them.
+        purpose: `TRAINING` or `EVALUATION`. They have different episode seeds; Atari, dreams and the number of batched
+            TorchRL envs also differ between them.
         rank: Rank that steps the envs.
         num_envs: Number of envs; None: `config.num_envs`.
         first: Number of the first env, if these envs are a part of the run's.
@@ -189,7 +190,7 @@ def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any
 
 
 def _mujoco_warning(message: str) -> None:
-    """Issue MuJoCo's warning as a Python warning; MuJoCo would print it and write it to the working directory."""
+    """Issue MuJoCo's warning as a Python warning; MuJoCo would print it and write it to a file."""
     if "settotalmass" not in message:  # the XML files of the v4 envs cause this one
         warnings.warn(f"MuJoCo: {message}", stacklevel=2)
 

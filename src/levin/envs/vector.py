@@ -55,9 +55,8 @@ class SeededVectorEnv(VectorWrapper):
         self._actions: np.ndarray | None = None  # of the current step, in the env's units
         self.action = describe_action(env.single_action_space)
         self._to_env = action_converter(self.action, config.action)
-        if config.action == "rescale" and isinstance(
-            env.single_action_space, Box
-        ):  # the action space that the policy sees
+        if config.action == "rescale" and isinstance(env.single_action_space, Box):
+            # The action space that the policy sees.
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
             self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.shown = describe_space(env.single_observation_space)
@@ -77,7 +76,7 @@ class SeededVectorEnv(VectorWrapper):
 
     @property
     def continues_without_seed(self) -> np.ndarray:
-        """Return `[N]`: whether the next episode begins without a new seed, as after a lost life in Atari."""
+        """Flags `[N]`: an episode is over, and the next begins without a new seed, as after a lost life in Atari."""
         return self._no_envs if self.games is None else self.env.continues_without_seed  # type: ignore[attr-defined]
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

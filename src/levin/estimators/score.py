@@ -32,7 +32,7 @@ class Exact(Estimator):
         return self.at(dist, enumerate_values(dist)[0])
 
     def at(self, dist: Distribution, values: Tensor) -> Draws:
-        """Return these values as points, `[M, *B, *E]`: all that have a probability above 0."""
+        """Return `values` `[M, *B, *E]` as points; they must include every value with a probability above 0."""
         log_prob = dist.log_prob(values)
         return Draws(values, log_prob, log_prob.detach().exp())
 
@@ -70,7 +70,8 @@ class ScoreFunction(Estimator):
 class MovingAverage(Estimator, nn.Module):
     """Score function whose baseline is an exponential average of the costs of earlier calls.
 
-    The average is updated after the current costs are used, because a baseline that contains them would be biased.
+    The average is updated after the current costs are used, because a baseline that contains them would bias the
+    estimate.
 
     Args:
         decay: Decay of the average, in [0, 1).

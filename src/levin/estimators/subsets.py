@@ -65,9 +65,9 @@ class UnorderedSet(Estimator):
 
         sum_{s in S} grad p(s) R(S, s) (f(s) - sum_{t in S} p(t) R(S, s, t) f(t))
 
-    P(S) is the probability that sampling gives the set S. R(S, s) = P(S without s, in the domain without s) / P(S).
-    R(S, s, t) is the same ratio for t once s is removed from S and from the domain; R(S, s, s) = 1. P(S) is an
-    integral, computed with 96 nodes to 8 digits:
+    P(S) is the probability that sampling gives the set S, p(S) the sum of p(s) over S.
+    R(S, s) = P(S without s, in the domain without s) / P(S). R(S, s, t) is the same ratio for t once s is removed from
+    S and from the domain; R(S, s, s) = 1. P(S) is an integral, computed with 96 nodes to 8 digits:
 
         P(S) = int_0^1 prod_{s in S} (1 - v^(p(s) / (1 - p(S)))) dv
 

@@ -64,7 +64,7 @@ def evaluate_open_loop(
 
 
 def sample_windows(buffer: SequenceReplay, device: torch.device) -> TensorDict | None:
-    """Sample windows `[WINDOWS, L]` inside episodes, for the longest possible horizon, or return None."""
+    """Sample windows `[WINDOWS, L]` inside episodes, for the longest possible horizon; None: too few are found."""
     for ahead in reversed(AHEAD):
         length = CONTEXT + ahead
         if len(buffer) < length:

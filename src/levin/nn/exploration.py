@@ -31,7 +31,8 @@ class OrnsteinUhlenbeckNoise(nn.Module):
     Source: Uhlenbeck and Ornstein 1930; Lillicrap et al. 2016 (arXiv:1509.02971), section 7, with a time step of 1.
 
     Args:
-        scale: Standard deviation of each step's increment; that of x approaches `scale / sqrt(theta (2 - theta))`.
+        scale: Standard deviation of the noise added to x per step; that of x approaches
+            `scale / sqrt(theta (2 - theta))`.
         shape: Shape of the actions of all envs, `[N, *A]`.
     """
 

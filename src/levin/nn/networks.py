@@ -59,7 +59,7 @@ def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
 
 
 def as_float32(outputs: Tensor) -> Tensor:
-    """Return outputs as float32: densities, values and losses need it, also after a network in mixed precision."""
+    """Convert half-precision outputs of mixed precision to float32, which densities, values and losses need."""
     return outputs.float() if outputs.dtype.itemsize < 4 else outputs
 
 
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
 def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
     """Build the trunk of a network, which maps observations to features `[B, F]`; return it and F.
 
-    The trunk is the Nature CNN for pixels. Boxes of numbers are only flattened.
+    The trunk is the Nature CNN for pixels and an `Encoder` for dicts. Boxes of numbers are only flattened.
 
     Raises:
         ConfigError: Pixels are not `[C, H, W]`, or too few for the convolutions.

@@ -48,7 +48,7 @@ class LaProp(Optimizer):
         warm_up: int = 0,
     ) -> None:
         parameters = list(parameters)
-        self.views: list[Tensor] = [*parameters]  # of the flat vector
+        self.views: list[Tensor] = [*parameters]  # they become views of the flat vector below
         self.clipped = torch.zeros(())  # fraction of the parameters whose gradient the last step clipped
         defaults = {"lr": lr, "clip": clip, "norm_min": norm_min, "warm_up": warm_up}
         super().__init__([flatten_parameters(parameters)], {**defaults, "beta1": beta1, "beta2": beta2, "eps": eps})

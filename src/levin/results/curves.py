@@ -80,7 +80,10 @@ def write_curves(folder: Path, curves: Curves, kind: str = CURVES) -> None:
 
 
 def align_curves(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the env steps `[evaluations]` that all seeds have reached, and their returns `[seeds, evaluations]`."""
+    """Return the env steps `[evaluations]` that all seeds have reached, and their returns `[seeds, evaluations]`.
+
+    The env steps are those of the first seed. Returns of seeds that were evaluated at others are interpolated.
+    """
     grid = seeds[0].env_steps
     if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # not interpolated: steps may repeat
         return grid, np.stack([curve.return_mean for curve in seeds])

@@ -74,7 +74,8 @@ def _compare_curves(
     """Compare the curves of new runs with the stored ones; return whether they match, and a message.
 
     Runs of stored seeds in an equal environment must give identical curves. Otherwise the mean score of the new runs
-    must lie in the 95% prediction interval of the stored seeds.
+    must lie in the 95% prediction interval of the stored seeds. Runs that are too short for that, and results with
+    fewer than two stored seeds, are not compared and count as a match.
     """
     before = read_provenance(folder)
     if not before:
@@ -157,7 +158,7 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
         kept: Stored seeds that stay in the result.
 
     Raises:
-        ConfigError: The runs are not all of one commit.
+        ConfigError: The runs are not all of one commit, or are of uncommitted files.
     """
     facts = {seed: run_folder.read_provenance(run) for seed, run in runs.items()}
     sessions = [session for own in facts.values() for session in (own, *own["resumed"])]

@@ -52,10 +52,11 @@ class Published(pydantic.BaseModel, extra="forbid", frozen=True):
 class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     """Published numbers that a result is compared with, and its required score.
 
-    `gate` is the required score, and `gate_from` says how it was chosen. The first published number decides whether a
-    result can be "reproduced" or only "passed". `metric` and `last` say how the source measures: the mean of the `last`
-    evaluations (deterministic episodes), of the `last` training episodes, or of the training episodes in the `last` env
-    steps.
+    `gate` is the required score, and `gate_from` says how it was chosen. The first published number is the one that
+    `gate` comes from. It has normalised score 1, and decides whether a result can be "reproduced" or only "passed".
+
+    `metric` and `last` say how the source measures: the mean of the `last` evaluations (deterministic episodes), of the
+    `last` training episodes, or of the training episodes in the `last` env steps.
     """
 
     env_steps: pydantic.PositiveInt

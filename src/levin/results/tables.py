@@ -59,9 +59,9 @@ def count_verdicts(summaries: list[dict[str, Any]]) -> str:
     numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
     return (
         f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
-        "Reproduced: the mean of three seeds or more reaches the required score, which is mostly the published mean\n"
-        "less its standard deviation over three seeds or more.\n"
-        "Passed: the mean reaches the required score, but the source gives no such deviation.\n"
+        "Reproduced: the mean over three or more seeds is at or above the required score, usually the published mean\n"
+        "minus one standard deviation.\n"
+        "Passed: the same, but no published number comes with a standard deviation over three or more seeds.\n"
     )
 
 

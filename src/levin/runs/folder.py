@@ -151,7 +151,7 @@ def report_failure(run: Path) -> Iterator[None]:
         message = (
             str(error) if isinstance(error, RunError) else f"run={run} can't be written: {error.strerror or error}"
         )
-        if error.__cause__ is not None:  # raised inside the env: its author needs the traceback
+        if error.__cause__ is not None:  # raised inside an env or another rank: its traceback is needed
             (run / "traceback.txt").write_text(traceback.format_exc())
             message += f" (see {run}/traceback.txt)"
         checkpoints = checkpoint.list_checkpoints(run / "checkpoints")

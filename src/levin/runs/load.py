@@ -42,9 +42,8 @@ def algorithm_class(config: DictConfig) -> type[Algorithm]:
     """
     target = config.algo.get("_target_")
     if str(ROOT) not in sys.path:
-        sys.path.append(
-            str(ROOT)
-        )  # a forked algorithm is experiments.<name>.algorithm, importable from any working directory
+        # A forked algorithm is experiments.<name>.algorithm, importable from any working directory.
+        sys.path.append(str(ROOT))
     try:
         algorithm = get_class(target)
     except (ImportError, ValueError, TypeError) as error:
@@ -57,7 +56,7 @@ def algorithm_class(config: DictConfig) -> type[Algorithm]:
 def load_algorithm(run: Path) -> Algorithm:
     """Load the algorithm of a run on the CPU, with its newest weights, statistics and counters but without its buffer.
 
-    A result in experiments/ has only stored its policy: there, everything else keeps its initial values.
+    A result in experiments/ has stored only its policy and its env steps: everything else keeps its initial values.
     """
     if (run / POLICY).is_file():
         saved = files.load(run / POLICY)

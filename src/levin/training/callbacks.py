@@ -1,12 +1,13 @@
 """Trainer callbacks that run after each iteration, scheduled by `Algorithm.clock`.
 
-The clock counts env steps, plus updates in stages without env steps. Lightning calls the callbacks in list order at the
-end of an iteration: `Statistics` updates the running statistics, `Budget` decides whether this was the last iteration,
-`Throughput` records the time, `Evaluation` adds its results to the row of metrics, `Metrics` writes the row,
-`ProgressBar` shows the progress, then the user's own callbacks run, and `Checkpointing` saves.
+The clock counts env steps, plus updates or dream episodes in stages without env steps. Lightning calls the callbacks in
+list order at the end of an iteration: `Statistics` updates the running statistics, `Budget` decides whether this was
+the last iteration, those of `guards.py` stop the run on a signal, NaN or inf, `Throughput` records the time,
+`Evaluation` adds its results to the row of metrics, `Metrics` writes the row, `ProgressBar` shows the progress, then
+the user's own callbacks run, and `Checkpointing` saves.
 
 A run that is stopped and continued writes the same rows as an uninterrupted one, because a stop adds no evaluation and
-no row. A complete run adds one of each after its last checkpoint.
+no row. A complete run adds at most one of each, after its last checkpoint.
 """
 
 from time import perf_counter

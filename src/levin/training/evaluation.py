@@ -25,7 +25,7 @@ class Evaluation(Callback):
         every: Env steps between two evaluations.
         episodes: Episodes per evaluation.
         seed: Seed of the evaluation envs, independent of the run's seed.
-        env: Env config of the run. Its running statistics are read, not updated.
+        env: Env config of the run. Evaluations use the running statistics of the training envs and do not update them.
         metrics: Metrics callback; the results are added to its row.
         budget: Budget callback. A complete run is evaluated once more.
         run: Run folder. Algorithms write their pictures to its `pictures/`.

@@ -1,6 +1,6 @@
 """Loggers of a run's metrics: `metrics.csv` always, Weights & Biases or TensorBoard by choice.
 
-The x-axis is `env_steps` in all of them.
+The x-axis is `env_steps`. In TensorBoard it is `Algorithm.clock`, which is the same for most algorithms.
 """
 
 import csv
@@ -61,7 +61,13 @@ def _wandb_login() -> bool:
 
 
 def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
-    """Send the pictures `<env_steps>.png` and `<env_steps>_<part>.png` to Weights & Biases or TensorBoard."""
+    """Send the pictures `<env_steps>.png` and `<env_steps>_<part>.png` to Weights & Biases or TensorBoard.
+
+    Args:
+        loggers: Loggers of the run.
+        folder: Folder of the pictures.
+        env_steps: Clock of the evaluation (`Algorithm.clock`), which is the number of env steps in most algorithms.
+    """
     for picture in sorted(folder.glob("*.png")):
         steps, _, part = picture.stem.partition("_")
         if steps != str(env_steps):
@@ -80,7 +86,7 @@ def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
 
 
 def upload(loggers: list[Logger], run: Path) -> None:
-    """Send the run's videos and its last checkpoint's weights to Weights & Biases."""
+    """Send the run's videos, its config and its last checkpoint without the replay buffer to Weights & Biases."""
     import wandb
 
     for logger in loggers:

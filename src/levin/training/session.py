@@ -51,7 +51,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         ckpt_path: Checkpoint to continue from; None starts a new run.
 
     Raises:
-        RunError: The run can't continue. It can be resumed from its newest checkpoint.
+        RunError: The run can't continue. It can be resumed from its newest checkpoint, if it has one.
     """
     start = perf_counter()
     silence_libraries()

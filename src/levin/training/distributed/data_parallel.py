@@ -104,7 +104,7 @@ class RanksLauncher(_Launcher):
             shutil.rmtree(self.reports, ignore_errors=True)
 
     def _start(self, rank: int) -> subprocess.Popen:
-        """Start a rank with the environment variables of torchrun, and write its arguments to its stdin."""
+        """Start a rank with the environment variables that Lightning reads, and write its arguments to its stdin."""
         environment = self.strategy.cluster_environment
         assert environment is not None
         address = {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
@@ -125,7 +125,7 @@ class RanksLauncher(_Launcher):
         return process
 
     def _find_failure(self) -> RunError | None:
-        """Wait for the report of a failed rank, and return its error; None if there is none."""
+        """Wait up to `GRACE` seconds for the report of a failed rank; return its error, or None without a failure."""
         deadline = monotonic() + GRACE
         while not any(self.reports.glob("*")) and any(process.poll() is None for process in self.processes):
             if monotonic() > deadline:
@@ -142,7 +142,10 @@ class RanksLauncher(_Launcher):
         return None
 
     def _watch(self, finished: Event) -> None:
-        """End this process if another rank has ended and rank 0 does not notice, as in a collective call on a GPU."""
+        """End this process if another rank has failed and rank 0 does not notice it within `GRACE` seconds.
+
+        This happens during an evaluation, or in a collective call on a GPU.
+        """
         while not finished.wait(1.0):
             if any(process.poll() for process in self.processes):
                 if finished.wait(GRACE):
