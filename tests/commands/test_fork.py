@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.fork import fork
@@ -106,3 +107,43 @@ def test_an_invalid_fork_is_a_config_error(tmp_path, monkeypatch, algo, name, se
     with pytest.raises(ConfigError, match=sentence):
         fork(algo=algo, name=name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def forks(tmp_path, monkeypatch):
+    """Write the fork `mine` of SAC into an experiments folder of its own, and return that folder."""
+    monkeypatch.setattr("levin.config.compose.EXPERIMENTS", tmp_path)
+    for group, name, text in (
+        ("algo", "mine", (paths.CONFIGS / "algo" / "sac.yaml").read_text()),
+        ("tuned", "mine_pendulum", "# @package _global_\nalgo:\n  tau: 0.125\n"),
+    ):
+        (tmp_path / "mine" / group).mkdir(parents=True)
+        (tmp_path / "mine" / group / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+def test_a_fork_has_its_own_tuned_values(forks):
+    assert compose(["algo=mine", "env=pendulum"]).algo.tau == 0.125
+    assert compose(["algo=sac", "env=pendulum"]).algo.tau == 0.005
+
+
+@pytest.mark.parametrize("place", ["tuned/sac_hopper.yaml", "env/hopper.yaml", "debug_algo/smoke_mine.yaml"])
+def test_a_fork_with_other_configs_is_refused_and_changes_no_other_algorithm(forks, place):
+    before = compose(["algo=sac", "env=hopper"])
+    file = forks / "mine" / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("# @package _global_\nseed: 7\n")
+    assert compose(["algo=sac", "env=hopper"]) == before
+    with pytest.raises(ConfigError, match=f"{place} does not belong to the fork mine"):
+        compose(["algo=mine", "env=hopper"])
+
+
+def test_a_fork_must_have_the_name_of_its_folder(forks):
+    (forks / "mine").rename(forks / "yours")
+    with pytest.raises(ConfigError, match="a fork must have the name of its folder"):
+        compose(["algo=mine"])
+
+
+def test_an_unknown_algorithm_is_answered_with_the_forks_too(forks):
+    with pytest.raises(ConfigError, match="algo=min is unknown; valid: mine"):
+        compose(["algo=min"])

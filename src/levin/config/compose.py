@@ -4,6 +4,7 @@ Hydra composes the files. `schema.py` checks each value against the type hints o
 `python -m levin.config` prints the file that sets each value.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,11 +87,39 @@ def take_run(overrides: list[str]) -> tuple[list[str], str | None]:
 
 
 def with_search_path(overrides: list[str]) -> list[str]:
-    """Add the folders of forks to Hydra's search path: `algo=my_idea` is `experiments/my_idea/algo/my_idea.yaml`."""
+    """Add the folders of the forks that `algo=` names to Hydra's search path.
+
+    `algo=my_idea` is `experiments/my_idea/algo/my_idea.yaml`. Other forks are not on the path, and a fork must not hold
+    configs of other names, so no fork can change the values of another algorithm.
+
+    Raises:
+        ConfigError: A fork that is named holds another config, or its file is in another fork's folder.
+    """
     if any(each.startswith(SEARCH_PATH) for each in overrides):
         return overrides
-    folders = sorted({file.parents[1] for file in EXPERIMENTS.glob("*/algo/*.yaml")})
+    algo = ",".join(each for each in overrides if each.startswith("algo="))
+    chosen = set(re.findall(r"\w+", algo.replace("algo=", "")))  # several in a sweep
+    folders = []
+    for file in sorted(EXPERIMENTS.glob("*/algo/*.yaml")):
+        folder, name = file.parents[1], file.stem
+        if name not in chosen or (CONFIGS / "algo" / file.name).exists():
+            continue
+        if name != folder.name:
+            raise ConfigError(f"algo={name} is {file}, but a fork must have the name of its folder: rename one of them")
+        for other in sorted(folder.glob("*/**/*.yaml")):
+            tuned = other.parent == folder / "tuned" and other.stem.startswith(f"{name}_")
+            if other != file and not tuned:
+                raise ConfigError(
+                    f"{other} does not belong to the fork {name}, which may hold only algo/{name}.yaml and "
+                    f"tuned/{name}_<env>.yaml: remove it"
+                )
+        folders.append(folder)
     return [*overrides, f"{SEARCH_PATH}=[{','.join(map(str, folders))}]"] if folders else overrides
+
+
+def _fork_names() -> list[str]:
+    """Return the names of all forks in experiments/."""
+    return [file.stem for file in EXPERIMENTS.glob("*/algo/*.yaml") if file.stem == file.parents[1].name]
 
 
 def _check_groups(overrides: list[Override]) -> None:
@@ -103,8 +132,9 @@ def _check_groups(overrides: list[Override]) -> None:
         if group in ("algo", "env") and choice is None:
             raise ConfigError(f"{group}=null leaves nothing to train; name one of configs/{group}/")
         if group in GROUPS and choice is not None:
-            valid = [file.stem for folder in folders for file in (folder / group).glob("*.yaml")]
+            valid = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
             if choice not in valid:
+                valid |= set(_fork_names() if group == "algo" else [])
                 raise ConfigError(f"{group}={choice} is unknown; {valid_names(str(choice), valid)}")
 
 
