@@ -5,12 +5,16 @@ which you fill in the published numbers and their sources. The config is pinned:
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
@@ -37,12 +41,13 @@ def pin(exp: str, overrides: list[str]) -> Path:
         overrides: Overrides of the config, `key=value`.
 
     Raises:
-        ConfigError: The result exists already, or an override is not valid.
+        ConfigError: The result exists already, or an override is not valid or reads an environment variable.
     """
     folder = paths.EXPERIMENTS / exp
     if (folder / CONFIG).exists():
         raise ConfigError(f"exp={exp} exists already: {folder / CONFIG}; choose another name")
-    cfg = compose([*DEFAULTS, *overrides])
+    with _refuse_environment_variables():
+        cfg = compose([*DEFAULTS, *overrides])
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg))
     if not (folder / REFERENCE).exists():
@@ -51,6 +56,20 @@ def pin(exp: str, overrides: list[str]) -> Path:
         reference |= {"gate_from": None, "random_return": random_return(cfg), "published": [published]}
         (folder / REFERENCE).write_text(yaml.safe_dump(reference, sort_keys=False))
     return folder
+
+
+@contextmanager
+def _refuse_environment_variables() -> Iterator[None]:
+    """Make `${oc.env:NAME}` in a config an error: a pinned config goes into git, and such a value may be a secret."""
+
+    def refuse(name: str, *_: Any) -> None:
+        raise ConfigError(f"a pinned config must not read the environment variable {name}: write its value instead")
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
 def random_return(cfg: DictConfig) -> float:

@@ -13,6 +13,7 @@ import yaml
 
 pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
 
+from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.pin import pin
@@ -236,6 +237,7 @@ def test_an_interrupted_reproduction_can_be_continued(stored_copy, tmp_path):
 import sys
 from pathlib import Path
 from levin import reproduce
+from levin.config.compose import compose
 from levin.core import paths
 paths.ROOT, paths.EXPERIMENTS = Path({str(folder)!r}), Path({str(folder / "experiments")!r})
 sys.argv = ["reproduce", "exp=toy", "seeds=0", "jobs=1"]
@@ -291,3 +293,13 @@ def test_pin_writes_a_complete_config_and_does_not_overwrite_it(tmp_path, monkey
     assert -100 < written["random_return"] < 0
     with pytest.raises(ConfigError, match=r"toy/reference\.yaml"):  # the published numbers are still missing
         read_reference(result_folder)
+
+
+def test_pin_refuses_environment_variables(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
+    monkeypatch.setenv("LEVIN_SECRET", "abc")
+    override = "wandb_project=${oc.env:LEVIN_SECRET}"
+    with pytest.raises(ConfigError, match="must not read the environment variable LEVIN_SECRET"):
+        pin("toy", [*OVERRIDES, override])
+    assert not list(tmp_path.iterdir())
+    assert compose([*OVERRIDES, override]).wandb_project == "abc"

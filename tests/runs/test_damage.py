@@ -14,7 +14,8 @@ from levin import resume
 from levin.config.compose import compose
 from levin.core import files
 from levin.core.errors import CheckpointError, ConfigError
-from levin.runs import checkpoint
+from levin.runs import checkpoint, provenance
+from levin.runs.load import load_config
 from levin.training.session import train
 from short_runs import TINY, assert_identical_runs
 
@@ -170,3 +171,29 @@ def test_a_checkpoint_of_another_format_or_algorithm_is_refused_and_kept(key, va
     with pytest.raises(ConfigError, match=sentence):
         resume.resume(run=str(run), total_env_steps=384)
     assert newest.exists()
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "${seed}", "${${name}:HOME}"])
+def test_a_config_with_a_reference_is_refused(value, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("wandb_project: levin", f"wandb_project: {value}"))
+    with pytest.raises(ConfigError, match="holds the reference"):
+        load_config(run)
+
+
+@pytest.mark.parametrize(
+    ("word", "recorded"),
+    [
+        ("+callbacks.x.api_key=abc=d, e", "+callbacks.x.api_key=***"),
+        ("WANDB_TOKEN=abc", "WANDB_TOKEN=***"),
+        ("--password=a", "--password=***"),
+        ("+callbacks.x={_target_:a.B,api_key:abc,n:1}", "+callbacks.x={_target_:a.B,api_key:***,n:1}"),
+        ("env.kwargs.monkey=3", "env.kwargs.monkey=3"),
+        ("algo.gamma=0.98", "algo.gamma=0.98"),
+    ],
+)
+def test_the_recorded_command_line_masks_secrets(word, recorded, monkeypatch):
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "levin.train", word])
+    assert provenance.command_line().split(" ", 3)[3] == recorded

@@ -1,5 +1,6 @@
 """Load the config, the algorithm or the trained weights of a run."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def load_config(run: Path) -> DictConfig:
     """Load the config of a run from its `config.yaml`.
 
     Raises:
-        ConfigError: The file is missing or damaged.
+        ConfigError: The file is missing or damaged, or refers to other values or to environment variables.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -31,6 +32,8 @@ def load_config(run: Path) -> DictConfig:
         raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     if not config or not isinstance(config, DictConfig):
         raise ConfigError(f"{path} is damaged: it holds no keys")
+    if reference := re.search(r"\$\{[^\n]*", OmegaConf.to_yaml(config)):  # could name environment variables
+        raise ConfigError(f"{path} holds the reference {reference[0]}; the config of a run holds plain values only")
     return config
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from levin.core.paths import ROOT
 from levin.runs import slurm
 
 PACKAGES = ("levin", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco", "numpy", "hydra-core")
+# The value in `api_key=...`, and in `{api_key: ..., other: ...}`.
+SECRET = re.compile(r"(?i)((?<![a-z0-9])(?:key|token|secret|passw(?:or)?d)(?:=(?=.)|:(?=[^,}])))(?:(?<==).+|[^,}]+)")
 CODE = ("src", "configs", "requirements.lock", "experiments/*.py", "experiments/*/*.py", "experiments/*/algo")
 
 
@@ -43,8 +46,8 @@ def collect_provenance() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """Return the command line of this process."""
-    return " ".join([Path(sys.executable).name, *sys.orig_argv[1:]])
+    """Return the command line of this process, with the values of keys, tokens and passwords masked."""
+    return " ".join([Path(sys.executable).name, *(SECRET.sub(r"\1***", word) for word in sys.orig_argv[1:])])
 
 
 def run_git(*arguments: str) -> str:
