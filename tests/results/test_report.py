@@ -176,7 +176,7 @@ def test_report_rebuilds_missing_files(repository):
 
 def test_the_readme_shows_the_headline_results_and_counts_all(repository):
     readme, page = (repository / name for name in ("README.md", "experiments/README.md"))
-    (row,) = (line for line in readme.read_text().splitlines() if "](experiments/s" in line)
+    (row,) = (line for line in readme.read_text().splitlines() if line.startswith("| [") and "](experiments/s" in line)
     summary = json.loads((repository / "experiments" / "sac_halfcheetah" / "summary.json").read_text())
     cells = [cell.strip() for cell in row.strip("|").split(" | ")]
     assert cells[:3] == ["[SAC HalfCheetah-v4](experiments/sac_halfcheetah)", "100,000", "3"]

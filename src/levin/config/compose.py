@@ -132,10 +132,10 @@ def _check_groups(overrides: list[Override]) -> None:
         if group in ("algo", "env") and choice is None:
             raise ConfigError(f"{group}=null leaves nothing to train; name one of configs/{group}/")
         if group in GROUPS and choice is not None:
-            valid = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
+            valid = [file.stem for folder in folders for file in (folder / group).glob("*.yaml")]
             if choice not in valid:
-                valid |= set(_fork_names() if group == "algo" else [])
-                raise ConfigError(f"{group}={choice} is unknown; {valid_names(str(choice), valid)}")
+                names = {*valid, *(_fork_names() if group == "algo" else [])}
+                raise ConfigError(f"{group}={choice} is unknown; {valid_names(str(choice), names)}")
 
 
 def _check_debug(debug: str, algo: str) -> None:
