@@ -62,12 +62,17 @@ def saved_state(run: Path) -> dict[str, Any]:
     return state
 
 
+def build_algorithm(*overrides: str) -> Any:
+    """Build an algorithm with its optimizers, without a Trainer."""
+    algorithm, _ = build_run(compose(list(overrides)))
+    algorithm.configure_optimizers()
+    algorithm.manual_backward = torch.Tensor.backward
+    return algorithm
+
+
 def build_row(row: Row, *overrides: str) -> Algorithm:
     """Build the algorithm of a row with its optimizers, without a Trainer."""
-    all_overrides = [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides]
-    algorithm, _ = build_run(compose(all_overrides))
-    algorithm.configure_optimizers()
-    return algorithm
+    return build_algorithm(f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, *overrides)
 
 
 def make_batch(algorithm: Algorithm, size: int = 8) -> TensorDict:
@@ -154,7 +159,6 @@ def targets_follow_their_source(row: Row, tmp_path: Path) -> None:
     """Check that target networks start as copies and move by tau towards their source, as often as the row says."""
     for name, (source, tau, every) in row.targets.items():
         algorithm = build_row(row)
-        algorithm.manual_backward = lambda loss: loss.backward()  # there is no Trainer
         target, online = getattr(algorithm, name), getattr(algorithm, source)
         assert all(torch.equal(a, b) for a, b in zip(target.parameters(), online.parameters(), strict=True))
         for parameter in target.parameters():  # far from the source, to make a small step visible

@@ -50,7 +50,7 @@ def fork(*, algo: str, name: str) -> Path:
     Raises:
         ConfigError: There is no such algorithm, or the name is taken or not valid.
     """
-    yamls = {file.stem: file for file in (*paths.CONFIGS.glob("algo/*.yaml"), *paths.EXPERIMENTS.glob("*/algo/*.yaml"))}
+    yamls = {file.stem: file for file in (*paths.CONFIGS.glob("algo/*.yaml"), *paths.fork_files())}
     folder = paths.EXPERIMENTS / name
     if algo not in yamls:
         raise ConfigError(f"algo={algo} is unknown; {valid_names(algo, yamls)}")

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensordict import TensorDict
 from torch import Tensor
 
-from checks import metrics, same, saved_state
+from checks import build_algorithm, metrics, same, saved_state
 from levin.algorithms.dreamer import Dreamer
 from levin.algorithms.dreamer_networks import GaussianState
 from levin.config.compose import compose
@@ -21,7 +21,7 @@ from levin.model_based import open_loop
 from levin.model_based.recurrent import OneHotAction, State
 from levin.nn.parameters import freeze
 from levin.runs.policy import Policy
-from levin.training.session import build_run, train
+from levin.training.session import train
 from world_model_data import Constant, env_description, numbered_rollouts, random_records
 
 SMALL = (
@@ -32,10 +32,7 @@ SMALL = (
 
 def make_dreamer(*overrides: str) -> Dreamer:
     """Build a small Dreamer with its optimizers, without a Trainer."""
-    algorithm, _ = build_run(compose([*SMALL, *overrides]))
-    algorithm.configure_optimizers()
-    algorithm.manual_backward = lambda loss: loss.backward()
-    return algorithm
+    return build_algorithm(*SMALL, *overrides)
 
 
 def stored_records(buffer: SequenceReplay, env: int) -> list[tuple]:
@@ -594,9 +591,7 @@ def test_every_hyper_parameter_has_an_effect(algo):
     rollout = TensorDict({**steps, "next": {**after, "done": done, "terminated": done}}, batch_size=(1, 80))
 
     def result(*change: str) -> dict[str, Tensor]:
-        algorithm, _ = build_run(compose([*overrides, *change]))
-        algorithm.configure_optimizers()
-        algorithm.manual_backward = lambda loss: loss.backward()
+        algorithm = build_algorithm(*overrides, *change)
         if algo == "dreamer_v3":
             width = algorithm.model.deter + algorithm.model.choices[0]
             rollout["latent"] = torch.zeros(1, 80, width, dtype=torch.bfloat16)

@@ -11,6 +11,7 @@ from torch import nn
 
 import oracles
 from checks import (
+    build_algorithm,
     captured_and_eager_are_the_same,
     compiled_and_eager_are_the_same,
     make_batch,
@@ -47,10 +48,7 @@ def small_env(algo: str) -> str:
 
 def make_algorithm(algo: str, *overrides: str):
     """Build an algorithm with its optimizers, without a Trainer."""
-    algorithm, _ = build_run(compose([f"algo={algo}", small_env(algo), *SMALL, *overrides]))
-    algorithm.configure_optimizers()
-    algorithm.manual_backward = lambda loss: loss.backward()
-    return algorithm
+    return build_algorithm(f"algo={algo}", small_env(algo), *SMALL, *overrides)
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> int:

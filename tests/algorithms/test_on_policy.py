@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 import oracles
-from checks import build_row, compiled_and_eager_are_the_same, make_batch, metrics, saved_state
+from checks import build_algorithm, build_row, compiled_and_eager_are_the_same, make_batch, metrics, saved_state
 from levin import resume
 from levin.algorithms.trpo import conjugate_gradient
 from levin.collectors.episodes import step_count
@@ -28,10 +28,7 @@ from rows import LATE, POINT, ROWS
 
 def make_algorithm(*overrides: str):
     """Build an algorithm with its optimizers, without a Trainer."""
-    algorithm, _ = build_run(compose([*LATE, *overrides]))
-    algorithm.configure_optimizers()
-    algorithm.manual_backward = lambda loss: loss.backward()
-    return algorithm
+    return build_algorithm(*LATE, *overrides)
 
 
 # --- collection

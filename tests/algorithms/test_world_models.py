@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrl.envs import GymWrapper, check_env_specs
 
 import toy_envs  # noqa: F401
-from checks import metrics, same, saved_state
+from checks import build_algorithm, metrics, same, saved_state
 from levin import resume
 from levin.algorithms.world_models import WorldModels
 from levin.algorithms.world_models_evolution import Evolution
@@ -51,10 +51,7 @@ MIXTURE = Mixture(
 
 def make_world_models(*overrides: str) -> WorldModels:
     """Build a small WorldModels with its optimizers, without a Trainer."""
-    algorithm, _ = build_run(compose([*SMALL, *overrides]))
-    algorithm.configure_optimizers()
-    algorithm.manual_backward = lambda loss: loss.backward()
-    return algorithm
+    return build_algorithm(*SMALL, *overrides)
 
 
 def count_parameters(*modules: torch.nn.Module) -> int:

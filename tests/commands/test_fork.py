@@ -112,7 +112,7 @@ def test_an_invalid_fork_is_a_config_error(tmp_path, monkeypatch, algo, name, se
 @pytest.fixture
 def forks(tmp_path, monkeypatch):
     """Write the fork `mine` of SAC into an experiments folder of its own, and return that folder."""
-    monkeypatch.setattr("levin.config.compose.EXPERIMENTS", tmp_path)
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
     for group, name, text in (
         ("algo", "mine", (paths.CONFIGS / "algo" / "sac.yaml").read_text()),
         ("tuned", "mine_pendulum", "# @package _global_\nalgo:\n  tau: 0.125\n"),

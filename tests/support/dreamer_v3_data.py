@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from checks import build_algorithm
 from levin.algorithms.dreamer_v3 import DreamerV3
-from levin.config.compose import compose
 from levin.data.sequences import LATENT
 from levin.model_based.recurrent import State
-from levin.training.session import build_run
 from world_model_data import random_records
 
 SMALL = (
@@ -20,10 +19,7 @@ SMALL = (
 
 def make_dreamer_v3(*overrides: str) -> DreamerV3:
     """Build a small DreamerV3 with its optimizers, without a Trainer."""
-    algorithm, _ = build_run(compose([*SMALL, *overrides]))
-    algorithm.configure_optimizers()
-    algorithm.manual_backward = lambda loss: loss.backward()
-    return algorithm
+    return build_algorithm(*SMALL, *overrides)
 
 
 def random_batch(algorithm: DreamerV3, **options: Any) -> TensorDict:

@@ -4,6 +4,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from levin.bench.peers import fake_env_spec
 from levin.core.spaces import EMPTY
 
 
@@ -21,16 +22,7 @@ def env_description(num_envs: int = 1, actions: int = 1, pixels: bool = False, d
     action = {**EMPTY, "shape": [actions], "dtype": "float32", "low": [-1.0] * actions, "high": [1.0] * actions}
     if discrete:
         action = {**EMPTY, "type": "discrete", "dtype": "int64", "n": discrete}
-    return {
-        "id": "a toy",
-        "num_envs": num_envs,
-        "observation": observation,
-        "action": action,
-        "action_units": "none",
-        "action_repeat": 1,
-        "observation_clip": None,
-        "reward_clip": None,
-    }
+    return {**fake_env_spec(observation, action), "id": "a toy", "num_envs": num_envs}
 
 
 class Constant(nn.Module):

@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from levin.config import schema
 from levin.config.cli import parse_hydra_overrides
+from levin.core import paths
 from levin.core.errors import ConfigError, valid_names
 from levin.core.omega import flat_keys, to_plain
-from levin.core.paths import CONFIGS, EXPERIMENTS
 
 SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
@@ -36,7 +36,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     _check_groups(parse_hydra_overrides(overrides))
     overrides = [each for each in overrides if each not in NULL_DEFAULTS]
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        with initialize_config_dir(version_base="1.3", config_dir=str(paths.CONFIGS)):
             config = hydra_compose("train", overrides, return_hydra_config=True)
             choices = config.hydra.runtime.choices
             OmegaConf.set_struct(config, False)
@@ -97,33 +97,33 @@ def with_search_path(overrides: list[str]) -> list[str]:
     """
     if any(each.startswith(SEARCH_PATH) for each in overrides):
         return overrides
-    algo = ",".join(each for each in overrides if each.startswith("algo="))
-    chosen = set(re.findall(r"\w+", algo.replace("algo=", "")))  # several in a sweep
-    folders = []
-    for file in sorted(EXPERIMENTS.glob("*/algo/*.yaml")):
-        folder, name = file.parents[1], file.stem
-        if name not in chosen or (CONFIGS / "algo" / file.name).exists():
-            continue
-        if name != folder.name:
-            raise ConfigError(f"algo={name} is {file}, but a fork must have the name of its folder: rename one of them")
-        for other in sorted(folder.glob("*/**/*.yaml")):
-            tuned = other.parent == folder / "tuned" and other.stem.startswith(f"{name}_")
-            if other != file and not tuned:
-                raise ConfigError(
-                    f"{other} does not belong to the fork {name}, which may hold only algo/{name}.yaml and "
-                    f"tuned/{name}_<env>.yaml: remove it"
-                )
-        folders.append(folder)
+    algos = " ".join(each.removeprefix("algo=") for each in overrides if each.startswith("algo="))
+    chosen = set(re.findall(r"\w+", algos))  # several in a sweep
+    files = [
+        file for file in paths.fork_files() if file.stem in chosen and not (paths.CONFIGS / "algo" / file.name).exists()
+    ]
+    for file in files:
+        _check_fork(file)
+    folders = [file.parents[1] for file in files]
     return [*overrides, f"{SEARCH_PATH}=[{','.join(map(str, folders))}]"] if folders else overrides
 
 
-def _fork_names() -> list[str]:
-    """Return the names of all forks in experiments/."""
-    return [file.stem for file in EXPERIMENTS.glob("*/algo/*.yaml") if file.stem == file.parents[1].name]
+def _check_fork(file: Path) -> None:
+    """Check that a fork has the name of its folder and holds no configs of other names."""
+    folder, name = file.parents[1], file.stem
+    if name != folder.name:
+        raise ConfigError(f"algo={name} is {file}, but a fork must have the name of its folder: rename one of them")
+    for other in sorted(folder.glob("*/**/*.yaml")):
+        tuned = other.parent == folder / "tuned" and other.stem.startswith(f"{name}_")
+        if other != file and not tuned:
+            raise ConfigError(
+                f"{other} does not belong to the fork {name}, which may hold only algo/{name}.yaml and "
+                f"tuned/{name}_<env>.yaml: remove it"
+            )
 
 
 def _check_groups(overrides: list[Override]) -> None:
-    folders = [CONFIGS]
+    folders = [paths.CONFIGS]
     for override in overrides:
         if override.key_or_group == SEARCH_PATH:
             folders += [Path(str(folder)) for folder in override.value()]  # type: ignore[union-attr]
@@ -134,13 +134,16 @@ def _check_groups(overrides: list[Override]) -> None:
         if group in GROUPS and choice is not None:
             valid = [file.stem for folder in folders for file in (folder / group).glob("*.yaml")]
             if choice not in valid:
-                names = {*valid, *(_fork_names() if group == "algo" else [])}
+                forks = [file.stem for file in paths.fork_files() if file.stem == file.parents[1].name]
+                names = {*valid, *(forks if group == "algo" else [])}
                 raise ConfigError(f"{group}={choice} is unknown; {valid_names(str(choice), names)}")
 
 
 def _check_debug(debug: str, algo: str) -> None:
     """Check that a preset which exists only for some algorithms is used with one of them."""
-    supported = sorted(file.stem.removeprefix(f"{debug}_") for file in (CONFIGS / "debug_algo").glob(f"{debug}_*.yaml"))
+    supported = sorted(
+        file.stem.removeprefix(f"{debug}_") for file in (paths.CONFIGS / "debug_algo").glob(f"{debug}_*.yaml")
+    )
     if debug in ("lecture", "overfit") and algo not in supported:
         raise ConfigError(f"debug={debug} is not for {algo}; valid algorithms: {', '.join(supported)}")
 

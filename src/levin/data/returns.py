@@ -15,7 +15,7 @@ from torch import Tensor
 def reward_to_go(*, reward: Tensor, terminated: Tensor, done: Tensor, next_value: Tensor, gamma: float) -> Tensor:
     """Return G_t = sum_{t' >= t} gamma^(t'-t) r_{t'+1} to the end of the episode.
 
-    Where that is truncated after k steps, gamma^k V(s_{t+k}) is added.
+    If the episode is truncated after k steps, gamma^k V(s_{t+k}) is added.
 
     Args:
         reward: r_{t+1}, `[N, T, 1]`.

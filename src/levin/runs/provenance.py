@@ -18,7 +18,7 @@ from levin.runs import slurm
 
 PACKAGES = ("levin", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco", "numpy", "hydra-core")
 # The value in `api_key=...`, and in `{api_key: ..., other: ...}`.
-SECRET = re.compile(r"(?i)((?<![a-z0-9])(?:key|token|secret|passw(?:or)?d)(?:=(?=.)|:(?=[^,}])))(?:(?<==).+|[^,}]+)")
+SECRET = re.compile(r"(?i)(?<![a-z0-9])(key|token|secret|passw(?:or)?d)(?:(=).+|(:)[^,}]+)")
 CODE = ("src", "configs", "requirements.lock", "experiments/*.py", "experiments/*/*.py", "experiments/*/algo")
 
 
@@ -47,7 +47,7 @@ def collect_provenance() -> dict[str, Any]:
 
 def command_line() -> str:
     """Return the command line of this process, with the values of keys, tokens and passwords masked."""
-    return " ".join([Path(sys.executable).name, *(SECRET.sub(r"\1***", word) for word in sys.orig_argv[1:])])
+    return " ".join([Path(sys.executable).name, *(SECRET.sub(r"\1\2\3***", word) for word in sys.orig_argv[1:])])
 
 
 def run_git(*arguments: str) -> str:
