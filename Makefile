@@ -1,6 +1,6 @@
 # `make` prints the help. The variables below are read from the command line only, never from the environment. Their
 # values reach the commands as typed and are not expanded by the shell, except for an ARGS that contains quotes.
-VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE
+VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE TRUST
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
 
@@ -28,6 +28,7 @@ needs := .venv/.core $(if $(extra),.venv/.$(extra))
 run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
 seeds := $(or $(value SEEDS),$(value SEED),0)
 comma := ,
+trust = $(if $(value TRUST),trust=true)
 space := $() $()
 choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
 # NAME if it is exactly one of the studies, else empty.
@@ -55,22 +56,22 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 
 train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [RUN=path] [ARGS="algo.gamma=0.98"]
 ifneq ($(filter -m --multirun launcher=%,$(value ARGS)),)
-	$(BIN)/python -m levin.train $(choices) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
+	$(BIN)/python -m levin.train $(choices) $(trust) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
 else
-	@$(foreach seed,$(seeds),set -x; $(BIN)/python -m levin.train $(choices) seed=$(call quote,$(seed)) $(if $(value RUN),$(call quote,run=$(value RUN)$(if $(word 2,$(value SEEDS)),/s$(seed)))) || exit $$?;)
+	@$(foreach seed,$(seeds),set -x; $(BIN)/python -m levin.train $(choices) $(trust) seed=$(call quote,$(seed)) $(if $(value RUN),$(call quote,run=$(value RUN)$(if $(word 2,$(value SEEDS)),/s$(seed)))) || exit $$?;)
 endif
 
-resume: .venv/.core ## RUN=path [STEPS=n] continues a run exactly; STEPS: its new total of env steps
-	$(BIN)/python -m levin.resume $(run) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
+resume: .venv/.core ## RUN=path [STEPS=n] [TRUST=1] continues a run exactly; STEPS: its new total of env steps
+	$(BIN)/python -m levin.resume $(run) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
 
 config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value and the file that set it
 	@$(BIN)/python -m levin.config $(choices)
 
 evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evaluates a policy; writes evaluation.json
-	$(BIN)/python -m levin.evaluate $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED))
+	$(BIN)/python -m levin.evaluate $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
 
 play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records videos/*.mp4
-	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED))
+	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws learning curves
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
@@ -80,10 +81,10 @@ fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/
 
 ##@ Results
 reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] retrains and compares a result
-	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(if $(value JOBS),jobs=$(call typed,JOBS)) $(if $(value STORE),store=true)
+	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(if $(value JOBS),jobs=$(call typed,JOBS)) $(if $(value STORE),store=true) $(trust)
 
 pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] starts a new result in experiments/
-	$(BIN)/python -m levin.pin exp=$(call typed,EXP) $(choices)
+	$(BIN)/python -m levin.pin exp=$(call typed,EXP) $(choices) $(trust)
 
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds (or checks) all summaries, figures and tables from the stored curves
 	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)

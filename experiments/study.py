@@ -57,7 +57,7 @@ def train_once(overrides: list[str], run: Path) -> None:
 
 def _has_config(run: Path, cfg: DictConfig) -> bool:
     """Return whether a run was started with this config. Threads are ignored: a run saves how many it really used."""
-    saved, expected = to_plain(load_config(run)), to_plain(cfg)
+    saved, expected = to_plain(load_config(run, runs=())), to_plain(cfg)
     for config in (saved, expected):
         config["trainer"].pop("threads")
     return saved == expected

@@ -10,12 +10,19 @@ if TYPE_CHECKING:
 __version__ = version("levin")
 
 
-def load(run: str | Path) -> "Policy":
+def load(run: str | Path, *, trust: bool = False) -> "Policy":
     """Load the trained policy of a run folder: `action = levin.load("runs/...")(observation)`.
 
+    Args:
+        run: Run folder, or a result in experiments/.
+        trust: Whether to import an algorithm from outside this checkout that the run's config names. Without it, that
+            is done only for a run that was begun here.
+
     Raises:
-        ConfigError: The folder holds no checkpoint.
+        ConfigError: The folder holds no checkpoint, or the algorithm is from outside this checkout.
     """
     from levin.runs.policy import Policy  # torch and TorchRL take seconds to import
+    from levin.runs.trust import trusted
 
-    return Policy.load(Path(run))
+    with trusted(trust):
+        return Policy.load(Path(run))

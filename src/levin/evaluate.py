@@ -1,6 +1,5 @@
 """Evaluate the deterministic policy of a run in new envs: `python -m levin.evaluate run=...`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,19 @@ import numpy as np
 
 from levin.collectors.episodes import evaluate
 from levin.config import cli
+from levin.core import files
 from levin.core.errors import exit_on_user_error
 from levin.core.process import silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION
 from levin.envs.factory import load_env, make_env
 from levin.runs.load import load_algorithm
+from levin.runs.trust import trusted
 
 
-def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt = 1) -> dict[str, Any]:
+def evaluate_run(
+    *, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt = 1, trust: bool = False
+) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, and write the result to `evaluation.json` in its folder.
 
     Args:
@@ -24,16 +27,17 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
         episodes: Number of episodes.
         seed: Root of the envs' seeds; with another value than `eval.seed`, the episodes are not those that were
             evaluated during training.
+        trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Returns:
         The contents of `evaluation.json`.
     """
     silence_libraries()
-    algorithm = load_algorithm(Path(run))
-    env_config = load_env(Path(run))
-    env = make_env(env_config, seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
-    returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)
-    env.close()
+    with trusted(trust):
+        algorithm = load_algorithm(Path(run))
+        env = make_env(load_env(Path(run)), seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
+        returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)
+        env.close()
     result = {
         "return_mean": float(np.mean(returns)),
         "return_std": float(np.std(returns)),
@@ -41,7 +45,7 @@ def evaluate_run(*, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt 
         "env_steps": algorithm.env_steps,
         "seed": seed,
     }
-    (Path(run) / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    files.save_json(result, Path(run), "evaluation.json")
     return result
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import yaml
 
 from levin.config import cli
-from levin.core import paths
+from levin.core import files, paths
 from levin.core.errors import ConfigError, exit_on_user_error, valid_names
-from levin.runs import provenance
+from levin.runs import provenance, trust
 
 README = """# {name}
 
@@ -66,17 +66,21 @@ def fork(*, algo: str, name: str) -> Path:
         paths.ROOT if module.startswith("experiments.") else paths.ROOT / "src"
     ) / f"{module.replace('.', '/')}.py"
     child_class = "".join(word.capitalize() for word in name.split("_"))
-    (folder / "algo").mkdir(parents=True)
-    (folder / "algorithm.py").write_text(_rename_class(source.read_text(), parent_class, child_class))
-    (folder / "algo" / f"{name}.yaml").write_text(text.replace(target, f"experiments.{name}.algorithm.{child_class}"))
+    child_target = f"experiments.{name}.algorithm.{child_class}"
+    commit = provenance.run_git("rev-parse", "--short", "HEAD") or "unknown"
+    texts = {
+        "algorithm.py": _rename_class(source.read_text(), parent_class, child_class),
+        f"algo/{name}.yaml": text.replace(target, child_target),
+        "README.md": README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT)),
+    }
     for file in (yamls[algo].parents[1] / "tuned").glob(f"{algo}_*.yaml"):
         env = file.stem.removeprefix(f"{algo}_")
         if (paths.CONFIGS / "env" / f"{env}.yaml").exists():  # for sac, skips sac_discrete_cartpole.yaml
-            (folder / "tuned").mkdir(exist_ok=True)
-            (folder / "tuned" / f"{name}_{env}.yaml").write_text(file.read_text())
-    commit = provenance.run_git("rev-parse", "--short", "HEAD") or "unknown"
-    readme = README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT))
-    (folder / "README.md").write_text(readme)
+            texts[f"tuned/{name}_{env}.yaml"] = file.read_text()
+    folder.mkdir()
+    for path, content in texts.items():
+        files.write_text(folder, path, content)
+    trust.record_code(trust.Code("algo._target_", child_target, child_target))
     return folder
 
 

@@ -19,15 +19,18 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from levin.collectors.episodes import evaluate
+from levin.config import cli
 from levin.config.compose import compose
-from levin.core import paths
+from levin.core import files
 from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.omega import to_plain
 from levin.core.process import silence_libraries
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
 from levin.envs.vector import SeededVectorEnv
-from levin.results.result import CONFIG, REFERENCE
+from levin.results.result import CONFIG, REFERENCE, result_path
+from levin.runs import trust
+from levin.runs.trust import trusted
 
 DEFAULTS = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv")
 EPISODES = 100
@@ -43,18 +46,19 @@ def pin(exp: str, overrides: list[str]) -> Path:
     Raises:
         ConfigError: The result exists already, or an override is not valid or reads an environment variable.
     """
-    folder = paths.EXPERIMENTS / exp
+    folder = result_path(exp)
     if (folder / CONFIG).exists():
         raise ConfigError(f"exp={exp} exists already: {folder / CONFIG}; choose another name")
     with _refuse_environment_variables():
         cfg = compose([*DEFAULTS, *overrides])
     folder.mkdir(exist_ok=True)
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg))
+    trust.record(cfg)
+    files.write_text(folder, CONFIG, OmegaConf.to_yaml(cfg))
     if not (folder / REFERENCE).exists():
         published = dict.fromkeys(("family", "env", "mean", "std", "seeds", "metric", "source"))
         reference = {"env_steps": cfg.total_env_steps, "metric": "evaluations", "last": 1, "gate": None}
         reference |= {"gate_from": None, "random_return": random_return(cfg), "published": [published]}
-        (folder / REFERENCE).write_text(yaml.safe_dump(reference, sort_keys=False))
+        files.write_text(folder, REFERENCE, yaml.safe_dump(reference, sort_keys=False))
     return folder
 
 
@@ -97,10 +101,12 @@ class Uniform(nn.Module):
 def main() -> None:
     """Write the result's folder and print what to do next."""
     with exit_on_user_error():
-        names, overrides = [word for word in sys.argv[1:] if word.startswith("exp=")], sys.argv[1:]
+        overrides, given = cli.take_flag(sys.argv[1:], "trust")
+        names = [word for word in overrides if word.startswith("exp=")]
         if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):
             raise ConfigError("exp must be given once: exp=<name of the result>, such as exp=sac_hopper")
-        folder = pin(exp, [word for word in overrides if word not in names])
+        with trusted(given):
+            folder = pin(exp, [word for word in overrides if word not in names])
     print(f"{folder}: fill in {REFERENCE}, commit, then run make reproduce EXP={exp} STORE=1")
 
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from levin.config import cli
 from levin.core.errors import ConfigError, exit_on_user_error
-from levin.results.curves import CURVES, Curve, read_curves, read_run
-
-METRICS = "metrics.csv"
+from levin.results.curves import CURVES, METRICS, Curve, read_curves, read_run
 
 
 def plot(*, runs: str, out: str = "plot.png") -> Path:

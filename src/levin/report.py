@@ -5,7 +5,7 @@ in `experiments/README.md` and `README.md`, and `experiments/aggregate.png`.
 """
 
 from levin.config import cli
-from levin.core import paths
+from levin.core import files, paths
 from levin.core.errors import ConfigError, exit_on_user_error
 from levin.results import figures
 from levin.results.result import (
@@ -38,7 +38,7 @@ def report(*, check: bool = False) -> list[str]:
         if not path.is_file() or path.read_text() != text:
             wrong.append(f"{path.relative_to(paths.ROOT)} does not match the stored data")
             if not check:
-                path.write_text(text)
+                files.write_text(path.parent, path.name, text)
     for path, source, draw in figures.expected_figures(results):
         if figures.read_fingerprint(path) != source:
             wrong.append(f"{path.relative_to(paths.ROOT)} does not match the stored data")

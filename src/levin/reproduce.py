@@ -5,7 +5,6 @@ and the published number. Each seed is a process; by default the processes fill 
 interrupted reproduction. Exits with 1 if the curves differ from the stored ones or the required score is missed.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli, schema
-from levin.core import paths
+from levin.core import files, paths
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.types import PositiveInt
 from levin.report import report
@@ -34,6 +33,7 @@ from levin.results.result import (
 from levin.runs import folder as run_folder
 from levin.runs import provenance
 from levin.runs.load import load_config
+from levin.runs.trust import trusted
 
 RUNS = Path("runs/reproduce")
 DONE = "verdict.json"
@@ -46,6 +46,7 @@ def reproduce(
     total_env_steps: PositiveInt | None = None,
     store: bool = False,
     jobs: PositiveInt | None = None,
+    trust: bool = False,
 ) -> Outcome:
     """Train the seeds of a result, and compare them with its stored curves and its published number.
 
@@ -56,11 +57,17 @@ def reproduce(
         store: Store these runs as the result: write curves, policy, provenance and all generated files. Stored seeds
             other than these are kept.
         jobs: Number of processes at the same time. Default: as many as the cores can run with their threads.
+        trust: Whether to run code from outside this checkout that the pinned config names (`levin.runs.trust`).
 
     Raises:
         ConfigError: There is no such result, or these runs can't be stored.
         RunError: The command was stopped, or a run failed. The same command continues the runs.
     """
+    with trusted(trust):
+        return _reproduce(exp, seeds, total_env_steps, store, jobs)
+
+
+def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, jobs: int | None) -> Outcome:
     folder = result_folder(exp)
     cfg, reference = load_config(folder), read_reference(folder)
     chosen = _parse_seeds(seeds) or sorted(read_curves(folder)) or [0, 1, 2]
@@ -80,7 +87,7 @@ def reproduce(
         store_runs(folder, folders, kept)
         report()
     verdict = {"exp": exp, "seeds": chosen, "env_steps": cfg.total_env_steps, **outcome.__dict__}
-    (batch / DONE).write_text(json.dumps(verdict, indent=2) + "\n")
+    files.save_json(verdict, batch, DONE)
     return outcome
 
 
@@ -99,7 +106,7 @@ def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[in
         if not (batch / DONE).exists() and existing == sorted(run.name for run in folders.values()):
             commits = {run_folder.read_provenance(run).get("git_sha", commit) for run in folders.values()}
             if commits == {commit} and all(
-                load_config(run) == _config_of_seed(cfg, seed, run) for seed, run in folders.items()
+                load_config(run, runs=()) == _config_of_seed(cfg, seed, run) for seed, run in folders.items()
             ):
                 print(f"{batch}: continuing", flush=True)
                 return folders
@@ -107,7 +114,7 @@ def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[in
     folders = {seed: batch / f"s{seed}" for seed in seeds}
     for seed, run in folders.items():
         run.mkdir(parents=True)
-        (run / CONFIG).write_text(OmegaConf.to_yaml(_config_of_seed(cfg, seed, run)))
+        files.write_text(run, CONFIG, OmegaConf.to_yaml(_config_of_seed(cfg, seed, run)))
     print(f"{batch}: starting", flush=True)
     return folders
 
@@ -132,7 +139,7 @@ def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
             while waiting and len(running) < jobs:
                 seed, run = next(iter(waiting.items()))
                 del waiting[seed]
-                with (run / "output.txt").open("ab") as output:
+                with open(run / "output.txt", "ab", opener=files.no_link) as output:
                     running[seed] = subprocess.Popen(
                         [sys.executable, "-m", "levin.resume", f"run={run}"],
                         stdout=output,

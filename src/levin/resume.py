@@ -13,6 +13,7 @@ from levin.core.omega import flat_keys, to_plain
 from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
+from levin.runs.trust import trusted
 from levin.training.distributed import sharding
 from levin.training.session import train, train_rank
 
@@ -26,19 +27,26 @@ MAY_CHANGE = (
 COMPARED_FACTS = ("git_sha", "git_dirty", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
 
 
-def resume(*, run: str, **changes: Any) -> float | None:
+def resume(*, run: str, trust: bool = False, **changes: Any) -> float | None:
     """Continue a run with its saved config, and return the mean return of the last evaluation.
 
     A run without a checkpoint starts from the beginning. Returns None if the run is complete already.
 
     Args:
         run: Run folder.
+        trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
         changes: New values of config keys in `MAY_CHANGE`; `total_env_steps` is the new total.
 
     Raises:
         ConfigError: A change is not allowed, every checkpoint is damaged, or the run is at or past the new total.
     """
-    folder = Path(run)
+    if type(trust) is not bool:
+        raise ConfigError(f"trust={trust} must be true or false")
+    with trusted(trust):
+        return _resume(Path(run), changes)
+
+
+def _resume(folder: Path, changes: dict[str, Any]) -> float | None:
     cfg = load_config(folder)
     total = cfg.total_env_steps
     lines = apply_changes(cfg, changes)
@@ -65,12 +73,12 @@ def resume(*, run: str, **changes: Any) -> float | None:
         path = checkpoint.newest_checkpoint(folder, buffer=True, algorithm=name)
         env_steps, _ = checkpoint.env_steps_and_wandb_id(path)
     else:
-        print(f"run={run} has no checkpoint yet: starting from the beginning")
+        print(f"run={folder} has no checkpoint yet: starting from the beginning")
     if cfg.total_env_steps != total and env_steps >= cfg.total_env_steps:
-        raise ConfigError(f"run={run} has {env_steps} env steps already; to continue, set a larger total_env_steps")
+        raise ConfigError(f"run={folder} has {env_steps} env steps already; to continue, set a larger total_env_steps")
     if (run_folder.read_provenance(folder).get("env_steps") or 0) >= cfg.total_env_steps:
         # Not an error: a job may call resume again and again until its run is complete.
-        print(f"run={run} is complete with {env_steps} env steps; to continue, set a larger total_env_steps")
+        print(f"run={folder} is complete with {env_steps} env steps; to continue, set a larger total_env_steps")
         return None
     for line in environment_changes(folder):
         print(f"levin: {line}", file=sys.stderr)
@@ -125,7 +133,7 @@ def main() -> None:
     with exit_on_user_error():
         words = cli.parse_overrides(sys.argv[1:], as_typed=["run"])
         for key in words:  # keys that no saved config has are refused before the run folder is read
-            if "." not in key and key not in ("run", *inspect.signature(schema.top_level).parameters):
+            if "." not in key and key not in ("run", "trust", *inspect.signature(schema.top_level).parameters):
                 raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")
         if "run" not in words:
             raise ConfigError("run is missing: set run=<run folder>")

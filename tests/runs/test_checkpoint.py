@@ -119,7 +119,8 @@ def test_a_buffer_is_saved_without_doubling_memory(tmp_path, monkeypatch):
     segments.save(buffer.data, 1500, tmp_path / "buffer", tmp_path / "none", {})
     assert max(largest) <= 1000
     restored = Replay(1000, "memory")
-    data = segments.load(tmp_path / "buffer", 1500, 1000)
+    names = [path.name for path in (tmp_path / "buffer").iterdir()]
+    data = segments.load(tmp_path / "buffer", names, 1500, 1000)
     restored.load_state_dict({"written": 1500, "length": 1000, "data": data}, torch.device("cpu"))
     assert same(restored.data.to_dict(), buffer.data.to_dict())
     buffer.extend(transitions(1500, 1507)), restored.extend(transitions(1500, 1507))
@@ -146,6 +147,7 @@ def test_files_of_a_run_are_synced_to_disk(tmp_path, monkeypatch):
     run = tmp_path / "run"
     train(compose([*TINY, "total_env_steps=64"]), run)
     partial = run / "checkpoints" / ".64.partial"
-    expected = {run, run / ".config.yaml.partial", run / ".provenance.json.partial", run / "metrics.csv"}
-    expected |= {run / "checkpoints", partial, partial / "state.ckpt", partial / "manifest.json"}
+    pid = os.getpid()
+    expected = {run, run / f".config.{pid}.partial.yaml", run / f".provenance.{pid}.partial.json", run / "metrics.csv"}
+    expected |= {run / "checkpoints", partial, partial / "state.ckpt", partial / f".manifest.{pid}.partial.json"}
     assert {str(path) for path in expected} <= forced

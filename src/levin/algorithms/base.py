@@ -19,6 +19,7 @@ from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec, observation_dtypes
 from levin.core.types import OptimizerName
+from levin.core.validate import as_count
 from levin.data.replay import Replay
 from levin.data.rollout import WholeEpisodes
 from levin.nn import cuda_graphs
@@ -117,6 +118,7 @@ class Algorithm(LightningModule):
         self.updates = 0  # calls of `update`
         self.iteration_begun = 0  # env steps taken before this iteration's rollout
         self.iterations = 0  # iterations begun; during collection those finished, which is the policy version
+        self.iterations_here = 0  # iterations begun by this process
         self.buffer: Replay | None = None
         self._saved_buffer: dict[str, Any] | None = None
         self.observation_normalizer: nn.Module = nn.Identity()
@@ -158,6 +160,7 @@ class Algorithm(LightningModule):
             # Not `batch.numel()`, which is 1 for an empty TensorDict.
             self.env_steps += batch.shape.numel() * distributed.world_size()
         self.iterations += 1
+        self.iterations_here += 1
         if isinstance(self.reward_normalizer, RewardNormalizer):
             self.reward_normalizer.update(batch["next", "reward"], batch["next", "done"])
 
@@ -305,7 +308,8 @@ class Algorithm(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name in PROGRESS:
-            setattr(self, name, checkpoint["levin"][name])
+            saved = checkpoint["levin"][name]
+            setattr(self, name, saved if name == "recorded" else as_count(name, saved))
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:

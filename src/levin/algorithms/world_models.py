@@ -55,6 +55,7 @@ from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST, EnvSpec
 from levin.core.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.core.validate import as_count
 from levin.data.sequences import LATENT, SequenceReplay
 from levin.model_based import open_loop
 from levin.model_based.dream_env import STARTS, policy_space
@@ -210,7 +211,8 @@ class WorldModels(Algorithm):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         for name in KEPT:
-            setattr(self, name, checkpoint["stages"][name])
+            saved = checkpoint["stages"][name]
+            setattr(self, name, as_count(name, saved) if isinstance(getattr(self, name), int) else saved)
         self.evolution.load_state_dict(checkpoint["stages"])
         self.trials.load_state_dict(checkpoint["stages"]["trials"])
 

@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from levin.config import schema
 from levin.core.errors import ConfigError
+from levin.core.validate import check_section
 
 
 def command_arguments(command: Callable[..., Any]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def command_arguments(command: Callable[..., Any]) -> dict[str, Any]:
     """
     hints = get_type_hints(command)
     values = parse_overrides(sys.argv[1:], as_typed=[key for key, hint in hints.items() if hint is str])
-    schema.check_section(command, "", values)
+    check_section(command, "", values)
     return values
 
 
@@ -45,6 +45,19 @@ def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, A
             (override,) = parse_hydra_overrides([word])
             values[override.key_or_group] = override.value()
     return values
+
+
+def take_flag(arguments: list[str], name: str) -> tuple[list[str], bool]:
+    """Remove `name=true` or `name=false` from arguments that Hydra composes a config of; return the rest and the flag.
+
+    Raises:
+        ConfigError: The flag has another value.
+    """
+    given = [argument for argument in arguments if argument.startswith(f"{name}=")]
+    value = given[-1].removeprefix(f"{name}=") if given else "false"
+    if value not in ("true", "false"):
+        raise ConfigError(f"{name}={value} must be true or false")
+    return [argument for argument in arguments if argument not in given], value == "true"
 
 
 def parse_hydra_overrides(overrides: list[str]) -> list[Override]:

@@ -1,16 +1,14 @@
 """Check every value of a config against the type hints of the code that takes it."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
-import pydantic
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core.errors import ConfigError, valid_names
-from levin.core.omega import to_plain
 from levin.core.types import NonNegativeInt, PositiveInt
+from levin.core.validate import check_section
 from levin.envs.config import EnvConfig
 from levin.runs.load import algorithm_class
 from levin.training.checkpointing import Checkpointing
@@ -147,54 +145,3 @@ def _check_workers(config: DictConfig) -> None:
                 "running statistics can't be shared without a lock: set env.normalize_observation=false and "
                 "env.normalize_reward=false, or use one worker"
             )
-
-
-def check_section(
-    target: Callable[..., Any],
-    prefix: str,
-    section: DictConfig | dict[str, Any],
-    *,
-    skip: tuple[str, ...] = (),
-    given: tuple[str, ...] = (),
-    ignore_unknown: bool = False,
-) -> None:
-    """Check a section of the config against the signature of the class or function that takes it.
-
-    Args:
-        target: Class or function; its type hints are checked.
-        prefix: Dotted prefix of the section's keys, for messages.
-        section: Keys and values. Whole floats where an int belongs are converted in place.
-        skip: Keys of the section that are not checked.
-        given: Parameters that the code passes itself, so the config must not set them.
-        ignore_unknown: Accept keys that are not in the signature.
-
-    Raises:
-        ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
-    """
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    parameters = inspect.signature(target).parameters
-    content = to_plain(section) if isinstance(section, DictConfig) else section
-    values = {str(key): value for key, value in content.items() if key not in skip}
-    valid = [name for name in parameters if name not in given]
-    for name, value in values.items():
-        if name in valid:
-            converted = _validate(f"{prefix}{name}", hints[name], value)
-            if converted is not value:
-                section[name] = converted
-        elif not ignore_unknown:
-            raise ConfigError(f"{prefix}{name} is unknown; {valid_names(name, valid)}")
-    for name in valid:
-        if name not in values and parameters[name].default is inspect.Parameter.empty:
-            raise ConfigError(f"{prefix}{name} is missing")
-
-
-def _validate(key: str, hint: Any, value: Any) -> Any:
-    adapter = pydantic.TypeAdapter(hint)
-    try:
-        valid = adapter.validate_python(value, strict=True)
-    except pydantic.ValidationError as error:
-        if isinstance(value, float) and value.is_integer():  # such as 1e5
-            return _validate(key, hint, int(value))
-        first = error.errors()[0]
-        raise ConfigError(f"{key}={value}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-    return valid if isinstance(valid, float) else value  # 1 becomes 1.0 where a float belongs

@@ -27,10 +27,12 @@ def valid_names(wrong: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print a ConfigError or RunError as one line on stderr, and exit with code 2 or 1."""
+    """Print a ConfigError, a RunError or an error of a file as one line on stderr, and exit with code 2 or 1."""
     try:
         yield
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, OSError) as error:
         sys.stdout.flush()
-        print(f"levin: {error}", file=sys.stderr)
+        # A message may quote a file of somebody else: no line breaks, nothing that a terminal acts on, not too long.
+        message = "".join(letter if letter.isprintable() else " " for letter in str(error)[:1500])
+        print(f"levin: {message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

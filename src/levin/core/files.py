@@ -1,15 +1,70 @@
-"""Write files safely: force them onto the disk, record their size and checksum, and verify both before reading."""
+"""Write files safely: atomically, never through a link, forced onto the disk, with a checksum that readers verify."""
 
 import json
 import os
-import pickle
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from levin.core.errors import CheckpointError
+from levin.core.errors import CheckpointError, ConfigError
+
+
+@contextmanager
+def replace(folder: Path, name: str) -> Iterator[Path]:
+    """Replace the file `name` in `folder` by the one that the caller writes to the yielded path.
+
+    The path has the same suffix. The file is moved into place when the context ends without an error, so a kill or a
+    power cut leaves either the old file or the new one. A link at its place is replaced, not followed.
+
+    Args:
+        folder: Existing folder, such as a run folder; it may be reached through links.
+        name: Name of the file, or its path below `folder`. Missing subfolders are created.
+
+    Raises:
+        ConfigError: A subfolder is a link.
+        OSError: The disk is full, or the folder is gone or read-only.
+    """
+    path = subfolder(folder, str(Path(name).parent)) / Path(name).name
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(folder: Path, name: str, text: str) -> None:
+    """Replace the file `name` in `folder` by a text file, as described at `replace`."""
+    with replace(folder, name) as path:
+        path.write_text(text)
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """Return the path of a folder below `folder`, and create it if it is missing.
+
+    Raises:
+        ConfigError: A part of the path below `folder` is a link, which could point anywhere.
+    """
+    path = folder
+    for part in Path(name).parts:
+        path = path / part
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link, and Levin writes only into {folder} itself: remove the link")
+        path.mkdir(exist_ok=True)
+    return path
+
+
+def no_link(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=no_link)`, which then raises OSError if it is a link or a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 class ChecksummedFile:
@@ -61,18 +116,14 @@ def load(path: Path, *, mmap: bool = False) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes raise errors of many types
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} can't be read as tensors and plain values: {reason[0]}") from error
 
 
-def save_json(value: Any, path: Path) -> None:
-    """Write plain values as JSON and force them onto the disk."""
-    with path.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def save_json(value: Any, folder: Path, name: str) -> None:
+    """Replace the file `name` in `folder` by plain values as JSON, as described at `replace`."""
+    write_text(folder, name, json.dumps(value, indent=2) + "\n")
 
 
 def verify(path: Path, expected: dict[str, int]) -> None:

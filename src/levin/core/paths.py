@@ -1,5 +1,6 @@
 """Paths of the repository and its folders."""
 
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -10,3 +11,9 @@ EXPERIMENTS = ROOT / "experiments"
 def fork_files() -> list[Path]:
     """Return the YAML files of all forked algorithms: `experiments/<fork>/algo/<fork>.yaml`."""
     return sorted(EXPERIMENTS.glob("*/algo/*.yaml"))
+
+
+def make_forks_importable() -> None:
+    """Let Python import `experiments.<fork>.algorithm` from any working directory, before any other `experiments`."""
+    if sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))

@@ -25,6 +25,7 @@ from levin.core.errors import ConfigError
 from levin.core.omega import to_plain
 from levin.core.process import ignore_signals
 from levin.core.spaces import EnvSpec, observation_dtypes, to_tensors
+from levin.core.validate import check_section
 from levin.envs.config import TRAINING, EnvConfig
 from levin.envs.torchrl import TorchRLVectorEnv, import_target
 from levin.envs.vector import SeededVectorEnv
@@ -291,5 +292,11 @@ def _concatenate(observations: list[Any]) -> Any:
 
 
 def load_env(run: Path) -> EnvConfig:
-    """Return the env options of a run."""
-    return EnvConfig(**to_plain(load_config(run).env))
+    """Return the env options of a run.
+
+    Raises:
+        ConfigError: An option is not valid, or the env needs code that was not accepted (`levin.runs.trust`).
+    """
+    section = load_config(run, runs=("env",)).env
+    check_section(EnvConfig, "env.", section)
+    return EnvConfig(**to_plain(section))

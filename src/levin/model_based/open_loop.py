@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from levin.core import files
 from levin.data.replay import to_device
 from levin.data.sequences import SequenceReplay
 
@@ -46,7 +47,7 @@ def evaluate_open_loop(
             return {}
         observation, reward = predict(window)
     metrics = {}
-    path.parent.mkdir(exist_ok=True)
+    files.subfolder(path.parent.parent, path.parent.name)
     for name, predicted in observation.items():
         real = (window["observation", name] if name else window["observation"]).float()
         part = f"_{name}" if name else ""
@@ -84,7 +85,8 @@ def draw_pixels(real: Tensor, predicted: Tensor, path: Path) -> None:
     steps = np.unique(np.linspace(0, len(real) - 1, 12).astype(int))
     rows = [real[steps], predicted[steps], 128 + (predicted[steps] - real[steps]) / 2]
     strip = torch.cat([torch.cat(list(row[:, -3:]), -1) for row in rows], -2)  # [C, 3 H, L W]
-    imageio.imwrite(path, strip.clamp(0, 255).byte().movedim(0, -1).squeeze(-1).numpy())
+    with files.replace(path.parent, path.name) as partial:
+        imageio.imwrite(partial, strip.clamp(0, 255).byte().movedim(0, -1).squeeze(-1).numpy())
 
 
 def draw_numbers(real: Tensor, predicted: Tensor, reward: Tensor, predicted_reward: Tensor, path: Path) -> None:
@@ -101,5 +103,6 @@ def draw_numbers(real: Tensor, predicted: Tensor, reward: Tensor, predicted_rewa
         axes.set(title=name, xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=7)
-    figure.savefig(path, dpi=80)
+    with files.replace(path.parent, path.name) as partial:
+        figure.savefig(partial, dpi=80)
     plt.close(figure)

@@ -3,12 +3,18 @@
 import csv
 import gzip
 import io
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from levin.core import files
+from levin.core.errors import ConfigError
+
+METRICS = "metrics.csv"  # of a run
 CURVES, TRAINING = "curves.csv.gz", "training.csv.gz"
 COLUMNS = {CURVES: ("return_mean", "return_std"), TRAINING: ("return_mean", "episodes")}
 
@@ -47,24 +53,44 @@ def read_curves(folder: Path, kind: str = CURVES) -> Curves:
     """Return the stored curves of a result by seed; empty before its first run."""
     if not (folder / kind).is_file():
         return {}
-    with gzip.open(folder / kind, "rt") as file:
+    with _explain_damage(folder / kind), gzip.open(folder / kind, "rt") as file:
         rows = list(csv.DictReader(file))
-    return {
-        seed: _curve_from_rows([row for row in rows if int(row["seed"]) == seed], "env_steps", *COLUMNS[kind])
-        for seed in sorted({int(row["seed"]) for row in rows})
-    }
+        return {
+            seed: _curve_from_rows([row for row in rows if int(row["seed"]) == seed], "env_steps", *COLUMNS[kind])
+            for seed in sorted({int(row["seed"]) for row in rows})
+        }
 
 
 def read_run(run: Path, kind: str = CURVES) -> Curve:
-    """Return the curve of a run, read from the metrics in its folder."""
+    """Return the curve of a run, read from the metrics in its folder.
+
+    Raises:
+        ConfigError: The file is missing or damaged.
+    """
     columns = {CURVES: ("eval/return_mean", "eval/return_std"), TRAINING: ("episode/return", "episode/count")}[kind]
-    with (run / "metrics.csv").open() as file:
+    with _explain_damage(run / METRICS), (run / METRICS).open() as file:
         rows = [row for row in csv.DictReader(file) if row.get(columns[0])]
-    return _curve_from_rows(rows, "env_steps", *columns)
+        return _curve_from_rows(rows, "env_steps", *columns)
+
+
+@contextmanager
+def _explain_damage(path: Path) -> Iterator[None]:
+    """Turn an error in reading a CSV file into a ConfigError that names the file."""
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing")
+        yield
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, KeyError, TypeError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _curve_from_rows(rows: Iterable[dict[str, str]], *columns: str) -> Curve:
-    return Curve(*(np.array([float(row[column]) for row in rows]) for column in columns))
+    curve = Curve(*(np.array([float(row[column]) for row in rows]) for column in columns))
+    if not np.isfinite(curve.env_steps).all():
+        raise ValueError("env_steps must be finite")
+    return curve
 
 
 def write_curves(folder: Path, curves: Curves, kind: str = CURVES) -> None:
@@ -75,8 +101,11 @@ def write_curves(folder: Path, curves: Curves, kind: str = CURVES) -> None:
     for seed, curve in sorted(curves.items()):
         for env_steps, *values in zip(curve.env_steps, curve.return_mean, curve.second, strict=True):
             writer.writerow([seed, int(env_steps), *map(float, values)])
-    with (folder / kind).open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-        packed.write(text.getvalue().encode())
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", fileobj=packed, mode="wb", mtime=0) as file:
+        file.write(text.getvalue().encode())
+    with files.replace(folder, kind) as path:
+        path.write_bytes(packed.getvalue())
 
 
 def align_curves(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from levin.core import paths
+from levin.core import files, paths
 from levin.core.errors import ConfigError
 from levin.results import aggregates
 from levin.results.curves import CURVES, TRAINING, Curve, align_curves
@@ -177,7 +177,8 @@ def save_figure(figure: "Figure", out: Path, source: str = "") -> None:
     from matplotlib import pyplot as plt
 
     try:
-        figure.savefig(out, dpi=150, metadata={"Description": source} if source else None)
+        with files.replace(out.parent, out.name) as path:
+            figure.savefig(path, dpi=150, metadata={"Description": source} if source else None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"out={out} can't be written: {error}") from error
     finally:

@@ -1,6 +1,5 @@
 """Compare the runs of a reproduction with the stored curves and the published number, and store them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from levin.core import files
 from levin.core.errors import ConfigError
 from levin.results import aggregates
 from levin.results.curves import CURVES, TRAINING, Curve, Curves, read_curves, read_run, write_curves
@@ -22,7 +22,7 @@ from levin.results.result import (
 )
 from levin.runs import folder as run_folder
 from levin.runs import provenance
-from levin.runs.load import POLICY, export_policy, load_config
+from levin.runs.load import export_policy, load_config
 
 # Facts of provenance.json that, with the CPU vendor, must be equal for runs to give identical numbers. `versions` are
 # those of the packages that compute; `lock_sha256` would also change with development tools.
@@ -85,7 +85,7 @@ def _compare_curves(
     differences = [
         key for run in runs.values() for key in _provenance_differences(before, run_folder.read_provenance(run))
     ]
-    if load_config(folder).trainer.get("workers", 1) > 1:
+    if load_config(folder, runs=()).trainer.get("workers", 1) > 1:
         differences.append("order of the workers' updates")  # not deterministic
     if common and not differences:
         identical = [
@@ -179,7 +179,7 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
     seeds = {seed: {"git_sha": before["git_sha"], **before["seeds"][str(seed)]} for seed in kept}
     seeds |= {seed: {key: own[key] for key in ("git_sha", "date", "wall_seconds")} for seed, own in facts.items()}
     if min(seeds) in runs:
-        export_policy(runs[min(seeds)], folder / POLICY)
+        export_policy(runs[min(seeds)], folder)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty")
     origin = {
         "command": f'make reproduce EXP={folder.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
@@ -187,4 +187,4 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
         "files": file_fingerprints(folder),
     }
-    (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")
+    files.save_json(origin, folder, PROVENANCE)

@@ -8,6 +8,7 @@ sources, and the required score (`gate`). All other files are generated from the
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +79,24 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
         return (returns - self.random_return) / (self.published[0].mean - self.random_return)
 
 
+def result_path(exp: str) -> Path:
+    """Return the path of a result's folder, which need not exist.
+
+    Raises:
+        ConfigError: The name has other letters than a-z, digits and `_`.
+    """
+    if not re.fullmatch(r"[a-z0-9_]+", exp):
+        raise ConfigError(f"exp={exp}: the name of a result has only the letters a-z, digits and _")
+    return paths.EXPERIMENTS / exp
+
+
 def result_folder(exp: str) -> Path:
     """Return the folder of a result.
 
     Raises:
         ConfigError: There is no result of this name.
     """
-    folder = paths.EXPERIMENTS / exp
+    folder = result_path(exp)
     if not (folder / CONFIG).is_file():
         names = [other.name for other in result_folders()]
         raise ConfigError(
@@ -197,7 +209,7 @@ class Result:
         """Read a result from its folder in experiments/."""
         return cls(
             folder,
-            load_config(folder),
+            load_config(folder, runs=()),
             read_reference(folder),
             read_provenance(folder),
             read_curves(folder),

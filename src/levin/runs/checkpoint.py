@@ -8,21 +8,39 @@ A folder is written under a temporary name and renamed last, so a checkpoint is 
 hold tensors and plain values only: they load with `weights_only=True`, after a comparison with the manifest.
 """
 
-import json
+import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from levin.core import distributed, files
 from levin.core.errors import CheckpointError, ConfigError
+from levin.core.validate import as_count, read_json
 from levin.runs import segments
 
 STATE, BUFFER, MANIFEST, LAST = "state.ckpt", "buffer", "manifest.json", "last"
 REWRITTEN = "rewritten.ckpt"  # in BUFFER: the tensors that change after they were stored, saved in full each time
+FILES = r"^(state\.ckpt|buffer/(rewritten\.ckpt|\d+_\d+\.pt))$"  # names in a manifest
 FORMAT = 1  # version of the folder layout; any other is refused
+
+
+class FileCheck(pydantic.BaseModel):
+    """Expected size and checksum of a file."""
+
+    bytes: int
+    crc32: int
+
+
+class Manifest(pydantic.BaseModel):
+    """Contents of `manifest.json`. The names are checked, because they become paths."""
+
+    algorithm: str
+    ranks: pydantic.PositiveInt = 1
+    files: dict[Annotated[str, pydantic.Field(pattern=FILES)], FileCheck]
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
@@ -55,7 +73,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
             "env_steps": checkpoint["levin"]["env_steps"],
             "files": checksums,
         }
-        files.save_json({"format": FORMAT, "ranks": distributed.world_size(), **contents}, partial / MANIFEST)
+        files.save_json({"format": FORMAT, "ranks": distributed.world_size(), **contents}, partial, MANIFEST)
         if distributed.rank():
             files.sync(partial)
             self.before = folder / f"rank{distributed.rank()}"
@@ -83,8 +101,10 @@ class FolderCheckpointIO(TorchCheckpointIO):
         checkpoint = files.load(folder / STATE)
         buffer = checkpoint.get("buffer")
         if buffer is not None:
-            buffer["data"] = segments.load(folder / BUFFER, buffer["written"], buffer["length"])
-            if (folder / BUFFER / REWRITTEN).exists():
+            names = [name.removeprefix(f"{BUFFER}/") for name in _read_manifest(folder)["files"] if name != STATE]
+            pieces = [name for name in names if name != REWRITTEN]
+            buffer["data"] = segments.load(folder / BUFFER, pieces, buffer["written"], buffer["length"])
+            if REWRITTEN in names:
                 buffer["rewritten"] = files.load(folder / BUFFER / REWRITTEN)
         self.before = folder
         return checkpoint
@@ -130,13 +150,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        saved_format = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or unreadable") from error
-    if saved_format != FORMAT:
-        raise ConfigError(f"{folder} has format {saved_format}, but this version of Levin reads format {FORMAT}")
-    return manifest
+        saved_format = read_json(path, dict[str, Any]).get("format")
+        if saved_format == FORMAT:
+            return read_json(path, Manifest)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is missing or unreadable: {error}") from error
+    raise ConfigError(f"{folder} has format {saved_format}, but this version of Levin reads format {FORMAT}")
 
 
 def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
@@ -157,7 +176,7 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
     for name, expected in manifest["files"].items():
         if buffer or name == STATE:
             files.verify(folder / name, expected)
-    if folder.name.isdigit():
+    if folder.name.isdecimal():
         for rank in range(1, manifest.get("ranks", 1)):
             verify(folder / f"rank{rank}", buffer=buffer)
 
@@ -195,7 +214,7 @@ def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders in a run's `checkpoints/`, oldest first."""
-    return sorted((each for each in folder.glob("*") if each.name.isdigit()), key=lambda each: int(each.name))
+    return sorted((each for each in folder.glob("*") if each.name.isdecimal()), key=lambda each: int(each.name))
 
 
 def set_aside_newer(folder: Path) -> None:
@@ -210,4 +229,10 @@ def set_aside_newer(folder: Path) -> None:
 def env_steps_and_wandb_id(path: Path) -> tuple[int, str | None]:
     """Return the number of env steps of a checkpoint, and the id of its Weights & Biases run (None: it has none)."""
     state = files.load(path, mmap=True)
-    return state["levin"]["env_steps"], state.get("wandb_id")
+    try:
+        wandb_id = state.get("wandb_id")
+        if wandb_id is not None and not re.fullmatch(r"[\w-]+", wandb_id):
+            raise ValueError(f"wandb_id={wandb_id!r}")
+        return as_count("env_steps", state["levin"]["env_steps"]), wandb_id
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of Levin: {type(error).__name__}: {error}") from error

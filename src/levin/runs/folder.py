@@ -1,7 +1,7 @@
 """Create, lock and update the run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
 
 import fcntl
-import json
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core import files
-from levin.core.errors import ConfigError, RunError
-from levin.runs import checkpoint, slurm
+from levin.core.errors import CheckpointError, ConfigError, RunError
+from levin.core.validate import read_json
+from levin.runs import checkpoint, slurm, trust
 from levin.runs.provenance import command_line
 
 CONFIG, PROVENANCE = "config.yaml", "provenance.json"
+
+
+class Session(pydantic.BaseModel):
+    """What Levin reads of one training process in provenance.json."""
+
+    git_sha: str
+    git_dirty: bool
+    versions: dict[str, str | None]
+
+
+class Provenance(Session):
+    """What Levin reads of provenance.json: the first training process, and the later ones."""
+
+    env_steps: pydantic.NonNegativeInt | None
+    wall_seconds: pydantic.NonNegativeFloat
+    resumed: list[Session]
 
 
 def new_run_path(config: DictConfig) -> Path:
@@ -74,9 +92,11 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
             contents["resumed"].append(provenance)
         else:
             contents = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
+        if not resumed:
+            trust.record(config)
         # The config comes first: a run can be continued without its provenance, but not without its config.
-        _write(run / CONFIG, OmegaConf.to_yaml(config))
-        _write(run / PROVENANCE, json.dumps(contents, indent=2) + "\n")
+        files.write_text(run, CONFIG, OmegaConf.to_yaml(config))
+        files.save_json(contents, run, PROVENANCE)
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
 
@@ -91,7 +111,7 @@ def record_end(run: Path, seconds: float, env_steps: int | None) -> None:
     """
     provenance = read_provenance(run)
     provenance |= {"env_steps": env_steps, "wall_seconds": round(provenance["wall_seconds"] + seconds, 1)}
-    _write(run / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
+    files.save_json(provenance, run, PROVENANCE)
 
 
 def read_provenance(run: Path) -> dict[str, Any]:
@@ -104,18 +124,9 @@ def read_provenance(run: Path) -> dict[str, Any]:
     """
     file = run / PROVENANCE
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file, Provenance) if file.exists() else {}
     except ValueError as error:
-        raise ConfigError(f"{file} is damaged; delete it to continue the run without it") from error
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a file atomically: after a kill or a power cut, either the old or the new file is there."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    files.sync(partial)
-    partial.replace(file)
-    files.sync(file.parent)
+        raise ConfigError(f"{file} is damaged; delete it to continue the run without it: {error}") from error
 
 
 @contextmanager
@@ -123,11 +134,12 @@ def lock(run: Path) -> Iterator[None]:
     """Lock the run folder against other training processes. The lock ends with this process, however that ends.
 
     Raises:
-        ConfigError: Another process holds the lock, or the folder can't be written.
+        ConfigError: Another process holds the lock, the folder can't be written, or a link in it leads out of it.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("a")
+        _refuse_links(run)
+        file = open(run / ".lock", "a", opener=files.no_link)  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
     with file:
@@ -138,21 +150,37 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
+def _refuse_links(run: Path) -> None:
+    """Raise a ConfigError if a link in the run folder leads out of it: loggers would write through it."""
+    inside = os.path.realpath(run)
+    for folder, folders, others in os.walk(run):
+        for name in (*folders, *others):
+            path = Path(folder, name)
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ConfigError(f"{path} is a link to {os.readlink(path)}, outside the run folder: remove the link")
+
+
 @contextmanager
 def report_failure(run: Path) -> Iterator[None]:
     """Turn an error that ends a run into one sentence that also says how to continue the run.
 
     Raises:
         RunError: An env failed, a number was not finite, or the run folder can't be written any more.
+        CheckpointError: The checkpoint can't be restored.
     """
     try:
         yield
+    except CheckpointError as error:
+        if error.__cause__ is None:
+            raise
+        files.write_text(run, "traceback.txt", traceback.format_exc())
+        raise CheckpointError(f"{error} (see {run}/traceback.txt)") from error
     except (RunError, OSError) as error:
         message = (
             str(error) if isinstance(error, RunError) else f"run={run} can't be written: {error.strerror or error}"
         )
         if error.__cause__ is not None:  # raised inside an env or another rank: its traceback is needed
-            (run / "traceback.txt").write_text(traceback.format_exc())
+            files.write_text(run, "traceback.txt", traceback.format_exc())
             message += f" (see {run}/traceback.txt)"
         checkpoints = checkpoint.list_checkpoints(run / "checkpoints")
         advice = (

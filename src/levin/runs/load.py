@@ -1,39 +1,54 @@
 """Load the config, the algorithm or the trained weights of a run."""
 
+import inspect
 import re
-import sys
 from pathlib import Path
 
 import yaml
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from levin.algorithms.base import Algorithm
-from levin.core import files
-from levin.core.errors import ConfigError
-from levin.core.paths import ROOT
-from levin.runs import checkpoint
+from levin.core import files, paths
+from levin.core.errors import CheckpointError, ConfigError
+from levin.core.validate import as_count, check_section
+from levin.runs import checkpoint, trust
 
 POLICY = "policy.ckpt"  # the policy alone, which a result in experiments/ has instead of checkpoints
 
 
-def load_config(run: Path) -> DictConfig:
+def load_config(run: Path, *, runs: tuple[str, ...] = trust.SECTIONS) -> DictConfig:
     """Load the config of a run from its `config.yaml`.
 
+    Args:
+        run: Run folder.
+        runs: Sections whose code the caller runs, from `levin.runs.trust.SECTIONS`; `()` if it only reads values.
+
     Raises:
-        ConfigError: The file is missing or damaged, or refers to other values or to environment variables.
+        ConfigError: The file is missing or damaged, refers to other values or to environment variables, or names code
+            that was not accepted (`levin.runs.trust`).
     """
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"run={run} is not a run folder: it has no config.yaml")
     try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ConfigError(f"{path} is damaged: the config of a run holds no YAML aliases")  # few bytes, huge values
+        config = OmegaConf.create(text)
+        if not config or not isinstance(config, DictConfig):
+            raise ConfigError(f"{path} is damaged: it holds no keys")
+        if reference := re.search(r"\$\{[^\n]*", OmegaConf.to_yaml(config)):  # could name environment variables
+            raise ConfigError(f"{path} holds the reference {reference[0]}; the config of a run holds plain values only")
+        for key in trust.SECTIONS:
+            if not isinstance(config.get(key, OmegaConf.create() if key == "callbacks" else None), DictConfig):
+                raise ConfigError(f"{path} is damaged: it has no section {key}")
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    if not config or not isinstance(config, DictConfig):
-        raise ConfigError(f"{path} is damaged: it holds no keys")
-    if reference := re.search(r"\$\{[^\n]*", OmegaConf.to_yaml(config)):  # could name environment variables
-        raise ConfigError(f"{path} holds the reference {reference[0]}; the config of a run holds plain values only")
+    trust.check(config, runs, path)
     return config
 
 
@@ -44,9 +59,7 @@ def algorithm_class(config: DictConfig) -> type[Algorithm]:
         ConfigError: It can't be imported, or is not an `Algorithm`.
     """
     target = config.algo.get("_target_")
-    if str(ROOT) not in sys.path:
-        # A forked algorithm is experiments.<name>.algorithm, importable from any working directory.
-        sys.path.append(str(ROOT))
+    paths.make_forks_importable()
     try:
         algorithm = get_class(target)
     except (ImportError, ValueError, TypeError) as error:
@@ -60,26 +73,44 @@ def load_algorithm(run: Path) -> Algorithm:
     """Load the algorithm of a run on the CPU, with its newest weights, statistics and counters but without its buffer.
 
     A result in experiments/ has stored only its policy and its env steps: everything else keeps its initial values.
+
+    Raises:
+        ConfigError: There is no checkpoint, it is damaged, or the config names code that was not accepted.
     """
     if (run / POLICY).is_file():
-        saved = files.load(run / POLICY)
-        algorithm = _class_of_run(run)(**saved["hyper_parameters"])
-        algorithm.policy(deterministic=True).load_state_dict(saved["policy"])
-        algorithm.env_steps = saved["env_steps"]
-        return algorithm
-    path = checkpoint.newest_checkpoint(run)
-    return _class_of_run(path.resolve().parents[2]).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        path, kind = run / POLICY, _class_of_run(run)
+    else:
+        path = checkpoint.newest_checkpoint(run)
+        kind = _class_of_run(path.resolve().parents[2])
+    saved = files.load(path)
+    try:
+        taken = inspect.signature(kind).parameters  # an older checkpoint may have others, which are left out
+        values = {name: value for name, value in saved["hyper_parameters"].items() if name in taken}
+        check_section(kind, "hyper_parameters.", values)
+        algorithm = kind(**values)
+        if path.name == POLICY:
+            algorithm.env_steps = as_count("env_steps", saved["env_steps"])
+            algorithm.policy(deterministic=True).load_state_dict(saved["policy"])
+        else:
+            algorithm.on_load_checkpoint(saved)
+            algorithm.load_state_dict(saved["state_dict"])
+    except Exception as error:  # values of the wrong type or size raise errors of many types
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not fit {kind.__name__}: {type(error).__name__}: {reason}") from error
+    return algorithm
 
 
-def export_policy(run: Path, path: Path) -> None:
+def export_policy(run: Path, folder: Path) -> None:
     """Write the newest policy of a run, without the rest of its algorithm, to a file that `load_algorithm` reads."""
     algorithm = load_algorithm(run)
     policy = algorithm.policy(deterministic=True).state_dict()
-    files.save({"hyper_parameters": dict(algorithm.hparams), "env_steps": algorithm.env_steps, "policy": policy}, path)
+    saved = {"hyper_parameters": dict(algorithm.hparams), "env_steps": algorithm.env_steps, "policy": policy}
+    with files.replace(folder, POLICY) as path:
+        files.save(saved, path)
 
 
 def _class_of_run(run: Path) -> type[Algorithm]:
     """Return the algorithm class that a run folder's config names."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"run={run} has no config.yaml next to its checkpoints folder")
-    return algorithm_class(load_config(run))
+    return algorithm_class(load_config(run, runs=("algo",)))

@@ -9,11 +9,12 @@ no other links to. The drawback: a file that is damaged on disk is damaged in ev
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from levin.core import files
 from levin.core.errors import CheckpointError
@@ -55,17 +56,22 @@ def save(
     return checksums
 
 
-def load(folder: Path, written: int, length: int) -> Iterator[TensorDict]:
+def load(folder: Path, names: Iterable[str], written: int, length: int) -> Iterator[TensorDict]:
     """Yield the newest `length` of the `written` entries ever stored, file by file, oldest first: `[n, ...]` each.
 
+    `names` are the files in `folder`, which `save` has returned.
+
     Raises:
-        CheckpointError: Files are missing.
+        CheckpointError: Files are missing, or hold other values than tensors.
     """
     end = written - length
-    for path in sorted(folder.glob("*.pt"), key=lambda path: _entry_range(path.name)):
-        start, stop = _entry_range(path.name)
+    for name in sorted(names, key=_entry_range):
+        start, stop = _entry_range(name)
         if start <= end < stop:
-            data = TensorDict(files.load(path), batch_size=(stop - start,)).unflatten_keys(".")
+            tensors = files.load(folder / name)
+            if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
+                raise CheckpointError(f"{folder / name} holds values that are not tensors")
+            data = TensorDict(tensors, batch_size=(stop - start,)).unflatten_keys(".")
             yield data[end - start :]
             end = stop
     if end != written:

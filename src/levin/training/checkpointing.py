@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import WandbLogger
 
 from levin.algorithms.base import Algorithm
-from levin.core import distributed
+from levin.core import distributed, files
 from levin.core.errors import ConfigError
 from levin.core.rng import rng_state, set_rng_state
 from levin.core.types import PositiveInt
@@ -42,7 +42,7 @@ class Checkpointing(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder = distributed.broadcast_object(self.folder)
         if trainer.is_global_zero:
-            self.folder.mkdir(exist_ok=True)
+            files.subfolder(self.folder.parent, self.folder.name)
             checkpoint.remove_partial(self.folder)
         self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
         if self._rng is not None:
@@ -97,4 +97,4 @@ class Checkpointing(Checkpoint):
         return {"returns": dict(self.returns)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.returns = dict(state_dict["returns"])
+        self.returns = {str(name): float(value) for name, value in state_dict["returns"].items()}

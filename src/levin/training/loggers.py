@@ -114,7 +114,7 @@ class CSVMetrics(Logger):
         super().__init__()
         self.path = run / "metrics.csv"
         self.columns: list[str] = []
-        if self.path.exists():
+        if self.path.is_file():
             header = self._read().partition("\n")[0]
             self.columns = header.split(",") if header else []
 
@@ -138,12 +138,12 @@ class CSVMetrics(Logger):
             rows = self.rows()
             self.columns += new
             self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
+        with open(self.path, "a", newline="", opener=files.no_link) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def rows(self) -> list[dict[str, str]]:
         """Return the rows written so far."""
-        if not self.path.exists():
+        if not self.path.is_file():
             return []
         return list(csv.DictReader(io.StringIO(self._read(), newline="")))
 
@@ -160,14 +160,11 @@ class CSVMetrics(Logger):
 
     def sync(self) -> None:
         """Force the file onto the disk."""
-        if self.path.exists():
+        if self.path.is_file():
             files.sync(self.path)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with files.replace(self.path.parent, self.path.name) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        files.sync(partial)
-        partial.replace(self.path)

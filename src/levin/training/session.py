@@ -18,6 +18,8 @@ The steps of a session, and the function or class that does each:
 Everything after `training_step` is a callback. `trainer.build_trainer` sets the order in which they run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +31,7 @@ from levin.algorithms.base import Algorithm
 from levin.collectors.factory import make_loader
 from levin.collectors.loader import CollectorLoader
 from levin.core import rng
+from levin.core.errors import CheckpointError, ConfigError, RunError
 from levin.core.omega import to_plain
 from levin.core.process import keep_freed_memory, print_line, silence_libraries
 from levin.envs.config import EnvConfig
@@ -67,7 +70,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
         try:
-            trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
+            with _explain_restore(algorithm, ckpt_path):
+                trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
         finally:
             rollouts.collector.shutdown()
         run_folder.record_end(run, perf_counter() - start, algorithm.env_steps if budget.complete else None)
@@ -80,6 +84,20 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     if not budget.complete:
         guards.forward_sigusr1(trainer)
     return evaluation.return_mean
+
+
+@contextmanager
+def _explain_restore(algorithm: Algorithm, ckpt_path: Path | None) -> Iterator[None]:
+    """Turn an error in or before the first iteration of a continued run into a CheckpointError."""
+    try:
+        yield
+    except (ConfigError, RunError, OSError):
+        raise
+    except Exception as error:  # values of the wrong type or size raise errors of many types
+        if ckpt_path is None or algorithm.iterations_here > 1:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{ckpt_path} can't be restored: {type(error).__name__}: {reason}") from error
 
 
 def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:

@@ -7,6 +7,7 @@ import imageio
 import numpy as np
 import torch
 
+from levin.core import files
 from levin.core.errors import ConfigError
 from levin.core.process import silence_libraries
 from levin.core.spaces import to_tensors
@@ -16,9 +17,10 @@ from levin.envs.config import EVALUATION
 from levin.envs.factory import load_env, make_env
 from levin.envs.vector import SeededVectorEnv
 from levin.runs.policy import Policy
+from levin.runs.trust import trusted
 
 
-def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1) -> list[Path]:
+def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1, trust: bool = False) -> list[Path]:
     """Record episodes as `videos/<clock>_<episode>.mp4`, one frame per step, and return the paths.
 
     World Models also writes `..._dream.mp4`: the episode beside a dream that starts from the same observation.
@@ -27,16 +29,16 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
         run: Run folder.
         episodes: Number of episodes.
         seed: Seed of the env.
+        trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Raises:
         ConfigError: The env can't be rendered here.
     """
     silence_libraries()
-    policy = Policy.load(Path(run))
-    env = make_env(load_env(Path(run)), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
-    folder = Path(run) / "videos"
-    folder.mkdir(exist_ok=True)
-    paths = []
+    with trusted(trust):
+        policy = Policy.load(Path(run))
+        env = make_env(load_env(Path(run)), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
+    folder, paths = Path(run) / "videos", []
     for episode in range(episodes):
         first, frames, observations = np.ones(1, dtype=bool), [], []
         observation, done = env.begin([episode], first), ~first
@@ -55,14 +57,15 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
                 np.concatenate(observations), dreamt.numpy()
             )
         for name, pictures in videos.items():
-            imageio.mimwrite(
-                folder / name,
-                pictures,
-                fps=env.metadata.get("render_fps", 30),
-                codec="libx264",
-                macro_block_size=2,
-                output_params=["-loglevel", "error"],
-            )  # type: ignore[arg-type]
+            with files.replace(Path(run), f"videos/{name}") as path:
+                imageio.mimwrite(
+                    path,
+                    pictures,
+                    fps=env.metadata.get("render_fps", 30),
+                    codec="libx264",
+                    macro_block_size=2,
+                    output_params=["-loglevel", "error"],
+                )  # type: ignore[arg-type]
             paths.append(folder / name)
     env.close()
     return paths

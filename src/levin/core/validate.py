@@ -1,0 +1,94 @@
+"""Check plain values, such as those of a config or a file, against type hints."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pydantic
+from omegaconf import DictConfig
+
+from levin.core.errors import CheckpointError, ConfigError, valid_names
+from levin.core.omega import to_plain
+
+
+def check_section(
+    target: Callable[..., Any],
+    prefix: str,
+    section: DictConfig | dict[str, Any],
+    *,
+    skip: tuple[str, ...] = (),
+    given: tuple[str, ...] = (),
+    ignore_unknown: bool = False,
+) -> None:
+    """Check a section of the config against the signature of the class or function that takes it.
+
+    Args:
+        target: Class or function; its type hints are checked.
+        prefix: Dotted prefix of the section's keys, for messages.
+        section: Keys and values. Whole floats where an int belongs are converted in place.
+        skip: Keys of the section that are not checked.
+        given: Parameters that the code passes itself, so the config must not set them.
+        ignore_unknown: Accept keys that are not in the signature.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
+    """
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    parameters = inspect.signature(target).parameters
+    content = to_plain(section) if isinstance(section, DictConfig) else section
+    values = {str(key): value for key, value in content.items() if key not in skip}
+    valid = [name for name in parameters if name not in given]
+    for name, value in values.items():
+        if name in valid:
+            converted = _validate(f"{prefix}{name}", hints[name], value)
+            if converted is not value:
+                section[name] = converted
+        elif not ignore_unknown:
+            raise ConfigError(f"{prefix}{name} is unknown; {valid_names(name, valid)}")
+    for name in valid:
+        if name not in values and parameters[name].default is inspect.Parameter.empty:
+            raise ConfigError(f"{prefix}{name} is missing")
+
+
+def _validate(key: str, hint: Any, value: Any) -> Any:
+    adapter = pydantic.TypeAdapter(hint)
+    try:
+        valid = adapter.validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        if isinstance(value, float) and value.is_integer():  # such as 1e5
+            return _validate(key, hint, int(value))
+        first = error.errors()[0]
+        raise ConfigError(f"{key}={value}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+    return valid if isinstance(valid, float) else value  # 1 becomes 1.0 where a float belongs
+
+
+def as_count(name: str, value: Any) -> int:
+    """Return a counter that was read from a file, such as `env_steps`, which also names files.
+
+    Raises:
+        CheckpointError: It is not a whole number, or negative.
+    """
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{name}={value!r} is not a whole number of 0 or more")
+    return value
+
+
+def read_json(path: Path, hint: Any) -> Any:
+    """Read a JSON file and check its contents against a type hint, such as a pydantic model.
+
+    Raises:
+        ValueError: The file is missing or damaged, or a value has another type; the message is one line.
+    """
+    if not path.is_file():
+        raise ValueError("it is missing")
+    try:
+        value = json.loads(path.read_text())
+        pydantic.TypeAdapter(hint).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (OSError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    return value
