@@ -150,6 +150,11 @@ def _check_debug(debug: str, algo: str) -> None:
 
 def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
     """Return a plain error for one of Hydra's: name the unknown key and the valid ones."""
+    cause: BaseException | None = error
+    while cause is not None:  # an error of Levin's own, raised while OmegaConf resolved a value
+        if isinstance(cause, ConfigError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/launcher/"):
         return ConfigError("launcher=... needs a package that is missing: pip install -e '.[scale]'")
     parsed = parse_hydra_overrides(overrides)

@@ -80,6 +80,11 @@ def check(config: DictConfig, sections: tuple[str, ...], where: Path) -> None:
         return
     for code in foreign_code(config, sections):
         if not _record_path(code).is_file():
+            if _origin(code.module) is None:
+                raise ConfigError(
+                    f"{where} names {code.key}={code.name}, but Python does not find the module {code.module}: "
+                    "run the command in the folder that holds it, or install it"
+                )
             raise ConfigError(
                 f"{where} names code from outside this checkout, which no run begun here has used in the same way: "
                 f"{code.key}={code.name} would run the module {code.module}; "
