@@ -22,7 +22,7 @@ from levin.core.omega import to_plain
 from levin.envs.config import EnvConfig
 from levin.nn import cuda_graphs
 from levin.runs.checkpoint import FolderCheckpointIO
-from levin.runs.load import POLICY, export_policy
+from levin.runs.load import export_policy
 from levin.runs.policy import Policy
 from levin.training.session import build_run, train
 from recording import simulate_cuda_graphs
@@ -309,7 +309,7 @@ def exported_policy_acts_alike(row: Row, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     shutil.copy(tmp_path / "run" / "config.yaml", kept)
-    export_policy(tmp_path / "run", kept / POLICY)
+    export_policy(tmp_path / "run", kept)
     trained, exported = Policy.load(tmp_path / "run"), Policy.load(kept)
     observation = make_batch(trained.algorithm)["observation"].numpy()
     before = Policy(build_row(row))

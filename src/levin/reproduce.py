@@ -79,9 +79,9 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
     folders = _find_or_create_runs(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
     cores = os.cpu_count() or 1
-    _train_seeds(
-        folders, cfg, jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1)))
-    )
+    at_once = jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1)))
+    with trusted(True):  # `load_config` has accepted the code that the pinned config names
+        _train_seeds(folders, cfg, at_once)
     outcome = judge_runs(folder, reference, folders, kept)
     if store:
         store_runs(folder, folders, kept)

@@ -25,6 +25,7 @@ from levin.results.reproduction import judge_runs, kept_seeds, store_runs
 from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
 from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
+from levin.runs import trust
 from levin.runs.load import POLICY, load_config
 
 OVERRIDES = (
@@ -91,6 +92,7 @@ def use_copy(original, folder, patch):
     patch.setattr(paths, "ROOT", folder)
     patch.setattr(paths, "EXPERIMENTS", folder / "experiments")
     patch.chdir(folder)
+    trust.record(load_config(folder / "experiments" / "toy", runs=()))  # as if it was pinned in this copy
     return folder / "experiments" / "toy", {seed: next(folder.glob(f"runs/*/*/toy/s{seed}")) for seed in range(3)}
 
 

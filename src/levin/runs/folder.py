@@ -138,7 +138,7 @@ def lock(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        _refuse_links(run)
+        _check_contents(run)
         file = open(run / ".lock", "a", opener=files.no_link)  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
@@ -150,10 +150,18 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_links(run: Path) -> None:
-    """Raise a ConfigError if a link in the run folder leads out of it: loggers would write through it."""
+def _check_contents(run: Path) -> None:
+    """Raise a ConfigError if loggers would write through a link that leads out of the run folder, or obey a file in it.
+
+    Links of Weights & Biases in the folders of its own sessions are left alone: each session has a new folder.
+    """
     inside = os.path.realpath(run)
+    if os.path.lexists(settings := run / "wandb" / "settings"):
+        raise ConfigError(f"{settings} could send the run's data elsewhere, and Levin never writes it: remove it")
     for folder, folders, others in os.walk(run):
+        if Path(folder).parent == run / "wandb":
+            folders.clear()
+            continue
         for name in (*folders, *others):
             path = Path(folder, name)
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
