@@ -16,12 +16,12 @@ args = $(if $(findstring ",$(value ARGS))$(findstring ',$(value ARGS)),$(value A
 
 algo := $(or $(value ALGO),sac)
 # The env is ENV, or else the one that the algorithm's YAML names. The env's YAML names the extra to install.
-algo_yaml := $(wildcard configs/algo/$(algo).yaml experiments/*/algo/$(algo).yaml)
+algo_yaml := $(firstword $(wildcard configs/algo/$(algo).yaml) $(wildcard experiments/$(algo)/algo/$(algo).yaml))
 quoted = $(foreach file,$1,$(call quote,$(file)))
-env_name := $(or $(value ENV),$(shell sed -n 's|.*override /env: *\([a-z0-9_]*\).*|\1|p' $(call quoted,$(algo_yaml)) /dev/null))
+env_name := $(or $(value ENV),$(firstword $(shell sed -n 's|.*override /env: *\([a-z0-9_]*\).*|\1|p' $(call quoted,$(algo_yaml)) /dev/null)))
 # The config of a stored result (EXP) names its extra, too.
 env_yaml := $(or $(wildcard experiments/$(value EXP)/config.yaml),configs/env/$(env_name).yaml)
-extra := $(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$(env_yaml)) 2>/dev/null)
+extra := $(firstword $(filter mujoco box2d dmc atari,$(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$(env_yaml)) 2>/dev/null)))
 # Extras for the tests of all env families and for pyright.
 suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
@@ -90,8 +90,8 @@ report: .venv/.core .venv/.report ## [CHECK=1] rebuilds (or checks) all summarie
 	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)
 
 study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2d) ## NAME=variance (dreaming, estimators, lab, racing, worlds) repeats a study; up to two hours
-	@$(if $(study),,printf 'levin: NAME=%s is not a study; valid: $(studies)\n' $(call typed,NAME) >&2; exit 2)
-	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab $(args),experiments.$(study).run)
+	@$(if $(study),,printf 'levin: NAME=%s is not a study; valid: %s\n' $(call typed,NAME) $(call quote,$(studies)) >&2; exit 2)
+	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab $(args),$(call quote,experiments.$(study).run))
 
 ##@ Develop
 test: $(suite) ## Run the tests; minutes

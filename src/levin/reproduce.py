@@ -150,7 +150,7 @@ def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
             for seed, process in list(running.items()):
                 if process.poll() is not None:
                     del running[seed]
-                    lines = (folders[seed] / "output.txt").read_text().strip().splitlines()
+                    lines = (folders[seed] / "output.txt").read_text().strip().splitlines() or ["no output"]
                     if process.returncode:
                         raise RunError(f"seed {seed} failed: {lines[-1]} (see {folders[seed]}/output.txt)")
                     print(f"seed {seed}: {lines[-1]}", flush=True)
@@ -162,7 +162,7 @@ def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
 
 def _env_steps(run: Path) -> int:
     metrics = run / "metrics.csv"
-    last = metrics.read_text().splitlines()[-1].split(",")[0] if metrics.is_file() else ""
+    last = metrics.read_text().rpartition("\n")[0].rpartition("\n")[2].split(",")[0] if metrics.is_file() else ""
     return int(last) if last.isdigit() else 0
 
 

@@ -124,6 +124,31 @@ def test_nothing_in_a_yaml_is_executed(text, checkout):
     assert not (checkout / "pwned").exists()
 
 
+def test_a_config_names_an_extra_and_nothing_else(checkout):
+    folder = checkout / "experiments" / "theirs"
+    folder.mkdir(parents=True)
+    for extra in ("box2d", "dmc", "dev"):
+        (checkout / ".venv" / f".{extra}").unlink()
+    lines = ("box2d", "clean", "lock", "dev")
+    (folder / "config.yaml").write_text("".join(f"# needs the extra: {line}\n" for line in lines))
+    answer = run_make(checkout, "--dry-run", "evaluate", "EXP=theirs")
+    assert answer.returncode == 0
+    assert "[box2d]" in answer.stdout
+    for word in ("rm -rf", "lock.py", "[dev]"):
+        assert word not in answer.stdout
+    (folder / "config.yaml").write_text("# needs the extra: dev\n")
+    assert "[dev]" not in run_make(checkout, "--dry-run", "evaluate", "EXP=theirs").stdout
+
+
+def test_a_fork_does_not_choose_the_env_of_another_algorithm(checkout):
+    folder = checkout / "experiments" / "theirs" / "algo"
+    folder.mkdir(parents=True)
+    (folder / "sac.yaml").write_text("  - override /env: other_env\n")
+    (checkout / ".venv" / ".dmc").unlink()
+    (checkout / "configs" / "env" / "other_env.yaml").write_text("# needs the extra: dmc\n")
+    assert "[dmc]" not in run_make(checkout, "--dry-run", "train", "ALGO=sac").stdout
+
+
 def test_each_seed_has_a_folder_and_the_shell_reads_quotes_in_args(checkout):
     answer = run_make(checkout, "train", "RUN=my run", "SEEDS=0 1", 'ARGS=+callbacks.x.y="a b" algo.tau=.1')
     assert answer.returncode == 0, answer.stderr

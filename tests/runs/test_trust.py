@@ -1,5 +1,7 @@
 """A run folder or a result of somebody else runs no code and writes nothing outside itself without `trust=true`."""
 
+import gzip
+import json
 import os
 import re
 import shutil
@@ -13,16 +15,18 @@ import pytest
 import torch
 import yaml
 from lightning import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 import levin
-from levin import evaluate, fork, plot, reproduce, resume
+from levin import evaluate, fork, plot, report, reproduce, resume
 from levin import play as play_command
 from levin import train as train_command
 from levin.config.compose import compose
 from levin.core import files, paths
-from levin.core.errors import ConfigError, exit_on_user_error
+from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.runs import checkpoint, trust
+from levin.training import loggers
 from levin.training.session import train
 from short_runs import TINY
 
@@ -406,3 +410,102 @@ def levin_pin() -> None:
     from levin import pin
 
     pin.main()
+
+
+RESULT_FILES = [
+    ("reference.yaml", "a: ["),
+    ("reference.yaml", b"\xff\xfe"),
+    ("reference.yaml", "env_steps: 1" + "0" * 401),
+    ("provenance.json", "{"),
+    ("provenance.json", "\0"),
+    ("provenance.json", "[" * 100_000),
+    ("provenance.json", "[1]"),
+    ("provenance.json", {"files": None}),
+    ("provenance.json", {"seeds": {"x": {}}}),
+    ("provenance.json", {"command": "make\n# needs the extra: clean"}),
+    ("provenance.json", {"seeds": {"0": {"date": "x", "wall_seconds": 0}}}),
+    ("provenance.json", {"threads": "x"}),
+    ("curves.csv.gz", b"x"),
+    ("curves.csv.gz", gzip.compress(b"seed,env_steps,return_mean,return_std\n0,-1e308,1,1\n")),
+    ("policy.ckpt", b"x"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), RESULT_FILES)
+def test_a_damaged_result_is_a_one_line_error(name, content, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rliable", reason="needs the extra `report`")
+    folder = tmp_path / "experiments/theirs"
+    shutil.copytree(paths.EXPERIMENTS / "sac_pendulum", folder)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / name).read_text()) | content)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for page in ("README.md", "experiments/README.md"):
+        shutil.copy(paths.ROOT / page, tmp_path / page)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr("sys.argv", ["report", "check=true"])
+    with pytest.raises(SystemExit):
+        report.main()
+    message = "".join(capsys.readouterr())
+    assert "theirs" in message
+    assert "Traceback" not in message
+    if name == "policy.ckpt":
+        with pytest.raises(ConfigError, match=r"policy.ckpt can't be read as tensors and plain values \(") as error:
+            levin.load(folder)
+        assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"trainer__num_nodes": "x"}, "trainer.num_nodes=x"),
+        ({"trainer__num_nodes": None}, "trainer.num_nodes=None"),
+        ({"trainer__profiler": "xla"}, "the Trainer or a callback can't be built"),
+        ({"trainer__benchmark": "x"}, "the Trainer or a callback can't be built"),
+    ],
+)
+def test_values_that_lightning_refuses_are_one_line(values, sentence, plain_run, tmp_path):
+    run = copy_run(plain_run, tmp_path / "run")
+    edit_config(run, **values)
+    with pytest.raises(ConfigError, match=sentence):
+        resume.resume(run=str(run), total_env_steps=96)
+
+
+@pytest.mark.parametrize(
+    ("logger", "project", "sentence"),
+    [
+        ("tensorboard", "levin", "File exists"),
+        ("wandb", "a/b", "logger=wandb can't be started"),
+        ("wandb", "../../x", "logger=wandb can't be started"),
+        ("wandb", "x" * 500, "logger=wandb can't be started"),
+    ],
+)
+def test_a_logger_that_cannot_start_is_one_line(logger, project, sentence, plain_run, tmp_path):
+    run = copy_run(plain_run, tmp_path / "run")
+    (run / "tensorboard").write_text("a file")
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"logger": logger, "wandb_project": project}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises((ConfigError, RunError), match=sentence):
+        resume.resume(run=str(run), total_env_steps=96)
+
+
+def test_a_checkpoint_continues_no_wandb_run_of_another_machine(tmp_path, monkeypatch):
+    code = loggers._wandb_run("abc123")
+    assert not trust.is_accepted(code)
+    trust.record_code(code)
+    assert trust.is_accepted(code)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert not trust.is_accepted(code)
+
+
+def test_settings_of_wandb_in_a_run_are_refused(plain_run, tmp_path):
+    run = copy_run(plain_run, tmp_path / "run")
+    (run / "wandb").mkdir()
+    (run / "wandb/settings").write_text("[default]\nbase_url = http://example.com\n")
+    with pytest.raises(ConfigError, match="could send the run's data elsewhere"):
+        resume.resume(run=str(run), total_env_steps=96)
+
+
+def test_a_pipe_among_the_pictures_is_skipped(tmp_path):
+    os.mkfifo(tmp_path / "96_x.png")
+    loggers.log_pictures([TensorBoardLogger(tmp_path)], tmp_path, 96)

@@ -90,6 +90,7 @@ def trainer_options(
     devices: PositiveInt,
     strategy: Literal["auto", "ddp", "hogwild"],
     workers: PositiveInt = 1,
+    num_nodes: PositiveInt = 1,
     # No bf16-true or 16-true: they cast the batch, which loses its shape. No 16-mixed: it needs a gradient scaler per
     # optimiser.
     precision: Literal["32-true", "bf16-mixed"],

@@ -117,8 +117,8 @@ def load(path: Path, *, mmap: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes raise errors of many types
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} can't be read as tensors and plain values: {reason[0]}") from error
+        # Not torch's own message, which advises to load the file with `weights_only=False`.
+        raise CheckpointError(f"{path} can't be read as tensors and plain values ({type(error).__name__})") from error
 
 
 def save_json(value: Any, folder: Path, name: str) -> None:

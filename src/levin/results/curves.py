@@ -88,8 +88,9 @@ def _explain_damage(path: Path) -> Iterator[None]:
 
 def _curve_from_rows(rows: Iterable[dict[str, str]], *columns: str) -> Curve:
     curve = Curve(*(np.array([float(row[column]) for row in rows]) for column in columns))
-    if not np.isfinite(curve.env_steps).all():
-        raise ValueError("env_steps must be finite")
+    steps = curve.env_steps
+    if not ((steps >= 0) & (steps <= 2**53)).all() or (np.diff(steps) < 0).any():
+        raise ValueError("env_steps must be increasing whole numbers")
     return curve
 
 
@@ -117,4 +118,6 @@ def align_curves(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
     if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # not interpolated: steps may repeat
         return grid, np.stack([curve.return_mean for curve in seeds])
     grid = grid[grid <= min(curve.env_steps[-1] for curve in seeds)]
+    if not len(grid):
+        raise ConfigError("the seeds have no evaluation at the same env steps")
     return grid, np.stack([np.interp(grid, curve.env_steps, curve.return_mean) for curve in seeds])

@@ -67,12 +67,13 @@ def draw_result(result: Result) -> None:
     ):
         axes.errorbar(
             *([result.reference.env_steps], [published.mean], [published.std or 0]),
-            fmt="o", color=color, capsize=4, label=f"{published.family}: {published.number}", clip_on=False, zorder=3,
+            label=plain(f"{published.family}: {published.number}"),
+            fmt="o", color=color, capsize=4, clip_on=False, zorder=3,
         )  # fmt: skip
     axes.axhline(
         result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"gate: {result.reference.gate:g}"
     )
-    axes.set_title(f"{result.env}: {judge_scores(result.reference, result.scores)[0]}")
+    axes.set_title(plain(f"{result.env}: {judge_scores(result.reference, result.scores)[0]}"))
     axes.legend(frameon=False, loc="lower right")
     save_figure(figure, result.folder / PICTURE, _source(result))
 
@@ -142,7 +143,7 @@ def draw_line(axes: "Axes", label: str, seeds: list[Curve]) -> None:
     """Draw the interquartile mean of the seeds' curves, and its 95% interval as a band."""
     grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
-    (line,) = axes.plot(grid, iqm, label=label, linewidth=2)
+    (line,) = axes.plot(grid, iqm, label=plain(label), linewidth=2)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
@@ -161,6 +162,11 @@ def new_figure(columns: int = 1) -> "tuple[Figure, Axes]":
         axes.set(xlabel="env steps", ylabel="evaluation return")
         axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure, axes
+
+
+def plain(text: str) -> str:
+    """Return text for a figure in which `$` is a dollar sign, not the begin of a formula."""
+    return text.replace("$", r"\$")
 
 
 def save_figure(figure: "Figure", out: Path, source: str = "") -> None:

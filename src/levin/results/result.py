@@ -7,12 +7,11 @@ sources, and the required score (`gate`). All other files are generated from the
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 
 from levin.core import paths
 from levin.core.errors import ConfigError, valid_names
+from levin.core.validate import read_json
 from levin.results.curves import CURVES, TRAINING, Curve, Curves, read_curves
 from levin.runs.load import POLICY, load_config
 
@@ -33,16 +33,22 @@ FINAL = 10  # number of last evaluations whose mean is the final return of a run
 Verdict = Literal["reproduced", "passed", "partial", "not run"]
 
 
+# Text that is copied into comments and tables: one line, without the characters that have a meaning there.
+Line = Annotated[str, pydantic.Field(pattern=r"^[^\n\r|<>]*$")]
+Count = Annotated[int, pydantic.Field(gt=0, le=2**53)]
+
+
 class Published(pydantic.BaseModel, extra="forbid", frozen=True):
     """A number that others have published."""
 
-    family: str  # authors or library, and version
-    env: str
+    family: Line  # authors or library, and version
+    env: Line
     mean: float
     std: float | None  # standard deviation over seeds
     seeds: pydantic.PositiveInt
-    metric: str
-    source: str = pydantic.Field(pattern=r"^[\w.-]+/[\w.-]+@\w+:.+|^https://.+|^.* \d{4}.*")  # repository@commit:path
+    metric: Line
+    # repository@commit:path, an address, or a paper with its year
+    source: str = pydantic.Field(pattern=r"^([\w.-]+/[\w.-]+@\w+:|https://|[^\n\r|<>]* \d{4})[^\n\r|<>]*$")
 
     @property
     def number(self) -> str:
@@ -60,11 +66,11 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     `last` training episodes, or of the training episodes in the `last` env steps.
     """
 
-    env_steps: pydantic.PositiveInt
+    env_steps: Count
     metric: Literal["evaluations", "training_episodes", "training_env_steps"]
-    last: pydantic.PositiveInt
+    last: Count
     gate: float
-    gate_from: str
+    gate_from: Line
     random_return: float  # mean return of uniform actions, which has normalised score 0
     published: list[Published]  # empty if there is no published number
 
@@ -77,6 +83,28 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     def normalise(self, returns: np.ndarray) -> np.ndarray:
         """Return normalised returns: 0 is the return of uniform actions, 1 the published number."""
         return (returns - self.random_return) / (self.published[0].mean - self.random_return)
+
+
+class StoredSeed(pydantic.BaseModel):
+    """Facts of provenance.json about one seed."""
+
+    date: Line
+    wall_seconds: pydantic.PositiveFloat
+
+
+class StoredProvenance(pydantic.BaseModel):
+    """Contents of a result's provenance.json, as far as Levin reads them."""
+
+    command: Line
+    git_sha: Line
+    versions: dict[str, Line | None]
+    processor: Line
+    cpu_capability: Line
+    cores: pydantic.PositiveInt
+    threads: pydantic.PositiveInt
+    gpus: list[Line]
+    seeds: dict[Annotated[str, pydantic.Field(pattern=r"^\d{1,18}$")], StoredSeed]
+    files: dict[str, Line]
 
 
 def result_path(exp: str) -> Path:
@@ -107,7 +135,7 @@ def result_folder(exp: str) -> Path:
 
 def result_folders() -> list[Path]:
     """Return the folders of all results, sorted by name."""
-    return sorted(file.parent for file in paths.EXPERIMENTS.glob(f"*/{CONFIG}"))
+    return sorted(result_path(file.parent.name) for file in paths.EXPERIMENTS.glob(f"*/{CONFIG}"))
 
 
 def read_reference(folder: Path) -> Reference:
@@ -123,16 +151,24 @@ def read_reference(folder: Path) -> Reference:
         raise ConfigError(
             f"{folder.name} has no {REFERENCE}, which must name the published numbers and their sources"
         ) from error
-    except (pydantic.ValidationError, TypeError) as error:
+    except (pydantic.ValidationError, TypeError, ValueError, yaml.YAMLError, OSError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{folder.name}/{REFERENCE}: {where}: {first['msg']}") from error
+        message = " ".join(f"{where}: {first['msg']}".split())
+        raise ConfigError(f"{folder.name}/{REFERENCE}: {message}") from error
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return the contents of a result's provenance.json; empty before its first run."""
+    """Return the contents of a result's provenance.json; empty before its first run.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
     file = folder / PROVENANCE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        return read_json(file, StoredProvenance) if file.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
 
 
 def file_fingerprints(folder: Path) -> dict[str, str]:
@@ -269,11 +305,14 @@ def find_broken(result: Result) -> Iterator[str]:
     if sorted(map(str, result.evaluations)) != sorted(result.provenance["seeds"]):
         yield "curves.csv.gz and provenance.json have different seeds"
     grids = [curve.env_steps.tolist() for curve in result.evaluations.values()]
+    if not grids or not all(grids):
+        yield "a seed has no evaluation"
+        return
     # Compared by multiples: an iteration of whole episodes, or of several workers, ends a little later.
     every = result.config.eval.every
     if any([step // every for step in grid] != [step // every for step in grids[0]] for grid in grids):
         yield "the seeds were not evaluated at the same env steps"
     if any(grid[-1] < result.config.total_env_steps for grid in grids):
         yield "a seed ended before total_env_steps"
-    if (result.folder / POLICY).stat().st_size > MAX_POLICY_BYTES:
+    if (result.folder / POLICY).is_file() and (result.folder / POLICY).stat().st_size > MAX_POLICY_BYTES:
         yield f"{POLICY} is larger than {MAX_POLICY_BYTES} bytes"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import _find_spec
 from omegaconf import DictConfig
 
 from levin.core import files, paths
@@ -49,7 +50,7 @@ class Code:
     @property
     def module(self) -> str:
         """Top-level module or package of the code."""
-        return re.split(r"[.:]", self.name)[0]
+        return _top_level(self.name)
 
 
 @contextmanager
@@ -76,11 +77,9 @@ def check(config: DictConfig, sections: tuple[str, ...], where: Path) -> None:
     Raises:
         ConfigError: The config names code that was not accepted.
     """
-    if os.environ.get(VARIABLE) == "1":
-        return
     for code in foreign_code(config, sections):
-        if not _record_path(code).is_file():
-            if _origin(code.module) is None:
+        if not is_accepted(code):
+            if re.search(r"[:.]", code.name) and _origin(code.module) is None:
                 raise ConfigError(
                     f"{where} names {code.key}={code.name}, but Python does not find the module {code.module}: "
                     "run the command in the folder that holds it, or install it"
@@ -90,6 +89,11 @@ def check(config: DictConfig, sections: tuple[str, ...], where: Path) -> None:
                 f"{code.key}={code.name} would run the module {code.module}; "
                 "if you trust it, repeat the command with trust=true (with make: TRUST=1)"
             )
+
+
+def is_accepted(code: Code) -> bool:
+    """Return whether the code may run: a run begun here has used it in the same way, or the user trusts it."""
+    return os.environ.get(VARIABLE) == "1" or _record_path(code).is_file()
 
 
 def record(config: DictConfig) -> None:
@@ -143,7 +147,7 @@ def _is_known_env(family: str, name: str) -> bool:
             return False
         importlib.import_module(module)  # registers the id
     try:
-        entry_point = gym.spec(short_name).entry_point
+        entry_point = _find_spec(short_name).entry_point  # as `gymnasium.make` does: also an id without its version
     except gym.error.Error:  # not registered: there is nothing to run
         return True
     source = entry_point.partition(":")[0] if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
@@ -162,8 +166,27 @@ def _record_path(code: Code) -> Path:
     """Return the path of the file that exists if a run with this code was begun here."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     checkout = hashlib.sha256(str(paths.ROOT).encode()).hexdigest()[:16]
-    text = json.dumps([code.key, code.content, _origin(code.module)])
+    text = json.dumps([code.key, code.content, [_origin(module) for module in _modules(code)]])
     return state / "levin" / checkout / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _modules(code: Code) -> list[str]:
+    """Return the top-level modules of the code, and of every `_target_` in what it is given."""
+    found = [code.module]
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            found.extend(_top_level(str(name)) for key, name in value.items() if key == "_target_")
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            visit(each)
+
+    visit(code.content)
+    return found
+
+
+def _top_level(name: str) -> str:
+    """Return the top-level module or package in a name such as `package.module:Class`."""
+    return re.split(r"[.:]", name)[0]
 
 
 def _origin(module: str) -> str | None:

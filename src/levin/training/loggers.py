@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from levin.core import files
-from levin.runs import checkpoint
+from levin.core.errors import ConfigError
+from levin.runs import checkpoint, trust
 
 
 def make_loggers(
@@ -26,13 +27,30 @@ def make_loggers(
     Args:
         name: `csv`, `tensorboard` or `wandb`; None means Weights & Biases if the user is logged in there.
         ckpt_path: Checkpoint that the run is continued from.
+
+    Raises:
+        ConfigError: The logger that `name` selects can't be started.
     """
+    try:
+        return _make_loggers(name, run, config, git_sha, ckpt_path)
+    except Exception as error:  # each logger raises its own errors
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"logger={name} can't be started: {type(error).__name__}: {reason}") from error
+
+
+def _make_loggers(
+    name: str | None, run: Path, config: dict[str, Any], git_sha: str, ckpt_path: Path | None
+) -> list[Logger]:
     wandb_id, clock = None, -1
     if ckpt_path is not None:
-        _, wandb_id = checkpoint.env_steps_and_wandb_id(ckpt_path)
+        _, saved_id = checkpoint.env_steps_and_wandb_id(ckpt_path)
+        wandb_id = saved_id if saved_id and trust.is_accepted(_wandb_run(saved_id)) else None
         clock = int(ckpt_path.resolve().parent.name)
     loggers: list[Logger] = [CSVMetrics(run)]
     if name == "tensorboard":
+        files.subfolder(run, "tensorboard")
         loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=clock + 1))
     elif name != "csv" and (_wandb_login() or name == "wandb"):
         import wandb
@@ -46,12 +64,18 @@ def make_loggers(
             resume="allow",
             mode=os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline"),  # type: ignore[arg-type]
         )
+        trust.record_code(_wandb_run(experiment.id))
         experiment.define_metric("env_steps")
         experiment.define_metric("*", step_metric="env_steps")
         loggers.append(WandbLogger(experiment=experiment, save_dir=run))
     for logger in loggers:
         logger.log_hyperparams({**config, "git_sha": git_sha})
     return loggers
+
+
+def _wandb_run(wandb_id: str) -> trust.Code:
+    """Return the record of a Weights & Biases run begun here: a checkpoint of somebody else continues none of yours."""
+    return trust.Code("wandb_id", wandb_id, wandb_id)
 
 
 def _wandb_login() -> bool:
@@ -70,7 +94,7 @@ def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
     """
     for picture in sorted(folder.glob("*.png")):
         steps, _, part = picture.stem.partition("_")
-        if steps != str(env_steps):
+        if steps != str(env_steps) or not picture.is_file():
             continue
         name = f"pictures/{part or 'open_loop'}"
         for logger in loggers:

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from levin.collectors.loader import CollectorLoader
@@ -69,7 +67,9 @@ def build_trainer(
     try:
         added = [instantiate(section) for section in cfg.callbacks.values()]
         trainer = Trainer(**{**fixed, **disabled, **options}, plugins=plugins, callbacks=[*callbacks, *added])  # type: ignore[arg-type]
-    except (HydraException, MisconfigurationException, ValueError, TypeError, AttributeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # Lightning and the callbacks raise errors of many types
         raise ConfigError(f"the Trainer or a callback can't be built: {' '.join(str(error).split())}") from error
     if cfg.collector != "vector" and trainer.strategy.root_device.type != "cpu":
         raise ConfigError(
