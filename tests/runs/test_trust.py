@@ -426,7 +426,7 @@ RESULT_FILES = [
     ("provenance.json", {"seeds": {"0": {"date": "x", "wall_seconds": 0}}}),
     ("provenance.json", {"threads": "x"}),
     ("curves.csv.gz", b"x"),
-    ("curves.csv.gz", gzip.compress(b"seed,env_steps,return_mean,return_std\n0,-1e308,1,1\n")),
+    ("curves.csv.gz", gzip.compress(b"seed,env_steps,return_mean,return_std\n0,-1e308,1,1\n", mtime=0)),
     ("policy.ckpt", b"x"),
 ]
 
