@@ -53,7 +53,7 @@ def run_row(row: Row, run: Path, *overrides: str, ckpt_path: Path | None = None)
 
 def saved_state(run: Path) -> dict[str, Any]:
     """Return the contents of the last checkpoint of a run, without measured times."""
-    state = FolderCheckpointIO().load_checkpoint(run / "checkpoints" / "last" / "state.ckpt")
+    state = FolderCheckpointIO(run / "checkpoints").load_checkpoint(run / "checkpoints" / "last" / "state.ckpt")
     if state.get("buffer"):
         state["buffer"]["data"] = torch.cat(list(state["buffer"]["data"])).flatten_keys().to_dict()
     del state["callbacks"]["Checkpointing"]  # its list of checkpoints: interrupting a run adds one

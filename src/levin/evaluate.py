@@ -8,34 +8,42 @@ import numpy as np
 from levin.collectors.episodes import evaluate
 from levin.config import cli
 from levin.core import files
-from levin.core.errors import exit_on_user_error
+from levin.core.errors import RunError, exit_on_user_error
 from levin.core.process import silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION
 from levin.envs.factory import load_env, make_env
+from levin.runs import checkpoint
 from levin.runs.load import load_algorithm
 from levin.runs.trust import trusted
 
 
 def evaluate_run(
-    *, run: str, episodes: PositiveInt = 100, seed: NonNegativeInt = 1, trust: bool = False
+    *,
+    run: str,
+    episodes: PositiveInt = 100,
+    seed: NonNegativeInt = 1,
+    out: str | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run, and write the result to `evaluation.json` in its folder.
+    """Evaluate the newest checkpoint of a run, and print and write the result.
 
     Args:
-        run: Run folder.
+        run: Run folder; or one of its checkpoints, such as `checkpoints/best`.
         episodes: Number of episodes.
         seed: Root of the envs' seeds; with another value than `eval.seed`, the episodes are not those that were
             evaluated during training.
+        out: Path of the result; None: `evaluation.json` in the run folder.
         trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Returns:
-        The contents of `evaluation.json`.
+        The contents of the file.
     """
     silence_libraries()
+    folder = checkpoint.run_of(Path(run))
     with trusted(trust):
         algorithm = load_algorithm(Path(run))
-        env = make_env(load_env(Path(run)), seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
+        env = make_env(load_env(folder), seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
         returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)
         env.close()
     result = {
@@ -45,15 +53,19 @@ def evaluate_run(
         "env_steps": algorithm.env_steps,
         "seed": seed,
     }
-    files.save_json(result, Path(run), "evaluation.json")
+    print(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {episodes} episodes", flush=True)
+    path = folder / "evaluation.json" if out is None else Path(out)
+    try:
+        files.save_json(result, path.parent, path.name)
+    except OSError as error:
+        raise RunError(f"{path} can't be written: {error.strerror}; set out=<another path>") from error
     return result
 
 
 def main() -> None:
-    """Print the mean return and its standard deviation over episodes."""
+    """Evaluate the run that the command line names."""
     with exit_on_user_error():
-        result = evaluate_run(**cli.command_arguments(evaluate_run))
-    print(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes")
+        evaluate_run(**cli.command_arguments(evaluate_run))
 
 
 if __name__ == "__main__":

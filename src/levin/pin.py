@@ -50,7 +50,8 @@ def pin(exp: str, overrides: list[str]) -> Path:
     if (folder / CONFIG).exists():
         raise ConfigError(f"exp={exp} exists already: {folder / CONFIG}; choose another name")
     with _refuse_environment_variables():
-        cfg = compose([*DEFAULTS, *overrides])
+        chosen = {word.partition("=")[0] for word in overrides}
+        cfg = compose([*(word for word in DEFAULTS if word.partition("=")[0] not in chosen), *overrides])
     folder.mkdir(exist_ok=True)
     trust.record(cfg)
     files.write_text(folder, CONFIG, OmegaConf.to_yaml(cfg))
@@ -101,6 +102,7 @@ class Uniform(nn.Module):
 def main() -> None:
     """Write the result's folder and print what to do next."""
     with exit_on_user_error():
+        cli.refuse_repeated(sys.argv[1:])
         overrides, given = cli.take_flag(sys.argv[1:], "trust")
         names = [word for word in overrides if word.startswith("exp=")]
         if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):

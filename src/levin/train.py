@@ -18,6 +18,7 @@ from levin.training.session import train, train_rank
 def main() -> None:
     """Train the config of the command line. With `-m` train a sweep; with `launcher=` submit the runs as jobs."""
     with exit_on_user_error():
+        cli.refuse_repeated(sys.argv[1:])
         words, given = cli.take_flag(sys.argv[1:], "trust")
         with trusted(given):
             _train(words)

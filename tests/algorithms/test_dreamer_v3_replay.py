@@ -61,7 +61,7 @@ def test_overwrite_latents_changes_only_the_sampled_records(storage):
 def test_stored_latents_are_restored_from_a_checkpoint(storage, tmp_path):
     """Latents change, so they have files of their own: records are written once, and state.ckpt holds no latents."""
     buffer = make_numbered_replay(storage)
-    writer = FolderCheckpointIO()
+    writer = FolderCheckpointIO(tmp_path)
     for step in (1, 2):
         batch = buffer.sample(1, 8, torch.device("cpu"))[0]
         buffer.overwrite_latents(batch, torch.full((8, 4, 1), 7.0 * step))
@@ -70,7 +70,7 @@ def test_stored_latents_are_restored_from_a_checkpoint(storage, tmp_path):
     checkpoint.discard(tmp_path / "1")
     checkpoint.verify(tmp_path / "2", buffer=True)
     assert not {"rewritten", LATENT} & set(files.load(tmp_path / "2" / checkpoint.STATE)["buffer"])
-    state = FolderCheckpointIO().load_checkpoint(tmp_path / "2" / checkpoint.STATE)["buffer"]
+    state = FolderCheckpointIO(tmp_path).load_checkpoint(tmp_path / "2" / checkpoint.STATE)["buffer"]
     resumed = SequenceReplay(env_description(num_envs=2), 60, storage, 5, keeps_latents=True)
     resumed.load_state_dict(state, torch.device("cpu"))
     for key in (*buffer.keys,):

@@ -1,19 +1,27 @@
 """Checkpoint files: complete or absent after a kill, only new transitions written, synced to disk."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from tensordict import TensorDict
 
+import levin
 from checks import same
+from levin import resume
 from levin.config.compose import compose
 from levin.core import files
+from levin.core.errors import RunError
 from levin.data.replay import Replay
+from levin.evaluate import evaluate_run
 from levin.runs import checkpoint, segments
 from levin.runs.checkpoint import FolderCheckpointIO
 from levin.training.session import train
-from short_runs import TINY, Killed
+from levin.training.video import record_video
+from short_runs import SMALL, TINY, Killed
 
 
 def make_state(step: int, buffer: Replay | None) -> dict:
@@ -40,7 +48,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_complete_checkpoint(tmp
     """Save three checkpoints and delete the first; kill before the k-th file operation, for every k."""
 
     def work(folder: Path) -> None:
-        writer, buffer = FolderCheckpointIO(), Replay(20, "memory")
+        writer, buffer = FolderCheckpointIO(folder), Replay(20, "memory")
         for step in (8, 16, 24):
             buffer.extend(transitions(step - 8, step))
             writer.save_checkpoint(make_state(step, buffer), folder / str(step) / checkpoint.STATE)
@@ -77,7 +85,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_complete_checkpoint(tmp
         for each in complete:
             checkpoint.verify(each, buffer=True)
             step = int(each.name)
-            loaded = FolderCheckpointIO().load_checkpoint(each / checkpoint.STATE)
+            loaded = FolderCheckpointIO(folder).load_checkpoint(each / checkpoint.STATE)
             assert torch.equal(loaded["weights"], torch.full((100,), float(step)))
             stored = torch.cat(list(loaded["buffer"]["data"]))["observation"].flatten()
             assert stored.tolist() == list(range(max(0, step - 20), step))
@@ -90,7 +98,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_complete_checkpoint(tmp
 
 
 def test_only_new_transitions_are_written(tmp_path):
-    writer, buffer = FolderCheckpointIO(), Replay(1000, "memory")
+    writer, buffer = FolderCheckpointIO(tmp_path), Replay(1000, "memory")
     for step in range(100, 1301, 100):
         buffer.extend(transitions(step - 100, step))
         writer.save_checkpoint(make_state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
@@ -132,7 +140,7 @@ def test_a_file_system_without_hard_links_copies(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    writer, buffer = FolderCheckpointIO(), Replay(100, "memory")
+    writer, buffer = FolderCheckpointIO(tmp_path), Replay(100, "memory")
     for step in (10, 20):
         buffer.extend(transitions(step - 10, step))
         writer.save_checkpoint(make_state(step, buffer), tmp_path / str(step) / checkpoint.STATE)
@@ -151,3 +159,48 @@ def test_files_of_a_run_are_synced_to_disk(tmp_path, monkeypatch):
     expected = {run, run / f".config.{pid}.partial.yaml", run / f".provenance.{pid}.partial.json", run / "metrics.csv"}
     expected |= {run / "checkpoints", partial, partial / "state.ckpt", partial / f".manifest.{pid}.partial.json"}
     assert {str(path) for path in expected} <= forced
+
+
+def test_evaluate_play_and_load_take_a_checkpoint(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    oldest, newest = (checkpoint.list_checkpoints(run / "checkpoints")[index] for index in (0, -1))
+    best = (run / "checkpoints" / "best").resolve()
+    for path, name in (
+        (oldest, oldest.name),
+        (oldest / "state.ckpt", oldest.name),
+        (run / "checkpoints" / "last", newest.name),
+        (run / "checkpoints" / "best", best.name),
+        (run, newest.name),
+    ):
+        assert str(levin.load(path).algorithm.env_steps) == name
+        assert str(evaluate_run(run=str(path), episodes=1)["env_steps"]) == name
+        assert json.loads((run / "evaluation.json").read_text())["env_steps"] == int(name)
+    (video,) = record_video(run=str(run / "checkpoints" / "best"))
+    assert video == run / "videos" / f"{best.name}_0.mp4"
+
+
+def test_best_is_the_checkpoint_with_the_best_evaluation(tmp_path, monkeypatch):
+    returns = iter([-5.0, -1.0, -9.0, -8.0])
+    monkeypatch.setattr("levin.training.evaluation.evaluate", lambda *_: ([next(returns)], [1]))
+    train(compose([*SMALL, "eval.every=32", "checkpoint.every=32", "total_env_steps=128"]), tmp_path / "run")
+    assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == "64"
+
+
+def test_the_number_is_printed_before_it_is_written_and_out_says_where(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / "evaluation.json").mkdir()
+    with pytest.raises(RunError, match=r"evaluation.json can't be written: .*; set out=<another path>"):
+        evaluate_run(run=str(run), episodes=2)
+    assert "over 2 episodes" in capsys.readouterr().out
+    evaluate_run(run=str(run), episodes=2, out=str(tmp_path / "mine.json"))
+    assert json.loads((tmp_path / "mine.json").read_text())["episodes"] == 2
+
+
+def test_a_run_copied_by_a_tool_that_follows_links_can_be_resumed(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert not (run / "checkpoints" / "last").is_symlink()
+    resume.resume(run=str(run), total_env_steps=384)
+    assert os.readlink(run / "checkpoints" / "last") == "384"

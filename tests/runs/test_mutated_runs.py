@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -195,6 +196,16 @@ RUNS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "dreamer_v3": (("algo.learning_starts=16",), 96, 128),
     "world_models": (("algo.collect_env_steps=60",), 120, 180),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _limited_memory():
+    """Let an allocation of more than 6 GB fail, so that a change that asks for it is an error of the command."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 6 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="module")

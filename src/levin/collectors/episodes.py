@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
 
+from levin.core.errors import RunError
 from levin.core.spaces import to_tensors
 from levin.data.rollout import act
 from levin.envs.vector import SeededVectorEnv
@@ -63,6 +64,9 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
     """Play `episodes` episodes with a policy; return their undiscounted returns and their lengths.
 
     Each env plays a fixed number of episodes: taking those that finish first would favour short ones.
+
+    Raises:
+        RunError: A reward or an observation is not finite.
     """
     num_envs = env.num_envs
     device = next(iter(policy.parameters()), torch.empty(0)).device
@@ -77,6 +81,7 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
         observation, reward, terminated, truncated, _ = env.step(act(policy, batch, done).cpu().numpy())
         total += reward
         length += 1
+        check_finite(env, length, reward, *(observation.values() if isinstance(observation, dict) else [observation]))
         done = terminated | truncated
         if done.any():
             for i in np.flatnonzero(done):
@@ -86,3 +91,21 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
             observation, _ = env.reset(options={"reset_mask": done})
     pairs = list(zip(returns, lengths, quota, strict=True))
     return [x for each, _, n in pairs for x in each[:n]], [x for _, each, n in pairs for x in each[:n]]
+
+
+def check_finite(env: SeededVectorEnv, length: np.ndarray, *values: np.ndarray) -> None:
+    """Raise a RunError that names env, step, episode and seed if one of the arrays `[N, *]` has a NaN or an infinity.
+
+    Args:
+        env: Envs that returned the values.
+        length: Number of steps of each env's open episode, `[N]`.
+        values: Arrays; bytes are not checked.
+    """
+    for array in values:
+        if array.dtype != np.uint8 and not np.isfinite(array).all():
+            index = int(np.nonzero(~np.isfinite(array))[0][0])
+            episode = env.episodes[index]
+            raise RunError(
+                f"{env.config.id} gave {array[index]}, not finite, in an evaluation: env {index}, "
+                f"step {length[index]} of episode {episode}, seed {env.episode_seed_of(index, episode)}"
+            )

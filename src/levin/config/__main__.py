@@ -9,7 +9,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from levin.config.cli import parse_hydra_overrides
+from levin.config.cli import parse_hydra_overrides, refuse_repeated
 from levin.config.compose import GROUPS, SEARCH_PATH, compose, take_run, with_search_path
 from levin.core.errors import exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
@@ -47,6 +47,7 @@ def main() -> None:
     """Print `key: value  # file` for every value of the composed config."""
     with exit_on_user_error():
         overrides = sys.argv[1:]
+        refuse_repeated(overrides)
         config, origin = compose(overrides), value_origins(overrides)
         rows = [(key, OmegaConf.select(config, key)) for key in flat_keys(to_plain(config))]
         lines = [(f"{key}: {'null' if value is None else value}", origin.get(key, "")) for key, value in rows]

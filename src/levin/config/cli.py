@@ -35,6 +35,7 @@ def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, A
         ConfigError: An argument is not of the form key=value.
     """
     values: dict[str, Any] = {}
+    refuse_repeated(arguments)
     for word in arguments:
         key, equals, value = word.partition("=")
         if not equals:
@@ -45,6 +46,24 @@ def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, A
             (override,) = parse_hydra_overrides([word])
             values[override.key_or_group] = override.value()
     return values
+
+
+def refuse_repeated(arguments: list[str]) -> None:
+    """Say that a key is given twice, since only its last value is used. A seed or several values are never dropped.
+
+    Raises:
+        ConfigError: The seed, or a key with several values for a sweep, is given twice.
+    """
+    given: dict[str, str] = {}
+    for word in arguments:
+        key, equals, value = word.lstrip("+~").partition("=")
+        if equals and given.get(key, value) != value:
+            message = f"{key} is given twice, as {given[key]} and as {value}"
+            if key == "seed" or "," in given[key]:
+                hint = "; with make, write SEED= or SEEDS= instead of seed=" if key == "seed" else ""
+                raise ConfigError(f"{message}: leave one out{hint}")
+            print(f"levin: {message}: the last is used", file=sys.stderr)
+        given[key] = value
 
 
 def take_flag(arguments: list[str], name: str) -> tuple[list[str], bool]:

@@ -14,6 +14,14 @@ class CheckpointError(ConfigError):
     """A checkpoint is damaged, or this run can't resume from it."""
 
 
+class ObservationError(ValueError):
+    """An env shows a value that its observation space does not have; `env` is its index in the batch."""
+
+    def __init__(self, env: int, message: str) -> None:
+        super().__init__(message)
+        self.env = env
+
+
 class RunError(RuntimeError):
     """A run can't continue: an env fails, a number is not finite, or the disk is full."""
 

@@ -1,6 +1,8 @@
 """Seed, save and restore all random generators of a process."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,3 +46,46 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Generators:
+    """State of the global generators of Python, NumPy and PyTorch at the time when this object is made.
+
+    It is made and compared faster than `rng_state`, which is for checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+        self.pytorch = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.pytorch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Generators)
+            and self.python == other.python
+            and self.numpy[2:] == other.numpy[2:]
+            and np.array_equal(self.numpy[1], other.numpy[1])
+            and torch.equal(self.pytorch, other.pytorch)
+            and all(torch.equal(one, two) for one, two in zip(self.cuda, other.cuda, strict=False))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Restore the global generators when the context ends."""
+    before = Generators()
+    try:
+        yield
+    finally:
+        before.restore()

@@ -10,7 +10,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, ObservationError
 
 VECTOR = "vector"  # in a network input that is a dict, the name of the part with everything but pixels
 CHANNELS = (1, 3, 4)  # numbers of channels by which an image is recognised
@@ -62,9 +62,15 @@ def describe_action(space: gym.Space) -> Space:
         raise ConfigError(f"the env's action space is {type(space).__name__}; valid: Box, Discrete, MultiDiscrete")
     if isinstance(space, Box | MultiDiscrete) and len(space.shape) != 1:
         raise ConfigError(f"the env's action space has the shape {space.shape}; valid: one dimension")
+    if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
+        raise ConfigError(
+            f"the env's action space is a Box of {space.dtype}, whole numbers, but a Box is for continuous actions: "
+            "use Discrete or MultiDiscrete in the env"
+        )
     described = describe_space(space)
     if isinstance(space, Box):
         described["low"], described["high"] = space.low.tolist(), space.high.tolist()
+        described["dtype"] = str(space.dtype)
     return described
 
 
@@ -166,7 +172,7 @@ class NetworkInput:
 def _key_name(path: tuple[str, ...]) -> str:
     """Return a name for an image that is valid in modules and rollouts: its path in the observation, joined by `_`."""
     name = "_".join(path).replace(".", "_")
-    return f"{name}_pixels" if name in RESERVED else name
+    return f"{name}_pixels" if name in RESERVED or hasattr(torch.nn.ModuleDict(), name) else name
 
 
 def _leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Space]]:
@@ -205,11 +211,23 @@ def _flat_size(space: Space) -> int:
 
 
 def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
-    """Flatten a batch of numbers, with discrete values one-hot: `[N, *S] -> [N, D]`."""
+    """Flatten a batch of numbers, with discrete values one-hot: `[N, *S] -> [N, D]`.
+
+    Raises:
+        ObservationError: A discrete value is outside its space.
+    """
     flat = observation.reshape(len(observation), -1)
     if space["type"] == "box":
         return flat
     sizes, starts = space.get("nvec", [space["n"]]), space.get("starts", [space["start"]])
+    wrong = (flat < starts) | (flat >= np.add(starts, sizes))
+    if wrong.any():
+        env, entry = (int(index[0]) for index in np.nonzero(wrong))
+        first, last = starts[entry], starts[entry] + sizes[entry] - 1
+        where = f"entry {entry} of " if len(sizes) > 1 else ""
+        raise ObservationError(
+            env, f"{where}the observation is {flat[env, entry]}, outside its space, which has {first} to {last}"
+        )
     one_hot = [flat[:, i, None] - starts[i] == np.arange(size) for i, size in enumerate(sizes)]
     return np.concatenate(one_hot, axis=-1)
 
@@ -260,33 +278,45 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
     Raises:
         ConfigError: `units` is `rescale`, but the bounds are not finite.
     """
+    # Every function returns a new array: an env may write into its action.
     if space["type"] != "box":
         first = np.array(space.get("starts", space["start"]))
-        return (lambda actions: actions + first) if first.any() else (lambda actions: actions)
-    low, high = (np.array(bound, np.float32).reshape(space["shape"]) for bound in (space["low"], space["high"]))
+        return (lambda actions: actions + first) if first.any() else (lambda actions: actions.copy())
+    dtype = np.dtype(space["dtype"])
+    low, high = (np.array(bound, dtype).reshape(space["shape"]) for bound in (space["low"], space["high"]))
     if units == "none":
-        return lambda actions: actions
+        return lambda actions: actions.astype(dtype)
     if units == "clip":
-        return lambda actions: np.clip(actions, low, high)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        return lambda actions: np.clip(actions.astype(dtype), low, high)
+    if not (has_bound(low).all() and has_bound(high).all()):
         raise ConfigError(
             "env.action=rescale needs finite action bounds, which this env does not have; valid: clip, none"
         )
     if (low == -1).all() and (high == 1).all():
-        return lambda actions: actions
+        return lambda actions: actions.astype(dtype)
     scale, middle = (high - low) / 2, (high + low) / 2
-    # float32 rounding can exceed a bound by one unit in the last place
-    return lambda actions: np.clip(actions * scale + middle, low, high)
+    # Rounding can exceed a bound by one unit in the last place.
+    return lambda actions: np.clip(actions.astype(dtype) * scale + middle, low, high)
+
+
+def has_bound(bound: np.ndarray) -> np.ndarray:
+    """Return whether each bound of an action is one: not infinite, nor the largest number of float32."""
+    return np.abs(bound) < np.finfo(np.float32).max / 2
 
 
 def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
-    """Return uniform random actions `[*shape, *A]`, in the policy's units; infinite bounds count as -1 and 1."""
+    """Return uniform random actions `[*shape, *A]`, in the policy's units.
+
+    They lie within the bounds that exist. A missing lower bound counts as -1, a missing upper one as 1, or as 2 away
+    from the other bound where that leaves no room.
+    """
     shape = (*shape, *(space.shape or ()))
     if isinstance(space, Discrete):
         return torch.randint(int(space.n), shape).numpy()
     if isinstance(space, MultiDiscrete):
         return (torch.rand(shape, dtype=torch.float64).numpy() * space.nvec).astype(np.int64)
     assert isinstance(space, Box)
-    low, high = space.low, space.high
-    low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
+    has_low, has_high = has_bound(space.low), has_bound(space.high)
+    low = np.where(has_low, space.low, np.where(has_high, np.where(space.high > -1, -1, space.high - 2), -1))
+    high = np.where(has_high, space.high, np.where(has_low, np.where(space.low < 1, 1, space.low + 2), 1))
     return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)

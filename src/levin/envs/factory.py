@@ -17,16 +17,18 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.wrappers import AddRenderObservation
 
 from levin.algorithms.base import Algorithm
+from levin.core import rng
 from levin.core.errors import ConfigError
 from levin.core.omega import to_plain
 from levin.core.process import ignore_signals
 from levin.core.spaces import EnvSpec, observation_dtypes, to_tensors
 from levin.core.validate import check_section
 from levin.envs.config import TRAINING, EnvConfig
+from levin.envs.sync import ProcessEnv, SyncEnvs, close_env
 from levin.envs.torchrl import TorchRLVectorEnv, import_target
 from levin.envs.vector import SeededVectorEnv
 from levin.envs.wrappers import ActionRepeat, select_entries, stack_frames
@@ -64,7 +66,8 @@ def make_env(
     if config.target is not None and config.family != "torchrl":
         raise ConfigError(f"env.target={config.target} is for env.family=torchrl, not for {config.family}")
     try:
-        env = make_vector(config, num_envs, training=purpose == TRAINING, render=render, copy=copy)
+        with rng.kept():
+            env = make_vector(config, num_envs, training=purpose == TRAINING, render=render, copy=copy)
         if config.wrappers:
             env = wrap_latent(env, config)
     except ConfigError:
@@ -94,22 +97,28 @@ def registered_limit(config: EnvConfig) -> int | None:
     if config.family in ("atari", "torchrl"):
         return None
     env = make_single_env(config)
-    env.close()
+    close_env(env)
     return env.spec.max_episode_steps if env.spec else None
 
 
 def _make_gymnasium(
     config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool
-) -> SyncVectorEnv | AsyncVectorEnv:
+) -> SyncEnvs | AsyncVectorEnv:
     make_single, count = partial(make_single_env, config, render), num_envs or config.num_envs
     if config.vectorization == "sync":
-        return SyncVectorEnv([make_single] * count, copy=copy, autoreset_mode=AutoresetMode.DISABLED)
-    make_single().close()  # fail here with a clear message, not with a traceback from an env process
+        return SyncEnvs([make_single] * count, copy=copy)
+    close_env(make_single())  # fail here with a clear message, not with a traceback from an env process
     # TorchRL makes `spawn` the default, with which every env process spends seconds on imports. With pixels, `fork` is
     # not possible: OpenGL has rendered in this process already and does not survive a fork.
     context = "fork" if sys.platform == "linux" and not config.pixels else None
     make_in_process = partial(_make_without_signals, make_single, os.getpid())
-    env = AsyncVectorEnv([make_in_process] * count, copy=copy, context=context, autoreset_mode=AutoresetMode.DISABLED)
+    env = AsyncVectorEnv(
+        [make_in_process] * count,
+        copy=copy,
+        context=context,
+        observation_mode="different",
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
     for process in env.processes:  # they ignore SIGTERM, so end them with SIGKILL
         process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
     return env
@@ -119,7 +128,7 @@ def _make_without_signals(make_single: Callable[[], gym.Env], parent: int) -> gy
     """Build one env in a process that ignores the signals which end a run: the parent handles them."""
     if os.getpid() != parent:  # Gymnasium also makes one env in the parent, to read its spaces
         ignore_signals()
-    return make_single()
+    return ProcessEnv(make_single())
 
 
 def _make_atari(config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool) -> VectorEnv:

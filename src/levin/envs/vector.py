@@ -2,17 +2,19 @@
 
 import multiprocessing
 import traceback
+import warnings
 from functools import partial
 from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from levin.core.errors import RunError
+from levin.core.errors import ObservationError, RunError
 from levin.core.spaces import NetworkInput, action_converter, describe_action, describe_space, to_gym
 from levin.envs.config import EnvConfig
+from levin.envs.sync import SyncEnvs
 from levin.envs.torchrl import TorchRLVectorEnv
 
 
@@ -59,6 +61,12 @@ class SeededVectorEnv(VectorWrapper):
             # The action space that the policy sees.
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
             self.action_space = batch_space(self.single_action_space, self.num_envs)
+        elif isinstance(space := env.single_action_space, Box) and ((space.low >= 1) | (space.high <= -1)).any():
+            warnings.warn(
+                f"the actions of {config.id} have bounds outside [-1, 1], where policies such as SAC's act: "
+                "env.action=clip always gives the bound, and env.action=none passes on actions outside of it",
+                stacklevel=2,
+            )
         self.shown = describe_space(env.single_observation_space)
         self.read = NetworkInput(self.shown)
         self.observation = self.read.space
@@ -134,8 +142,11 @@ class SeededVectorEnv(VectorWrapper):
 
     def _run_error(self, operation: str, error: Exception) -> RunError:
         """Build the error for a failed `step` or `reset`: the cause, and the env, step, episode and seed."""
-        failed, reason = self._failed_env(error), f"raised {type(error).__name__}: {error}"
-        if isinstance(error, multiprocessing.TimeoutError):
+        failed = error.env if isinstance(error, ObservationError) else self._failed_env(error)
+        reason = f"raised {type(error).__name__}: {error}"
+        if isinstance(error, ObservationError):
+            reason = f"failed: {error}"
+        elif isinstance(error, multiprocessing.TimeoutError):
             reason = f"did not come back within env.timeout={self.config.timeout:g} seconds"
         elif isinstance(error, EOFError | ConnectionError):
             reason = "failed: its process has ended"
@@ -163,7 +174,7 @@ class SeededVectorEnv(VectorWrapper):
                     if process.exitcode is not None:
                         return i
         for frame, _ in traceback.walk_tb(error.__traceback__):  # read the index from the loop over the envs
-            if frame.f_code in (SyncVectorEnv.step.__code__, SyncVectorEnv.reset.__code__):
+            if frame.f_code in (SyncEnvs._step_envs.__code__, SyncEnvs._reset_envs.__code__):
                 return frame.f_locals["i"]
             if frame.f_code in (TorchRLVectorEnv.step.__code__, TorchRLVectorEnv.reset.__code__):
                 return frame.f_locals["part"].start

@@ -1,5 +1,6 @@
 """Wrappers that are applied to each env before vectorization."""
 
+from copy import copy
 from typing import Any
 
 import gymnasium as gym
@@ -9,6 +10,7 @@ from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, Transf
 
 from levin.core.errors import ConfigError
 from levin.core.spaces import is_channel_last, is_image
+from levin.envs.sync import as_number
 
 
 class ActionRepeat(gym.Wrapper):
@@ -26,14 +28,15 @@ class ActionRepeat(gym.Wrapper):
         total = 0.0
         self._set_drawing(False)
         for _ in range(self.times - 1):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
+            # A copy each time: the env may write into its action.
+            observation, reward, terminated, truncated, info = self.env.step(copy(action))
+            total += float(as_number("reward", reward))
             if terminated or truncated:
                 self._set_drawing(True)
                 return self.unwrapped.show() if self.lazy else observation, total, terminated, truncated, info  # type: ignore[attr-defined]
         self._set_drawing(True)
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, total + float(reward), terminated, truncated, info
+        return observation, total + float(as_number("reward", reward)), terminated, truncated, info
 
     def _set_drawing(self, enabled: bool) -> None:
         if self.lazy:
@@ -48,6 +51,13 @@ def stack_frames(env: gym.Env, num: int) -> gym.Env:
     """
     if not isinstance(env.observation_space, Box):
         raise ConfigError(f"env.frame_stack={num} stacks a Box, not a {type(env.observation_space).__name__}")
+    if not env.observation_space.shape:  # a single number
+        space = env.observation_space
+        vector = Box(space.low.reshape(1), space.high.reshape(1), dtype=space.dtype.type)  # type: ignore[union-attr]
+        env = TransformObservation(env, lambda observation: np.array(observation).reshape(1), vector)
+    else:  # copies: an env may draw every frame into the same array
+        env = TransformObservation(env, np.array, env.observation_space)
+    assert isinstance(env.observation_space, Box)
     stacked = FrameStackObservation(env, num)  # [num, *S]
     shape = stacked.observation_space.shape
     assert shape is not None

@@ -18,11 +18,11 @@ import pydantic
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from levin.core import distributed, files
-from levin.core.errors import CheckpointError, ConfigError
+from levin.core.errors import CheckpointError, ConfigError, RunError
 from levin.core.validate import as_count, read_json
 from levin.runs import segments
 
-STATE, BUFFER, MANIFEST, LAST = "state.ckpt", "buffer", "manifest.json", "last"
+STATE, BUFFER, MANIFEST, LAST, BEST = "state.ckpt", "buffer", "manifest.json", "last", "best"
 REWRITTEN = "rewritten.ckpt"  # in BUFFER: the tensors that change after they were stored, saved in full each time
 FILES = r"^(state\.ckpt|buffer/(rewritten\.ckpt|\d+_\d+\.pt))$"  # names in a manifest
 FORMAT = 1  # version of the folder layout; any other is refused
@@ -44,14 +44,26 @@ class Manifest(pydantic.BaseModel):
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
-    """Lightning plugin that saves and loads checkpoint folders `checkpoints/<clock>/`; `last` links to the newest."""
+    """Lightning plugin that saves and loads checkpoint folders `checkpoints/<clock>/`; `last` links to the newest.
 
-    def __init__(self) -> None:
+    A path elsewhere, to which a user's callback saves with `trainer.save_checkpoint`, becomes a single file without the
+    replay buffer. Lightning's `load_from_checkpoint` reads it.
+
+    Args:
+        folder: The folder `checkpoints/` of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
         self.before: Path | None = None  # the previous checkpoint: the next one hard-links its buffer files
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
+        if folder.parent != self.folder or Path(path).name != STATE:
+            if not distributed.rank():
+                _save_file({**checkpoint, "buffer": None}, Path(path))
+            return
         partial = _partial_path(folder, distributed.rank())
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -87,7 +99,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
         if folder.exists():  # a leftover of the same clock, never `self.before`: each clock value is saved once
             discard(folder)
         partial.rename(folder)
-        _relink(folder.with_name(LAST), folder.name)
+        relink(folder.with_name(LAST), folder.name)
         files.sync(folder.parent)
         self.before = folder
         distributed.barrier()
@@ -113,6 +125,16 @@ class FolderCheckpointIO(TorchCheckpointIO):
         discard(Path(path).parent)
 
 
+def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint without its buffer to a file that the user named."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replace(path.parent, path.name) as partial:
+            files.save(checkpoint, partial)
+    except OSError as error:
+        raise RunError(f"the checkpoint {path} can't be written: {error.strerror}") from error
+
+
 def _partial_path(folder: Path, rank: int) -> Path:
     """Return the temporary folder that a rank writes before it becomes part of the checkpoint `folder`."""
     return folder.with_name(f".{folder.name}.{rank}.partial" if rank else f".{folder.name}.partial")
@@ -126,8 +148,10 @@ def discard(folder: Path) -> None:
     shutil.rmtree(removed)
 
 
-def _relink(link: Path, target: str) -> None:
+def relink(link: Path, target: str) -> None:
     """Point a symbolic link at another target, in one atomic step."""
+    if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
+        shutil.rmtree(link)
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
@@ -210,6 +234,12 @@ def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None 
     if folders:
         raise CheckpointError(f"run={run} has no undamaged checkpoint")
     raise ConfigError(f"run={run} holds no checkpoint; set run= to a folder that has checkpoints/{LAST}/{STATE}")
+
+
+def run_of(path: Path) -> Path:
+    """Return the run folder of a path: the folder itself, or that of a checkpoint or its `state.ckpt`."""
+    folder = path.parent if path.name == STATE else path
+    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Callback that saves checkpoints and deletes old ones."""
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,8 @@ class Checkpointing(Checkpoint):
 
     Args:
         every: Env steps between two checkpoints. The last iteration is always saved.
-        keep: Number of newest checkpoints to keep. The one with the best evaluation is kept in addition.
+        keep: Number of newest checkpoints to keep. The one with the best evaluation is kept in addition; the link
+            `best` points to it.
         run: Run folder.
         evaluation: Evaluation callback; its result ranks the checkpoint of the same iteration.
     """
@@ -41,6 +43,9 @@ class Checkpointing(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder = distributed.broadcast_object(self.folder)
+        plugin = trainer.strategy.checkpoint_io
+        assert isinstance(plugin, checkpoint.FolderCheckpointIO)
+        plugin.folder = self.folder  # on the other ranks, too
         if trainer.is_global_zero:
             files.subfolder(self.folder.parent, self.folder.name)
             checkpoint.remove_partial(self.folder)
@@ -69,7 +74,10 @@ class Checkpointing(Checkpoint):
     def _prune(self) -> None:
         folders = {folder.name: folder for folder in checkpoint.list_checkpoints(self.folder)}
         self.returns = {name: self.returns[name] for name in folders if name in self.returns}
-        best = max(self.returns, key=lambda name: self.returns[name], default=None)
+        finite = {name: value for name, value in self.returns.items() if math.isfinite(value)}
+        best = max(finite, key=lambda name: finite[name], default=None)
+        if best is not None:
+            checkpoint.relink(self.folder / checkpoint.BEST, best)
         for name in list(folders)[: -self.keep]:
             if name != best:
                 checkpoint.discard(folders[name])

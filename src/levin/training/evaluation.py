@@ -5,11 +5,13 @@ from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.episodes import evaluate
 from levin.core import distributed
+from levin.core.errors import RunError
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
@@ -45,15 +47,18 @@ class Evaluation(Callback):
         self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
         self.pictures = run / "pictures"
         self.clock = Clock(every)
+        self.others: list[Callback] = []  # callbacks of the user, whose `on_validation_end` is called
         self.vector_env: SeededVectorEnv | None = None
         self.return_mean: float | None = None  # result of the last evaluation
         self.evaluated_at, self.env_steps = 0, 0  # clock and env steps of the last evaluation
 
+    def open(self) -> None:
+        """Build the envs. Rank 0 does this before the run begins, so that nothing is written if they can't be built."""
+        num_envs = min(self.episodes, 10)
+        self.vector_env = make_env(self.env, seed=self.seed, purpose=EVALUATION, num_envs=num_envs)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
-        if trainer.is_global_zero:
-            num_envs = min(self.episodes, 10)
-            self.vector_env = make_env(self.env, seed=self.seed, purpose=EVALUATION, num_envs=num_envs)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -73,6 +78,7 @@ class Evaluation(Callback):
         """Close the envs."""
         if self.vector_env is not None:
             self.vector_env.close()
+            self.vector_env = None
 
     def evaluate(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Evaluate the current policy on rank 0, and add the results to the row of metrics on every rank."""
@@ -87,6 +93,16 @@ class Evaluation(Callback):
         self.return_mean, self.env_steps = row["eval/return_mean"], algorithm.env_steps
         self.evaluated_at = algorithm.clock
         self.metrics.row |= row
+        # Monitors, such as EarlyStopping, read these at the end of a validation, which an evaluation is.
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value) for name, value in row.items() if name.startswith("eval/")}
+        )
+        for callback in self.others:
+            try:
+                callback.on_validation_end(trainer, algorithm)
+            except Exception as error:  # of any type: it is the user's code
+                name = type(callback).__name__
+                raise RunError(f"{name}.on_validation_end raised {type(error).__name__}: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         return {"return_mean": self.return_mean, "env_steps": self.env_steps, "at": self.evaluated_at}

@@ -65,6 +65,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         cfg, run, rollouts.env.config, worker_rollouts, ckpt_path
     )
     facts = provenance.collect_provenance()
+    evaluation.open()
     with run_folder.lock(run), run_folder.report_failure(run):
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")

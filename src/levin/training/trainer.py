@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra.utils import instantiate
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 
 from levin.collectors.loader import CollectorLoader
@@ -63,9 +64,12 @@ def build_trainer(
         }
     fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
     disabled = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
-    plugins = checkpoint.FolderCheckpointIO()
+    plugins = checkpoint.FolderCheckpointIO(run / "checkpoints")
     try:
         added = [instantiate(section) for section in cfg.callbacks.values()]
+        for callback in added:
+            _prepare_callback(callback)
+        evaluation.others = added
         trainer = Trainer(**{**fixed, **disabled, **options}, plugins=plugins, callbacks=[*callbacks, *added])  # type: ignore[arg-type]
     except ConfigError:
         raise
@@ -76,3 +80,19 @@ def build_trainer(
             f"collector={cfg.collector} runs only on the CPU: set trainer.accelerator=cpu or collector=vector"
         )
     return trainer, budget, evaluation
+
+
+def _prepare_callback(callback: Callback) -> None:
+    """Let a callback of Lightning work at evaluations, which take the place of epochs here.
+
+    Raises:
+        ConfigError: It can't work here.
+    """
+    if isinstance(callback, ModelCheckpoint):
+        raise ConfigError(
+            "ModelCheckpoint counts Lightning's steps and epochs, which do not pass here: set checkpoint.every and "
+            "checkpoint.keep (the checkpoint with the best evaluation is always kept), or call "
+            "trainer.save_checkpoint(path) in a callback of your own"
+        )
+    if isinstance(callback, EarlyStopping):
+        callback._check_on_train_epoch_end = False  # but after every evaluation: `Evaluation` calls on_validation_end

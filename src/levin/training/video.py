@@ -16,6 +16,7 @@ from levin.data.rollout import act
 from levin.envs.config import EVALUATION
 from levin.envs.factory import load_env, make_env
 from levin.envs.vector import SeededVectorEnv
+from levin.runs import checkpoint
 from levin.runs.policy import Policy
 from levin.runs.trust import trusted
 
@@ -26,7 +27,7 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
     World Models also writes `..._dream.mp4`: the episode beside a dream that starts from the same observation.
 
     Args:
-        run: Run folder.
+        run: Run folder; or one of its checkpoints, such as `checkpoints/best`.
         episodes: Number of episodes.
         seed: Seed of the env.
         trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
@@ -35,10 +36,11 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
         ConfigError: The env can't be rendered here.
     """
     silence_libraries()
+    run_folder = checkpoint.run_of(Path(run))
     with trusted(trust):
         policy = Policy.load(Path(run))
-        env = make_env(load_env(Path(run)), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
-    folder, paths = Path(run) / "videos", []
+        env = make_env(load_env(run_folder), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
+    folder, paths = run_folder / "videos", []
     for episode in range(episodes):
         first, frames, observations = np.ones(1, dtype=bool), [], []
         observation, done = env.begin([episode], first), ~first
@@ -57,7 +59,7 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
                 np.concatenate(observations), dreamt.numpy()
             )
         for name, pictures in videos.items():
-            with files.replace(Path(run), f"videos/{name}") as path:
+            with files.replace(run_folder, f"videos/{name}") as path:
                 imageio.mimwrite(
                     path,
                     pictures,
@@ -90,4 +92,4 @@ def _render_frame(env: SeededVectorEnv) -> np.ndarray:
         ) from error
     if not isinstance(frame, np.ndarray):
         raise ConfigError(f"{env.config.id} can't be recorded: it does not render an rgb_array")
-    return frame
+    return frame.copy()  # an env may draw every frame into the same array

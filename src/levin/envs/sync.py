@@ -1,0 +1,180 @@
+"""Step single envs one after the other in this process, or one in a process of its own, whatever the envs do.
+
+Users' envs are not always careful. They return rewards as arrays of one number, raise in `close()`, or use the global
+random generators of Python, NumPy and PyTorch, which belong to the run.
+"""
+
+import random
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import concatenate
+
+from levin.core import rng
+
+WATCHED_CALLS = 64  # calls of a vector env in which its envs have random streams of their own
+WATCH_EVERY = 256  # of the later calls, one in so many is checked
+
+
+class SyncEnvs(SyncVectorEnv):
+    """`SyncVectorEnv` with autoreset DISABLED that returns no infos, and that keeps the run's random numbers apart.
+
+    At first each env has random streams of its own in place of the global generators. Exchanging them takes as long as
+    a step of a small env, so it ends after `WATCHED_CALLS` calls in which no env has used them. From then on one call
+    in `WATCH_EVERY` is checked, and the streams return for good if an env uses the generators.
+
+    Args:
+        make: Functions that build the envs. Their observation spaces may differ in their bounds.
+        copy: Whether observations are copies; otherwise the next step overwrites them.
+    """
+
+    def __init__(self, make: list[Callable[[], gym.Env]], *, copy: bool) -> None:
+        super().__init__(make, copy=copy, observation_mode="different", autoreset_mode=AutoresetMode.DISABLED)
+        self.calls = 0
+        self.separated = True  # whether each env has random streams of its own
+        self.envs = [OwnGenerators(env) for env in self.envs]
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the envs of the mask `options["reset_mask"]` `[N]`, or all envs; `seed` is None or a list `[N]`."""
+        others = {key: value for key, value in (options or {}).items() if key != "reset_mask"} or None
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        self._watch(self._reset_envs, mask, [None] * self.num_envs if seed is None else seed, others)
+        return self._observe(), {}
+
+    def _reset_envs(self, mask: np.ndarray, seeds: list[int | None], options: dict[str, Any] | None) -> None:
+        for i in np.flatnonzero(mask).tolist():
+            self._env_obs[i], _ = self.envs[i].reset(seed=seeds[i], options=options)
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all envs with actions `[N, *A]`."""
+        self._watch(self._step_envs, actions)
+        return self._observe(), self._rewards.copy(), self._terminations.copy(), self._truncations.copy(), {}
+
+    def _step_envs(self, actions: Any) -> None:
+        for i, env in enumerate(self.envs):
+            self._env_obs[i], reward, terminated, truncated, _ = env.step(actions[i])
+            self._rewards[i] = as_number("reward", reward)
+            self._terminations[i] = as_number("terminated", terminated)
+            self._truncations[i] = as_number("truncated", truncated)
+
+    def _observe(self) -> Any:
+        space = self.single_observation_space
+        self._observations = concatenate(space, self._env_obs, self._observations)  # type: ignore[arg-type, assignment]
+        return deepcopy(self._observations) if self.copy else self._observations
+
+    def _watch(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Call a function of the envs, and see from time to time whether they use the global generators."""
+        self.calls += 1
+        if self.separated:
+            call(*arguments)
+            if self.calls == WATCHED_CALLS and not any(env.used for env in self.envs):  # type: ignore[attr-defined]
+                self.envs, self.separated = [env.env for env in self.envs], False  # type: ignore[attr-defined]
+        elif self.calls % WATCH_EVERY:
+            call(*arguments)
+        else:
+            before = rng.Generators()
+            try:
+                call(*arguments)
+            finally:
+                if rng.Generators() != before:
+                    before.restore()
+                    self.envs, self.separated = [OwnGenerators(env) for env in self.envs], True
+
+    def render(self) -> tuple[Any, ...]:
+        """Return the frames of all envs."""
+        with rng.kept():
+            return super().render()
+
+    def close_extras(self, **_: Any) -> None:
+        for env in self.envs:
+            close_env(env)
+
+
+class OwnGenerators(gym.Wrapper):
+    """Wrapper of an env that puts random streams of its own in place of the global generators during every call.
+
+    The streams are seeded with every episode, so a resumed run can replay the episode.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.streams = rng.Generators()
+        self.used = False  # whether the env has used the streams
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            with rng.kept():
+                seed_generators(seed ^ 0x5EED)  # other than `seed`: then an env that seeds them is seen to use them
+                self.streams = rng.Generators()
+        return self._call(self.env.reset, seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        return self._call(self.env.step, action)
+
+    def render(self) -> Any:
+        return self._call(self.env.render)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        with rng.kept():
+            self.streams.restore()
+            result = function(*arguments, **options)
+            after = rng.Generators()
+        self.used |= after != self.streams
+        self.streams = after
+        return result
+
+
+class ProcessEnv(gym.Wrapper):
+    """Wrapper of an env in a process of its own, whose global generators are seeded with every episode."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            seed_generators(seed)
+        return self.env.reset(seed=seed, options=options or None)[0], {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return (
+            observation,
+            as_number("reward", reward),
+            as_number("terminated", terminated),
+            as_number("truncated", truncated),
+            {},
+        )
+
+    def close(self) -> None:
+        close_env(self.env)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch for an episode."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def as_number(name: str, value: Any) -> Any:
+    """Return a number that an env has returned; an array of one number is one.
+
+    Raises:
+        ValueError: It is an array of several numbers.
+    """
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.size != 1:
+        raise ValueError(f"{name} has the shape {value.shape}: an env returns one number")
+    return value.item()
+
+
+def close_env(env: gym.Env) -> None:
+    """Close an env; an error in it is a warning, because nothing is lost by it."""
+    try:
+        env.close()
+    except Exception as error:  # of any type: it is the user's code
+        warnings.warn(f"close() of {env} raised {type(error).__name__}: {error}", stacklevel=2)
