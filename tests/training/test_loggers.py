@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from checks import metrics
 from levin import resume
 from levin.config.compose import compose
+from levin.core.errors import ConfigError
 from levin.core.omega import to_plain
 from levin.envs.factory import load_env
 from levin.runs import checkpoint
 from levin.runs.provenance import run_git
+from levin.training import loggers
 from levin.training.loggers import CSVMetrics
 from levin.training.session import train
 from levin.training.video import record_video
@@ -159,3 +162,31 @@ def test_resuming_hides_tensorboard_events_logged_after_the_checkpoint(tmp_path)
     resume.resume(run=str(tmp_path / "run"))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("eval/return_mean")] == list(range(32, 257, 32))
+
+
+def refuse_key() -> bool:
+    raise ValueError("API key must have 40+ characters, has 3")
+
+
+def test_a_run_that_did_not_ask_for_wandb_trains_without_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loggers, "_wandb_login", refuse_key)
+    train(compose([*SMALL, "logger=null", "total_env_steps=64"]), tmp_path / "run")
+    assert "levin: Weights & Biases is not used: ValueError: API key must have 40+" in capsys.readouterr().err
+    assert metrics(tmp_path / "run")[-1]["env_steps"] == "64"
+
+
+def test_with_a_bad_key_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "_wandb_login", refuse_key)
+    with pytest.raises(ConfigError, match="logger=wandb can't be started: API key must have 40"):
+        train(compose([*SMALL, "logger=wandb", "total_env_steps=64"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_env_of_which_only_evaluation_needs_two_copies_is_refused_before_the_run_begins(tmp_path, monkeypatch):
+    def refuse(*_, num_envs=None, **__):
+        raise ConfigError("no second copy")
+
+    monkeypatch.setattr("levin.training.evaluation.make_env", refuse)
+    with pytest.raises(ConfigError, match="no second copy"):
+        train(compose([*SMALL, "total_env_steps=64"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

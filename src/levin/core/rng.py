@@ -56,7 +56,7 @@ class Generators:
 
     def __init__(self) -> None:
         self.python = random.getstate()
-        self.numpy = np.random.get_state()
+        self.numpy: tuple = np.random.get_state()  # type: ignore[assignment]
         self.pytorch = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 

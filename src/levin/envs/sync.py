@@ -84,7 +84,8 @@ class SyncEnvs(SyncVectorEnv):
             finally:
                 if rng.Generators() != before:
                     before.restore()
-                    self.envs, self.separated = [OwnGenerators(env) for env in self.envs], True
+                    self.envs = [OwnGenerators(env) for env in self.envs]
+                    self.separated = True
 
     def render(self) -> tuple[Any, ...]:
         """Return the frames of all envs."""

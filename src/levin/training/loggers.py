@@ -6,6 +6,7 @@ The x-axis is `env_steps`. In TensorBoard it is `Algorithm.clock`, which is the 
 import csv
 import io
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from levin.core import files
 from levin.core.errors import ConfigError
 from levin.runs import checkpoint, trust
+
+SECONDS_TO_CONNECT = 30  # for Weights & Biases
 
 
 def make_loggers(
@@ -52,25 +55,52 @@ def _make_loggers(
     if name == "tensorboard":
         files.subfolder(run, "tensorboard")
         loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=clock + 1))
-    elif name != "csv" and (_wandb_login() or name == "wandb"):
-        import wandb
-
-        experiment = wandb.init(
-            project=config["wandb_project"],
-            name=run.name,
-            group=config["name"],
-            dir=run,
-            id=wandb_id,
-            resume="allow",
-            mode=os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline"),  # type: ignore[arg-type]
-        )
-        trust.record_code(_wandb_run(experiment.id))
-        experiment.define_metric("env_steps")
-        experiment.define_metric("*", step_metric="env_steps")
-        loggers.append(WandbLogger(experiment=experiment, save_dir=run))
+    elif name == "wandb":
+        loggers.append(_wandb_logger(run, config, wandb_id))
+    elif name is None:
+        try:
+            if _wandb_login():
+                loggers.append(_wandb_logger(run, config, wandb_id))
+        except Exception as error:  # nobody has asked for it
+            reason = (str(error).splitlines() or [""])[0]
+            print(f"levin: Weights & Biases is not used: {type(error).__name__}: {reason}", file=sys.stderr)
     for logger in loggers:
         logger.log_hyperparams({**config, "git_sha": git_sha})
     return loggers
+
+
+def check_login(name: str | None) -> None:
+    """Check that Weights & Biases takes the user's key, if `name` selects it, before the run folder is made.
+
+    Raises:
+        ConfigError: The key is not valid.
+    """
+    if name == "wandb":
+        try:
+            _wandb_login()
+        except Exception as error:  # wandb raises errors of several types
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"logger=wandb can't be started: {reason}") from error
+
+
+def _wandb_logger(run: Path, config: dict[str, Any], wandb_id: str | None) -> WandbLogger:
+    """Build the logger of Weights & Biases: online if the user is logged in there, else offline."""
+    import wandb
+
+    experiment = wandb.init(
+        project=config["wandb_project"],
+        name=run.name,
+        group=config["name"],
+        dir=run,
+        id=wandb_id,
+        resume="allow",
+        mode=os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline"),  # type: ignore[arg-type]
+        settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT),
+    )
+    trust.record_code(_wandb_run(experiment.id))
+    experiment.define_metric("env_steps")
+    experiment.define_metric("*", step_metric="env_steps")
+    return WandbLogger(experiment=experiment, save_dir=run)
 
 
 def _wandb_run(wandb_id: str) -> trust.Code:
@@ -81,7 +111,7 @@ def _wandb_run(wandb_id: str) -> trust.Code:
 def _wandb_login() -> bool:
     import wandb  # here: the import takes a second, and most runs don't need it
 
-    return os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False)
+    return os.environ.get("WANDB_MODE") not in ("offline", "disabled") and wandb.login(prompt=False)
 
 
 def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:

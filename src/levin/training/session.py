@@ -66,6 +66,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     )
     facts = provenance.collect_provenance()
     evaluation.open()
+    loggers.check_login(cfg.logger)
     with run_folder.lock(run), run_folder.report_failure(run):
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
