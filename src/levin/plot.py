@@ -38,7 +38,8 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
     Raises:
         ConfigError: A folder is not a run, a folder of runs or a result, or no run of a curve has an evaluation yet.
     """
-    matches = {Path(match) for pattern in runs.split() for match in glob.glob(pattern)}
+    patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
+    matches = {Path(match) for each in patterns for match in ([each] if Path(each).exists() else glob.glob(each))}
     folders = sorted(match for match in matches if match.is_dir())
     if not folders:
         raise ConfigError(f"runs={runs} matches no folder")

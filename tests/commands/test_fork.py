@@ -147,3 +147,12 @@ def test_a_fork_must_have_the_name_of_its_folder(forks):
 def test_an_unknown_algorithm_is_answered_with_the_forks_too(forks):
     with pytest.raises(ConfigError, match="algo=min is unknown; valid: mine"):
         compose(["algo=min"])
+
+
+@pytest.mark.parametrize("place", ["levin (copy)", "größe=1", "it's, [here]"])
+def test_a_fork_works_in_a_checkout_with_any_name(place, tmp_path, monkeypatch):
+    experiments = tmp_path / place / "experiments"
+    experiments.mkdir(parents=True)
+    monkeypatch.setattr(paths, "EXPERIMENTS", experiments)
+    fork(algo="sac", name="my_idea")
+    assert compose(["algo=my_idea", "env=pendulum"], check_values=False).algo._target_.endswith("MyIdea")

@@ -68,3 +68,11 @@ def test_nothing_to_plot_is_a_config_error(tmp_path):
     write_run(tmp_path / "sac_point" / "s1", [1.0])
     with pytest.raises(ConfigError, match="can't be written"):
         plot(runs=str(tmp_path / "sac_point"), out=str(tmp_path / "no_such_folder" / "plot.png"))
+
+
+@pytest.mark.parametrize("name", ["my run", "algo.hidden_sizes=[8]", "a*b"])
+def test_a_folder_can_be_named_as_it_is_called(name, tmp_path):
+    run = tmp_path / name / "s0"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n10,1,0\n")
+    assert list(collect_curves(str(tmp_path / name))) == [str(tmp_path / name)]

@@ -255,3 +255,9 @@ def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
 def test_suggestions_are_sorted_by_similarity():
     with pytest.raises(ConfigError, match="valid: halfcheetah, halfcheetah_v5"):
         compose(["env=halfcheeta"])
+
+
+@pytest.mark.parametrize("path", ["runs/lr=0.1", "größe", "my run", "a#1(b)", "x/algo.tau=0.01/s0", "[8]"])
+def test_paths_are_taken_as_typed(path):
+    assert compose(["algo=sac", "env=pendulum", f"run={path}"]).run == path
+    assert compose(["algo=ppo", "env=dream", f"env.run={path}"], check_values=False).env.run == path

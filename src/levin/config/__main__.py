@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from levin.config.cli import parse_hydra_overrides, refuse_repeated
-from levin.config.compose import GROUPS, SEARCH_PATH, compose, take_run, with_search_path
+from levin.config.compose import GROUPS, SEARCH_PATH, compose, take_paths, with_search_path
 from levin.core.errors import exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
@@ -18,7 +18,7 @@ from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
 
 def value_origins(overrides: list[str]) -> dict[str, str]:
     """Return the origin of each config value: dotted key -> YAML file or "command line"."""
-    overrides, run = take_run(with_search_path(overrides))
+    overrides, typed = take_paths(with_search_path(overrides))
     parsed = parse_hydra_overrides(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         from hydra.core.global_hydra import GlobalHydra
@@ -38,8 +38,7 @@ def value_origins(overrides: list[str]) -> dict[str, str]:
         if override.key_or_group not in (*GROUPS, SEARCH_PATH):
             origin = {key: file for key, file in origin.items() if not key.startswith(f"{override.key_or_group}.")}
             origin[override.key_or_group] = "command line"
-    if run is not None:
-        origin["run"] = "command line"
+    origin |= dict.fromkeys(typed, "command line")
     return origin
 
 

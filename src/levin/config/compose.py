@@ -23,6 +23,7 @@ from levin.core.omega import flat_keys, to_plain
 
 SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
+PATHS = ("run", "env.run")  # keys whose values are paths
 NULL_DEFAULTS = ("debug=null", "launcher=null")  # valid defaults, which Hydra refuses as overrides
 
 
@@ -32,7 +33,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     Raises:
         ConfigError: An override is not valid.
     """
-    overrides, run = take_run(with_search_path(overrides))
+    overrides, typed = take_paths(with_search_path(overrides))
     _check_groups(parse_hydra_overrides(overrides))
     overrides = [each for each in overrides if each not in NULL_DEFAULTS]
     try:
@@ -41,7 +42,8 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
             choices = config.hydra.runtime.choices
             OmegaConf.set_struct(config, False)
             del config["hydra"]
-            config.run = config.run if run is None else run
+            for key, path in typed.items():
+                OmegaConf.update(config, key, path)
             return finalize(config, choices, check_values=check_values)
     except ConfigError:
         raise
@@ -66,24 +68,28 @@ def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
     return config
 
 
-def take_run(overrides: list[str]) -> tuple[list[str], str | None]:
-    """Remove `run=path` from the overrides, so that Hydra's grammar does not change the path.
+def take_paths(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Remove `run=path` and `env.run=path` from the overrides, so that Hydra's grammar does not change the paths.
 
     Returns:
-        The other overrides, and the path exactly as typed; None without one.
+        The other overrides, and the paths by key, exactly as typed.
 
     Raises:
         ConfigError: OmegaConf would read the path as a reference to another key or as a missing value.
     """
-    others = [override for override in overrides if not override.startswith("run=")]
-    typed = [override.removeprefix("run=") for override in overrides if override.startswith("run=")]
-    if not typed or typed[-1] == "null":
-        return others, None
-    if "${" in typed[-1] or typed[-1] == "???":
-        raise ConfigError(
-            f"run={typed[-1]} has a special meaning in a config (a reference or a missing value); name another folder"
-        )
-    return others, typed[-1]
+    others, typed = [], {}
+    for override in overrides:
+        key, _, path = override.partition("=")
+        if key not in PATHS or path == "null":
+            others.append(override)
+            typed.pop(key, None)  # the last word counts
+        elif "${" in path or path == "???":
+            raise ConfigError(
+                f"{override} has a special meaning in a config (a reference or a missing value); name another folder"
+            )
+        else:
+            typed[key] = path
+    return others, typed
 
 
 def with_search_path(overrides: list[str]) -> list[str]:
@@ -105,7 +111,8 @@ def with_search_path(overrides: list[str]) -> list[str]:
     for file in files:
         _check_fork(file)
     folders = [file.parents[1] for file in files]
-    return [*overrides, f"{SEARCH_PATH}=[{','.join(map(str, folders))}]"] if folders else overrides
+    quoted = ",".join("'" + str(folder).replace("'", r"\'") + "'" for folder in folders)  # a path may hold any letter
+    return [*overrides, f"{SEARCH_PATH}=[{quoted}]"] if folders else overrides
 
 
 def _check_fork(file: Path) -> None:
@@ -126,7 +133,7 @@ def _check_groups(overrides: list[Override]) -> None:
     folders = [paths.CONFIGS]
     for override in overrides:
         if override.key_or_group == SEARCH_PATH:
-            folders += [Path(str(folder)) for folder in override.value()]  # type: ignore[union-attr]
+            folders += [Path(getattr(each, "text", each)) for each in override.value()]  # type: ignore[union-attr]
     for override in overrides:
         group, choice = override.key_or_group, override.value()
         if group in ("algo", "env") and choice is None:
