@@ -3,9 +3,13 @@
 import glob
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from levin.config import cli
 from levin.core.errors import ConfigError, exit_on_user_error
+from levin.core.omega import flat_keys, to_plain
 from levin.results.curves import CURVES, METRICS, Curve, read_curves, read_run
+from levin.runs.load import load_config
 
 
 def plot(*, runs: str, out: str = "plot.png") -> Path:
@@ -53,11 +57,38 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
             curves.setdefault(str(folder), []).extend(map(read_run, seed_folders))
         else:
             raise ConfigError(f"{folder} is neither a run nor a result: it has no {METRICS} and no {CURVES}")
+    for label in curves:
+        check_one_config(Path(label), [folder for folder in folders if folder.parent == Path(label)])
     for label, seeds in curves.items():
         curves[label] = [seed for seed in seeds if len(seed.env_steps)]
         if not curves[label]:
             raise ConfigError(f"{label} has no evaluation yet")
     return curves
+
+
+def check_one_config(folder: Path, runs: list[Path]) -> None:
+    """Check that the runs of one curve differ in their seeds only, as far as algorithm and env go.
+
+    Args:
+        folder: Folder that the runs share.
+        runs: Run folders; if empty, all in `folder`.
+
+    Raises:
+        ConfigError: They differ in a value of `algo` or `env`.
+    """
+    values: dict[str, dict[str, Path]] = {}  # key -> value -> a run that has it
+    for run in runs or sorted(folder.glob("*/")):
+        if (run / "config.yaml").is_file():
+            config = load_config(run, runs=())
+            for key in flat_keys({name: to_plain(config[name]) for name in ("algo", "env")}):
+                values.setdefault(key, {}).setdefault(str(OmegaConf.select(config, key)), run)
+    for key, seen in values.items():
+        if len(seen) > 1:
+            listed = " and ".join(f"{value} ({run.name})" for value, run in list(seen.items())[:2])
+            raise ConfigError(
+                f"the runs in {folder} are not seeds of one curve: {key} is {listed}; "
+                "move those with other values into a folder of their own"
+            )
 
 
 def main() -> None:

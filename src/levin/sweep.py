@@ -52,7 +52,7 @@ def sweep(words: list[str]) -> None:
             compose([*first[:i], value, *first[i + 1 :]])
     not_in_name = [key for key, values in choices.items() if len(values) == 1 or key == "seed"]
     options = {
-        "hydra.sweep.dir": f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S}",
+        "hydra.sweep.dir": f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S-%f}",
         "hydra.sweep.subdir": "'./${hydra.job.override_dirname}/s${seed}'",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(not_in_name)}]",
         "hydra.output_subdir": "null",  # the run folder has its own config.yaml

@@ -76,3 +76,15 @@ def test_a_folder_can_be_named_as_it_is_called(name, tmp_path):
     run.mkdir(parents=True)
     (run / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n10,1,0\n")
     assert list(collect_curves(str(tmp_path / name))) == [str(tmp_path / name)]
+
+
+def test_runs_of_two_configs_are_not_seeds_of_one_curve(tmp_path):
+    for seed, env in (("s0", "One-v0"), ("s1", "Two-v0")):
+        run = tmp_path / "ppo" / seed
+        run.mkdir(parents=True)
+        (run / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n10,1,0\n")
+        config = f"algo: {{_target_: levin.algorithms.ppo.PPO}}\nenv: {{id: 'two:{env}'}}\nseed: {seed[1]}\n"
+        (run / "config.yaml").write_text(config)
+    with pytest.raises(ConfigError, match=r"not seeds of one curve: env.id is two:One-v0 \(s0\) and two:Two-v0 \(s1\)"):
+        collect_curves(str(tmp_path / "ppo"))
+    assert len(collect_curves(f"{tmp_path}/ppo/s0")) == 1

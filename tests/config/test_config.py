@@ -12,6 +12,7 @@ from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.core.omega import flat_keys, to_plain
+from levin.runs.folder import new_run_path
 
 WRONG = [
     (["algo=sacc"], "algo=sacc is unknown; valid: sac"),
@@ -261,3 +262,13 @@ def test_suggestions_are_sorted_by_similarity():
 def test_paths_are_taken_as_typed(path):
     assert compose(["algo=sac", "env=pendulum", f"run={path}"]).run == path
     assert compose(["algo=ppo", "env=dream", f"env.run={path}"], check_values=False).env.run == path
+
+
+def test_a_run_of_any_env_is_named_by_its_id():
+    assert compose(["algo=ppo", "env=gym", "env.id=two:pair/One-v0"]).name == "ppo_two_pair_One-v0"
+    assert compose(["algo=ppo", "env=cartpole"]).name == "ppo_cartpole"
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own():
+    config = compose(["algo=ppo", "env=cartpole"])
+    assert len({new_run_path(config) for _ in range(20)}) == 20

@@ -23,6 +23,7 @@ from levin.core.omega import flat_keys, to_plain
 
 SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
+ANY_ENV = ("gym", "torchrl", "atari")  # env configs for any id: their runs are named by the id
 PATHS = ("run", "env.run")  # keys whose values are paths
 NULL_DEFAULTS = ("debug=null", "launcher=null")  # valid defaults, which Hydra refuses as overrides
 
@@ -58,9 +59,12 @@ def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
         ConfigError: A value is not valid.
     """
     OmegaConf.set_struct(config, False)
-    config.name = f"{choices['algo']}_{choices['env']}"
     _check_debug(str(choices.get("debug")), str(choices["algo"]))
     OmegaConf.resolve(config)
+    env = choices["env"]
+    if env in ANY_ENV and not OmegaConf.is_missing(config.env, "id"):
+        env = re.sub(r"[^\w.-]+", "_", str(config.env.id))
+    config.name = f"{choices['algo']}_{env}"
     OmegaConf.set_struct(config, True)
     if check_values:
         schema.check(config)

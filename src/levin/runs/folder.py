@@ -44,7 +44,7 @@ def new_run_path(config: DictConfig) -> Path:
     Raises:
         ConfigError: The folder exists and is not empty.
     """
-    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # with microseconds: several runs may begin in one second
     run = Path(config.run or f"runs/{config.name}/s{config.seed}_{now}")
     if run.exists() and (not run.is_dir() or any(not each.name.startswith(".") for each in run.iterdir())):
         raise ConfigError(
