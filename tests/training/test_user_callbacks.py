@@ -106,5 +106,5 @@ def test_a_seed_or_several_values_are_never_dropped(words, sentence, monkeypatch
 
 
 def test_a_repeated_key_is_announced(capsys):
-    cli.refuse_repeated(["algo.gamma=0.9", "algo.gamma=0.8", "log_every=3", "log_every=3"])
-    assert capsys.readouterr().err == "levin: algo.gamma is given twice, as 0.9 and as 0.8: the last is used\n"
+    cli.refuse_repeated(["algo.hidden_sizes=[8,8]", "algo.hidden_sizes=[4]", "log_every=3", "log_every=3"])
+    assert capsys.readouterr().err == "levin: algo.hidden_sizes is given twice, as [8,8] and as [4]: the last is used\n"

@@ -1,5 +1,6 @@
 """Parse the `key=value` arguments of a command line."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -59,7 +60,7 @@ def refuse_repeated(arguments: list[str]) -> None:
         key, equals, value = word.lstrip("+~").partition("=")
         if equals and given.get(key, value) != value:
             message = f"{key} is given twice, as {given[key]} and as {value}"
-            if key == "seed" or "," in given[key]:
+            if key == "seed" or "," in re.sub(r"[\[{(].*[\])}]", "", given[key]):  # not the comma of a list
                 hint = "; with make, write SEED= or SEEDS= instead of seed=" if key == "seed" else ""
                 raise ConfigError(f"{message}: leave one out{hint}")
             print(f"levin: {message}: the last is used", file=sys.stderr)
