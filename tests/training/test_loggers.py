@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from ctypes.util import find_library
 from pathlib import Path
 
 import imageio.v3
@@ -190,3 +191,21 @@ def test_an_env_of_which_only_evaluation_needs_two_copies_is_refused_before_the_
     with pytest.raises(ConfigError, match="no second copy"):
         train(compose([*SMALL, "total_env_steps=64"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(find_library("EGL") is None, reason="needs libegl1")
+def test_a_display_that_cannot_be_opened_is_not_used():
+    code = """if True:
+        from levin.envs.config import EnvConfig
+        from levin.envs.factory import make_env
+        env = make_env(EnvConfig(id="InvertedPendulum-v5"), seed=0, num_envs=1, render=True)
+        env.reset()
+        print(env.render()[0].shape)
+    """
+    environment = {**os.environ, "DISPLAY": ":77"}
+    environment.pop("MUJOCO_GL", None)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert answer.stdout == "(480, 480, 3)\n"
+    assert "GLFW" not in answer.stderr

@@ -4,6 +4,7 @@ Autoreset is DISABLED: the last observation of an episode is the true one, and t
 with `reset(options={"reset_mask": done})`.
 """
 
+import ctypes
 import importlib
 import os
 import sys
@@ -182,7 +183,7 @@ def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any
     """Return the rendering arguments for `gymnasium.make`: only those that the env accepts, none without rendering."""
     side = config.pixels
     options: dict[str, Any] = {"render_mode": "rgb_array"} if render or side else {}
-    if (options or config.family == "dm_control") and "DISPLAY" not in os.environ:
+    if (options or config.family == "dm_control") and not _has_display():
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         if find_library("EGL"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before dm_control is imported
@@ -197,6 +198,19 @@ def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any
     if side:
         raise ConfigError(f"env.pixels={side} is for MuJoCo and dm_control: {config.id} renders at one size only")
     return options
+
+
+def _has_display() -> bool:
+    """Return whether the display that DISPLAY names can be opened; it may be left over from a closed session."""
+    library = find_library("X11") if "DISPLAY" in os.environ else None
+    if library is None:
+        return False
+    x11 = ctypes.CDLL(library)
+    x11.XOpenDisplay.restype = ctypes.c_void_p
+    display = x11.XOpenDisplay(None)
+    if display:
+        x11.XCloseDisplay(ctypes.c_void_p(display))
+    return bool(display)
 
 
 def _mujoco_warning(message: str) -> None:
