@@ -25,7 +25,7 @@ from levin.results.reproduction import judge_runs, kept_seeds, store_runs
 from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
 from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
-from levin.runs import trust
+from levin.runs import provenance, trust
 from levin.runs.load import POLICY, load_config
 
 OVERRIDES = (
@@ -229,6 +229,16 @@ def test_seeds_are_not_added_to_a_result_of_another_config_or_machine(stored_cop
     (result_folder / CONFIG).write_text(text.replace("gamma: 0.99", "gamma: 0.98"))
     with pytest.raises(ConfigError, match=r"seeds 1 2 differ in config\.yaml"):
         reproduce(exp="toy", seeds="0", store=True)
+
+
+def test_changed_files_are_refused_before_the_runs_begin(stored_copy, monkeypatch):
+    result_folder, _ = stored_copy
+    batches = set(result_folder.parents[1].glob("runs/reproduce/*"))
+    clean = provenance.collect_provenance()
+    monkeypatch.setattr(provenance, "collect_provenance", lambda: {**clean, "git_dirty": True})
+    with pytest.raises(ConfigError, match="store=true needs runs of committed files"):
+        reproduce(exp="toy", seeds="0 1 2", store=True)
+    assert set(result_folder.parents[1].glob("runs/reproduce/*")) == batches
 
 
 def test_an_interrupted_reproduction_can_be_continued(stored_copy, tmp_path):
