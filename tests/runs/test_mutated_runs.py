@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import yaml
 
 import levin
+from commands import exit_code_and_errors
 from levin import evaluate, play, plot, resume
 from levin.config.compose import compose
 from levin.core import files
@@ -241,13 +243,7 @@ def answer(command: str, run: Path, total: int, monkeypatch, capsys) -> tuple[in
     """Run a command in this process; return its exit code and what it wrote to stderr."""
     main, words = COMMANDS[command]
     monkeypatch.setattr("sys.argv", [command, *(word.format(run=run, total=total) for word in words)])
-    capsys.readouterr()
-    try:
-        main() if words else main(str(run))
-        code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return code, capsys.readouterr().err
+    return exit_code_and_errors(main if words else partial(main, str(run)), capsys)
 
 
 @pytest.mark.parametrize("seed", range(CASES))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 import levin
+from commands import exit_code_and_errors
 from levin import evaluate, fork, plot, report, reproduce, resume
 from levin import play as play_command
 from levin import train as train_command
@@ -124,13 +126,7 @@ def call(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
         main, words, _ = COMMANDS[command]
         words = [word.format(run=run, experiments=paths.EXPERIMENTS) for word in words]
         monkeypatch.setattr("sys.argv", [command, *words, *more])
-        capsys.readouterr()
-        try:
-            main() if words else main(str(run))
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, capsys.readouterr().err
+        return exit_code_and_errors(main if words else partial(main, str(run)), capsys)
 
     return run_command
 

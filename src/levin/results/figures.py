@@ -165,7 +165,7 @@ def new_figure(columns: int = 1) -> "tuple[Figure, Axes]":
 
 
 def plain(text: str) -> str:
-    """Return text for a figure in which `$` is a dollar sign, not the begin of a formula."""
+    """Return text for a figure in which `$` is a dollar sign, not the start of a formula."""
     return text.replace("$", r"\$")
 
 

@@ -4,7 +4,7 @@ A config can name an algorithm class, an env's module and callbacks. Code of thi
 of Levin, forks that git tracks here, and the envs of the families that Levin supports. All other code runs only if a
 run with the same entry was begun here, or if the user says `trust=true`.
 
-What was begun here is recorded outside the run folder, in `$XDG_STATE_HOME/levin/` (`~/.local/state/levin/` by
+The record of such entries lies outside the run folder, in `$XDG_STATE_HOME/levin/` (`~/.local/state/levin/` by
 default): one file per entry, named by a checksum of the entry and of the place that its module is imported from. So
 neither a changed config nor another module of the same name is accepted.
 """
