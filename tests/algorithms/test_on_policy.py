@@ -22,6 +22,7 @@ from levin.data.rollout import WholeEpisodes
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 from levin.nn.distributions import Categorical, Normal
+from levin.nn.networks import NatureCNN, SmallCNN
 from levin.training.session import build_run, train
 from rows import LATE, POINT, ROWS
 
@@ -309,7 +310,7 @@ def test_compiling_needs_a_compiler(monkeypatch):
 
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "a3c"])
 def test_pixels(algo, tmp_path):
-    """The Nature CNN is trained; images that are too small are refused."""
+    """The Nature CNN is trained, or the small one if the images are too small for it."""
     overrides = [f"algo={algo}", "env=gym", "env.id=toy_envs:Frames-v0", *LATE, "total_env_steps=16", "eval.episodes=1"]
     overrides += ["algo.steps_per_iteration=8", "env.num_envs=1", "env.normalize_observation=false"]
     overrides += ["trainer.workers=1"] if algo == "a3c" else ["env.normalize_reward=false"]
@@ -318,8 +319,8 @@ def test_pixels(algo, tmp_path):
     before = make_algorithm(*overrides).state_dict()
     after = saved_state(tmp_path / "run")["state_dict"]
     assert not torch.equal(before["trunk.layers.0.weight"], after["trunk.layers.0.weight"])
-    with pytest.raises(ConfigError, match="36 x 36 pixels or more"):
-        make_algorithm(f"algo={algo}", "env=gym", "env.id=toy_envs:Image-v0", *overrides[3:])
+    small = make_algorithm(f"algo={algo}", "env=gym", "env.id=toy_envs:Image-v0", *overrides[3:])
+    assert (type(small.trunk), type(make_algorithm(*overrides).trunk)) == (SmallCNN, NatureCNN)
 
 
 @pytest.mark.parametrize("algo", ["actor_critic", "a2c"])

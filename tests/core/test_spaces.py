@@ -54,7 +54,12 @@ def test_numbers_are_flattened_as_in_gymnasium(space):
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((5, 6, 3), (3, 5, 6)), ((3, 5, 6), (3, 5, 6)), ((5, 6), (1, 5, 6)), ((4, 84, 84), (4, 84, 84))],
+    [
+        *(((5, 6, 3), (3, 5, 6)), ((3, 5, 6), (3, 5, 6)), ((5, 6), (1, 5, 6)), ((4, 84, 84), (4, 84, 84))),
+        *(((84, 84, 6), (6, 84, 84)), ((84, 84, 2), (2, 84, 84)), ((64, 64, 40), (40, 64, 64))),
+        *(((6, 84, 84), (6, 84, 84)), ((7, 7, 3), (3, 7, 7)), ((1, 1, 3), (3, 1, 1)), ((4, 4, 3), (3, 4, 4))),
+        *(((6, 84, 100), (6, 84, 100)), ((84, 100, 6), (6, 84, 100)), ((12, 210, 160), (12, 210, 160))),
+    ],
 )
 def test_pixels_become_channel_first(shape, expected):
     space = Box(0, 255, shape, np.uint8)
@@ -65,8 +70,20 @@ def test_pixels_become_channel_first(shape, expected):
     assert observation["dtype"] == "uint8"
     seen = read(batch)
     assert seen.shape == (3, *expected)
-    channel = samples[1][..., 0] if shape[-1] == 3 else samples[1].reshape(expected)[0]
+    channel = samples[1].reshape(expected)[0] if len(shape) == 2 or shape == expected else samples[1][..., 0]
     np.testing.assert_array_equal(seen[1][0], channel)
+
+
+@pytest.mark.parametrize(("channels", "expected"), [("first", (40, 48, 64)), ("last", (64, 40, 48))])
+def test_pixels_that_are_not_recognised_need_the_axis_of_their_channels(channels, expected):
+    space = Box(0, 255, (40, 48, 64), np.uint8)
+    with pytest.raises(ConfigError, match=r"\[40, 48, 64\] may be .* set env.channels=first or env.channels=last"):
+        NetworkInput(describe_space(space))
+    samples, batch = batch_of(space, 3)
+    read = NetworkInput(describe_space(Dict({"a": space}), channels))
+    assert tuple(read.space["shape"]) == expected
+    channel = samples[1][0] if channels == "first" else samples[1][..., 0]
+    np.testing.assert_array_equal(read({"a": batch})[1][0], channel)
 
 
 def test_a_flat_box_of_bytes_is_a_vector():

@@ -213,7 +213,7 @@ def test_no_second_process_trains_in_the_same_folder(tmp_path):
     assert process.returncode == 0
 
 
-def test_a_signal_in_the_last_evaluation_exits_with_0(tmp_path):
+def test_a_signal_in_the_last_evaluation_exits_with_0_and_a_resume_repeats_it(tmp_path):
     overrides = (
         *TINY,
         "env=gym",
@@ -228,6 +228,8 @@ def test_a_signal_in_the_last_evaluation_exits_with_0(tmp_path):
     process.send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    assert "eval/return_mean" not in output[0]
+    output = start("resume", f"run={tmp_path / 'run'}").communicate(timeout=300)
     assert "eval/return_mean" in output[0]
 
 

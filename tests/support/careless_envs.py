@@ -6,7 +6,7 @@ from typing import ClassVar
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Text
 
 
 class Careless(gym.Env):
@@ -151,9 +151,56 @@ class NamedPicture(gym.Env):
         return self.reset()[0], 0.0, False, False, {}
 
 
+class Picture(gym.Env):
+    """Env that shows random pixels of a given shape; with `text` also a vector and a text. The action 1 is rewarded."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, shape: list[int], text: bool = False) -> None:
+        self.picture, self.text = Box(0, 255, tuple(shape), np.uint8), text
+        parts = {"picture": self.picture, "mission": Text(20), "vector": Box(-50, 50, (2,), np.float32)}
+        self.observation_space = Dict(parts) if text else self.picture
+
+    def show(self):
+        picture = self.np_random.integers(0, 255, self.picture.shape, np.uint8)
+        vector = self.np_random.uniform(-50, 50, 2).astype(np.float32)
+        return {"picture": picture, "mission": "go there", "vector": vector} if self.text else picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.show(), {}
+
+    def step(self, action):
+        return self.show(), float(action), False, False, {}
+
+
+class Endless(Careless):
+    """Point whose first `after` episodes have 20 steps, and whose later ones have no end."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, after: int = 0, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.after, self.render_mode = after, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        observation, reward, _, _, info = super().step(action)
+        return observation, reward, False, self.steps == 20 and self.resets <= self.after, info
+
+    def render(self):
+        return np.zeros((32, 32, 3), np.uint8)
+
+
 gym.register("Careless-v0", Careless, max_episode_steps=20)
 gym.register("Outside-v0", Outside)
 gym.register("Canvas-v0", Canvas)
 gym.register("Bounds-v0", Bounds)
 gym.register("Number-v0", Number)
 gym.register("NamedPicture-v0", NamedPicture, max_episode_steps=5)
+gym.register("Endless-v0", Endless)
+gym.register("Picture-v0", Picture, max_episode_steps=20)

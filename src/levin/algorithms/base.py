@@ -24,7 +24,7 @@ from levin.data.replay import Replay
 from levin.data.rollout import WholeEpisodes
 from levin.nn import cuda_graphs
 from levin.nn.networks import StochasticPolicy
-from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer
+from levin.nn.normalizers import RewardNormalizer, make_observation_normalizer
 from levin.nn.parameters import FlatParameter, clip_grad_norm, flatten_parameters
 
 Batch = Mapping[NestedKey, Tensor]  # input of a loss: a TensorDict, or a dict of tensors with the same keys
@@ -124,9 +124,7 @@ class Algorithm(LightningModule):
         self.observation_normalizer: nn.Module = nn.Identity()
         self.reward_normalizer: nn.Module = nn.Identity()
         if env["observation_clip"] is not None:
-            self.observation_normalizer = ObservationNormalizer(
-                tuple(env["observation"]["shape"]), env["observation_clip"]
-            )
+            self.observation_normalizer = make_observation_normalizer(env["observation"], env["observation_clip"])
         if env["reward_clip"] is not None:
             self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum and count since the last row of metrics

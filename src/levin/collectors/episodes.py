@@ -1,13 +1,21 @@
 """Episode statistics during training, and evaluation of a policy over whole episodes."""
 
+import warnings
+from collections.abc import Callable
+from time import perf_counter
+
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
 
-from levin.core.errors import RunError
+from levin.core.errors import Interrupted, RunError
 from levin.core.spaces import to_tensors
 from levin.data.rollout import act
+from levin.envs.config import EnvConfig
 from levin.envs.vector import SeededVectorEnv
+
+LONG_WAIT = 60.0  # seconds without the end of an episode after which the user is told
+ENDLESS = 1_000_000  # steps after which an episode counts as endless, if `env.time_limit` is not set
 
 
 class EpisodeStatistics:
@@ -59,14 +67,50 @@ def step_count(done: np.ndarray, open_length: np.ndarray) -> np.ndarray:
     return steps - last - 1
 
 
+class EpisodeEnd:
+    """Wait for the end of an episode that may have none: warn after `LONG_WAIT` seconds, fail after `ENDLESS` steps.
+
+    Args:
+        config: Options of the env. With `time_limit` every episode ends.
+    """
+
+    def __init__(self, config: EnvConfig) -> None:
+        self.config = config
+        self.warned_at = perf_counter() + LONG_WAIT
+
+    def check(self, length: int) -> None:
+        """Check an open episode of `length` steps.
+
+        Raises:
+            RunError: It is too long to have an end.
+        """
+        if self.config.time_limit is not None:
+            return
+        advice = "if its episodes have no end, train it with env.time_limit=<steps>"
+        if perf_counter() > self.warned_at:
+            self.warned_at = float("inf")
+            warnings.warn(f"an episode of {self.config.id} has not ended for {LONG_WAIT:g} s; {advice}", stacklevel=2)
+        if length >= ENDLESS:
+            raise RunError(f"an episode of {self.config.id} has not ended after {length:,} steps; {advice}")
+
+
 @torch.inference_mode()
-def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> tuple[list[float], list[int]]:
+def evaluate(
+    policy: TensorDictModule, env: SeededVectorEnv, episodes: int, stop: Callable[[], bool] = lambda: False
+) -> tuple[list[float], list[int]]:
     """Play `episodes` episodes with a policy; return their undiscounted returns and their lengths.
 
     Each env plays a fixed number of episodes: taking those that finish first would favour short ones.
 
+    Args:
+        policy: Policy that acts.
+        env: Envs to play in.
+        episodes: Number of episodes.
+        stop: Function that returns whether to give up; called before each step.
+
     Raises:
-        RunError: A reward or an observation is not finite.
+        Interrupted: `stop` has returned true.
+        RunError: A reward or an observation is not finite, or an episode has no end.
     """
     num_envs = env.num_envs
     device = next(iter(policy.parameters()), torch.empty(0)).device
@@ -75,8 +119,10 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
     total, length = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
     done = np.ones(num_envs, dtype=bool)
-    observation = env.begin([0] * num_envs, done)
+    observation, end = env.begin([0] * num_envs, done), EpisodeEnd(env.config)
     while any(len(played) < count for played, count in zip(returns, quota, strict=True)):
+        if stop():
+            raise Interrupted
         batch = to_tensors(env.observation, observation, device)
         observation, reward, terminated, truncated, _ = env.step(act(policy, batch, done).cpu().numpy())
         total += reward
@@ -85,10 +131,13 @@ def evaluate(policy: TensorDictModule, env: SeededVectorEnv, episodes: int) -> t
         done = terminated | truncated
         if done.any():
             for i in np.flatnonzero(done):
+                if len(returns[i]) < quota[i]:
+                    end = EpisodeEnd(env.config)
                 returns[i].append(float(total[i]))
                 lengths[i].append(int(length[i]))
             total[done], length[done] = 0, 0
             observation, _ = env.reset(options={"reset_mask": done})
+        end.check(int(length.max()))
     pairs = list(zip(returns, lengths, quota, strict=True))
     return [x for each, _, n in pairs for x in each[:n]], [x for _, each, n in pairs for x in each[:n]]
 

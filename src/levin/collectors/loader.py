@@ -106,6 +106,11 @@ class CollectorLoader:
                 f"env {env}, step {count} of episode {episode}, seed {self.env.episode_seed_of(env, episode)}"
             )
 
+    def interrupt(self) -> None:
+        """Abandon a slow rollout, in progress or the next, with `Interrupted`; collectors of workers finish theirs."""
+        if isinstance(self.collector, VectorCollector):
+            self.collector.interrupted = True
+
     def pop_metrics(self) -> dict[str, float]:
         """Return the metrics since the last call: count and means of ended episodes, collection time, policy lag."""
         metrics = {"time/collect": self.seconds}

@@ -6,7 +6,9 @@ Every collector is a TorchRL `BaseCollector` and yields the rollout that `levin.
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,17 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.collectors import BaseCollector
 
+from levin.collectors.episodes import EpisodeEnd
+from levin.core.errors import Interrupted
+from levin.core.rng import Generators
 from levin.core.spaces import IS_FIRST, random_actions, to_tensors
 from levin.data.rollout import WholeEpisodes
 from levin.envs.vector import SeededVectorEnv
 
 CHUNK = 256  # vector steps to allocate at a time, when the length of a rollout is not known in advance
+SLOW = 1.0  # seconds; a rollout that takes longer is abandoned on a signal, a shorter one is finished
+STATE = ("vector_steps", "_observation", "_first", "_seeded_at", "_history", "_history_start")  # that a rollout changes
+MAX_REPLAY = 1_000_000  # vector steps; a longer open episode is not replayed when a run resumes
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
@@ -50,6 +58,25 @@ class RolloutArrays:
     states: list[Tensor] = field(default_factory=list)
 
 
+class Before:
+    """State of a collector, its policy and the random generators before a rollout."""
+
+    def __init__(self, collector: "VectorCollector") -> None:
+        self.generators = Generators()
+        self.buffers = {name: each.clone() for name, each in collector.policy.named_buffers()}
+        self.episodes = list(collector.env.episodes)
+        self.attributes = {name: copy(getattr(collector, name)) for name in STATE}
+
+    def restore(self, collector: "VectorCollector") -> None:
+        """Set the collector, its policy and the random generators to this state."""
+        self.generators.restore()
+        for name, each in collector.policy.named_buffers():
+            each.copy_(self.buffers[name])
+        collector.env.episodes = self.episodes
+        for name, value in self.attributes.items():
+            setattr(collector, name, value)
+
+
 class VectorCollector(BaseCollector):
     """Collector with a tight loop over a gymnasium `VectorEnv` that writes into preallocated arrays.
 
@@ -60,7 +87,10 @@ class VectorCollector(BaseCollector):
 
     An open episode is resumed by replay: its seed is known, its actions are in `state_dict`, and the observation after
     them is compared with the saved one. If it began without a seed (`SeededVectorEnv.continues_without_seed`), all
-    episodes since the last seed are replayed.
+    episodes since the last seed are replayed. An episode of more than `MAX_REPLAY` steps is truncated instead.
+
+    A signal handler sets `interrupted`. Then a rollout in progress is abandoned: it raises `Interrupted`, with the
+    state and the random generators as they were before it.
 
     Args:
         env: Envs to collect from, N of them.
@@ -83,6 +113,9 @@ class VectorCollector(BaseCollector):
         self.takes_is_first = IS_FIRST in policy.in_keys
         self.random_env_steps = random_env_steps
         self.vector_steps = 0
+        self.interrupted = False
+        self._slow = True  # whether the last rollout was slow, or there was none
+        self._before: Before | None = None  # state before this rollout; None: a signal does not end it
         self.parts = list(env.observation.get("spaces", {}))  # names of the parts of a dict observation; else empty
         self._observation: list[np.ndarray] | None = None  # current observation, [N, *S] for each part
         self._first = np.ones(env.num_envs, dtype=bool)  # [N]: whether the current observation begins an episode
@@ -96,22 +129,33 @@ class VectorCollector(BaseCollector):
             yield self.rollout()
 
     def rollout(self) -> TensorDict:
-        """Collect the next rollout, `[N, T]` transitions."""
-        if isinstance(self.steps, int):
-            return self._collect(self.steps)
+        """Collect the next rollout, `[N, T]` transitions.
+
+        Raises:
+            Interrupted: A signal has ended the rollout.
+        """
+        start = perf_counter()
+        self._before = Before(self) if self._slow or not isinstance(self.steps, int) else None
+        try:
+            rollout = self._collect(self.steps) if isinstance(self.steps, int) else self._collect_episodes(self.steps)
+        except Interrupted:
+            assert self._before is not None
+            self._before.restore(self)
+            raise
+        self._slow = perf_counter() - start > SLOW
+        return rollout
+
+    def _collect_episodes(self, steps: WholeEpisodes) -> TensorDict:
         chunks: list[TensorDict] = []
         episodes = transitions = 0
-        while (
-            episodes < self.steps.episodes
-            or transitions < self.steps.transitions
-            or (self.steps.paired_episodes and episodes % 2)
-        ):
-            done = False
+        while episodes < steps.episodes or transitions < steps.transitions or (steps.paired_episodes and episodes % 2):
+            end, length, done = EpisodeEnd(self.env.config), 0, False
             while not done:
                 chunks.append(self._collect(CHUNK, until_done=True))
-                transitions += chunks[-1].shape[1]
+                length += chunks[-1].shape[1]
                 done = bool(chunks[-1]["next", "done"][0, -1])
-            episodes += 1
+                end.check(length)
+            episodes, transitions = episodes + 1, transitions + length
         return torch.cat(chunks, 1)  # type: ignore[arg-type, return-value]
 
     def _collect(self, steps: int, *, until_done: bool = False) -> TensorDict:
@@ -148,6 +192,8 @@ class VectorCollector(BaseCollector):
         current: list[Any] = now
         with torch.inference_mode():  # around the loop only: a loss can't use inference tensors
             for t in range(steps):
+                if self.interrupted and self._before is not None:
+                    raise Interrupted
                 if t >= num_random:
                     chosen, state = self._act(current, device)
                     action[:, t] = chosen.numpy()
@@ -247,7 +293,7 @@ class VectorCollector(BaseCollector):
     def _append_history(self, action: np.ndarray) -> None:
         """Append actions `[N, T, *A]` to the history, and drop those that no open episode needs for its replay."""
         self._history.append(action)
-        oldest = self._seeded_at.min()
+        oldest = max(self._seeded_at.min(), self.vector_steps - MAX_REPLAY)
         while self._history and self._history_start + self._history[0].shape[1] <= oldest:
             self._history_start += self._history.popleft().shape[1]
 
@@ -264,7 +310,7 @@ class VectorCollector(BaseCollector):
             return OrderedDict()
         lengths = self.vector_steps - self._seeded_at  # [N]
         history = np.concatenate([self._allocate_actions(0), *self._history], axis=1)  # [N, L, *A]
-        start = history.shape[1] - int(lengths.max())
+        start = max(0, history.shape[1] - int(lengths.max()))
         return OrderedDict(
             vector_steps=self.vector_steps,
             episodes=list(self.env.episodes),
@@ -280,19 +326,25 @@ class VectorCollector(BaseCollector):
         self.vector_steps = state_dict["vector_steps"]
         lengths, actions = np.array(state_dict["lengths"]), state_dict["actions"].numpy()
         saved = self._copy_parts(state_dict["observation"])
+        too_long = lengths > actions.shape[1]
+        lengths[too_long] = 0
         self._history = deque([actions])
         self._history_start = self.vector_steps - actions.shape[1]
         self._seeded_at = self.vector_steps - lengths
         self._observation = self._replay(state_dict["episodes"], lengths, actions)
-        self.not_replayed = not_replayed = np.array(
+        differs = np.array(
             [
                 any(not np.array_equal(part[i], was[i]) for part, was in zip(self._observation, saved, strict=True))
                 for i in range(self.env.num_envs)
             ]
         )
+        self.not_replayed = not_replayed = too_long | differs
         if not_replayed.any():
+            reason = f"its open episode has more than {MAX_REPLAY:,} steps (env.time_limit would end it)"
+            if not too_long.any():
+                reason = "the same actions led to another observation"
             warnings.warn(
-                f"{self.env.config.id} does not replay: the same actions led to another observation. The open episode "
+                f"{self.env.config.id} does not replay: {reason}. The open episode "
                 f"of {int(not_replayed.sum())} env(s) is truncated, and this run differs from an uninterrupted one",
                 stacklevel=2,
             )

@@ -58,7 +58,7 @@ def check(config: DictConfig) -> None:
     check_section(top_level, "", config, skip=("env", "algo", "eval", "checkpoint", "trainer", "callbacks"))
     check_section(EnvConfig, "env.", config.env)
     check_section(algorithm_class(config), "algo.", config.algo, skip=("_target_",), given=("env",))
-    check_section(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget", "run"))
+    check_section(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget", "run", "stop"))
     check_section(Checkpointing, "checkpoint.", config.checkpoint, given=("run", "evaluation"))
     for name, replacement in REPLACED_TRAINER_KEYS.items():
         if name in config.trainer:

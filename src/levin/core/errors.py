@@ -26,6 +26,10 @@ class RunError(RuntimeError):
     """A run can't continue: an env fails, a number is not finite, or the disk is full."""
 
 
+class Interrupted(Exception):  # noqa: N818  # not an error
+    """A signal has ended a rollout or an evaluation, which a resumed run repeats from its beginning."""
+
+
 def valid_names(wrong: str, valid: Iterable[str]) -> str:
     """Return the end of an error message, such as `valid: sac, ppo`, with the names closest to the wrong one first."""
     names = sorted(valid)

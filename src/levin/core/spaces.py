@@ -32,6 +32,7 @@ class Space(TypedDict):
     nvec: NotRequired[list[int]]  # multi_discrete: number of values of each choice, flat
     starts: NotRequired[list[int]]  # multi_discrete: the env's first value of each choice, flat
     spaces: NotRequired[dict[str, "Space"]]  # dict: its parts
+    channels: NotRequired[Literal["first", "last"]]  # pixels: axis of the channels, if it is not to be guessed
 
 
 class EnvSpec(TypedDict):
@@ -45,7 +46,7 @@ class EnvSpec(TypedDict):
     action_units: Literal["rescale", "clip", "none"]
     action_repeat: int
     frame_stack: NotRequired[int]  # missing in policies saved by older versions, which have 1
-    observation_clip: float | None  # None: observations are not normalised
+    observation_clip: float | None  # None: observations are not normalised, or are pixels only
     reward_clip: float | None  # None: rewards are not normalised
 
 
@@ -74,8 +75,12 @@ def describe_action(space: gym.Space) -> Space:
     return described
 
 
-def describe_space(space: gym.Space) -> Space:
+def describe_space(space: gym.Space, channels: Literal["first", "last"] | None = None) -> Space:
     """Return an observation space in plain values.
+
+    Args:
+        space: Observation space.
+        channels: Axis of the channels of all images; None: guess it.
 
     Raises:
         ConfigError: The space can't be converted to network input.
@@ -87,7 +92,10 @@ def describe_space(space: gym.Space) -> Space:
                 f"the env's observation space is uint8 of the shape {shape}; valid: pixels [H, W], [H, W, C] or "
                 "[C, H, W]; to stack frames, set env.frame_stack"
             )
-        return {**EMPTY, "shape": shape, "dtype": "uint8" if is_image(space.dtype, shape) else "float32"}
+        if not is_image(space.dtype, shape):
+            return {**EMPTY, "shape": shape}
+        image: Space = {**EMPTY, "shape": shape, "dtype": "uint8"}
+        return {**image, "channels": channels} if channels else image
     if isinstance(space, Discrete):
         return {**EMPTY, "type": "discrete", "dtype": "int64", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, MultiDiscrete):
@@ -98,7 +106,7 @@ def describe_space(space: gym.Space) -> Space:
         return {**EMPTY, "shape": list(space.shape)}
     if isinstance(space, Dict | Tuple):
         parts = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
-        return {**EMPTY, "type": "dict", "spaces": {str(name): describe_space(part) for name, part in parts}}
+        return {**EMPTY, "type": "dict", "spaces": {str(name): describe_space(part, channels) for name, part in parts}}
     raise ConfigError(
         f"the env's observation space has a {type(space).__name__}; "
         "valid: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple"
@@ -113,9 +121,35 @@ def is_image(dtype: Any, shape: list[int]) -> bool:
     return dtype == np.uint8 and len(shape) in (2, 3)
 
 
-def is_channel_last(shape: list[int]) -> bool:
-    """Return whether pixels are `[H, W, C]`, not `[C, H, W]`."""
-    return len(shape) == 3 and shape[-1] in CHANNELS and shape[0] not in CHANNELS
+def is_channel_last(space: Space) -> bool:
+    """Return whether pixels are `[H, W, C]`, not `[C, H, W]`.
+
+    Unless the space says it, they are recognised by 1, 3 or 4 channels, then by a square image, then by far fewer
+    channels than pixels along an axis.
+
+    Raises:
+        ConfigError: They can't be recognised.
+    """
+    if len(space["shape"]) != 3 or "channels" in space:
+        return len(space["shape"]) == 3 and space["channels"] == "last"
+    first, middle, last = space["shape"]
+    if (first in CHANNELS) != (last in CHANNELS):
+        return last in CHANNELS
+    if (first == middle) != (middle == last):
+        return first == middle
+    if 4 * min(first, last) <= max(first, last):
+        return last < first
+    raise ConfigError(
+        f"pixels of the shape {space['shape']} may be [C, H, W] or [H, W, C]: "
+        "set env.channels=first or env.channels=last"
+    )
+
+
+def unusual_channels(space: Space) -> list[tuple[list[int], int]]:
+    """Return shape and number of channels of the images in a space that have others than 1, 3 or 4, as was guessed."""
+    images = [leaf for _, leaf in _leaves(space) if leaf["dtype"] == "uint8" and "channels" not in leaf]
+    counts = [(each["shape"], _channel_first(each)["shape"][0]) for each in images]
+    return [(shape, count) for shape, count in counts if count not in CHANNELS]
 
 
 class NetworkInput:
@@ -139,7 +173,7 @@ class NetworkInput:
     def __init__(self, space: Space) -> None:
         self.space: Space = space
         self.is_identity = space["type"] == "box" and bool(space["shape"])
-        self.is_identity &= space["dtype"] != "uint8" or _channel_first(space) == space
+        self.is_identity &= space["dtype"] != "uint8" or _channel_first(space)["shape"] == space["shape"]
         if self.is_identity:
             return
         leaves = list(_leaves(space))
@@ -195,14 +229,14 @@ def _channel_first(space: Space) -> Space:
     shape = space["shape"]
     if len(shape) == 2:
         return {**space, "shape": [1, *shape]}
-    return {**space, "shape": [shape[2], *shape[:2]]} if is_channel_last(shape) else space
+    return {**EMPTY, "shape": [shape[2], *shape[:2]], "dtype": "uint8"} if is_channel_last(space) else space
 
 
 def _to_channel_first(observation: np.ndarray, space: Space) -> np.ndarray:
     """Return a batch of pixels with the channels first: `[N, *S] -> [N, C, H, W]`."""
     if len(space["shape"]) == 2:
         return observation[:, None]
-    return np.moveaxis(observation, -1, 1) if is_channel_last(space["shape"]) else observation
+    return np.moveaxis(observation, -1, 1) if is_channel_last(space) else observation
 
 
 def _flat_size(space: Space) -> int:

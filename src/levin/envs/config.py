@@ -30,9 +30,11 @@ class EnvConfig:
             (MuJoCo and dm_control).
         observation_entries: Indices of the vector entries that are observed; null: all. `[0, 1]` hides the angular
             velocity of Pendulum-v1.
+        channels: Axis of the channels of images: `first` `[C, H, W]` or `last` `[H, W, C]`; null: recognise it.
         frame_stack: Number K of newest observations that are stacked along the first axis, oldest first; `[C, H, W]` or
             `[H, W]` pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
         normalize_observation: Whether to subtract the running mean and divide by the running standard deviation.
+            Pixels are left as they are: networks scale them.
         observation_clip: Bound on a normalised observation.
         normalize_reward: Whether to divide by the running standard deviation of the discounted return.
         reward_clip: Bound on a normalised reward.
@@ -54,6 +56,7 @@ class EnvConfig:
     action_repeat: PositiveInt = 1
     pixels: PositiveInt | None = None
     observation_entries: list[int] | None = None
+    channels: Literal["first", "last"] | None = None
     frame_stack: PositiveInt = 1
     normalize_observation: bool = False
     observation_clip: PositiveFloat = 10.0

@@ -32,7 +32,7 @@ from levin.envs.config import TRAINING, EnvConfig
 from levin.envs.sync import ProcessEnv, SyncEnvs, close_env
 from levin.envs.torchrl import TorchRLVectorEnv, import_target
 from levin.envs.vector import SeededVectorEnv
-from levin.envs.wrappers import ActionRepeat, select_entries, stack_frames
+from levin.envs.wrappers import ActionRepeat, drop_texts, select_entries, stack_frames
 from levin.model_based.dream_env import STARTS, DreamEnv, LatentEnv, Model, policy_space
 from levin.runs.load import load_algorithm, load_config
 
@@ -176,7 +176,8 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
         env = ActionRepeat(env, config.action_repeat)
     if config.observation_entries is not None:
         env = select_entries(env, config.observation_entries)
-    return stack_frames(env, config.frame_stack) if config.frame_stack > 1 else env
+    env = drop_texts(env)
+    return stack_frames(env, config.frame_stack, config.channels) if config.frame_stack > 1 else env
 
 
 def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:
@@ -220,16 +221,9 @@ def _mujoco_warning(message: str) -> None:
 
 
 def describe_env(env: SeededVectorEnv) -> EnvSpec:
-    """Return the description of the env that an algorithm is built from.
-
-    Raises:
-        ConfigError: `env.normalize_observation` is set, but the env has pixel observations.
-    """
+    """Return the description of the env that an algorithm is built from."""
     config = env.config
-    if config.normalize_observation and (
-        observation_dtypes(env.observation) != {"float32"} or "spaces" in env.observation
-    ):
-        raise ConfigError(f"{config.id} shows pixels, which are not normalised: set env.normalize_observation=false")
+    normalized = config.normalize_observation and "float32" in observation_dtypes(env.observation)
     return {
         "id": config.id,
         "num_envs": env.num_envs,
@@ -239,7 +233,7 @@ def describe_env(env: SeededVectorEnv) -> EnvSpec:
         "action_units": config.action,
         "action_repeat": config.action_repeat,
         "frame_stack": config.frame_stack,
-        "observation_clip": config.observation_clip if config.normalize_observation else None,
+        "observation_clip": config.observation_clip if normalized else None,
         "reward_clip": config.reward_clip if config.normalize_reward else None,
     }
 

@@ -12,7 +12,14 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWra
 from gymnasium.vector.utils import batch_space
 
 from levin.core.errors import ObservationError, RunError
-from levin.core.spaces import NetworkInput, action_converter, describe_action, describe_space, to_gym
+from levin.core.spaces import (
+    NetworkInput,
+    action_converter,
+    describe_action,
+    describe_space,
+    to_gym,
+    unusual_channels,
+)
 from levin.envs.config import EnvConfig
 from levin.envs.sync import SyncEnvs
 from levin.envs.torchrl import TorchRLVectorEnv
@@ -67,7 +74,14 @@ class SeededVectorEnv(VectorWrapper):
                 "env.action=clip always gives the bound, and env.action=none passes on actions outside of it",
                 stacklevel=2,
             )
-        self.shown = describe_space(env.single_observation_space)
+        channels = "first" if config.frame_stack > 1 else config.channels  # stacked: [K * C, H, W]
+        self.shown = describe_space(env.single_observation_space, channels)
+        for shape, count in unusual_channels(self.shown):
+            warnings.warn(
+                f"{config.id} shows pixels of the shape {shape}, which are taken for {count} channels: set "
+                "env.channels=first or env.channels=last to say which axis they are",
+                stacklevel=2,
+            )
         self.read = NetworkInput(self.shown)
         self.observation = self.read.space
         if not self.read.is_identity:

@@ -1,15 +1,16 @@
 """Wrappers that are applied to each env before vectorization."""
 
+import warnings
 from copy import copy
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box
-from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, TransformObservation
+from gymnasium.spaces import Box, Dict
+from gymnasium.wrappers import FilterObservation, FrameStackObservation, ReshapeObservation, TransformObservation
 
 from levin.core.errors import ConfigError
-from levin.core.spaces import is_channel_last, is_image
+from levin.core.spaces import describe_space, is_channel_last
 from levin.envs.sync import as_number
 
 
@@ -43,8 +44,25 @@ class ActionRepeat(gym.Wrapper):
             self.unwrapped.draws = enabled  # type: ignore[attr-defined]
 
 
-def stack_frames(env: gym.Env, num: int) -> gym.Env:
+def drop_texts(env: gym.Env) -> gym.Env:
+    """Leave the texts out of an observation that is a dict, such as the mission of MiniGrid, and warn of it."""
+    space = env.observation_space
+    if not isinstance(space, Dict):
+        return env
+    texts = [name for name, part in space.spaces.items() if isinstance(part.sample(), str)]
+    if not texts:
+        return env
+    warnings.warn(f"the observation of {env} has texts, which are left out: {', '.join(texts)}", stacklevel=2)
+    return FilterObservation(env, [name for name in space.spaces if name not in texts])
+
+
+def stack_frames(env: gym.Env, num: int, channels: Literal["first", "last"] | None = None) -> gym.Env:
     """Stack the last `num` observations along the first axis, oldest first; pixels become `[num * C, H, W]`.
+
+    Args:
+        env: Env whose observations are boxes.
+        num: Number of observations.
+        channels: Axis of the channels of images; None: guess it.
 
     Raises:
         ConfigError: The observation space is not a `Box`.
@@ -63,7 +81,8 @@ def stack_frames(env: gym.Env, num: int) -> gym.Env:
     assert shape is not None
     if len(shape) == 3:
         return stacked
-    if is_image(env.observation_space.dtype, list(shape[1:])) and is_channel_last(list(shape[1:])):
+    single = describe_space(env.observation_space, channels)
+    if single["dtype"] == "uint8" and is_channel_last(single):
         num_frames, height, width, channels = shape
         space = Box(0, 255, (num_frames * channels, height, width), np.uint8)
         return TransformObservation(stacked, lambda frames: np.moveaxis(frames, -1, 1).reshape(space.shape), space)

@@ -8,7 +8,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec, Space
 from levin.nn.distributions import Categorical, MultiCategorical, Normal
 
@@ -129,15 +128,36 @@ class NatureCNN(nn.Module):
         return self.layers(observation / 255)
 
 
+class SmallCNN(nn.Module):
+    """CNN for images that are too small for the Nature CNN: `[B, C, H, W]` uint8 `-> [B, 256]`.
+
+    Three convolutions of 3 x 3 pixels with padding, the last two with a stride of 2, and a linear layer.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(shape[0], 16, 3, padding=1), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(inplace=True), nn.Flatten()),
+        )
+        features = self.layers(torch.zeros(1, *shape)).shape[1]
+        self.layers.extend([nn.Linear(features, 256), nn.ReLU(inplace=True)])
+        orthogonal_(self)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.layers(observation / 255)
+
+
 class Encoder(nn.Module):
     """Encoder of dict observations: `{"vector": [B, D], name: [B, C, H, W] uint8, ...} -> [B, F]`.
 
-    Each image has its own Nature CNN. Their features are concatenated with the vector.
+    Each image has its own CNN. Their features are concatenated with the vector.
     """
 
-    def __init__(self, parts: Mapping[str, Space], env_id: str) -> None:
+    def __init__(self, parts: Mapping[str, Space]) -> None:
         super().__init__()
-        trunks = {name: make_box_trunk(part, env_id) for name, part in parts.items()}
+        trunks = {name: make_box_trunk(part) for name, part in parts.items()}
         self.parts = nn.ModuleDict({name: part for name, (part, _) in trunks.items()})
         self.num_features = sum(num_features for _, num_features in trunks.values())
 
@@ -148,27 +168,21 @@ class Encoder(nn.Module):
 def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
     """Build the trunk of a network, which maps observations to features `[B, F]`; return it and F.
 
-    The trunk is the Nature CNN for pixels and an `Encoder` for dicts. Boxes of numbers are only flattened.
-
-    Raises:
-        ConfigError: Pixels are not `[C, H, W]`, or too few for the convolutions.
+    The trunk is a CNN for pixels, the Nature CNN if both sides have 36 or more, and an `Encoder` for dicts. Boxes of
+    numbers are only flattened.
     """
     if "spaces" not in env["observation"]:
-        return make_box_trunk(env["observation"], env["id"])
-    encoder = Encoder(env["observation"]["spaces"], env["id"])
+        return make_box_trunk(env["observation"])
+    encoder = Encoder(env["observation"]["spaces"])
     return encoder, encoder.num_features
 
 
-def make_box_trunk(space: Space, env_id: str) -> tuple[nn.Module, int]:
+def make_box_trunk(space: Space) -> tuple[nn.Module, int]:
     """Build the trunk of a single box, as `make_trunk` does."""
     shape = space["shape"]
     if space["dtype"] != "uint8":
         return (nn.Identity() if len(shape) == 1 else nn.Flatten()), math.prod(shape)
-    if len(shape) != 3 or min(shape[1:]) < 36:
-        raise ConfigError(
-            f"the Nature CNN needs images [C, H, W] of 36 x 36 pixels or more; those of {env_id} are {shape}"
-        )
-    return NatureCNN(shape), 512
+    return (SmallCNN(shape), 256) if min(shape[1:]) < 36 else (NatureCNN(shape), 512)
 
 
 def action_size(env: EnvSpec) -> int:

@@ -8,10 +8,14 @@ updated after it, so that the policy is improved on the same inputs that it acte
 batches are normalised when they are sampled.
 """
 
+from typing import Any
+
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from levin.core import distributed
+from levin.core.spaces import VECTOR, Space
 
 EPSILON = 1e-8
 
@@ -63,6 +67,31 @@ class ObservationNormalizer(nn.Module):
         """Normalise observations: `[..., *shape] -> [..., *shape]`, float32."""
         scale = (self.moments.var + EPSILON).rsqrt()
         return ((observation - self.moments.mean) * scale).float().clamp(-self.clip, self.clip)
+
+
+class VectorNormalizer(nn.Module):
+    """Observation normaliser of the vector in a dict of a vector and images; networks scale images themselves."""
+
+    def __init__(self, shape: tuple[int, ...], clip: float) -> None:
+        super().__init__()
+        self.vector = ObservationNormalizer(shape, clip)
+
+    def update(self, observation: TensorDictBase) -> None:
+        """Update the statistics with the observations `[N, T]` of one rollout."""
+        self.vector.update(observation[VECTOR])
+
+    def forward(self, observation: Any) -> Any:
+        """Return the observations, a dict or a TensorDict, with a normalised vector."""
+        observation = observation.copy()  # a shallow copy
+        observation[VECTOR] = self.vector(observation[VECTOR])
+        return observation
+
+
+def make_observation_normalizer(space: Space, clip: float) -> ObservationNormalizer | VectorNormalizer:
+    """Build the normaliser of a network input that is a vector or contains one."""
+    if "spaces" in space:
+        return VectorNormalizer(tuple(space["spaces"][VECTOR]["shape"]), clip)
+    return ObservationNormalizer(tuple(space["shape"]), clip)
 
 
 class RewardNormalizer(nn.Module):

@@ -17,7 +17,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
-from levin.nn.normalizers import ObservationNormalizer
+from levin.nn.normalizers import ObservationNormalizer, VectorNormalizer
 from levin.training import loggers
 
 
@@ -43,7 +43,7 @@ class Statistics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
     ) -> None:
         normalizer = cast(Algorithm, pl_module).observation_normalizer
-        if isinstance(normalizer, ObservationNormalizer):
+        if isinstance(normalizer, ObservationNormalizer | VectorNormalizer):
             normalizer.update(batch["observation"])
 
 
@@ -88,6 +88,7 @@ class Metrics(Callback):
         self.clock = Clock(every)
         self.row: dict[str, float] = {}
         self.rows = 0  # rows written since the start of the run, resumed or not
+        self.waits = False  # whether the row waits for an evaluation that a signal has ended
         self.last_return: float | None = None
         self.log_seconds = 0.0
 
@@ -99,10 +100,12 @@ class Metrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, loggers.CSVMetrics):
                 logger.truncate(self.rows)
+        if "eval/return_mean" in self.row:  # from an evaluation that was repeated just now
+            self.write(trainer, algorithm)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.clock.is_due(algorithm.clock) or "eval/return_mean" in self.row:
+        if not self.waits and (self.clock.is_due(algorithm.clock) or "eval/return_mean" in self.row):
             self.write(trainer, algorithm)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,7 +138,8 @@ class Metrics(Callback):
         self.log_seconds = perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row, "rows": self.rows}
+        return {"row": self.row, "rows": self.rows, "waits": self.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.row, self.rows = dict(state_dict["row"]), state_dict["rows"]
+        self.waits = state_dict.get("waits", False)  # older checkpoints have no "waits"

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from levin.algorithms.base import Algorithm
 from levin.core import distributed, files
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, Interrupted
 from levin.core.rng import rng_state, set_rng_state
 from levin.core.types import PositiveInt
 from levin.runs import checkpoint
@@ -52,6 +52,7 @@ class Checkpointing(Checkpoint):
         self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
+        self._rank(cast(Algorithm, pl_module))  # by an evaluation that was repeated just now
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -59,17 +60,27 @@ class Checkpointing(Checkpoint):
         if self.clock.is_due(algorithm.clock) or trainer.should_stop:
             self.save(trainer, algorithm)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the state before a rollout that a signal has ended."""
+        algorithm = cast(Algorithm, pl_module)
+        saved = (self.folder / str(algorithm.clock) / STATE).exists()
+        if isinstance(exception, Interrupted) and algorithm.clock and not saved:
+            self.save(trainer, algorithm)
+
     def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Save a checkpoint, and delete those that need not be kept."""
-        name = str(algorithm.clock)
-        if self.evaluation.evaluated_at == algorithm.clock and self.evaluation.return_mean is not None:
-            self.returns[name] = self.evaluation.return_mean
+        self._rank(algorithm)
         for logger in trainer.loggers:
             if isinstance(logger, loggers.CSVMetrics):
                 logger.sync()
-        trainer.save_checkpoint(self.folder / name / STATE)
+        trainer.save_checkpoint(self.folder / str(algorithm.clock) / STATE)
         if trainer.is_global_zero:
             self._prune()
+
+    def _rank(self, algorithm: Algorithm) -> None:
+        """Rank the checkpoint of this iteration by its evaluation, if it has one."""
+        if self.evaluation.evaluated_at == algorithm.clock and self.evaluation.return_mean is not None:
+            self.returns[str(algorithm.clock)] = self.evaluation.return_mean
 
     def _prune(self) -> None:
         folders = {folder.name: folder for folder in checkpoint.list_checkpoints(self.folder)}

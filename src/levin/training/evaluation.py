@@ -1,5 +1,6 @@
 """Callback that evaluates the policy in separate envs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -11,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from levin.algorithms.base import Algorithm
 from levin.collectors.episodes import evaluate
 from levin.core import distributed
-from levin.core.errors import RunError
+from levin.core.errors import Interrupted, RunError
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
@@ -31,6 +32,8 @@ class Evaluation(Callback):
         metrics: Metrics callback; the results are added to its row.
         budget: Budget callback. A complete run is evaluated once more.
         run: Run folder. Algorithms write their pictures to its `pictures/`.
+        stop: Function that returns whether a signal asks to stop. Then an evaluation is abandoned, the run is saved and
+            stops, and the evaluation is made first when the run resumes.
     """
 
     def __init__(
@@ -43,9 +46,10 @@ class Evaluation(Callback):
         metrics: Metrics,
         budget: Budget,
         run: Path,
+        stop: Callable[[], bool],
     ) -> None:
         self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
-        self.pictures = run / "pictures"
+        self.pictures, self.stop = run / "pictures", stop
         self.clock = Clock(every)
         self.others: list[Callback] = []  # callbacks of the user, whose `on_validation_end` is called
         self.vector_env: SeededVectorEnv | None = None
@@ -58,7 +62,10 @@ class Evaluation(Callback):
         self.vector_env = make_env(self.env, seed=self.seed, purpose=EVALUATION, num_envs=num_envs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
+        algorithm = cast(Algorithm, pl_module)
+        self.clock.periods = algorithm.clock // self.clock.every
+        if self.metrics.waits:
+            self.evaluate(trainer, algorithm)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -82,14 +89,14 @@ class Evaluation(Callback):
 
     def evaluate(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Evaluate the current policy on rank 0, and add the results to the row of metrics on every rank."""
-        row, start = {}, perf_counter()
+        row: dict[str, float] | None = {}
         if self.vector_env is not None:
-            returns, lengths = evaluate(algorithm.policy(deterministic=True), self.vector_env, self.episodes)
-            row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
-            row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
-            loggers.log_pictures(trainer.loggers, self.pictures, algorithm.clock)
-            row["time/evaluate"] = perf_counter() - start
+            row = self._play(trainer, algorithm)
         row = distributed.broadcast_object(row)
+        self.metrics.waits = row is None
+        if row is None:  # a signal has ended the evaluation
+            trainer.should_stop, self.budget.complete = True, False
+            return
         self.return_mean, self.env_steps = row["eval/return_mean"], algorithm.env_steps
         self.evaluated_at = algorithm.clock
         self.metrics.row |= row
@@ -103,6 +110,20 @@ class Evaluation(Callback):
             except Exception as error:  # of any type: it is the user's code
                 name = type(callback).__name__
                 raise RunError(f"{name}.on_validation_end raised {type(error).__name__}: {error}") from error
+
+    def _play(self, trainer: Trainer, algorithm: Algorithm) -> dict[str, float] | None:
+        """Play the episodes, and return the row of metrics; None if a signal has ended the evaluation."""
+        assert self.vector_env is not None
+        start, policy = perf_counter(), algorithm.policy(deterministic=True)
+        try:
+            returns, lengths = evaluate(policy, self.vector_env, self.episodes, self.stop)
+        except Interrupted:
+            return None
+        row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
+        row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
+        loggers.log_pictures(trainer.loggers, self.pictures, algorithm.clock)
+        row["time/evaluate"] = perf_counter() - start
+        return row
 
     def state_dict(self) -> dict[str, Any]:
         return {"return_mean": self.return_mean, "env_steps": self.env_steps, "at": self.evaluated_at}

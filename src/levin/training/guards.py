@@ -12,15 +12,25 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from levin.algorithms.base import Algorithm
+from levin.collectors.loader import CollectorLoader
 from levin.core import distributed
 from levin.core.errors import RunError
 from levin.core.process import SIGNALS
 
 
 class Preemption(Callback):
-    """Stops the run at the end of the iteration in which a signal arrived. A second Ctrl-C ends it at once."""
+    """Saves and stops the run on a signal. A second Ctrl-C ends it at once.
 
-    def __init__(self) -> None:
+    An evaluation and a slow rollout are abandoned, and a resumed run repeats them. Everything else goes on to the end
+    of the iteration.
+
+    Args:
+        alone: Whether this process trains alone. Rollouts of several ranks or workers are not abandoned, because the
+            others might wait for this one.
+    """
+
+    def __init__(self, *, alone: bool) -> None:
+        self.alone = alone
         self.received: signal.Signals | None = None
         self.preempted = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -30,7 +40,8 @@ class Preemption(Callback):
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # it may save mid-iteration; `runs.slurm` or submitit requeues
 
-    def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self._loader = cast(CollectorLoader, trainer.train_dataloader)
         # Lightning has set its own handlers by now, which would end the run without saving.
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -41,10 +52,12 @@ class Preemption(Callback):
             os.kill(os.getpid(), signal.SIGINT)
         self.received = signal.Signals(number)
         self.preempted |= number == signal.SIGUSR1
+        if self.alone:
+            self._loader.interrupt()
         if distributed.rank():
             return
         again = "; press Ctrl-C again to end it at once without saving" if number == signal.SIGINT else ""
-        message = f"levin: {self.received.name}: the run will be saved and end after this iteration{again}\n"
+        message = f"levin: {self.received.name}: the run will be saved and end{again}\n"
         # Not `print`, which is not reentrant: the signal may have interrupted another print.
         with suppress(OSError):  # stderr may be closed: the same Ctrl-C ends a `| tee`
             os.write(2, message.encode())

@@ -19,7 +19,7 @@ Everything after `training_step` is a callback. `trainer.build_trainer` sets the
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -31,7 +31,7 @@ from levin.algorithms.base import Algorithm
 from levin.collectors.factory import make_loader
 from levin.collectors.loader import CollectorLoader
 from levin.core import rng
-from levin.core.errors import CheckpointError, ConfigError, RunError
+from levin.core.errors import CheckpointError, ConfigError, Interrupted, RunError
 from levin.core.omega import to_plain
 from levin.core.process import keep_freed_memory, print_line, silence_libraries
 from levin.envs.config import EnvConfig
@@ -72,7 +72,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
         try:
-            with _explain_restore(algorithm, ckpt_path):
+            with _explain_restore(algorithm, ckpt_path), suppress(Interrupted):
                 trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
         finally:
             rollouts.collector.shutdown()

@@ -47,15 +47,19 @@ def build_trainer(
     """
     budget = Budget(cfg.total_env_steps)
     metrics = Metrics(cfg.log_every, budget)
-    evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget, run=run)
+    hogwild = cfg.trainer.strategy == "hogwild"
+    preemption = Preemption(alone=not hogwild and sharding.configured_world_size(cfg) == 1)
+    # Workers of Hogwild must have ended before the last checkpoint, so an evaluation is not abandoned.
+    stop = (lambda: False) if hogwild else (lambda: preemption.received is not None)
+    evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget, run=run, stop=stop)
     callbacks = [
-        *(Statistics(), budget, Preemption(), FiniteGuard(), Throughput(metrics), evaluation, metrics),
+        *(Statistics(), budget, preemption, FiniteGuard(), Throughput(metrics), evaluation, metrics),
         Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),
     ]
     if not sharding.process_rank(cfg):
         callbacks.append(ProgressBar(run, budget, metrics))
     options = {key: value for key, value in to_plain(cfg.trainer).items() if key not in ("threads", "workers")}
-    if cfg.trainer.strategy == "hogwild":
+    if hogwild:
         options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, make_rollouts)), "accelerator": "cpu"}
         callbacks.insert(callbacks.index(evaluation), Workers(strategy))
     if cfg.trainer.strategy == "ddp" or sharding.configured_world_size(cfg) > 1:

@@ -1,7 +1,10 @@
 """Record the policy of a run as a video; needs no display."""
 
 import os
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import imageio
 import numpy as np
@@ -21,7 +24,14 @@ from levin.runs.policy import Policy
 from levin.runs.trust import trusted
 
 
-def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 1, trust: bool = False) -> list[Path]:
+def record_video(
+    *,
+    run: str,
+    episodes: PositiveInt = 1,
+    seed: NonNegativeInt = 1,
+    steps: PositiveInt = 10_000,
+    trust: bool = False,
+) -> list[Path]:
     """Record episodes as `videos/<clock>_<episode>.mp4`, one frame per step, and return the paths.
 
     World Models also writes `..._dream.mp4`: the episode beside a dream that starts from the same observation.
@@ -30,6 +40,7 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
         run: Run folder; or one of its checkpoints, such as `checkpoints/best`.
         episodes: Number of episodes.
         seed: Seed of the env.
+        steps: Maximum number of steps of an episode. The video of a longer one ends there.
         trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Raises:
@@ -40,37 +51,49 @@ def record_video(*, run: str, episodes: PositiveInt = 1, seed: NonNegativeInt = 
     with trusted(trust):
         policy = Policy.load(Path(run))
         env = make_env(load_env(run_folder), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
-    folder, paths = run_folder / "videos", []
+    paths: list[Path] = []
     for episode in range(episodes):
-        first, frames, observations = np.ones(1, dtype=bool), [], []
-        observation, done = env.begin([episode], first), ~first
-        while not done.any():
-            observations.append(observation)
-            with torch.inference_mode():
-                action = act(policy.policy, to_tensors(env.observation, observation), first).numpy()
-            observation, _, terminated, truncated, _ = env.step(action)
-            first, done = np.zeros(1, dtype=bool), terminated | truncated
-            frames.append(_render_frame(env))
-        videos = {f"{policy.algorithm.clock}_{episode}.mp4": frames}
-        if (
-            dreamt := policy.algorithm.imagine_pictures(to_tensors(env.observation, observations[0]), len(observations))
-        ) is not None:
-            videos[f"{policy.algorithm.clock}_{episode}_dream.mp4"] = _side_by_side(
-                np.concatenate(observations), dreamt.numpy()
-            )
-        for name, pictures in videos.items():
-            with files.replace(run_folder, f"videos/{name}") as path:
-                imageio.mimwrite(
-                    path,
-                    pictures,
-                    fps=env.metadata.get("render_fps", 30),
-                    codec="libx264",
-                    macro_block_size=2,
-                    output_params=["-loglevel", "error"],
-                )  # type: ignore[arg-type]
-            paths.append(folder / name)
+        name, observations = f"{policy.algorithm.clock}_{episode}", []
+        paths.append(_write(run_folder, f"{name}.mp4", env, _play(policy, env, episode, steps, observations)))
+        first = to_tensors(env.observation, observations[0])
+        if (dreamt := policy.algorithm.imagine_pictures(first, len(observations))) is not None:
+            frames = _side_by_side(np.concatenate(observations), dreamt.numpy())
+            paths.append(_write(run_folder, f"{name}_dream.mp4", env, frames))
     env.close()
     return paths
+
+
+def _play(
+    policy: Policy, env: SeededVectorEnv, episode: int, steps: int, observations: list[Any]
+) -> Iterator[np.ndarray]:
+    """Play an episode, add its observations `[1, *S]` to a list, and yield a frame `[H, W, 3]` for each step."""
+    first = np.ones(1, dtype=bool)
+    observation, done = env.begin([episode], first), ~first
+    while not done.any():
+        if len(observations) == steps:
+            print(
+                f"levin: an episode of {env.config.id} has not ended after {steps:,} steps, and its video ends here; "
+                "steps=<number> records more, and a run with env.time_limit=<steps> ends its episodes",
+                file=sys.stderr,
+            )
+            return
+        observations.append(observation)
+        with torch.inference_mode():
+            action = act(policy.policy, to_tensors(env.observation, observation), first).numpy()
+        observation, _, terminated, truncated, _ = env.step(action)
+        first, done = np.zeros(1, dtype=bool), terminated | truncated
+        yield _render_frame(env)
+
+
+def _write(run: Path, name: str, env: SeededVectorEnv, frames: Iterable[np.ndarray]) -> Path:
+    """Write frames `[H, W, 3]` as `videos/<name>` in a run folder, and return the path."""
+    options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-loglevel", "error"]}
+    with files.replace(run, f"videos/{name}") as path:
+        writer = imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), **options)
+        with writer:
+            for frame in frames:
+                writer.append_data(frame)  # type: ignore[attr-defined]
+    return run / "videos" / name
 
 
 def _side_by_side(real: np.ndarray, dreamt: np.ndarray) -> list[np.ndarray]:
