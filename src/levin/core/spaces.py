@@ -130,8 +130,10 @@ def is_channel_last(space: Space) -> bool:
     Raises:
         ConfigError: They can't be recognised.
     """
-    if len(space["shape"]) != 3 or "channels" in space:
-        return len(space["shape"]) == 3 and space["channels"] == "last"
+    if len(space["shape"]) != 3:
+        return False
+    if "channels" in space:
+        return space["channels"] == "last"
     first, middle, last = space["shape"]
     if (first in CHANNELS) != (last in CHANNELS):
         return last in CHANNELS

@@ -83,8 +83,8 @@ def stack_frames(env: gym.Env, num: int, channels: Literal["first", "last"] | No
         return stacked
     single = describe_space(env.observation_space, channels)
     if single["dtype"] == "uint8" and is_channel_last(single):
-        num_frames, height, width, channels = shape
-        space = Box(0, 255, (num_frames * channels, height, width), np.uint8)
+        num_frames, height, width, num_channels = shape
+        space = Box(0, 255, (num_frames * num_channels, height, width), np.uint8)
         return TransformObservation(stacked, lambda frames: np.moveaxis(frames, -1, 1).reshape(space.shape), space)
     return ReshapeObservation(stacked, (shape[0] * shape[1], *shape[2:]))
 
