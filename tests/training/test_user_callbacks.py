@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from lightning import Callback
 
 from checks import metrics, saved_state
@@ -14,7 +16,7 @@ from levin.config.compose import compose
 from levin.core.errors import ConfigError, RunError
 from levin.runs import checkpoint
 from levin.training.session import train
-from short_runs import SMALL
+from short_runs import SMALL, TINY, check_resumed_run_is_identical
 
 
 class Keep(Callback):
@@ -108,3 +110,81 @@ def test_a_seed_or_several_values_are_never_dropped(words, sentence, monkeypatch
 def test_a_repeated_key_is_announced(capsys):
     cli.refuse_repeated(["algo.hidden_sizes=[8,8]", "algo.hidden_sizes=[4]", "log_every=3", "log_every=3"])
     assert capsys.readouterr().err == "levin: algo.hidden_sizes is given twice, as [8,8] and as [4]: the last is used\n"
+
+
+class Logs(Callback):
+    """Callback that logs in every way: with `log`, with `log_dict` and to the loggers, with a step of its own."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        pl_module.log("mine/batch", float(batch_idx), prog_bar=True, on_step=True)
+        pl_module.log_dict({"mine/steps": torch.tensor(2.0 * pl_module.env_steps), "env_steps": -1.0})
+        for logger in trainer.loggers:
+            logger.log_metrics({"mine/direct": 3.0 * pl_module.env_steps}, step=batch_idx)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        pl_module.log("mine/evaluation", 7.0)
+
+
+LOGS = [*TINY, "+callbacks.logs={_target_:test_user_callbacks.Logs}"]
+
+
+def test_what_a_callback_logs_has_the_env_steps_as_its_axis(tmp_path):
+    train(compose([*LOGS, "total_env_steps=224"]), tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    plain = [row for row in rows if row["updates"]]
+    assert [int(row["env_steps"]) for row in plain] == [64, 96, 128, 160, 224]
+    assert [float(row["mine/steps"]) for row in plain] == [96, 192, 256, 320, 416]  # means of 2 x (32, 64), (96), ...
+    direct = {int(row["env_steps"]): float(row["mine/direct"]) for row in rows if row["mine/direct"]}
+    assert direct == {steps: 3.0 * steps for steps in range(32, 225, 32)}
+    assert [row["env_steps"] for row in plain if row["mine/evaluation"]] == ["96", "160", "224"]
+    assert [int(row["env_steps"]) for row in rows] == sorted(int(row["env_steps"]) for row in rows)
+
+
+def test_what_a_callback_logs_survives_a_resume(tmp_path):
+    check_resumed_run_is_identical(tmp_path, tuple(LOGS), 448)
+
+
+def test_lightnings_own_callbacks_log_on_the_axis(tmp_path):
+    monitor = "{_target_:lightning.pytorch.callbacks.LearningRateMonitor,logging_interval:step}"
+    train(compose([*SMALL, f"+callbacks.rate={monitor}", "total_env_steps=96"]), tmp_path / "run")
+    assert {int(row["env_steps"]) for row in metrics(tmp_path / "run")} <= {32, 64, 96}
+
+
+class Keeps(Callback):
+    """Callback that keeps a state, a tensor or one that can't be loaded again."""
+
+    def __init__(self, what: str) -> None:
+        values = {"tensor": torch.zeros(2), "set": {1}, "array": np.zeros(2), "object": self, "function": lambda: 0}
+        self.value, self.what, self.loaded = values[what.removesuffix("_added")], what, False
+
+    def state_dict(self):
+        return {} if self.what.endswith("added") else {"value": self.value}
+
+    def load_state_dict(self, state_dict):
+        Keeps.got = state_dict["value"]
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if self.what.endswith("added"):
+            checkpoint["mine"] = self.value
+
+
+@pytest.mark.parametrize("what", ["array", "object", "function", "array_added"])
+def test_a_state_that_cannot_be_loaded_again_is_refused_at_the_first_save(what, tmp_path):
+    words = [*SMALL, "total_env_steps=192", f"+callbacks.keeps={{_target_:test_user_callbacks.Keeps,what:{what}}}"]
+    name = "mine" if what.endswith("added") else "Keeps"
+    with pytest.raises(RunError, match=f"keeps in checkpoints as {name} can't be loaded again: .*; use tensors"):
+        train(compose(words), tmp_path / "run")
+
+
+def test_a_state_that_can_be_loaded_is_loaded(tmp_path):
+    words = [*SMALL, "total_env_steps=192", "+callbacks.keeps={_target_:test_user_callbacks.Keeps,what:tensor}"]
+    train(compose(words), tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=224)
+    assert torch.equal(Keeps.got, torch.zeros(2))
+
+
+def test_two_states_of_one_name_are_refused(tmp_path):
+    words = [f"+callbacks.{name}={{_target_:test_user_callbacks.Keeps,what:tensor}}" for name in "ab"]
+    with pytest.raises(ConfigError, match="more than one stateful callback of type `Keeps`"):
+        train(compose([*SMALL, "total_env_steps=192", *words]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
+from torchmetrics import Metric
 
 from levin.core import distributed
 from levin.core.errors import ConfigError
@@ -128,6 +129,7 @@ class Algorithm(LightningModule):
         if env["reward_clip"] is not None:
             self.reward_normalizer = RewardNormalizer(env["num_envs"], gamma, env["reward_clip"])
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum and count since the last row of metrics
+        self.logged: dict[str, tuple[float, int]] = {}  # the same of values that callbacks log
         self.sample_seconds = 0.0
         self.captured: tuple[str, ...] = ()  # names of methods that run as CUDA graphs on a GPU
 
@@ -261,6 +263,23 @@ class Algorithm(LightningModule):
             total, count = self.recorded.get(name, (0, 0))
             self.recorded[name] = (total + value.detach(), count + 1)
 
+    def log(self, name: str, value: Any, *_: Any, **__: Any) -> None:
+        """Add a value to the mean `name` of the next row of metrics, and let monitors read it.
+
+        This takes the place of Lightning's `log`, whose x-axis is a count of batches. For use in callbacks: unlike
+        `record` it waits for the device. Other arguments of Lightning's method have no effect.
+        """
+        number = float(value.compute() if isinstance(value, Metric) else value)
+        total, count = self.logged.get(name, (0.0, 0))
+        self.logged[name] = (total + number, count + 1)
+        self.trainer.callback_metrics[name] = torch.tensor(number)
+
+    def pop_logged(self) -> dict[str, float]:
+        """Return the means of the values that callbacks have logged since the last call, and reset them."""
+        means = {name: total / count for name, (total, count) in self.logged.items()}
+        self.logged = {}
+        return means
+
     def pop_metrics(self) -> dict[str, float]:
         """Return the means and the sampling seconds since the last call, and reset them. This waits for the device."""
         metrics = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
@@ -301,6 +320,7 @@ class Algorithm(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["levin"] = {name: getattr(self, name) for name in PROGRESS}
+        checkpoint["logged"] = dict(self.logged)
         if self.buffer is not None:
             checkpoint["buffer"] = self.buffer.state_dict()
 
@@ -308,6 +328,7 @@ class Algorithm(LightningModule):
         for name in PROGRESS:
             saved = checkpoint["levin"][name]
             setattr(self, name, saved if name == "recorded" else as_count(name, saved))
+        self.logged = dict(checkpoint.get("logged", {}))  # older checkpoints have none
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:

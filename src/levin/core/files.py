@@ -1,7 +1,9 @@
 """Write files safely: atomically, never through a link, forced onto the disk, with a checksum that readers verify."""
 
+import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +121,21 @@ def load(path: Path, *, mmap: bool = False) -> Any:
     except Exception as error:  # damaged bytes raise errors of many types
         # Not torch's own message, which advises to load the file with `weights_only=False`.
         raise CheckpointError(f"{path} can't be read as tensors and plain values ({type(error).__name__})") from error
+
+
+def check_loadable(value: Any) -> None:
+    """Check that `load` would return a value after `save`.
+
+    Raises:
+        ValueError: It holds other objects than tensors and plain values.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except Exception as error:  # pickle and torch raise errors of many types
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError(f"it holds a {found[1]}" if found else f"{type(error).__name__}: {error}") from error
 
 
 def save_json(value: Any, folder: Path, name: str) -> None:

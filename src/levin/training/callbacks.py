@@ -3,8 +3,8 @@
 The clock counts env steps, plus updates or dream episodes in stages without env steps. Lightning calls the callbacks in
 list order at the end of an iteration: `Statistics` updates the running statistics, `Budget` decides whether this was
 the last iteration, those of `guards.py` stop the run on a signal, NaN or inf, `Throughput` records the time,
-`Evaluation` adds its results to the row of metrics, `Metrics` writes the row, `ProgressBar` shows the progress, then
-the user's own callbacks run, and `Checkpointing` saves.
+`Evaluation` adds its results to the row of metrics, the user's own callbacks run, `Metrics` writes the row,
+`ProgressBar` shows the progress, and `Checkpointing` saves.
 
 A run that is stopped and continued writes the same rows as an uninterrupted one, because a stop adds no evaluation and
 no row. A complete run adds at most one of each, after its last checkpoint.
@@ -87,7 +87,8 @@ class Metrics(Callback):
         self.every, self.budget = every, budget
         self.clock = Clock(every)
         self.row: dict[str, float] = {}
-        self.rows = 0  # rows written since the start of the run, resumed or not
+        self.rows = 0  # rows of the CSV at the checkpoint from which the run is continued
+        self.csv: loggers.CSVMetrics | None = None  # None on other ranks than 0
         self.waits = False  # whether the row waits for an evaluation that a signal has ended
         self.last_return: float | None = None
         self.log_seconds = 0.0
@@ -100,6 +101,7 @@ class Metrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, loggers.CSVMetrics):
                 logger.truncate(self.rows)
+                self.csv = logger
         if "eval/return_mean" in self.row:  # from an evaluation that was repeated just now
             self.write(trainer, algorithm)
 
@@ -119,7 +121,7 @@ class Metrics(Callback):
         loader = cast(CollectorLoader, trainer.train_dataloader)
         last_time, env_steps, updates = self._last_write
         seconds = start - last_time
-        row = {"env_steps": algorithm.env_steps, "updates": algorithm.updates}
+        row = {**algorithm.pop_logged(), "env_steps": algorithm.env_steps, "updates": algorithm.updates}
         row |= {"env_frames": algorithm.env_steps * algorithm.env["action_repeat"]}
         if algorithm.dream_steps:
             row["dream_steps"] = algorithm.dream_steps
@@ -133,12 +135,12 @@ class Metrics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=algorithm.clock)
         self.row = {}
-        self.rows += 1
         self._last_write, self._last_write_clock = (start, algorithm.env_steps, algorithm.updates), algorithm.clock
         self.log_seconds = perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row, "rows": self.rows, "waits": self.waits}
+        rows = self.csv.count if self.csv else self.rows
+        return {"row": self.row, "rows": rows, "waits": self.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.row, self.rows = dict(state_dict["row"]), state_dict["rows"]

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from levin.algorithms.base import Algorithm
 from levin.core import distributed, files
-from levin.core.errors import ConfigError, Interrupted
+from levin.core.errors import ConfigError, Interrupted, RunError
 from levin.core.rng import rng_state, set_rng_state
 from levin.core.types import PositiveInt
 from levin.runs import checkpoint
@@ -18,6 +18,9 @@ from levin.runs.checkpoint import STATE
 from levin.training import loggers
 from levin.training.callbacks import Clock
 from levin.training.evaluation import Evaluation
+
+# Keys of a checkpoint that are not from callbacks.
+CHECKPOINT_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "hyper_parameters")
 
 
 class Checkpointing(Checkpoint):
@@ -94,6 +97,7 @@ class Checkpointing(Checkpoint):
                 checkpoint.discard(folders[name])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._check_state(checkpoint)
         checkpoint["rng"] = rng_state()
         checkpoint["ranks"] = distributed.world_size()
         for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
@@ -101,6 +105,24 @@ class Checkpointing(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 checkpoint["wandb_id"] = logger.experiment.id
+
+    def _check_state(self, saved: dict[str, Any]) -> None:
+        """Check that a resumed run can load what the user's callbacks keep in a checkpoint.
+
+        Raises:
+            RunError: It can't.
+        """
+        if not self.evaluation.others:
+            return
+        states = {key: value for key, value in saved.items() if key not in CHECKPOINT_KEYS}
+        for name, state in {**states, **saved["callbacks"]}.items():
+            try:
+                files.check_loadable(state)
+            except ValueError as error:
+                raise RunError(
+                    f"the state that a callback keeps in checkpoints as {name} can't be loaded again: {error}; use "
+                    "tensors, numbers, texts, lists and dicts"
+                ) from error
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         ranks = checkpoint.get("ranks", 1)

@@ -8,6 +8,8 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from levin.algorithms.base import Algorithm
 from levin.core import files
 from levin.core.errors import ConfigError
 from levin.runs import checkpoint, trust
@@ -114,6 +117,19 @@ def _wandb_login() -> bool:
     return os.environ.get("WANDB_MODE") not in ("offline", "disabled") and wandb.login(prompt=False)
 
 
+def use_clock(loggers: list[Logger], algorithm: Algorithm) -> None:
+    """Let everything that is logged, also by users' callbacks, have the env steps as its x-axis."""
+    for logger in loggers:
+        logger.log_metrics = partial(_log_at_clock, logger.log_metrics, algorithm)  # type: ignore[method-assign]
+
+
+def _log_at_clock(
+    log: Callable[..., None], algorithm: Algorithm, metrics: dict[str, float], step: int | None = None
+) -> None:
+    """Log metrics at the current clock. `step`, which Lightning's callbacks count in batches, has no effect."""
+    log({**metrics, "env_steps": algorithm.env_steps}, step=algorithm.clock)
+
+
 def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
     """Send the pictures `<env_steps>.png` and `<env_steps>_<part>.png` to Weights & Biases or TensorBoard.
 
@@ -168,6 +184,7 @@ class CSVMetrics(Logger):
         super().__init__()
         self.path = run / "metrics.csv"
         self.columns: list[str] = []
+        self.count = 0  # rows in the file
         if self.path.is_file():
             header = self._read().partition("\n")[0]
             self.columns = header.split(",") if header else []
@@ -194,6 +211,7 @@ class CSVMetrics(Logger):
             self._rewrite(rows)
         with open(self.path, "a", newline="", opener=files.no_link) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        self.count += 1
 
     def rows(self) -> list[dict[str, str]]:
         """Return the rows written so far."""
@@ -211,6 +229,7 @@ class CSVMetrics(Logger):
             warnings.warn(f"{self.path} has lost {count - len(rows)} of its {count} rows", stacklevel=2)
         if self.columns:
             self._rewrite(rows[:count])
+        self.count = min(count, len(rows))
 
     def sync(self) -> None:
         """Force the file onto the disk."""

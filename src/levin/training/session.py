@@ -71,6 +71,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
+        loggers.use_clock(trainer.loggers, algorithm)
         try:
             with _explain_restore(algorithm, ckpt_path), suppress(Interrupted):
                 trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop

@@ -74,7 +74,9 @@ def build_trainer(
         for callback in added:
             _prepare_callback(callback)
         evaluation.others = added
-        trainer = Trainer(**{**fixed, **disabled, **options}, plugins=plugins, callbacks=[*callbacks, *added])  # type: ignore[arg-type]
+        at = callbacks.index(metrics)  # the row of metrics has what they log
+        callbacks[at:at] = added
+        trainer = Trainer(**{**fixed, **disabled, **options}, plugins=plugins, callbacks=callbacks)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except Exception as error:  # Lightning and the callbacks raise errors of many types
