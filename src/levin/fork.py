@@ -6,6 +6,7 @@ so later updates of Levin merge without conflicts.
 
 import io
 import keyword
+import re
 import tokenize
 from pathlib import Path
 
@@ -54,9 +55,9 @@ def fork(*, algo: str, name: str) -> Path:
     folder = paths.EXPERIMENTS / name
     if algo not in yamls:
         raise ConfigError(f"algo={algo} is unknown; {valid_names(algo, yamls)}")
-    if not name.isidentifier() or not name.isascii() or keyword.iskeyword(name) or name != name.lower():
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigError(f"name={name} is not a Python name in lower case, such as my_idea")
-    if name in yamls or folder.exists():
+    if name in yamls or folder.exists() or folder.with_suffix(".py").exists():
         raise ConfigError(f"name={name} is taken; choose another name")
 
     text = yamls[algo].read_text()

@@ -1,6 +1,7 @@
 """Plot the learning curves of runs in one figure: `python -m levin.plot runs="runs/sac_* runs/my_idea_*"`."""
 
 import glob
+import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -48,6 +49,7 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
     if not folders:
         raise ConfigError(f"runs={runs} matches no folder")
     curves: dict[str, list[Curve]] = {}
+    unused = [f"{each} matches nothing" for each in patterns if not Path(each).exists() and not glob.glob(each)]
     for folder in folders:
         if (folder / CURVES).is_file():
             curves.setdefault(str(folder), []).extend(read_curves(folder).values())
@@ -55,6 +57,9 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
             curves.setdefault(str(folder.parent), []).append(read_run(folder))
         elif seed_folders := sorted(file.parent for file in folder.glob(f"*/{METRICS}")):
             curves.setdefault(str(folder), []).extend(map(read_run, seed_folders))
+            unused += [
+                f"{each} has no {METRICS}" for each in sorted(folder.glob("*/")) if not (each / METRICS).is_file()
+            ]
         else:
             raise ConfigError(f"{folder} is neither a run nor a result: it has no {METRICS} and no {CURVES}")
     for label in curves:
@@ -63,6 +68,13 @@ def collect_curves(runs: str) -> dict[str, list[Curve]]:
         curves[label] = [seed for seed in seeds if len(seed.env_steps)]
         if not curves[label]:
             raise ConfigError(f"{label} has no evaluation yet")
+        if missing := len(seeds) - len(curves[label]):
+            unused.append(f"{missing} of the {len(seeds)} runs in {label} have no evaluation yet")
+        ends = sorted({int(seed.env_steps[-1]) for seed in curves[label]})
+        if len(ends) > 1:
+            unused.append(f"what the runs in {label} have after {ends[0]:,} env steps, where the shortest ends")
+    for line in unused:
+        print(f"levin: not drawn: {line}", file=sys.stderr)
     return curves
 
 

@@ -66,8 +66,19 @@ def _resume(folder: Path, changes: dict[str, Any]) -> float | None:
             )
         return None
     print(*lines, sep="\n", end="\n" if lines else "")
-    with run_folder.lock(folder):
-        pass  # fails if another process still trains this run: its checkpoints must not be moved
+    with run_folder.lock(folder):  # until the end: no other process may train this run or move its checkpoints
+        return _continue(folder, cfg, total, name)
+
+
+def _continue(folder: Path, cfg: DictConfig, total: int, name: str) -> float | None:
+    """Continue a run that this process has locked.
+
+    Args:
+        folder: Run folder.
+        cfg: Config with all changes.
+        total: `total_env_steps` before the changes.
+        name: Name of the algorithm class.
+    """
     path, env_steps = None, 0
     if checkpoint.list_checkpoints(folder / "checkpoints"):
         path = checkpoint.newest_checkpoint(folder, buffer=True, algorithm=name)

@@ -100,6 +100,8 @@ def untimed(metrics):
         ("sac", "my-idea", "not a Python name in lower case"),
         ("sac", "class", "not a Python name in lower case"),
         ("sac", "", "not a Python name in lower case"),
+        ("sac", "_", "not a Python name in lower case"),
+        ("sac", "_x", "not a Python name in lower case"),
     ],
 )
 def test_an_invalid_fork_is_a_config_error(tmp_path, monkeypatch, algo, name, sentence):

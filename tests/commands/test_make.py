@@ -178,3 +178,12 @@ def test_the_help_fits_on_one_screen(checkout):
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 120
     assert [line for line in lines if line in ("Use", "Results", "Develop")] == ["Use", "Results", "Develop"]
+
+
+def test_a_signal_ends_the_loop_over_seeds(checkout):
+    python = checkout / ".venv" / "bin" / "python"
+    stop = "import os, signal\nif 'seed=1' in sys.argv: os.kill(os.getppid(), signal.SIGTERM)\n"
+    python.write_text(python.read_text() + stop)
+    answer = run_make(checkout, "train", "SEEDS=0 1 2")
+    assert answer.returncode == 0, answer
+    assert [words[-1] for words in recorded_arguments(checkout)] == ["seed=0", "seed=1"]

@@ -56,6 +56,22 @@ def test_a_stored_result_can_be_plotted(tmp_path):
     assert plot(runs=str(tmp_path), out=str(tmp_path / "plot.png")).exists()
 
 
+def test_what_is_not_drawn_is_said(two_algorithms, capsys):
+    root = two_algorithms / "sac_point"
+    write_run(root / "new", [])
+    write_run(root / "short", [1.0, 2.0])
+    (root / "empty").mkdir()
+    collect_curves(f"{root} {two_algorithms}/none*")
+    assert capsys.readouterr().err.splitlines() == [
+        f"levin: not drawn: {two_algorithms}/none* matches nothing",
+        f"levin: not drawn: {root}/empty has no metrics.csv",
+        f"levin: not drawn: 1 of the 5 runs in {root} have no evaluation yet",
+        f"levin: not drawn: what the runs in {root} have after 100 env steps, where the shortest ends",
+    ]
+    collect_curves(str(two_algorithms / "my_idea_point"))
+    assert not capsys.readouterr().err
+
+
 def test_nothing_to_plot_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="matches no folder"):
         plot(runs=f"{tmp_path}/none/*")

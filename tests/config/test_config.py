@@ -88,6 +88,13 @@ WRONG = [
     ),
     (["env=gym", "env.id=HalfCheeta-v4"], "HalfCheetah"),
     (["env=gym", "env.id=no_such:Env-v0"], "no_such"),
+    (["algo=sac,ppo"], "algo=sac,ppo has several values: add -m to train each of them"),
+    (["algo.gamma=0.9,0.99"], "algo.gamma=0.9,0.99 has several values: add -m"),
+    (["env.kwargs={g:9.8}"], "env.kwargs={g:9.8} adds keys: put a plus before it, +env.kwargs={g:9.8}"),
+    (
+        ["trainer.devices=2", "env.num_envs=2", "collector=torchrl-process"],
+        "each of the 2 ranks has 1/2 of env.num_envs",
+    ),
 ]
 
 

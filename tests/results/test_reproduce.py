@@ -1,6 +1,7 @@
 """Reproducing a result: run its pinned config (the frozen config of a reported result) and compare the curves."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from levin.core.errors import ConfigError
 from levin.pin import pin
 from levin.report import report
 from levin.reproduce import reproduce
-from levin.results import result
+from levin.results import reproduction, result
 from levin.results.curves import CURVES, TRAINING, Curve, read_curves, read_run, write_curves
 from levin.results.reproduction import judge_runs, kept_seeds, store_runs
 from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
@@ -231,6 +232,21 @@ def test_seeds_are_not_added_to_a_result_of_another_config_or_machine(stored_cop
         reproduce(exp="toy", seeds="0", store=True)
 
 
+def test_a_signal_does_not_come_between_the_files_of_a_result(stored_copy, monkeypatch):
+    write = reproduction.write_curves
+
+    def write_and_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*arguments)
+
+    monkeypatch.setattr(reproduction, "write_curves", write_and_signal)
+    result_folder, _ = stored_copy
+    before = read_provenance(result_folder)
+    reproduce(exp="toy", seeds="0 1 2", store=True)
+    assert read_provenance(result_folder)["files"] == before["files"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_changed_files_are_refused_before_the_runs_begin(stored_copy, monkeypatch):
     result_folder, _ = stored_copy
     batches = set(result_folder.parents[1].glob("runs/reproduce/*"))
@@ -241,8 +257,9 @@ def test_changed_files_are_refused_before_the_runs_begin(stored_copy, monkeypatc
     assert set(result_folder.parents[1].glob("runs/reproduce/*")) == batches
 
 
-def test_an_interrupted_reproduction_can_be_continued(stored_copy, tmp_path):
-    """The verdict is the same as without the interruption."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_reproduction_can_be_continued(number, stored_copy, tmp_path):
+    """The verdict is the same as without the interruption, and no run goes on."""
     result_folder, _ = stored_copy
     folder = result_folder.parents[1]
     script = f"""
@@ -263,11 +280,13 @@ reproduce.main()
         assert time.monotonic() < end
         time.sleep(0.02)
     (batch,) = new_batches(folder, batches)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     output = first.communicate(timeout=300)
     assert first.returncode == 1
     assert output[1].startswith("levin: stopped; the runs are saved, and the same command continues them")
     assert not (batch / "verdict.json").exists()
+    with run_folder.lock(batch / "s0"):  # no process trains it
+        pass
     second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert second.returncode == 0, second
     assert f"{batch.relative_to(folder)}: continuing" in second.stdout

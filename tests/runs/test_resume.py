@@ -1,5 +1,6 @@
 """Resumed runs: bitwise identical to uninterrupted ones after stops, signals and kills; refused changes."""
 
+import errno
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from checks import metrics, same, saved_state
 from levin import resume
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
+from levin.core.process import handle_signals, restore_signals
 from levin.runs import checkpoint
 from levin.training.guards import Preemption
 from levin.training.session import train
@@ -144,7 +146,49 @@ def test_a_killed_run_resumed_in_a_new_process_is_identical(env, tmp_path):
     assert_identical_runs(tmp_path / "straight", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_nohup_keeps_its_effect(tmp_path):
+    assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_DFL
+    try:
+        previous = handle_signals(lambda *_: None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        restore_signals(previous)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_resume_holds_the_lock_while_it_moves_checkpoints(tmp_path, monkeypatch):
+    train(compose([*TINY, "total_env_steps=96"]), tmp_path / "run")
+    code = f"from levin.runs.folder import lock; from pathlib import Path\nwith lock(Path({str(tmp_path / 'run')!r})): pass"
+    answers = []
+
+    def locked(*_):
+        answers.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False))
+
+    monkeypatch.setattr(checkpoint, "set_aside_newer", locked)
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=128)
+    assert "is being trained by another process" in answers[0].stderr
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    train(compose([*TINY, "total_env_steps=96"]), tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=128)
+    assert "has no locks (No locks available): do not train this run in two processes" in capsys.readouterr().err
+
+
+def test_a_machine_without_git_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train(compose([*TINY, "total_env_steps=96"]), tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert (facts["git_sha"], facts["git_dirty"]) == ("", False)
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=128)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_run_stopped_by_a_signal_and_resumed_is_identical(name, tmp_path, capfd):
     overrides = (*TINY, "trainer.threads=1", "total_env_steps=1280", "checkpoint.every=100_000")
     train(compose([*overrides]), tmp_path / "straight")

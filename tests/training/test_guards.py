@@ -101,15 +101,16 @@ ENDS = [
 ]
 
 
+@pytest.mark.parametrize("env", [0, 1])
 @pytest.mark.parametrize(("way", "cause"), ENDS)
-def test_the_error_names_env_step_and_episode(way, cause, tmp_path, monkeypatch, capsys):
+def test_the_error_names_env_step_and_episode(way, cause, env, tmp_path, monkeypatch, capsys):
     failure, vectorization = way
-    seed = episode_seed(0, TRAINING, 0, 1, 2)
+    seed = episode_seed(0, TRAINING, 0, env, 2)
     overrides = (*OVERRIDES, *FAILING, f"+env.kwargs.how={failure}", "+env.kwargs.after=7", f"+env.kwargs.seed={seed}")
     overrides = (*overrides, "env.num_envs=3", f"env.vectorization={vectorization}", "env.timeout=1.5")
     message = run_and_fail((*overrides, "algo.steps_per_iteration=8"), tmp_path / "run", monkeypatch, capsys)
     assert cause in message
-    assert f"env 1, step 7 of episode 2, seed {seed}" in message
+    assert f"env {env}, step 7 of episode 2, seed {seed}" in message
 
 
 def test_an_env_process_that_raises_is_named(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from levin.data.rollout import act
 from levin.envs.config import EnvConfig
 from levin.envs.vector import SeededVectorEnv
 
-LONG_WAIT = 60.0  # seconds without the end of an episode after which the user is told
+LONG_WAIT = 30.0  # seconds without the end of an episode after which the user is told
 ENDLESS = 1_000_000  # steps after which an episode counts as endless, if `env.time_limit` is not set
 
 

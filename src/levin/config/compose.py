@@ -139,6 +139,8 @@ def _check_groups(overrides: list[Override]) -> None:
         if override.key_or_group == SEARCH_PATH:
             folders += [Path(getattr(each, "text", each)) for each in override.value()]  # type: ignore[union-attr]
     for override in overrides:
+        if override.is_sweep_override():
+            raise ConfigError(f"{override.input_line} has several values: add -m to train each of them, one by one")
         group, choice = override.key_or_group, override.value()
         if group in ("algo", "env") and choice is None:
             raise ConfigError(f"{group}=null leaves nothing to train; name one of configs/{group}/")
@@ -170,6 +172,9 @@ def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
         return ConfigError("launcher=... needs a package that is missing: pip install -e '.[scale]'")
     parsed = parse_hydra_overrides(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
+    for override in parsed:
+        if override.key_or_group in ("env.kwargs", "callbacks") and not override.is_add():
+            return ConfigError(f"{override.input_line} adds keys: put a plus before it, +{override.input_line}")
     if len(groups) < len(parsed):
         valid = [key for key in flat_keys(to_plain(compose(groups, check_values=False))) if key != "name"]
         for override in parsed:

@@ -6,8 +6,13 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends USR1 before the time limit
+# SLURM sends USR1 before the time limit; a terminal sends HUP when it is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # as in glibc's malloc.h
 
 
@@ -18,6 +23,19 @@ def ignore_signals() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Set the handler of all `SIGNALS`, and return the previous ones by signal. `nohup` keeps its effect."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def restore_signals(handlers: dict[int, Any]) -> None:
+    """Set the handlers that `handle_signals` returned."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def print_line(text: str) -> None:
@@ -43,8 +61,17 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"levin: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def silence_libraries() -> None:
-    """Silence the library messages that appear at every start and that no user can act on."""
+    """Silence the library messages that no user can act on, and print Levin's own warnings as plain sentences."""
+    warnings.formatwarning = _format_warning
     for name in (
         "torchrl",
         "lightning.fabric.utilities.distributed",

@@ -142,7 +142,7 @@ def is_channel_last(space: Space) -> bool:
     if 4 * min(first, last) <= max(first, last):
         return last < first
     raise ConfigError(
-        f"pixels of the shape {space['shape']} may be [C, H, W] or [H, W, C]: "
+        f"the observation has pixels of the shape {space['shape']}, which may be [C, H, W] or [H, W, C]: "
         "set env.channels=first or env.channels=last"
     )
 

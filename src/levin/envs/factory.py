@@ -7,7 +7,9 @@ with `reset(options={"reset_mask": done})`.
 import ctypes
 import importlib
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from ctypes.util import find_library
@@ -18,12 +20,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.wrappers import AddRenderObservation
 
 from levin.algorithms.base import Algorithm
 from levin.core import rng
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, valid_names
 from levin.core.omega import to_plain
 from levin.core.process import ignore_signals
 from levin.core.spaces import EnvSpec, observation_dtypes, to_tensors
@@ -35,6 +38,14 @@ from levin.envs.vector import SeededVectorEnv
 from levin.envs.wrappers import ActionRepeat, drop_texts, select_entries, stack_frames
 from levin.model_based.dream_env import STARTS, DreamEnv, LatentEnv, Model, policy_space
 from levin.runs.load import load_algorithm, load_config
+
+# Extras of Levin, and words in the error of an env that needs a package of theirs.
+EXTRAS = {
+    "mujoco": {"mujoco", "MuJoCo"},
+    "box2d": {"Box2D", "box2d", "pygame"},
+    "atari": {"ale_py", "ale-py"},
+    "dmc": {"dm_control", "shimmy"},
+}
 
 
 def make_env(
@@ -74,15 +85,54 @@ def make_env(
     except ConfigError:
         raise
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        raise ConfigError(
-            f"env.id={config.id} needs a package that is missing ({error}); install the extra that has it "
-            "(mujoco, box2d, atari or dmc), for example: pip install -e '.[mujoco]'"
-        ) from error
+        raise ConfigError(_explain_missing_package(config, error)) from error
     except Exception as error:  # libraries raise errors of every type
         what = f"env.id={config.id}" if config.target is None else f"env.target={config.target}"
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{what} can't be made: {type(error).__name__}: {reason}") from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        hint = _explain_unregistered(config) if isinstance(error, gym.error.UnregisteredEnv) else _location(error)
+        raise ConfigError(f"{what} can't be made: {type(error).__name__}: {reason}{hint}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
+
+
+def _explain_missing_package(config: EnvConfig, error: ImportError | gym.error.DependencyNotInstalled) -> str:
+    """Return a sentence about a package that an env needs, with the extra of Levin that has it, if one does."""
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    words = {missing, *re.findall(r"[\w-]+", str(error))}
+    what = f"env.id={config.id} needs a package that is missing ({error})"
+    for extra, names in EXTRAS.items():
+        if names & words:
+            return f"{what}: pip install -e '.[{extra}]'"
+    if missing and missing == config.id.partition(":")[0].partition(".")[0]:
+        return f"{what}: install the package that has the module, or set PYTHONPATH to the folder that holds it"
+    return f"{what}: install the package that has the module {missing}" if missing else what
+
+
+def _explain_unregistered(config: EnvConfig) -> str:
+    """Return a hint about an id that Gymnasium does not know although the module before the colon was imported."""
+    module, _, wanted = config.id.rpartition(":")
+    if not module:
+        return "; if a package registers the id, name the package first: env.id=the_package:TheId-v0"
+    package = module.partition(".")[0]
+    modules = {each: getattr(spec.entry_point, "__module__", spec.entry_point) for each, spec in gym.registry.items()}
+    ids = [each for each, name in modules.items() if re.split("[.:]", str(name))[0] == package]
+    if ids:
+        return f"; {valid_names(wanted, ids)}"
+    functions = [each for each in dir(sys.modules[module]) if each.startswith("register_")]
+    if functions:
+        return (
+            f"; {module} registers its ids in {functions[0]}(): call it in a module of your own, and name that: "
+            "env.id=my_module:TheId-v0"
+        )
+    old = "; it uses the old package gym, whose envs shimmy converts" if "gym" in sys.modules else ""
+    return f"; importing {module} registers no ids with Gymnasium{old}"
+
+
+def _location(error: Exception) -> str:
+    """Return where an error was raised, if that is in somebody else's package or module."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(__file__).parents[1]), str(Path(gym.__file__).parent))
+    others = [frame for frame in frames if not frame.filename.startswith(ours)]
+    return f" ({Path(others[-1].filename).name}, line {others[-1].lineno})" if others else ""
 
 
 def make_vector(
@@ -170,6 +220,12 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
         **_render_options(config, name, render),
         **config.kwargs,
     )
+    rewards = getattr(env.unwrapped, "reward_space", None)
+    if isinstance(rewards, Box) and np.prod(rewards.shape) > 1:
+        raise ConfigError(
+            f"env.id={config.id} has several rewards, {rewards.shape}, and algorithms here learn from one: wrap the "
+            "env in a module of your own so that it returns their weighted sum"
+        )
     if config.pixels:
         env = AddRenderObservation(env, render_only=True)
     if config.action_repeat > 1:

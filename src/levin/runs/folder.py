@@ -1,7 +1,9 @@
 """Create, lock and update the run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
 
+import errno
 import fcntl
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,6 +149,14 @@ def lock(run: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, whose lock env processes would inherit
         except (BlockingIOError, PermissionError) as error:
             raise ConfigError(f"run={run} is being trained by another process") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(
+                f"levin: the file system of run={run} has no locks ({error.strerror}): do not train this run in two "
+                "processes at once",
+                file=sys.stderr,
+            )
         yield
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -51,7 +52,9 @@ def command_line() -> str:
 
 
 def run_git(*arguments: str) -> str:
-    """Run git in the repository and return its output; an empty string outside a repository."""
+    """Run git in the repository and return its output; an empty string outside a repository or without git."""
+    if shutil.which("git") is None:
+        return ""
     answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return answer.stdout.strip()
 

@@ -15,7 +15,7 @@ from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed
 from levin.core.errors import RunError
-from levin.core.process import SIGNALS
+from levin.core.process import handle_signals, restore_signals
 
 
 class Preemption(Callback):
@@ -33,7 +33,7 @@ class Preemption(Callback):
         self.alone = alone
         self.received: signal.Signals | None = None
         self.preempted = False
-        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         environment = trainer._accelerator_connector.cluster_environment
@@ -44,7 +44,7 @@ class Preemption(Callback):
         self._loader = cast(CollectorLoader, trainer.train_dataloader)
         # Lightning has set its own handlers by now, which would end the run without saving.
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._previous_handlers = handle_signals(self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
@@ -73,8 +73,7 @@ class Preemption(Callback):
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        restore_signals(self._previous_handlers)
 
 
 def forward_sigusr1(trainer: Trainer) -> None:

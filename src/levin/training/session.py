@@ -108,15 +108,17 @@ def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
     world_size, rank, cfg = sharding.configured_world_size(cfg), sharding.process_rank(cfg), sharding.shard_config(cfg)
     if cfg.trainer.threads or world_size > 1:
         torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // world_size))
-    rng.seed_everything(cfg.seed, rank=0)
-    env = make_training_env(cfg, rank=0)
-    values = {key: value for key, value in to_plain(cfg.algo).items() if key != "_target_"}
-    algorithm = algorithm_class(cfg)(env=describe_env(env), **values)
-    algorithm.random_env_steps = -(-algorithm.random_env_steps // world_size)  # a collector counts its own rank's steps
-    if rank:
-        env.close()
-        return algorithm, make_rollouts(cfg, algorithm, rank, env_steps=0)
-    return algorithm, make_training_loader(cfg, env, algorithm)
+    with sharding.explain_shares(world_size):
+        rng.seed_everything(cfg.seed, rank=0)
+        env = make_training_env(cfg, rank=0)
+        values = {key: value for key, value in to_plain(cfg.algo).items() if key != "_target_"}
+        algorithm = algorithm_class(cfg)(env=describe_env(env), **values)
+        # A collector counts its own rank's steps.
+        algorithm.random_env_steps = -(-algorithm.random_env_steps // world_size)
+        if rank:
+            env.close()
+            return algorithm, make_rollouts(cfg, algorithm, rank, env_steps=0)
+        return algorithm, make_training_loader(cfg, env, algorithm)
 
 
 def make_training_env(cfg: DictConfig, rank: int) -> SeededVectorEnv:

@@ -1,6 +1,8 @@
 """Divide a config among the ranks of a run, and find which rank this process is."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
@@ -43,6 +45,21 @@ def process_rank(config: DictConfig) -> int:
             f"and trainer.num_nodes={config.trainer.get('num_nodes', 1)} need {ranks}"
         )
     return environment.global_rank()
+
+
+@contextmanager
+def explain_shares(ranks: int) -> Iterator[None]:
+    """Add to a ConfigError about a value that is divided among several ranks that it is the share of one rank."""
+    try:
+        yield
+    except ConfigError as error:
+        named = [key for key in SHARDED_KEYS if key.rpartition(".")[2] in str(error)]
+        if ranks == 1 or not named:
+            raise
+        raise ConfigError(
+            f"{error} (each of the {ranks} ranks has 1/{ranks} of {' and '.join(named)}, and this is the message of "
+            "one rank)"
+        ) from error
 
 
 def shard_config(config: DictConfig) -> DictConfig:
