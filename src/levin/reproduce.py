@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from levin.config import cli, schema
 from levin.core import files, paths
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
-from levin.core.process import handle_signals, restore_signals
+from levin.core.process import signals_handled
 from levin.core.types import PositiveInt
 from levin.report import report
 from levin.results.curves import read_curves
@@ -86,9 +86,7 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
         _train_seeds(folders, cfg, at_once)
     outcome = judge_runs(folder, reference, folders, kept)
     if store:
-        previous_handlers = handle_signals(lambda *_: None)  # its files belong together
         store_runs(folder, folders, kept)
-        restore_signals(previous_handlers)
         report()
     verdict = {"exp": exp, "seeds": chosen, "env_steps": cfg.total_env_steps, **outcome.__dict__}
     files.save_json(verdict, batch, DONE)
@@ -177,11 +175,10 @@ def _stop_on_exit(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]
     def stop(*_: Any) -> None:
         raise RunError("stopped; the runs are saved, and the same command continues them")
 
-    previous_handlers = handle_signals(stop)
     try:
-        yield
+        with signals_handled(stop):
+            yield
     finally:
-        restore_signals(previous_handlers)
         for process in running.values():
             process.terminate()
         for process in running.values():

@@ -497,7 +497,10 @@ def test_several_vectors_are_concatenated():
         (["env.target=toy_torchrl:line", "+env.kwargs.colour=red"], "toy_torchrl:line can't be made: TypeError"),
         (["env.target=toy_torchrl:missing_package"], "needs a package that is missing .No module named 'simulator'"),
         (["env.target=toy_torchrl:NUMBER"], "toy_torchrl:NUMBER can't be made: TypeError"),
-        (["env.target=toy_torchrl:broken"], "toy_torchrl:broken can't be made: AssertionError: no wheels$"),
+        (
+            ["env.target=toy_torchrl:broken"],
+            "toy_torchrl:broken can't be made: AssertionError: no wheels .toy_torchrl.py, line 1",
+        ),
         (["env.target=toy_torchrl:line", "env.frame_stack=2"], "env.frame_stack is not for env.family=torchrl"),
         (["env.target=toy_torchrl:line", "env.action_repeat=2"], "env.action_repeat is not for env.family=torchrl"),
         (["env.target=toy_torchrl:line", "env.vectorization=async"], "set collector=torchrl-process"),

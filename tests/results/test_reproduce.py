@@ -240,9 +240,9 @@ def test_a_signal_does_not_come_between_the_files_of_a_result(stored_copy, monke
         return write(*arguments)
 
     monkeypatch.setattr(reproduction, "write_curves", write_and_signal)
-    result_folder, _ = stored_copy
+    result_folder, folders = stored_copy
     before = read_provenance(result_folder)
-    reproduce(exp="toy", seeds="0 1 2", store=True)
+    store_runs(result_folder, folders)
     assert read_provenance(result_folder)["files"] == before["files"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

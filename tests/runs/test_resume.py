@@ -159,7 +159,7 @@ def test_nohup_keeps_its_effect(tmp_path):
 
 def test_a_resume_holds_the_lock_while_it_moves_checkpoints(tmp_path, monkeypatch):
     train(compose([*TINY, "total_env_steps=96"]), tmp_path / "run")
-    code = f"from levin.runs.folder import lock; from pathlib import Path\nwith lock(Path({str(tmp_path / 'run')!r})): pass"
+    code = f"import pathlib, levin.runs.folder as f\nwith f.lock(pathlib.Path({str(tmp_path / 'run')!r})): pass"
     answers = []
 
     def locked(*_):

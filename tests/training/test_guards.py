@@ -102,9 +102,9 @@ ENDS = [
 
 
 @pytest.mark.parametrize("env", [0, 1])
-@pytest.mark.parametrize(("way", "cause"), ENDS)
-def test_the_error_names_env_step_and_episode(way, cause, env, tmp_path, monkeypatch, capsys):
-    failure, vectorization = way
+@pytest.mark.parametrize("end", ENDS)
+def test_the_error_names_env_step_and_episode(end, env, tmp_path, monkeypatch, capsys):
+    (failure, vectorization), cause = end
     seed = episode_seed(0, TRAINING, 0, env, 2)
     overrides = (*OVERRIDES, *FAILING, f"+env.kwargs.how={failure}", "+env.kwargs.after=7", f"+env.kwargs.seed={seed}")
     overrides = (*overrides, "env.num_envs=3", f"env.vectorization={vectorization}", "env.timeout=1.5")

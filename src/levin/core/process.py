@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +37,16 @@ def restore_signals(handlers: dict[int, Any]) -> None:
     """Set the handlers that `handle_signals` returned."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@contextmanager
+def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Set the handler of all `SIGNALS` while the context lasts."""
+    previous_handlers = handle_signals(handler)
+    try:
+        yield
+    finally:
+        restore_signals(previous_handlers)
 
 
 def print_line(text: str) -> None:

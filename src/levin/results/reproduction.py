@@ -9,6 +9,7 @@ import numpy as np
 
 from levin.core import files
 from levin.core.errors import ConfigError
+from levin.core.process import signals_handled
 from levin.results import aggregates
 from levin.results.curves import CURVES, TRAINING, Curve, Curves, read_curves, read_run, write_curves
 from levin.results.result import (
@@ -162,12 +163,17 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
     """
     facts = {seed: run_folder.read_provenance(run) for seed, run in runs.items()}
     sessions = [session for own in facts.values() for session in (own, *own["resumed"])]
-    first = next(iter(facts.values()))
     if any(session["git_dirty"] for session in sessions) or len({session["git_sha"] for session in sessions}) > 1:
         raise ConfigError(
             "store=true needs runs of one commit, but these are of uncommitted files or of several commits; "
             f"commit, remove {next(iter(runs.values())).parent} and run again"
         )
+    with signals_handled(lambda *_: None):  # the files of a result belong together
+        _write_result(folder, runs, kept, facts)
+
+
+def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], facts: dict[int, dict[str, Any]]) -> None:
+    """Write the files of a result; `facts` is the provenance of each run."""
     before = read_provenance(folder)
     for kind in (CURVES, TRAINING):
         stored = read_curves(folder, kind)
@@ -183,7 +189,7 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty")
     origin = {
         "command": f'make reproduce EXP={folder.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
-        **{key: value for key, value in first.items() if key not in dropped},
+        **{key: value for key, value in next(iter(facts.values())).items() if key not in dropped},
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
         "files": file_fingerprints(folder),
     }
