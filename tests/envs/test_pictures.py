@@ -78,6 +78,5 @@ def test_a_resumed_run_with_pictures_a_vector_and_a_text_is_identical(tmp_path):
 
 
 def test_minigrid(tmp_path):
-    pytest.importorskip("minigrid")
     overrides = ("algo=ppo", "env=gym", "env.id=minigrid:MiniGrid-Empty-5x5-v0", "logger=csv", "eval.episodes=10")
     assert train(compose([*overrides, "total_env_steps=10_240", "eval.every=10_240"]), tmp_path / "run") > 0.9
