@@ -30,6 +30,8 @@ from levin.runs import folder as run_folder
 from levin.training.session import train
 
 FLAGS = ("-m", "--multirun")
+# Values, such as env ids, may have a slash. Registered here, because jobs of a cluster import this module.
+OmegaConf.register_new_resolver("folder_name", lambda text: text.replace("\\", "").replace("/", "_"), replace=True)
 
 
 def sweep(words: list[str]) -> None:
@@ -53,7 +55,7 @@ def sweep(words: list[str]) -> None:
     not_in_name = [key for key, values in choices.items() if len(values) == 1 or key == "seed"]
     options = {
         "hydra.sweep.dir": f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S-%f}",
-        "hydra.sweep.subdir": "'./${hydra.job.override_dirname}/s${seed}'",
+        "hydra.sweep.subdir": "'./${folder_name:${hydra.job.override_dirname}}/s${seed}'",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(not_in_name)}]",
         "hydra.output_subdir": "null",  # the run folder has its own config.yaml
         "hydra/job_logging": "disabled",

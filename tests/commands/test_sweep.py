@@ -7,6 +7,8 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
+from levin.plot import collect_curves
+
 SMALL = (
     *("env=gym", "env.id=toy_envs:Point-v0", "total_env_steps=64", "algo.learning_starts=16", "algo.batch_size=4"),
     *("algo.hidden_sizes=[4]", "eval.episodes=1", "trainer.threads=1", "trainer.accelerator=cpu", "logger=csv"),
@@ -49,6 +51,19 @@ def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
     returns = [line.split()[1] for line in answer.stdout.splitlines() if line.startswith("eval/return_mean")]
     assert (tmp_path / "returned.txt").read_text().split() == returns
     assert len(set(returns)) == 4
+
+
+def test_values_with_a_slash_are_one_folder_each_and_can_be_drawn(tmp_path):
+    (tmp_path / "own_ids.py").write_text(
+        "import gymnasium, toy_envs\n"
+        "for name in ('One', 'Two'):\n"
+        "    gymnasium.register(f'pair/{name}-v0', toy_envs.Point, max_episode_steps=20)\n"
+    )
+    answer = train(tmp_path, "-m", "env.id=own_ids:pair/One-v0,own_ids:pair/Two-v0", "hydra.sweep.dir=mine")
+    assert answer.returncode == 0, answer.stderr
+    found = sorted(str(each.parent.relative_to(tmp_path)) for each in tmp_path.glob("mine/**/config.yaml"))
+    assert found == [f"mine/env.id=own_ids:pair_{name}-v0/s0" for name in ("One", "Two")]
+    assert len(collect_curves(f"{tmp_path}/mine/*")) == 2
 
 
 @pytest.mark.slow
