@@ -74,10 +74,18 @@ def test_pixels_become_channel_first(shape, expected):
     np.testing.assert_array_equal(seen[1][0], channel)
 
 
+def test_pixels_of_policies_saved_by_older_versions_are_read_as_before():
+    older = {"type": "box", "shape": [12, 36, 40], "dtype": "uint8", "low": [], "high": [], "n": 0, "start": 0}
+    assert NetworkInput(older).space["shape"] == [12, 36, 40]
+    assert NetworkInput({**older, "shape": [36, 40, 3]}).space["shape"] == [3, 36, 40]
+
+
 @pytest.mark.parametrize(("channels", "expected"), [("first", (40, 48, 64)), ("last", (64, 40, 48))])
 def test_pixels_that_are_not_recognised_need_the_axis_of_their_channels(channels, expected):
     space = Box(0, 255, (40, 48, 64), np.uint8)
-    with pytest.raises(ConfigError, match=r"\[40, 48, 64\] may be .* set env.channels=first or env.channels=last"):
+    with pytest.raises(
+        ConfigError, match=r"\[40, 48, 64\], which may be .* set env.channels=first or"
+    ):
         NetworkInput(describe_space(space))
     samples, batch = batch_of(space, 3)
     read = NetworkInput(describe_space(Dict({"a": space}), channels))

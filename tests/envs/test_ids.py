@@ -33,7 +33,7 @@ def test_a_missing_module_is_named_and_an_extra_only_if_it_has_it(tmp_path, monk
     (tmp_path / "needs_ale.py").write_text("raise ModuleNotFoundError('no ale', name='ale_py')")
     refuses("needs_ale:Env-v0", r"pip install -e '.\[atari\]'")
     (tmp_path / "needs_unknown.py").write_text("raise ImportError('pip install this[that]')")
-    refuses("needs_unknown:Env-v0", r"needs a package that is missing .pip install this\[that\].$")
+    refuses("needs_unknown:Env-v0", r"can't be made: ImportError: pip install this\[that\] .needs_unknown.py, line 1.$")
 
 
 def test_an_id_that_nobody_has_registered_is_explained(monkeypatch):

@@ -1,11 +1,15 @@
 """Signals in the middle of an evaluation or a slow rollout, and episodes that have no end."""
 
 import os
+import pty
 import signal
-import warnings
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
+from lightning import Callback
 
 from checks import metrics
 from levin import resume
@@ -19,6 +23,8 @@ from levin.runs import checkpoint
 from levin.runs import folder as run_folder
 from levin.training.session import train
 from levin.training.video import record_video
+from processes import wait_until
+from rows import ROWS
 from short_runs import TINY, assert_identical_runs
 
 ENDLESS = ("env=gym", "env.id=careless_envs:Endless-v0", "env.action=rescale")
@@ -26,6 +32,13 @@ REINFORCE = ("algo=reinforce", "env=cartpole", "algo.transitions_per_update=60",
 REINFORCE += ("algo.schedule_env_steps=448", "eval.episodes=2", "eval.every=70", "checkpoint.every=90", "logger=csv")
 SLOW_SAC = (*TINY, "env.num_envs=2", "algo.steps_per_iteration=16")
 MEMORY = ("algo=ddpg", "algo.noise=ornstein_uhlenbeck", *TINY[1:])  # a policy with a state
+
+
+def dreamer(name: str) -> tuple[str, ...]:
+    """Return the overrides of a small run of a Dreamer, whose policy has a memory."""
+    (row,) = (each for each in ROWS if each.algo == name)
+    schedule = ("eval.every=70", "eval.episodes=1", "checkpoint.every=90", "logger=csv", "algo.steps_per_iteration=16")
+    return (f"algo={name}", f"env={row.env}", *row.small, *schedule)
 
 
 def signal_at(monkeypatch, purpose: str, at: int) -> list[int]:
@@ -66,6 +79,70 @@ def test_an_evaluation_gives_way_to_a_signal_and_is_repeated(at, tmp_path, monke
     assert best[0] == best[1] or int(best[1]) % 90  # a checkpoint that only the interrupted run has may be better
 
 
+class Draws(Callback):
+    """Callback that draws random numbers at evaluations, and is ready for them only after `on_train_start`."""
+
+    def on_train_start(self, *_) -> None:
+        self.drawn = []
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.drawn.append(torch.rand(3))
+        pl_module.log("mine/drawn", self.drawn[-1].sum())
+
+
+def test_a_repeated_evaluation_is_as_the_original_for_the_users_callbacks(tmp_path, monkeypatch):
+    overrides = [*TINY, "total_env_steps=448", "+callbacks.draws={_target_:test_interruption.Draws}"]
+    train(compose(overrides), tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        signal_at(patch, "evaluation", 300)
+        train(compose(overrides), tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"))
+    assert_identical_runs(tmp_path / "straight", tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_linked_after_a_repeated_last_evaluation(tmp_path, monkeypatch):
+    overrides = [*TINY, "eval.every=224", "total_env_steps=224"]
+    with monkeypatch.context() as patch:
+        signal_at(patch, "evaluation", 50)
+        train(compose(overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints" / checkpoint.BEST).exists()
+    resume.resume(run=str(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / checkpoint.BEST).readlink().name == "224"
+    assert is_complete(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_second_signal_does_not_keep_a_run_from_being_saved(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(vector, "SLOW", 0.0)
+    save = checkpoint.FolderCheckpointIO.save_checkpoint
+
+    def save_and_signal(*arguments, **options):
+        os.kill(os.getpid(), getattr(signal, name))
+        return save(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        signal_at(patch, "training", 150)
+        patch.setattr(checkpoint.FolderCheckpointIO, "save_checkpoint", save_and_signal)
+        train(compose([*SLOW_SAC, "checkpoint.every=1000", "total_env_steps=448"]), tmp_path / "run")
+    assert [each.name for each in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == ["288"]
+    assert "stopped and saved at 288 of 448 env steps; to continue: make resume" in capfd.readouterr().out
+    assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
+
+
+def test_a_closed_terminal_does_not_keep_a_run_from_being_saved(tmp_path):
+    main, terminal = pty.openpty()
+    code = "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # the terminal controls the process
+    code += "runpy.run_module('levin.train', None, '__main__')"
+    overrides = [*SLOW_SAC, "env=gym", "env.id=signal_env:Slow-v0", "env.action=rescale", "total_env_steps=1_000_000"]
+    command = [sys.executable, "-c", code, *overrides, f"run={tmp_path / 'run'}"]
+    run = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    wait_until(lambda: checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"), 120)
+    os.close(main)  # the kernel sends SIGHUP
+    assert run.wait(120) == 0
+    assert run_folder.read_provenance(tmp_path / "run")["wall_seconds"] > 0
+
+
 def test_a_repeated_evaluation_gives_way_as_well(tmp_path, monkeypatch):
     overrides = [*TINY, "total_env_steps=224"]
     train(compose(overrides), tmp_path / "straight")
@@ -89,8 +166,10 @@ def test_a_repeated_evaluation_gives_way_as_well(tmp_path, monkeypatch):
         (SLOW_SAC, 150),
         ((*MEMORY, "env.num_envs=2"), 130),
         ((*SLOW_SAC, "env.vectorization=async"), 90),
+        (dreamer("dreamer"), 130),
+        (dreamer("dreamer_v3"), 130),
     ],
-    ids=["whole episodes", "sac", "a policy with a state", "async envs"],
+    ids=["whole episodes", "sac", "a policy with noise", "async envs", "dreamer", "dreamer_v3"],
 )
 def test_a_slow_rollout_is_abandoned_and_repeated(overrides, at, tmp_path, monkeypatch):
     monkeypatch.setattr(vector, "SLOW", 0.0)
@@ -160,7 +239,7 @@ def test_an_episode_that_is_too_long_to_replay_is_truncated(tmp_path, monkeypatc
     monkeypatch.setattr(vector, "MAX_REPLAY", 40)
     overrides = [*TINY, *ENDLESS, "eval.every=100000", "env.num_envs=2", "+env.kwargs.after=3", "total_env_steps=448"]
     train(compose(overrides), tmp_path / "run")
-    with pytest.warns(UserWarning, match="its open episode has more than 40 steps .* of 2 env.s. is truncated"):
+    with pytest.warns(UserWarning, match="an open episode has more than 40 steps .* of 2 env.s. is truncated"):
         resume.resume(run=str(tmp_path / "run"), total_env_steps=640)
 
 
@@ -169,10 +248,10 @@ def test_the_history_of_a_long_episode_is_bounded(monkeypatch):
     collector = VectorCollector.__new__(VectorCollector)
     collector._history, collector._history_start, collector.vector_steps = vector.deque(), 0, 0
     collector._seeded_at = np.zeros(2, dtype=np.int64)
-    for _ in range(30):
-        collector.vector_steps += 8
+    kept = []
+    for steps in range(8, 97, 8):
+        collector.vector_steps = steps
+        collector._seeded_at[1] = max(0, steps - 20) // 16 * 16
         collector._append_history(np.zeros((2, 8, 1)))
-    assert sum(each.shape[1] for each in collector._history) == 40
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        collector._append_history(np.zeros((2, 8, 1)))
+        kept.append(sum(each.shape[1] for each in collector._history))
+    assert kept == [8, 16, 24, 32, 40, 32, 24, 32, 24, 32, 24, 32]  # after 40 steps only what env 1 needs

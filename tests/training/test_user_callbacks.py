@@ -115,11 +115,16 @@ def test_a_repeated_key_is_announced(capsys):
 class Logs(Callback):
     """Callback that logs in every way: with `log`, with `log_dict` and to the loggers, with a step of its own."""
 
+    def on_train_start(self, trainer, pl_module) -> None:
+        for logger in trainer.loggers:
+            if pl_module.env_steps == 0:
+                logger.log_metrics({"mine/first": np.float32(1.5)})
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         pl_module.log("mine/batch", float(batch_idx), prog_bar=True, on_step=True)
         pl_module.log_dict({"mine/steps": torch.tensor(2.0 * pl_module.env_steps), "env_steps": -1.0})
         for logger in trainer.loggers:
-            logger.log_metrics({"mine/direct": 3.0 * pl_module.env_steps}, step=batch_idx)
+            logger.log_metrics({"mine/direct": torch.tensor(3.0 * pl_module.env_steps)}, step=batch_idx)
 
     def on_validation_end(self, trainer, pl_module) -> None:
         pl_module.log("mine/evaluation", 7.0)
@@ -137,6 +142,7 @@ def test_what_a_callback_logs_has_the_env_steps_as_its_axis(tmp_path):
     direct = {int(row["env_steps"]): float(row["mine/direct"]) for row in rows if row["mine/direct"]}
     assert direct == {steps: 3.0 * steps for steps in range(32, 225, 32)}
     assert [row["env_steps"] for row in plain if row["mine/evaluation"]] == ["96", "160", "224"]
+    assert next((row["env_steps"], row["mine/first"]) for row in rows) == ("0", "1.5")
     assert [int(row["env_steps"]) for row in rows] == sorted(int(row["env_steps"]) for row in rows)
 
 

@@ -89,7 +89,7 @@ class EpisodeEnd:
         advice = "if its episodes have no end, train it with env.time_limit=<steps>"
         if perf_counter() > self.warned_at:
             self.warned_at = float("inf")
-            warnings.warn(f"an episode of {self.config.id} has not ended for {LONG_WAIT:g} s; {advice}", stacklevel=2)
+            warnings.warn(f"an episode of {self.config.id} has not ended for {LONG_WAIT:g} s; {advice}", stacklevel=1)
         if length >= ENDLESS:
             raise RunError(f"an episode of {self.config.id} has not ended after {length:,} steps; {advice}")
 

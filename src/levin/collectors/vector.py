@@ -59,19 +59,22 @@ class RolloutArrays:
 
 
 class Before:
-    """State of a collector, its policy and the random generators before a rollout."""
+    """State of a collector, its policy and the random generators before a rollout, as far as checkpoints hold it."""
 
     def __init__(self, collector: "VectorCollector") -> None:
         self.generators = Generators()
-        self.buffers = {name: each.clone() for name, each in collector.policy.named_buffers()}
+        buffers = [(module, module._buffers) for module in collector.policy.modules()]
+        self.buffers = [
+            (module, name, each.clone()) for module, own in buffers for name, each in own.items() if each is not None
+        ]
         self.episodes = list(collector.env.episodes)
         self.attributes = {name: copy(getattr(collector, name)) for name in STATE}
 
     def restore(self, collector: "VectorCollector") -> None:
         """Set the collector, its policy and the random generators to this state."""
         self.generators.restore()
-        for name, each in collector.policy.named_buffers():
-            each.copy_(self.buffers[name])
+        for module, name, each in self.buffers:  # replaced, not copied: in a rollout they may become inference tensors
+            module._buffers[name] = each
         collector.env.episodes = self.episodes
         for name, value in self.attributes.items():
             setattr(collector, name, value)
@@ -293,7 +296,7 @@ class VectorCollector(BaseCollector):
     def _append_history(self, action: np.ndarray) -> None:
         """Append actions `[N, T, *A]` to the history, and drop those that no open episode needs for its replay."""
         self._history.append(action)
-        oldest = max(self._seeded_at.min(), self.vector_steps - MAX_REPLAY)
+        oldest = self._seeded_at[self.vector_steps - self._seeded_at <= MAX_REPLAY].min(initial=self.vector_steps)
         while self._history and self._history_start + self._history[0].shape[1] <= oldest:
             self._history_start += self._history.popleft().shape[1]
 
@@ -310,7 +313,7 @@ class VectorCollector(BaseCollector):
             return OrderedDict()
         lengths = self.vector_steps - self._seeded_at  # [N]
         history = np.concatenate([self._allocate_actions(0), *self._history], axis=1)  # [N, L, *A]
-        start = max(0, history.shape[1] - int(lengths.max()))
+        start = history.shape[1] - int(lengths[lengths <= MAX_REPLAY].max(initial=0))
         return OrderedDict(
             vector_steps=self.vector_steps,
             episodes=list(self.env.episodes),
@@ -328,6 +331,7 @@ class VectorCollector(BaseCollector):
         saved = self._copy_parts(state_dict["observation"])
         too_long = lengths > actions.shape[1]
         lengths[too_long] = 0
+        actions = actions[:, actions.shape[1] - lengths.max() :]
         self._history = deque([actions])
         self._history_start = self.vector_steps - actions.shape[1]
         self._seeded_at = self.vector_steps - lengths
@@ -340,13 +344,15 @@ class VectorCollector(BaseCollector):
         )
         self.not_replayed = not_replayed = too_long | differs
         if not_replayed.any():
-            reason = f"its open episode has more than {MAX_REPLAY:,} steps (env.time_limit would end it)"
-            if not too_long.any():
-                reason = "the same actions led to another observation"
+            reasons = []
+            if too_long.any():
+                reasons.append(f"an open episode has more than {MAX_REPLAY:,} steps (env.time_limit would end it)")
+            if (differs & ~too_long).any():
+                reasons.append("the same actions led to another observation")
             warnings.warn(
-                f"{self.env.config.id} does not replay: {reason}. The open episode "
+                f"{self.env.config.id} does not replay: {' and '.join(reasons)}. The open episode "
                 f"of {int(not_replayed.sum())} env(s) is truncated, and this run differs from an uninterrupted one",
-                stacklevel=2,
+                stacklevel=1,
             )
             self._seeded_at[not_replayed], self._first[not_replayed] = self.vector_steps, True
             episodes = [episode + 1 for episode in self.env.episodes]

@@ -173,7 +173,7 @@ def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
     parsed = parse_hydra_overrides(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     for override in parsed:
-        if override.key_or_group in ("env.kwargs", "callbacks") and not override.is_add():
+        if override.key_or_group in ("env.kwargs", "callbacks") and f"'{override.key_or_group}'" in str(error):
             return ConfigError(f"{override.input_line} adds keys: put a plus before it, +{override.input_line}")
     if len(groups) < len(parsed):
         valid = [key for key in flat_keys(to_plain(compose(groups, check_values=False))) if key != "name"]

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import signal
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,6 +59,13 @@ def print_line(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def close_terminal() -> None:
+    """Discard what else goes to a terminal that was closed: writing to it would raise an error."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def keep_freed_memory() -> None:

@@ -32,7 +32,7 @@ class Space(TypedDict):
     nvec: NotRequired[list[int]]  # multi_discrete: number of values of each choice, flat
     starts: NotRequired[list[int]]  # multi_discrete: the env's first value of each choice, flat
     spaces: NotRequired[dict[str, "Space"]]  # dict: its parts
-    channels: NotRequired[Literal["first", "last"]]  # pixels: axis of the channels, if it is not to be guessed
+    channels: NotRequired[Literal["first", "last"]]  # pixels with three dimensions: axis of the channels
 
 
 class EnvSpec(TypedDict):
@@ -95,7 +95,7 @@ def describe_space(space: gym.Space, channels: Literal["first", "last"] | None =
         if not is_image(space.dtype, shape):
             return {**EMPTY, "shape": shape}
         image: Space = {**EMPTY, "shape": shape, "dtype": "uint8"}
-        return {**image, "channels": channels} if channels else image
+        return {**image, "channels": channels or guess_channels(shape)} if len(shape) == 3 else image
     if isinstance(space, Discrete):
         return {**EMPTY, "type": "discrete", "dtype": "int64", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, MultiDiscrete):
@@ -122,34 +122,38 @@ def is_image(dtype: Any, shape: list[int]) -> bool:
 
 
 def is_channel_last(space: Space) -> bool:
-    """Return whether pixels are `[H, W, C]`, not `[C, H, W]`.
+    """Return whether pixels are `[H, W, C]`, not `[C, H, W]`. Spaces saved by older versions do not say it."""
+    shape = space["shape"]
+    if "channels" in space:
+        return space["channels"] == "last"
+    return len(shape) == 3 and shape[-1] in CHANNELS and shape[0] not in CHANNELS
 
-    Unless the space says it, they are recognised by 1, 3 or 4 channels, then by a square image, then by far fewer
-    channels than pixels along an axis.
+
+def guess_channels(shape: list[int]) -> Literal["first", "last"]:
+    """Return which axis of pixels with three dimensions are the channels.
+
+    They are recognised by 1, 3 or 4 channels, then by a square image, then by far fewer channels than pixels along an
+    axis.
 
     Raises:
         ConfigError: They can't be recognised.
     """
-    if len(space["shape"]) != 3:
-        return False
-    if "channels" in space:
-        return space["channels"] == "last"
-    first, middle, last = space["shape"]
+    first, middle, last = shape
     if (first in CHANNELS) != (last in CHANNELS):
-        return last in CHANNELS
+        return "last" if last in CHANNELS else "first"
     if (first == middle) != (middle == last):
-        return first == middle
+        return "last" if first == middle else "first"
     if 4 * min(first, last) <= max(first, last):
-        return last < first
+        return "last" if last < first else "first"
     raise ConfigError(
-        f"the observation has pixels of the shape {space['shape']}, which may be [C, H, W] or [H, W, C]: "
+        f"the observation has pixels of the shape {shape}, which may be [C, H, W] or [H, W, C]: "
         "set env.channels=first or env.channels=last"
     )
 
 
 def unusual_channels(space: Space) -> list[tuple[list[int], int]]:
-    """Return shape and number of channels of the images in a space that have others than 1, 3 or 4, as was guessed."""
-    images = [leaf for _, leaf in _leaves(space) if leaf["dtype"] == "uint8" and "channels" not in leaf]
+    """Return shape and number of channels of the images in a space that have others than 1, 3 or 4."""
+    images = [leaf for _, leaf in _leaves(space) if leaf["dtype"] == "uint8"]
     counts = [(each["shape"], _channel_first(each)["shape"][0]) for each in images]
     return [(shape, count) for shape, count in counts if count not in CHANNELS]
 
@@ -177,6 +181,7 @@ class NetworkInput:
         self.is_identity = space["type"] == "box" and bool(space["shape"])
         self.is_identity &= space["dtype"] != "uint8" or _channel_first(space)["shape"] == space["shape"]
         if self.is_identity:
+            self.space = _channel_first(space) if space["dtype"] == "uint8" else space
             return
         leaves = list(_leaves(space))
         self._images = {_key_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
@@ -230,8 +235,8 @@ def _channel_first(space: Space) -> Space:
     """Return a space of pixels with the channels first: `[H, W, C] -> [C, H, W]`, `[H, W] -> [1, H, W]`."""
     shape = space["shape"]
     if len(shape) == 2:
-        return {**space, "shape": [1, *shape]}
-    return {**EMPTY, "shape": [shape[2], *shape[:2]], "dtype": "uint8"} if is_channel_last(space) else space
+        return {**EMPTY, "shape": [1, *shape], "dtype": "uint8"}
+    return {**EMPTY, "shape": [shape[2], *shape[:2]] if is_channel_last(space) else shape, "dtype": "uint8"}
 
 
 def _to_channel_first(observation: np.ndarray, space: Space) -> np.ndarray:

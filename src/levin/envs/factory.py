@@ -84,17 +84,18 @@ def make_env(
             env = wrap_latent(env, config)
     except ConfigError:
         raise
-    except (gym.error.DependencyNotInstalled, ImportError) as error:
+    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         raise ConfigError(_explain_missing_package(config, error)) from error
     except Exception as error:  # libraries raise errors of every type
         what = f"env.id={config.id}" if config.target is None else f"env.target={config.target}"
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        hint = _explain_unregistered(config) if isinstance(error, gym.error.UnregisteredEnv) else _location(error)
+        unknown = isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound)
+        hint = _explain_unregistered(config) if unknown else _location(error)
         raise ConfigError(f"{what} can't be made: {type(error).__name__}: {reason}{hint}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
 
 
-def _explain_missing_package(config: EnvConfig, error: ImportError | gym.error.DependencyNotInstalled) -> str:
+def _explain_missing_package(config: EnvConfig, error: ModuleNotFoundError | gym.error.DependencyNotInstalled) -> str:
     """Return a sentence about a package that an env needs, with the extra of Levin that has it, if one does."""
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     words = {missing, *re.findall(r"[\w-]+", str(error))}
@@ -102,7 +103,8 @@ def _explain_missing_package(config: EnvConfig, error: ImportError | gym.error.D
     for extra, names in EXTRAS.items():
         if names & words:
             return f"{what}: pip install -e '.[{extra}]'"
-    if missing and missing == config.id.partition(":")[0].partition(".")[0]:
+    named = config.id.partition(":")[0].partition(".")[0]  # the package of the module before the colon
+    if missing and missing == named:
         return f"{what}: install the package that has the module, or set PYTHONPATH to the folder that holds it"
     return f"{what}: install the package that has the module {missing}" if missing else what
 
@@ -110,6 +112,8 @@ def _explain_missing_package(config: EnvConfig, error: ImportError | gym.error.D
 def _explain_unregistered(config: EnvConfig) -> str:
     """Return a hint about an id that Gymnasium does not know although the module before the colon was imported."""
     module, _, wanted = config.id.rpartition(":")
+    if wanted.startswith("ALE/"):
+        return "; Atari games are ENV=atari (env=atari) with env.id=pong"
     if not module:
         return "; if a package registers the id, name the package first: env.id=the_package:TheId-v0"
     package = module.partition(".")[0]
@@ -273,7 +277,7 @@ def _has_display() -> bool:
 def _mujoco_warning(message: str) -> None:
     """Issue MuJoCo's warning as a Python warning; MuJoCo would print it and write it to a file."""
     if "settotalmass" not in message:  # the XML files of the v4 envs cause this one
-        warnings.warn(f"MuJoCo: {message}", stacklevel=2)
+        warnings.warn(f"MuJoCo: {message}", stacklevel=1)
 
 
 def describe_env(env: SeededVectorEnv) -> EnvSpec:

@@ -178,4 +178,4 @@ def close_env(env: gym.Env) -> None:
     try:
         env.close()
     except Exception as error:  # of any type: it is the user's code
-        warnings.warn(f"close() of {env} raised {type(error).__name__}: {error}", stacklevel=2)
+        warnings.warn(f"close() of {env} raised {type(error).__name__}: {error}", stacklevel=1)

@@ -77,15 +77,15 @@ class SeededVectorEnv(VectorWrapper):
             warnings.warn(
                 f"the actions of {config.id} have bounds outside [-1, 1], where policies such as SAC's act: "
                 "env.action=clip always gives the bound, and env.action=none passes on actions outside of it",
-                stacklevel=2,
+                stacklevel=1,
             )
         channels = "first" if config.frame_stack > 1 else config.channels  # stacked: [K * C, H, W]
         self.shown = describe_space(env.single_observation_space, channels)
-        for shape, count in unusual_channels(self.shown):
+        for shape, count in unusual_channels(self.shown) if channels is None else []:
             warnings.warn(
                 f"{config.id} shows pixels of the shape {shape}, which are taken for {count} channels: set "
                 "env.channels=first or env.channels=last to say which axis they are",
-                stacklevel=2,
+                stacklevel=1,
             )
         self.read = NetworkInput(self.shown)
         self.observation = self.read.space

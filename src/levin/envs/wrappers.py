@@ -52,7 +52,7 @@ def drop_texts(env: gym.Env) -> gym.Env:
     texts = [name for name, part in space.spaces.items() if isinstance(part.sample(), str)]
     if not texts:
         return env
-    warnings.warn(f"the observation of {env} has texts, which are left out: {', '.join(texts)}", stacklevel=2)
+    warnings.warn(f"the observation of {env} has texts, which are left out: {', '.join(texts)}", stacklevel=1)
     return FilterObservation(env, [name for name in space.spaces if name not in texts])
 
 

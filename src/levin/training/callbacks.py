@@ -87,23 +87,19 @@ class Metrics(Callback):
         self.every, self.budget = every, budget
         self.clock = Clock(every)
         self.row: dict[str, float] = {}
-        self.rows = 0  # rows of the CSV at the checkpoint from which the run is continued
         self.csv: loggers.CSVMetrics | None = None  # None on other ranks than 0
         self.waits = False  # whether the row waits for an evaluation that a signal has ended
         self.last_return: float | None = None
         self.log_seconds = 0.0
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.csv = next((each for each in trainer.loggers if isinstance(each, loggers.CSVMetrics)), None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
         self.clock.periods = algorithm.clock // self.every
         self._last_write = (perf_counter(), algorithm.env_steps, algorithm.updates)
         self._last_write_clock = algorithm.clock
-        for logger in trainer.loggers:
-            if isinstance(logger, loggers.CSVMetrics):
-                logger.truncate(self.rows)
-                self.csv = logger
-        if "eval/return_mean" in self.row:  # from an evaluation that was repeated just now
-            self.write(trainer, algorithm)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -139,9 +135,10 @@ class Metrics(Callback):
         self.log_seconds = perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        rows = self.csv.count if self.csv else self.rows
-        return {"row": self.row, "rows": rows, "waits": self.waits}
+        return {"row": self.row, "rows": self.csv.count if self.csv else 0, "waits": self.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.row, self.rows = dict(state_dict["row"]), state_dict["rows"]
+        self.row = dict(state_dict["row"])
+        if self.csv is not None:
+            self.csv.truncate(state_dict["rows"])
         self.waits = state_dict.get("waits", False)  # older checkpoints have no "waits"

@@ -55,7 +55,13 @@ class Checkpointing(Checkpoint):
         self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
-        self._rank(cast(Algorithm, pl_module))  # by an evaluation that was repeated just now
+        for callback in self.evaluation.others:
+            _check_loadable(callback.state_key, callback.state_dict())
+        # After all other hooks and with the restored generators: as if the run had not been interrupted.
+        self.evaluation.repeat(trainer, cast(Algorithm, pl_module))
+        self._rank(cast(Algorithm, pl_module))
+        if trainer.is_global_zero:
+            self._prune()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -116,13 +122,7 @@ class Checkpointing(Checkpoint):
             return
         states = {key: value for key, value in saved.items() if key not in CHECKPOINT_KEYS}
         for name, state in {**states, **saved["callbacks"]}.items():
-            try:
-                files.check_loadable(state)
-            except ValueError as error:
-                raise RunError(
-                    f"the state that a callback keeps in checkpoints as {name} can't be loaded again: {error}; use "
-                    "tensors, numbers, texts, lists and dicts"
-                ) from error
+            _check_loadable(name, state)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         ranks = checkpoint.get("ranks", 1)
@@ -139,3 +139,14 @@ class Checkpointing(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.returns = {str(name): float(value) for name, value in state_dict["returns"].items()}
+
+
+def _check_loadable(name: str, state: Any) -> None:
+    """Raise a RunError if the state that a callback keeps in checkpoints could not be loaded again."""
+    try:
+        files.check_loadable(state)
+    except ValueError as error:
+        raise RunError(
+            f"the state that a callback keeps in checkpoints as {name} can't be loaded again: {error}; use tensors, "
+            "numbers, texts, lists and dicts"
+        ) from error

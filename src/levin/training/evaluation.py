@@ -13,6 +13,7 @@ from levin.algorithms.base import Algorithm
 from levin.collectors.episodes import evaluate
 from levin.core import distributed
 from levin.core.errors import Interrupted, RunError
+from levin.core.rng import Generators
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
@@ -62,10 +63,7 @@ class Evaluation(Callback):
         self.vector_env = make_env(self.env, seed=self.seed, purpose=EVALUATION, num_envs=num_envs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        algorithm = cast(Algorithm, pl_module)
-        self.clock.periods = algorithm.clock // self.clock.every
-        if self.metrics.waits:
-            self.evaluate(trainer, algorithm)
+        self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -86,6 +84,13 @@ class Evaluation(Callback):
         if self.vector_env is not None:
             self.vector_env.close()
             self.vector_env = None
+
+    def repeat(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Make the evaluation that a signal had ended, if there is one, and write its row of metrics."""
+        if self.metrics.waits:
+            self.evaluate(trainer, algorithm)
+            if not self.metrics.waits:
+                self.metrics.write(trainer, algorithm)
 
     def evaluate(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Evaluate the current policy on rank 0, and add the results to the row of metrics on every rank."""
@@ -114,10 +119,11 @@ class Evaluation(Callback):
     def _play(self, trainer: Trainer, algorithm: Algorithm) -> dict[str, float] | None:
         """Play the episodes, and return the row of metrics; None if a signal has ended the evaluation."""
         assert self.vector_env is not None
-        start, policy = perf_counter(), algorithm.policy(deterministic=True)
+        start, policy, generators = perf_counter(), algorithm.policy(deterministic=True), Generators()
         try:
             returns, lengths = evaluate(policy, self.vector_env, self.episodes, self.stop)
         except Interrupted:
+            generators.restore()
             return None
         row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
         row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}

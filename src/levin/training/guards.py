@@ -15,7 +15,7 @@ from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed
 from levin.core.errors import RunError
-from levin.core.process import handle_signals, restore_signals
+from levin.core.process import SIGNALS, close_terminal, handle_signals, restore_signals
 
 
 class Preemption(Callback):
@@ -33,24 +33,28 @@ class Preemption(Callback):
         self.alone = alone
         self.received: signal.Signals | None = None
         self.preempted = False
-        self._previous_handlers: dict[int, Any] = {}
+        self._original_handlers: dict[int, Any] = {}  # before those of the Trainer
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # it may save mid-iteration; `runs.slurm` or submitit requeues
+        if threading.current_thread() is threading.main_thread():
+            self._original_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self._loader = cast(CollectorLoader, trainer.train_dataloader)
         # Lightning has set its own handlers by now, which would end the run without saving.
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = handle_signals(self._receive)
+            handle_signals(self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.received = signal.Signals(number)
+        if number == signal.SIGHUP:
+            close_terminal()
         self.preempted |= number == signal.SIGUSR1
         if self.alone:
             self._loader.interrupt()
@@ -66,19 +70,20 @@ class Preemption(Callback):
         if self.received is not None:
             trainer.should_stop = True
 
-    def teardown(self, *_: Any, **__: Any) -> None:  # not earlier: the last evaluation is in `on_train_end`
-        self._restore()
+    def restore(self) -> None:
+        """Restore the handlers of the time before training. The caller of `Trainer.fit` does this when it has ended."""
+        restore_signals(self._original_handlers)
 
-    def on_exception(self, *_: Any) -> None:
-        self._restore()
 
-    def _restore(self) -> None:
-        restore_signals(self._previous_handlers)
+def preemption_of(trainer: Trainer) -> Preemption:
+    """Return the Preemption callback of a Trainer."""
+    (preemption,) = (each for each in trainer.callbacks if isinstance(each, Preemption))  # type: ignore[attr-defined]
+    return preemption
 
 
 def forward_sigusr1(trainer: Trainer) -> None:
     """Raise SIGUSR1 again if it stopped the run, so that the previous handler (submitit, `slurm`) requeues the job."""
-    (preemption,) = (each for each in trainer.callbacks if isinstance(each, Preemption))  # type: ignore[attr-defined]
+    preemption = preemption_of(trainer)
     if preemption.preempted and callable(signal.getsignal(signal.SIGUSR1)):
         signal.raise_signal(signal.SIGUSR1)
 

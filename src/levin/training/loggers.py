@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from levin.algorithms.base import Algorithm
 from levin.core import files
@@ -54,7 +55,10 @@ def _make_loggers(
         _, saved_id = checkpoint.env_steps_and_wandb_id(ckpt_path)
         wandb_id = saved_id if saved_id and trust.is_accepted(_wandb_run(saved_id)) else None
         clock = int(ckpt_path.resolve().parent.name)
-    loggers: list[Logger] = [CSVMetrics(run)]
+    metrics = CSVMetrics(run)
+    if ckpt_path is None:
+        metrics.truncate(0)  # a run that was stopped before its first checkpoint begins anew
+    loggers: list[Logger] = [metrics]
     if name == "tensorboard":
         files.subfolder(run, "tensorboard")
         loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=clock + 1))
@@ -127,7 +131,8 @@ def _log_at_clock(
     log: Callable[..., None], algorithm: Algorithm, metrics: dict[str, float], step: int | None = None
 ) -> None:
     """Log metrics at the current clock. `step`, which Lightning's callbacks count in batches, has no effect."""
-    log({**metrics, "env_steps": algorithm.env_steps}, step=algorithm.clock)
+    plain = {name: each.item() if isinstance(each, Tensor | np.generic) else each for name, each in metrics.items()}
+    log({**plain, "env_steps": algorithm.env_steps}, step=algorithm.clock)
 
 
 def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
@@ -226,7 +231,7 @@ class CSVMetrics(Logger):
         """Keep the first `count` rows: those written before the checkpoint from which the run is continued."""
         rows = self.rows()
         if len(rows) < count:
-            warnings.warn(f"{self.path} has lost {count - len(rows)} of its {count} rows", stacklevel=2)
+            warnings.warn(f"{self.path} has lost {count - len(rows)} of its {count} rows", stacklevel=1)
         if self.columns:
             self._rewrite(rows[:count])
         self.count = min(count, len(rows))

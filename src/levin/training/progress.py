@@ -1,7 +1,6 @@
 """Progress bar of a training run."""
 
 import sys
-from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -10,14 +9,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from levin.algorithms.base import Algorithm
 from levin.core.process import print_line
-from levin.training.callbacks import Budget, Metrics
+from levin.training.callbacks import Metrics
 
 
 class ProgressBar(Callback):
     """Shows env steps, rates, the last return and the time left; without a terminal, prints a line every 10 seconds."""
 
-    def __init__(self, run: Path, budget: Budget, metrics: Metrics) -> None:
-        self.run, self.budget, self.total, self.metrics = run, budget, budget.total_env_steps, metrics
+    def __init__(self, total_env_steps: int, metrics: Metrics) -> None:
+        self.total, self.metrics = total_env_steps, metrics
         self.bar = Progress(
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} env steps"),
             BarColumn(),
@@ -53,10 +52,6 @@ class ProgressBar(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.bar.stop()
-        if trainer.is_global_zero and not self.budget.complete:
-            env_steps = cast(Algorithm, pl_module).env_steps
-            progress = f"stopped and saved at {env_steps} of {self.total} env steps"
-            print_line(f"{progress}; to continue: make resume RUN={self.run}")
 
     def on_exception(self, *_: Any) -> None:
         self.bar.stop()

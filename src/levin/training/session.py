@@ -77,6 +77,12 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
                 trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
         finally:
             rollouts.collector.shutdown()
+            guards.preemption_of(trainer).restore()
+        if not budget.complete:
+            reached = f"stopped and saved at {algorithm.env_steps} of {cfg.total_env_steps} env steps"
+            if not algorithm.clock:
+                reached = "stopped before the end of the first iteration"
+            print_line(f"{reached}; to continue: make resume RUN={run}")
         run_folder.record_end(run, perf_counter() - start, algorithm.env_steps if budget.complete else None)
         if cfg.upload and budget.complete:
             video.record_video(run=str(run))
@@ -154,3 +160,4 @@ def train_rank(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> Non
         trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
     finally:
         rollouts.collector.shutdown()
+        guards.preemption_of(trainer).restore()

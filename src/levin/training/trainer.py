@@ -57,7 +57,7 @@ def build_trainer(
         Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),
     ]
     if not sharding.process_rank(cfg):
-        callbacks.append(ProgressBar(run, budget, metrics))
+        callbacks.append(ProgressBar(cfg.total_env_steps, metrics))
     options = {key: value for key, value in to_plain(cfg.trainer).items() if key not in ("threads", "workers")}
     if hogwild:
         options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, make_rollouts)), "accelerator": "cpu"}
