@@ -320,7 +320,8 @@ class Algorithm(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["levin"] = {name: getattr(self, name) for name in PROGRESS}
-        checkpoint["logged"] = dict(self.logged)
+        if self.logged:
+            checkpoint["logged"] = dict(self.logged)
         if self.buffer is not None:
             checkpoint["buffer"] = self.buffer.state_dict()
 
@@ -328,7 +329,7 @@ class Algorithm(LightningModule):
         for name in PROGRESS:
             saved = checkpoint["levin"][name]
             setattr(self, name, saved if name == "recorded" else as_count(name, saved))
-        self.logged = dict(checkpoint.get("logged", {}))  # older checkpoints have none
+        self.logged = dict(checkpoint.get("logged", {}))
         self._saved_buffer = checkpoint.get("buffer")
 
     def on_train_start(self) -> None:

@@ -135,10 +135,11 @@ class Metrics(Callback):
         self.log_seconds = perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row, "rows": self.csv.count if self.csv else 0, "waits": self.waits}
+        state = {"row": self.row, "rows": self.csv.count if self.csv else 0}
+        return {**state, "waits": True} if self.waits else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.row = dict(state_dict["row"])
         if self.csv is not None:
             self.csv.truncate(state_dict["rows"])
-        self.waits = state_dict.get("waits", False)  # older checkpoints have no "waits"
+        self.waits = state_dict.get("waits", False)
