@@ -117,6 +117,13 @@ def test_invalid_input_gives_a_one_line_error_and_writes_nothing(overrides, sent
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = f"{sys.executable} -m levin.config algo=sac env=pendulum | head -1"
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert answer.stdout.startswith("seed: 0")
+    assert not answer.stderr
+
+
 def test_a_run_folder_that_exists_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("precious")

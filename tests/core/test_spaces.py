@@ -83,9 +83,7 @@ def test_pixels_of_policies_saved_by_older_versions_are_read_as_before():
 @pytest.mark.parametrize(("channels", "expected"), [("first", (40, 48, 64)), ("last", (64, 40, 48))])
 def test_pixels_that_are_not_recognised_need_the_axis_of_their_channels(channels, expected):
     space = Box(0, 255, (40, 48, 64), np.uint8)
-    with pytest.raises(
-        ConfigError, match=r"\[40, 48, 64\], which may be .* set env.channels=first or"
-    ):
+    with pytest.raises(ConfigError, match=r"\[40, 48, 64\], which may be .* set env.channels=first or"):
         NetworkInput(describe_space(space))
     samples, batch = batch_of(space, 3)
     read = NetworkInput(describe_space(Dict({"a": space}), channels))

@@ -46,6 +46,28 @@ def test_a_checkpoint_saved_by_a_callback_leaves_its_neighbours_alone(name, tmp_
     resume.resume(run=str(tmp_path / "run"), total_env_steps=192)
 
 
+class Rotate(Callback):
+    """Callback that saves a checkpoint after every iteration and removes the one before."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.last = Path(folder), None
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        if self.last is not None:
+            trainer.strategy.remove_checkpoint(self.last)
+        self.last = self.folder / f"{pl_module.env_steps}.ckpt"
+        trainer.save_checkpoint(self.last)
+
+
+def test_a_checkpoint_removed_by_a_callback_leaves_its_neighbours_alone(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("precious")
+    words = [*SMALL, "total_env_steps=160", f"+callbacks.keep={{_target_:test_user_callbacks.Rotate,folder:'{mine}'}}"]
+    train(compose(words), tmp_path / "run")
+    assert sorted(each.name for each in mine.iterdir()) == ["160.ckpt", "notes.txt"]
+
+
 def test_a_checkpoint_with_a_relative_name_is_saved_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*SMALL, "total_env_steps=160", "+callbacks.keep={_target_:test_user_callbacks.Keep,path:best.ckpt}"]

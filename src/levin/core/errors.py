@@ -1,6 +1,7 @@
 """Errors that a user can cause or fix; the commands print each as one line, without a traceback."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ def exit_on_user_error() -> Iterator[None]:
     """Print a ConfigError, a RunError or an error of a file as one line on stderr, and exit with code 2 or 1."""
     try:
         yield
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ConfigError, RunError, OSError) as error:
         sys.stdout.flush()
         # A message may quote a file of somebody else: no line breaks, nothing that a terminal acts on, not too long.

@@ -60,7 +60,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
-        if folder.parent != self.folder or Path(path).name != STATE:
+        if not self._is_own(Path(path)):
             if not distributed.rank():
                 _save_file({**checkpoint, "buffer": None}, Path(path))
             return
@@ -122,7 +122,14 @@ class FolderCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        discard(Path(path).parent)
+        if self._is_own(Path(path)):
+            discard(Path(path).parent)
+        else:
+            super().remove_checkpoint(path)
+
+    def _is_own(self, path: Path) -> bool:
+        """Return whether a path is that of a checkpoint folder of this run, not a file that a user has named."""
+        return path.name == STATE and path.parent.parent == self.folder
 
 
 def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
