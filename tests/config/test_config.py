@@ -92,7 +92,6 @@ WRONG = [
     (["algo.gamma=0.9,0.99"], "algo.gamma=0.9,0.99 has several values: add -m"),
     (["++env.kwargs={g:9.8}", "toal_env_steps=3"], "toal_env_steps is unknown"),
     (["callbacks=null", "log_evry=3"], "log_evry is unknown"),
-    (["env=gym", "env.id=ALE/Pong-v5"], "Atari games are ENV=atari"),
     (["env.kwargs={g:9.8}"], "env.kwargs={g:9.8} adds keys: put a plus before it, +env.kwargs={g:9.8}"),
     (
         ["trainer.devices=2", "env.num_envs=2", "collector=torchrl-process"],

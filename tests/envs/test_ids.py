@@ -37,6 +37,9 @@ def test_a_missing_module_is_named_and_an_extra_only_if_it_has_it(tmp_path, monk
 
 
 def test_an_id_that_nobody_has_registered_is_explained(monkeypatch):
+    for name in [each for each in gym.registry if each.startswith("ALE/")]:  # ale-py registers them when it is imported
+        monkeypatch.delitem(gym.registry, name)
+    refuses("ALE/Pong-v5", "Atari games are ENV=atari")
     refuses("Nobodys-v0", "name the package first: env.id=the_package:TheId-v0")
     module(monkeypatch, "registers_later", "def register_envs(): pass")
     refuses("registers_later:Nobodys-v0", r"registers its ids in register_envs\(\): call it in a module of your own")

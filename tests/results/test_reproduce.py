@@ -233,7 +233,7 @@ def test_seeds_are_not_added_to_a_result_of_another_config_or_machine(stored_cop
 
 
 def test_a_signal_does_not_come_between_the_files_of_a_result(stored_copy, monkeypatch):
-    write = reproduction.write_curves
+    write, handler = reproduction.write_curves, signal.getsignal(signal.SIGTERM)
 
     def write_and_signal(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -244,7 +244,7 @@ def test_a_signal_does_not_come_between_the_files_of_a_result(stored_copy, monke
     before = read_provenance(result_folder)
     store_runs(result_folder, folders)
     assert read_provenance(result_folder)["files"] == before["files"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_changed_files_are_refused_before_the_runs_begin(stored_copy, monkeypatch):

@@ -14,7 +14,7 @@ from checks import same
 from levin import resume
 from levin.config.compose import compose
 from levin.core import files
-from levin.core.errors import RunError
+from levin.core.errors import ConfigError, RunError
 from levin.data.replay import Replay
 from levin.evaluate import evaluate_run
 from levin.runs import checkpoint, segments
@@ -176,6 +176,9 @@ def test_evaluate_play_and_load_take_a_checkpoint(finished, tmp_path, capsys):
         assert str(levin.load(path).algorithm.env_steps) == name
         assert str(evaluate_run(run=str(path), episodes=1)["env_steps"]) == name
         assert json.loads((run / "evaluation.json").read_text())["env_steps"] == int(name)
+    names = ", ".join(each.name for each in checkpoint.list_checkpoints(run / "checkpoints"))
+    with pytest.raises(ConfigError, match=f"checkpoints/7 does not exist; checkpoints there: {names}$"):
+        evaluate_run(run=str(run / "checkpoints" / "7"), episodes=1)
     (video,) = record_video(run=str(run / "checkpoints" / "best"))
     assert video == run / "videos" / f"{best.name}_0.mp4"
 

@@ -114,7 +114,7 @@ def test_the_best_checkpoint_is_linked_after_a_repeated_last_evaluation(tmp_path
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_second_signal_does_not_keep_a_run_from_being_saved(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(vector, "SLOW", 0.0)
-    save = checkpoint.FolderCheckpointIO.save_checkpoint
+    save, handler = checkpoint.FolderCheckpointIO.save_checkpoint, signal.getsignal(getattr(signal, name))
 
     def save_and_signal(*arguments, **options):
         os.kill(os.getpid(), getattr(signal, name))
@@ -126,7 +126,7 @@ def test_a_second_signal_does_not_keep_a_run_from_being_saved(name, tmp_path, mo
         train(compose([*SLOW_SAC, "checkpoint.every=1000", "total_env_steps=448"]), tmp_path / "run")
     assert [each.name for each in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == ["288"]
     assert "stopped and saved at 288 of 448 env steps; to continue: make resume" in capfd.readouterr().out
-    assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
+    assert signal.getsignal(getattr(signal, name)) == handler
 
 
 def test_a_closed_terminal_does_not_keep_a_run_from_being_saved(tmp_path):

@@ -49,6 +49,7 @@ def exit_on_user_error() -> Iterator[None]:
     except (ConfigError, RunError, OSError) as error:
         sys.stdout.flush()
         # A message may quote a file of somebody else: no line breaks, nothing that a terminal acts on, not too long.
-        message = "".join(letter if letter.isprintable() else " " for letter in str(error)[:1500])
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        message = "".join(letter if letter.isprintable() else " " for letter in text[:1500])
         print(f"levin: {message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

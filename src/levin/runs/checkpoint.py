@@ -228,6 +228,9 @@ def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None 
     """
     path = run / STATE if (run / MANIFEST).exists() or run.parent.name == "checkpoints" else run
     if path.name == STATE:
+        if not path.parent.exists():
+            names = [each.name for each in list_checkpoints(path.parents[1])]
+            raise ConfigError(f"run={run} does not exist; checkpoints there: {', '.join(names) or 'none'}")
         verify(path.parent, buffer=buffer, algorithm=algorithm)
         return path
     folders = list_checkpoints(run / "checkpoints")
