@@ -73,7 +73,7 @@ evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evalu
 play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records videos/*.mp4
 	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
 
-plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="out=plot.png"] draws learning curves
+plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=episode/return out=x.png"] draws learning curves
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
 
 fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/my_idea/

@@ -1,106 +1,172 @@
 """Plot the learning curves of runs in one figure: `python -m levin.plot runs="runs/sac_* runs/my_idea_*"`."""
 
+import csv
 import glob
+import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from levin.config import cli
-from levin.core.errors import ConfigError, exit_on_user_error
+from levin.core import paths
+from levin.core.errors import ConfigError, exit_on_user_error, valid_names
 from levin.core.omega import flat_keys, to_plain
-from levin.results.curves import CURVES, METRICS, Curve, read_curves, read_run
+from levin.results.curves import CURVES, METRICS, Curve, read_curves, read_metric
 from levin.runs.load import load_config
 
+RETURN = "eval/return_mean"
 
-def plot(*, runs: str, out: str = "plot.png") -> Path:
-    """Plot the interquartile mean over seeds of `eval/return_mean`, with its 95% bootstrap interval.
+
+@dataclass
+class Runs:
+    """Runs of one config, which are the seeds of one learning curve.
+
+    Args:
+        folder: Folder that they share; or a result in experiments/.
+        config: Values of `algo` and `env` by dotted key; empty without a config.yaml.
+        seeds: Curve of each seed.
+        sources: Run folder of each seed.
+    """
+
+    folder: Path
+    config: dict[str, str]
+    seeds: dict[str, Curve] = field(default_factory=dict)
+    sources: dict[str, Path] = field(default_factory=dict)
+
+
+def plot(*, runs: str, metric: str = RETURN, out: str | None = None) -> Path:
+    """Plot the interquartile mean over seeds of a metric, with its 95% bootstrap interval and the single seeds.
 
     Args:
         runs: Run folders, folders of runs, or results in experiments/, separated by spaces; `*` is a wildcard. Runs in
-            the same folder are the seeds of one learning curve.
-        out: Path of the image to write; returned.
+            the same folder with the same values of `algo` and `env` are the seeds of one learning curve.
+        metric: Column of metrics.csv.
+        out: Path of the image to write; returned. None: `plot.png` in the folder that the runs share.
 
     Raises:
-        ConfigError: There is no run, or no run of a curve has an evaluation yet.
+        ConfigError: There is no run, or no run has a value of the metric yet.
     """
-    from levin.results.figures import draw_line, new_figure, save_figure  # rliable takes seconds to import
+    from levin.results.figures import draw_line, new_figure, plain, save_figure  # rliable takes seconds to import
 
     figure, axes = new_figure()
-    curves = collect_curves(runs)
-    names = {label: Path(label).name for label in curves}
-    for label, seeds in curves.items():
-        name = names[label] if list(names.values()).count(names[label]) == 1 else label
-        draw_line(axes, f"{name} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})", seeds)
-    axes.legend(frameon=False)
-    save_figure(figure, Path(out))
-    return Path(out)
+    groups = collect_runs(runs, metric)
+    for label, group in groups.items():
+        curves = list(group.seeds.values())
+        draw_line(axes, f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})", curves, single=True)
+    axes.set_title(plain(", ".join(sorted({group.config["env.id"] for group in groups.values() if group.config}))))
+    axes.set_ylabel("evaluation return" if metric == RETURN else metric)
+    axes.legend(frameon=False, title="interquartile mean, 95% interval; thin: seeds", title_fontsize="small")
+    path = _default_path([group.folder for group in groups.values()]) if out is None else Path(out)
+    save_figure(figure, path)
+    return path
 
 
-def collect_curves(runs: str) -> dict[str, list[Curve]]:
-    """Return the learning curves of all seeds: folder that the seeds share -> their curves.
+def _default_path(folders: list[Path]) -> Path:
+    """Return `plot.png` in the folder that the runs share, or in `runs/` if that is experiments/, which has results."""
+    shared = Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    if shared.is_relative_to(paths.EXPERIMENTS) or paths.EXPERIMENTS.is_relative_to(shared):
+        shared = Path("runs")
+        shared.mkdir(exist_ok=True)
+    return Path(os.path.relpath(shared / "plot.png"))
+
+
+def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
+    """Return the runs of each learning curve by its label, and print on stderr what is not drawn.
+
+    The label is the name of the folder that the runs share; if that is not enough, with the values that differ.
 
     Raises:
-        ConfigError: A folder is not a run, a folder of runs or a result, or no run of a curve has an evaluation yet.
+        ConfigError: A folder is not a run, a folder of runs or a result, or no run has a value of the metric yet.
     """
     patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
-    matches = {Path(match) for each in patterns for match in ([each] if Path(each).exists() else glob.glob(each))}
-    folders = sorted(match for match in matches if match.is_dir())
+    found = {each: [each] if Path(each).exists() else glob.glob(each) for each in patterns}
+    folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
     if not folders:
         raise ConfigError(f"runs={runs} matches no folder")
-    curves: dict[str, list[Curve]] = {}
-    unused = [f"{each} matches nothing" for each in patterns if not Path(each).exists() and not glob.glob(each)]
+    unused = [f"{each} matches nothing" for each, matches in found.items() if not matches]
+    groups: list[Runs] = []
     for folder in folders:
         if (folder / CURVES).is_file():
-            curves.setdefault(str(folder), []).extend(read_curves(folder).values())
+            if metric != RETURN:
+                raise ConfigError(f"{folder} is a result, which has the metric {RETURN} only")
+            seeds = {str(seed): curve for seed, curve in read_curves(folder).items()}
+            groups.append(Runs(folder, _config(folder)[0], seeds))
         elif (folder / METRICS).is_file():
-            curves.setdefault(str(folder.parent), []).append(read_run(folder))
-        elif seed_folders := sorted(file.parent for file in folder.glob(f"*/{METRICS}")):
-            curves.setdefault(str(folder), []).extend(map(read_run, seed_folders))
+            _add_run(groups, folder, metric, unused)
+        elif own := sorted(file.parent for file in folder.glob(f"*/{METRICS}")):
+            for run in own:
+                _add_run(groups, run, metric, unused)
             unused += [
                 f"{each} has no {METRICS}" for each in sorted(folder.glob("*/")) if not (each / METRICS).is_file()
             ]
         else:
             raise ConfigError(f"{folder} is neither a run nor a result: it has no {METRICS} and no {CURVES}")
-    for label in curves:
-        check_one_config(Path(label), [folder for folder in folders if folder.parent == Path(label)])
-    for label, seeds in curves.items():
-        curves[label] = [seed for seed in seeds if len(seed.env_steps)]
-        if not curves[label]:
-            raise ConfigError(f"{label} has no evaluation yet")
-        if missing := len(seeds) - len(curves[label]):
-            unused.append(f"{missing} of the {len(seeds)} runs in {label} have no evaluation yet")
-        ends = sorted({int(seed.env_steps[-1]) for seed in curves[label]})
+    if not groups:
+        raise ConfigError(f"runs={runs}: no run has a value of {metric} yet; {_columns(folders)}")
+    for group in groups:
+        ends = sorted({int(curve.env_steps[-1]) for curve in group.seeds.values()})
         if len(ends) > 1:
-            unused.append(f"what the runs in {label} have after {ends[0]:,} env steps, where the shortest ends")
+            unused.append(f"what the runs in {group.folder} have after {ends[0]:,} env steps, where the shortest ends")
     for line in unused:
         print(f"levin: not drawn: {line}", file=sys.stderr)
-    return curves
+    return _labelled(groups)
 
 
-def check_one_config(folder: Path, runs: list[Path]) -> None:
-    """Check that the runs of one curve differ in their seeds only, as far as algorithm and env go.
+def _add_run(groups: list[Runs], run: Path, metric: str, unused: list[str]) -> None:
+    """Add a run to the group with its folder and config. Of two runs of one seed the longer one is kept."""
+    curve, (config, seed) = read_metric(run, metric), _config(run)
+    if not len(curve.env_steps):
+        unused.append(f"{run} has no value of {metric} yet")
+        return
+    group = next((each for each in groups if (each.folder, each.config) == (run.parent, config)), None)
+    if group is None:
+        group = Runs(run.parent, config)
+        groups.append(group)
+    if seed in group.seeds:
+        longer = curve.env_steps[-1] >= group.seeds[seed].env_steps[-1]
+        unused.append(f"{group.sources[seed] if longer else run}, another run of seed {seed} that is not longer")
+        if not longer:
+            return
+    group.seeds[seed], group.sources[seed] = curve, run
 
-    Args:
-        folder: Folder that the runs share.
-        runs: Run folders; if empty, all in `folder`.
 
-    Raises:
-        ConfigError: They differ in a value of `algo` or `env`.
-    """
-    values: dict[str, dict[str, Path]] = {}  # key -> value -> a run that has it
-    for run in runs or sorted(folder.glob("*/")):
-        if (run / "config.yaml").is_file():
-            config = load_config(run, runs=())
-            for key in flat_keys({name: to_plain(config[name]) for name in ("algo", "env")}):
-                values.setdefault(key, {}).setdefault(str(OmegaConf.select(config, key)), run)
-    for key, seen in values.items():
-        if len(seen) > 1:
-            listed = " and ".join(f"{value} ({run.name})" for value, run in list(seen.items())[:2])
-            raise ConfigError(
-                f"the runs in {folder} are not seeds of one curve: {key} is {listed}; "
-                "move those with other values into a folder of their own"
-            )
+def _config(run: Path) -> tuple[dict[str, str], str]:
+    """Return the values of `algo` and `env` of a run by dotted key, and its seed."""
+    if not (run / "config.yaml").is_file():
+        return {}, run.name
+    config = load_config(run, runs=())
+    keys = flat_keys({name: to_plain(config[name]) for name in ("algo", "env")})
+    return {key: str(OmegaConf.select(config, key)) for key in keys}, str(config.seed)
+
+
+def _labelled(groups: list[Runs]) -> dict[str, Runs]:
+    """Return the groups by label: the name of their folder, and the values in which those of one name differ."""
+    labels: dict[str, Runs] = {}
+    for group in groups:
+        label = group.folder.name
+        same_name = [each for each in groups if each.folder.name == label]
+        if len({each.folder for each in same_name}) > 1:
+            label = str(group.folder)
+        siblings = [each for each in groups if each.folder == group.folder]
+        keys = sorted({key for each in siblings for key in each.config})
+        differing = [key for key in keys if len({each.config.get(key) for each in siblings}) > 1]
+        label = ", ".join([label, *(f"{key.rpartition('.')[2]}={group.config.get(key)}" for key in differing)])
+        labels[label] = group
+    return labels
+
+
+def _columns(folders: list[Path]) -> str:
+    """Return a list of the metrics that the runs have, for a message."""
+    names: dict[str, Any] = {}
+    for folder in folders:
+        for file in [folder / METRICS, *sorted(folder.glob(f"*/{METRICS}"))]:
+            if file.is_file():
+                with file.open(errors="replace") as text:
+                    names |= dict.fromkeys(next(csv.reader(text), []))
+    return valid_names("", names)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("rliable", reason="the extra `report` draws")
 
 from levin.core.errors import ConfigError
-from levin.plot import collect_curves, plot
+from levin.plot import collect_runs, plot
 
 
 def write_run(folder, returns):
@@ -37,19 +37,19 @@ def test_two_algorithms_are_two_curves(two_algorithms):
 
 
 def test_seeds_are_found_in_runs_and_in_folders_of_runs(two_algorithms):
-    from_parent = collect_curves(f"{two_algorithms}/sac_point")
-    from_pattern = collect_curves(f"{two_algorithms}/sac_point/*")
-    assert list(from_parent) == list(from_pattern) == [f"{two_algorithms}/sac_point"]
-    for curves in (from_parent, from_pattern):
-        (seeds,) = curves.values()
-        assert [curve.return_mean.tolist() for curve in seeds] == [[*range(i, i + 10)] for i in range(3)]
+    from_parent = collect_runs(f"{two_algorithms}/sac_point")
+    from_pattern = collect_runs(f"{two_algorithms}/sac_point/*")
+    assert list(from_parent) == list(from_pattern) == ["sac_point"]
+    for groups in (from_parent, from_pattern):
+        (group,) = groups.values()
+        assert [curve.return_mean.tolist() for curve in group.seeds.values()] == [[*range(i, i + 10)] for i in range(3)]
 
 
 def test_a_stored_result_can_be_plotted(tmp_path):
     with gzip.open(tmp_path / "curves.csv.gz", "wt") as file:
         file.write("seed,env_steps,return_mean,return_std\n0,100,1,0\n0,200,3,0\n1,100,2,0\n1,200,4,0\n")
-    (curves,) = collect_curves(str(tmp_path)).values()
-    assert [(curve.env_steps.tolist(), curve.return_mean.tolist()) for curve in curves] == [
+    (group,) = collect_runs(str(tmp_path)).values()
+    assert [(curve.env_steps.tolist(), curve.return_mean.tolist()) for curve in group.seeds.values()] == [
         ([100, 200], [1.0, 3.0]),
         ([100, 200], [2.0, 4.0]),
     ]
@@ -61,14 +61,14 @@ def test_what_is_not_drawn_is_said(two_algorithms, capsys):
     write_run(root / "new", [])
     write_run(root / "short", [1.0, 2.0])
     (root / "empty").mkdir()
-    collect_curves(f"{root} {two_algorithms}/none*")
+    collect_runs(f"{root} {two_algorithms}/none*")
     assert capsys.readouterr().err.splitlines() == [
         f"levin: not drawn: {two_algorithms}/none* matches nothing",
+        f"levin: not drawn: {root}/new has no value of eval/return_mean yet",
         f"levin: not drawn: {root}/empty has no metrics.csv",
-        f"levin: not drawn: 1 of the 5 runs in {root} have no evaluation yet",
         f"levin: not drawn: what the runs in {root} have after 100 env steps, where the shortest ends",
     ]
-    collect_curves(str(two_algorithms / "my_idea_point"))
+    collect_runs(str(two_algorithms / "my_idea_point"))
     assert not capsys.readouterr().err
 
 
@@ -79,7 +79,7 @@ def test_nothing_to_plot_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="neither a run nor a result"):
         plot(runs=str(tmp_path / "empty"))
     write_run(tmp_path / "sac_point" / "s0", [])
-    with pytest.raises(ConfigError, match="no evaluation yet"):
+    with pytest.raises(ConfigError, match="no run has a value of eval/return_mean yet"):
         plot(runs=str(tmp_path / "sac_point" / "s0"))
     write_run(tmp_path / "sac_point" / "s1", [1.0])
     with pytest.raises(ConfigError, match="can't be written"):
@@ -91,16 +91,53 @@ def test_a_folder_can_be_named_as_it_is_called(name, tmp_path):
     run = tmp_path / name / "s0"
     run.mkdir(parents=True)
     (run / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n10,1,0\n")
-    assert list(collect_curves(str(tmp_path / name))) == [str(tmp_path / name)]
+    assert list(collect_runs(str(tmp_path / name))) == [name]
 
 
-def test_runs_of_two_configs_are_not_seeds_of_one_curve(tmp_path):
-    for seed, env in (("s0", "One-v0"), ("s1", "Two-v0")):
-        run = tmp_path / "ppo" / seed
-        run.mkdir(parents=True)
-        (run / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n10,1,0\n")
-        config = f"algo: {{_target_: levin.algorithms.ppo.PPO}}\nenv: {{id: 'two:{env}'}}\nseed: {seed[1]}\n"
-        (run / "config.yaml").write_text(config)
-    with pytest.raises(ConfigError, match=r"not seeds of one curve: env.id is two:One-v0 \(s0\) and two:Two-v0 \(s1\)"):
-        collect_curves(str(tmp_path / "ppo"))
-    assert len(collect_curves(f"{tmp_path}/ppo/s0")) == 1
+def write_configured(run, returns, seed, env="One-v0", gamma=0.9):
+    """Write metrics.csv and config.yaml of a run."""
+    write_run(run, returns)
+    algo = f"{{_target_: levin.algorithms.ppo.PPO, gamma: {gamma}}}"
+    (run / "config.yaml").write_text(f"algo: {algo}\nenv: {{id: 'two:{env}'}}\nseed: {seed}\n")
+
+
+def test_runs_of_two_configs_are_two_curves_that_name_the_difference(tmp_path):
+    for seed in range(2):
+        write_configured(tmp_path / "ppo" / f"s{seed}", [1.0, 2.0], seed)
+        write_configured(tmp_path / "ppo" / f"t{seed}", [3.0, 4.0], seed, gamma=0.5)
+        write_configured(tmp_path / "ppo" / f"u{seed}", [5.0, 6.0], seed, env="Two-v0")
+    groups = collect_runs(str(tmp_path / "ppo"))
+    first = {label: group.seeds["0"].return_mean[0] for label, group in groups.items()}
+    one, two = "ppo, gamma=0.9, id=two:One-v0", "ppo, gamma=0.9, id=two:Two-v0"
+    assert first == {one: 1.0, "ppo, gamma=0.5, id=two:One-v0": 3.0, two: 5.0}
+    assert all(len(group.seeds) == 2 for group in groups.values())
+    assert list(collect_runs(f"{tmp_path}/ppo/s0")) == ["ppo"]
+
+
+def test_a_seed_counts_once_and_its_longest_run_is_drawn(tmp_path, capsys):
+    write_configured(tmp_path / "ppo" / "s0_early", [1.0, 2.0], 0)
+    write_configured(tmp_path / "ppo" / "s0_late", [3.0, 4.0, 5.0], 0)
+    write_configured(tmp_path / "ppo" / "s1", [6.0, 7.0, 8.0], 1)
+    (group,) = collect_runs(str(tmp_path / "ppo")).values()
+    assert {seed: curve.return_mean.tolist() for seed, curve in group.seeds.items()} == {"0": [3, 4, 5], "1": [6, 7, 8]}
+    assert "s0_early, another run of seed 0 that is not longer" in capsys.readouterr().err
+
+
+def test_any_metric_can_be_drawn(tmp_path):
+    write_configured(tmp_path / "ppo" / "s0", [1.0, 2.0], 0)
+    (group,) = collect_runs(str(tmp_path / "ppo"), "eval/return_std").values()
+    assert group.seeds["0"].return_mean.tolist() == [0, 0]
+    sentence = r"no run has a value of eval/retrun yet; valid: env_steps, eval/return_mean, eval/return_std"
+    with pytest.raises(ConfigError, match=sentence):
+        collect_runs(str(tmp_path / "ppo"), "eval/retrun")
+
+
+def test_one_evaluation_is_visible_and_the_picture_lies_beside_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_configured(tmp_path / "runs" / "ppo" / "s0", [1.0], 0)
+    write_configured(tmp_path / "runs" / "sac" / "s0", [2.0], 0)
+    path = plot(runs="runs/ppo runs/sac")
+    assert str(path) == "runs/plot.png"
+    colors = {tuple(color) for color in np.unique(imageio.v3.imread(path)[..., :3].reshape(-1, 3), axis=0)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors
+    assert str(plot(runs="runs/ppo/s0")) == "runs/ppo/plot.png"

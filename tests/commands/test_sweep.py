@@ -7,7 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from levin.plot import collect_curves
+from levin.plot import collect_runs
 
 SMALL = (
     *("env=gym", "env.id=toy_envs:Point-v0", "total_env_steps=64", "algo.learning_starts=16", "algo.batch_size=4"),
@@ -63,7 +63,7 @@ def test_values_with_a_slash_are_one_folder_each_and_can_be_drawn(tmp_path):
     assert answer.returncode == 0, answer.stderr
     found = sorted(str(each.parent.relative_to(tmp_path)) for each in tmp_path.glob("mine/**/config.yaml"))
     assert found == [f"mine/env.id=own_ids:pair_{name}-v0/s0" for name in ("One", "Two")]
-    assert len(collect_curves(f"{tmp_path}/mine/*")) == 2
+    assert len(collect_runs(f"{tmp_path}/mine/*")) == 2
 
 
 @pytest.mark.slow

@@ -80,6 +80,13 @@ def test_every_rollout_is_collected_by_the_newest_policy(tmp_path):
     assert recorder.versions == [([i], i) for i in range(10)]
 
 
+def test_a_run_that_is_evaluated_only_at_its_end_says_so(tmp_path, capsys):
+    train(compose([*SMALL, "total_env_steps=64", "eval.every=65"]), tmp_path / "one")
+    assert "eval.every=65 is more than total_env_steps: the run is evaluated once" in capsys.readouterr().out
+    train(compose([*SMALL, "total_env_steps=64", "eval.every=64"]), tmp_path / "two")
+    assert "eval.every" not in capsys.readouterr().out
+
+
 def test_env_steps_do_not_depend_on_the_number_of_optimizers(tmp_path):
     recorder = run(tmp_path / "run", "total_env_steps=160")
     assert recorder.rows[-1][0] == 160

@@ -73,6 +73,17 @@ def read_run(run: Path, kind: str = CURVES) -> Curve:
         return _curve_from_rows(rows, "env_steps", *columns)
 
 
+def read_metric(run: Path, metric: str) -> Curve:
+    """Return the values of any column of a run's metrics; `second` is 0. The curve is empty if there are none.
+
+    Raises:
+        ConfigError: The file is missing or damaged.
+    """
+    with _explain_damage(run / METRICS), (run / METRICS).open() as file:
+        rows = [{**row, "": "0"} for row in csv.DictReader(file) if row.get(metric)]
+        return _curve_from_rows(rows, "env_steps", metric, "")
+
+
 @contextmanager
 def _explain_damage(path: Path) -> Iterator[None]:
     """Turn an error in reading a CSV file into a ConfigError that names the file."""

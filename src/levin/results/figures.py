@@ -139,11 +139,14 @@ def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str
                 yield f"{first} > {second} ({len(shared)})", *aggregates.probability_of_improvement(left, right)
 
 
-def draw_line(axes: "Axes", label: str, seeds: list[Curve]) -> None:
-    """Draw the interquartile mean of the seeds' curves, and its 95% interval as a band."""
+def draw_line(axes: "Axes", label: str, seeds: list[Curve], *, single: bool = False) -> None:
+    """Draw the interquartile mean of the seeds' curves, its 95% interval as a band, and with `single` each seed."""
     grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
-    (line,) = axes.plot(grid, iqm, label=plain(label), linewidth=2)
+    marker = "o" if len(grid) == 1 else ""  # a line of one point can't be seen
+    (line,) = axes.plot(grid, iqm, label=plain(label), linewidth=2, marker=marker)
+    for values in returns if single and len(seeds) > 1 else []:
+        axes.plot(grid, values, color=line.get_color(), linewidth=0.6, alpha=0.5, marker=marker, markersize=3)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
 
 

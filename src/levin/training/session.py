@@ -70,6 +70,10 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     with run_folder.lock(run), run_folder.report_failure(run):
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
+        if cfg.eval.every > cfg.total_env_steps:
+            print_line(
+                f"eval.every={cfg.eval.every} is more than total_env_steps: the run is evaluated once, at its end"
+            )
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
         loggers.use_clock(trainer.loggers, algorithm)
         try:
