@@ -127,9 +127,9 @@ def test_any_metric_can_be_drawn(tmp_path):
     write_configured(tmp_path / "ppo" / "s0", [1.0, 2.0], 0)
     (group,) = collect_runs(str(tmp_path / "ppo"), "eval/return_std").values()
     assert group.seeds["0"].return_mean.tolist() == [0, 0]
-    sentence = r"no run has a value of eval/retur yet; valid: env_steps, eval/return_mean, eval/return_std"
+    sentence = r"no run has a value of eval/mean yet; valid: env_steps, eval/return_mean, eval/return_std"
     with pytest.raises(ConfigError, match=sentence):
-        collect_runs(str(tmp_path / "ppo"), "eval/retur")
+        collect_runs(str(tmp_path / "ppo"), "eval/mean")
 
 
 def test_one_evaluation_is_visible_and_the_picture_lies_beside_the_runs(tmp_path, monkeypatch):
