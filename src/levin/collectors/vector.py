@@ -63,9 +63,11 @@ class Before:
 
     def __init__(self, collector: "VectorCollector") -> None:
         self.generators = Generators()
-        buffers = [(module, module._buffers) for module in collector.policy.modules()]
         self.buffers = [
-            (module, name, each.clone()) for module, own in buffers for name, each in own.items() if each is not None
+            (module, name, each.clone())
+            for module in collector.policy.modules()
+            for name, each in module._buffers.items()
+            if each is not None
         ]
         self.episodes = list(collector.env.episodes)
         self.attributes = {name: copy(getattr(collector, name)) for name in STATE}

@@ -107,6 +107,21 @@ class EnsembleMLP(nn.Module):
         return inputs
 
 
+def image_layers(shape: Sequence[int], convolutions: Sequence[nn.Conv2d], num_features: int) -> nn.Sequential:
+    """Build the layers of a CNN: the convolutions and a linear layer, each with a ReLU, initialised orthogonally.
+
+    `[B, C, H, W] -> [B, num_features]`, where `shape` is `[C, H, W]`.
+    """
+    layers = nn.Sequential()
+    for convolution in convolutions:
+        layers.extend([convolution, nn.ReLU(inplace=True)])
+    layers.append(nn.Flatten())
+    flat = layers(torch.zeros(1, *shape)).shape[1]
+    layers.extend([nn.Linear(flat, num_features), nn.ReLU(inplace=True)])
+    orthogonal_(layers)
+    return layers
+
+
 class NatureCNN(nn.Module):
     """Nature CNN, three convolutions and a linear layer: `[B, C, 84, 84]` uint8 `-> [B, 512]`.
 
@@ -115,14 +130,8 @@ class NatureCNN(nn.Module):
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(shape[0], 32, 8, stride=4), nn.ReLU(inplace=True)),
-            *(nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(inplace=True)),
-            *(nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(inplace=True), nn.Flatten()),
-        )
-        features = self.layers(torch.zeros(1, *shape)).shape[1]
-        self.layers.extend([nn.Linear(features, 512), nn.ReLU(inplace=True)])
-        orthogonal_(self)
+        convolutions = nn.Conv2d(shape[0], 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3)
+        self.layers = image_layers(shape, convolutions, 512)
 
     def forward(self, observation: Tensor) -> Tensor:
         return self.layers(observation / 255)
@@ -136,14 +145,12 @@ class SmallCNN(nn.Module):
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(shape[0], 16, 3, padding=1), nn.ReLU(inplace=True)),
-            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(inplace=True)),
-            *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(inplace=True), nn.Flatten()),
+        convolutions = (
+            nn.Conv2d(shape[0], 16, 3, padding=1),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
         )
-        features = self.layers(torch.zeros(1, *shape)).shape[1]
-        self.layers.extend([nn.Linear(features, 256), nn.ReLU(inplace=True)])
-        orthogonal_(self)
+        self.layers = image_layers(shape, convolutions, 256)
 
     def forward(self, observation: Tensor) -> Tensor:
         return self.layers(observation / 255)
