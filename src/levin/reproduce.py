@@ -75,7 +75,10 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
         raise ConfigError("store=true stores complete runs only: leave out total_env_steps")
     kept = kept_seeds(folder, chosen) if store else []
     if store and provenance.collect_provenance()["git_dirty"]:
-        raise ConfigError("store=true needs runs of committed files, but tracked files have changed: commit them first")
+        raise ConfigError(
+            "store=true needs runs of committed files, but files of src, configs or experiments have changed or are "
+            "not in git: commit them first"
+        )
     cfg.total_env_steps = total_env_steps or cfg.total_env_steps
     schema.check(cfg)
     folders = _find_or_create_runs(exp, cfg, chosen)

@@ -23,8 +23,9 @@ MAY_CHANGE = (
     *("total_env_steps", "logger", "wandb_project", "upload", "checkpoint.every", "checkpoint.keep"),
     *("trainer.accelerator", "trainer.max_time"),
 )
-# Facts of provenance.json that must be equal for the run to give the numbers of an uninterrupted one.
-COMPARED_FACTS = ("git_sha", "git_dirty", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
+# Facts of provenance.json that must be equal for the run to give the numbers of an uninterrupted one. Files that differ
+# from the commit are compared by `levin.runs.code`.
+COMPARED_FACTS = ("git_sha", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
 
 
 def resume(*, run: str, trust: bool = False, **changes: Any) -> float | None:

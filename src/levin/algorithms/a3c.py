@@ -71,6 +71,7 @@ class A3C(Algorithm):
         compile: Whether each worker compiles its loss. Same numbers, faster after tens of seconds at the start.
     """
 
+    not_saved: ClassVar = ("local", "local_parameters", "pushes", "staleness")  # copies, and counts saved as totals
     actions: ClassVar = ("box", "discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
     lock_free: ClassVar = True

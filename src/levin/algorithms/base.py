@@ -79,6 +79,12 @@ class Algorithm(LightningModule):
         ConfigError: The algorithm does not support the env's action space or observations.
     """
 
+    # Names of attributes that need not be saved; those of base classes are added. Every other attribute that changes
+    # during a run is saved in its checkpoints (levin.training.extra_state).
+    not_saved: ClassVar[tuple[str, ...]] = (
+        *(*PROGRESS, "logged", "buffer", "_saved_buffer", "env"),  # saved by `on_save_checkpoint`, or constant
+        *("iteration_begun", "iterations_here", "sample_seconds"),
+    )
     actions: ClassVar[tuple[str, ...]]  # supported action spaces: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # supported observation dtypes; "uint8": pixels
     lock_free: ClassVar[bool] = False  # whether Hogwild workers may train it (levin.training.distributed.hogwild)

@@ -104,6 +104,7 @@ class WorldModels(Algorithm):
         compile: Compile the losses of V and M; same numbers, after minutes at the start.
     """
 
+    not_saved: ClassVar = (*KEPT, "evolution", "candidates", "trials")  # as `on_save_checkpoint` saves them
     actions: ClassVar = ("box", "discrete")
     observations: ClassVar = ("uint8",)
     buffer: SequenceReplay

@@ -52,6 +52,7 @@ class CollectorLoader:
         self.seconds = 0.0  # spent collecting since `pop_metrics`
         # [N]: whether the open episode was truncated when the run resumed
         self.not_replayed = np.zeros(env.num_envs, dtype=bool)
+        self.before_first: Callable[[], None] | None = None  # called once, before the next rollout
         self._iterator: Iterator[TensorDictBase] | None = None
 
     def __len__(self) -> int:
@@ -61,6 +62,9 @@ class CollectorLoader:
         return self
 
     def __next__(self) -> TensorDictBase:
+        if self.before_first is not None:
+            self.before_first()
+            self.before_first = None
         if not self.collects():
             return TensorDict({}, batch_size=[0])
         start = perf_counter()

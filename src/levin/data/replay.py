@@ -1,7 +1,7 @@
 """Replay buffers of single transitions, on TorchRL's `ReplayBuffer`."""
 
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -37,6 +37,9 @@ class Replay:
         size: Number of transitions that are kept.
         storage: `memory`, on the device of the rollouts, or `memmap`, a file.
     """
+
+    # Names of attributes that need not be saved (levin.training.extra_state); subclasses add those in their `state_dict`.
+    not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes")
 
     def __init__(self, size: int, storage: str) -> None:
         lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
@@ -87,19 +90,29 @@ class Replay:
         """Return the counters and the stored data, which is not copied; None while the buffer is empty."""
         if not len(self):
             return None
-        return {"written": self.written, "length": len(self), "data": self.data}
+        state = {"written": self.written, "length": len(self), "data": self.data}
+        sampler = self.buffer.sampler.state_dict()
+        return {**state, "sampler": sampler} if sampler else state
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore the stored data at the same indices.
 
         Args:
-            state: Result of `state_dict`, with `data` as an iterable of pieces, oldest first.
+            state: Result of `state_dict`, with `data` as an iterable of pieces, oldest first, and in `rewritten` the
+                tensors `[length, ...]` of keys whose entries were changed after they were stored.
             device: Device of the rollouts to come, which `memory` storage uses.
         """
         first = state["written"] - state["length"]
         self.buffer.writer.load_state_dict({"_cursor": first % self.size, "_write_count": first})
+        rewritten = {tuple(key.split(".")): value for key, value in state.get("rewritten", {}).items()}
         for piece in state["data"]:
+            for key, value in rewritten.items():  # also for files written before the key existed
+                piece.set(key, value.new_zeros(len(piece), *value.shape[1:]))
             self.buffer.extend(piece.to(device))
+        for key, value in rewritten.items():
+            self.data[key].copy_(value)
+        if "sampler" in state:
+            self.buffer.sampler.load_state_dict(state["sampler"])
 
 
 class FrameReplay(Replay):
@@ -118,6 +131,8 @@ class FrameReplay(Replay):
         stack: Number of frames K of an observation `[K * C, H, W]`, oldest first. Successive observations have K - 1
             frames in common.
     """
+
+    not_saved: ClassVar[tuple[str, ...]] = ("current",)
 
     def __init__(self, size: int, storage: str, stack: int) -> None:
         super().__init__(size, storage)

@@ -1,7 +1,7 @@
 """Replay buffer of sequences, for algorithms that learn a world model."""
 
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -52,6 +52,8 @@ class SequenceReplay(Replay):
         length: Number of records in a sequence.
         keeps_latents: Whether records contain the latent state of the policy, zeros for the last of an episode.
     """
+
+    not_saved: ClassVar[tuple[str, ...]] = ("waiting", "begins", "reward")
 
     def __init__(self, env: EnvSpec, size: int, storage: str, length: int, *, keeps_latents: bool = False) -> None:
         self.num_envs, self.length = env["num_envs"], length
@@ -168,15 +170,8 @@ class SequenceReplay(Replay):
         return state
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        if LATENT in self.keys:
-            latent = state["rewritten"][LATENT]
-            state["data"] = (
-                piece.set(LATENT, latent.new_zeros(len(piece), *latent.shape[1:])) for piece in state["data"]
-            )
         super().load_state_dict(state, device)
         storage_device = self.data["reward"].device
-        if LATENT in self.keys:
-            self.data[LATENT].copy_(latent)
         waiting = (TensorDict(each, batch_size=[len(each["reward"])]) for each in state["waiting"])
         self.waiting = [each.unflatten_keys(".").to(storage_device) for each in waiting]
         self.begins, self.reward = state["begins"].to(storage_device), state["reward"].to(storage_device)

@@ -186,7 +186,7 @@ def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], fact
     seeds |= {seed: {key: own[key] for key in ("git_sha", "date", "wall_seconds")} for seed, own in facts.items()}
     if min(seeds) in runs:
         export_policy(runs[min(seeds)], folder)
-    dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty")
+    dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty", "code")
     origin = {
         "command": f'make reproduce EXP={folder.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
         **{key: value for key, value in next(iter(facts.values())).items() if key not in dropped},

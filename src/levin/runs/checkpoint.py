@@ -29,10 +29,11 @@ FORMAT = 1  # version of the folder layout; any other is refused
 
 
 class FileCheck(pydantic.BaseModel):
-    """Expected size and checksum of a file."""
+    """Expected size and checksum of a file, and the checksum of each tensor in a file of the replay buffer."""
 
     bytes: int
     crc32: int
+    contents: dict[str, int] | None = None  # older checkpoints have none
 
 
 class Manifest(pydantic.BaseModel):
@@ -75,9 +76,11 @@ class FolderCheckpointIO(TorchCheckpointIO):
             previous.pop(REWRITTEN, None)
             data, written = checkpoint["buffer"].pop("data"), checkpoint["buffer"]["written"]
             before = (self.before or partial) / BUFFER
-            new = segments.save(data, written, partial / BUFFER, before, previous)
-            if "rewritten" in checkpoint["buffer"]:
-                new[REWRITTEN] = files.save(checkpoint["buffer"].pop("rewritten"), partial / BUFFER / REWRITTEN)
+            new, changed = segments.save(data, written, partial / BUFFER, before, previous)
+            rewritten = checkpoint["buffer"].pop("rewritten", {})
+            rewritten |= {key: data[tuple(key.split("."))].cpu().clone() for key in sorted(changed)}
+            if rewritten:
+                new[REWRITTEN] = files.save(rewritten, partial / BUFFER / REWRITTEN)
             checksums = {f"{BUFFER}/{name}": of for name, of in new.items()}
         checksums[STATE] = files.save(checkpoint, partial / STATE)
         contents = {
@@ -115,9 +118,10 @@ class FolderCheckpointIO(TorchCheckpointIO):
         if buffer is not None:
             names = [name.removeprefix(f"{BUFFER}/") for name in _read_manifest(folder)["files"] if name != STATE]
             pieces = [name for name in names if name != REWRITTEN]
-            buffer["data"] = segments.load(folder / BUFFER, pieces, buffer["written"], buffer["length"])
             if REWRITTEN in names:
                 buffer["rewritten"] = files.load(folder / BUFFER / REWRITTEN)
+            changed = buffer.get("rewritten", {})
+            buffer["data"] = segments.load(folder / BUFFER, pieces, buffer["written"], buffer["length"], changed)
         self.before = folder
         return checkpoint
 

@@ -1,4 +1,4 @@
-"""Create, lock and update the run folder: config.yaml, provenance.json, metrics.csv, checkpoints/, videos/."""
+"""Create, lock and update the run folder: config.yaml, provenance.json, code/, metrics.csv, checkpoints/, videos/."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from levin.core import files
 from levin.core.errors import CheckpointError, ConfigError, RunError
 from levin.core.validate import read_json
-from levin.runs import checkpoint, slurm, trust
+from levin.runs import checkpoint, code, slurm, trust
 from levin.runs.provenance import command_line
 
 CONFIG, PROVENANCE = "config.yaml", "provenance.json"
@@ -30,6 +30,7 @@ class Session(pydantic.BaseModel):
     git_sha: str
     git_dirty: bool
     versions: dict[str, str | None]
+    code: dict[str, str] | None = None  # checksums of `levin.runs.code`; older runs have none
 
 
 class Provenance(Session):
@@ -89,18 +90,33 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         config = config.copy()
         OmegaConf.set_readonly(config, False)
         config.trainer.threads = torch.get_num_threads()  # a resumed run must use as many: results depend on it
-        contents = read_provenance(run)
-        if resumed and contents:
-            contents["resumed"].append(provenance)
-        else:
-            contents = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
         if not resumed:
             trust.record(config)
         # The config comes first: a run can be continued without its provenance, but not without its config.
         files.write_text(run, CONFIG, OmegaConf.to_yaml(config))
+        contents = read_provenance(run)
+        local = code.collect_code()
+        provenance = {**provenance, "code": code.checksums(local)}
+        if resumed and contents:
+            if _report_changed_code([contents, *contents["resumed"]][-1]):
+                code.copy_code(local, run, f"{code.FOLDER}_resumed_{len(contents['resumed']) + 1}")
+            contents["resumed"].append(provenance)
+        else:
+            code.copy_code(local, run, code.FOLDER)
+            contents = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
         files.save_json(contents, run, PROVENANCE)
     except OSError as error:
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
+
+
+def _report_changed_code(before: dict[str, Any]) -> bool:
+    """Print a line for each file of the code that has changed since the session `before`; return whether any has."""
+    if before.get("code") is None:
+        return False
+    lines = code.describe_changes(before["code"], before["git_sha"])
+    for line in lines:
+        print(f"levin: {line}: numbers may differ from those of an uninterrupted run", file=sys.stderr)
+    return bool(lines)
 
 
 def record_end(run: Path, seconds: float, env_steps: int | None) -> None:

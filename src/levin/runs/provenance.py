@@ -20,13 +20,16 @@ from levin.runs import slurm
 PACKAGES = ("levin", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco", "numpy", "hydra-core")
 # The value in `api_key=...`, and in `{api_key: ..., other: ...}`.
 SECRET = re.compile(r"(?i)(?<![a-z0-9])(key|token|secret|passw(?:or)?d)(?:(=).+|(:)[^,}]+)")
-CODE = ("src", "configs", "requirements.lock", "experiments/*.py", "experiments/*/*.py", "experiments/*/algo")
+CODE = (
+    *("src", "configs", "requirements.lock"),
+    *("experiments/*.py", "experiments/*/*.py", "experiments/*/algo", "experiments/*/tuned"),
+)
 
 
 def collect_provenance() -> dict[str, Any]:
     """Collect the contents of `provenance.json` as plain values.
 
-    `git_dirty` is True if tracked files under `CODE` differ from the commit `git_sha`.
+    `git_dirty` is True if files under `CODE` differ from the commit `git_sha`, or git does not track them.
     """
     lock = ROOT / "requirements.lock"
     return {
@@ -34,7 +37,7 @@ def collect_provenance() -> dict[str, Any]:
         "slurm_job": slurm.job_id(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_sha": run_git("rev-parse", "HEAD"),
-        "git_dirty": bool(run_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
+        "git_dirty": bool(run_git("status", "--porcelain", "--untracked-files=all", "--", *CODE)),
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},

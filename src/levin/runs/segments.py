@@ -4,15 +4,20 @@ Entries are numbered in the order in which they were stored since the run began;
 from number `start` up to, but not including, `end`. A checkpoint writes only the entries that are new since the one
 before it, and hard-links the older files. So every checkpoint folder is complete, and deleting one frees the files that
 no other links to. The drawback: a file that is damaged on disk is damaged in every checkpoint that shares it.
+
+An algorithm may also change entries that it stored before, such as their priorities. `save` finds this by a checksum
+per file and key, and returns the keys; the caller saves their tensors in full each time, beside these files.
 """
 
 import errno
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
@@ -23,8 +28,8 @@ PIECE_BYTES = 32 << 20  # per file, at most: entries are copied before they are 
 
 
 def save(
-    data: TensorDictBase, written: int, folder: Path, before: Path, previous: dict[str, dict[str, int]]
-) -> dict[str, dict[str, int]]:
+    data: TensorDictBase, written: int, folder: Path, before: Path, previous: dict[str, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
     """Write a buffer into `folder`.
 
     Args:
@@ -32,34 +37,69 @@ def save(
         written: Number of entries stored since the run began.
         folder: Folder for the files, which exists already.
         before: Buffer folder of the previous checkpoint; it is not read if `previous` is empty.
-        previous: Size and checksum of each file in `before`, by file name.
+        previous: What this function returned for `before`, by file name.
 
     Returns:
-        Size and checksum of each file in `folder`, by file name.
+        Size and checksum of each file in `folder`, and the checksum `contents` of each tensor in it, by file name; and
+        the keys (nested ones joined by dots) of which older files no longer hold the values in `data`.
     """
-    checksums = {}
+    checksums: dict[str, dict[str, Any]] = {}
+    changed: set[str] = set()
     oldest = end = written - len(data)
+    size = len(data) if oldest else written  # only a full buffer wraps, and L is its size then
     for name in sorted(previous, key=_entry_range):
         start, stop = _entry_range(name)
         if start <= end < stop:
             _link(before / name, folder / name)
+            # The oldest entries of a file may have been overwritten since: the others are compared one by one.
+            saved = (
+                _checksums(_load_piece(before / name)[end - start :]) if start < end else previous[name].get("contents")
+            )
+            now = _checksums(_flatten(data, end % size, stop - end)) if saved else {}
+            changed |= {key for key in now if now[key] != saved.get(key)}
             checksums[name], end = previous[name], stop
     per_piece = max(1, PIECE_BYTES // max(1, data.bytes() // max(1, len(data))))
     while end < written:
-        at = end % len(data) if oldest else end  # only a full buffer wraps, and L is its size then
-        stop = min(end + per_piece, written, end + len(data) - at)
+        at = end % size
+        stop = min(end + per_piece, written, end + size - at)
         name = f"{end}_{stop}.pt"
-        piece = cast(TensorDict, data[at : at + stop - end]).flatten_keys(".")
+        piece = _flatten(data, at, stop - end)
         checksums[name] = files.save({key: value.cpu().clone() for key, value in piece.items()}, folder / name)
+        checksums[name]["contents"] = _checksums(piece)
         end = stop
     files.sync(folder)
-    return checksums
+    return checksums, changed
 
 
-def load(folder: Path, names: Iterable[str], written: int, length: int) -> Iterator[TensorDict]:
+def _flatten(data: TensorDictBase, at: int, length: int) -> TensorDict:
+    """Return the entries from the index `at` on, with nested keys joined by dots. They do not wrap within a file."""
+    return cast(TensorDict, data[at : at + length]).flatten_keys(".")
+
+
+def _checksums(piece: TensorDict) -> dict[str, int]:
+    """Return the CRC-32 of each tensor."""
+    return {key: zlib.crc32(value.cpu().reshape(-1).view(torch.uint8).numpy()) for key, value in piece.items()}
+
+
+def _load_piece(path: Path) -> TensorDict:
+    """Return the contents of a file `[n, ...]`, with nested keys joined by dots.
+
+    Raises:
+        CheckpointError: It holds other values than tensors.
+    """
+    tensors = files.load(path)
+    if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
+        raise CheckpointError(f"{path} holds values that are not tensors")
+    start, stop = _entry_range(path.name)
+    return TensorDict(tensors, batch_size=(stop - start,))
+
+
+def load(
+    folder: Path, names: Iterable[str], written: int, length: int, changed: Iterable[str] = ()
+) -> Iterator[TensorDict]:
     """Yield the newest `length` of the `written` entries ever stored, file by file, oldest first: `[n, ...]` each.
 
-    `names` are the files in `folder`, which `save` has returned.
+    `names` are the files in `folder`, and `changed` the keys to leave out, which `save` has returned.
 
     Raises:
         CheckpointError: Files are missing, or hold other values than tensors.
@@ -68,11 +108,7 @@ def load(folder: Path, names: Iterable[str], written: int, length: int) -> Itera
     for name in sorted(names, key=_entry_range):
         start, stop = _entry_range(name)
         if start <= end < stop:
-            tensors = files.load(folder / name)
-            if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
-                raise CheckpointError(f"{folder / name} holds values that are not tensors")
-            data = TensorDict(tensors, batch_size=(stop - start,)).unflatten_keys(".")
-            yield data[end - start :]
+            yield _load_piece(folder / name).exclude(*changed).unflatten_keys(".")[end - start :]
             end = stop
     if end != written:
         raise CheckpointError(f"{folder} is incomplete: its files end at entry {end} of {written}")

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import WandbLogger
 
 from levin.algorithms.base import Algorithm
+from levin.collectors.loader import CollectorLoader
 from levin.core import distributed, files
 from levin.core.errors import ConfigError, Interrupted, RunError
 from levin.core.rng import rng_state, set_rng_state
@@ -18,6 +19,7 @@ from levin.runs.checkpoint import STATE
 from levin.training import loggers
 from levin.training.callbacks import Clock
 from levin.training.evaluation import Evaluation
+from levin.training.extra_state import ExtraState
 
 # Keys of a checkpoint that are not from callbacks.
 CHECKPOINT_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "hyper_parameters")
@@ -43,8 +45,13 @@ class Checkpointing(Checkpoint):
         self.clock = Clock(every)
         self.returns: dict[str, float] = {}  # checkpoint folder -> mean return of its evaluation
         self._rng: dict[str, Any] | None = None
+        self.extra_state: ExtraState | None = None  # from `on_train_start` on
+        self._extra: dict[str, Any] = {}  # of the checkpoint that is continued
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.extra_state = ExtraState(cast(Algorithm, pl_module), trainer.optimizers)
+        self.extra_state.restore(self._extra)
+        cast(CollectorLoader, trainer.train_dataloader).before_first = self._restore_again
         self.folder = distributed.broadcast_object(self.folder)
         plugin = trainer.strategy.checkpoint_io
         assert isinstance(plugin, checkpoint.FolderCheckpointIO)
@@ -62,6 +69,12 @@ class Checkpointing(Checkpoint):
         self._rank(cast(Algorithm, pl_module))
         if trainer.is_global_zero:
             self._prune()
+
+    def _restore_again(self) -> None:
+        """Restore the attributes once more before the first rollout: `on_train_start` of the algorithm may set them."""
+        self.extra_state.note_new()
+        self.extra_state.restore(self._extra)
+        self._extra = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -104,6 +117,8 @@ class Checkpointing(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check_state(checkpoint)
+        if self.extra_state is not None and (extra := self.extra_state.save()):
+            checkpoint["extra"] = extra
         checkpoint["rng"] = rng_state()
         checkpoint["ranks"] = distributed.world_size()
         for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
@@ -133,6 +148,7 @@ class Checkpointing(Checkpoint):
             )
         # Restored in `on_train_start`: building the rest of the run still samples random numbers.
         self._rng = checkpoint["rng"]
+        self._extra = checkpoint.get("extra", {})
 
     def state_dict(self) -> dict[str, Any]:
         return {"returns": dict(self.returns)}

@@ -1,0 +1,87 @@
+"""Keep the code of a run that neither its commit nor the versions of its packages give back.
+
+These are a fork that is not committed, changed files of Levin, and the user's own modules, such as an environment: of
+every imported module outside the installed packages, those that differ from the commit `git_sha`. The run folder keeps
+a copy of each, and provenance.json the checksums. A resumed run is compared with them.
+"""
+
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from levin.core import files, paths
+from levin.runs.provenance import run_git
+
+FOLDER = "code"  # in the run folder; the copies of a resumed run that found changes are in code_resumed_1, ...
+MAX_BYTES = 1 << 20  # of a file that is copied; of a larger one only the checksum is kept
+FORK_FILES = ("*.py", "algo/*.yaml", "tuned/*.yaml")
+
+
+def collect_code() -> dict[str, Path]:
+    """Return the files that neither the commit nor an installed package gives back, by their name in the run folder.
+
+    Call this when everything that the run imports has been imported.
+    """
+    committed = _committed_files()
+    return {name: path for name, path in sorted(_local_files()) if path not in committed}
+
+
+def checksums(code: dict[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code.items()}
+
+
+def copy_code(code: dict[str, Path], run: Path, folder: str) -> None:
+    """Copy the files into a folder of the run folder."""
+    for name, path in code.items():
+        if path.stat().st_size <= MAX_BYTES:
+            with files.replace(run, f"{folder}/{name}") as copy:
+                copy.write_bytes(path.read_bytes())
+
+
+def describe_changes(before: dict[str, str], commit: str) -> list[str]:
+    """Return a text for each file that differs between an earlier session and this one, such as `x.py has changed`.
+
+    Args:
+        before: Checksums of the files of the earlier session that differed from its commit.
+        commit: Commit of the earlier session.
+    """
+    local = dict(_local_files())
+    now = checksums({name: path for name, path in local.items() if name in before})
+    lines = [f"{name} has changed" for name in now if now[name] != before[name]]
+    lines += [f"{name} is not imported any more" for name in before if name not in local]
+    others = [name for name in collect_code() if name not in before]
+    return lines + [f"{name} is new, or has changed since commit {commit[:8] or 'unknown'}" for name in others]
+
+
+def _local_files() -> Iterator[tuple[str, Path]]:
+    """Yield name and path of the files of all imported modules that are not installed, and the files of their forks."""
+    forks = set()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or not (path := Path(file).resolve()).is_file() or _is_installed(path):
+            continue
+        if path.is_relative_to(paths.EXPERIMENTS):
+            forks.add(path.relative_to(paths.EXPERIMENTS).parts[0])
+        spec = getattr(module, "__spec__", None)
+        parts = (spec.name if spec else path.stem if name == "__main__" else name).split(".")
+        yield "/".join([*parts[: None if path.stem == "__init__" else -1], path.name]), path
+    for fork in forks:
+        for pattern in FORK_FILES:
+            for path in (paths.EXPERIMENTS / fork).glob(pattern):
+                yield f"{paths.EXPERIMENTS.name}/{path.relative_to(paths.EXPERIMENTS)}", path.resolve()
+
+
+def _is_installed(path: Path) -> bool:
+    """Return whether a file belongs to an installed package or to Python itself."""
+    standard = Path(sysconfig.get_path("stdlib")).resolve()
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or path.is_relative_to(standard)
+
+
+def _committed_files() -> set[Path]:
+    """Return the files of this checkout that are equal to the commit."""
+    tracked = set(run_git("ls-files", "-z").split("\0"))
+    changed = set(run_git("diff", "--name-only", "--relative", "-z", "HEAD").split("\0"))
+    return {paths.ROOT / name for name in tracked - changed}

@@ -1,0 +1,104 @@
+"""Algorithms of users: what they change in the replay buffer or keep in attributes survives an exact resume."""
+
+import pytest
+import torch
+
+import user_algorithms
+from checks import metrics
+from levin import resume
+from levin.config.compose import compose
+from levin.core import files
+from levin.core.errors import RunError
+from levin.runs import checkpoint
+from levin.training.session import train
+from short_runs import INTERVALS, check_resumed_run_is_identical
+
+DQN = (
+    *("algo=dqn", "env=cartpole", "logger=csv", "eval.episodes=2", *INTERVALS, "algo.learning_starts=40"),
+    *(
+        "algo.steps_per_iteration=32",
+        "algo.batch_size=16",
+        "algo.hidden_sizes=[16]",
+        "algo.replay_ratio=0.5",
+        "algo.schedule_env_steps=640",
+    ),
+)
+PPO = (
+    *("algo=ppo", "env=cartpole", "env.num_envs=2", "logger=csv", "eval.episodes=2", *INTERVALS),
+    *(
+        "algo.steps_per_iteration=16",
+        "algo.batch_size=16",
+        "algo.epochs=2",
+        "algo.hidden_sizes=[16]",
+        "algo.schedule_env_steps=640",
+    ),
+)
+
+
+def use(name: str) -> str:
+    return f"algo._target_=user_algorithms.{name}"
+
+
+@pytest.mark.parametrize("size", [10_000, 150])  # 150: old entries are overwritten between two checkpoints
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_prioritized_replay_resumes_exactly(size, storage, tmp_path):
+    words = (*DQN, use("PrioritizedDQN"), f"algo.buffer_size={size}", f"algo.buffer_storage={storage}")
+    check_resumed_run_is_identical(tmp_path, words, 640)
+    folder = tmp_path / "halves/checkpoints/last"
+    rewritten = files.load(folder / "buffer/rewritten.ckpt")
+    assert set(rewritten) == {"extra.priority"}  # all other keys are in the files that are written once
+    checkpoint.verify(folder, buffer=True)
+
+
+def test_a_replay_whose_entries_stay_is_written_once(tmp_path):
+    train(compose([*DQN, "total_env_steps=320"]), tmp_path / "run")
+    folders = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")
+    assert len(folders) >= 2
+    assert not any((folder / "buffer/rewritten.ckpt").exists() for folder in folders)
+
+
+def test_samplers_of_torchrl_resume_exactly(tmp_path):
+    words = (*DQN, use("WithoutReplacement"), "algo.replay_ratio=0.0625", "algo.learning_starts=32")
+    check_resumed_run_is_identical(tmp_path, words, 640)
+
+
+def test_state_in_attributes_resumes_exactly(tmp_path):
+    check_resumed_run_is_identical(tmp_path, (*PPO, use("Hoarder")), 640)
+    totals = [row["train/total"] for row in metrics(tmp_path / "straight")]
+    assert len(set(totals)) == len(totals) > 3
+    saved = files.load(tmp_path / "straight/checkpoints/last/state.ckpt")["extra"]
+    assert {"history", "best", "window", "torch_generator", "head.calls", "head.mean", "late", "new_list"} <= set(saved)
+    assert not {"gamma", "lr", "batch_size", "actor", "env"} & set(saved)
+
+
+@pytest.mark.parametrize("what", ["iterator", "object", "objects", "function", "optimizer"])
+def test_state_that_can_not_be_saved_is_refused_at_the_first_checkpoint(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(user_algorithms.Lost, "what", what)
+    with pytest.raises(RunError, match=r"Lost keeps a .* in the attribute kept, which .* not_saved = \(\"kept\",\)"):
+        train(compose([*PPO, use("Lost"), "total_env_steps=320"]), tmp_path / "run")
+    assert not checkpoint.list_checkpoints(tmp_path / "run/checkpoints")
+    train(compose([*PPO, use("Forgiven"), "total_env_steps=320"]), tmp_path / "forgiven")
+    resume.resume(run=str(tmp_path / "forgiven"), total_env_steps=352)
+
+
+def test_lists_that_are_one_list_stay_one(tmp_path):
+    words = (*PPO, use("Hoarder"))
+    train(compose([*words, "total_env_steps=160"]), tmp_path / "run")
+    seen = []
+    original = user_algorithms.Hoarder.training_step
+
+    def step(self, *arguments):
+        original(self, *arguments)
+        seen.append(self.same_list is self.history)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(user_algorithms.Hoarder, "training_step", step)
+        resume.resume(run=str(tmp_path / "run"), total_env_steps=192)
+    assert seen
+    assert all(seen)
+
+
+def test_a_parameter_in_a_list_is_saved_once(tmp_path):
+    train(compose([*DQN, "total_env_steps=320"]), tmp_path / "run")  # it keeps lists of its parameters
+    state = torch.load(tmp_path / "run/checkpoints/last/state.ckpt", weights_only=True)
+    assert "extra" not in state
