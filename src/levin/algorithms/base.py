@@ -83,7 +83,7 @@ class Algorithm(LightningModule):
     # during a run is saved in its checkpoints (levin.training.extra_state).
     not_saved: ClassVar[tuple[str, ...]] = (
         *(*PROGRESS, "logged", "buffer", "_saved_buffer", "env"),  # saved by `on_save_checkpoint`, or constant
-        *("iteration_begun", "iterations_here", "sample_seconds"),
+        *("iteration_begun", "iterations_here", "sample_seconds", "before_zero_grad", "before_optimizer_step"),
     )
     actions: ClassVar[tuple[str, ...]]  # supported action spaces: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # supported observation dtypes; "uint8": pixels
@@ -138,6 +138,9 @@ class Algorithm(LightningModule):
         self.logged: dict[str, tuple[float, int]] = {}  # the same of values that callbacks log
         self.sample_seconds = 0.0
         self.captured: tuple[str, ...] = ()  # names of methods that run as CUDA graphs on a GPU
+        # Hooks `on_before_zero_grad` and `on_before_optimizer_step` of this run (levin.training.hooks).
+        self.before_zero_grad: tuple[Callable[[Optimizer], None], ...] = ()
+        self.before_optimizer_step: tuple[Callable[[Optimizer], None], ...] = ()
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         """Build the policy `observation -> action` for raw observations; it shares the parameters of this module.
@@ -248,6 +251,8 @@ class Algorithm(LightningModule):
         """
         if loss.ndim:
             raise ValueError(f"a loss must be a scalar, got shape {tuple(loss.shape)}")
+        for hook in self.before_zero_grad:
+            hook(optimizer)
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         if isinstance(parameters[0], FlatParameter):
             parameters[0].zero()
@@ -255,6 +260,8 @@ class Algorithm(LightningModule):
             optimizer.zero_grad()
         self.manual_backward(loss)
         distributed.average_gradients(parameters)
+        for hook in self.before_optimizer_step:
+            hook(optimizer)
         if max_grad_norm is not None:
             clip_grad_norm(parameters, max_grad_norm)
         optimizer.step()

@@ -38,7 +38,8 @@ class Replay:
         storage: `memory`, on the device of the rollouts, or `memmap`, a file.
     """
 
-    # Names of attributes that need not be saved (levin.training.extra_state); subclasses add those in their `state_dict`.
+    # Names of attributes that `state_dict` saves or that need not be saved; those of base classes are added. Others that
+    # change are saved by levin.training.extra_state.
     not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes")
 
     def __init__(self, size: int, storage: str) -> None:

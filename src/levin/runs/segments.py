@@ -51,12 +51,15 @@ def save(
         start, stop = _entry_range(name)
         if start <= end < stop:
             _link(before / name, folder / name)
-            # The oldest entries of a file may have been overwritten since: the others are compared one by one.
+            # The oldest entries of a file may have been overwritten since: then those that are left are compared.
             saved = (
-                _checksums(_load_piece(before / name)[end - start :]) if start < end else previous[name].get("contents")
+                previous[name].get("contents")
+                if start == end
+                else _checksums(_load_piece(before / name)[end - start :])
             )
-            now = _checksums(_flatten(data, end % size, stop - end)) if saved else {}
-            changed |= {key for key in now if now[key] != saved.get(key)}
+            if saved is not None:
+                now = _checksums(_flatten(data, end % size, stop - end))
+                changed |= {key for key in now if now[key] != saved.get(key)}
             checksums[name], end = previous[name], stop
     per_piece = max(1, PIECE_BYTES // max(1, data.bytes() // max(1, len(data))))
     while end < written:
@@ -78,7 +81,7 @@ def _flatten(data: TensorDictBase, at: int, length: int) -> TensorDict:
 
 def _checksums(piece: TensorDict) -> dict[str, int]:
     """Return the CRC-32 of each tensor."""
-    return {key: zlib.crc32(value.cpu().reshape(-1).view(torch.uint8).numpy()) for key, value in piece.items()}
+    return {key: zlib.crc32(value.cpu().reshape(-1).view(torch.uint8).numpy().data) for key, value in piece.items()}
 
 
 def _load_piece(path: Path) -> TensorDict:

@@ -49,9 +49,15 @@ class Checkpointing(Checkpoint):
         self._extra: dict[str, Any] = {}  # of the checkpoint that is continued
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.extra_state = ExtraState(cast(Algorithm, pl_module), trainer.optimizers)
-        self.extra_state.restore(self._extra)
-        cast(CollectorLoader, trainer.train_dataloader).before_first = self._restore_again
+        extra = self.extra_state = ExtraState(cast(Algorithm, pl_module), trainer.optimizers)
+        extra.restore(self._extra)
+
+        def restore_again() -> None:  # `on_train_start` of the algorithm, which comes later, may have set attributes
+            extra.note_new()
+            extra.restore(self._extra)
+            self._extra = {}
+
+        cast(CollectorLoader, trainer.train_dataloader).before_first = restore_again
         self.folder = distributed.broadcast_object(self.folder)
         plugin = trainer.strategy.checkpoint_io
         assert isinstance(plugin, checkpoint.FolderCheckpointIO)
@@ -69,12 +75,6 @@ class Checkpointing(Checkpoint):
         self._rank(cast(Algorithm, pl_module))
         if trainer.is_global_zero:
             self._prune()
-
-    def _restore_again(self) -> None:
-        """Restore the attributes once more before the first rollout: `on_train_start` of the algorithm may set them."""
-        self.extra_state.note_new()
-        self.extra_state.restore(self._extra)
-        self._extra = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from levin.algorithms.base import Algorithm
 from levin.collectors.episodes import evaluate
 from levin.core import distributed
-from levin.core.errors import Interrupted, RunError
+from levin.core.errors import Interrupted
 from levin.core.rng import Generators
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION, EnvConfig
@@ -20,6 +20,7 @@ from levin.envs.factory import make_env
 from levin.envs.vector import SeededVectorEnv
 from levin.training import loggers
 from levin.training.callbacks import Budget, Clock, Metrics
+from levin.training.hooks import call_evaluation_hook
 
 
 class Evaluation(Callback):
@@ -52,7 +53,7 @@ class Evaluation(Callback):
         self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
         self.pictures, self.stop = run / "pictures", stop
         self.clock = Clock(every)
-        self.others: list[Callback] = []  # callbacks of the user, whose `on_validation_end` is called
+        self.others: list[Callback] = []  # callbacks of the user, whose hooks of a validation are called
         self.vector_env: SeededVectorEnv | None = None
         self.return_mean: float | None = None  # result of the last evaluation
         self.evaluated_at, self.env_steps = 0, 0  # clock and env steps of the last evaluation
@@ -94,6 +95,8 @@ class Evaluation(Callback):
 
     def evaluate(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Evaluate the current policy on rank 0, and add the results to the row of metrics on every rank."""
+        for name in ("on_validation_start", "on_validation_epoch_start"):
+            call_evaluation_hook(trainer, algorithm, self.others, name)
         row: dict[str, float] | None = {}
         if self.vector_env is not None:
             row = self._play(trainer, algorithm)
@@ -109,12 +112,8 @@ class Evaluation(Callback):
         trainer.callback_metrics.update(
             {name: torch.tensor(value) for name, value in row.items() if name.startswith("eval/")}
         )
-        for callback in self.others:
-            try:
-                callback.on_validation_end(trainer, algorithm)
-            except Exception as error:  # of any type: it is the user's code
-                name = type(callback).__name__
-                raise RunError(f"{name}.on_validation_end raised {type(error).__name__}: {error}") from error
+        for name in ("on_validation_epoch_end", "on_validation_end"):
+            call_evaluation_hook(trainer, algorithm, self.others, name)
 
     def _play(self, trainer: Trainer, algorithm: Algorithm) -> dict[str, float] | None:
         """Play the episodes, and return the row of metrics; None if a signal has ended the evaluation."""

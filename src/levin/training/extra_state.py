@@ -7,12 +7,13 @@ discount are left out. What can't be saved is refused, with its name.
 
 import functools
 import hashlib
+import math
 import pickle
 import random
 import re
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -122,37 +123,44 @@ class ExtraState:
                     yield f"{where}.{name}" if where else name, _attributes_of(holder, name)[name]
 
     def _encode(self, value: Any, outer: tuple[int, ...] = ()) -> Node:
-        """Return the value as plain values and tensors; functions, objects and generators as dicts with their kind."""
+        """Return the value as plain values and tensors; all else as dicts with their kind.
+
+        Args:
+            value: Value of an attribute, or a part of one.
+            outer: Ids of the containers and objects that hold the value.
+        """
         if type(value) in PLAIN:
             return value
-        if isinstance(value, Tensor):
-            saved = value.untyped_storage().data_ptr() in self.saved_storages
-            return {"kind": "constant", "name": "parameter"} if saved else value.detach()
         if isinstance(value, np.generic):
             return self._encode(value.item(), outer)
-        if id(value) in outer or value is self.algorithm or value is self.algorithm.buffer:
+        if self._is_saved(value) or id(value) in outer:
             return {"kind": "constant", "name": "a reference"}
-        if isinstance(value, nn.Module) and any(value is module for module in self.algorithm.modules()):
-            return {"kind": "constant", "name": "a module"}  # saved as a part of the algorithm
+        if isinstance(value, Tensor):
+            return value.detach()
         if isinstance(value, Optimizer):
-            saved = any(value is optimizer for optimizer in self.optimizers)
-            return (
-                {"kind": "constant", "name": "optimizer"}
-                if saved
-                else {"kind": "optimizer", "state": value.state_dict()}
-            )
-        outer = (*outer, id(value))
+            return {"kind": "optimizer", "state": value.state_dict()}
+        return self._encode_compound(value, (*outer, id(value)))
+
+    def _is_saved(self, value: Any) -> bool:
+        """Return whether the value is a part of the algorithm that is saved elsewhere."""
+        if isinstance(value, Tensor):
+            return value.untyped_storage().data_ptr() in self.saved_storages
+        parts = (self.algorithm.buffer, *self.algorithm.modules(), *self.optimizers)
+        return value is not None and any(value is part for part in parts)
+
+    def _encode_compound(self, value: Any, outer: tuple[int, ...]) -> Node:
+        kind = type(value).__name__
         if type(value) in SEQUENCES.values():
             items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-            node = {"kind": type(value).__name__, "items": [self._encode(each, outer) for each in items]}
+            node = {"kind": kind, "items": [self._encode(each, outer) for each in items]}
             return node | ({"maxlen": value.maxlen} if isinstance(value, deque) else {})
         if type(value) in MAPPINGS.values():
             keys, values = ([self._encode(each, outer) for each in part] for part in (value.keys(), value.values()))
-            return {"kind": type(value).__name__, "keys": keys, "values": values}
+            return {"kind": kind, "keys": keys, "values": values}
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return {"kind": "array", "dtype": value.dtype.str, "shape": list(value.shape), "bytes": value.tobytes()}
         if (state := _generator_state(value)) is not None:
-            return {"kind": type(value).__name__, "state": self._encode(state, outer)}
+            return {"kind": kind, "state": self._encode(state, outer)}
         if isinstance(value, CONSTANT):
             return {"kind": "constant", "name": str(getattr(value, "__qualname__", value))}
         return self._encode_object(value, outer)
@@ -160,17 +168,12 @@ class ExtraState:
     def _encode_object(self, value: Any, outer: tuple[int, ...]) -> Node:
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}"
+        # With pickle's default protocol the state of an object is its attributes.
         default = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
-        own_state = getattr(kind, "__getstate__", None) is not getattr(object, "__getstate__", None)
-        if default and not own_state and hasattr(value, "__dict__"):  # then pickle, too, would save its attributes
+        default &= getattr(kind, "__getstate__", None) is getattr(object, "__getstate__", None)
+        if isinstance(value, nn.Module) or (default and hasattr(value, "__dict__")):
             fields = {key: self._encode(each, outer) for key, each in vars(value).items()}
             return {"kind": "object", "name": name, "fields": fields}
-        if isinstance(value, nn.Module):
-            return {
-                "kind": "object",
-                "name": name,
-                "fields": {k: self._encode(v, outer) for k, v in vars(value).items()},
-            }
         try:
             return {"kind": "constant", "name": name, "bytes": pickle.dumps(value)}
         except Exception:  # pickle raises errors of many types
@@ -209,25 +212,14 @@ def _generator_state(value: Any) -> Any:
     return value.getstate() if type(value) is random.Random else None
 
 
-def _set_generator_state(value: Any, state: Any) -> None:
-    if isinstance(value, torch.Generator):
-        value.set_state(state)
-    elif isinstance(value, np.random.Generator):
-        value.bit_generator.state = state
-    elif isinstance(value, np.random.RandomState):
-        value.set_state(state)
-    else:
-        value.setstate(state)
-
-
 def _fingerprint(node: Node) -> Node:
     """Return the node with tensors and long texts replaced by their checksums, for comparison with `==`."""
     if isinstance(node, Tensor):
-        content = node.cpu().reshape(-1).view(torch.uint8).numpy()
+        content = node.cpu().reshape(-1).view(torch.uint8).numpy().data
         return ("tensor", str(node.dtype), tuple(node.shape), hashlib.sha256(content).hexdigest())
     if isinstance(node, bytes):
         return ("bytes", hashlib.sha256(node).hexdigest())
-    if isinstance(node, float) and node != node:
+    if isinstance(node, float) and math.isnan(node):
         return "nan"
     if isinstance(node, dict):
         return {key: _fingerprint(value) for key, value in node.items()}
@@ -265,55 +257,73 @@ def _find_lost(node: Node, first: Node) -> str | None:
 def _decode(node: Node, current: Any) -> Any:
     """Return the value of a node. What can be changed in place is changed in place, so other references stay valid."""
     if isinstance(node, Tensor):
-        if isinstance(current, Tensor) and (current.shape, current.dtype) == (node.shape, node.dtype):
-            with torch.no_grad():
-                return current.copy_(node)
-        return node.to(current.device) if isinstance(current, Tensor) else node
-    if not isinstance(node, dict):
+        return _decode_tensor(node, current)
+    return DECODERS[node["kind"]](node, current) if isinstance(node, dict) else node
+
+
+def _decode_tensor(node: Tensor, current: Any) -> Tensor:
+    if not isinstance(current, Tensor):
         return node
-    kind = node["kind"]
-    if kind == "constant":
-        return current
-    if kind == "optimizer":
-        current.load_state_dict(node["state"])
-        return current
-    if kind == "object":
-        for name, field in node["fields"].items():
-            vars(current)[name] = _decode(field, vars(current).get(name))
-        return current
-    if kind == "array":
-        return np.frombuffer(node["bytes"], dtype=node["dtype"]).reshape(node["shape"]).copy()
-    if kind in ("Generator", "RandomState", "Random"):
-        return _decode_generator(node, current)
-    return _decode_container(node, current)
+    if (current.shape, current.dtype) != (node.shape, node.dtype):
+        return node.to(current.device)
+    with torch.no_grad():
+        return current.copy_(node)
+
+
+def _decode_optimizer(node: Node, current: Any) -> Any:
+    current.load_state_dict(node["state"])
+    return current
+
+
+def _decode_object(node: Node, current: Any) -> Any:
+    for name, field in node["fields"].items():
+        vars(current)[name] = _decode(field, vars(current).get(name))
+    return current
+
+
+def _decode_array(node: Node, _: Any) -> np.ndarray:
+    return np.frombuffer(node["bytes"], dtype=node["dtype"]).reshape(node["shape"]).copy()
 
 
 def _decode_generator(node: Node, current: Any) -> Any:
     state = _decode(node["state"], None)
     if current is None:
-        if isinstance(state, Tensor):
-            current = torch.Generator()
-        elif node["kind"] == "Generator":
-            if state["bit_generator"] not in BIT_GENERATORS:
-                raise ValueError(f"{state['bit_generator']} is no bit generator of NumPy")
-            current = np.random.Generator(getattr(np.random, state["bit_generator"])())
-        else:
-            current = np.random.RandomState() if node["kind"] == "RandomState" else random.Random()
-    _set_generator_state(current, state)
+        current = _new_generator(node["kind"], state)
+    if isinstance(current, torch.Generator):
+        current.set_state(state)
+    elif isinstance(current, np.random.Generator):
+        current.bit_generator.state = state
+    elif isinstance(current, np.random.RandomState):
+        current.set_state(state)
+    else:
+        current.setstate(state)
     return current
 
 
-def _decode_container(node: Node, current: Any) -> Any:
+def _new_generator(kind: str, state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return torch.Generator()
+    if kind != "Generator":
+        return np.random.RandomState() if kind == "RandomState" else random.Random()
+    if state["bit_generator"] not in BIT_GENERATORS:
+        raise ValueError(f"{state['bit_generator']} is no bit generator of NumPy")
+    return np.random.Generator(getattr(np.random, state["bit_generator"])())
+
+
+def _decode_mapping(node: Node, current: Any) -> Any:
     kind, same = node["kind"], type(current).__name__ == node["kind"]
-    if kind in MAPPINGS:
-        keys = [_decode(key, None) for key in node["keys"]]
-        old = dict(current) if same else {}
-        items = {key: _decode(value, old.get(key)) for key, value in zip(keys, node["values"], strict=True)}
-        if not same:
-            return defaultdict(None, items) if kind == "defaultdict" else MAPPINGS[kind](items)
-        current.clear()
-        current.update(items)
-        return current
+    keys = [_decode(key, None) for key in node["keys"]]
+    old = dict(current) if same else {}
+    items = {key: _decode(value, old.get(key)) for key, value in zip(keys, node["values"], strict=True)}
+    if not same:
+        return defaultdict(None, items) if kind == "defaultdict" else MAPPINGS[kind](items)
+    current.clear()
+    current.update(items)
+    return current
+
+
+def _decode_sequence(node: Node, current: Any) -> Any:
+    kind, same = node["kind"], type(current).__name__ == node["kind"]
     old = dict(enumerate(current)) if same and "set" not in kind else {}
     values = [_decode(item, old.get(index)) for index, item in enumerate(node["items"])]
     if not same or kind in ("tuple", "frozenset"):
@@ -321,3 +331,14 @@ def _decode_container(node: Node, current: Any) -> Any:
     current.clear()
     current.update(values) if kind == "set" else current.extend(values)
     return current
+
+
+DECODERS: dict[str, Callable[[Node, Any], Any]] = {
+    "constant": lambda _, current: current,
+    "optimizer": _decode_optimizer,
+    "object": _decode_object,
+    "array": _decode_array,
+    **dict.fromkeys(("Generator", "RandomState", "Random"), _decode_generator),
+    **dict.fromkeys(MAPPINGS, _decode_mapping),
+    **dict.fromkeys(SEQUENCES, _decode_sequence),
+}

@@ -40,7 +40,7 @@ from levin.envs.vector import SeededVectorEnv
 from levin.runs import folder as run_folder
 from levin.runs import provenance
 from levin.runs.load import algorithm_class
-from levin.training import guards, loggers, video
+from levin.training import guards, hooks, loggers, video
 from levin.training import trainer as lightning_trainer
 from levin.training.distributed import sharding
 
@@ -64,6 +64,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     trainer, budget, evaluation = lightning_trainer.build_trainer(
         cfg, run, rollouts.env.config, worker_rollouts, ckpt_path
     )
+    hooks.check_hooks(algorithm, evaluation.others)
+    hooks.connect_update_hooks(trainer, algorithm, evaluation.others)
     facts = provenance.collect_provenance()
     evaluation.open()
     loggers.check_login(cfg.logger)
@@ -159,7 +161,9 @@ def train_rank(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> Non
     silence_libraries()
     keep_freed_memory()
     algorithm, rollouts = build_run(cfg)
-    trainer, *_ = lightning_trainer.build_trainer(cfg, run, rollouts.env.config, partial(make_rollouts, cfg, algorithm))
+    worker_rollouts = partial(make_rollouts, cfg, algorithm)
+    trainer, _, evaluation = lightning_trainer.build_trainer(cfg, run, rollouts.env.config, worker_rollouts)
+    hooks.connect_update_hooks(trainer, algorithm, evaluation.others)
     try:
         trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)
     finally:

@@ -1,0 +1,110 @@
+"""Lightning's hooks in a run: those that fire, and those that can't, which are refused before the run begins."""
+
+from collections.abc import Callable
+from functools import partial
+
+from lightning import Callback, Trainer
+from torch.optim import Optimizer
+
+from levin.algorithms.base import Algorithm
+from levin.core.errors import ConfigError, RunError
+from levin.core.process import print_line
+
+EVALUATION_HOOKS = ("on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end", "on_validation_end")
+UPDATE_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+# Hooks that a class may override, and that fire. docs/callbacks.md says when.
+FIRES = (
+    *("setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", *UPDATE_HOOKS),
+    *("on_train_batch_end", *EVALUATION_HOOKS, "on_train_epoch_end", "on_train_end", "on_fit_end", "teardown"),
+    *("on_save_checkpoint", "on_load_checkpoint"),
+)
+OF_CALLBACKS = ("state_dict", "load_state_dict", "on_exception")
+OF_ALGORITHMS = (
+    *("configure_optimizers", "configure_model", "prepare_data", "training_step", "backward"),
+    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
+)
+EVALUATES = "an evaluation plays episodes and has no batches: use on_validation_start or on_validation_end"
+STEPS = "write the optimiser step in the algorithm's update, around self.step"
+LOOPS = "a run has no such loop: make evaluate evaluates a policy"
+LOADER = "rollouts come from a collector: set collector=, or change training_step"
+# Hooks that can't fire -> what to do instead.
+NEVER = {
+    **dict.fromkeys(("on_sanity_check_start", "on_sanity_check_end"), "there is no sanity check: use on_fit_start"),
+    **dict.fromkeys(("on_validation_batch_start", "on_validation_batch_end", "validation_step"), EVALUATES),
+    **dict.fromkeys(
+        ("on_validation_model_eval", "on_validation_model_train", "on_validation_model_zero_grad"), EVALUATES
+    ),
+    **{f"on_{loop}_{when}": LOOPS for loop in ("test", "predict") for when in ("start", "end", "model_eval")},
+    **{
+        f"on_{loop}_{part}_{when}": LOOPS
+        for loop in ("test", "predict")
+        for part in ("epoch", "batch")
+        for when in ("start", "end")
+    },
+    **dict.fromkeys(("on_test_model_train", "test_step", "predict_step"), LOOPS),
+    **dict.fromkeys(("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader"), LOADER),
+    **dict.fromkeys(("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"), STEPS),
+    **dict.fromkeys(("configure_gradient_clipping", "clip_gradients"), "pass max_grad_norm to self.step"),
+    "configure_callbacks": "name callbacks in the config, as in +callbacks.mine={_target_:my_module.MyCallback}",
+    "configure_sharded_model": "use configure_model",
+}
+
+
+def check_hooks(algorithm: Algorithm, callbacks: list[Callback]) -> None:
+    """Check that every hook that the user has written can fire.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    for each in (algorithm, *callbacks):
+        for name, instead in NEVER.items():
+            if _is_overridden(each, name) and not _defining_class(each, name).__module__.startswith("lightning."):
+                raise ConfigError(f"{type(each).__name__}.{name} would never be called here: {instead}")
+        for name in ("on_before_zero_grad", "on_before_optimizer_step"):
+            if algorithm.lock_free and _is_overridden(each, name):
+                raise ConfigError(
+                    f"{type(each).__name__}.{name} would never be called: {type(algorithm).__name__} updates the "
+                    "parameters of all workers without an optimiser; use on_after_backward"
+                )
+
+
+def connect_update_hooks(trainer: Trainer, algorithm: Algorithm, callbacks: list[Callback]) -> None:
+    """Let `Algorithm.step` call the hooks around an update that Lightning calls only in automatic optimisation.
+
+    An update that runs as a CUDA graph runs no Python, so an algorithm with hooks in its updates has no graphs.
+    """
+    used = [(each, name) for each in (*callbacks, algorithm) for name in UPDATE_HOOKS if _is_overridden(each, name)]
+    calls: dict[str, list[Callable[[Optimizer], None]]] = {name: [] for name in UPDATE_HOOKS}
+    for each, name in used:
+        hook = getattr(each, name)
+        calls[name].append(partial(hook, trainer, algorithm) if isinstance(each, Callback) else hook)
+    algorithm.before_zero_grad = tuple(calls["on_before_zero_grad"])
+    algorithm.before_optimizer_step = tuple(calls["on_before_optimizer_step"])
+    if algorithm.captured and used:
+        if trainer.strategy.root_device.type == "cuda":
+            each, name = used[0]
+            print_line(f"{type(each).__name__}.{name} is called in every update, so no update runs as a CUDA graph")
+        algorithm.captured = ()
+
+
+def call_evaluation_hook(trainer: Trainer, algorithm: Algorithm, callbacks: list[Callback], name: str) -> None:
+    """Call a hook of an evaluation, which takes the place of a validation.
+
+    Raises:
+        RunError: The hook raised an error.
+    """
+    for each in (*callbacks, algorithm):
+        try:
+            getattr(each, name)(*((trainer, algorithm) if isinstance(each, Callback) else ()))
+        except Exception as error:  # of any type: it is the user's code
+            raise RunError(f"{type(each).__name__}.{name} raised {type(error).__name__}: {error}") from error
+
+
+def _is_overridden(each: Callback | Algorithm, name: str) -> bool:
+    """Return whether a hook of Lightning is overridden, in a class or in the object itself."""
+    base = Callback if isinstance(each, Callback) else Algorithm
+    return name in vars(each) or getattr(type(each), name, None) is not getattr(base, name, None)
+
+
+def _defining_class(each: Callback | Algorithm, name: str) -> type:
+    return next((kind for kind in type(each).__mro__ if name in vars(kind)), type(each))

@@ -1,0 +1,198 @@
+"""Every hook of Lightning either is called, as docs/callbacks.md says, or is refused before the run begins."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from lightning import Callback, LightningModule
+from torch import nn
+
+from checks import metrics
+from levin.algorithms.ppo import PPO
+from levin.config.compose import compose
+from levin.core import paths
+from levin.core.errors import ConfigError
+from levin.training import hooks
+from levin.training.session import train
+
+DOC = (paths.ROOT / "docs/callbacks.md").read_text()
+WORDS = (
+    *("algo=ppo", "env=cartpole", "env.num_envs=2", "logger=csv", "eval.episodes=2", "eval.every=64"),
+    *("algo.steps_per_iteration=16", "algo.batch_size=16", "algo.epochs=2", "algo.hidden_sizes=[16]"),
+    *("checkpoint.every=64", "total_env_steps=128"),
+)
+calls: Counter[str] = Counter()
+order: list[str] = []
+
+
+class Counts(Callback):
+    """Callback that counts the calls of every hook that can be called."""
+
+
+class CountingPPO(PPO):
+    """PPO that counts the calls of every hook that can be called."""
+
+
+def _count(kind, name, parent):
+    def hook(self, *arguments, **keywords):
+        calls[f"{kind}.{name}"] += 1
+        order.append(f"{kind}.{name}")
+        return getattr(parent, name)(self, *arguments, **keywords)
+
+    return hook
+
+
+for _name in (*hooks.FIRES, *hooks.OF_CALLBACKS):
+    setattr(Counts, _name, _count("callback", _name, Callback))
+Counts.state_dict = lambda self: calls.update(["callback.state_dict"]) or {"kept": 1}  # an empty one is not loaded
+for _name in (*hooks.FIRES, *hooks.OF_ALGORITHMS):
+    setattr(CountingPPO, _name, _count("algorithm", _name, PPO))
+
+
+def hooks_of(kind: type) -> set[str]:
+    inherited = set(dir(nn.Module)) if issubclass(kind, nn.Module) else set(dir(object))
+    names = {name for name in set(dir(kind)) - inherited if callable(getattr(kind, name)) and name[0] != "_"}
+    return {name for name in names if not isinstance(vars(kind).get(name), property)}
+
+
+def test_every_hook_of_lightning_is_known():
+    known = {*hooks.FIRES, *hooks.OF_CALLBACKS, *hooks.NEVER}
+    assert hooks_of(Callback) <= known
+    pattern = re.compile(
+        r"(on_|configure_|.*_step$|.*_dataloader$|optimizer_|prepare_|setup$|teardown$|transfer_|backward$)"
+    )
+    of_module = {name for name in hooks_of(LightningModule) if pattern.match(name)}
+    assert of_module <= {*known, *hooks.OF_ALGORITHMS}
+    assert not set(hooks.FIRES) & set(hooks.NEVER)
+
+
+def test_the_documentation_lists_the_hooks_that_are_called():
+    table = re.findall(r"^\| `(\w+)` \|", DOC, re.MULTILINE)
+    assert set(table) == {*hooks.FIRES, *hooks.OF_CALLBACKS}
+    assert len(table) == len(set(table))
+    assert table[-3:] == list(hooks.OF_CALLBACKS)
+    assert all(f"`{name}`" in DOC for name in hooks.OF_ALGORITHMS)
+
+
+def test_hooks_are_called_when_the_documentation_says(tmp_path):
+    calls.clear()
+    order.clear()
+    target = ["algo._target_=test_hooks.CountingPPO", "+callbacks.counts._target_=test_hooks.Counts"]
+    train(compose([*WORDS, *target]), tmp_path / "run")
+    train(
+        compose([*WORDS, *target, "total_env_steps=192"]),
+        tmp_path / "run",
+        tmp_path / "run/checkpoints/last/state.ckpt",
+    )
+    iterations, steps, evaluations, processes = 6, 6 * 4, 3, 2
+    expected = {
+        **dict.fromkeys(hooks.FIRES, processes),
+        **dict.fromkeys(hooks.UPDATE_HOOKS, steps),
+        **dict.fromkeys(hooks.EVALUATION_HOOKS, evaluations),
+        "on_train_epoch_start": 1,
+        "on_train_batch_start": iterations,
+        "on_train_batch_end": iterations,
+        "on_save_checkpoint": 3,
+        "on_load_checkpoint": 1,
+    }
+    for name, count in expected.items():
+        assert calls[f"callback.{name}"] == count, name
+        assert calls[f"algorithm.{name}"] == count, name
+    assert calls["callback.load_state_dict"] == 1
+    assert calls["callback.on_exception"] == 0
+    assert all(calls[f"algorithm.{name}"] for name in hooks.OF_ALGORITHMS)
+    update = [name for name in order if name.removeprefix("callback.") in hooks.UPDATE_HOOKS][:4]
+    assert update == [f"callback.{name}" for name in hooks.UPDATE_HOOKS]
+    documented = re.findall(r"^\| `(\w+)` \|", DOC, re.MULTILINE)
+    first = list(dict.fromkeys(name.removeprefix("callback.") for name in order if name.startswith("callback.")))
+    called = [name for name in first if name in hooks.FIRES and not name.startswith(("on_save", "on_load"))]
+    in_doc = [name for name in documented if name in called]
+    # In the order of the table, but that an evaluation is due before the first `on_train_batch_end` of the callbacks.
+    assert [name for name in called if name not in (*hooks.EVALUATION_HOOKS, "on_train_batch_end")] == [
+        name for name in in_doc if name not in (*hooks.EVALUATION_HOOKS, "on_train_batch_end")
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(hooks.NEVER))
+def test_a_hook_that_can_not_be_called_is_refused_by_name(name):
+    def hook(*_):
+        pass
+
+    if name in dir(Callback):
+        mine = type("Mine", (Callback,), {name: hook})()
+        with pytest.raises(ConfigError, match=rf"Mine.{name} would never be called here: .+"):
+            hooks.check_hooks(_algorithm(), [mine])
+    if name in dir(LightningModule):
+        algorithm = _algorithm()
+        algorithm.__class__ = type("Idea", (PPO,), {name: hook})
+        with pytest.raises(ConfigError, match=rf"Idea.{name} would never be called here: .+"):
+            hooks.check_hooks(algorithm, [])
+
+
+def _algorithm():
+    from checks import build_algorithm
+
+    return build_algorithm(*WORDS)
+
+
+class Refused(Callback):
+    """Callback with a hook that can't be called."""
+
+    def on_validation_batch_end(self, *_):
+        pass
+
+
+def test_a_refused_hook_leaves_nothing_behind(tmp_path):
+    words = [*WORDS, "+callbacks.mine._target_=test_hooks.Refused"]
+    with pytest.raises(ConfigError, match=r"Refused.on_validation_batch_end .* on_validation_end"):
+        train(compose(words), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Steps(Callback):
+    """Callback with a hook around the optimiser step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        pass
+
+
+def test_algorithms_without_an_optimiser_refuse_hooks_around_its_step(tmp_path):
+    words = [*("algo=a3c", "env=cartpole", "logger=csv"), "+callbacks.mine._target_=test_hooks.Steps"]
+    with pytest.raises(ConfigError, match="A3C updates the parameters of all workers without an optimiser"):
+        train(compose(words), tmp_path / "run")
+
+
+def test_the_documented_callback_records_the_gradient_norm(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+    (tmp_path / "my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    (command,) = re.findall(r'ARGS="(\+callbacks.grad\._target_=my_module\.GradientNorm)"', DOC)
+    norms = []
+    original = nn.utils.clip_grad_norm_
+
+    def clip(parameters, max_grad_norm, **keywords):
+        parameters = list(parameters)
+        norms.append(float(torch.stack([each.grad.norm() for each in parameters]).norm()))
+        return original(parameters, max_grad_norm, **keywords)
+
+    monkeypatch.setattr("levin.algorithms.base.clip_grad_norm", clip)
+    train(compose([*WORDS, command, "log_every=32"]), tmp_path / "run")
+    recorded = [float(row["train/gradient_norm"]) for row in metrics(tmp_path / "run")]
+    assert recorded == pytest.approx([sum(norms[i : i + 4]) / 4 for i in range(0, 16, 4)])
+
+
+def test_hooks_in_updates_leave_the_numbers_alone(tmp_path):
+    train(compose([*WORDS]), tmp_path / "without")
+    train(compose([*WORDS, "+callbacks.mine._target_=test_hooks.Steps"]), tmp_path / "with")
+    assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
+
+
+def test_an_algorithm_with_hooks_in_its_updates_has_no_cuda_graphs(tmp_path):
+    algorithm = _algorithm()
+    algorithm.captured = ("update",)
+    trainer = type("Trainer", (), {"strategy": type("Strategy", (), {"root_device": torch.device("cpu")})})
+    hooks.connect_update_hooks(trainer, algorithm, [])
+    assert algorithm.captured == ("update",)
+    hooks.connect_update_hooks(trainer, algorithm, [Steps()])
+    assert algorithm.captured == ()
