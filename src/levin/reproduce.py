@@ -81,6 +81,12 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
         )
     cfg.total_env_steps = total_env_steps or cfg.total_env_steps
     schema.check(cfg)
+    if cfg.total_env_steps < reference.env_steps:
+        print(
+            f"a trial of {cfg.total_env_steps:,} of {reference.env_steps:,} env steps: it is compared with the stored "
+            "curves, but a verdict needs all of them (leave out STEPS=)",
+            flush=True,
+        )
     folders = _find_or_create_runs(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
     cores = os.cpu_count() or 1

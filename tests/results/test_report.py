@@ -113,7 +113,7 @@ SPOILED = {
         "README.md does not match the stored data",
     ),
     "a count of the README": (
-        lambda folder: edit(folder.parents[1] / "README.md", "1 reproduced, 1 passed", "2 reproduced, 0 passed"),
+        lambda folder: edit(folder.parents[1] / "README.md", "1 passed, 1 inconclusive", "2 passed, 0 inconclusive"),
         "README.md does not match the stored data",
     ),
     "a number of the table": (
@@ -183,9 +183,9 @@ def test_the_readme_shows_the_headline_results_and_counts_all(repository):
     assert cells[3] == f"{summary['as_the_source_measures']['mean']:.1f}"
     assert cells[4].startswith("5794.1 ± 460.5 ([jaxrl, ")
     assert ";" not in cells[4]  # the first published number only
-    assert cells[5] == "reproduced"
+    assert cells[5] == "inconclusive"
     assert "| result | env steps | seeds | ours | published | verdict |" in readme.read_text()
-    assert "\n2 results: 1 reproduced, 1 passed; [all of them](experiments/README.md)" in readme.read_text()
+    assert "\n2 results: 1 passed, 1 inconclusive; [all of them](experiments/README.md)" in readme.read_text()
     assert " measured by | published | required | verdict |" in page.read_text()
     assert page.read_text().count("\n| [SAC ") == 2
 
@@ -196,7 +196,7 @@ def test_a_result_that_has_not_been_run_shows_no_number_of_seeds(repository):
         (folder / name).unlink()
     report()
     assert "| [SAC Pendulum-v1](sac_pendulum) | 20,000 |  |  |  | " in (folder.parent / "README.md").read_text()
-    assert "\n2 results: 1 reproduced, 1 not run; " in (repository / "README.md").read_text()
+    assert "\n2 results: 1 inconclusive, 1 not run; " in (repository / "README.md").read_text()
 
 
 def test_headline_results_exist():
@@ -285,11 +285,17 @@ def test_scores_use_the_metric_of_the_published_source():
     ("changes", "scores", "verdict"),
     [
         ({}, [], "not run"),
-        ({}, [84, 85, 86], "reproduced"),  # the mean equals the required score
-        ({}, [84, 85, 85.9], "partial"),
+        ({}, [85, 85, 86], "reproduced"),
+        ({}, [85, 105, 111], "reproduced"),  # the interval begins below the published mean plus its deviation
+        ({}, [106, 107, 111], "exceeds"),
+        ({}, [84, 85, 86], "inconclusive"),  # the required score lies inside the interval
+        ({}, [80, 84, 85.9], "inconclusive"),
+        ({}, [80, 84, 84.9], "partial"),
         ({}, [100, 100], "partial"),  # three seeds are needed
         ({"seeds": 2}, [100, 100, 100], "passed"),
         ({"std": None}, [100, 100, 100], "passed"),
+        ({"std": None}, [200, 200, 200], "passed"),  # without a deviation nothing says what would exceed it
+        ({"std": None}, [80, 100, 100], "inconclusive"),
         ({"seeds": 1, "std": None}, [85], "passed"),
         ({"seeds": 1, "std": None}, [84], "partial"),
     ],
@@ -330,8 +336,8 @@ def test_two_algorithms_on_one_task_are_compared(repository):
         seed: Curve(each.env_steps, each.return_mean - 100, each.second) for seed, each in first.evaluations.items()
     }
     second = Result(first.folder, config, first.reference, first.provenance, worse, first.training)
-    ((label, probability, interval),) = figures.algorithm_pairs({"SAC": [first], "MyIdea": [second]})
-    assert (label, probability) == ("SAC > MyIdea (1)", 1.0)
+    ((*names, tasks, probability, interval),) = figures.algorithm_pairs({"SAC": [first], "MyIdea": [second]})
+    assert (names, tasks, probability) == (["SAC", "MyIdea"], 1, 1.0)
     assert interval.tolist() == [1, 1]
     figures.draw_aggregate([first, second])
     assert imageio.v3.imread(repository / "experiments" / "aggregate.png").shape[1] == 3 * 750

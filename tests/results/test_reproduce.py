@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,10 +108,10 @@ def judge(result_folder, folders):
 
 def test_without_stored_curves_a_run_is_judged_by_the_published_number(first_run):
     result_folder, batch, outcome = first_run
-    assert (outcome.verdict, outcome.good) == ("reproduced", True)
+    assert (outcome.verdict, outcome.good) == ("exceeds", True)
     assert outcome.stored == "there are no stored curves yet"
     assert sorted(each.name for each in batch.iterdir()) == ["s0", "s1", "s2", "verdict.json"]
-    assert json.loads((batch / "verdict.json").read_text())["verdict"] == "reproduced"
+    assert json.loads((batch / "verdict.json").read_text())["verdict"] == "exceeds"
     assert not (result_folder / CURVES).exists()  # only STORE=1 writes
     assert run_folder.read_provenance(batch / "s0")["threads"] == 1
 
@@ -131,7 +132,9 @@ def test_a_new_run_reproduces_the_stored_curves_and_a_shorter_one_their_beginnin
     assert (again.verdict, again.good) == ("partial", True)  # one seed of three
     shorter = reproduce(exp="toy", seeds="2", total_env_steps=150)
     assert shorter.stored == "1 of 1 curves are identical to the stored ones"
-    assert (shorter.verdict, shorter.good) == ("not run", True)
+    assert (shorter.verdict, shorter.good) == ("none yet", True)
+    assert re.match(r"a verdict needs \d+ env steps, and these runs have 1\d\d; return at \d+: ", shorter.published)
+    assert re.search(r"\(one seed\), stored -?[\d.]+ \(3 seeds, -?[\d.]+ to -?[\d.]+\)$", shorter.published)
 
 
 def test_a_changed_value_in_a_curve_fails(stored_copy):
@@ -208,7 +211,7 @@ def test_seeds_can_be_added_to_a_stored_result(stored_copy):
     assert kept == [0, 2]
     added = {1: folders[1]}
     assert judge_runs(result_folder, read_reference(result_folder), added).verdict == "partial"  # one seed of three
-    assert judge_runs(result_folder, read_reference(result_folder), added, kept).verdict == "reproduced"
+    assert judge_runs(result_folder, read_reference(result_folder), added, kept).verdict == "exceeds"
     store_runs(result_folder, added, kept)
     report()
     assert original == {kind: (result_folder / kind).read_bytes() for kind in original}

@@ -38,8 +38,8 @@ class Replay:
         storage: `memory`, on the device of the rollouts, or `memmap`, a file.
     """
 
-    # Names of attributes that `state_dict` saves or that need not be saved; those of base classes are added. Others that
-    # change are saved by levin.training.extra_state.
+    # Names of attributes that `state_dict` saves or that need not be saved; those of base classes are added. Others
+    # that change are saved by levin.training.extra_state.
     not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes")
 
     def __init__(self, size: int, storage: str) -> None:

@@ -1,12 +1,14 @@
 """Figures in experiments/: one per result, with the published numbers, and one of all results together."""
 
 import hashlib
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import yaml
 
 from levin.core import files, paths
 from levin.core.errors import ConfigError
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AGGREGATE = "aggregate.png"
-DRAWING = "2"  # version of the drawing code: change it to have all figures redrawn
+DRAWING = "3"  # version of the drawing code: change it to have all figures redrawn
 
 
 def expected_figures(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], None]]]:
@@ -27,10 +29,8 @@ def expected_figures(results: list[Result]) -> Iterator[tuple[Path, str, Callabl
     done = [result for result in results if result.evaluations]
     for result in done:
         yield result.folder / PICTURE, _source(result), lambda result=result: draw_result(result)
-    # The normalised return needs a published number, which is its 1.
-    comparable = [result for result in done if result.reference.published]
-    if comparable:
-        yield paths.EXPERIMENTS / AGGREGATE, _source(*comparable), lambda: draw_aggregate(comparable)
+    if any(result.reference.published for result in done):
+        yield paths.EXPERIMENTS / AGGREGATE, _source(*results), lambda: draw_aggregate(results)
 
 
 def _source(*results: Result) -> str:
@@ -59,7 +59,9 @@ def draw_result(result: Result) -> None:
     """Draw the learning curve of a result with the published numbers."""
     figure, axes = new_figure()
     curves = result.evaluations if result.reference.metric == "evaluations" else result.training
-    draw_line(axes, f"{result.algorithm}, {len(curves)} seeds", list(curves.values()))
+    draw_line(
+        axes, f"{result.algorithm}: IQM, 95% interval, each of {len(curves)} seeds", list(curves.values()), single=True
+    )
     if result.reference.metric != "evaluations":
         axes.set_ylabel("training return")
     for published, color in zip(
@@ -71,7 +73,7 @@ def draw_result(result: Result) -> None:
             fmt="o", color=color, capsize=4, clip_on=False, zorder=3,
         )  # fmt: skip
     axes.axhline(
-        result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"gate: {result.reference.gate:g}"
+        result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"required: {result.reference.gate:g}"
     )
     axes.set_title(plain(f"{result.env}: {judge_scores(result.reference, result.scores)[0]}"))
     axes.legend(frameon=False, loc="lower right")
@@ -82,36 +84,80 @@ def draw_aggregate(results: list[Result]) -> None:
     """Draw each algorithm over all its results: sample efficiency, final scores, and comparisons on shared tasks."""
     by_algorithm: dict[str, list[Result]] = {}
     for result in results:
-        by_algorithm.setdefault(result.algorithm, []).append(result)
+        if result.evaluations and result.reference.published:  # the normalised return needs a published number
+            by_algorithm.setdefault(result.algorithm, []).append(result)
     compared = list(algorithm_pairs(by_algorithm))
-    figure, axes = new_figure(3 if compared else 2)
+    figure, axes = new_figure(3 if compared else 2, height=5.5)
+    colors = dict(zip(by_algorithm, algorithm_colors(), strict=False))
     efficiency, end, *improvement = axes  # type: ignore[misc]
-    shares, labels = np.linspace(0.05, 1, 20), []
     for i, (name, own) in enumerate(by_algorithm.items()):
-        curves = _stack_tasks([_normalised_curves(result, shares) for result in own])  # [seeds, tasks, 20]
-        iqm, interval = aggregates.iqm_with_interval(curves)
-        (line,) = efficiency.plot(shares, iqm, linewidth=2)
-        efficiency.fill_between(shares, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
-        scores = _stack_tasks([result.reference.normalise(result.scores)[:, None] for result in own])
-        iqm, interval = aggregates.iqm_with_interval(scores)
-        end.barh(i, interval[1] - interval[0], left=interval[0], color=line.get_color(), alpha=0.4, height=0.5)
-        end.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color=line.get_color(), linewidth=3)
-        labels.append(f"{name} ({len(own)})")
-    efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of published tasks")
-    end.axvline(1, color="gray", linestyle=":")
-    end.set(xlabel="0: uniform actions, 1: published", title="At the end: IQM, 95% interval (results)")
+        _draw_efficiency(efficiency, name, own, colors[name])
+        _draw_end(end, i, own, colors[name])
+    efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of the results")
+    efficiency.legend(frameon=False, fontsize=7, ncols=2)
+    end.axvline(1, color="gray", linestyle=":", label="published mean, of each result's own source")
+    end.set(xlabel="0: uniform actions, 1: published", title="At the end (number of results)")
     end.margins(x=0.05)
     end.set_xlim(left=min(0, end.get_xlim()[0]))
-    end.set_yticks(range(len(labels)), labels)  # also serves as the legend of the left axes
+    end.set_yticks(range(len(by_algorithm)), [f"{name} ({len(own)})" for name, own in by_algorithm.items()])
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
+    handles = dict(zip(*reversed(end.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     for axis in improvement:
-        for i, (_, probability, interval) in enumerate(compared):
-            axis.barh(i, interval[1] - interval[0], left=interval[0], color="gray", alpha=0.4, height=0.5)
-            axis.plot([probability] * 2, [i - 0.25, i + 0.25], color="black", linewidth=2)
-            axis.set_yticks(range(len(compared)), [each[0] for each in compared])
+        for i, (first, _, _, probability, interval) in enumerate(compared):
+            axis.barh(i, interval[1] - interval[0], left=interval[0], color=colors[first], alpha=0.4, height=0.5)
+            axis.plot([probability] * 2, [i - 0.25, i + 0.25], color=colors[first], linewidth=3)
+        labels = [f"{first} > {second} ({count})" for first, second, count, *_ in compared]
+        axis.set_yticks(range(len(labels)), labels)
         axis.axvline(0.5, color="gray", linestyle=":")
-        axis.set(xlim=(0, 1), title="P(the first is better) on one task (pairs)")
+        axis.set(xlim=(0, 1), title="P(the first is better) on one task (tasks)", xlabel="colour: the first")
+    figure.suptitle(plain(textwrap.fill(describe_missing(results), 180)), fontsize=8, color="gray")
     save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
+
+
+def _draw_efficiency(axes: "Axes", name: str, own: list[Result], color: str) -> None:
+    shares = np.linspace(0.05, 1, 20)
+    iqm, interval = aggregates.iqm_with_interval(_stack_tasks([_normalised_curves(result, shares) for result in own]))
+    axes.plot(shares, iqm, linewidth=2, color=color, label=name)
+    axes.fill_between(shares, *interval, color=color, alpha=0.2, linewidth=0)
+
+
+def _draw_end(axes: "Axes", i: int, own: list[Result], color: str) -> None:
+    """Draw the IQM of the normalised scores with its interval, their mean, and the worst seed of all results."""
+    scores = [result.reference.normalise(result.scores) for result in own]
+    iqm, interval = aggregates.iqm_with_interval(_stack_tasks([each[:, None] for each in scores]))
+    axes.barh(i, interval[1] - interval[0], left=interval[0], color=color, alpha=0.4, height=0.5, label="95% interval")
+    axes.plot([iqm[0]] * 2, [i - 0.25, i + 0.25], color=color, linewidth=3, label="IQM")
+    mean, worst = float(np.mean([each.mean() for each in scores])), float(min(each.min() for each in scores))
+    axes.plot(mean, i, "D", color="black", markersize=4, label="mean")
+    axes.plot(worst, i, "x", color="black", markersize=6, label="worst seed")
+
+
+def algorithm_colors() -> list[str]:
+    """Return distinct colours, one per algorithm."""
+    from matplotlib import colormaps
+
+    return [*map(tuple, colormaps["tab20"].colors[::2]), *map(tuple, colormaps["tab20"].colors[1::2])]  # type: ignore[attr-defined]
+
+
+def describe_missing(results: list[Result]) -> str:
+    """Return which algorithms of Levin the aggregate leaves out, and why, as one line."""
+    classes = {
+        yaml.safe_load(file.read_text())["algo"]["_target_"].rpartition(".")[2]
+        for file in paths.CONFIGS.glob("algo/*.yaml")
+    }
+    shown = {result.algorithm for result in results if result.evaluations and result.reference.published}
+    reasons = []
+    for name in sorted(classes - shown):
+        own = [result for result in results if result.algorithm == name]
+        why = "no published number" if any(each.evaluations for each in own) else "not run" if own else "no result"
+        reasons.append(f"{name} ({why})")
+    left_out = sum(
+        1 for each in results if each.algorithm in shown and not (each.evaluations and each.reference.published)
+    )
+    if left_out:
+        reasons.append(f"{left_out} results of the algorithms shown that were not run or have no published number")
+    return f"Not shown: {', '.join(reasons)}" if reasons else ""
 
 
 def _normalised_curves(result: Result, shares: np.ndarray) -> np.ndarray:
@@ -127,8 +173,12 @@ def _stack_tasks(tasks: list[np.ndarray]) -> np.ndarray:
     return np.stack([each[:seeds] for each in tasks], axis=1)
 
 
-def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, float, np.ndarray]]:
-    """Yield each two algorithms that share tasks: label, P(the first has the better final return), 95% interval."""
+def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str, str, int, float, np.ndarray]]:
+    """Yield each two algorithms that share tasks.
+
+    Yields:
+        Names of the two, number of tasks, P(the first has the better final return), and its 95% interval.
+    """
     names = list(by_algorithm)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
@@ -136,7 +186,7 @@ def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str
             shared = [pair for pair in both if pair[0].task == pair[1].task]
             if shared:
                 left, right = (_stack_tasks([pair[k].finals[:, None] for pair in shared])[..., 0] for k in (0, 1))
-                yield f"{first} > {second} ({len(shared)})", *aggregates.probability_of_improvement(left, right)
+                yield first, second, len(shared), *aggregates.probability_of_improvement(left, right)
 
 
 def draw_line(axes: "Axes", label: str, seeds: list[Curve], *, single: bool = False) -> None:
@@ -150,14 +200,21 @@ def draw_line(axes: "Axes", label: str, seeds: list[Curve], *, single: bool = Fa
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def new_figure(columns: int = 1) -> "tuple[Figure, Axes]":
-    """Return a figure and its axes, without needing a display. With several columns, the axes are an array."""
+def new_figure(columns: int = 1, height: float = 4) -> "tuple[Figure, Axes]":
+    """Return a figure and its axes, without needing a display. With several columns, the axes are an array.
+
+    Args:
+        columns: Number of axes, side by side.
+        height: Height in inches.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(ncols=columns, figsize=(7 if columns == 1 else 5 * columns, 4), layout="constrained")
+    figure, axes = plt.subplots(
+        ncols=columns, figsize=(7 if columns == 1 else 5 * columns, height), layout="constrained"
+    )
     for each in np.atleast_1d(axes):
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.3)

@@ -54,9 +54,11 @@ def judge_runs(folder: Path, reference: Reference, runs: dict[int, Path], kept: 
     evaluations = {seed: read_run(run) for seed, run in runs.items()}
     training = {seed: read_run(run, TRAINING) for seed, run in runs.items()}
     matches, stored = _compare_curves(folder, reference, evaluations, training, runs)
-    if min(curve.env_steps[-1] for curve in evaluations.values()) < reference.env_steps:
-        return Outcome("not run", f"the published number is at {reference.env_steps:,} env steps", stored, matches)
     stored_evaluations, stored_training = read_curves(folder), read_curves(folder, TRAINING)
+    reached = min(int(curve.env_steps[-1]) for curve in evaluations.values())
+    if reached < reference.env_steps:
+        published = f"a verdict needs {reference.env_steps:,} env steps, and these runs have {reached:,}"
+        return Outcome("none yet", f"{published}; {_compare_early(evaluations, stored_evaluations)}", stored, matches)
     evaluations |= {seed: stored_evaluations[seed] for seed in kept}
     training |= {seed: stored_training[seed] for seed in kept}
     scores = score_seeds(evaluations, training, reference)
@@ -106,6 +108,24 @@ def _compare_curves(
     inside = bool(low <= scores.mean() <= high)
     where = f"{'in' if inside else 'out'}side the 95% prediction interval [{low:.1f}, {high:.1f}] of the stored seeds"
     return inside, f"mean {scores.mean():.1f} is {where} ({why})"
+
+
+def _compare_early(evaluations: Curves, stored: Curves) -> str:
+    """Return the mean return of runs that are too short for a verdict beside that of the stored seeds, in words."""
+
+    def describe(curves: Curves, step: int) -> str:
+        returns = [float(each.return_mean[each.env_steps <= step][-1]) for each in curves.values()]
+        seeds = f"{len(returns)} seeds, {min(returns):.1f} to {max(returns):.1f}" if len(returns) > 1 else "one seed"
+        return f"{np.mean(returns):.1f} ({seeds})"
+
+    first = max(int(each.env_steps[0]) for each in evaluations.values())
+    reached = min(int(each.env_steps[-1]) for each in evaluations.values())
+    shared = [step for each in stored.values() for step in each.env_steps.tolist() if first <= step <= reached]
+    if not shared:
+        return f"return at {reached:,}: {describe(evaluations, reached)}; no stored seed was evaluated by then"
+    step = int(max(shared))
+    later = {seed: each for seed, each in stored.items() if each.env_steps[0] <= step}
+    return f"return at {step:,}: {describe(evaluations, step)}, stored {describe(later, step)}"
 
 
 def _is_prefix(curve: Curve, stored: Curve) -> bool:

@@ -30,7 +30,7 @@ PROVENANCE, REFERENCE, SUMMARY, PICTURE = "provenance.json", "reference.yaml", "
 SEEDS_OF_A_REPRODUCTION = 3
 FINAL = 10  # number of last evaluations whose mean is the final return of a run
 
-Verdict = Literal["reproduced", "passed", "partial", "not run"]
+Verdict = Literal["exceeds", "reproduced", "passed", "inconclusive", "partial", "not run"]
 
 
 # Text that is copied into comments and tables: one line, without the characters that have a meaning there.
@@ -212,21 +212,32 @@ def _score(curve: Curve, reference: Reference) -> float:
 def judge_scores(reference: Reference, scores: np.ndarray) -> tuple[Verdict, str]:
     """Judge the scores `[seeds]` against the required score; return the verdict and a message with the numbers.
 
-    "reproduced": at least three seeds reach it in the mean, and the source has a standard deviation over at least three
-    seeds. "passed": the mean reaches it, but the source has no such deviation. "partial": the mean is below, or there
-    are too few seeds. "not run": there are no scores.
+    The interval below is the 95% interval of the interquartile mean over our seeds.
+
+    "exceeds": the source has a standard deviation over at least three seeds, and the interval lies above the published
+    mean plus this deviation. "reproduced": the source has one, and the interval lies at or above the required score.
+    "passed": the interval does, but the source has no such deviation. "inconclusive": the required score lies inside
+    the interval. "partial": the interval lies below it, or there are too few seeds. "not run": there are no scores.
     """
+    from levin.results import aggregates  # its libraries belong to an extra
+
     if not len(scores):
         return "not run", f"the required score is {reference.gate:g} at {reference.env_steps:,} env steps"
     mean, gate, n = float(scores.mean()), reference.gate, len(scores)
-    message = f"mean of {n} seed{'s' if n > 1 else ''} {mean:.1f}, gate {gate:g} ({reference.gate_from})"
-    if mean < gate:
+    _, ends = aggregates.iqm_with_interval(scores[:, None, None])
+    low, high = float(ends[0, 0]), float(ends[1, 0])
+    message = f"mean of {n} seed{'s' if n > 1 else ''} {mean:.1f}, 95% interval {low:.1f} to {high:.1f}"
+    message += f", gate {gate:g} ({reference.gate_from})"
+    if high < gate:
         return "partial", f"{message}: {gate - mean:.1f} below"
+    if reference.has_spread and n < SEEDS_OF_A_REPRODUCTION:
+        return "partial", f"{message}: {SEEDS_OF_A_REPRODUCTION} seeds are needed"
+    if low < gate:
+        return "inconclusive", f"{message}: the gate lies inside the interval"
     if not reference.has_spread:
         return "passed", message
-    if n < SEEDS_OF_A_REPRODUCTION:
-        return "partial", f"{message}: reached, but {SEEDS_OF_A_REPRODUCTION} seeds are needed"
-    return "reproduced", message
+    first = reference.published[0]
+    return "exceeds" if low > first.mean + (first.std or 0) else "reproduced", message
 
 
 @dataclass(frozen=True)

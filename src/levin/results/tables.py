@@ -26,7 +26,10 @@ from levin.results.result import (
 
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
 # Columns of the tables in experiments/README.md and README.md. README.md shows the headline results only.
-COLUMNS = ("result", "env steps", "seeds", "ours", "95% interval", "measured by", "published", "required", "verdict")
+COLUMNS = (
+    *("result", "env steps", "seeds", "ours", "95% interval", "worst seed", "measured by", "published", "required"),
+    "verdict",
+)
 HEADLINE_COLUMNS = ("result", "env steps", "seeds", "ours", "published", "verdict")
 HEADLINES = (
     *("reinforce_inverted_pendulum", "a2c_acrobot", "trpo_halfcheetah", "ppo_halfcheetah", "dqn_cartpole"),
@@ -59,9 +62,9 @@ def count_verdicts(summaries: list[dict[str, Any]]) -> str:
     numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
     return (
         f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
-        "Reproduced: the mean over three or more seeds is at or above the required score, usually the published mean\n"
-        "minus one standard deviation.\n"
-        "Passed: the same, but no published number comes with a standard deviation over three or more seeds.\n"
+        "Reproduced: the 95% interval of our seeds lies at or above the required score, usually the published mean\n"
+        "minus one standard deviation. Exceeds: above the mean plus one. Passed: the source gives no deviation.\n"
+        "Inconclusive: the score lies inside the interval.\n"
     )
 
 
@@ -95,7 +98,7 @@ def _statistics(scores: np.ndarray) -> dict[str, Any]:
     per_seed, mean, middle, ends = (
         [round(float(x), 2) for x in each] for each in (scores, [scores.mean()], iqm, interval[:, 0])
     )
-    return {"per_seed": per_seed, "mean": mean[0], "iqm": middle[0], "interval": ends}
+    return {"per_seed": per_seed, "mean": mean[0], "worst": min(per_seed), "iqm": middle[0], "interval": ends}
 
 
 def config_header(result: Result, summary: dict[str, Any]) -> str:
@@ -157,6 +160,7 @@ def table_row(result: Result, summary: dict[str, Any], published: int | None = N
         "seeds": str(len(result.evaluations)) if result.evaluations else "",
         "ours": f"{score['mean']:.1f}" if score else "",
         "95% interval": f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}" if score else "",
+        "worst seed": f"{score['worst']:.1f}" if score else "",
         "measured by": _describe_measure(result),
         "published": "; ".join(map(_citation, result.reference.published[:published])) or "none",
         "required": f"{result.reference.gate:g}: {result.reference.gate_from}",
