@@ -58,7 +58,7 @@ train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [RUN=path
 ifneq ($(filter -m --multirun launcher=%,$(value ARGS)),)
 	$(BIN)/python -m levin.train $(choices) $(trust) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
 else
-	@trap 'stopped=1' INT TERM HUP USR1; $(foreach seed,$(seeds),set -x; $(BIN)/python -m levin.train $(choices) $(trust) seed=$(call quote,$(seed)) $(if $(value RUN),$(call quote,run=$(value RUN)$(if $(word 2,$(value SEEDS)),/s$(seed)))) || exit $$?; { set +x; test -z "$$stopped" || exit 0; } 2>/dev/null;)
+	$(BIN)/python -m levin.train $(choices) $(trust) $(if $(value RUN),$(call quote,run=$(value RUN))) $(if $(word 2,$(seeds)),$(call quote,seeds=$(strip $(seeds))),$(call quote,seed=$(strip $(seeds))))
 endif
 
 resume: .venv/.core ## RUN=path [STEPS=n] [TRUST=1] continues a run exactly; STEPS: its new total of env steps

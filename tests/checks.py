@@ -21,7 +21,7 @@ from levin.config.compose import compose
 from levin.core.omega import to_plain
 from levin.envs.config import EnvConfig
 from levin.nn import cuda_graphs
-from levin.runs.checkpoint import FolderCheckpointIO
+from levin.runs.checkpoint_io import FolderCheckpointIO
 from levin.runs.load import export_policy
 from levin.runs.policy import Policy
 from levin.training.session import build_run, train

@@ -3,18 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from levin.collectors.episodes import evaluate
 from levin.config import cli
 from levin.core import files
 from levin.core.errors import RunError, exit_on_user_error
 from levin.core.process import silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION
-from levin.envs.factory import load_env, make_env
 from levin.runs import checkpoint
-from levin.runs.load import load_algorithm
+from levin.runs.load import check_has_policy, load_algorithm
 from levin.runs.trust import trusted
 
 
@@ -39,6 +35,12 @@ def evaluate_run(
     Returns:
         The contents of the file.
     """
+    check_has_policy(Path(run))
+    import numpy as np  # late: a command that is mistyped is refused before torch is imported
+
+    from levin.collectors.episodes import evaluate
+    from levin.envs.factory import load_env, make_env
+
     silence_libraries()
     folder = checkpoint.run_of(Path(run))
     with trusted(trust):

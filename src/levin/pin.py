@@ -10,30 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
-from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
 
-from levin.collectors.episodes import evaluate
 from levin.config import cli
 from levin.config.compose import compose
 from levin.core import files
 from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.omega import to_plain
-from levin.core.process import silence_libraries
-from levin.envs.config import EVALUATION, EnvConfig
-from levin.envs.factory import make_env
-from levin.envs.vector import SeededVectorEnv
+from levin.envs.config import EnvConfig
 from levin.results.result import CONFIG, REFERENCE, result_path
 from levin.runs import trust
 from levin.runs.trust import trusted
 
 DEFAULTS = ("trainer.accelerator=cpu", "trainer.threads=1", "logger=csv")
-EPISODES = 100
 
 
 def pin(exp: str, overrides: list[str]) -> Path:
@@ -56,9 +47,15 @@ def pin(exp: str, overrides: list[str]) -> Path:
     trust.record(cfg)
     files.write_text(folder, CONFIG, OmegaConf.to_yaml(cfg))
     if not (folder / REFERENCE).exists():
+        from levin.collectors.uniform import random_return  # late: torch takes seconds to import
+
         published = dict.fromkeys(("family", "env", "mean", "std", "seeds", "metric", "source"))
         reference = {"env_steps": cfg.total_env_steps, "metric": "evaluations", "last": 1, "gate": None}
-        reference |= {"gate_from": None, "random_return": random_return(cfg), "published": [published]}
+        reference |= {
+            "gate_from": None,
+            "random_return": random_return(EnvConfig(**to_plain(cfg.env)), cfg.eval.seed),
+            "published": [published],
+        }
         files.write_text(folder, REFERENCE, yaml.safe_dump(reference, sort_keys=False))
     return folder
 
@@ -75,28 +72,6 @@ def _refuse_environment_variables() -> Iterator[None]:
         yield
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
-
-
-def random_return(cfg: DictConfig) -> float:
-    """Return the mean return of uniform actions over 100 episodes, rounded to one decimal."""
-    silence_libraries()
-    env = make_env(EnvConfig(**to_plain(cfg.env)), seed=cfg.eval.seed, purpose=EVALUATION, num_envs=10)
-    policy = TensorDictModule(Uniform(env), in_keys=["observation"], out_keys=["action"])
-    returns, _ = evaluate(policy, env, EPISODES)
-    env.close()
-    return round(float(np.mean(returns)), 1)
-
-
-class Uniform(nn.Module):
-    """Policy of uniform actions, in the units of a policy's output: `[N, *S] -> [N, *A]`."""
-
-    def __init__(self, env: SeededVectorEnv) -> None:
-        super().__init__()
-        self.space = env.single_action_space
-        self.space.seed(0)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        return torch.as_tensor(np.stack([self.space.sample() for _ in observation]))
 
 
 def main() -> None:

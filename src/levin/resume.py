@@ -14,8 +14,6 @@ from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
 from levin.runs.trust import trusted
-from levin.training.distributed import sharding
-from levin.training.session import train, train_rank
 
 # Config keys that may change on resume. They change none of the numbers computed so far; a new total_env_steps also
 # stretches or shortens annealed schedules, which `resume` prints.
@@ -58,6 +56,9 @@ def _resume(folder: Path, changes: dict[str, Any]) -> float | None:
         )
     schema.check(cfg)
     OmegaConf.set_readonly(cfg, True)
+    from levin.training.distributed import sharding  # late, because Lightning takes seconds to import
+    from levin.training.session import train_rank
+
     name = algorithm_class(cfg).__name__
     if sharding.process_rank(cfg):  # started by torchrun or srun; rank 0 takes care of the run folder
         if (run_folder.read_provenance(folder).get("env_steps") or 0) < cfg.total_env_steps:
@@ -96,6 +97,8 @@ def _continue(folder: Path, cfg: DictConfig, total: int, name: str) -> float | N
         print(f"levin: {line}", file=sys.stderr)
     if path is not None:
         checkpoint.set_aside_newer(path.parent)
+    from levin.training.session import train
+
     return train(cfg, folder, ckpt_path=path)
 
 

@@ -19,7 +19,6 @@ from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from levin import resume
 from levin.config import cli
 from levin.config.compose import NULL_DEFAULTS, compose, finalize, with_search_path
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
@@ -27,7 +26,6 @@ from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
 from levin.core.process import print_line
 from levin.runs import folder as run_folder
-from levin.training.session import train
 
 FLAGS = ("-m", "--multirun")
 # Values, such as env ids, may have a slash. Registered here, because jobs of a cluster import this module.
@@ -49,9 +47,10 @@ def sweep(words: list[str]) -> None:
     ]
     choices = {str(override.key_or_group): _parse_values(override) for override in parsed}
     first = [values[0] for values in choices.values()]
-    for i, values in enumerate(choices.values()):
-        for value in values:
-            compose([*first[:i], value, *first[i + 1 :]])
+    for check_values in (False, True):  # names first: checking a value imports the class that takes it, for seconds
+        for i, values in enumerate(choices.values()):
+            for value in values:
+                compose([*first[:i], value, *first[i + 1 :]], check_values=check_values)
     not_in_name = [key for key, values in choices.items() if len(values) == 1 or key == "seed"]
     options = {
         "hydra.sweep.dir": f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S-%f}",
@@ -97,6 +96,9 @@ def _submit_jobs(run_all: Callable[[], None], folder: str) -> None:
 
 def run_job(cfg: DictConfig) -> float | None:
     """Train one run of the sweep, or resume it: submitit calls this again for a job that was preempted."""
+    from levin import resume  # late: a sweep that is mistyped is refused before torch and Lightning are imported
+    from levin.training.session import train
+
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
     try:

@@ -1,18 +1,20 @@
-"""Train an algorithm: `python -m levin.train algo=sac env=pendulum`."""
+"""Train an algorithm: `python -m levin.train algo=sac env=pendulum`; `seeds="0 1 2"` trains a run per seed, in turn."""
 
+import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
-from levin import resume
 from levin.config import cli
 from levin.config.compose import compose
-from levin.core.errors import exit_on_user_error
+from levin.core.errors import ConfigError, exit_on_user_error
+from levin.core.process import handle_signals, restore_signals
 from levin.runs import folder as run_folder
 from levin.runs import slurm
 from levin.runs.trust import trusted
 from levin.sweep import sweep
-from levin.training.distributed import sharding
-from levin.training.session import train, train_rank
 
 
 def main() -> None:
@@ -21,15 +23,61 @@ def main() -> None:
         cli.refuse_repeated(sys.argv[1:])
         words, given = cli.take_flag(sys.argv[1:], "trust")
         with trusted(given):
-            _train(words)
+            if any(word in ("-m", "--multirun") or word.startswith("launcher=") for word in words):
+                sweep(words)
+            else:
+                _train_seeds(words)
+
+
+def _train_seeds(words: list[str]) -> None:
+    """Train one run per seed, one after the other, each in a fork of this process, which imports everything once.
+
+    The first run that fails ends the command with its exit code, and a signal ends it after the current run.
+    """
+    given = [word.removeprefix("seeds=") for word in words if word.startswith("seeds=")]
+    words = [word for word in words if not word.startswith("seeds=")]
+    if not given:
+        _train(words)
+        return
+    seeds = given[-1].split()
+    if not seeds or not all(seed.isdigit() for seed in seeds):
+        raise ConfigError(f"seeds={given[-1]} must be whole numbers separated by spaces")
+    if len(seeds) == 1:
+        _train([*words, f"seed={seeds[0]}"])
+        return
+    compose([*words, f"seed={seeds[0]}"])
+    import levin.training.session  # noqa: F401  # for all runs, before the first fork
+
+    child, stopped = 0, False
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        if child and number != signal.SIGINT:  # Ctrl-C reaches the run itself, and a second one would not let it save
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    handlers = handle_signals(stop)
+    for seed in seeds:
+        child = os.fork()
+        if not child:
+            restore_signals(handlers)
+            own = [f"{word}/s{seed}" if word.startswith("run=") else word for word in words]
+            _train([*own, f"seed={seed}"])
+            return
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code or stopped:
+            raise SystemExit(code if code >= 0 else 128 - code)
+    restore_signals(handlers)
 
 
 def _train(words: list[str]) -> None:
-    if any(word in ("-m", "--multirun") or word.startswith("launcher=") for word in words):
-        sweep(words)
-        return
     slurm.requeue_on_signal()
     cfg = compose(words)
+    from levin import resume  # late: a command that is mistyped is refused before torch and Lightning are imported
+    from levin.training.distributed import sharding
+    from levin.training.session import train, train_rank
+
     if (requeued := run_folder.find_requeued_run(cfg)) is not None:
         resume.resume(run=str(requeued))
     elif sharding.process_rank(cfg):

@@ -17,7 +17,7 @@ from levin.data.sequences import LATENT, SequenceReplay
 from levin.model_based import open_loop
 from levin.model_based.recurrent import State
 from levin.runs import checkpoint
-from levin.runs.checkpoint import FolderCheckpointIO
+from levin.runs.checkpoint_io import FolderCheckpointIO
 from world_model_data import env_description, numbered_rollouts
 
 # --- latent states in replay

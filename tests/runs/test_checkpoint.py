@@ -18,7 +18,7 @@ from levin.core.errors import ConfigError, RunError
 from levin.data.replay import Replay
 from levin.evaluate import evaluate_run
 from levin.runs import checkpoint, segments
-from levin.runs.checkpoint import FolderCheckpointIO
+from levin.runs.checkpoint_io import FolderCheckpointIO
 from levin.training.session import train
 from levin.training.video import record_video
 from short_runs import SMALL, TINY, Killed

@@ -21,6 +21,7 @@ from levin.envs.vector import SeededVectorEnv
 from levin.evaluate import evaluate_run
 from levin.runs import checkpoint
 from levin.runs import folder as run_folder
+from levin.runs.checkpoint_io import FolderCheckpointIO
 from levin.training.session import train
 from levin.training.video import record_video
 from processes import wait_until
@@ -114,7 +115,7 @@ def test_the_best_checkpoint_is_linked_after_a_repeated_last_evaluation(tmp_path
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_second_signal_does_not_keep_a_run_from_being_saved(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(vector, "SLOW", 0.0)
-    save, handler = checkpoint.FolderCheckpointIO.save_checkpoint, signal.getsignal(getattr(signal, name))
+    save, handler = FolderCheckpointIO.save_checkpoint, signal.getsignal(getattr(signal, name))
 
     def save_and_signal(*arguments, **options):
         os.kill(os.getpid(), getattr(signal, name))
@@ -122,7 +123,7 @@ def test_a_second_signal_does_not_keep_a_run_from_being_saved(name, tmp_path, mo
 
     with monkeypatch.context() as patch:
         signal_at(patch, "training", 150)
-        patch.setattr(checkpoint.FolderCheckpointIO, "save_checkpoint", save_and_signal)
+        patch.setattr(FolderCheckpointIO, "save_checkpoint", save_and_signal)
         train(compose([*SLOW_SAC, "checkpoint.every=1000", "total_env_steps=448"]), tmp_path / "run")
     assert [each.name for each in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == ["288"]
     assert "stopped and saved at 288 of 448 env steps; to continue: make resume" in capfd.readouterr().out

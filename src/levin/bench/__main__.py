@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from levin.bench.peers import COMPARISONS, compare, levin_command, print_table
 from levin.config import cli
 from levin.config.compose import compose
 from levin.core.errors import exit_on_user_error
@@ -18,6 +17,8 @@ from levin.runs import provenance
 
 def checkpoint(*, rounds: int, threads: int) -> None:
     """Measure checkpoints of SAC on HalfCheetah-v4, every 10,000 env steps with a million transitions in the buffer."""
+    from levin.bench.peers import COMPARISONS, levin_command
+
     print(provenance.processor_name(), flush=True)
     (task,) = COMPARISONS["sac"]
     probe = f"{{_target_:levin.bench.checkpoint.Probe,start:{task.warm_up},segment:{task.segment},rounds:{rounds}}}"
@@ -56,6 +57,8 @@ def bench(
         segments: Number of rounds; in each round every side runs one segment.
         threads: Number of Torch threads of each side; `collect` uses Torch's default instead.
     """
+    from levin.bench.peers import COMPARISONS, compare, print_table  # late: a wrong word need not wait for Lightning
+
     if what == "checkpoint":
         checkpoint(rounds=segments, threads=threads)
     elif what == "estimators":

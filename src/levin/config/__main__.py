@@ -13,7 +13,7 @@ from levin.config.cli import parse_hydra_overrides, refuse_repeated
 from levin.config.compose import GROUPS, SEARCH_PATH, compose, take_paths, with_search_path
 from levin.core.errors import exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
-from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT
+from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT, fork_files
 
 
 def value_origins(overrides: list[str]) -> dict[str, str]:
@@ -47,7 +47,11 @@ def main() -> None:
     with exit_on_user_error():
         overrides = sys.argv[1:]
         refuse_repeated(overrides)
-        config, origin = compose(overrides), value_origins(overrides)
+        # The values in configs/ are checked by the tests. Checking others takes seconds, for it imports Lightning.
+        chosen = parse_hydra_overrides(take_paths(overrides)[0])
+        forks = {file.stem for file in fork_files()}
+        check = any(word.key_or_group not in GROUPS or word.value() in forks for word in chosen)
+        config, origin = compose(overrides, check_values=check), value_origins(overrides)
         rows = [(key, OmegaConf.select(config, key)) for key in flat_keys(to_plain(config))]
         lines = [(f"{key}: {'null' if value is None else value}", origin.get(key, "")) for key, value in rows]
         width = max(len(line) for line, _ in lines)

@@ -3,7 +3,6 @@
 import inspect
 from typing import Literal
 
-from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core.errors import ConfigError, valid_names
@@ -11,9 +10,6 @@ from levin.core.types import NonNegativeInt, PositiveInt
 from levin.core.validate import check_section
 from levin.envs.config import EnvConfig
 from levin.runs.load import algorithm_class
-from levin.training.checkpointing import Checkpointing
-from levin.training.distributed import sharding
-from levin.training.evaluation import Evaluation
 
 # Trainer arguments that would count Lightning's steps instead of env steps, or that have no effect under manual
 # optimisation -> config key to use instead.
@@ -56,6 +52,10 @@ def check(config: DictConfig) -> None:
         if not isinstance(callback, DictConfig) or "_target_" not in callback:
             raise ConfigError(f"callbacks.{key} must be a section with a _target_: {{_target_: my_module.MyCallback}}")
     check_section(top_level, "", config, skip=("env", "algo", "eval", "checkpoint", "trainer", "callbacks"))
+    # Late, because torch and Lightning take seconds to import: a command that is mistyped is refused before.
+    from levin.training.checkpointing import Checkpointing
+    from levin.training.evaluation import Evaluation
+
     check_section(EnvConfig, "env.", config.env)
     check_section(algorithm_class(config), "algo.", config.algo, skip=("_target_",), given=("env",))
     check_section(Evaluation, "eval.", config.eval, given=("env", "metrics", "budget", "run", "stop"))
@@ -100,6 +100,8 @@ def trainer_options(
 
 
 def _check_trainer_keys(trainer: DictConfig) -> None:
+    from lightning import Trainer
+
     valid = {"threads", "workers", *inspect.signature(Trainer.__init__).parameters} - {"self", *REPLACED_TRAINER_KEYS}
     for key in map(str, trainer):
         if key not in valid:
@@ -107,6 +109,8 @@ def _check_trainer_keys(trainer: DictConfig) -> None:
 
 
 def _check_workers(config: DictConfig) -> None:
+    from levin.training.distributed import sharding
+
     trainer, workers = config.trainer, config.trainer.get("workers", 1)
     if trainer.strategy != "hogwild":
         if workers > 1:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from levin.core.errors import CheckpointError, ConfigError
 
 
@@ -97,6 +95,8 @@ def save(value: Any, path: Path) -> dict[str, int]:
     Raises:
         OSError: The disk is full, or the folder is gone or read-only.
     """
+    import torch  # late, because commands that only read texts need not wait for it
+
     with path.open("wb") as file:
         checksummed = ChecksummedFile(file)
         try:
@@ -116,6 +116,8 @@ def load(path: Path, *, mmap: bool = False) -> Any:
     Raises:
         CheckpointError: The file can't be read, or holds other objects.
     """
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes raise errors of many types
@@ -129,6 +131,8 @@ def check_loadable(value: Any) -> None:
     Raises:
         ValueError: It holds other objects than tensors and plain values.
     """
+    import torch
+
     file = io.BytesIO()
     try:
         torch.save(value, file)

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 
 import numpy as np
-from rliable import library
-from rliable.metrics import probability_of_improvement as probability
-from scipy import stats
 
 REPETITIONS = 2000  # bootstrap resamples; with this many, the ends of an interval vary by about 1% of its width
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Return the interquartile mean (IQM) over seeds and tasks: `[seeds, tasks, frames] -> [frames]`."""
+    from scipy import stats  # late, as rliable below: both take a second to import
+
     return stats.trim_mean(scores.reshape(-1, scores.shape[-1]), proportiontocut=0.25, axis=0)
 
 
@@ -20,6 +19,9 @@ def iqm_with_interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     The interval is a stratified bootstrap. With one seed there is no interval: both ends are the mean.
     """
+    if len(scores) == 1:
+        mean = iqm(scores)
+        return mean, np.stack([mean, mean])
     return _bootstrap(scores, iqm)
 
 
@@ -30,6 +32,8 @@ def probability_of_improvement(first: np.ndarray, second: np.ndarray) -> tuple[f
         first: Scores `[seeds, tasks]` of the first algorithm.
         second: Scores `[other seeds, tasks]` of the second algorithm, on the same tasks.
     """
+    from rliable.metrics import probability_of_improvement as probability
+
     estimate, interval = _bootstrap([first, second], lambda x, y: np.array([probability(x, y)]))
     return float(estimate[0]), interval[:, 0]
 
@@ -37,6 +41,8 @@ def probability_of_improvement(first: np.ndarray, second: np.ndarray) -> tuple[f
 def _bootstrap(
     scores: np.ndarray | list[np.ndarray], statistic: Callable[..., np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
+    from rliable import library
+
     state = np.random.get_state()
     np.random.seed(0)  # rliable samples from the global generator, even if it is given a `random_state`
     try:
@@ -53,6 +59,8 @@ def prediction_interval(scores: np.ndarray, others: int) -> tuple[float, float]:
         scores: Scores `[seeds]` of two seeds or more. The interval is Student's t with their standard deviation.
         others: Number of new seeds.
     """
+    from scipy import stats
+
     n = len(scores)
     half = stats.t.ppf(0.975, n - 1) * scores.std(ddof=1) * np.sqrt(1 / n + 1 / others)
     return float(scores.mean() - half), float(scores.mean() + half)

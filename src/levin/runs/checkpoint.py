@@ -1,4 +1,4 @@
-"""Save, load and verify checkpoints, one folder each.
+"""Find and verify checkpoints, one folder each; `levin.runs.checkpoint_io` writes and reads them.
 
 A folder holds Lightning's checkpoint as `state.ckpt`, the replay buffer in `buffer/`, and `manifest.json` with the size
 and checksum of each file. Rank 0 owns the folder; every other rank has a folder of the same layout inside it, `rank1`
@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from levin.core import distributed, files
-from levin.core.errors import CheckpointError, ConfigError, RunError
+from levin.core import files
+from levin.core.errors import CheckpointError, ConfigError
 from levin.core.validate import as_count, read_json
-from levin.runs import segments
 
 STATE, BUFFER, MANIFEST, LAST, BEST = "state.ckpt", "buffer", "manifest.json", "last", "best"
 REWRITTEN = "rewritten.ckpt"  # in BUFFER: the tensors that change after they were stored, saved in full each time
@@ -42,113 +40,6 @@ class Manifest(pydantic.BaseModel):
     algorithm: str
     ranks: pydantic.PositiveInt = 1
     files: dict[Annotated[str, pydantic.Field(pattern=FILES)], FileCheck]
-
-
-class FolderCheckpointIO(TorchCheckpointIO):
-    """Lightning plugin that saves and loads checkpoint folders `checkpoints/<clock>/`; `last` links to the newest.
-
-    A path elsewhere, to which a user's callback saves with `trainer.save_checkpoint`, becomes a single file without the
-    replay buffer. Lightning's `load_from_checkpoint` reads it.
-
-    Args:
-        folder: The folder `checkpoints/` of the run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self.before: Path | None = None  # the previous checkpoint: the next one hard-links its buffer files
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        folder = Path(path).parent
-        if not self._is_own(Path(path)):
-            if not distributed.rank():
-                _save_file({**checkpoint, "buffer": None}, Path(path))
-            return
-        partial = _partial_path(folder, distributed.rank())
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        checksums = {}
-        if checkpoint.get("buffer") is not None:
-            (partial / BUFFER).mkdir()
-            saved = _read_manifest(self.before)["files"] if self.before and self.before.exists() else {}
-            previous = {name.removeprefix(f"{BUFFER}/"): of for name, of in saved.items() if name.startswith(BUFFER)}
-            previous.pop(REWRITTEN, None)
-            data, written = checkpoint["buffer"].pop("data"), checkpoint["buffer"]["written"]
-            before = (self.before or partial) / BUFFER
-            new, changed = segments.save(data, written, partial / BUFFER, before, previous)
-            rewritten = checkpoint["buffer"].pop("rewritten", {})
-            rewritten |= {key: data[tuple(key.split("."))].cpu().clone() for key in sorted(changed)}
-            if rewritten:
-                new[REWRITTEN] = files.save(rewritten, partial / BUFFER / REWRITTEN)
-            checksums = {f"{BUFFER}/{name}": of for name, of in new.items()}
-        checksums[STATE] = files.save(checkpoint, partial / STATE)
-        contents = {
-            "algorithm": checkpoint["algorithm"],
-            "env_steps": checkpoint["levin"]["env_steps"],
-            "files": checksums,
-        }
-        files.save_json({"format": FORMAT, "ranks": distributed.world_size(), **contents}, partial, MANIFEST)
-        if distributed.rank():
-            files.sync(partial)
-            self.before = folder / f"rank{distributed.rank()}"
-            distributed.barrier()
-            distributed.barrier()  # rank 0 has moved this folder into its own
-            return
-        distributed.barrier()
-        for rank in range(1, distributed.world_size()):
-            _partial_path(folder, rank).rename(partial / f"rank{rank}")
-        files.sync(partial)
-        if folder.exists():  # a leftover of the same clock, never `self.before`: each clock value is saved once
-            discard(folder)
-        partial.rename(folder)
-        relink(folder.with_name(LAST), folder.name)
-        files.sync(folder.parent)
-        self.before = folder
-        distributed.barrier()
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        folder = Path(path).parent
-        if distributed.rank():
-            folder = folder / f"rank{distributed.rank()}"
-        checkpoint = files.load(folder / STATE)
-        buffer = checkpoint.get("buffer")
-        if buffer is not None:
-            names = [name.removeprefix(f"{BUFFER}/") for name in _read_manifest(folder)["files"] if name != STATE]
-            pieces = [name for name in names if name != REWRITTEN]
-            if REWRITTEN in names:
-                buffer["rewritten"] = files.load(folder / BUFFER / REWRITTEN)
-            changed = buffer.get("rewritten", {})
-            buffer["data"] = segments.load(folder / BUFFER, pieces, buffer["written"], buffer["length"], changed)
-        self.before = folder
-        return checkpoint
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        if self._is_own(Path(path)):
-            discard(Path(path).parent)
-        else:
-            super().remove_checkpoint(path)
-
-    def _is_own(self, path: Path) -> bool:
-        """Return whether a path is that of a checkpoint folder of this run, not a file that a user has named."""
-        return path.name == STATE and path.parent.parent == self.folder
-
-
-def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint without its buffer to a file that the user named."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replace(path.parent, path.name) as partial:
-            files.save(checkpoint, partial)
-    except OSError as error:
-        raise RunError(f"the checkpoint {path} can't be written: {error.strerror}") from error
-
-
-def _partial_path(folder: Path, rank: int) -> Path:
-    """Return the temporary folder that a rank writes before it becomes part of the checkpoint `folder`."""
-    return folder.with_name(f".{folder.name}.{rank}.partial" if rank else f".{folder.name}.partial")
 
 
 def discard(folder: Path) -> None:
@@ -176,7 +67,7 @@ def remove_partial(folder: Path) -> None:
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint folder.
 
     Raises:
@@ -205,7 +96,7 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
         CheckpointError: A file is missing or damaged.
         ConfigError: The checkpoint has another format, or another algorithm wrote it.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if algorithm not in (None, manifest["algorithm"]):
         raise ConfigError(f"{folder} was written by {manifest['algorithm']}, but this run trains {algorithm}")
     for name, expected in manifest["files"].items():

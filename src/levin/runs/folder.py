@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core import files
@@ -85,6 +84,8 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
     Raises:
         ConfigError: The folder can't be written.
     """
+    import torch
+
     try:
         run.mkdir(parents=True, exist_ok=True)
         config = config.copy()

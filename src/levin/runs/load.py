@@ -3,17 +3,19 @@
 import inspect
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from levin.algorithms.base import Algorithm
 from levin.core import files, paths
 from levin.core.errors import CheckpointError, ConfigError
 from levin.core.validate import as_count, check_section
 from levin.runs import checkpoint, trust
+
+if TYPE_CHECKING:
+    from levin.algorithms.base import Algorithm
 
 POLICY = "policy.ckpt"  # the policy alone, which a result in experiments/ has instead of checkpoints
 
@@ -52,12 +54,16 @@ def load_config(run: Path, *, runs: tuple[str, ...] = trust.SECTIONS) -> DictCon
     return config
 
 
-def algorithm_class(config: DictConfig) -> type[Algorithm]:
+def algorithm_class(config: DictConfig) -> "type[Algorithm]":
     """Import the algorithm class that `algo._target_` names.
 
     Raises:
         ConfigError: It can't be imported, or is not an `Algorithm`.
     """
+    from hydra.utils import get_class
+
+    from levin.algorithms.base import Algorithm  # late: commands that read only configs need not wait for Lightning
+
     target = config.algo.get("_target_")
     paths.make_forks_importable()
     try:
@@ -69,7 +75,13 @@ def algorithm_class(config: DictConfig) -> type[Algorithm]:
     return algorithm
 
 
-def load_algorithm(run: Path) -> Algorithm:
+def check_has_policy(run: Path) -> None:
+    """Raise a ConfigError if there is no policy to load; cheaper than `load_algorithm`, which imports Lightning."""
+    if not (run / POLICY).is_file() and not checkpoint.list_checkpoints(run / "checkpoints"):
+        checkpoint.newest_checkpoint(run)
+
+
+def load_algorithm(run: Path) -> "Algorithm":
     """Load the algorithm of a run on the CPU, with its newest weights, statistics and counters but without its buffer.
 
     A result in experiments/ has stored only its policy and its env steps: everything else keeps its initial values.
@@ -109,7 +121,7 @@ def export_policy(run: Path, folder: Path) -> None:
         files.save(saved, path)
 
 
-def _class_of_run(run: Path) -> type[Algorithm]:
+def _class_of_run(run: Path) -> "type[Algorithm]":
     """Return the algorithm class that a run folder's config names."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"run={run} has no config.yaml next to its checkpoints folder")

@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from levin.core.paths import ROOT
 from levin.runs import slurm
 
@@ -31,6 +29,8 @@ def collect_provenance() -> dict[str, Any]:
 
     `git_dirty` is True if files under `CODE` differ from the commit `git_sha`, or git does not track them.
     """
+    import torch
+
     lock = ROOT / "requirements.lock"
     return {
         "command": command_line(),

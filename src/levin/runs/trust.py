@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-from gymnasium.envs.registration import _find_spec
 from omegaconf import DictConfig
 
 from levin.core import files, paths
@@ -137,6 +135,9 @@ def foreign_code(config: DictConfig, sections: tuple[str, ...]) -> Iterator[Code
 
 def _is_known_env(family: str, name: str) -> bool:
     """Return whether an env id needs no module other than those of its family."""
+    import gymnasium as gym
+    from gymnasium.envs.registration import _find_spec
+
     if family in ("atari", "dream"):  # dream: the config of the run that it names is checked when that is loaded
         return True
     if family == "dm_control":

@@ -16,6 +16,7 @@ from levin.core.rng import rng_state, set_rng_state
 from levin.core.types import PositiveInt
 from levin.runs import checkpoint
 from levin.runs.checkpoint import STATE
+from levin.runs.checkpoint_io import FolderCheckpointIO
 from levin.training import loggers
 from levin.training.callbacks import Clock
 from levin.training.evaluation import Evaluation
@@ -60,7 +61,7 @@ class Checkpointing(Checkpoint):
         cast(CollectorLoader, trainer.train_dataloader).before_first = restore_again
         self.folder = distributed.broadcast_object(self.folder)
         plugin = trainer.strategy.checkpoint_io
-        assert isinstance(plugin, checkpoint.FolderCheckpointIO)
+        assert isinstance(plugin, FolderCheckpointIO)
         plugin.folder = self.folder  # on the other ranks, too
         if trainer.is_global_zero:
             files.subfolder(self.folder.parent, self.folder.name)

@@ -4,7 +4,7 @@ The steps of a session, and the function or class that does each:
 
     build env, algorithm and collector, with seeds          build_run
     build the Trainer and its callbacks                     trainer.build_trainer
-    restore a checkpoint, if the run is continued           runs.checkpoint.FolderCheckpointIO.load_checkpoint
+    restore a checkpoint, if the run is continued           runs.checkpoint_io.FolderCheckpointIO.load_checkpoint
     until the run is complete or asked to stop:             (Trainer.fit)
         collect a rollout: T steps in N envs                collectors.loader.CollectorLoader.__next__
         make all updates that are due after the rollout     Algorithm.training_step

@@ -12,7 +12,7 @@ from levin.collectors.loader import CollectorLoader
 from levin.core.errors import ConfigError
 from levin.core.omega import to_plain
 from levin.envs.config import EnvConfig
-from levin.runs import checkpoint
+from levin.runs.checkpoint_io import FolderCheckpointIO
 from levin.training.callbacks import Budget, Metrics, Statistics, Throughput
 from levin.training.checkpointing import Checkpointing
 from levin.training.distributed import sharding
@@ -68,7 +68,7 @@ def build_trainer(
         }
     fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
     disabled = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
-    plugins = checkpoint.FolderCheckpointIO(run / "checkpoints")
+    plugins = FolderCheckpointIO(run / "checkpoints")
     try:
         added = [instantiate(section) for section in cfg.callbacks.values()]
         for callback in added:

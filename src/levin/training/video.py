@@ -4,24 +4,22 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import imageio
 import numpy as np
-import torch
 
 from levin.core import files
 from levin.core.errors import ConfigError
 from levin.core.process import silence_libraries
-from levin.core.spaces import to_tensors
 from levin.core.types import NonNegativeInt, PositiveInt
-from levin.data.rollout import act
 from levin.envs.config import EVALUATION
-from levin.envs.factory import load_env, make_env
-from levin.envs.vector import SeededVectorEnv
 from levin.runs import checkpoint
-from levin.runs.policy import Policy
+from levin.runs.load import check_has_policy
 from levin.runs.trust import trusted
+
+if TYPE_CHECKING:
+    from levin.envs.vector import SeededVectorEnv
+    from levin.runs.policy import Policy
 
 
 def record_video(
@@ -46,6 +44,11 @@ def record_video(
     Raises:
         ConfigError: The env can't be rendered here.
     """
+    check_has_policy(Path(run))
+    from levin.core.spaces import to_tensors  # late: a command that is mistyped is refused before torch is imported
+    from levin.envs.factory import load_env, make_env
+    from levin.runs.policy import Policy
+
     silence_libraries()
     run_folder = checkpoint.run_of(Path(run))
     with trusted(trust):
@@ -64,9 +67,14 @@ def record_video(
 
 
 def _play(
-    policy: Policy, env: SeededVectorEnv, episode: int, steps: int, observations: list[Any]
+    policy: "Policy", env: "SeededVectorEnv", episode: int, steps: int, observations: list[Any]
 ) -> Iterator[np.ndarray]:
     """Play an episode, add its observations `[1, *S]` to a list, and yield a frame `[H, W, 3]` for each step."""
+    import torch
+
+    from levin.core.spaces import to_tensors
+    from levin.data.rollout import act
+
     first = np.ones(1, dtype=bool)
     observation, done = env.begin([episode], first), ~first
     while not done.any():
@@ -85,8 +93,10 @@ def _play(
         yield _render_frame(env)
 
 
-def _write(run: Path, name: str, env: SeededVectorEnv, frames: Iterable[np.ndarray]) -> Path:
+def _write(run: Path, name: str, env: "SeededVectorEnv", frames: Iterable[np.ndarray]) -> Path:
     """Write frames `[H, W, 3]` as `videos/<name>` in a run folder, and return the path."""
+    import imageio
+
     options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-loglevel", "error"]}
     with files.replace(run, f"videos/{name}") as path:
         writer = imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), **options)
@@ -104,7 +114,7 @@ def _side_by_side(real: np.ndarray, dreamt: np.ndarray) -> list[np.ndarray]:
     return list(enlarged.repeat(3, -1) if enlarged.shape[-1] == 1 else enlarged)
 
 
-def _render_frame(env: SeededVectorEnv) -> np.ndarray:
+def _render_frame(env: "SeededVectorEnv") -> np.ndarray:
     try:
         frame = env.render()[0]  # type: ignore[index]
     except Exception as error:  # each rendering backend raises its own errors
