@@ -1,6 +1,6 @@
 # `make` prints the help. The variables below are read from the command line only, never from the environment. Their
 # values reach the commands as typed and are not expanded by the shell, except for an ARGS that contains quotes.
-VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME STORE JOBS CHECK BASE TRUST
+VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME NOTE STORE JOBS CHECK BASE TRUST
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
 
@@ -31,6 +31,9 @@ comma := ,
 trust = $(if $(value TRUST),trust=true)
 space := $() $()
 choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
+# NOTE is a text, so it is quoted for Hydra, too.
+labels = $(if $(value NAME),name=$(call typed,NAME)) $(if $(value NOTE),$(call quote,note="$(subst ",\",$(value NOTE))"))
+in_run = $(if $(value RUN),$(call quote,run=$(value RUN)))
 # NAME if it is exactly one of the studies, else empty.
 study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studies)))
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
@@ -54,11 +57,11 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [RUN=path] [ARGS="algo.gamma=0.98"]
+train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [NAME=wide] [NOTE="why"] [RUN=path] [ARGS="algo.gamma=0.98"]
 ifneq ($(filter -m --multirun launcher=%,$(value ARGS)),)
-	$(BIN)/python -m levin.train $(choices) $(trust) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
+	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
 else
-	$(BIN)/python -m levin.train $(choices) $(trust) $(if $(value RUN),$(call quote,run=$(value RUN))) $(if $(word 2,$(seeds)),$(call quote,seeds=$(strip $(seeds))),$(call quote,seed=$(strip $(seeds))))
+	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(if $(word 2,$(seeds)),$(call quote,seeds=$(strip $(seeds))),$(call quote,seed=$(strip $(seeds))))
 endif
 
 resume: .venv/.core ## RUN=path [STEPS=n] [TRUST=1] continues a run exactly; STEPS: its new total of env steps

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from levin.config import cli
-from levin.core import files
+from levin.core import files, paths
 from levin.core.errors import RunError, exit_on_user_error
 from levin.core.process import silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
@@ -29,7 +29,8 @@ def evaluate_run(
         episodes: Number of episodes.
         seed: Root of the envs' seeds; with another value than `eval.seed`, the episodes are not those that were
             evaluated during training.
-        out: Path of the result; None: `evaluation.json` in the run folder.
+        out: Path of the result; None: `evaluation.json` in the run folder, and of a result in
+            experiments/ in `runs/results/<name>/`.
         trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Returns:
@@ -38,7 +39,7 @@ def evaluate_run(
     check_has_policy(Path(run))
     import numpy as np  # late: a command that is mistyped is refused before torch is imported
 
-    from levin.collectors.episodes import evaluate
+    from levin.collectors.episodes import evaluate, mean_numbers
     from levin.envs.factory import load_env, make_env
 
     silence_libraries()
@@ -47,16 +48,24 @@ def evaluate_run(
         algorithm = load_algorithm(Path(run))
         env = make_env(load_env(folder), seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
         returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)
+        numbers = mean_numbers(env.ended)
         env.close()
     result = {
+        **numbers,
         "return_mean": float(np.mean(returns)),
         "return_std": float(np.std(returns)),
         "episodes": episodes,
         "env_steps": algorithm.env_steps,
         "seed": seed,
     }
-    print(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {episodes} episodes", flush=True)
-    path = folder / "evaluation.json" if out is None else Path(out)
+    print(
+        f"{result['return_mean']:.1f} +- {result['return_std']:.1f} "
+        f"(mean and standard deviation of the return over {episodes} episodes)",
+        *(f"{name} {value:.3f}" for name, value in numbers.items()),
+        sep=", ",
+        flush=True,
+    )
+    path = paths.output_folder(folder) / "evaluation.json" if out is None else Path(out)
     try:
         files.save_json(result, path.parent, path.name)
     except OSError as error:

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli
-from levin.config.compose import NULL_DEFAULTS, compose, finalize, with_search_path
+from levin.config.compose import NULL_DEFAULTS, add_pluses, compose, finalize, with_search_path
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
@@ -41,11 +41,16 @@ def sweep(words: list[str]) -> None:
     Raises:
         ConfigError: A value is not valid. It is raised before the first run starts.
     """
-    words = [word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)]
+    words = add_pluses([word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)])
     parsed = [
         override for override in cli.parse_hydra_overrides(words) if not override.key_or_group.startswith("hydra")
     ]
     choices = {str(override.key_or_group): _parse_values(override) for override in parsed}
+    if "run" in choices:
+        raise ConfigError(
+            "run= names the folder of one run, but -m and launcher= train in runs/sweep_<time>/<values>/s<seed>: leave "
+            "it out, or set hydra.sweep.dir=<folder of the sweep>"
+        )
     first = [values[0] for values in choices.values()]
     for check_values in (False, True):  # names first: checking a value imports the class that takes it, for seconds
         for i, values in enumerate(choices.values()):

@@ -277,3 +277,32 @@ gym.register("Drifting-v0", Drifting, max_episode_steps=20)
 gym.register("Failing-v0", Failing, max_episode_steps=20)
 gym.register("FailingRank-v0", FailingRank, max_episode_steps=20)
 gym.register("Recorder-v0", Recorder)
+
+
+class Reporting(Point):
+    """Point that reports numbers of an episode in the info of its last step; episode 0 succeeds, 1 fails, and so on.
+
+    With `counts=False` the numbers depend on the position only, so that a resumed run can replay them.
+    """
+
+    def __init__(self, counts: bool = True) -> None:
+        self.counts, self.episode, self.step_number = counts, -1, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.step_number = self.episode + 1, 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.step_number += 1
+        observation, reward, _, _, _ = super().step(action)
+        number = np.float32(self.episode) if self.counts else self.position[0]
+        metrics = {"distance": number, "text": "far", "picture": np.zeros(3)}
+        metrics |= {"first": 1} if self.counts and not self.episode else {}
+        info = {
+            "is_success": np.bool_(self.episode % 2 == 0 if self.counts else number > 0),
+            "episode_metrics": metrics,
+        }
+        return observation, reward, False, self.step_number == 5, info
+
+
+gym.register("Reporting-v0", Reporting)

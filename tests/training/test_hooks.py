@@ -167,7 +167,7 @@ def test_the_documented_callback_records_the_gradient_norm(tmp_path, monkeypatch
     (code,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
     (tmp_path / "my_module.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    (command,) = re.findall(r'ARGS="(\+callbacks.grad\._target_=my_module\.GradientNorm)"', DOC)
+    (command,) = re.findall(r'ARGS="(callbacks\.grad\._target_=my_module\.GradientNorm)"', DOC)
     norms = []
     original = nn.utils.clip_grad_norm_
 

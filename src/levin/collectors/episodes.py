@@ -100,6 +100,8 @@ def evaluate(
 ) -> tuple[list[float], list[int]]:
     """Play `episodes` episodes with a policy; return their undiscounted returns and their lengths.
 
+    `env.ended` then holds the numbers that the envs have reported of these episodes.
+
     Each env plays a fixed number of episodes: taking those that finish first would favour short ones.
 
     Args:
@@ -120,6 +122,8 @@ def evaluate(
     total, length = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
     done = np.ones(num_envs, dtype=bool)
     observation, end = env.begin([0] * num_envs, done), EpisodeEnd(env.config)
+    env.ended.clear()
+    counted: list[tuple[int, dict[str, float]]] = []
     while any(len(played) < count for played, count in zip(returns, quota, strict=True)):
         if stop():
             raise Interrupted
@@ -130,6 +134,8 @@ def evaluate(
         check_finite(env, length, reward, *(observation.values() if isinstance(observation, dict) else [observation]))
         done = terminated | truncated
         if done.any():
+            counted += [(i, numbers) for i, numbers in env.ended if len(returns[i]) < quota[i]]
+            env.ended.clear()
             for i in np.flatnonzero(done):
                 if len(returns[i]) < quota[i]:
                     end = EpisodeEnd(env.config)
@@ -138,8 +144,15 @@ def evaluate(
             total[done], length[done] = 0, 0
             observation, _ = env.reset(options={"reset_mask": done})
         end.check(int(length.max()))
+    env.ended.extend(counted)
     pairs = list(zip(returns, lengths, quota, strict=True))
     return [x for each, _, n in pairs for x in each[:n]], [x for _, each, n in pairs for x in each[:n]]
+
+
+def mean_numbers(ended: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Return the mean of each number that envs have reported of episodes, by name."""
+    names = sorted({name for _, numbers in ended for name in numbers})
+    return {name: float(np.mean([numbers[name] for _, numbers in ended if name in numbers])) for name in names}
 
 
 def check_finite(env: SeededVectorEnv, length: np.ndarray, *values: np.ndarray) -> None:

@@ -48,6 +48,7 @@ class CollectorLoader:
         self.statistics = EpisodeStatistics(env.num_envs)
         self.returns: list[float] = []  # of episodes that ended since `pop_metrics`
         self.lengths: list[int] = []
+        self.numbers: dict[str, list[float]] = {}  # that envs report of these episodes, by name
         self.lags: list[float] = []  # iterations by which the workers' policies were behind, since `pop_metrics`
         self.seconds = 0.0  # spent collecting since `pop_metrics`
         # [N]: whether the open episode was truncated when the run resumed
@@ -93,6 +94,10 @@ class CollectorLoader:
         if self.env.games is not None:  # papers report the score of whole games
             returns, lengths = [score for score, _ in self.env.games], [length for _, length in self.env.games]
             self.env.games.clear()
+        for _, numbers in self.env.ended:
+            for name, value in numbers.items():
+                self.numbers.setdefault(name, []).append(value)
+        self.env.ended.clear()
         self.returns += returns
         self.lengths += lengths
         self.seconds += perf_counter() - start
@@ -124,9 +129,12 @@ class CollectorLoader:
         if returns:
             metrics |= {"episode/return": float(np.mean(returns)), "episode/length": float(np.mean(lengths))}
             metrics["episode/count"] = len(returns)
+        for name in sorted({name for part in distributed.gather_objects(list(self.numbers)) for name in part}):
+            values = [x for part in distributed.gather_objects(self.numbers.get(name, [])) for x in part]
+            metrics[f"episode/{name}"] = float(np.mean(values))
         if self.lags:
             metrics["collect/policy_lag"] = float(np.mean(self.lags))
-        self.returns, self.lengths, self.lags, self.seconds = [], [], [], 0.0
+        self.returns, self.lengths, self.numbers, self.lags, self.seconds = [], [], {}, [], 0.0
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,6 +146,7 @@ class CollectorLoader:
             "returns": list(self.returns),
             "lengths": list(self.lengths),
             "lags": list(self.lags),
+            **({"numbers": {name: list(values) for name, values in self.numbers.items()}} if self.numbers else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,6 +155,7 @@ class CollectorLoader:
         self.statistics.open_length = np.array(state_dict["open_length"])
         self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
         self.lags = list(state_dict.get("lags", []))  # older checkpoints have no lags
+        self.numbers = {str(name): list(values) for name, values in state_dict.get("numbers", {}).items()}
         if isinstance(self.collector, VectorCollector):
             self.not_replayed = self.collector.not_replayed
         else:  # TorchRL's collectors do not save open episodes, so the next ones begin
@@ -154,6 +164,7 @@ class CollectorLoader:
             self.collector.reset()  # type: ignore[attr-defined]
         if self.env.games is not None:
             self.env.games.clear()  # they ended again in the replay, and were counted before
+        self.env.ended.clear()
         self.statistics.open_return[self.not_replayed] = 0
         self.statistics.open_length[self.not_replayed] = 0
 

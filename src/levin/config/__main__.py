@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from levin.config.cli import parse_hydra_overrides, refuse_repeated
-from levin.config.compose import GROUPS, SEARCH_PATH, compose, take_paths, with_search_path
+from levin.config.compose import GROUPS, SEARCH_PATH, add_pluses, compose, take_paths, with_search_path
 from levin.core.errors import exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT, fork_files
@@ -18,7 +18,7 @@ from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT, fork_files
 
 def value_origins(overrides: list[str]) -> dict[str, str]:
     """Return the origin of each config value: dotted key -> YAML file or "command line"."""
-    overrides, typed = take_paths(with_search_path(overrides))
+    overrides, typed = take_paths(with_search_path(add_pluses(overrides)))
     parsed = parse_hydra_overrides(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         from hydra.core.global_hydra import GlobalHydra
@@ -26,7 +26,7 @@ def value_origins(overrides: list[str]) -> dict[str, str]:
         loader = GlobalHydra.instance().config_loader()
         assert isinstance(loader, ConfigLoaderImpl)
         files = loader.compute_defaults_list("train", overrides, RunMode.RUN).defaults
-    origin = {"name": "configs/algo, configs/env"}
+    origin = {}
     for file in files:
         candidates = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *EXPERIMENTS.glob("*"))]
         for path in filter(Path.exists, candidates):
@@ -39,6 +39,8 @@ def value_origins(overrides: list[str]) -> dict[str, str]:
             origin = {key: file for key, file in origin.items() if not key.startswith(f"{override.key_or_group}.")}
             origin[override.key_or_group] = "command line"
     origin |= dict.fromkeys(typed, "command line")
+    if origin.get("name") != "command line":
+        origin["name"] = "configs/algo, configs/env"
     return origin
 
 

@@ -25,6 +25,7 @@ SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
 ANY_ENV = ("gym", "torchrl", "atari")  # env configs for any id: their runs are named by the id
 PATHS = ("run", "env.run")  # keys whose values are paths
+OPEN_SECTIONS = ("env.kwargs", "callbacks", "trainer")  # sections that take keys that no YAML file lists
 NULL_DEFAULTS = ("debug=null", "launcher=null")  # valid defaults, which Hydra refuses as overrides
 
 
@@ -34,7 +35,7 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     Raises:
         ConfigError: An override is not valid.
     """
-    overrides, typed = take_paths(with_search_path(overrides))
+    overrides, typed = take_paths(with_search_path(add_pluses(overrides)))
     _check_groups(parse_hydra_overrides(overrides))
     overrides = [each for each in overrides if each not in NULL_DEFAULTS]
     try:
@@ -64,12 +65,30 @@ def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
     env = choices["env"]
     if env in ANY_ENV and not OmegaConf.is_missing(config.env, "id"):
         env = re.sub(r"[^\w.-]+", "_", str(config.env.id))
-    config.name = f"{choices['algo']}_{env}"
+    config.name = _checked_name(config.get("name")) or f"{choices['algo']}_{env}"
     OmegaConf.set_struct(config, True)
     if check_values:
         schema.check(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def _checked_name(name: object) -> str | None:
+    """Return the name that the user gives to a run, which becomes a folder in `runs/`; None: there is none.
+
+    Raises:
+        ConfigError: It is not the name of a folder.
+    """
+    if name is None or re.fullmatch(r"\w[\w.-]*", str(name)):
+        return None if name is None else str(name)
+    raise ConfigError(f"name={name} must hold only letters, digits and the signs _ - . : it names a folder in runs/")
+
+
+def add_pluses(overrides: list[str]) -> list[str]:
+    """Put `++` before keys of sections that take any key, so that `env.kwargs.length=9` adds the key or changes it."""
+    return [
+        f"++{each}" if re.match(rf"({'|'.join(map(re.escape, OPEN_SECTIONS))})\.", each) else each for each in overrides
+    ]
 
 
 def take_paths(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -173,10 +192,10 @@ def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
     parsed = parse_hydra_overrides(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     for override in parsed:
-        if override.key_or_group in ("env.kwargs", "callbacks") and f"'{override.key_or_group}'" in str(error):
+        if override.key_or_group in OPEN_SECTIONS and f"'{override.key_or_group}'" in str(error):
             return ConfigError(f"{override.input_line} adds keys: put a plus before it, +{override.input_line}")
     if len(groups) < len(parsed):
-        valid = [key for key in flat_keys(to_plain(compose(groups, check_values=False))) if key != "name"]
+        valid = list(flat_keys(to_plain(compose(groups, check_values=False))))
         for override in parsed:
             key = override.key_or_group
             if (
@@ -184,11 +203,5 @@ def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
                 and not override.is_add()
                 and not any(v == key or v.startswith(f"{key}.") for v in valid)
             ):
-                open_ended = key.startswith(("env.kwargs.", "trainer.", "callbacks."))
-                hint = (
-                    f"; to add a key that is not listed, put a plus before it: +{override.input_line}"
-                    if open_ended
-                    else ""
-                )
-                return ConfigError(f"{key} is unknown; {valid_names(key, valid)}{hint}")
+                return ConfigError(f"{key} is unknown; {valid_names(key, valid)}")
     return ConfigError(" ".join(str(error).split()))

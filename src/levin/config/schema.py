@@ -71,6 +71,7 @@ def check(config: DictConfig) -> None:
 def top_level(
     *,
     name: str,
+    note: str | None = None,  # default for configs of runs older than this key
     seed: NonNegativeInt,
     total_env_steps: PositiveInt,
     run: str | None,

@@ -17,3 +17,12 @@ def make_forks_importable() -> None:
     """Let Python import `experiments.<fork>.algorithm` from any working directory, before any other `experiments`."""
     if sys.path[0] != str(ROOT):
         sys.path.insert(0, str(ROOT))
+
+
+def output_folder(run: Path) -> Path:
+    """Return the folder for files about a run: its own, or `runs/results/<name>` for a result in `experiments/`."""
+    if not run.resolve().is_relative_to(EXPERIMENTS):
+        return run
+    folder = Path("runs/results") / run.resolve().relative_to(EXPERIMENTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -18,12 +18,16 @@ from gymnasium.vector.utils import concatenate
 
 from levin.core import rng
 
+NUMBERS = (bool, int, float, np.bool_, np.integer, np.floating)
+ENDED = "levin_ended"  # key of the infos of a `ProcessEnv`
 WATCHED_CALLS = 64  # calls of a vector env in which its envs have random streams of their own
 WATCH_EVERY = 256  # of the later calls, one in so many is checked
 
 
 class SyncEnvs(SyncVectorEnv):
-    """`SyncVectorEnv` with autoreset DISABLED that returns no infos, and that keeps the run's random numbers apart.
+    """`SyncVectorEnv` with autoreset DISABLED that keeps the run's random numbers apart.
+
+    It returns no infos. What envs report of an episode in its last info is added to `ended`.
 
     At first each env has random streams of its own in place of the global generators. Exchanging them takes as long as
     a step of a small env, so it ends after `WATCHED_CALLS` calls in which no env has used them. From then on one call
@@ -36,6 +40,9 @@ class SyncEnvs(SyncVectorEnv):
 
     def __init__(self, make: list[Callable[[], gym.Env]], *, copy: bool) -> None:
         super().__init__(make, copy=copy, observation_mode="different", autoreset_mode=AutoresetMode.DISABLED)
+        self.ended: list[
+            tuple[int, dict[str, float]]
+        ] = []  # env and numbers of episodes that end; the reader clears it
         self.calls = 0
         self.separated = True  # whether each env has random streams of its own
         self.envs = [OwnGenerators(env) for env in self.envs]
@@ -58,10 +65,12 @@ class SyncEnvs(SyncVectorEnv):
 
     def _step_envs(self, actions: Any) -> None:
         for i, env in enumerate(self.envs):
-            self._env_obs[i], reward, terminated, truncated, _ = env.step(actions[i])
+            self._env_obs[i], reward, terminated, truncated, info = env.step(actions[i])
             self._rewards[i] = as_number("reward", reward)
-            self._terminations[i] = as_number("terminated", terminated)
-            self._truncations[i] = as_number("truncated", truncated)
+            self._terminations[i] = terminated = as_number("terminated", terminated)
+            self._truncations[i] = truncated = as_number("truncated", truncated)
+            if (terminated or truncated) and (numbers := episode_numbers(info)):
+                self.ended.append((i, numbers))
 
     def _observe(self) -> Any:
         space = self.single_observation_space
@@ -140,17 +149,21 @@ class ProcessEnv(gym.Wrapper):
         return self.env.reset(seed=seed, options=options or None)[0], {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        return (
-            observation,
-            as_number("reward", reward),
-            as_number("terminated", terminated),
-            as_number("truncated", truncated),
-            {},
-        )
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        terminated, truncated = as_number("terminated", terminated), as_number("truncated", truncated)
+        numbers = episode_numbers(info) if terminated or truncated else {}
+        return observation, as_number("reward", reward), terminated, truncated, {ENDED: numbers} if numbers else {}
 
     def close(self) -> None:
         close_env(self.env)
+
+
+def episode_numbers(info: dict[str, Any]) -> dict[str, float]:
+    """Return what an env reports of an episode in its last info: `is_success`, and the numbers in `episode_metrics`."""
+    values = {"is_success": info.get("is_success")}
+    if isinstance(metrics := info.get("episode_metrics"), dict):
+        values |= metrics
+    return {str(name): float(value) for name, value in values.items() if isinstance(value, NUMBERS)}
 
 
 def seed_generators(seed: int) -> None:

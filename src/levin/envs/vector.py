@@ -22,7 +22,7 @@ from levin.core.spaces import (
     unusual_channels,
 )
 from levin.envs.config import EnvConfig
-from levin.envs.sync import SyncEnvs
+from levin.envs.sync import ENDED, SyncEnvs
 from levin.envs.torchrl import TorchRLVectorEnv
 
 
@@ -61,6 +61,8 @@ class SeededVectorEnv(VectorWrapper):
         self.paired_episodes = False  # whether episodes 2k and 2k + 1 have the same seed
         self._seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
+        # Env and numbers of the episodes that have ended, of envs that report any. The reader clears it.
+        self.ended: list[tuple[int, dict[str, float]]] = getattr(env, "ended", [])
         # Scores and lengths of finished games, if an episode may be less than a game; else None. The reader clears it.
         self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
         self._no_envs = np.zeros(self.num_envs, dtype=bool)
@@ -151,6 +153,8 @@ class SeededVectorEnv(VectorWrapper):
             if isinstance(self.env, AsyncVectorEnv):
                 self.env.step_async(self._actions)  # type: ignore[arg-type]
                 observation, *rest = self.env.step_wait(timeout=self.config.timeout)
+                if ENDED in rest[-1]:
+                    self._add_ended(rest[-1][ENDED])
             elif self.config.family == "atari":
                 observation, *rest = self.env.receive()  # type: ignore[attr-defined]
             else:
@@ -158,6 +162,14 @@ class SeededVectorEnv(VectorWrapper):
             return self.read(observation), *rest  # type: ignore[return-value]
         except Exception as error:
             raise self._run_error("step", error) from error
+
+    def _add_ended(self, numbers: dict[str, np.ndarray]) -> None:
+        """Add the numbers of ended episodes, which Gymnasium has gathered as `name -> [N]` and `_name -> mask [N]`."""
+        names = [name for name in numbers if f"_{name}" in numbers]
+        for i in range(self.num_envs):
+            own = {name: float(numbers[name][i]) for name in names if numbers[f"_{name}"][i]}
+            if own:
+                self.ended.append((i, own))
 
     def _run_error(self, operation: str, error: Exception) -> RunError:
         """Build the error for a failed `step` or `reset`: the cause, and the env, step, episode and seed."""

@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from levin.algorithms.base import Algorithm
-from levin.collectors.episodes import evaluate
+from levin.collectors.episodes import evaluate, mean_numbers
 from levin.core import distributed
 from levin.core.errors import Interrupted
 from levin.core.rng import Generators
@@ -125,6 +125,7 @@ class Evaluation(Callback):
             generators.restore()
             return None
         row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
+        row |= {f"eval/{name}": value for name, value in mean_numbers(self.vector_env.ended).items()}
         row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
         loggers.log_pictures(trainer.loggers, self.pictures, algorithm.clock)
         row["time/evaluate"] = perf_counter() - start

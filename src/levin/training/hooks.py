@@ -45,7 +45,7 @@ NEVER = {
     **dict.fromkeys(("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader"), LOADER),
     **dict.fromkeys(("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"), STEPS),
     **dict.fromkeys(("configure_gradient_clipping", "clip_gradients"), "pass max_grad_norm to self.step"),
-    "configure_callbacks": "name callbacks in the config, as in +callbacks.mine={_target_:my_module.MyCallback}",
+    "configure_callbacks": "name callbacks in the config, as in callbacks.mine._target_=my_module.MyCallback",
     "configure_sharded_model": "use configure_model",
 }
 

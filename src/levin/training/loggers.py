@@ -21,6 +21,7 @@ from torch import Tensor
 from levin.algorithms.base import Algorithm
 from levin.core import files
 from levin.core.errors import ConfigError
+from levin.core.process import print_line
 from levin.runs import checkpoint, trust
 
 SECONDS_TO_CONNECT = 30  # for Weights & Biases
@@ -102,8 +103,11 @@ def _wandb_logger(run: Path, config: dict[str, Any], wandb_id: str | None) -> Wa
         id=wandb_id,
         resume="allow",
         mode=os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline"),  # type: ignore[arg-type]
-        settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT),
+        notes=config.get("note"),
+        settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT, silent=True),
     )
+    where = experiment.url or f"offline; to upload it: wandb sync {Path(experiment.dir).parent}"
+    print_line(f"Weights & Biases: {where}")
     trust.record_code(_wandb_run(experiment.id))
     experiment.define_metric("env_steps")
     experiment.define_metric("*", step_metric="env_steps")

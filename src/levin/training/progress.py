@@ -5,7 +5,7 @@ from time import perf_counter
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from levin.algorithms.base import Algorithm
 from levin.core.process import print_line
@@ -13,7 +13,10 @@ from levin.training.callbacks import Metrics
 
 
 class ProgressBar(Callback):
-    """Shows env steps, rates, the last return and the time left; without a terminal, prints a line every 10 seconds."""
+    """Shows env steps, rates, the training return of the last row of metrics, and the time elapsed and left.
+
+    Without a terminal it prints a line every 10 seconds.
+    """
 
     def __init__(self, total_env_steps: int, metrics: Metrics) -> None:
         self.total, self.metrics = total_env_steps, metrics
@@ -21,7 +24,10 @@ class ProgressBar(Callback):
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} env steps"),
             BarColumn(),
             TextColumn("{task.fields[rates]}"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             disable=not sys.stdout.isatty(),
         )
         self.task: TaskID | None = None
@@ -39,7 +45,7 @@ class ProgressBar(Callback):
         period = 0.5 if sys.stdout.isatty() else 10.0
         if self.task is None or (now - last_time < period and not trainer.should_stop):
             return
-        last = "" if self.metrics.last_return is None else f" · return {self.metrics.last_return:.1f}"
+        last = "" if self.metrics.last_return is None else f" · episode/return {self.metrics.last_return:.1f}"
         steps_rate, updates_rate = (
             (algorithm.env_steps - env_steps) / (now - last_time),
             (algorithm.updates - updates) / (now - last_time),

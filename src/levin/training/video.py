@@ -4,11 +4,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from levin.core import files
+from levin.core import files, paths
 from levin.core.errors import ConfigError
 from levin.core.process import silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from levin.envs.vector import SeededVectorEnv
     from levin.runs.policy import Policy
 
+SECONDS_BETWEEN_LINES = 5.0
+
 
 def record_video(
     *,
@@ -31,6 +34,8 @@ def record_video(
     trust: bool = False,
 ) -> list[Path]:
     """Record episodes as `videos/<clock>_<episode>.mp4`, one frame per step, and return the paths.
+
+    The videos of a result in experiments/ are written into `runs/results/<name>/`.
 
     World Models also writes `..._dream.mp4`: the episode beside a dream that starts from the same observation.
 
@@ -51,19 +56,20 @@ def record_video(
 
     silence_libraries()
     run_folder = checkpoint.run_of(Path(run))
+    folder = paths.output_folder(run_folder)
     with trusted(trust):
         policy = Policy.load(Path(run))
         env = make_env(load_env(run_folder), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
-    paths: list[Path] = []
+    videos: list[Path] = []
     for episode in range(episodes):
         name, observations = f"{policy.algorithm.clock}_{episode}", []
-        paths.append(_write(run_folder, f"{name}.mp4", env, _play(policy, env, episode, steps, observations)))
+        videos.append(_write(folder, f"{name}.mp4", env, _play(policy, env, episode, steps, observations)))
         first = to_tensors(env.observation, observations[0])
         if (dreamt := policy.algorithm.imagine_pictures(first, len(observations))) is not None:
             frames = _side_by_side(np.concatenate(observations), dreamt.numpy())
-            paths.append(_write(run_folder, f"{name}_dream.mp4", env, frames))
+            videos.append(_write(folder, f"{name}_dream.mp4", env, frames))
     env.close()
-    return paths
+    return videos
 
 
 def _play(
@@ -99,10 +105,13 @@ def _write(run: Path, name: str, env: "SeededVectorEnv", frames: Iterable[np.nda
 
     options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-loglevel", "error"]}
     with files.replace(run, f"videos/{name}") as path:
-        writer = imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), **options)
+        writer, shown = imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), **options), perf_counter()
         with writer:
-            for frame in frames:
+            for number, frame in enumerate(frames, start=1):
                 writer.append_data(frame)  # type: ignore[attr-defined]
+                if perf_counter() > shown + SECONDS_BETWEEN_LINES:
+                    shown = perf_counter()
+                    print(f"{run / 'videos' / name}: {number:,} frames so far", file=sys.stderr, flush=True)
     return run / "videos" / name
 
 
