@@ -4,6 +4,12 @@ VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME NOTE
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
 
+# A variable that is misspelt on the command line would be ignored.
+unknown := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$(filter-out $(VARIABLES) PYTHON,$v))))
+ifneq ($(unknown),)
+$(error $(firstword $(unknown)) is unknown; valid: $(VARIABLES))
+endif
+
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
@@ -31,8 +37,7 @@ comma := ,
 trust = $(if $(value TRUST),trust=true)
 space := $() $()
 choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
-# NOTE is a text, so it is quoted for Hydra, too.
-labels = $(if $(value NAME),name=$(call typed,NAME)) $(if $(value NOTE),$(call quote,note="$(subst ",\",$(value NOTE))"))
+labels = $(if $(value NAME),name=$(call typed,NAME)) $(if $(value NOTE),$(call quote,note=$(value NOTE)))
 in_run = $(if $(value RUN),$(call quote,run=$(value RUN)))
 # NAME if it is exactly one of the studies, else empty.
 study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studies)))

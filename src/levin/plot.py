@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -15,9 +16,15 @@ from levin.core import paths
 from levin.core.errors import ConfigError, exit_on_user_error, valid_names
 from levin.core.omega import flat_keys, to_plain
 from levin.results.curves import CURVES, METRICS, Curve, read_curves, read_metric
+from levin.runs.folder import read_provenance
 from levin.runs.load import load_config
 
 RETURN = "eval/return_mean"
+# Config keys and sections that the seeds of one curve need not have in common.
+NOT_COMPARED = (
+    *("seed", "run", "name", "note", "logger", "log_every", "wandb_project", "upload", "checkpoint", "total_env_steps"),
+    *("eval.every", "eval.at_start", "trainer.accelerator", "trainer.threads", "trainer.max_time", "collector_workers"),
+)
 
 
 @dataclass
@@ -26,7 +33,7 @@ class Runs:
 
     Args:
         folder: Folder that they share; or a result in experiments/.
-        config: Values of `algo` and `env` by dotted key; empty without a config.yaml.
+        config: Values that may change the curve by dotted key; empty without a config.yaml.
         seeds: Curve of each seed.
         sources: Run folder of each seed.
     """
@@ -42,7 +49,7 @@ def plot(*, runs: str, metric: str = RETURN, out: str | None = None) -> Path:
 
     Args:
         runs: Run folders, folders of runs, or results in experiments/, separated by spaces; `*` is a wildcard. Runs in
-            the same folder with the same values of `algo` and `env` are the seeds of one learning curve.
+            the same folder with the same values and the same code are the seeds of one learning curve.
         metric: Column of metrics.csv.
         out: Path of the image to write; returned. None: `plot.png` in the folder that the runs share.
 
@@ -81,12 +88,7 @@ def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
     Raises:
         ConfigError: A folder is not a run, a folder of runs or a result, or no run has a value of the metric yet.
     """
-    patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
-    found = {each: [each] if Path(each).exists() else glob.glob(each) for each in patterns}
-    folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
-    if not folders:
-        raise ConfigError(f"runs={runs} matches no folder")
-    unused = [f"{each} matches nothing" for each, matches in found.items() if not matches]
+    folders, named, unused = _find_folders(runs)
     groups: list[Runs] = []
     for folder in folders:
         if (folder / CURVES).is_file():
@@ -102,8 +104,13 @@ def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
             unused += [
                 f"{each} has no {METRICS}" for each in sorted(folder.glob("*/")) if not (each / METRICS).is_file()
             ]
+        elif folder not in named:
+            unused.append(f"{folder} is neither a run nor a result")
         else:
-            raise ConfigError(f"{folder} is neither a run nor a result: it has no {METRICS} and no {CURVES}")
+            raise ConfigError(
+                f"{folder} is neither a run nor a result: it has no {METRICS} and no {CURVES}; the runs of a sweep are "
+                f"in {folder}/*"
+            )
     if not groups:
         raise ConfigError(f"runs={runs}: no run has a value of {metric} yet; {_columns(folders)}")
     for group in groups:
@@ -113,6 +120,17 @@ def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
     for line in unused:
         print(f"levin: not drawn: {line}", file=sys.stderr)
     return _labelled(groups)
+
+
+def _find_folders(runs: str) -> tuple[list[Path], set[Path], list[str]]:
+    """Return the folders that words and wildcards match, those named without a wildcard, and what matches nothing."""
+    patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
+    named = {Path(each) for each in patterns if Path(each).exists()}
+    found = {each: [each] if Path(each) in named else glob.glob(each) for each in patterns}
+    folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
+    if not folders:
+        raise ConfigError(f"runs={runs} matches no folder")
+    return folders, named, [f"{each} matches nothing" for each, matches in found.items() if not matches]
 
 
 def _add_run(groups: list[Runs], run: Path, metric: str, unused: list[str]) -> None:
@@ -134,12 +152,20 @@ def _add_run(groups: list[Runs], run: Path, metric: str, unused: list[str]) -> N
 
 
 def _config(run: Path) -> tuple[dict[str, str], str]:
-    """Return the values of `algo` and `env` of a run by dotted key, and its seed."""
+    """Return the values of a run that may change its curve by dotted key, and its seed.
+
+    `code` is a checksum of the code that is not committed, if the run has any.
+    """
     if not (run / "config.yaml").is_file():
         return {}, run.name
     config = load_config(run, runs=())
-    keys = flat_keys({name: to_plain(config[name]) for name in ("algo", "env")})
-    return {key: str(OmegaConf.select(config, key)) for key in keys}, str(config.seed)
+    keys = [
+        key for key in flat_keys(to_plain(config)) if not f"{key}.".startswith(tuple(f"{x}." for x in NOT_COMPARED))
+    ]
+    values = {key: str(OmegaConf.select(config, key)) for key in keys}
+    if code := read_provenance(run).get("code"):
+        values["code"] = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:6]
+    return values, str(config.seed)
 
 
 def _labelled(groups: list[Runs]) -> dict[str, Runs]:

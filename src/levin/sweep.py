@@ -6,6 +6,7 @@ returns the mean return of its last evaluation. With `launcher=slurm` each run i
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def sweep(words: list[str]) -> None:
     Raises:
         ConfigError: A value is not valid. It is raised before the first run starts.
     """
+    words = [f'note="{_escape(word)}"' if word.startswith("note=") else word for word in words]
     words = add_pluses([word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)])
     parsed = [
         override for override in cli.parse_hydra_overrides(words) if not override.key_or_group.startswith("hydra")
@@ -73,6 +75,12 @@ def sweep(words: list[str]) -> None:
         _submit_jobs(run_all, chosen.get("hydra.sweep.dir", options["hydra.sweep.dir"]))
     else:
         run_all()
+
+
+def _escape(word: str) -> str:
+    """Return the text in `note=<text>` with Hydra's special signs escaped."""
+    text = re.sub(r"\\+(?=\"|$)", lambda match: 2 * match[0], word.removeprefix("note="))
+    return text.replace('"', '\\"').replace("${", "\\${")
 
 
 def _submit_jobs(run_all: Callable[[], None], folder: str) -> None:

@@ -10,7 +10,7 @@ from types import FrameType
 from levin.config import cli
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, exit_on_user_error
-from levin.core.process import handle_signals, restore_signals
+from levin.core.process import SIGNALS, handle_signals, restore_signals
 from levin.runs import folder as run_folder
 from levin.runs import slurm
 from levin.runs.trust import trusted
@@ -23,7 +23,10 @@ def main() -> None:
         cli.refuse_repeated(sys.argv[1:])
         words, given = cli.take_flag(sys.argv[1:], "trust")
         with trusted(given):
-            if any(word in ("-m", "--multirun") or word.startswith("launcher=") for word in words):
+            if any(
+                word in ("-m", "--multirun") or (word.startswith("launcher=") and word != "launcher=null")
+                for word in words
+            ):
                 sweep(words)
             else:
                 _train_seeds(words)
@@ -48,25 +51,35 @@ def _train_seeds(words: list[str]) -> None:
     compose([*words, f"seed={seeds[0]}"])
     import levin.training.session  # noqa: F401  # for all runs, before the first fork
 
-    child, stopped = 0, False
+    child, received = 0, 0
 
     def stop(number: int, _: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        if child and number != signal.SIGINT:  # Ctrl-C reaches the run itself, and a second one would not let it save
+        nonlocal received
+        received = number
+        forward()
+
+    def forward() -> None:
+        # Ctrl-C in a terminal reaches the run itself, and a second one would not let it save.
+        if child and not (received == signal.SIGINT and sys.stdin.isatty()):
             with suppress(ProcessLookupError):
-                os.kill(child, number)
+                os.kill(child, signal.SIGTERM if received == signal.SIGINT else received)
 
     handlers = handle_signals(stop)
-    for seed in seeds:
+    for number, seed in enumerate(seeds):
+        own = [f"{word}/s{seed}" if word.startswith("run=") and word != "run=null" else word for word in words]
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal waits until the child is known and can be told
         child = os.fork()
         if not child:
             restore_signals(handlers)
-            own = [f"{word}/s{seed}" if word.startswith("run=") else word for word in words]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             _train([*own, f"seed={seed}"])
             return
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code or stopped:
+        child = 0
+        if code or received:
+            if left := seeds[number + 1 :]:
+                print(f"levin: the seeds {' '.join(left)} were not begun", file=sys.stderr)
             raise SystemExit(code if code >= 0 else 128 - code)
     restore_signals(handlers)
 

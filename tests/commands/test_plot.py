@@ -1,6 +1,7 @@
 """The plot of learning curves."""
 
 import gzip
+import json
 
 import imageio.v3
 import numpy as np
@@ -141,3 +142,27 @@ def test_one_evaluation_is_visible_and_the_picture_lies_beside_the_runs(tmp_path
     colors = {tuple(color) for color in np.unique(imageio.v3.imread(path)[..., :3].reshape(-1, 3), axis=0)}
     assert {(31, 119, 180), (255, 127, 14)} <= colors
     assert str(plot(runs="runs/ppo/s0")) == "runs/ppo/plot.png"
+
+
+def test_runs_of_other_code_or_precision_are_other_curves(tmp_path, capsys):
+    configs = ["precision: 32-true", "precision: 32-true", "precision: bf16-mixed", "precision: 32-true"]
+    for seed, trainer in enumerate(configs):
+        folder = tmp_path / "sac_point" / f"s{seed}"
+        write_run(folder, np.arange(10) + seed)
+        text = f"seed: {seed}\nalgo:\n  _target_: x\nenv:\n  id: y\ntrainer:\n  {trainer}\n"
+        (folder / "config.yaml").write_text(text)
+        code = {"my_module.py": "a" if seed < 3 else "b"}
+        facts = {"git_sha": "", "git_dirty": True, "versions": {}, "code": code, "env_steps": None, "wall_seconds": 0.0}
+        (folder / "provenance.json").write_text(json.dumps({**facts, "resumed": []}))
+    groups = collect_runs(str(tmp_path / "sac_point"))
+    assert sorted(len(group.seeds) for group in groups.values()) == [1, 1, 2]
+    assert sum("precision=bf16-mixed" in label for label in groups) == 1
+    assert len({label.partition("code=")[2][:6] for label in groups}) == 2
+
+
+def test_a_wildcard_may_match_folders_that_are_no_runs(two_algorithms, capsys):
+    (two_algorithms / "results").mkdir()
+    assert set(collect_runs(f"{two_algorithms}/*")) == {"sac_point", "my_idea_point"}
+    assert "results is neither a run nor a result" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="results is neither a run nor a result"):
+        collect_runs(f"{two_algorithms}/results")

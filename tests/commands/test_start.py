@@ -15,7 +15,7 @@ WRONG = {
     "train algo=sacc": "algo=sacc is unknown; valid: sac,",
     "train env=pendulm": "env=pendulm is unknown; valid: pendulum,",
     "train algo.gama=0.9": "algo.gama is unknown; valid: algo.gamma,",
-    "train eval.evry=5": "eval.evry is unknown; valid: eval.every,",
+    "train eval.evers=5": "eval.evers is unknown; valid: eval.every,",
     "train seeds=one": "seeds=one must be whole numbers",
     "train -m algo=sac,sacc": "algo=sacc is unknown",
     "resume rum=x": "rum is unknown; valid: run,",
@@ -27,7 +27,7 @@ WRONG = {
     "fork algo=sacc name=idea": "algo=sacc is unknown",
     "pin exp=idea algo=sacc": "algo=sacc is unknown",
     "reproduce exp=sac_halfcheeta": "exp=sac_halfcheeta is not a result",
-    "report chek=true": "chek is unknown; valid: check",
+    "report checks=true": "checks is unknown; valid: check",
     "bench what=sax": "what=sax",
 }
 CODE = """

@@ -3,6 +3,7 @@
 They add their attributes in `configure_optimizers`, because an `__init__` would have to repeat all hyper-parameters.
 """
 
+import decimal
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 
@@ -134,10 +135,9 @@ class Lost(PPO):
         super().training_step(rollout, index)
         self.kept = {
             "iterator": lambda: iter([1, 2]),
-            "object": Window,
-            "objects": lambda: [Window()],
+            "array": lambda: np.ma.zeros(2),
             "function": lambda: print,
-            "optimizer": lambda: torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            "package": decimal.Context,
         }[self.what]()
 
 

@@ -196,3 +196,45 @@ def test_an_algorithm_with_hooks_in_its_updates_has_no_cuda_graphs(tmp_path):
     assert algorithm.captured == ("update",)
     hooks.connect_update_hooks(trainer, algorithm, [Steps()])
     assert algorithm.captured == ()
+
+
+class Forgets(PPO):
+    """PPO whose hook leaves out what Levin does there."""
+
+    def on_train_start(self):
+        self.mine = 1
+
+
+class Remembers(PPO):
+    """PPO whose hook calls that of its base class."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.mine = 1
+
+
+def test_an_override_that_leaves_out_levins_own_work_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"Forgets.on_train_start must call super\(\).on_train_start"):
+        train(compose([*WORDS, "algo._target_=test_hooks.Forgets"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(compose([*WORDS, "algo._target_=test_hooks.Remembers"]), tmp_path / "run")
+
+
+class Swaps(Callback):
+    """Callback that swaps the weights for an evaluation, as those that average weights do."""
+
+    inside = False
+
+    def on_validation_start(self, *_):
+        self.inside = True
+
+    def on_validation_end(self, *_):
+        self.inside = False
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        assert not self.inside
+
+
+def test_a_signal_does_not_separate_the_hooks_of_an_evaluation():
+    assert hooks.observes_start([Swaps()], _algorithm())
+    assert not hooks.observes_start([Steps()], _algorithm())

@@ -109,6 +109,25 @@ def test_metrics_are_indexed_by_env_steps(tmp_path):
     assert os.readlink(tmp_path / "run" / "checkpoints" / "last") == "640"
 
 
+def test_an_evaluation_at_the_start_adds_a_row_and_changes_nothing_else(tmp_path):
+    words = [*SMALL, "total_env_steps=224", "eval.every=100"]
+    train(compose(words), tmp_path / "without")
+    train(compose([*words, "eval.at_start=true"]), tmp_path / "with")
+    first, *rows = metrics(tmp_path / "with")
+    assert (first["env_steps"], first["updates"]) == ("0", "0")
+    assert float(first["eval/return_mean"]) < 0
+    assert [
+        {key: value for key, value in row.items() if key in rows[0]} for row in metrics(tmp_path / "without")
+    ] == rows
+    resume.resume(run=str(tmp_path / "with"), total_env_steps=256)
+    assert [row["env_steps"] for row in metrics(tmp_path / "with")].count("0") == 1
+    parameters = [
+        torch.load(tmp_path / run / "checkpoints/224/state.ckpt", weights_only=True)["state_dict"]
+        for run in ("with", "without")
+    ]
+    assert same(*parameters)
+
+
 def test_evaluation_does_not_change_training(tmp_path):
     often = run(tmp_path / "often", "eval.every=32", "total_env_steps=224", "env.normalize_observation=true")
     never = run(tmp_path / "never", "eval.every=100_000", "total_env_steps=224", "env.normalize_observation=true")

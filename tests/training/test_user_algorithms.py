@@ -1,15 +1,22 @@
 """Algorithms of users: what they change in the replay buffer or keep in attributes survives an exact resume."""
 
+import io
+import os
+import pickle
+import subprocess
+
 import pytest
 import torch
 
+import kept_states
 import user_algorithms
 from checks import metrics
 from levin import resume
 from levin.config.compose import compose
 from levin.core import files
 from levin.core.errors import RunError
-from levin.runs import checkpoint
+from levin.runs import checkpoint, extra_state
+from levin.runs.load import load_algorithm
 from levin.training.session import train
 from short_runs import INTERVALS, check_resumed_run_is_identical
 
@@ -66,15 +73,16 @@ def test_state_in_attributes_resumes_exactly(tmp_path):
     check_resumed_run_is_identical(tmp_path, (*PPO, use("Hoarder")), 640)
     totals = [row["train/total"] for row in metrics(tmp_path / "straight")]
     assert len(set(totals)) == len(totals) > 3
-    saved = files.load(tmp_path / "straight/checkpoints/last/state.ckpt")["extra"]
-    assert {"history", "best", "window", "torch_generator", "head.calls", "head.mean", "late", "new_list"} <= set(saved)
-    assert not {"gamma", "lr", "batch_size", "actor", "env"} & set(saved)
+    extra = files.load(tmp_path / "straight/checkpoints/last/state.ckpt")["extra"]["saved"]
+    saved = {".".join(filter(None, path)) for path in extra}
+    assert {"history", "best", "window", "torch_generator", "head.calls", "head.mean", "late", "new_list"} <= saved
+    assert not {"gamma", "lr", "batch_size", "actor", "env"} & saved
 
 
-@pytest.mark.parametrize("what", ["iterator", "object", "objects", "function", "optimizer"])
+@pytest.mark.parametrize("what", ["iterator", "array", "function", "package"])
 def test_state_that_can_not_be_saved_is_refused_at_the_first_checkpoint(what, tmp_path, monkeypatch):
     monkeypatch.setattr(user_algorithms.Lost, "what", what)
-    with pytest.raises(RunError, match=r"Lost keeps a .* in the attribute kept, which .* not_saved = \(\"kept\",\)"):
+    with pytest.raises(RunError, match=r"Lost keeps something in the attribute kept .* not_saved = \(\"kept\",\)"):
         train(compose([*PPO, use("Lost"), "total_env_steps=320"]), tmp_path / "run")
     assert not checkpoint.list_checkpoints(tmp_path / "run/checkpoints")
     train(compose([*PPO, use("Forgiven"), "total_env_steps=320"]), tmp_path / "forgiven")
@@ -102,3 +110,34 @@ def test_a_parameter_in_a_list_is_saved_once(tmp_path):
     train(compose([*DQN, "total_env_steps=320"]), tmp_path / "run")  # it keeps lists of its parameters
     state = torch.load(tmp_path / "run/checkpoints/last/state.ckpt", weights_only=True)
     assert "extra" not in state
+
+
+@pytest.mark.parametrize("state", kept_states.STATES)
+def test_states_of_every_kind_survive_two_resumes(state, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_states.Keeper, "state", state)
+    words = (*PPO, "algo._target_=kept_states.Keeper", "eval.every=1000", "eval.episodes=1", "log_every=32")
+    train(compose([*words, "total_env_steps=192"]), tmp_path / "straight")
+    train(compose([*words, "total_env_steps=64"]), tmp_path / "parts")
+    resume.resume(run=str(tmp_path / "parts"), total_env_steps=128)
+    resume.resume(run=str(tmp_path / "parts"), total_env_steps=192)
+    shown, losses = ([[row[f"train/{name}"] for row in metrics(tmp_path / run)] for run in ("straight", "parts")]
+                     for name in ("shown", "actor_loss"))  # fmt: skip
+    assert shown[0] == shown[1]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) >= 6
+
+
+def test_a_checkpoint_makes_no_object_of_a_class_that_is_not_the_users(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_states.Keeper, "state", "new objects")
+    words = (*PPO, "algo._target_=kept_states.Keeper", "total_env_steps=64")
+    train(compose([*words]), tmp_path / "run")
+    state = tmp_path / "run/checkpoints/last/state.ckpt"
+    extra = files.load(state)["extra"]
+    for attack in (subprocess.Popen, os.system, getattr, type(lambda: 0)):
+        content = pickle.dumps((("", "kept"), attack), protocol=4)
+        loader = extra_state.Loader(None, {}, io.BytesIO(content))
+        with pytest.raises((ValueError, AttributeError, pickle.UnpicklingError)):
+            loader.load()
+    algorithm = load_algorithm(tmp_path / "run")
+    extra_state.ExtraState(algorithm).restore(extra)
+    assert [type(each) for each in algorithm.kept] == [kept_states.Episode] * len(algorithm.kept)

@@ -270,11 +270,12 @@ class Algorithm(LightningModule):
         """Return a context without mixed precision, to match collection or for results that must be exact."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def record(self, **metrics: Tensor) -> None:
+    def record(self, **metrics: Tensor | float) -> None:
         """Add values to the means `train/<name>` of the next row of metrics, without waiting for the device."""
         for name, value in metrics.items():
             total, count = self.recorded.get(name, (0, 0))
-            self.recorded[name] = (total + value.detach(), count + 1)
+            number = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.recorded[name] = (total + number, count + 1)
 
     def log(self, name: str, value: Any, *_: Any, **__: Any) -> None:
         """Add a value to the mean `name` of the next row of metrics, and let monitors read it.

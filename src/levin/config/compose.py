@@ -24,7 +24,7 @@ from levin.core.omega import flat_keys, to_plain
 SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
 ANY_ENV = ("gym", "torchrl", "atari")  # env configs for any id: their runs are named by the id
-PATHS = ("run", "env.run")  # keys whose values are paths
+PATHS = ("run", "env.run", "note")  # keys whose values are taken as typed: paths and texts
 OPEN_SECTIONS = ("env.kwargs", "callbacks", "trainer")  # sections that take keys that no YAML file lists
 NULL_DEFAULTS = ("debug=null", "launcher=null")  # valid defaults, which Hydra refuses as overrides
 
@@ -108,7 +108,7 @@ def take_paths(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
             typed.pop(key, None)  # the last word counts
         elif "${" in path or path == "???":
             raise ConfigError(
-                f"{override} has a special meaning in a config (a reference or a missing value); name another folder"
+                f"{override} has a special meaning in a config (a reference or a missing value); write something else"
             )
         else:
             typed[key] = path

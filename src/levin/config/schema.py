@@ -106,7 +106,8 @@ def _check_trainer_keys(trainer: DictConfig) -> None:
     valid = {"threads", "workers", *inspect.signature(Trainer.__init__).parameters} - {"self", *REPLACED_TRAINER_KEYS}
     for key in map(str, trainer):
         if key not in valid:
-            raise ConfigError(f"trainer.{key} is unknown; {valid_names(key, valid)}")
+            names = [f"trainer.{name}" for name in valid]
+            raise ConfigError(f"trainer.{key} is unknown; {valid_names(f'trainer.{key}', names)}")
 
 
 def _check_workers(config: DictConfig) -> None:

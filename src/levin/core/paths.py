@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "configs"
 EXPERIMENTS = ROOT / "experiments"
 

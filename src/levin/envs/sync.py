@@ -19,6 +19,8 @@ from gymnasium.vector.utils import concatenate
 from levin.core import rng
 
 NUMBERS = (bool, int, float, np.bool_, np.integer, np.floating)
+# Columns `episode/<name>` and `eval/<name>` of Levin itself.
+OWN_NAMES = ("return", "length", "count", "return_mean", "return_std", "length_mean", "dream_return")
 ENDED = "levin_ended"  # key of the infos of a `ProcessEnv`
 WATCHED_CALLS = 64  # calls of a vector env in which its envs have random streams of their own
 WATCH_EVERY = 256  # of the later calls, one in so many is checked
@@ -159,11 +161,22 @@ class ProcessEnv(gym.Wrapper):
 
 
 def episode_numbers(info: dict[str, Any]) -> dict[str, float]:
-    """Return what an env reports of an episode in its last info: `is_success`, and the numbers in `episode_metrics`."""
+    """Return what an env reports of an episode in its last info: `is_success`, and the numbers in `episode_metrics`.
+
+    Names that Levin uses itself, such as `return`, begin with `env_`.
+    """
     values = {"is_success": info.get("is_success")}
     if isinstance(metrics := info.get("episode_metrics"), dict):
         values |= metrics
-    return {str(name): float(value) for name, value in values.items() if isinstance(value, NUMBERS)}
+    numbers = {
+        str(name): value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+        for name, value in values.items()
+    }
+    return {
+        f"env_{name}" if name in OWN_NAMES else name: float(value)
+        for name, value in numbers.items()
+        if isinstance(value, NUMBERS)
+    }
 
 
 def seed_generators(seed: int) -> None:

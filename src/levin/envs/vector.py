@@ -4,7 +4,7 @@ import multiprocessing
 import traceback
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -153,8 +153,9 @@ class SeededVectorEnv(VectorWrapper):
             if isinstance(self.env, AsyncVectorEnv):
                 self.env.step_async(self._actions)  # type: ignore[arg-type]
                 observation, *rest = self.env.step_wait(timeout=self.config.timeout)
-                if ENDED in rest[-1]:
-                    self._add_ended(rest[-1][ENDED])
+                infos = cast(dict[str, Any], rest[-1])
+                if ENDED in infos:
+                    self._add_ended(infos[ENDED])
             elif self.config.family == "atari":
                 observation, *rest = self.env.receive()  # type: ignore[attr-defined]
             else:

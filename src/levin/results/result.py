@@ -228,8 +228,8 @@ def judge_scores(reference: Reference, scores: np.ndarray) -> tuple[Verdict, str
     low, high = float(ends[0, 0]), float(ends[1, 0])
     message = f"mean of {n} seed{'s' if n > 1 else ''} {mean:.1f}, 95% interval {low:.1f} to {high:.1f}"
     message += f", gate {gate:g} ({reference.gate_from})"
-    if high < gate:
-        return "partial", f"{message}: {gate - mean:.1f} below"
+    if not high >= gate:  # also if a score is not a number
+        return "partial", f"{message}: the interval ends {gate - high:.1f} below"
     if reference.has_spread and n < SEEDS_OF_A_REPRODUCTION:
         return "partial", f"{message}: {SEEDS_OF_A_REPRODUCTION} seeds are needed"
     if low < gate:

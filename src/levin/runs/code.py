@@ -8,6 +8,7 @@ a copy of each, and provenance.json the checksums. A resumed run is compared wit
 import hashlib
 import sys
 import sysconfig
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from levin.core import files, paths
 from levin.runs.provenance import run_git
 
 FOLDER = "code"  # in the run folder; the copies of a resumed run that found changes are in code_resumed_1, ...
+SCRIPT = "__main__/"  # in the names of scripts, which a later session need not be started by
 MAX_BYTES = 1 << 20  # of a file that is copied; of a larger one only the checksum is kept
 FORK_FILES = ("*.py", "algo/*.yaml", "tuned/*.yaml")
 
@@ -49,9 +51,14 @@ def describe_changes(before: dict[str, str], commit: str) -> list[str]:
         commit: Commit of the earlier session.
     """
     local = dict(_local_files())
+    # Not imported now may be imported later: such a file is looked for where Python would find it.
+    places = [paths.ROOT / "src", paths.ROOT, *map(Path, sys.path)]
+    for name in before:
+        if name not in local and (found := [place / name for place in places if (place / name).is_file()]):
+            local[name] = found[0]
     now = checksums({name: path for name, path in local.items() if name in before})
     lines = [f"{name} has changed" for name in now if now[name] != before[name]]
-    lines += [f"{name} is not imported any more" for name in before if name not in local]
+    lines += [f"{name} is gone" for name in before if name not in local and not name.startswith(SCRIPT)]
     others = [name for name in collect_code() if name not in before]
     return lines + [f"{name} is new, or has changed since commit {commit[:8] or 'unknown'}" for name in others]
 
@@ -60,18 +67,27 @@ def _local_files() -> Iterator[tuple[str, Path]]:
     """Yield name and path of the files of all imported modules that are not installed, and the files of their forks."""
     forks = set()
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not file or not (path := Path(file).resolve()).is_file() or _is_installed(path):
+        if not is_local(module):
             continue
+        path = Path(str(module.__file__)).resolve()
         if path.is_relative_to(paths.EXPERIMENTS):
             forks.add(path.relative_to(paths.EXPERIMENTS).parts[0])
         spec = getattr(module, "__spec__", None)
-        parts = (spec.name if spec else path.stem if name == "__main__" else name).split(".")
+        parts = (spec.name if spec else name).split(".")
+        if name == "__main__" and not spec:
+            yield f"{SCRIPT}{path.name}", path
+            continue
         yield "/".join([*parts[: None if path.stem == "__init__" else -1], path.name]), path
     for fork in forks:
         for pattern in FORK_FILES:
             for path in (paths.EXPERIMENTS / fork).glob(pattern):
                 yield f"{paths.EXPERIMENTS.name}/{path.relative_to(paths.EXPERIMENTS)}", path.resolve()
+
+
+def is_local(module: types.ModuleType | None) -> bool:
+    """Return whether a module is a file that belongs neither to an installed package nor to Python itself."""
+    file = getattr(module, "__file__", None)
+    return bool(file) and Path(file).is_file() and not _is_installed(Path(file).resolve())
 
 
 def _is_installed(path: Path) -> bool:

@@ -2,8 +2,9 @@
 
 import inspect
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -106,10 +107,21 @@ def load_algorithm(run: Path) -> "Algorithm":
         else:
             algorithm.on_load_checkpoint(saved)
             algorithm.load_state_dict(saved["state_dict"])
+            _restore_attributes(algorithm, saved.get("extra", {}))
     except Exception as error:  # values of the wrong type or size raise errors of many types
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit {kind.__name__}: {type(error).__name__}: {reason}") from error
     return algorithm
+
+
+def _restore_attributes(algorithm: "Algorithm", extra: dict[str, Any]) -> None:
+    """Restore the attributes of a user's algorithm. Print a line if some exist only in a training run."""
+    from levin.runs.extra_state import ExtraState
+
+    try:
+        ExtraState(algorithm).restore(extra)
+    except CheckpointError as error:
+        print(f"levin: {error}; a policy must not depend on them", file=sys.stderr)
 
 
 def export_policy(run: Path, folder: Path) -> None:

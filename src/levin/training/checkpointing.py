@@ -1,6 +1,7 @@
 """Callback that saves checkpoints and deletes old ones."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,16 +12,16 @@ from lightning.pytorch.loggers import WandbLogger
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed, files
-from levin.core.errors import ConfigError, Interrupted, RunError
+from levin.core.errors import CheckpointError, ConfigError, Interrupted, RunError
 from levin.core.rng import rng_state, set_rng_state
 from levin.core.types import PositiveInt
 from levin.runs import checkpoint
 from levin.runs.checkpoint import STATE
 from levin.runs.checkpoint_io import FolderCheckpointIO
+from levin.runs.extra_state import ExtraState
 from levin.training import loggers
 from levin.training.callbacks import Clock
 from levin.training.evaluation import Evaluation
-from levin.training.extra_state import ExtraState
 
 # Keys of a checkpoint that are not from callbacks.
 CHECKPOINT_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "hyper_parameters")
@@ -50,15 +51,17 @@ class Checkpointing(Checkpoint):
         self._extra: dict[str, Any] = {}  # of the checkpoint that is continued
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        extra = self.extra_state = ExtraState(cast(Algorithm, pl_module), trainer.optimizers)
-        extra.restore(self._extra)
+        extra = self.extra_state = ExtraState(cast(Algorithm, pl_module), trainer)
+        if self.evaluation.is_due_at_start(cast(Algorithm, pl_module)):
+            with suppress(CheckpointError):  # attributes may be missing that `on_train_start` of the algorithm makes
+                extra.restore(self._extra)
 
-        def restore_again() -> None:  # `on_train_start` of the algorithm, which comes later, may have set attributes
+        def restore() -> None:
             extra.note_new()
             extra.restore(self._extra)
             self._extra = {}
 
-        cast(CollectorLoader, trainer.train_dataloader).before_first = restore_again
+        cast(CollectorLoader, trainer.train_dataloader).before_first = restore
         self.folder = distributed.broadcast_object(self.folder)
         plugin = trainer.strategy.checkpoint_io
         assert isinstance(plugin, FolderCheckpointIO)
@@ -72,7 +75,7 @@ class Checkpointing(Checkpoint):
         for callback in self.evaluation.others:
             _check_loadable(callback.state_key, callback.state_dict())
         # After all other hooks and with the restored generators: as if the run had not been interrupted.
-        self.evaluation.repeat(trainer, cast(Algorithm, pl_module))
+        self.evaluation.begin(trainer, cast(Algorithm, pl_module))
         self._rank(cast(Algorithm, pl_module))
         if trainer.is_global_zero:
             self._prune()

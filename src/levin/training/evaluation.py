@@ -20,7 +20,7 @@ from levin.envs.factory import make_env
 from levin.envs.vector import SeededVectorEnv
 from levin.training import loggers
 from levin.training.callbacks import Budget, Clock, Metrics
-from levin.training.hooks import call_evaluation_hook
+from levin.training.hooks import call_evaluation_hook, observes_start
 
 
 class Evaluation(Callback):
@@ -30,6 +30,7 @@ class Evaluation(Callback):
         every: Env steps between two evaluations.
         episodes: Episodes per evaluation.
         seed: Seed of the evaluation envs, independent of the run's seed.
+        at_start: Whether to evaluate also before the first env step.
         env: Env config of the run. Evaluations use the running statistics of the training envs and do not update them.
         metrics: Metrics callback; the results are added to its row.
         budget: Budget callback. A complete run is evaluated once more.
@@ -49,9 +50,10 @@ class Evaluation(Callback):
         budget: Budget,
         run: Path,
         stop: Callable[[], bool],
+        at_start: bool = False,  # default for configs of runs older than this key
     ) -> None:
         self.episodes, self.seed, self.env, self.metrics, self.budget = episodes, seed, env, metrics, budget
-        self.pictures, self.stop = run / "pictures", stop
+        self.pictures, self.stop, self.at_start = run / "pictures", stop, at_start
         self.clock = Clock(every)
         self.others: list[Callback] = []  # callbacks of the user, whose hooks of a validation are called
         self.vector_env: SeededVectorEnv | None = None
@@ -86,9 +88,16 @@ class Evaluation(Callback):
             self.vector_env.close()
             self.vector_env = None
 
-    def repeat(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Make the evaluation that a signal had ended, if there is one, and write its row of metrics."""
-        if self.metrics.waits:
+    def is_due_at_start(self, algorithm: Algorithm) -> bool:
+        """Return whether an evaluation is due before the first iteration."""
+        return self.metrics.waits or (self.at_start and not algorithm.clock)
+
+    def begin(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Make the evaluation that is due before the first iteration, if there is one, and write its row of metrics.
+
+        It is the one before the first env step, or one that a signal had ended.
+        """
+        if self.is_due_at_start(algorithm):
             self.evaluate(trainer, algorithm)
             if not self.metrics.waits:
                 self.metrics.write(trainer, algorithm)
@@ -120,7 +129,9 @@ class Evaluation(Callback):
         assert self.vector_env is not None
         start, policy, generators = perf_counter(), algorithm.policy(deterministic=True), Generators()
         try:
-            returns, lengths = evaluate(policy, self.vector_env, self.episodes, self.stop)
+            # A callback that has seen the beginning, such as one that swaps the weights, must see the end.
+            stop = (lambda: False) if observes_start(self.others, algorithm) else self.stop
+            returns, lengths = evaluate(policy, self.vector_env, self.episodes, stop)
         except Interrupted:
             generators.restore()
             return None

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
+from typing import Any
 
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
@@ -23,6 +25,8 @@ OF_ALGORITHMS = (
     *("configure_optimizers", "configure_model", "prepare_data", "training_step", "backward"),
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
 )
+# Hooks of the algorithm that do work of Levin's, which an override must not leave out.
+NEEDS_SUPER = ("on_train_start", "on_train_batch_start", "on_save_checkpoint", "on_load_checkpoint")
 EVALUATES = "an evaluation plays episodes and has no batches: use on_validation_start or on_validation_end"
 STEPS = "write the optimiser step in the algorithm's update, around self.step"
 LOOPS = "a run has no such loop: make evaluate evaluates a policy"
@@ -56,6 +60,14 @@ def check_hooks(algorithm: Algorithm, callbacks: list[Callback]) -> None:
     Raises:
         ConfigError: It can't.
     """
+    for name in NEEDS_SUPER:
+        hook = vars(_defining_class(algorithm, name)).get(name)
+        overridden = _is_overridden(algorithm, name) and isinstance(hook, FunctionType) and hook.__name__ == name
+        if overridden and not _calls(hook, ("super", "__class__", name)):
+            raise ConfigError(
+                f"{type(algorithm).__name__}.{name} must call super().{name}(...), which counts steps and keeps the "
+                "replay buffer"
+            )
     for each in (algorithm, *callbacks):
         for name, instead in NEVER.items():
             if _is_overridden(each, name) and not _defining_class(each, name).__module__.startswith("lightning."):
@@ -100,10 +112,21 @@ def call_evaluation_hook(trainer: Trainer, algorithm: Algorithm, callbacks: list
             raise RunError(f"{type(each).__name__}.{name} raised {type(error).__name__}: {error}") from error
 
 
+def observes_start(callbacks: list[Callback], algorithm: Algorithm) -> bool:
+    """Return whether a hook at the start of an evaluation is overridden: then a signal does not end the evaluation."""
+    names = ("on_validation_start", "on_validation_epoch_start")
+    return any(_is_overridden(each, name) for each in (*callbacks, algorithm) for name in names)
+
+
 def _is_overridden(each: Callback | Algorithm, name: str) -> bool:
     """Return whether a hook of Lightning is overridden, in a class or in the object itself."""
     base = Callback if isinstance(each, Callback) else Algorithm
     return name in vars(each) or getattr(type(each), name, None) is not getattr(base, name, None)
+
+
+def _calls(function: Any, names: tuple[str, ...]) -> bool:
+    """Return whether the code of a function mentions one of the names."""
+    return bool(set(names) & {*function.__code__.co_names, *function.__code__.co_freevars})
 
 
 def _defining_class(each: Callback | Algorithm, name: str) -> type:

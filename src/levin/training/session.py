@@ -76,6 +76,9 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             print_line(
                 f"eval.every={cfg.eval.every} is more than total_env_steps: the run is evaluated once, at its end"
             )
+        starts = cfg.algo.get("learning_starts") or 0
+        if starts >= cfg.total_env_steps:
+            print_line(f"algo.learning_starts={starts} is not less than total_env_steps: no update will be made")
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
         loggers.use_clock(trainer.loggers, algorithm)
         try:
