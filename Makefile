@@ -62,7 +62,7 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [NAME=wide] [NOTE="why"] [RUN=path] [ARGS="algo.gamma=0.98"]
+train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [NAME=wide] [ARGS="algo.gamma=0.98"]
 ifneq ($(filter -m --multirun launcher=%,$(value ARGS)),)
 	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
 else

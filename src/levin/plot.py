@@ -163,7 +163,7 @@ def _config(run: Path) -> tuple[dict[str, str], str]:
         key for key in flat_keys(to_plain(config)) if not f"{key}.".startswith(tuple(f"{x}." for x in NOT_COMPARED))
     ]
     values = {key: str(OmegaConf.select(config, key)) for key in keys}
-    if code := read_provenance(run).get("code"):
+    if (run / METRICS).is_file() and (code := read_provenance(run).get("code")):  # a result is of committed code
         values["code"] = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:6]
     return values, str(config.seed)
 

@@ -155,8 +155,8 @@ STATES = {
         lambda s: {key: dict(value) for key, value in s.table.items()},
     ),
     "a numpy scalar": (
-        set_(value=np.float32(0)), lambda s: setattr(s, "value", s.value + np.float32(0.1)),
-        lambda s: (s.value.dtype, s.value.item()),
+        set_(scalar=np.float32(0)), lambda s: setattr(s, "scalar", s.scalar + np.float32(0.1)),
+        lambda s: (s.scalar.dtype, s.scalar.item()),
     ),
     "a structured array": (
         lambda s: setattr(s, "kept", np.zeros(2, [("a", "f4"), ("b", "i8")])),
