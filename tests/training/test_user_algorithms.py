@@ -128,7 +128,7 @@ def test_states_of_every_kind_survive_two_resumes(state, tmp_path, monkeypatch):
     assert len(losses[0]) >= 6
 
 
-def test_a_checkpoint_makes_no_object_of_a_class_that_is_not_the_users(tmp_path, monkeypatch):
+def test_a_checkpoint_makes_no_object_of_a_class_that_is_not_the_users(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kept_states.Keeper, "state", "new objects")
     words = (*PPO, "algo._target_=kept_states.Keeper", "total_env_steps=64")
     train(compose([*words]), tmp_path / "run")
@@ -140,5 +140,7 @@ def test_a_checkpoint_makes_no_object_of_a_class_that_is_not_the_users(tmp_path,
         with pytest.raises((ValueError, AttributeError, pickle.UnpicklingError)):
             loader.load()
     algorithm = load_algorithm(tmp_path / "run")
+    assert "a policy must not depend on them" in capsys.readouterr().err  # `kept` begins only in a training run
+    algorithm.configure_optimizers()
     extra_state.ExtraState(algorithm).restore(extra)
     assert [type(each) for each in algorithm.kept] == [kept_states.Episode] * len(algorithm.kept)
