@@ -36,7 +36,7 @@ def evaluate_run(
     Returns:
         The contents of the file.
     """
-    check_has_policy(Path(run))
+    check_has_policy(run)
     import numpy as np  # late: a command that is mistyped is refused before torch is imported
 
     from levin.collectors.episodes import evaluate, mean_numbers

@@ -56,10 +56,10 @@ def plot(*, runs: str, metric: str = RETURN, out: str | None = None) -> Path:
     Raises:
         ConfigError: There is no run, or no run has a value of the metric yet.
     """
+    groups = collect_runs(runs, metric)
     from levin.results.figures import draw_line, new_figure, plain, save_figure  # rliable takes seconds to import
 
     figure, axes = new_figure()
-    groups = collect_runs(runs, metric)
     for label, group in groups.items():
         curves = list(group.seeds.values())
         draw_line(axes, f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})", curves, single=True)
@@ -124,6 +124,8 @@ def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
 
 def _find_folders(runs: str) -> tuple[list[Path], set[Path], list[str]]:
     """Return the folders that words and wildcards match, those named without a wildcard, and what matches nothing."""
+    if not runs:
+        raise ConfigError("runs is missing: set runs=<run folders> (with make: RUNS=<run folders>)")
     patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
     named = {Path(each) for each in patterns if Path(each).exists()}
     found = {each: [each] if Path(each) in named else glob.glob(each) for each in patterns}

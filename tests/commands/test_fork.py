@@ -158,3 +158,16 @@ def test_a_fork_works_in_a_checkout_with_any_name(place, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "EXPERIMENTS", experiments)
     fork(algo="sac", name="my_idea")
     assert compose(["algo=my_idea", "env=pendulum"], check_values=False).algo._target_.endswith("MyIdea")
+
+
+def test_a_new_keyword_of_a_fork_is_in_the_config_of_its_runs(clone):
+    run(clone, sys.executable, "-m", "levin.fork", "algo=sac", "name=my_idea")
+    file = clone / "experiments/my_idea/algorithm.py"
+    keyword = "        bonus: float = 0.5,\n        gamma: Fraction"
+    assert file.read_text().count("        gamma: Fraction") == 1
+    file.write_text(file.read_text().replace("        gamma: Fraction", keyword))
+    assert "algo.bonus: 0.5" in run(clone, sys.executable, "-m", "levin.config", "algo=my_idea", "env=pendulum")
+    train = [sys.executable, "-m", "levin.train", "algo=my_idea", "env=pendulum", "algo.bonus=1"]
+    answer = subprocess.run(train, cwd=clone, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert "a new one is a keyword of __init__ and a line in experiments/my_idea/algo/my_idea.yaml" in answer.stderr

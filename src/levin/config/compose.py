@@ -69,6 +69,9 @@ def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
     OmegaConf.set_struct(config, True)
     if check_values:
         schema.check(config)
+        OmegaConf.set_struct(config, False)
+        schema.add_defaults(config)
+        OmegaConf.set_struct(config, True)
     OmegaConf.set_readonly(config, True)
     return config
 
@@ -180,6 +183,15 @@ def _check_debug(debug: str, algo: str) -> None:
         raise ConfigError(f"debug={debug} is not for {algo}; valid algorithms: {', '.join(supported)}")
 
 
+def _explain_new_keys(key: str, overrides: list[str]) -> str:
+    """Return how to add a hyper-parameter, if a fork is chosen and the key is of its algorithm."""
+    forks = {file.stem: file for file in paths.fork_files()}
+    chosen = [forks[name] for each in overrides if (name := each.removeprefix("algo=")) != each and name in forks]
+    if not key.startswith("algo.") or not chosen:
+        return ""
+    return f"; a new one is a keyword of __init__ and a line in {chosen[0].relative_to(paths.ROOT)}"
+
+
 def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
     """Return a plain error for one of Hydra's: name the unknown key and the valid ones."""
     cause: BaseException | None = error
@@ -203,5 +215,5 @@ def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
                 and not override.is_add()
                 and not any(v == key or v.startswith(f"{key}.") for v in valid)
             ):
-                return ConfigError(f"{key} is unknown; {valid_names(key, valid)}")
+                return ConfigError(f"{key} is unknown; {valid_names(key, valid)}{_explain_new_keys(key, overrides)}")
     return ConfigError(" ".join(str(error).split()))

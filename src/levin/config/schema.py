@@ -68,6 +68,17 @@ def check(config: DictConfig) -> None:
     _check_workers(config)
 
 
+def add_defaults(config: DictConfig) -> None:
+    """Add hyper-parameters that the config does not list, such as a new one of a fork, with their default values.
+
+    Then config.yaml has every value of a run.
+    """
+    for name, parameter in inspect.signature(algorithm_class(config)).parameters.items():
+        default = parameter.default
+        if name not in config.algo and default is not inspect.Parameter.empty:
+            config.algo[name] = list(default) if isinstance(default, tuple) else default
+
+
 def top_level(
     *,
     name: str,

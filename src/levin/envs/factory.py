@@ -91,6 +91,8 @@ def make_env(
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         unknown = isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound)
         hint = _explain_unregistered(config) if unknown else _location(error)
+        if render and "render_mode" in reason:
+            hint = "; to be recorded, an env takes render_mode='rgb_array' and returns a picture from render()"
         raise ConfigError(f"{what} can't be made: {type(error).__name__}: {reason}{hint}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
 

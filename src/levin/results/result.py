@@ -113,6 +113,8 @@ def result_path(exp: str) -> Path:
     Raises:
         ConfigError: The name has other letters than a-z, digits and `_`.
     """
+    if not exp:
+        raise ConfigError("exp is missing: set exp=<name of a result in experiments/> (with make: EXP=<name>)")
     if not re.fullmatch(r"[a-z0-9_]+", exp):
         raise ConfigError(f"exp={exp}: the name of a result has only the letters a-z, digits and _")
     return paths.EXPERIMENTS / exp

@@ -76,8 +76,11 @@ def algorithm_class(config: DictConfig) -> "type[Algorithm]":
     return algorithm
 
 
-def check_has_policy(run: Path) -> None:
+def check_has_policy(word: str) -> None:
     """Raise a ConfigError if there is no policy to load; cheaper than `load_algorithm`, which imports Lightning."""
+    if not word:
+        raise ConfigError("run is missing: set run=<run folder> (with make: RUN=<run folder>, or EXP=<result>)")
+    run = Path(word)
     if not (run / POLICY).is_file() and not checkpoint.list_checkpoints(run / "checkpoints"):
         checkpoint.newest_checkpoint(run)
 

@@ -49,7 +49,7 @@ def record_video(
     Raises:
         ConfigError: The env can't be rendered here.
     """
-    check_has_policy(Path(run))
+    check_has_policy(run)
     from levin.core.spaces import to_tensors  # late: a command that is mistyped is refused before torch is imported
     from levin.envs.factory import load_env, make_env
     from levin.runs.policy import Policy
