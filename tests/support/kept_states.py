@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from tensordict import TensorDict
+from torch import nn
 
 from levin.algorithms.ppo import PPO
 
@@ -184,18 +185,34 @@ STATES = {
 }  # fmt: skip
 
 
-class Keeper(PPO):
-    """PPO that keeps one of `STATES`, named by `state`, and records a checksum of what it shows."""
+class Holder(nn.Module):
+    """Module of the algorithm that keeps one of `STATES`."""
 
-    state = ""
+    def __init__(self, algorithm):
+        super().__init__()
+        vars(self)["algorithm"] = algorithm  # not as a submodule
+
+    @property
+    def actor(self):
+        return self.algorithm.actor
+
+    @property
+    def env_steps(self):
+        return self.algorithm.env_steps
+
+
+class Keeper(PPO):
+    """PPO that keeps every one of `STATES` and records a checksum of what each shows."""
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        STATES[self.state][0](self)
+        self.holders = nn.ModuleList([Holder(self) for _ in STATES])
+        for holder, (begin, _, _) in zip(self.holders, STATES.values(), strict=True):
+            begin(holder)
         return optimizer
 
     def training_step(self, rollout, index):
-        _, change, show = STATES[self.state]
-        change(self)
-        self.record(shown=torch.tensor(float(zlib.crc32(repr(show(self)).encode()) % 100_000)))
+        for number, (holder, (_, change, show)) in enumerate(zip(self.holders, STATES.values(), strict=True)):
+            change(holder)
+            self.record(**{f"shown_{number}": float(zlib.crc32(repr(show(holder)).encode()) % 100_000)})
         super().training_step(rollout, index)
