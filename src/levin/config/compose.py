@@ -110,8 +110,9 @@ def take_paths(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
             others.append(override)
             typed.pop(key, None)  # the last word counts
         elif "${" in path or path == "???":
+            instead = "write another text" if key == "note" else "name another folder"
             raise ConfigError(
-                f"{override} has a special meaning in a config (a reference or a missing value); write something else"
+                f"{override} has a special meaning in a config (a reference or a missing value); {instead}"
             )
         else:
             typed[key] = path

@@ -5,6 +5,7 @@ every imported module outside the installed packages, those that differ from the
 a copy of each, and provenance.json the checksums. A resumed run is compared with them.
 """
 
+import functools
 import hashlib
 import sys
 import sysconfig
@@ -87,12 +88,15 @@ def _local_files() -> Iterator[tuple[str, Path]]:
 def is_local(module: types.ModuleType | None) -> bool:
     """Return whether a module is a file that belongs neither to an installed package nor to Python itself."""
     file = getattr(module, "__file__", None)
-    return bool(file) and Path(file).is_file() and not _is_installed(Path(file).resolve())
+    return bool(file) and not _is_installed(file) and Path(file).is_file()
 
 
-def _is_installed(path: Path) -> bool:
+@functools.cache  # a process imports thousands of modules
+def _is_installed(file: str) -> bool:
     """Return whether a file belongs to an installed package or to Python itself."""
-    standard = Path(sysconfig.get_path("stdlib")).resolve()
+    if "/site-packages/" in file:
+        return True
+    path, standard = Path(file).resolve(), Path(sysconfig.get_path("stdlib")).resolve()
     return bool({"site-packages", "dist-packages"} & set(path.parts)) or path.is_relative_to(standard)
 
 
