@@ -95,6 +95,7 @@ def _wandb_logger(run: Path, config: dict[str, Any], wandb_id: str | None) -> Wa
     """Build the logger of Weights & Biases: online if the user is logged in there, else offline."""
     import wandb
 
+    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline")
     experiment = wandb.init(
         project=config["wandb_project"],
         name=run.name,
@@ -102,11 +103,12 @@ def _wandb_logger(run: Path, config: dict[str, Any], wandb_id: str | None) -> Wa
         dir=run,
         id=wandb_id,
         resume="allow",
-        mode=os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline"),  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
         notes=config.get("note"),
         settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT, silent=True),
     )
-    where = experiment.url or f"offline; to upload it: wandb sync {Path(experiment.dir).parent}"
+    offline = f"offline; to upload it: wandb sync {Path(experiment.dir).parent}"
+    where = offline if mode == "offline" else experiment.url or mode
     print_line(f"Weights & Biases: {where}")
     trust.record_code(_wandb_run(experiment.id))
     experiment.define_metric("env_steps")
