@@ -80,7 +80,7 @@ class Algorithm(LightningModule):
     """
 
     # Names of attributes that need not be saved; those of base classes are added. Every other attribute that changes
-    # during a run is saved in its checkpoints (levin.training.extra_state).
+    # during a run is saved in its checkpoints (levin.runs.extra_state).
     not_saved: ClassVar[tuple[str, ...]] = (
         *(*PROGRESS, "logged", "buffer", "_saved_buffer", "env"),  # saved by `on_save_checkpoint`, or constant
         *("iteration_begun", "iterations_here", "sample_seconds", "before_zero_grad", "before_optimizer_step"),

@@ -39,7 +39,7 @@ class Replay:
     """
 
     # Names of attributes that `state_dict` saves or that need not be saved; those of base classes are added. Others
-    # that change are saved by levin.training.extra_state.
+    # that change are saved by levin.runs.extra_state.
     not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes")
 
     def __init__(self, size: int, storage: str) -> None:

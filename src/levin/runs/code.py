@@ -44,11 +44,12 @@ def copy_code(code: dict[str, Path], run: Path, folder: str) -> None:
                 copy.write_bytes(path.read_bytes())
 
 
-def describe_changes(before: dict[str, str], commit: str) -> list[str]:
+def describe_changes(before: dict[str, str], code: dict[str, Path], commit: str) -> list[str]:
     """Return a text for each file that differs between an earlier session and this one, such as `x.py has changed`.
 
     Args:
         before: Checksums of the files of the earlier session that differed from its commit.
+        code: Files of this session, from `collect_code`.
         commit: Commit of the earlier session.
     """
     local = dict(_local_files())
@@ -60,7 +61,7 @@ def describe_changes(before: dict[str, str], commit: str) -> list[str]:
     now = checksums({name: path for name, path in local.items() if name in before})
     lines = [f"{name} has changed" for name in now if now[name] != before[name]]
     lines += [f"{name} is gone" for name in before if name not in local and not name.startswith(SCRIPT)]
-    others = [name for name in collect_code() if name not in before]
+    others = [name for name in code if name not in before]
     return lines + [f"{name} is new, or has changed since commit {commit[:8] or 'unknown'}" for name in others]
 
 

@@ -40,24 +40,8 @@ from levin.runs import code
 CONSTANT = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, np.memmap)
 # Values that can't change: two equal ones need not stay one.
 IMMUTABLE = (
-    *(
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        type(None),
-        tuple,
-        frozenset,
-        np.generic,
-        np.dtype,
-        Enum,
-        type,
-        range,
-        slice,
-    ),
-    *(types.MethodType, functools.partial, torch.dtype, torch.device, PurePath, date, timedelta),
+    *(bool, int, float, complex, str, bytes, type(None), tuple, frozenset, Enum, type, range, slice),
+    *(np.generic, np.dtype, torch.dtype, torch.device, types.MethodType, functools.partial, PurePath, date, timedelta),
 )
 CONTAINERS = (list, set, deque, dict, OrderedDict, defaultdict, Counter)
 SAFE = {
@@ -294,7 +278,7 @@ class Fingerprinter(Writer):
 
 
 class Saver(Writer):
-    """Write values, and list the objects to which the algorithm begins with whose contents must be written as well."""
+    """Write values, and list the objects that the algorithm begins with whose contents must be written as well."""
 
     def __init__(self, state: ExtraState, file: io.BytesIO) -> None:
         super().__init__(state, file)
@@ -327,14 +311,10 @@ class Loader(pickle.Unpickler):
         return self.parts[pid] if isinstance(pid, str) else self.state.originals[pid]
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        for helper in HELPERS:
-            if (module_name, global_name) == (helper.__module__, helper.__qualname__):
-                return helper
+        if (module_name, global_name) in NAMES:
+            return NAMES[module_name, global_name]
         if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
             return dtype
-        known = {(each.__module__, each.__qualname__): each for each in SAFE}
-        if (module_name, global_name) in known:
-            return known[module_name, global_name]
         found: Any = None
         if module_name in sys.modules:  # never import what a checkpoint names
             found = super().find_class(module_name, global_name)
@@ -522,4 +502,6 @@ def _make_method(value: Any, name: str) -> Any:
     return types.MethodType(function, value)
 
 
-HELPERS = (*(_make_generator, _make_tensor, _make_view, _make_tensordict, _make_array, _make_scalar, _make_method),)
+HELPERS = (_make_generator, _make_tensor, _make_view, _make_tensordict, _make_array, _make_scalar, _make_method)
+# What a checkpoint may name, besides dtypes and the classes that `_is_safe` accepts.
+NAMES = {(each.__module__, each.__qualname__): each for each in (*HELPERS, *SAFE)}

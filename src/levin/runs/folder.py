@@ -99,7 +99,7 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         local = code.collect_code()
         provenance = {**provenance, "code": code.checksums(local)}
         if resumed and contents:
-            if _report_changed_code([contents, *contents["resumed"]][-1]):
+            if _report_changed_code([contents, *contents["resumed"]][-1], local):
                 code.copy_code(local, run, f"{code.FOLDER}_resumed_{len(contents['resumed']) + 1}")
             contents["resumed"].append(provenance)
         else:
@@ -110,11 +110,11 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
 
 
-def _report_changed_code(before: dict[str, Any]) -> bool:
+def _report_changed_code(before: dict[str, Any], local: dict[str, Path]) -> bool:
     """Print a line for each file of the code that has changed since the session `before`; return whether any has."""
     if before.get("code") is None:
         return False
-    lines = code.describe_changes(before["code"], before["git_sha"])
+    lines = code.describe_changes(before["code"], local, before["git_sha"])
     for line in lines:
         print(f"levin: {line}: numbers may differ from those of an uninterrupted run", file=sys.stderr)
     return bool(lines)

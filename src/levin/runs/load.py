@@ -110,7 +110,8 @@ def load_algorithm(run: Path) -> "Algorithm":
         else:
             algorithm.on_load_checkpoint(saved)
             algorithm.load_state_dict(saved["state_dict"])
-            _restore_attributes(algorithm, saved.get("extra", {}))
+            if extra := saved.get("extra"):
+                _restore_attributes(algorithm, extra)
     except Exception as error:  # values of the wrong type or size raise errors of many types
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit {kind.__name__}: {type(error).__name__}: {reason}") from error
