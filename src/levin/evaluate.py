@@ -6,7 +6,7 @@ from typing import Any
 from levin.config import cli
 from levin.core import files, paths
 from levin.core.errors import RunError, exit_on_user_error
-from levin.core.process import silence_libraries
+from levin.core.process import share_cores, silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION
 from levin.runs import checkpoint
@@ -76,6 +76,7 @@ def evaluate_run(
 def main() -> None:
     """Evaluate the run that the command line names."""
     with exit_on_user_error():
+        share_cores()
         evaluate_run(**cli.command_arguments(evaluate_run))
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli, schema
 from levin.core.errors import ConfigError, exit_on_user_error, valid_names
+from levin.core.process import share_cores
 from levin.core.omega import flat_keys, to_plain
 from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
@@ -146,6 +147,7 @@ def environment_changes(run: Path) -> list[str]:
 def main() -> None:
     """Continue the run that the command line names."""
     with exit_on_user_error():
+        share_cores()
         words = cli.parse_overrides(sys.argv[1:], as_typed=["run"])
         for key in words:  # keys that no saved config has are refused before the run folder is read
             if "." not in key and key not in ("run", "trust", *inspect.signature(schema.top_level).parameters):

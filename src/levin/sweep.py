@@ -25,7 +25,7 @@ from levin.config.compose import NULL_DEFAULTS, add_pluses, compose, finalize, w
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
-from levin.core.process import print_line
+from levin.core.process import print_line, share_cores
 from levin.runs import folder as run_folder
 
 FLAGS = ("-m", "--multirun")
@@ -112,6 +112,8 @@ def run_job(cfg: DictConfig) -> float | None:
     from levin import resume  # late: a sweep that is mistyped is refused before torch and Lightning are imported
     from levin.training.session import train
 
+    if "SUBMITIT_EXECUTOR" in os.environ:  # else `levin.train` has
+        share_cores()
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
     try:

@@ -1,11 +1,13 @@
 """Set up a process of a run: signals, memory allocation, and log output."""
 
 import ctypes
+import fcntl
 import logging
 import os
 import signal
 import stat
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from typing import Any
 
 # SLURM sends USR1 before the time limit; a terminal sends HUP when it is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Settings of OpenMP that say how idle threads wait.
+WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # as in glibc's malloc.h
 
 
@@ -78,6 +82,47 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
             libc.mallopt(option, value)
+
+
+def share_cores() -> None:
+    """Let the idle threads of this process sleep if another process of Levin already computes on its cores.
+
+    An idle OpenMP thread spins by default. That is fastest for a process alone, but two processes that spin on the same
+    cores starve each other, to a hundredth of their speed. One that spins beside others that sleep does not. So the
+    first process claims its cores until it ends, and those that find too few unclaimed cores set
+    `OMP_WAIT_POLICY=PASSIVE`. A setting of the user has priority. The results are the same either way.
+
+    OpenMP reads the variable when torch is imported, so this must be called before.
+    """
+    if any(name in os.environ for name in WAIT_SETTINGS):
+        return
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    count = min(len(cores), int(threads) if threads.isdigit() else len(cores))
+    if count > 1 and not _claim_cores(cores, count):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _claim_cores(cores: list[int], count: int) -> bool:
+    """Lock the files of `count` of these cores until this process ends; return whether so many were unlocked."""
+    folder = Path(tempfile.gettempdir(), f"levin-cores-{os.getuid()}")
+    claimed: list[int] = []
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for core in cores:
+            descriptor = os.open(folder / str(core), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                claimed.append(descriptor)
+            except (BlockingIOError, PermissionError):
+                os.close(descriptor)
+            if len(claimed) == count:
+                return True
+    except OSError:  # a folder that can't be written, or a file system without locks
+        pass
+    for descriptor in claimed:
+        os.close(descriptor)
+    return False
 
 
 def _format_warning(
