@@ -169,7 +169,7 @@ ROWS = [
         optimizers={"optimizer": 1},
         losses=oracles.a2c_losses,
         oracle=oracles.a2c_oracle,
-        bootstraps=lambda algorithm, batch: algorithm.losses(batch.unsqueeze(1))[1],
+        bootstraps=lambda algorithm, batch: oracles.a2c_losses(algorithm, batch.unsqueeze(1))[1],
         graphs=1,
         learns=((*POINT, "total_env_steps=20000", "algo.lr=3e-3", "algo.gamma=0.9"), -6.0),
     ),
@@ -181,7 +181,7 @@ ROWS = [
         optimizers={},
         losses=oracles.a2c_losses,
         oracle=oracles.a2c_oracle,
-        bootstraps=lambda algorithm, batch: algorithm.losses(batch.unsqueeze(1))[1],
+        bootstraps=lambda algorithm, batch: oracles.a2c_losses(algorithm, batch.unsqueeze(1))[1],
         learns=((*POINT, "total_env_steps=20000", "algo.lr=3e-3", "algo.gamma=0.9", "env.num_envs=8"), -6.0),
     ),
     Row(

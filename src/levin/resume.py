@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli, schema
 from levin.core.errors import ConfigError, exit_on_user_error, valid_names
-from levin.core.process import share_cores
 from levin.core.omega import flat_keys, to_plain
+from levin.core.process import share_cores
 from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config

@@ -6,18 +6,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import Tensor, nn
 
 import oracles
 from checks import build_algorithm, build_row, compiled_and_eager_are_the_same, make_batch, metrics, saved_state
 from levin import resume
+from levin.algorithms.a2c import A2C
+from levin.algorithms.a3c import A3C
+from levin.algorithms.ppo import PPO
+from levin.algorithms.reinforce import REINFORCE
 from levin.algorithms.trpo import conjugate_gradient
+from levin.bench.peers import fake_env_spec
 from levin.collectors.episodes import step_count
 from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
+from levin.core.spaces import describe_action, describe_space
+from levin.data import returns
 from levin.data.rollout import WholeEpisodes
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
@@ -30,6 +38,73 @@ from rows import LATE, POINT, ROWS
 def make_algorithm(*overrides: str):
     """Build an algorithm with its optimizers, without a Trainer."""
     return build_algorithm(*LATE, *overrides)
+
+
+# --- values of next observations
+
+
+SPACES = {"vector": Box(-1, 1, (5,)), "pixels": Box(0, 255, (3, 36, 36), np.uint8)}
+
+
+def random_rollout(kind: str, num_envs: int, steps: int) -> TensorDict:
+    """Return a rollout `[N, T]` of episodes that terminate or are truncated at random."""
+    space = SPACES[kind]
+
+    def draw(*shape: int) -> Tensor:
+        shape = (*shape, *space.shape)
+        return torch.randint(256, shape, dtype=torch.uint8) if kind == "pixels" else torch.rand(shape) * 2 - 1
+
+    observation = draw(num_envs, steps + 1)
+    terminated, truncated = torch.rand(2, num_envs, steps, 1) < 0.2
+    done = terminated | truncated
+    done[:, -1] = truncated[:, -1] = True  # as REINFORCE needs it
+    shape = (num_envs, steps) + (1,) * len(space.shape)
+    following = torch.where(done.view(shape), draw(num_envs, steps), observation[:, 1:])
+    after = {"observation": following, "reward": torch.rand(num_envs, steps, 1), "terminated": terminated}
+    after |= {"truncated": truncated, "done": done}
+    content = {"observation": observation[:, :-1].contiguous(), "action": torch.randint(3, (num_envs, steps))}
+    return TensorDict({**content, "next": after}, batch_size=(num_envs, steps))
+
+
+@pytest.mark.parametrize("kind", SPACES)
+@pytest.mark.parametrize("algo", [A2C, A3C, PPO, REINFORCE])
+def test_next_observations_are_evaluated_only_where_the_rollout_does_not_go_on(algo, kind):
+    """Returns and the critic's gradient are the same as with V(s') from a pass over all next observations."""
+    torch.manual_seed(0)
+    if algo is REINFORCE and kind == "pixels":
+        pytest.skip("REINFORCE reads vectors")
+    spec = fake_env_spec(describe_space(SPACES[kind]), describe_action(Discrete(3)))
+    options = {"gae_lambda": 0.9, "steps_per_iteration": 8} if algo is not REINFORCE else {"advantage": "baseline"}
+    algorithm = algo(env=spec, **({"batch_size": 8} if algo is PPO else {}), **options)
+    num_envs = 1 if algo is REINFORCE else 3
+    rollout = random_rollout(kind, num_envs, 60)
+    after = rollout["next"]
+
+    def values(observation: Tensor) -> Tensor:
+        return algorithm.critic(algorithm.trunk(observation.flatten(0, 1))).unflatten(0, rollout.shape)
+
+    value = values(rollout["observation"])
+    with torch.no_grad():
+        next_value = values(after["observation"])
+    flags = {"reward": after["reward"], "terminated": after["terminated"], "done": after["done"]}
+    lambda_ = 1.0 if algo is REINFORCE else 0.9
+    target = returns.lambda_return(**flags, next_value=next_value, gamma=0.99, lambda_=lambda_)
+    evaluated = []
+    algorithm.trunk.register_forward_hook(lambda _, inputs, __: evaluated.append(len(inputs[0])))
+    if algo is PPO:
+        data, _ = algorithm.evaluate(rollout)
+        torch.testing.assert_close(data["value_target"], target.flatten(0, 1), rtol=1e-6, atol=1e-6)
+    elif algo is REINFORCE:
+        torch.testing.assert_close(algorithm.reward_to_go(rollout), target, rtol=1e-6, atol=1e-6)
+    else:
+        loss = algorithm.losses(rollout, algorithm.last_value(rollout))[1]
+        expected = (target - value).square().mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        parameters = [*algorithm.trunk.parameters(), *algorithm.critic.parameters()]
+        actual, reference = (torch.autograd.grad(each, parameters) for each in (loss, expected))
+        torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-6)
+    last = after["done"].sum()
+    assert sum(evaluated) == (last if algo is REINFORCE else rollout.numel() + last)
 
 
 # --- collection

@@ -166,7 +166,7 @@ def gradient(algorithm, objective: Tensor, **options) -> Tensor:
 def loss(algorithm, data: TensorDict) -> Tensor:
     """Return the actor loss of one trajectory, computed by the algorithm."""
     if isinstance(algorithm, A2C):
-        return algorithm.losses(data)[0] * STEPS  # A2C averages over the four transitions
+        return algorithm.losses(data, algorithm.last_value(data))[0] * STEPS  # A2C averages over the four transitions
     if isinstance(algorithm, ActorCritic):
         data = data.flatten(0, 1)
     return algorithm.actor_loss(data, algorithm.weight(data))[0]

@@ -1,5 +1,6 @@
 """Envs: seeds, action units, wrappers, running statistics, and errors of envs that cannot be made."""
 
+import copy
 import multiprocessing
 import signal
 import sys
@@ -154,6 +155,11 @@ def test_observation_statistics_are_those_of_all_samples():
     flat = data.flatten(0, 1)
     torch.testing.assert_close(normalizer.moments.mean, flat.mean(0))
     torch.testing.assert_close(normalizer.moments.var, flat.var(0, correction=0))
+    loaded = ObservationNormalizer((3,), clip=5.0)
+    loaded.load_state_dict(normalizer.state_dict())
+    for part in (normalizer, loaded, copy.deepcopy(normalizer)):
+        assert torch.equal(part.moments.scale, (part.moments.var + 1e-8).rsqrt())
+        assert torch.equal(part(flat), normalizer(flat))
     normal = normalizer(flat)
     torch.testing.assert_close(normal.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     assert float(normalizer(torch.full((1, 3), 1e6)).max()) == 5.0
@@ -174,6 +180,8 @@ def test_reward_statistics_span_rollouts_and_are_reset_at_episode_ends():
     for start in range(0, 42, 5):
         normalizer.update(reward[:, start : start + 5], done[:, start : start + 5])
     torch.testing.assert_close(float(normalizer.moments.var), float(np.var(expected)))
+    with pytest.raises(ValueError, match="shorter"):  # never the returns of other envs
+        normalizer.update(reward[:1], done[:1])
     torch.testing.assert_close(normalizer(reward), (reward / np.std(expected)).float())
 
 
@@ -196,3 +204,17 @@ def test_making_an_env_in_a_child_process_keeps_its_signal_handlers():
     assert receiver.poll(30)
     assert receiver.recv()
     process.join()
+
+
+def test_only_the_last_repeated_step_is_drawn(monkeypatch):
+    mujoco_env = pytest.importorskip("gymnasium.envs.mujoco")
+    drawn = []
+    monkeypatch.setattr(
+        mujoco_env.MujocoEnv, "render", lambda env: drawn.append(env.data.time) or np.zeros((32, 32, 3), np.uint8)
+    )
+    env = make_single_env(EnvConfig(id="HalfCheetah-v4", pixels=32, action_repeat=4))
+    env.reset(seed=0)
+    drawn.clear()
+    for _ in range(10):
+        env.step(env.action_space.sample())
+    np.testing.assert_allclose(drawn, np.arange(1, 11) * 4 * env.unwrapped.dt)  # after every fourth step

@@ -110,8 +110,10 @@ def gradients(algo: str, rank: int | None) -> list[Tensor]:
             algorithm.update(algorithm.evaluate(data)[0], None, torch.tensor(0.2))
         elif algo == "trpo":
             algorithm.update(algorithm.advantages(data))
-        elif algo in ("reinforce", "a2c"):
+        elif algo == "reinforce":
             algorithm.update(data)
+        elif algo == "a2c":
+            algorithm.update(data, algorithm.last_value(data))
         elif algo == "dreamer":
             algorithm.update(records_of(data))
         elif algo == "dreamer_v3":

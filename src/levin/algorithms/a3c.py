@@ -42,6 +42,7 @@ from levin.core.errors import RunError
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
+from levin.data.rollout import is_last, successors
 from levin.nn.networks import Actor, Critic, make_trunk
 from levin.nn.parameters import clip_grad_norm, flatten_parameters
 
@@ -142,7 +143,8 @@ class A3C(Algorithm):
         self.local.grad = flat.grad
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
-        self.update(self.normalize(rollout))
+        rollout = self.normalize(rollout)
+        self.update(rollout, self.last_value(rollout))
         self.pull()  # for the next rollout
 
     @torch.no_grad()
@@ -151,44 +153,49 @@ class A3C(Algorithm):
         self.updates = int(self.pushes.sum())
         self.local.copy_(self.theta)
 
-    def update(self, rollout: TensorDictBase) -> None:
+    def update(self, rollout: TensorDictBase, last_value: Tensor) -> None:
         """Compute the gradient at theta' on all transitions `[N, T]` of a rollout, and apply it to theta."""
-        loss, metrics = self.combined_loss(rollout)
+        loss, metrics = self.combined_loss(rollout, last_value)
         self.local.grad.zero_()  # type: ignore[union-attr]
         self.manual_backward(loss)
         clip_grad_norm([self.local], self.max_grad_norm)
         self.push()
         self.record(**metrics)
 
-    def combined_loss(self, rollout: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def combined_loss(self, rollout: Batch, last_value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss to minimise, and its parts as metrics."""
-        actor_loss, critic_loss, entropy = self.losses(rollout)
+        actor_loss, critic_loss, entropy = self.losses(rollout, last_value)
         loss = actor_loss + self.value_coef * critic_loss
         if self.entropy_coef:  # with weight 0, skip its backward pass
             loss = loss - self.entropy_coef * entropy
         metrics = {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy": entropy}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
-    def losses(self, rollout: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, rollout: Batch, last_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the actor loss -E[(R - V(s)) log pi(a|s)], the critic loss E[(R - V(s))^2] and the mean entropy."""
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
-        next_features = self.trunk(rollout["next", "observation"].flatten(0, 1))
-        distribution = self.actor(features)
-        value, next_value = self.critic(torch.cat([features, next_features])).chunk(2)  # [2 N T, 1] -> 2 x [N T, 1]
-        target = self.value_target(rollout, next_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
+        distribution, value = self.actor(features), self.critic(features)
+        target = self.value_target(rollout, value.detach(), last_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
         actor_loss = -((target - value.detach()) * log_prob).mean()
         return actor_loss, (target - value).square().mean(), distribution.entropy().mean()
 
     @torch.no_grad()
-    def value_target(self, rollout: Batch, next_value: Tensor) -> Tensor:
+    def last_value(self, rollout: TensorDictBase) -> Tensor:
+        """Return V(s_{t+1}) `[N, T, 1]` where s_{t+1} is not the next observation (`is_last`), and 0 elsewhere."""
+        zeros = torch.zeros_like(rollout["next", "reward"])
+        return successors(zeros, rollout, lambda observation: self.critic(self.trunk(observation)))
+
+    @torch.no_grad()
+    def value_target(self, rollout: Batch, value: Tensor, last_value: Tensor) -> Tensor:
         """Return R_t, `[N, T, 1]`: the TD(lambda) return, which is the n-step return for lambda = 1."""
         reward, terminated, done = (rollout["next", key] for key in ("reward", "terminated", "done"))
+        next_value = torch.where(is_last(done), last_value, value.view_as(reward).roll(-1, 1))
         return returns.lambda_return(
             reward=reward,
             terminated=terminated,
             done=done,
-            next_value=next_value.view_as(reward),
+            next_value=next_value,
             gamma=self.gamma,
             lambda_=self.gae_lambda,
         )

@@ -48,6 +48,7 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
+from levin.data.rollout import successors
 from levin.nn.distributions import Categorical, Normal
 from levin.nn.networks import Actor, Critic, make_trunk
 
@@ -161,7 +162,9 @@ class PPO(Algorithm):
             data, old = self.evaluate(rollout)
         for epoch in range(self.epochs):
             if epoch and self.recompute_advantage:
-                data.update(self.advantages(rollout))
+                with torch.no_grad():
+                    features = self.trunk(data["observation"])
+                data.update(self.advantages(rollout, features))
             kl = self.epoch(data, old, clip_epsilon)
             # Reading `kl` waits for the device, so it happens only between epochs and only if target_kl is set.
             if self.penalty == "clip" and self.target_kl is not None and kl > self.target_kl:
@@ -184,8 +187,9 @@ class PPO(Algorithm):
     @torch.no_grad()
     def evaluate(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Categorical | Normal]:
         """Return all transitions `[N T]` with log pi_k(a|s), advantage, target and V_k; and the distribution pi_k."""
-        old = self.actor(self.trunk(rollout["observation"].flatten(0, 1)))  # [N, T, *S] -> [N T, *S]
-        data = self.advantages(rollout)
+        features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
+        old = self.actor(features)
+        data = self.advantages(rollout, features)
         data["observation"] = rollout["observation"].flatten(0, 1)
         data["action"] = rollout["action"].flatten(0, 1)
         data["log_prob"] = old.log_prob(data["action"])
@@ -194,11 +198,19 @@ class PPO(Algorithm):
         return data, old
 
     @torch.no_grad()
-    def advantages(self, rollout: TensorDictBase) -> TensorDict:
-        """Return the GAE of a rollout `[N, T]`, the critic's targets A + V, and V: each `[N T, 1]`."""
+    def advantages(self, rollout: TensorDictBase, features: Tensor) -> TensorDict:
+        """Return the GAE of a rollout `[N, T]`, the critic's targets A + V, and V: each `[N T, 1]`.
+
+        Args:
+            rollout: Rollout.
+            features: Features of its observations, `[N T, F]`.
+        """
         after: TensorDict = rollout.get("next")
-        value = self.value(rollout["observation"])
-        next_value = self.value(after["observation"])
+        next_features = successors(features.unflatten(0, rollout.shape), rollout, self.trunk)  # [N, T, F]
+        value, next_value = (
+            self.critic(each).unflatten(0, rollout.shape)  # [N T, F] -> [N, T, 1]
+            for each in (features, next_features.flatten(0, 1))
+        )
         advantage = returns.gae(
             reward=after["reward"],
             terminated=after["terminated"],
@@ -211,10 +223,6 @@ class PPO(Algorithm):
         entries = {"advantage": advantage, "value_target": advantage + value, "value": value}
         # [N, T] -> [N T]
         return TensorDict(entries, batch_size=rollout.shape).flatten(0, 1)  # type: ignore[return-value]
-
-    def value(self, observation: Tensor) -> Tensor:
-        """Return V(s) of a rollout's observations: `[N, T, *S] -> [N, T, 1]`."""
-        return self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, observation.shape[:2])
 
     def update(self, batch: TensorDictBase, old: Categorical | Normal | None, clip_epsilon: Tensor) -> Tensor:
         """Take one gradient step on a minibatch `[B]`; return its KL divergence."""

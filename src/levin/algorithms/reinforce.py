@@ -53,7 +53,7 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST, EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerName, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
-from levin.data.rollout import WholeEpisodes
+from levin.data.rollout import WholeEpisodes, successors
 from levin.nn.exploration import AlternatingGreedy, PairedPolicy
 from levin.nn.networks import Actor, Critic, make_trunk
 
@@ -250,9 +250,16 @@ class REINFORCE(Algorithm):
             reward=after["reward"],
             terminated=after["terminated"],
             done=after["done"],
-            next_value=self.value(after["observation"]) if self.critic else torch.zeros_like(after["reward"]),
+            next_value=self.last_value(rollout) if self.critic else torch.zeros_like(after["reward"]),
             gamma=self.gamma,
         )
+
+    def last_value(self, rollout: TensorDictBase) -> Tensor:
+        """Return V(s_{t+1}) `[N, T, 1]` where an episode ends, and 0 elsewhere."""
+        assert self.critic is not None
+        critic = self.critic
+        zeros = torch.zeros_like(rollout["next", "reward"])
+        return successors(zeros, rollout, lambda observation: critic(self.trunk(observation)))
 
     def value(self, observation: Tensor) -> Tensor:
         """Return V(s): `[N, T, *S] -> [N, T, 1]`."""

@@ -17,11 +17,13 @@ A policy with a second output, such as a latent state, adds it under the second 
 t + 1 follows step t, except where `done`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
@@ -44,6 +46,31 @@ class WholeEpisodes:
     transitions: int = 1
     episodes: int = 1
     paired_episodes: bool = False
+
+
+def is_last(done: Tensor) -> Tensor:
+    """Return `[N, T, 1]`, whether the next observation of a step is not the observation of the step after it.
+
+    This is so where an episode ends and at the end of the rollout.
+
+    Args:
+        done: End flags of a rollout, `[N, T, 1]`.
+    """
+    last = done.clone()
+    last[:, -1] = True
+    return last
+
+
+def successors(values: Tensor, rollout: TensorDictBase, function: Callable[[Any], Tensor]) -> Tensor:
+    """Return f(s_{t+1}), `[N, T, *]`, from the values f(s_t) of the same rollout.
+
+    Most are only shifted by one step. f is called for the others (`is_last`), with `[B, *S]`, and returns `[B, *]`.
+    """
+    after: TensorDictBase = rollout.get("next")
+    last = is_last(after["done"]).squeeze(-1)
+    shifted = values.roll(-1, 1)
+    shifted[last] = function(after["observation"][last])
+    return shifted
 
 
 def act(policy: TensorDictModule, batch: Any, is_first: np.ndarray) -> Tensor:

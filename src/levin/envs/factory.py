@@ -232,10 +232,10 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
             f"env.id={config.id} has several rewards, {rewards.shape}, and algorithms here learn from one: wrap the "
             "env in a module of your own so that it returns their weighted sum"
         )
-    if config.pixels:
-        env = AddRenderObservation(env, render_only=True)
     if config.action_repeat > 1:
         env = ActionRepeat(env, config.action_repeat)
+    if config.pixels:  # after the repeated steps, of which only the last is drawn
+        env = AddRenderObservation(env, render_only=True)
     if config.observation_entries is not None:
         env = select_entries(env, config.observation_entries)
     env = drop_texts(env)

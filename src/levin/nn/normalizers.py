@@ -26,12 +26,21 @@ class RunningMoments(nn.Module):
     mean: Tensor
     var: Tensor
     count: Tensor
+    scale: Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        # 1 / std, which every step of the policy needs. Not saved: it follows from `var`.
+        self.register_buffer("scale", (self.var + EPSILON).rsqrt(), persistent=False)
+        self.register_load_state_dict_post_hook(RunningMoments.update_scale)
+
+    @torch.no_grad()
+    def update_scale(self, _: object = None) -> None:
+        """Set `scale` after a change of `var`, also by `load_state_dict`."""
+        self.scale.copy_((self.var + EPSILON).rsqrt())
 
     @torch.no_grad()
     def update(self, samples: Tensor) -> None:
@@ -49,6 +58,7 @@ class RunningMoments(nn.Module):
         self.mean.add_(delta * count / total)
         self.var.copy_(squares / total)
         self.count.copy_(total)
+        self.update_scale()
 
 
 class ObservationNormalizer(nn.Module):
@@ -65,8 +75,8 @@ class ObservationNormalizer(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Normalise observations: `[..., *shape] -> [..., *shape]`, float32."""
-        scale = (self.moments.var + EPSILON).rsqrt()
-        return ((observation - self.moments.mean) * scale).float().clamp(-self.clip, self.clip)
+        moments = self.moments
+        return (observation - moments.mean).mul_(moments.scale).float().clamp_(-self.clip, self.clip)
 
 
 class VectorNormalizer(nn.Module):
@@ -112,17 +122,19 @@ class RewardNormalizer(nn.Module):
     @torch.no_grad()
     def update(self, reward: Tensor, done: Tensor) -> None:
         """Update the statistics with the rewards and the `done` flags of one rollout, both `[N, T, 1]`."""
-        returns = torch.empty(reward.shape[:2], dtype=torch.float64)  # [N, T]
-        running = self.running_return.cpu()
-        rewards, alive = reward.squeeze(-1).double().cpu(), 1 - done.squeeze(-1).double().cpu()  # [N, T, 1] -> [N, T]
-        for step in range(reward.shape[1]):
-            running = running * self.gamma + rewards[:, step]
-            returns[:, step] = running
-            running = running * alive[:, step]
-        self.running_return.copy_(running)
-        self.moments.update(returns.flatten().to(self.running_return.device))
+        returns: list[float] = []  # [N T]
+        running: list[float] = []  # [N]
+        rewards, ends = reward.squeeze(-1).tolist(), done.squeeze(-1).tolist()  # [N, T, 1] -> [N, T]
+        # In plain numbers, because tensor operations on a single step take a hundred times as long.
+        for value, row, row_ends in zip(self.running_return.tolist(), rewards, ends, strict=True):
+            for each, end in zip(row, row_ends, strict=True):
+                value = value * self.gamma + each  # noqa: PLW2901
+                returns.append(value)
+                value = 0.0 if end else value  # noqa: PLW2901
+            running.append(value)
+        self.running_return.copy_(torch.tensor(running, dtype=torch.float64))
+        self.moments.update(torch.tensor(returns, dtype=torch.float64, device=self.running_return.device))
 
     def forward(self, reward: Tensor) -> Tensor:
         """Normalise rewards: `[..., 1] -> [..., 1]`, float32."""
-        scale = (self.moments.var + EPSILON).rsqrt()
-        return (reward * scale).float().clamp(-self.clip, self.clip)
+        return (reward * self.moments.scale).float().clamp_(-self.clip, self.clip)
