@@ -8,7 +8,7 @@ updated after it, so that the policy is improved on the same inputs that it acte
 batches are normalised when they are sampled.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -27,13 +27,14 @@ class RunningMoments(nn.Module):
     var: Tensor
     count: Tensor
     scale: Tensor
+    not_saved: ClassVar = ("scale",)  # it follows from `var`
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        # 1 / std, which every step of the policy needs. Not saved: it follows from `var`.
+        # 1 / std, which every step of the policy needs
         self.register_buffer("scale", (self.var + EPSILON).rsqrt(), persistent=False)
         self.register_load_state_dict_post_hook(RunningMoments.update_scale)
 
@@ -130,7 +131,7 @@ class RewardNormalizer(nn.Module):
             for each, end in zip(row, row_ends, strict=True):
                 value = value * self.gamma + each  # noqa: PLW2901
                 returns.append(value)
-                value = 0.0 if end else value  # noqa: PLW2901
+                value *= not end  # noqa: PLW2901
             running.append(value)
         self.running_return.copy_(torch.tensor(running, dtype=torch.float64))
         self.moments.update(torch.tensor(returns, dtype=torch.float64, device=self.running_return.device))
