@@ -215,7 +215,7 @@ class VectorCollector(BaseCollector):
                 terminations[:, t] = terminated
                 truncations[:, t] = truncated
                 self._first = done = terminated | truncated
-                if done.any():
+                if np.count_nonzero(done):  # much faster than `done.any()`
                     arrays.ended.append((t, done, [np.asarray(value)[done] for value in current]))
                     self._seeded_at[done & ~env.continues_without_seed] = self.vector_steps + t + 1
                     current = self._split_parts(env.reset(options={"reset_mask": done})[0])

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate
 
@@ -37,7 +38,7 @@ class SyncEnvs(SyncVectorEnv):
 
     Args:
         make: Functions that build the envs. Their observation spaces may differ in their bounds.
-        copy: Whether observations are copies; otherwise the next step overwrites them.
+        copy: Whether `reset` and `step` return copies; otherwise the next step overwrites what they return.
     """
 
     def __init__(self, make: list[Callable[[], gym.Env]], *, copy: bool) -> None:
@@ -48,35 +49,48 @@ class SyncEnvs(SyncVectorEnv):
         self.calls = 0
         self.separated = True  # whether each env has random streams of its own
         self.envs = [OwnGenerators(env) for env in self.envs]
+        shape = self.single_observation_space.shape if isinstance(self.single_observation_space, Box) else None
+        # View of `_observations` `[N, S, *]` as `[N S, *]`, if they are one array
+        self._rows = self._observations.reshape(-1, *shape[1:]) if shape else None  # type: ignore[union-attr]
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the envs of the mask `options["reset_mask"]` `[N]`, or all envs; `seed` is None or a list `[N]`."""
-        others = {key: value for key, value in (options or {}).items() if key != "reset_mask"} or None
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        self._watch(self._reset_envs, mask, [None] * self.num_envs if seed is None else seed, others)
+        others = dict(options or {})
+        mask = others.pop("reset_mask") if "reset_mask" in others else np.ones(self.num_envs, dtype=bool)
+        self._watch(self._reset_envs, mask, [None] * self.num_envs if seed is None else seed, others or None)
         return self._observe(), {}
 
     def _reset_envs(self, mask: np.ndarray, seeds: list[int | None], options: dict[str, Any] | None) -> None:
-        for i in np.flatnonzero(mask).tolist():
+        for i in mask.nonzero()[0].tolist():
             self._env_obs[i], _ = self.envs[i].reset(seed=seeds[i], options=options)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all envs with actions `[N, *A]`."""
         self._watch(self._step_envs, actions)
-        return self._observe(), self._rewards.copy(), self._terminations.copy(), self._truncations.copy(), {}
+        flags = (self._rewards, self._terminations, self._truncations)
+        return self._observe(), *(flags if not self.copy else map(np.copy, flags)), {}  # type: ignore[return-value]
 
     def _step_envs(self, actions: Any) -> None:
+        observations, rewards, terminations = self._env_obs, self._rewards, self._terminations
+        truncations = self._truncations
         for i, env in enumerate(self.envs):
-            self._env_obs[i], reward, terminated, truncated, info = env.step(actions[i])
-            self._rewards[i] = as_number("reward", reward)
-            self._terminations[i] = terminated = as_number("terminated", terminated)
-            self._truncations[i] = truncated = as_number("truncated", truncated)
+            observations[i], reward, terminated, truncated, info = env.step(actions[i])
+            if isinstance(reward, np.ndarray):
+                reward = as_number("reward", reward)
+            if isinstance(terminated, np.ndarray):
+                terminated = as_number("terminated", terminated)
+            if isinstance(truncated, np.ndarray):
+                truncated = as_number("truncated", truncated)
+            rewards[i], terminations[i], truncations[i] = reward, terminated, truncated
             if (terminated or truncated) and (numbers := episode_numbers(info)):
                 self.ended.append((i, numbers))
 
     def _observe(self) -> Any:
-        space = self.single_observation_space
-        self._observations = concatenate(space, self._env_obs, self._observations)  # type: ignore[arg-type, assignment]
+        if self._rows is not None:  # what `concatenate` does, without its overhead
+            np.concatenate(self._env_obs, out=self._rows)  # type: ignore[arg-type]
+        else:
+            space = self.single_observation_space
+            self._observations = concatenate(space, self._env_obs, self._observations)  # type: ignore[arg-type, assignment]
         return deepcopy(self._observations) if self.copy else self._observations
 
     def _watch(self, call: Callable[..., None], *arguments: Any) -> None:

@@ -112,7 +112,7 @@ class SeededVectorEnv(VectorWrapper):
         """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, or of all envs. `seed` is ignored."""
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
         seeds: list[int | None] = [None] * self.num_envs
-        for i in np.flatnonzero(mask & ~self.continues_without_seed).tolist():
+        for i in (mask & ~self.continues_without_seed).nonzero()[0].tolist():
             self.episodes[i] += self._vector_steps > self._reset_at[i]
             self._reset_at[i] = self._vector_steps
             seeds[i] = self.episode_seed_of(self.first + i, self.episodes[i])
