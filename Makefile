@@ -129,7 +129,7 @@ bench: .venv/.core .venv/.mujoco ## [WHAT=ppo] compares speed with other librari
 
 bench-setup: ## Install the libraries of `make bench` into .venv-bench
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18'
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 sbx-rl==0.28.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18' ale-py opencv-python-headless
 
 lock: ## Write requirements.lock: the newest versions that pyproject.toml allows, with torch 2.13.0
 	$(PYTHON) scripts/lock.py

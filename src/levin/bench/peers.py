@@ -1,6 +1,7 @@
-"""Whole training runs against those of Stable-Baselines3: same work, same envs, same threads, in turns."""
+"""Whole training runs against those of Stable-Baselines3 and sbx: same work, same envs, same threads, in turns."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,20 +26,23 @@ from levin.training.session import build_run
 PYTHON = paths.ROOT / ".venv-bench" / "bin" / "python"
 NEVER = 1_000_000_000
 FLOOR = "envs and updates alone"
+STALL = 3.0  # a round in which a side takes so many times its median time was hit by a stall of the machine
+LIBRARIES = {"Stable-Baselines3": "sb3", "sbx": "sbx"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One task for Stable-Baselines3 (the peer) and for one or more variants of Levin.
+    """One task for the peers, which share one interface, and for one or more variants of Levin.
 
     Args:
         algo: Algorithm.
         env: Env name in Levin.
-        env_id: Gymnasium id of the same env, for the peer.
+        env_id: Gymnasium id of the same env, for the peers.
         num_envs: Number of envs N of both sides.
         warm_up: Number of env steps before the first segment; like `segment`, a multiple of the rollout.
         segment: Number of env steps per turn.
-        peer: Arguments of the peer's algorithm that differ from its defaults.
+        peer: Arguments of the peers' algorithm that differ from their defaults.
+        peers: Names of the peers; the first is that of the ratios.
         overrides: Overrides of Levin's config so that both sides do the same work.
         variants: Further overrides of each variant of Levin, by its name in the table.
     """
@@ -50,11 +54,15 @@ class Comparison:
     warm_up: int
     segment: int
     peer: dict[str, Any] = field(default_factory=dict)
+    peers: tuple[str, ...] = ("Stable-Baselines3",)
     overrides: tuple[str, ...] = ()
     variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"levin": ()})
 
 
+OFF_POLICY_PEERS = ("Stable-Baselines3", "sbx")
 RAW = ("env.normalize_observation=false", "env.normalize_reward=false")
+PONG = "PongNoFrameskip-v4"
+NO_EXPLORATION = {"exploration_initial_eps": 0.05, "exploration_final_eps": 0.05}
 EQUAL_NETS = {"policy_kwargs": {"net_arch": [256, 256]}}  # the peer's default is 400-300
 CHUNKS = {
     "levin, 32 steps per iteration": ("algo.steps_per_iteration=32",),
@@ -71,6 +79,7 @@ COMPARISONS = {
             warm_up=640,
             segment=512,
             peer={"learning_starts": 320},
+            peers=OFF_POLICY_PEERS,
             overrides=("algo.learning_starts=320",),
             variants=CHUNKS,
         )
@@ -86,6 +95,7 @@ COMPARISONS = {
                 warm_up=640,
                 segment=512,
                 peer={"learning_starts": 320} | EQUAL_NETS,
+                peers=OFF_POLICY_PEERS,
                 overrides=("algo.learning_starts=320", "algo.random_env_steps=null", "algo.batch_size=256"),
                 variants=CHUNKS,
             )
@@ -109,9 +119,8 @@ COMPARISONS = {
                 "learning_starts": 1000,
                 "train_freq": 10,
                 "target_update_interval": 500,
-                "exploration_initial_eps": 0.05,
-                "exploration_final_eps": 0.05,
                 "policy_kwargs": {"net_arch": [120, 84]},
+                **NO_EXPLORATION,
             },
             overrides=(
                 *("algo.learning_starts=1000", "algo.initial_epsilon=0.05"),
@@ -121,7 +130,20 @@ COMPARISONS = {
                 "levin, 100 steps per iteration": ("algo.steps_per_iteration=100",),
                 "levin, 10 steps per iteration": ("algo.steps_per_iteration=10",),
             },
-        )
+        ),
+        Comparison(
+            algo="dqn",
+            env="pong",
+            env_id=PONG,
+            num_envs=1,
+            warm_up=1024,
+            segment=512,
+            peer={"buffer_size": 10_000, "learning_starts": 512} | NO_EXPLORATION,
+            overrides=(
+                *("algo=dqn", "algo.initial_epsilon=0.05", "algo.final_epsilon=0.05"),
+                *("algo.learning_starts=512", "algo.buffer_size=10000", "algo.steps_per_iteration=32"),
+            ),
+        ),
     ],
     "ppo": [
         Comparison(
@@ -152,11 +174,33 @@ COMPARISONS = {
             ),
             variants={"levin": (), "levin, compiled": ("algo.compile=true",)},
         ),
+        Comparison(
+            algo="ppo",
+            env="pong",
+            env_id=PONG,
+            num_envs=8,
+            warm_up=1024,
+            segment=1024,
+            peer={"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01},
+            overrides=(
+                *("algo.steps_per_iteration=128", "algo.batch_size=256", "algo.epochs=4", "algo.entropy_coef=0.01"),
+                *("algo.clip_value=false", "algo.hidden_sizes=[]"),
+            ),
+        ),
     ],
     "a2c": [
         Comparison(
             algo="a2c", env="cartpole", env_id="CartPole-v1", num_envs=8, warm_up=4000, segment=16000, overrides=RAW
-        )
+        ),
+        Comparison(
+            algo="a2c",
+            env="pong",
+            env_id=PONG,
+            num_envs=8,
+            warm_up=1000,
+            segment=1000,
+            overrides=("algo.hidden_sizes=[]",),
+        ),
     ],
     "trpo": [
         Comparison(
@@ -185,8 +229,15 @@ class Worker:
     """Process that runs one segment whenever it gets a line on stdin, see `levin.bench.pace`."""
 
     def __init__(self, command: list[str]) -> None:
+        # libgomp's default: these processes take turns, so none has to give way (`levin.core.process.share_cores`).
+        environment = {"GOMP_SPINCOUNT": "300000", **os.environ}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
 
     def segment(self) -> float:
@@ -264,15 +315,18 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
     """Run the peer, Levin and the floor in turns; print medians, ratios and Levin's share of the floor.
 
     Raises:
-        ConfigError: Stable-Baselines3 is not installed, or one of the processes ends.
+        ConfigError: The peers are not installed, or one of the processes ends.
     """
     if not PYTHON.exists():
-        raise ConfigError("Stable-Baselines3 is not installed in .venv-bench: run make bench-setup")
+        raise ConfigError(f"{' and '.join(task.peers)} are not installed in .venv-bench: run make bench-setup")
     script = Path(__file__).with_name("peer_sb3.py")
     arguments = (task.num_envs, threads, task.warm_up, task.segment, json.dumps(task.peer))
     print(f"\n{task.algo} {task.env_id} x {task.num_envs}, {threads} threads", end="", flush=True)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        commands = {"Stable-Baselines3": [str(PYTHON), str(script), task.algo, task.env_id, *map(str, arguments)]}
+        commands = {
+            name: [str(PYTHON), str(script), LIBRARIES[name], task.algo, task.env_id, *map(str, arguments)]
+            for name in task.peers
+        }
         for i, (name, variant) in enumerate(task.variants.items()):
             commands[name] = levin_command(task, variant, Path(folder) / str(i), threads, pace_callback(task))
         workers: dict[str, Worker | Floor] = {name: Worker(command) for name, command in commands.items()}
@@ -285,9 +339,11 @@ def compare(task: Comparison, *, segments: int, threads: int) -> None:
         for _ in range(segments):
             for name, worker in workers.items():
                 rates[name].append(worker.segment())
-    print_table(rates, "Stable-Baselines3", "env steps/s")
+    for peer in task.peers:
+        print_table(rates, peer, "env steps/s")
+    kept = without_stalls(rates)
     for name in task.variants:
-        share = statistics.median(a / b for a, b in zip(rates[name], rates[FLOOR], strict=True))
+        share = statistics.median(a / b for a, b in zip(kept[name], kept[FLOOR], strict=True))
         print(f"{name} runs at {share:.0%} of {FLOOR}")
 
 
@@ -305,10 +361,25 @@ def fake_env_spec(observation: Space, action: Space) -> EnvSpec:
     }
 
 
+def without_stalls(rates: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return the rates of the rounds in which no side took more than `STALL` times its median time."""
+    slowest = {name: statistics.median(values) / STALL for name, values in rates.items()}
+    rounds = [
+        i for i in range(len(next(iter(rates.values())))) if all(rates[name][i] >= slowest[name] for name in rates)
+    ]
+    return {name: [values[i] for i in rounds] for name, values in rates.items()}
+
+
 def print_table(rates: dict[str, list[float]], peer: str, unit: str) -> None:
-    """Print the median rate of each side, and the median over rounds of its ratio to `peer` in the same round."""
-    print(f"\n{provenance.processor_name()}; medians of {len(rates[peer])} rounds, interleaved")
-    for name, values in rates.items():
-        ratios = [a / b for a, b in zip(values, rates[peer], strict=True)]
+    """Print the median rate of each side, and the median over rounds of its ratio to `peer` in the same round.
+
+    Rounds that were hit by a stall of the machine are counted and left out.
+    """
+    kept = without_stalls(rates)
+    stalled = len(rates[peer]) - len(kept[peer])
+    note = f"; {stalled} more were hit by a stall" if stalled else ""
+    print(f"\n{provenance.processor_name()}; medians of {len(kept[peer])} rounds, interleaved{note}")
+    for name, values in kept.items():
+        ratios = [a / b for a, b in zip(values, kept[peer], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} x {peer} ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"{name:<32}{statistics.median(values):>9,.0f} {unit}   {ratio}")
