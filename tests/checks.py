@@ -5,6 +5,7 @@ import inspect
 import math
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +50,17 @@ def run_row(row: Row, run: Path, *overrides: str, ckpt_path: Path | None = None)
     ]
     train(compose(all_overrides), run, ckpt_path=ckpt_path)
     return saved_state(run)
+
+
+PLAIN_RUNS = tempfile.TemporaryDirectory(prefix="levin-test-rows-")  # removed when the tests end
+
+
+def plain_run(row: Row) -> Path:
+    """Train a row without overrides, once for all checks; return the run folder, which no check may change."""
+    run = Path(PLAIN_RUNS.name, row.algo)
+    if not run.exists():
+        run_row(row, run)
+    return run
 
 
 def saved_state(run: Path) -> dict[str, Any]:
@@ -119,7 +131,7 @@ def optimizers_step_and_parameters_move(row: Row, tmp_path: Path) -> None:
     """Check that training changes every trainable parameter, and that only target networks are frozen."""
     before = build_row(row)
     trainable = {name for name, parameter in before.named_parameters() if parameter.requires_grad}
-    after = run_row(row, tmp_path / "run")["state_dict"]
+    after = saved_state(plain_run(row))["state_dict"]
     assert trainable
     for name in trainable:
         assert not torch.equal(before.state_dict()[name], after[name]), f"{name} did not move"
@@ -143,7 +155,7 @@ def mixed_precision_keeps_parameters_whole(row: Row, tmp_path: Path) -> None:
 @check
 def cadence_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
     """Check that every optimizer makes as many steps per update as the row says."""
-    state = run_row(row, tmp_path / "run")
+    state = saved_state(plain_run(row))
     updates = state["levin"]["updates"]
     assert updates >= 8
     # Without an optimizer, Lightning saves an empty state.
@@ -175,12 +187,12 @@ def targets_follow_their_source(row: Row, tmp_path: Path) -> None:
 @check
 def same_seed_same_run(row: Row, tmp_path: Path) -> None:
     """Check that runs with the same seed are identical, and that another seed gives other parameters."""
-    first = run_row(row, tmp_path / "a")
+    first = saved_state(plain_run(row))
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     again = run_row(row, tmp_path / "b")
     other = run_row(row, tmp_path / "c", "seed=1")
     assert same(first["state_dict"], again["state_dict"])
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert metrics(plain_run(row)) == metrics(tmp_path / "b")
     names = [name for name in first["state_dict"] if not name.endswith(".count")]
     different = [name for name in names if not torch.equal(first["state_dict"][name], other["state_dict"][name])]
     assert len(different) >= len(names) - len(row.targets) * 4
@@ -192,15 +204,18 @@ def resume_is_exact(row: Row, tmp_path: Path) -> None:
     overrides = [f"algo={row.algo}", f"env={row.env}"]
     annealed = "schedule_env_steps" in compose(overrides).algo  # the first half needs the schedule of the full run
     schedule = [f"algo.schedule_env_steps={row.env_steps}"] if annealed else []
-    straight = run_row(row, tmp_path / "straight", *schedule)
+    straight = tmp_path / "straight" if annealed else plain_run(row)
+    if annealed:
+        run_row(row, straight, *schedule)
+    expected = saved_state(straight)
     run_row(row, tmp_path / "halves", *schedule, f"total_env_steps={row.env_steps // 2}")
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=row.env_steps)
     resumed = saved_state(tmp_path / "halves")
-    assert straight.keys() == resumed.keys()
-    for key in straight:
-        assert same(straight[key], resumed[key]), key
-    assert metrics(tmp_path / "straight") == metrics(tmp_path / "halves")
+    assert expected.keys() == resumed.keys()
+    for key in expected:
+        assert same(expected[key], resumed[key]), key
+    assert metrics(straight) == metrics(tmp_path / "halves")
 
 
 @check
@@ -240,7 +255,7 @@ def losses_equal_the_oracle(row: Row, tmp_path: Path) -> None:
 @check
 def compiled_and_eager_are_the_same(row: Row, tmp_path: Path, backend: str = "aot_eager") -> None:
     """Check that compiled losses give the same parameters, each as one graph that is compiled once."""
-    eager = run_row(row, tmp_path / "eager")["state_dict"]
+    eager = saved_state(plain_run(row))["state_dict"]
     losses, torch_compile = [], torch.compile
 
     def compile_(loss: Any, *, options: dict[str, Any], **kwargs: Any) -> Any:
@@ -305,12 +320,11 @@ def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
 @check
 def exported_policy_acts_alike(row: Row, tmp_path: Path) -> None:
     """Check that the exported policy, which `experiments/` stores, acts like the policy of the run."""
-    run_row(row, tmp_path / "run")
-    kept = tmp_path / "kept"
+    run, kept = plain_run(row), tmp_path / "kept"
     kept.mkdir()
-    shutil.copy(tmp_path / "run" / "config.yaml", kept)
-    export_policy(tmp_path / "run", kept)
-    trained, exported = Policy.load(tmp_path / "run"), Policy.load(kept)
+    shutil.copy(run / "config.yaml", kept)
+    export_policy(run, kept)
+    trained, exported = Policy.load(run), Policy.load(kept)
     observation = make_batch(trained.algorithm)["observation"].numpy()
     before = Policy(build_row(row))
     assert np.array_equal(trained(observation), exported(observation))

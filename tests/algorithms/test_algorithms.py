@@ -7,8 +7,8 @@ import rows
 from levin.core import paths
 
 
-@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.algo)
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.algo)  # the outer loop: the checks of a row share a run
 def test_row(check, row, tmp_path):
     check(row, tmp_path)
 
