@@ -1,6 +1,7 @@
 """Checks that every row of rows.py must pass; test_toy.py runs them for a new algorithm as well."""
 
 import csv
+import hashlib
 import inspect
 import math
 import random
@@ -23,7 +24,7 @@ from levin.core.omega import to_plain
 from levin.envs.config import EnvConfig
 from levin.nn import cuda_graphs
 from levin.runs.checkpoint_io import FolderCheckpointIO
-from levin.runs.load import export_policy
+from levin.runs.load import algorithm_class, export_policy
 from levin.runs.policy import Policy
 from levin.training.session import build_run, train
 from recording import simulate_cuda_graphs
@@ -56,10 +57,16 @@ PLAIN_RUNS = tempfile.TemporaryDirectory(prefix="levin-test-rows-")  # removed w
 
 
 def plain_run(row: Row) -> Path:
-    """Train a row without overrides, once for all checks; return the run folder, which no check may change."""
-    run = Path(PLAIN_RUNS.name, row.algo)
+    """Train a row without overrides, once for all its checks; return the run folder, which no check may change."""
+    file = inspect.getfile(algorithm_class(compose([f"algo={row.algo}"])))  # the toy's is another in each test
+    key = repr((row.algo, row.env, row.small, row.env_steps, file, Path(file).read_text()))
+    run = Path(PLAIN_RUNS.name, hashlib.sha256(key.encode()).hexdigest())
     if not run.exists():
-        run_row(row, run)
+        try:
+            run_row(row, run)
+        except BaseException:
+            shutil.rmtree(run, ignore_errors=True)
+            raise
     return run
 
 

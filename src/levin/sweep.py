@@ -109,11 +109,11 @@ def _submit_jobs(run_all: Callable[[], None], folder: str) -> None:
 
 def run_job(cfg: DictConfig) -> float | None:
     """Train one run of the sweep, or resume it: submitit calls this again for a job that was preempted."""
+    if "SUBMITIT_EXECUTOR" in os.environ:  # without jobs, `levin.train` has done it
+        share_cores()
     from levin import resume  # late: a sweep that is mistyped is refused before torch and Lightning are imported
     from levin.training.session import train
 
-    if "SUBMITIT_EXECUTOR" in os.environ:  # else `levin.train` has
-        share_cores()
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
     try:

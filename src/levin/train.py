@@ -20,14 +20,13 @@ from levin.sweep import sweep
 def main() -> None:
     """Train the config of the command line. With `-m` train a sweep; with `launcher=` submit the runs as jobs."""
     with exit_on_user_error():
-        share_cores()
         cli.refuse_repeated(sys.argv[1:])
         words, given = cli.take_flag(sys.argv[1:], "trust")
+        submits = any(word.startswith("launcher=") and word != "launcher=null" for word in words)
+        if not submits:  # else the jobs do
+            share_cores()
         with trusted(given):
-            if any(
-                word in ("-m", "--multirun") or (word.startswith("launcher=") and word != "launcher=null")
-                for word in words
-            ):
+            if submits or "-m" in words or "--multirun" in words:
                 sweep(words)
             else:
                 _train_seeds(words)

@@ -3,19 +3,25 @@
 import os
 import subprocess
 import sys
+from uuid import uuid4
 
 import pytest
 
 from levin.core import paths
 from levin.core.process import WAIT_SETTINGS
 
-CORES = len(os.sched_getaffinity(0))
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
+)
 CLAIM = """
 import os, sys
-from levin.core.process import share_cores
-share_cores()
+from levin.core import process
+process.CLAIM = sys.argv[1]
+process.share_cores()
 print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
-sys.stdin.read()
+for threads in sys.stdin:
+    process.release_cores(int(threads))
+    print("released", flush=True)
 """
 # Ends the process when torch is imported.
 COMMAND = """
@@ -26,27 +32,31 @@ class End:
             print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, End())
+from levin.core import process
+process.CLAIM = sys.argv[1]
 sys.argv = ["levin", *sys.argv[2:]]
 runpy.run_module("levin." + {module!r}, run_name="__main__")
 """
 
 
-@pytest.fixture
-def environment(tmp_path):
-    return {name: value for name, value in os.environ.items() if name not in (*WAIT_SETTINGS, "OMP_NUM_THREADS")} | {
-        "TMPDIR": str(tmp_path)
-    }
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in (*WAIT_SETTINGS, "OMP_NUM_THREADS")}
 
 
 @pytest.fixture
-def claim(environment):
+def name() -> str:
+    """Return the name of the claims of one test: other tests start processes that claim cores at the same time."""
+    return f"levin-test-{uuid4()}"
+
+
+@pytest.fixture
+def claim(name):
     """Start a process that claims its cores and lives until its stdin is closed; return it and its setting."""
     processes = []
 
     def start(**changes: str) -> tuple[subprocess.Popen, str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", CLAIM],
-            env=environment | changes,
+            [sys.executable, "-c", CLAIM, name],
+            env=ENVIRONMENT | changes,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,7 +70,6 @@ def claim(environment):
         process.wait()
 
 
-@pytest.mark.skipif(CORES < 2, reason="one core has nothing to share")
 def test_only_the_first_process_on_the_same_cores_spins(claim):
     first, setting = claim()
     assert setting == "None"
@@ -72,30 +81,45 @@ def test_only_the_first_process_on_the_same_cores_spins(claim):
     assert claim()[1] == "None"  # however the first has ended
 
 
-@pytest.mark.skipif(CORES < 2, reason="one core has nothing to share")
 def test_a_setting_of_the_user_and_a_single_thread_stay_as_they_are(claim):
     assert claim(OMP_NUM_THREADS="1")[1] == "None"
     assert claim()[1] == "None"  # the single thread has claimed no core
     assert claim(OMP_WAIT_POLICY="ACTIVE")[1] == "ACTIVE"
     assert claim(GOMP_SPINCOUNT="100")[1] == "None"
     assert claim(OMP_NUM_THREADS="1")[1] == "None"
-    assert claim(TMPDIR="/proc")[1] != "ACTIVE"  # a folder that can't be written is no error
 
 
-@pytest.mark.skipif(CORES < 2, reason="one core has nothing to share")
+def test_a_process_that_computes_with_one_thread_gives_up_its_cores(claim):
+    first, setting = claim()
+    assert setting == "None"
+    first.stdin.write("1\n")
+    first.stdin.flush()
+    assert first.stdout.readline().strip() == "released"
+    assert claim()[1] == "None"
+    assert claim()[1] == "PASSIVE"
+
+
+def test_a_job_of_a_sweep_shares_the_cores_before_it_imports_torch(claim, name):
+    assert claim()[1] == "None"
+    code = COMMAND.partition("sys.argv =")[0] + "from levin.sweep import run_job\nrun_job(None)"
+    job = [sys.executable, "-c", code, name]
+    environment = ENVIRONMENT | {"SUBMITIT_EXECUTOR": "local"}
+    assert subprocess.run(job, env=environment, capture_output=True, text=True, check=True).stdout == "PASSIVE\n"
+
+
 @pytest.mark.parametrize("module", ["train", "resume", "evaluate", "play"])
-def test_a_command_shares_the_cores_before_it_imports_torch(module, claim, environment, tmp_path):
+def test_a_command_shares_the_cores_before_it_imports_torch(module, claim, name, tmp_path):
     assert claim()[1] == "None"
     run = tmp_path / "run"
     run.mkdir()
     result = paths.EXPERIMENTS / "ppo_cartpole"
-    for name in ("config.yaml", "policy.ckpt", "provenance.json"):
-        if (result / name).exists():
-            (run / name).symlink_to(result / name)
+    for file in ("config.yaml", "policy.ckpt", "provenance.json"):
+        if (result / file).exists():
+            (run / file).symlink_to(result / file)
     words = {"train": ["algo=ppo"], "resume": [f"run={run}"]}.get(module, [f"run={result}"])
     answer = subprocess.run(
-        [sys.executable, "-c", COMMAND.format(module=module), "-", *words],
-        env=environment,
+        [sys.executable, "-c", COMMAND.format(module=module), name, *words],
+        env=ENVIRONMENT,
         cwd=tmp_path,
         capture_output=True,
         text=True,

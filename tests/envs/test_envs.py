@@ -180,7 +180,7 @@ def test_reward_statistics_span_rollouts_and_are_reset_at_episode_ends():
     for start in range(0, 42, 5):
         normalizer.update(reward[:, start : start + 5], done[:, start : start + 5])
     torch.testing.assert_close(float(normalizer.moments.var), float(np.var(expected)))
-    with pytest.raises(ValueError, match="shorter"):  # never the returns of other envs
+    with pytest.raises(ValueError, match="the rollout has 1 envs"):  # never the returns of other envs
         normalizer.update(reward[:1], done[:1])
     torch.testing.assert_close(normalizer(reward), (reward / np.std(expected)).float())
 

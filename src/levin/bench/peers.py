@@ -140,7 +140,7 @@ COMPARISONS = {
             segment=512,
             peer={"buffer_size": 10_000, "learning_starts": 512} | NO_EXPLORATION,
             overrides=(
-                *("algo=dqn", "algo.initial_epsilon=0.05", "algo.final_epsilon=0.05"),
+                *("algo.initial_epsilon=0.05", "algo.final_epsilon=0.05"),
                 *("algo.learning_starts=512", "algo.buffer_size=10000", "algo.steps_per_iteration=32"),
             ),
         ),
@@ -254,7 +254,9 @@ class Worker:
             if line.startswith(REPORT):
                 steps, seconds = line.removeprefix(REPORT).split()
                 return int(steps) / float(seconds)
-        raise ConfigError(f"{' '.join(map(str, self.process.args))} ended with exit code {self.process.wait()}")  # type: ignore[arg-type]
+        command = " ".join(map(str, self.process.args))  # type: ignore[arg-type]
+        code = self.process.wait()
+        raise ConfigError(f"{command} ended with exit code {code}; if it is a peer, run make bench-setup again")
 
     def stop(self) -> None:
         """Kill the process."""
@@ -312,13 +314,15 @@ def levin_command(task: Comparison, variant: tuple[str, ...], folder: Path, thre
 
 
 def compare(task: Comparison, *, segments: int, threads: int) -> None:
-    """Run the peer, Levin and the floor in turns; print medians, ratios and Levin's share of the floor.
+    """Run the peers, Levin and the floor in turns; print medians, ratios and Levin's share of the floor.
 
     Raises:
         ConfigError: The peers are not installed, or one of the processes ends.
     """
     if not PYTHON.exists():
         raise ConfigError(f"{' and '.join(task.peers)} are not installed in .venv-bench: run make bench-setup")
+    if sys.platform == "linux":  # also for XLA and Atari games, which have threads of their own
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     script = Path(__file__).with_name("peer_sb3.py")
     arguments = (task.num_envs, threads, task.warm_up, task.segment, json.dumps(task.peer))
     print(f"\n{task.algo} {task.env_id} x {task.num_envs}, {threads} threads", end="", flush=True)
@@ -362,12 +366,15 @@ def fake_env_spec(observation: Space, action: Space) -> EnvSpec:
 
 
 def without_stalls(rates: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return the rates of the rounds in which no side took more than `STALL` times its median time."""
+    """Return the rates of the rounds in which no side took more than `STALL` times its median time.
+
+    If there is no such round, return all.
+    """
     slowest = {name: statistics.median(values) / STALL for name, values in rates.items()}
     rounds = [
         i for i in range(len(next(iter(rates.values())))) if all(rates[name][i] >= slowest[name] for name in rates)
     ]
-    return {name: [values[i] for i in rounds] for name, values in rates.items()}
+    return {name: [values[i] for i in rounds] for name, values in rates.items()} if rounds else rates
 
 
 def print_table(rates: dict[str, list[float]], peer: str, unit: str) -> None:

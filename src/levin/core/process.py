@@ -1,13 +1,12 @@
 """Set up a process of a run: signals, memory allocation, and log output."""
 
 import ctypes
-import fcntl
 import logging
 import os
 import signal
+import socket
 import stat
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Settings of OpenMP that say how idle threads wait.
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+CLAIM = "levin-core"  # name of a claim, followed by user and core
+CLAIMS: list[socket.socket] = []  # sockets that claim the cores of this process
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # as in glibc's malloc.h
 
 
@@ -92,11 +93,11 @@ def share_cores() -> None:
     first process claims its cores until it ends, and those that find too few unclaimed cores set
     `OMP_WAIT_POLICY=PASSIVE`. A setting of the user has priority. The results are the same either way.
 
-    OpenMP reads the variable when torch is imported, so this must be called before.
+    OpenMP reads the variable when torch is imported, so this must be called before. It does nothing outside Linux.
     """
-    if any(name in os.environ for name in WAIT_SETTINGS):
+    if sys.platform != "linux" or CLAIMS or any(name in os.environ for name in WAIT_SETTINGS):
         return
-    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+    cores = sorted(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     count = min(len(cores), int(threads) if threads.isdigit() else len(cores))
     if count > 1 and not _claim_cores(cores, count):
@@ -104,25 +105,31 @@ def share_cores() -> None:
 
 
 def _claim_cores(cores: list[int], count: int) -> bool:
-    """Lock the files of `count` of these cores until this process ends; return whether so many were unlocked."""
-    folder = Path(tempfile.gettempdir(), f"levin-cores-{os.getuid()}")
-    claimed: list[int] = []
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        for core in cores:
-            descriptor = os.open(folder / str(core), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                claimed.append(descriptor)
-            except (BlockingIOError, PermissionError):
-                os.close(descriptor)
-            if len(claimed) == count:
-                return True
-    except OSError:  # a folder that can't be written, or a file system without locks
-        pass
-    for descriptor in claimed:
-        os.close(descriptor)
+    """Claim `count` of these cores until this process ends; return whether that was possible.
+
+    A claim is a socket with a name but no file (Linux's abstract sockets), which only one process can bind.
+    """
+    others = 0  # cores that other processes have claimed
+    for core in cores:
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0{CLAIM}-{os.getuid()}-{core}")
+            CLAIMS.append(claim)
+        except OSError:
+            claim.close()
+            others += 1
+        if len(CLAIMS) == count:
+            return True
+        if others > len(cores) - count:
+            break
+    release_cores(1)
     return False
+
+
+def release_cores(threads: int) -> None:
+    """Give up the claims that this number of threads does not need; a single thread waits for no other."""
+    while len(CLAIMS) > (threads if threads > 1 else 0):
+        CLAIMS.pop().close()
 
 
 def _format_warning(

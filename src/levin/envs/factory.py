@@ -70,7 +70,7 @@ def make_env(
         num_envs: Number of envs; None: `config.num_envs`.
         first: Number of the first env, if these envs are a part of the run's.
         render: Whether `env.render()` returns frames.
-        copy: Whether observations are copies; otherwise the next step overwrites them.
+        copy: Whether `reset` and `step` return copies; otherwise the next step overwrites what they return.
 
     Raises:
         ConfigError: The env can't be made: its id is unknown, a package is missing, or it rejects a key.

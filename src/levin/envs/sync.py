@@ -52,6 +52,7 @@ class SyncEnvs(SyncVectorEnv):
         shape = self.single_observation_space.shape if isinstance(self.single_observation_space, Box) else None
         # View of `_observations` `[N, S, *]` as `[N S, *]`, if they are one array
         self._rows = self._observations.reshape(-1, *shape[1:]) if shape else None  # type: ignore[union-attr]
+        self._length = shape[0] if shape else 0
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the envs of the mask `options["reset_mask"]` `[N]`, or all envs; `seed` is None or a list `[N]`."""
@@ -87,6 +88,10 @@ class SyncEnvs(SyncVectorEnv):
 
     def _observe(self) -> Any:
         if self._rows is not None:  # what `concatenate` does, without its overhead
+            for i, observation in enumerate(self._env_obs):
+                if len(observation) != self._length:  # type: ignore[arg-type]
+                    shapes = (np.shape(observation), self.single_observation_space.shape)  # type: ignore[arg-type]
+                    raise ValueError(f"env {i} returned an observation of the shape {shapes[0]}, not {shapes[1]}")
             np.concatenate(self._env_obs, out=self._rows)  # type: ignore[arg-type]
         else:
             space = self.single_observation_space

@@ -28,7 +28,7 @@ def collect_code() -> dict[str, Path]:
     Call this when everything that the run imports has been imported.
     """
     committed = _committed_files()
-    return {name: path for name, path in sorted(_local_files()) if path not in committed}
+    return {name: path for name, path in sorted(_local_files()) if str(path) not in committed}
 
 
 def checksums(code: dict[str, Path]) -> dict[str, str]:
@@ -101,8 +101,8 @@ def _is_installed(file: str) -> bool:
     return bool({"site-packages", "dist-packages"} & set(path.parts)) or path.is_relative_to(standard)
 
 
-def _committed_files() -> set[Path]:
-    """Return the files of this checkout that are equal to the commit."""
+def _committed_files() -> set[str]:
+    """Return the paths of the files of this checkout that are equal to the commit."""
     tracked = set(run_git("ls-files", "-z").split("\0"))
     changed = set(run_git("diff", "--name-only", "--relative", "-z", "HEAD").split("\0"))
-    return {paths.ROOT / name for name in tracked - changed}
+    return {f"{paths.ROOT}/{name}" for name in tracked - changed}

@@ -33,7 +33,7 @@ from levin.collectors.loader import CollectorLoader
 from levin.core import rng
 from levin.core.errors import CheckpointError, ConfigError, Interrupted, RunError
 from levin.core.omega import to_plain
-from levin.core.process import keep_freed_memory, print_line, silence_libraries
+from levin.core.process import keep_freed_memory, print_line, release_cores, silence_libraries
 from levin.envs.config import EnvConfig
 from levin.envs.factory import describe_env, make_env
 from levin.envs.vector import SeededVectorEnv
@@ -123,6 +123,8 @@ def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
     world_size, rank, cfg = sharding.configured_world_size(cfg), sharding.process_rank(cfg), sharding.shard_config(cfg)
     if cfg.trainer.threads or world_size > 1:
         torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // world_size))
+    if world_size == 1:
+        release_cores(torch.get_num_threads())
     with sharding.explain_shares(world_size):
         rng.seed_everything(cfg.seed, rank=0)
         env = make_training_env(cfg, rank=0)
