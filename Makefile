@@ -44,7 +44,7 @@ study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studie
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report study fork bench bench-setup test test-slow drill proof lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report study fork bench bench-setup test test-quick test-slow drill proof lint format lock clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -104,6 +104,9 @@ study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2
 ##@ Develop
 test: $(suite) ## Run the tests; minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile $(args)
+
+test-quick: $(suite) ## Run the tests that need no whole runs, while you edit; under a minute
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'quick and not slow' $(args)
 
 test-slow: $(suite) .venv/.scale ## Run the tests that train agents; each takes minutes
 	$(BIN)/python -m pytest -m slow $(args)
