@@ -142,6 +142,13 @@ class Algorithm(LightningModule):
         self.before_zero_grad: tuple[Callable[[Optimizer], None], ...] = ()
         self.before_optimizer_step: tuple[Callable[[Optimizer], None], ...] = ()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The Trainer sets an attribute before and after every hook, and nn.Module's version takes longer than a hook.
+        if name in self.__dict__ and (value is None or isinstance(value, str | int | float)):
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         """Build the policy `observation -> action` for raw observations; it shares the parameters of this module.
 

@@ -286,7 +286,7 @@ class Floor:
                 *_, terminated, truncated, _ = env.env.step(action)
                 done = terminated | truncated
                 if done.any():
-                    env.env.reset(options={"reset_mask": done})
+                    env.env.reset(seed=[None] * env.num_envs, options={"reset_mask": done})  # type: ignore[arg-type]
             self.algorithm.env_steps += rollout.numel()
             self.algorithm.training_step(rollout, 0)
             seconds += perf_counter() - start

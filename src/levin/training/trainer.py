@@ -1,11 +1,14 @@
 """Build Lightning's Trainer for a run."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig
 
 from levin.collectors.loader import CollectorLoader
@@ -21,6 +24,15 @@ from levin.training.distributed.hogwild import Hogwild, Workers
 from levin.training.evaluation import Evaluation
 from levin.training.guards import FiniteGuard, Preemption
 from levin.training.progress import ProgressBar
+
+NOTHING = nullcontext()
+
+
+class NoProfiler(PassThroughProfiler):
+    """Profiler that measures nothing. Lightning's enters a generator around every hook of every callback."""
+
+    def profile(self, action_name: str) -> Any:
+        return NOTHING
 
 
 def build_trainer(
@@ -76,7 +88,8 @@ def build_trainer(
         evaluation.others = added
         at = callbacks.index(metrics)  # the row of metrics has what they log
         callbacks[at:at] = added
-        trainer = Trainer(**{**fixed, **disabled, **options}, plugins=plugins, callbacks=callbacks)  # type: ignore[arg-type]
+        options = {**fixed, **disabled, "profiler": NoProfiler(), **options}
+        trainer = Trainer(**options, plugins=plugins, callbacks=callbacks)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except Exception as error:  # Lightning and the callbacks raise errors of many types
