@@ -17,6 +17,7 @@ from levin.core.errors import ConfigError
 from levin.core.omega import to_plain
 from levin.envs.config import EVALUATION, TRAINING, EnvConfig
 from levin.envs.factory import describe_env, make_env, make_single_env
+from levin.envs.sync import SyncEnvs
 from levin.envs.vector import episode_seed
 from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer
 
@@ -218,3 +219,18 @@ def test_only_the_last_repeated_step_is_drawn(monkeypatch):
     for _ in range(10):
         env.step(env.action_space.sample())
     np.testing.assert_allclose(drawn, np.arange(1, 11) * 4 * env.unwrapped.dt)  # after every fourth step
+
+
+def test_observations_of_wrong_lengths_are_refused_even_if_their_sum_is_right():
+    class Wrong(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2)
+
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(self.length, np.float32), {}
+
+    envs = SyncEnvs([lambda: Wrong(3), lambda: Wrong(5)], copy=False)
+    with pytest.raises(ValueError, match=r"env 0 returned an observation of the shape \(3,\), not \(4,\)"):
+        envs.reset()

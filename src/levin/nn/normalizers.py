@@ -36,7 +36,8 @@ class RunningMoments(nn.Module):
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         # 1 / std, which every step of the policy needs
-        self.register_buffer("scale", (self.var + EPSILON).rsqrt(), persistent=False)
+        self.register_buffer("scale", torch.empty_like(self.var), persistent=False)
+        self.update_scale()
         self.register_load_state_dict_post_hook(RunningMoments.update_scale)
 
     @torch.no_grad()
