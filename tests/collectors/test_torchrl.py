@@ -34,6 +34,7 @@ from levin.envs.vector import SeededVectorEnv
 from levin.nn.exploration import GaussianNoise, NoisyPolicy
 from levin.training.session import build_run, train
 from policies import Linear
+from processes import start_python
 from short_runs import SMALL
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
@@ -339,7 +340,7 @@ def processes_of_session(leader: int) -> list[str]:
 def test_a_signal_ends_all_processes_of_a_run(name, signum, tmp_path):
     run = tmp_path / "run"
     overrides = [*SMALL, f"collector={name}", "env.num_envs=2", "total_env_steps=1_000_000", f"run={run}"]
-    process = subprocess.Popen([sys.executable, "-m", "levin.train", *overrides], start_new_session=True)
+    process = start_python("-m", "levin.train", *overrides, start_new_session=True, stdout=None, stderr=None)
     while not (run / "checkpoints" / "last").exists():
         assert process.poll() is None
         time.sleep(0.1)

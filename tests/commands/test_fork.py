@@ -10,6 +10,7 @@ from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.fork import fork
+from processes import run_python
 
 SMALL = (
     *("env=pendulum", "total_env_steps=64", "algo.learning_starts=16", "algo.batch_size=4", "algo.hidden_sizes=[4]"),
@@ -167,7 +168,6 @@ def test_a_new_keyword_of_a_fork_is_in_the_config_of_its_runs(clone):
     assert file.read_text().count("        gamma: Fraction") == 1
     file.write_text(file.read_text().replace("        gamma: Fraction", keyword))
     assert "algo.bonus: 0.5" in run(clone, sys.executable, "-m", "levin.config", "algo=my_idea", "env=pendulum")
-    train = [sys.executable, "-m", "levin.train", "algo=my_idea", "env=pendulum", "algo.bonus=1"]
-    answer = subprocess.run(train, cwd=clone, capture_output=True, text=True, check=False)
+    answer = run_python("-m", "levin.train", "algo=my_idea", "env=pendulum", "algo.bonus=1", cwd=clone)
     assert answer.returncode == 2
     assert "a new one is a keyword of __init__ and a line in experiments/my_idea/algo/my_idea.yaml" in answer.stderr

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from levin.core import paths
+from processes import run_python, start_python
 
 HEAVY = ("torch", "tensordict", "torchrl", "lightning", "gymnasium", "rliable", "matplotlib.pyplot")
 WRONG = {
@@ -87,8 +88,8 @@ def test_all_seeds_of_a_command_are_forks_of_one_process(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert sum(line.split("|")[-1].strip() == "torch" for line in answer.stderr.splitlines()) == 1
     assert sorted(each.name for each in (tmp_path / "runs").iterdir()) == ["s3", "s5"]
-    alone = [sys.executable, "-m", "levin.train", *SEEDS, "total_env_steps=512", "seed=5", "run=alone"]
-    subprocess.run(alone, cwd=tmp_path, capture_output=True, check=True)
+    alone = ("-m", "levin.train", *SEEDS, "total_env_steps=512", "seed=5", "run=alone")
+    assert run_python(*alone, cwd=tmp_path).returncode == 0
     curves = [(tmp_path / run / "metrics.csv").read_text().splitlines() for run in ("runs/s5", "alone")]
     names = curves[0][0].split(",")
     column = names.index("eval/return_mean")
@@ -97,10 +98,8 @@ def test_all_seeds_of_a_command_are_forks_of_one_process(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_the_loop_over_seeds(name, tmp_path):
-    train = [sys.executable, "-m", "levin.train", *SEEDS, "total_env_steps=10_000_000", "seeds=0 1"]
-    process = subprocess.Popen(
-        train, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    train = ("-m", "levin.train", *SEEDS, "total_env_steps=10_000_000", "seeds=0 1")
+    process = start_python(*train, cwd=tmp_path, stderr=subprocess.STDOUT, start_new_session=True)
     while not (tmp_path / "runs/s0/metrics.csv").exists() and process.poll() is None:
         time.sleep(0.05)
     if name == "SIGINT":
@@ -114,10 +113,10 @@ def test_a_signal_ends_the_loop_over_seeds(name, tmp_path):
 
 
 def test_a_run_that_fails_ends_the_loop_over_seeds(tmp_path):
-    train = [sys.executable, "-m", "levin.train", *SEEDS, "total_env_steps=512", "seeds=0 1"]
+    train = ("-m", "levin.train", *SEEDS, "total_env_steps=512", "seeds=0 1")
     (tmp_path / "runs/s0").mkdir(parents=True)
     (tmp_path / "runs/s0/notes.txt").write_text("mine")
-    answer = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True, check=False)
+    answer = run_python(*train, cwd=tmp_path)
     assert answer.returncode == 2
     assert "run=runs/s0 exists already" in answer.stderr
     assert [each.name for each in (tmp_path / "runs").iterdir()] == ["s0"]

@@ -1,13 +1,12 @@
 """Sweeps: Hydra's multirun of levin.train."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 from omegaconf import OmegaConf
 
 from levin.plot import collect_runs
+from processes import run_python
 
 SMALL = (
     *("env=gym", "env.id=toy_envs:Point-v0", "total_env_steps=64", "algo.learning_starts=16", "algo.batch_size=4"),
@@ -32,10 +31,8 @@ class Recorder(BasicSweeper):
 def train(folder, *overrides):
     """Run levin.train in a folder and return the completed process."""
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
-    command = [sys.executable, "-m", "levin.train", *SMALL, *overrides]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
-    )
+    words = ("-m", "levin.train", *SMALL, *overrides)
+    return run_python(*words, cwd=folder, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):

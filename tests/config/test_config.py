@@ -13,6 +13,7 @@ from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.core.omega import flat_keys, to_plain
 from levin.runs.folder import new_run_path
+from processes import run_python
 
 WRONG = [
     (["algo=sacc"], "algo=sacc is unknown; valid: sac"),
@@ -175,8 +176,7 @@ def test_other_commands_give_a_one_line_error(command, overrides, sentence, monk
 
 
 def test_invalid_input_exits_with_2_and_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "levin.train", "algo=sacc"]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    answer = run_python("-m", "levin.train", "algo=sacc", cwd=tmp_path)
     assert answer.returncode == 2
     assert "Traceback" not in answer.stderr
     assert not list(tmp_path.iterdir())

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -29,6 +27,7 @@ from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
 from levin.runs import provenance, trust
 from levin.runs.load import POLICY, load_config
+from processes import run_python, start_python
 
 OVERRIDES = (
     *("algo=sac", "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale", "total_env_steps=320"),
@@ -276,7 +275,7 @@ sys.argv = ["reproduce", "exp=toy", "seeds=0", "jobs=1"]
 reproduce.main()
 """
     batches = set(folder.glob("runs/reproduce/*/toy"))
-    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = start_python("-c", script)
     end = time.monotonic() + 180
     while not any((batch / "s0" / "provenance.json").exists() for batch in new_batches(folder, batches)):
         assert first.poll() is None, first.communicate(timeout=300)
@@ -290,7 +289,7 @@ reproduce.main()
     assert not (batch / "verdict.json").exists()
     with run_folder.lock(batch / "s0"):  # no process trains it
         pass
-    second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    second = run_python("-c", script)
     assert second.returncode == 0, second
     assert f"{batch.relative_to(folder)}: continuing" in second.stdout
     assert "1 of 1 curves are identical to the stored ones" in second.stdout

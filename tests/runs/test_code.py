@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from levin.core import paths
+from processes import run_python
 
 ENV = """
 import gymnasium as gym
@@ -36,9 +36,7 @@ RUN = (*RUN, "algo.batch_size=16", "total_env_steps=32", "eval.episodes=1", "log
 
 
 def levin(command, *words, cwd):
-    answer = subprocess.run(
-        [sys.executable, "-m", f"levin.{command}", *words], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    answer = run_python("-m", f"levin.{command}", *words, cwd=cwd)
     assert answer.returncode == 0, answer.stderr
     return answer.stderr
 
@@ -79,14 +77,8 @@ def checkout(tmp_path):
 
 
 def run_in(root, command, *words):
-    answer = subprocess.run(
-        [sys.executable, "-m", f"levin.{command}", *words],
-        cwd=root,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root / "src"), "XDG_STATE_HOME": str(root / "runs/state")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root / "src"), "XDG_STATE_HOME": str(root / "runs/state")}
+    answer = run_python("-m", f"levin.{command}", *words, cwd=root, env=env)
     assert answer.returncode == 0, answer.stderr
     return answer.stderr
 

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -23,6 +22,7 @@ from levin.core.process import handle_signals, restore_signals
 from levin.runs import checkpoint
 from levin.training.guards import Preemption
 from levin.training.session import train
+from processes import run_python, start_python
 from short_runs import (
     INTERVALS,
     SMALL,
@@ -106,13 +106,7 @@ def test_a_longer_resumed_run_is_identical(env, tmp_path):
 
 def start(command: str, *overrides: str, start_new_session: bool = False) -> subprocess.Popen:
     """Start a levin command in a new process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", f"levin.{command}", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=start_new_session,
-    )
+    return start_python("-m", f"levin.{command}", *overrides, start_new_session=start_new_session)
 
 
 def until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
@@ -163,7 +157,7 @@ def test_a_resume_holds_the_lock_while_it_moves_checkpoints(tmp_path, monkeypatc
     answers = []
 
     def locked(*_):
-        answers.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False))
+        answers.append(run_python("-c", code))
 
     monkeypatch.setattr(checkpoint, "set_aside_newer", locked)
     resume.resume(run=str(tmp_path / "run"), total_env_steps=128)

@@ -16,6 +16,7 @@ from levin.runs import checkpoint
 from levin.runs import folder as run_folder
 from levin.train import main
 from levin.training.session import train
+from processes import run_python
 from short_runs import TINY, assert_identical_runs
 
 OVERRIDES = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
@@ -133,10 +134,8 @@ def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
     """Run a sweep of two jobs; one of them is preempted."""
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)}
     both = (*PREEMPT, "+callbacks.preempt.name=SIGCONT,SIGUSR1")
-    command = [sys.executable, "-m", "levin.train", "-m", *OVERRIDES, *both, *overrides]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
+    words = ("-m", "levin.train", "-m", *OVERRIDES, *both, *overrides)
+    return run_python(*words, cwd=folder, env={**os.environ, **environment})
 
 
 def check_sweep(folder: Path) -> None:

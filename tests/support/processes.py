@@ -1,7 +1,87 @@
 """Helpers for processes started by tests."""
 
+import ctypes
+import functools
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36  # as in linux/prctl.h
+
+
+@functools.cache
+def _fork_server() -> socket.socket:
+    """Start this process's fork_server.py and return a connection to it."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # its copies become children of this process
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    script = Path(__file__).with_name("fork_server.py")
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, str(script), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        )
+    return ours
+
+
+class _ForkedPython(subprocess.Popen):
+    """Popen of a Python program whose process is a copy made by fork_server.py."""
+
+    def _execute_child(self, *values):
+        given = dict(zip(list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:], values, strict=True))
+        request = {
+            "words": given["args"][1:],
+            "cwd": str(given["cwd"] or os.getcwd()),
+            "env": dict(os.environ if given["env"] is None else given["env"]),
+            "new_session": given["start_new_session"],
+        }
+        ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        descriptors = [own if end == -1 else end for own, end in enumerate(ends)]
+        socket.send_fds(_fork_server(), [json.dumps(request).encode()], descriptors)
+        self.pid = int(_fork_server().recv(64))
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(given[name] for name in pipes))
+
+
+def start_python(
+    *words: str,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    start_new_session: bool = False,
+    stdin: int | None = None,
+    stdout: int | None = subprocess.PIPE,
+    stderr: int | None = subprocess.PIPE,
+) -> subprocess.Popen:
+    """Start `python <words>`, where Linux allows as a copy of a process that has imported torch and Lightning."""
+    program = _ForkedPython if sys.platform == "linux" else subprocess.Popen
+    return program(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=env,
+        start_new_session=start_new_session,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+    )
+
+
+def run_python(
+    *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run `python <words>` as `start_python` does, to its end."""
+    with start_python(*words, cwd=cwd, env=env) as process:
+        output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def children(pid: int) -> list[int]:

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.strategies import DDPStrategy
 
 import ranks_script
 from checks import same
 from levin import resume
 from levin.config.compose import compose
+from levin.core import distributed
 from levin.core.errors import ConfigError, RunError
 from levin.runs import checkpoint
 from levin.training.distributed import sharding
+from levin.training.distributed.data_parallel import DataParallel
 from levin.training.session import build_run, train
-from processes import children, has_exited, wait_until
+from processes import children, has_exited, start_python, wait_until
 from short_runs import SMALL, assert_identical_runs
 
 RANKS_SCRIPT = Path(__file__).parents[1] / "support" / "ranks_script.py"
@@ -31,13 +34,7 @@ def at_once(*commands: list[str]) -> list[subprocess.Popen]:
     paths = os.pathsep.join(filter(None, sys.path))
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths}
     return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**common, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        start_python(*command, env={**common, "LOCAL_RANK": str(rank)}, stderr=subprocess.STDOUT)
         for rank, command in enumerate(commands)
     ]
 
@@ -109,10 +106,7 @@ def running(tmp_path):
     """Start a run with two ranks in new processes; yield its process, its folder and the pid of the second rank."""
     run = tmp_path / "run"
     overrides = [*PAIR, "total_env_steps=1_000_000_000", "checkpoint.every=500", f"run={run}"]
-    command = [sys.executable, "-m", "levin.train", *overrides]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = start_python("-m", "levin.train", *overrides, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists(), 120)
         assert process.poll() is None, process.communicate(timeout=60)[0]
@@ -137,6 +131,17 @@ def test_a_killed_rank_ends_the_run(running):
     assert f"make resume RUN={run}" in output
     assert "Traceback" not in output
     assert has_exited(other)
+
+
+@pytest.mark.parametrize("name", ["barrier", "broadcast", "reduce"])
+def test_a_rank_that_is_lost_in_a_call_of_lightning_is_recognised(name, monkeypatch, tmp_path):
+    def fail(*_):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(DDPStrategy, name, fail)
+    strategy = DataParallel(compose(PAIR), tmp_path, None)
+    with pytest.raises(distributed.RankLostError):
+        getattr(strategy, name)(torch.zeros(1))
 
 
 @pytest.mark.slow

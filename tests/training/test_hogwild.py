@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from levin import resume
 from levin.config.compose import compose
 from levin.core.errors import RunError
 from levin.training.session import train
-from processes import children, has_exited, wait_until
+from processes import children, has_exited, start_python, wait_until
 
 OVERRIDES = [
     "algo=a3c",
@@ -32,10 +31,8 @@ LONG = [*OVERRIDES, "total_env_steps=100_000_000", "checkpoint.every=2000", "log
 def running(tmp_path):
     """Start a run with two workers in new processes; yield its process, its folder and the pid of the second worker."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "levin.train", *LONG, f"run={run}"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    words = ("-m", "levin.train", *LONG, f"run={run}")
+    process = start_python(*words, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         wait_until(lambda: process.poll() is not None or (run / "checkpoints" / "last").exists())
         assert process.poll() is None, process.communicate(timeout=300)[0]

@@ -3,8 +3,6 @@
 import os
 import pty
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from levin.runs import folder as run_folder
 from levin.runs.checkpoint_io import FolderCheckpointIO
 from levin.training.session import train
 from levin.training.video import record_video
-from processes import wait_until
+from processes import start_python, wait_until
 from rows import ROWS
 from short_runs import TINY, assert_identical_runs
 
@@ -135,8 +133,8 @@ def test_a_closed_terminal_does_not_keep_a_run_from_being_saved(tmp_path):
     code = "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # the terminal controls the process
     code += "runpy.run_module('levin.train', None, '__main__')"
     overrides = [*SLOW_SAC, "env=gym", "env.id=signal_env:Slow-v0", "env.action=rescale", "total_env_steps=1_000_000"]
-    command = [sys.executable, "-c", code, *overrides, f"run={tmp_path / 'run'}"]
-    run = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    run = start_python("-c", code, *overrides, f"run={tmp_path / 'run'}", start_new_session=True, **ends)
     os.close(terminal)
     wait_until(lambda: checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"), 120)
     os.close(main)  # the kernel sends SIGHUP

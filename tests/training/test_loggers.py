@@ -25,6 +25,7 @@ from levin.training import loggers
 from levin.training.loggers import CSVMetrics
 from levin.training.session import train
 from levin.training.video import record_video
+from processes import run_python
 from short_runs import SMALL
 
 
@@ -122,9 +123,8 @@ def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
 
 def test_a_machine_that_cannot_render_names_the_missing_package(tmp_path):
     train(compose([*SMALL, "env=inverted_pendulum", "total_env_steps=64"]), tmp_path / "run")
-    command = [sys.executable, "-m", "levin.play", f"run={tmp_path / 'run'}"]
     environment = {key: value for key, value in os.environ.items() if "DISPLAY" not in key} | {"MUJOCO_GL": "glfw"}
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    answer = run_python("-m", "levin.play", f"run={tmp_path / 'run'}", env=environment)
     assert answer.returncode == 2
     assert "libegl1" in answer.stderr
     assert "Traceback" not in answer.stderr

@@ -22,6 +22,7 @@ from levin.algorithms.sac import SAC
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
 from levin.training.session import build_run, train
+from processes import run_python
 from short_runs import SMALL
 
 
@@ -172,7 +173,7 @@ def test_a_checkpoint_loads_in_a_bare_interpreter(tmp_path):
         "import levin, numpy\n"
         f"print(levin.load({str(tmp_path / 'run')!r})(numpy.zeros(3)))\n"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    answer = run_python("-c", code)
     assert answer.returncode == 0, answer.stderr
     torch.load(path, weights_only=True)
 
@@ -366,7 +367,5 @@ from levin.envs.factory import make_env
 env = make_env(EnvConfig(id="CartPole-v1", num_envs=2), seed=0)
 env.reset()
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=False
-    )
+    answer = run_python("-c", code, str(tmp_path / "run"))
     assert answer.returncode == 0, answer.stderr

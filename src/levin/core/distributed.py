@@ -38,7 +38,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     value = value.detach().clone().contiguous()
-    _call_collective(lambda: dist.all_reduce(value))
+    call_collective(lambda: dist.all_reduce(value))
     return value
 
 
@@ -61,7 +61,7 @@ def all_gather(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     gathered = [torch.empty_like(value) for _ in range(world_size())]
-    _call_collective(lambda: dist.all_gather(gathered, value.contiguous()))
+    call_collective(lambda: dist.all_gather(gathered, value.contiguous()))
     return torch.cat(gathered)
 
 
@@ -92,7 +92,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size()
-    _call_collective(lambda: dist.all_gather_object(gathered, value))
+    call_collective(lambda: dist.all_gather_object(gathered, value))
     return gathered
 
 
@@ -101,22 +101,27 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     objects = [value]
-    _call_collective(lambda: dist.broadcast_object_list(objects))
+    call_collective(lambda: dist.broadcast_object_list(objects))
     return objects[0]
 
 
 def barrier() -> None:
     """Wait until all ranks have made this call."""
     if world_size() > 1:
-        _call_collective(dist.barrier)
+        call_collective(dist.barrier)
 
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _call_collective(call: Callable[[], Any]) -> None:
+def call_collective(call: Callable[[], Any]) -> Any:
+    """Return the result of a collective operation.
+
+    Raises:
+        RankLostError: Another rank has ended.
+    """
     try:
-        call()
+        return call()
     except RuntimeError as error:  # raised by the backend when a peer is lost
         raise RankLostError("another process of this run has ended") from error

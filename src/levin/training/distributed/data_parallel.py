@@ -59,6 +59,16 @@ class DataParallel(DDPStrategy):
         for parameter in self.model.parameters():
             torch.distributed.broadcast(parameter.data, 0)
 
+    # Lightning calls these three, for example after saving a checkpoint. A rank may be lost there as well.
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        distributed.call_collective(lambda: DDPStrategy.barrier(self, *args, **kwargs))
+
+    def broadcast(self, *args: Any, **kwargs: Any) -> Any:
+        return distributed.call_collective(lambda: DDPStrategy.broadcast(self, *args, **kwargs))
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        return distributed.call_collective(lambda: DDPStrategy.reduce(self, *args, **kwargs))
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Save on every rank, not only on rank 0: each has its own part of the state."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
