@@ -329,7 +329,7 @@ def actor_critic_oracle(algorithm: ActorCritic, batch: TensorDict) -> list[Tenso
 def a2c_losses(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:
     """Return actor loss, critic loss and entropy on transitions `[B]` or a rollout `[N, T]`."""
     rollout = as_rollout(batch) if batch.ndim == 1 else batch
-    return list(algorithm.losses(rollout, algorithm.last_value(rollout)))
+    return list(algorithm.losses(rollout, algorithm.last_value(rollout))[:3])
 
 
 def a2c_oracle(algorithm: A2C | A3C, batch: TensorDict) -> list[Tensor]:

@@ -115,6 +115,51 @@ def test_next_observations_are_evaluated_only_where_the_rollout_does_not_go_on(a
     assert sum(evaluated) == (last if algo is REINFORCE else rollout.numel() + last)
 
 
+def tianshous_targets(critic, observation, following, after, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return advantages in the units of the rewards, and the critic's targets, as Tianshou computes them, `[N, T]`."""
+    value, next_value = (critic(each).detach().double().squeeze(-1).numpy() * std for each in (observation, following))
+    reward, terminated, done = (after[key].squeeze(-1).double().numpy() for key in ("reward", "terminated", "done"))
+    advantage, running = np.zeros_like(value), np.zeros(len(value))
+    for t in reversed(range(value.shape[1])):
+        delta = reward[:, t] + 0.99 * (1 - terminated[:, t]) * next_value[:, t] - value[:, t]
+        running = delta + 0.99 * 0.9 * (1 - done[:, t]) * running
+        advantage[:, t] = running
+    return advantage, advantage + value
+
+
+@pytest.mark.parametrize("algo", [A2C, PPO])
+def test_normalized_value_targets_equal_a_computation_by_hand(algo):
+    """The critic's targets are divided by the std of all returns before this rollout; advantages are not."""
+    torch.manual_seed(0)
+    spec = fake_env_spec(NetworkInput(describe_space(SPACES["vector"])).space, describe_action(Discrete(3)))
+    options = {"batch_size": 8} if algo is PPO else {}
+    algorithm = algo(env=spec, gae_lambda=0.9, steps_per_iteration=8, normalize_value_target=True, **options)
+    seen, std = [], 1.0
+    for scale in (5.0, 50.0, 0.5):
+        rollout = random_rollout("vector", 3, 60)
+        rollout["next", "reward"] *= scale
+        following = rollout["next", "observation"]
+        advantage, target = tianshous_targets(
+            algorithm.critic, rollout["observation"], following, rollout["next"], std
+        )
+        if algo is PPO:
+            data, _ = algorithm.evaluate(rollout)
+            actual = data["advantage"], data["value_target"]
+        else:
+            last_value = algorithm.last_value(rollout)
+            output = algorithm.critic(rollout["observation"])
+            critic_loss, raw = algorithm.losses(rollout, last_value)[1::2]
+            expected = (output - torch.tensor(target / std).unsqueeze(-1)).square().mean().float()
+            torch.testing.assert_close(critic_loss, expected, rtol=1e-5, atol=1e-6)
+            actual = raw - algorithm.return_normalizer.inverse(output).flatten(0, 1), algorithm.return_normalizer(raw)
+            algorithm.return_normalizer.update(raw)
+        wanted = (torch.tensor(each).view(-1, 1).float() for each in (advantage, target / std))
+        torch.testing.assert_close(actual, tuple(wanted), rtol=1e-4, atol=1e-4)
+        seen.append(target.flatten())
+        std = np.sqrt(np.concatenate(seen).var() + 1e-8)
+        assert float(algorithm.return_normalizer.inverse(torch.ones(()))) == pytest.approx(std, rel=1e-5)
+
+
 # --- collection
 
 

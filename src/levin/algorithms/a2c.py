@@ -42,6 +42,7 @@ from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerNa
 from levin.data import returns
 from levin.data.rollout import is_last, successors
 from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.normalizers import ReturnNormalizer
 
 
 class A2C(Algorithm):
@@ -58,6 +59,8 @@ class A2C(Algorithm):
         steps_per_iteration: Vector steps of a rollout, T: 5.
         discount_state_weighting: Whether to weight step t of an episode by gamma^t, as the exact gradient of J does.
         normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 in each rollout: no.
+        normalize_value_target: Whether the critic learns R_t / std(R), with a running std, as in Tianshou. Advantages
+            keep the units of the rewards: no.
         entropy_coef: Weight of the entropy, c_2: 0.
         value_coef: Weight of the critic loss, c_1: 0.5.
         max_grad_norm: Maximum gradient norm of actor and critic together: 0.5; null: no clipping.
@@ -85,6 +88,7 @@ class A2C(Algorithm):
         steps_per_iteration: PositiveInt = 5,
         discount_state_weighting: bool = False,
         normalize_advantage: bool = False,
+        normalize_value_target: bool = False,
         entropy_coef: NonNegativeFloat = 0.0,
         value_coef: NonNegativeFloat = 0.5,
         max_grad_norm: PositiveFloat | None = 0.5,
@@ -103,6 +107,7 @@ class A2C(Algorithm):
         self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
+        self.return_normalizer = ReturnNormalizer(normalize_value_target)
         if compile:
             self.compile_losses("combined_loss")
             self.capture("update")
@@ -120,37 +125,40 @@ class A2C(Algorithm):
 
     def update(self, rollout: TensorDictBase, last_value: Tensor) -> None:
         """Take one gradient step on all transitions `[N, T]` of a rollout."""
-        loss, metrics = self.combined_loss(rollout, last_value)
+        loss, metrics, target = self.combined_loss(rollout, last_value)
         self.step(self.optimizer, loss, self.max_grad_norm)
+        self.return_normalizer.update(target)
         self.record(**metrics)
 
-    def combined_loss(self, rollout: Batch, last_value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total loss to minimise, and its parts as metrics."""
-        actor_loss, critic_loss, entropy = self.losses(rollout, last_value)
+    def combined_loss(self, rollout: Batch, last_value: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the total loss to minimise, its parts as metrics, and the targets R_t `[N T, 1]`."""
+        actor_loss, critic_loss, entropy, target = self.losses(rollout, last_value)
         loss = actor_loss + self.value_coef * critic_loss
         if self.entropy_coef:  # with weight 0, skip its backward pass
             loss = loss - self.entropy_coef * entropy
         metrics = {"actor_loss": actor_loss, "critic_loss": critic_loss, "entropy": entropy}
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        return loss, {name: value.detach() for name, value in metrics.items()}, target
 
-    def losses(self, rollout: Batch, last_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the actor loss, the critic loss and the mean entropy, all from the same features."""
+    def losses(self, rollout: Batch, last_value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the actor loss, the critic loss and the mean entropy, all from the same features; and the targets."""
         features = self.trunk(rollout["observation"].flatten(0, 1))  # [N, T, *S] -> [N T, F]
-        distribution, value = self.actor(features), self.critic(features)
-        target = self.value_target(rollout, value.detach(), last_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
-        weight = target - value.detach()
+        distribution, output = self.actor(features), self.critic(features)
+        value = self.return_normalizer.inverse(output.detach())
+        target = self.value_target(rollout, value, last_value).flatten(0, 1)  # [N, T, 1] -> [N T, 1]
+        weight = target - value
         if self.normalize_advantage:
             weight = standardize(weight)
         if self.step_count:
             weight = weight * self.gamma ** rollout["step_count"].view_as(weight).to(weight)
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
-        return self.actor_loss(log_prob, weight), self.critic_loss(value, target), distribution.entropy().mean()
+        critic_loss = self.critic_loss(output, self.return_normalizer(target))
+        return self.actor_loss(log_prob, weight), critic_loss, distribution.entropy().mean(), target
 
     @torch.no_grad()
     def last_value(self, rollout: TensorDictBase) -> Tensor:
         """Return V(s_{t+1}) `[N, T, 1]` where s_{t+1} is not the next observation (`is_last`), and 0 elsewhere."""
         zeros = torch.zeros_like(rollout["next", "reward"])
-        return successors(zeros, rollout, lambda observation: self.critic(self.trunk(observation)))
+        return successors(zeros, rollout, lambda s: self.return_normalizer.inverse(self.critic(self.trunk(s))))
 
     @torch.no_grad()
     def value_target(self, rollout: Batch, value: Tensor, last_value: Tensor) -> Tensor:
@@ -174,5 +182,5 @@ class A2C(Algorithm):
         return -(weight * log_prob).mean()
 
     def critic_loss(self, value: Tensor, target: Tensor) -> Tensor:
-        """Return the critic loss E[(R - V(s))^2] for `[B, 1]` inputs."""
+        """Return the critic loss E[(R - V(s))^2] for `[B, 1]` inputs, both in the critic's units."""
         return (target - value).square().mean()

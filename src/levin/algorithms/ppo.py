@@ -51,6 +51,7 @@ from levin.data import returns
 from levin.data.rollout import successors
 from levin.nn.distributions import Categorical, Normal
 from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.normalizers import ReturnNormalizer
 
 
 class PPO(Algorithm):
@@ -76,6 +77,8 @@ class PPO(Algorithm):
         recompute_advantage: Whether to recompute the advantages in each epoch, with the current critic (Andrychowicz et
             al. 2021); the paper: no.
         normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 in each minibatch.
+        normalize_value_target: Whether the critic learns (A + V_k) / std(A + V_k), with a running std, as in Tianshou.
+            Advantages keep the units of the rewards.
         entropy_coef: Weight of the entropy, c_2: 0 (Atari: 0.01).
         value_coef: Weight of the critic loss, c_1; the authors' code: 0.5.
         max_grad_norm: Maximum gradient norm of actor and critic together; the authors' code: 0.5; null: no clipping.
@@ -109,6 +112,7 @@ class PPO(Algorithm):
         steps_per_iteration: PositiveInt = 2048,
         recompute_advantage: bool = False,
         normalize_advantage: bool = True,
+        normalize_value_target: bool = False,
         entropy_coef: NonNegativeFloat = 0.0,
         value_coef: NonNegativeFloat = 0.5,
         max_grad_norm: PositiveFloat | None = 0.5,
@@ -139,6 +143,7 @@ class PPO(Algorithm):
         self.trunk, features = make_trunk(env)
         self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
         self.critic = Critic(features, hidden_sizes, activation)
+        self.return_normalizer = ReturnNormalizer(normalize_value_target)
         self.register_buffer("beta", torch.tensor(initial_beta) if penalty == "kl" else None)
         if compile:
             self.compile_losses("combined_loss")
@@ -193,13 +198,13 @@ class PPO(Algorithm):
         data["observation"] = rollout["observation"].flatten(0, 1)
         data["action"] = rollout["action"].flatten(0, 1)
         data["log_prob"] = old.log_prob(data["action"])
-        variance, error = data["value_target"].var(correction=0), data["advantage"].var(correction=0)
-        self.record(explained_variance=(variance - error) / variance.clamp(min=1e-8))
         return data, old
 
     @torch.no_grad()
     def advantages(self, rollout: TensorDictBase, features: Tensor) -> TensorDict:
         """Return the GAE of a rollout `[N, T]`, the critic's targets A + V, and V: each `[N T, 1]`.
+
+        Targets and V are in the critic's units. With `normalize_value_target` they are those of before this rollout.
 
         Args:
             rollout: Rollout.
@@ -208,7 +213,7 @@ class PPO(Algorithm):
         after: TensorDict = rollout.get("next")
         next_features = successors(features.unflatten(0, rollout.shape), rollout, self.trunk)  # [N, T, F]
         value, next_value = (
-            self.critic(each).unflatten(0, rollout.shape)  # [N T, F] -> [N, T, 1]
+            self.return_normalizer.inverse(self.critic(each)).unflatten(0, rollout.shape)  # [N T, F] -> [N, T, 1]
             for each in (features, next_features.flatten(0, 1))
         )
         advantage = returns.gae(
@@ -220,7 +225,12 @@ class PPO(Algorithm):
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
         )
-        entries = {"advantage": advantage, "value_target": advantage + value, "value": value}
+        target = advantage + value
+        variance, error = target.var(correction=0), advantage.var(correction=0)
+        self.record(explained_variance=(variance - error) / variance.clamp(min=1e-8))
+        value_target, old_value = self.return_normalizer(target), self.return_normalizer(value)
+        self.return_normalizer.update(target)
+        entries = {"advantage": advantage, "value_target": value_target, "value": old_value}
         # [N, T] -> [N T]
         return TensorDict(entries, batch_size=rollout.shape).flatten(0, 1)  # type: ignore[return-value]
 

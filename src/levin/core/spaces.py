@@ -314,7 +314,7 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
 
     Args:
         space: Action space of the env.
-        units: Value of `env.action`: `rescale` from [-1, 1] to the bounds, `clip` to them, or `none`.
+        units: Value of `env.action`: `rescale` from [-1, 1] to the bounds, after a clip; `clip` to them; or `none`.
 
     Raises:
         ConfigError: `units` is `rescale`, but the bounds are not finite.
@@ -327,16 +327,13 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
     low, high = (np.array(bound, dtype).reshape(space["shape"]) for bound in (space["low"], space["high"]))
     if units == "none":
         return lambda actions: actions.astype(dtype)
-    if units == "clip":
+    if units == "clip" or ((low == -1).all() and (high == 1).all()):
         return lambda actions: np.clip(actions.astype(dtype), low, high)
     if not (has_bound(low).all() and has_bound(high).all()):
         raise ConfigError(
             "env.action=rescale needs finite action bounds, which this env does not have; valid: clip, none"
         )
-    if (low == -1).all() and (high == 1).all():
-        return lambda actions: actions.astype(dtype)
     scale, middle = (high - low) / 2, (high + low) / 2
-    # Rounding can exceed a bound by one unit in the last place.
     return lambda actions: np.clip(actions.astype(dtype) * scale + middle, low, high)
 
 

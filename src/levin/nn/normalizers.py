@@ -141,3 +141,28 @@ class RewardNormalizer(nn.Module):
     def forward(self, reward: Tensor) -> Tensor:
         """Normalise rewards: `[..., 1] -> [..., 1]`, float32."""
         return (reward * self.moments.scale).float().clamp_(-self.clip, self.clip)
+
+
+class ReturnNormalizer(nn.Module):
+    """Scale of a critic that learns returns divided by their running standard deviation; the mean stays.
+
+    `forward` maps returns to the critic's units, and `inverse` the critic's output to the units of the rewards. If it
+    is not enabled, both are the identity. Source: Tianshou.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.moments = RunningMoments(()) if enabled else None
+
+    def forward(self, returns: Tensor) -> Tensor:
+        """Return the returns in the critic's units, of the same shape."""
+        return returns if self.moments is None else returns * self.moments.scale
+
+    def inverse(self, output: Tensor) -> Tensor:
+        """Return the critic's output in the units of the rewards, of the same shape."""
+        return output if self.moments is None else output / self.moments.scale
+
+    def update(self, returns: Tensor) -> None:
+        """Update the statistics with returns of any shape, in the units of the rewards."""
+        if self.moments is not None:
+            self.moments.update(returns.flatten())
