@@ -139,9 +139,7 @@ def test_normalized_value_targets_equal_a_computation_by_hand(algo):
         rollout = random_rollout("vector", 3, 60)
         rollout["next", "reward"] *= scale
         following = rollout["next", "observation"]
-        advantage, target = tianshous_targets(
-            algorithm.critic, rollout["observation"], following, rollout["next"], std
-        )
+        advantage, target = tianshous_targets(algorithm.critic, rollout["observation"], following, rollout["next"], std)
         if algo is PPO:
             data, _ = algorithm.evaluate(rollout)
             actual = data["advantage"], data["value_target"]

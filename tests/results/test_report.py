@@ -23,11 +23,13 @@ from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
 from levin.report import report
 from levin.results import aggregates, figures
-from levin.results.curves import CURVES, TRAINING, Curve, align_curves, read_curves
+from levin.results.curves import CURVES, SOURCE_CURVES, TRAINING, Curve, align_curves, read_curves, write_curves
 from levin.results.result import (
     CONFIG,
     MAX_POLICY_BYTES,
+    PICTURE,
     PROVENANCE,
+    REFERENCE,
     SUMMARY,
     Published,
     Reference,
@@ -307,6 +309,44 @@ def test_verdicts(changes, scores, verdict):
     assert "85" in explanation
 
 
+@pytest.mark.parametrize(
+    ("scores", "source", "verdict"),
+    [
+        ([84, 85, 86], [80, 90, 100], "matched"),  # the mean less the deviation is 80
+        ([80, 80, 80], [80, 90, 100], "matched"),
+        ([79, 80, 80], [80, 90, 100], "partial"),
+        ([84, 85, 86], [80, 100], "inconclusive"),  # three seeds are needed, of both
+        ([84, 84], [80, 90, 100], "partial"),
+        ([106, 107, 111], [0, 1, 2], "exceeds"),  # what the published number says has priority
+        ([], [80, 90, 100], "not run"),
+    ],
+)
+def test_a_result_is_matched_if_the_sources_own_code_does_no_better_here(scores, source, verdict):
+    run = {"family": "theirs 1.0", "env": "CartPole-v1", "command": "python train.py"}
+    actual, explanation = judge_scores(reference(source_run=run), np.array(scores), np.array(source))
+    assert actual == verdict
+    assert f"theirs 1.0 here: {np.mean(source):.1f}" in explanation
+
+
+def test_curves_of_the_sources_own_code_are_scored_and_drawn(repository):
+    folder = repository / "experiments/sac_halfcheetah"
+    picture = (folder / PICTURE).read_bytes()
+    write_curves(folder, read_curves(folder), SOURCE_CURVES)
+    faults = report(check=True)
+    assert (
+        "sac_halfcheetah: source_curves.csv.gz and source_run in reference.yaml belong together, and one is missing"
+        in faults
+    )
+    with (folder / REFERENCE).open("a") as file:
+        file.write("source_run:\n  family: theirs\n  env: HalfCheetah-v4\n  command: python a.py\n")
+    assert report()
+    assert report(check=True) == []
+    summary = json.loads((folder / SUMMARY).read_text())
+    assert summary["source_run"]["mean"] == summary["as_the_source_measures"]["mean"]
+    assert summary["verdict"] == "matched"
+    assert (folder / PICTURE).read_bytes() != picture
+
+
 def test_the_prediction_interval_covers_95_percent_of_means():
     draw = np.random.default_rng(0)
     hits = 0
@@ -335,7 +375,7 @@ def test_two_algorithms_on_one_task_are_compared(repository):
     worse = {
         seed: Curve(each.env_steps, each.return_mean - 100, each.second) for seed, each in first.evaluations.items()
     }
-    second = Result(first.folder, config, first.reference, first.provenance, worse, first.training)
+    second = Result(first.folder, config, first.reference, first.provenance, worse, first.training, {})
     ((*names, tasks, probability, interval),) = figures.algorithm_pairs({"SAC": [first], "MyIdea": [second]})
     assert (names, tasks, probability) == (["SAC", "MyIdea"], 1, 1.0)
     assert interval.tolist() == [1, 1]

@@ -22,8 +22,8 @@ Deviations:
     - Advantages are normalised over the rollout, as in Stable-Baselines3.
     - F is damped: F + damping I (appendix C; the authors' code: 0.1).
 
-The KL of a continuous policy is the sum over the entries of an action, as in the paper. sb3-contrib takes their mean, so
-that for n entries its `target_kl` and `cg_damping` are n times as large in the units of this file.
+The KL of a continuous policy is the sum over the entries of an action, as in the paper. sb3-contrib takes their mean,
+so that for n entries its `target_kl` and `cg_damping` are n times as large in the units of this file.
 
 Metrics:
     train/surrogate: improvement of E[rho A] by the step taken.

@@ -16,7 +16,11 @@ from levin.core.errors import ConfigError
 
 METRICS = "metrics.csv"  # of a run
 CURVES, TRAINING = "curves.csv.gz", "training.csv.gz"
-COLUMNS = {CURVES: ("return_mean", "return_std"), TRAINING: ("return_mean", "episodes")}
+SOURCE_CURVES, SOURCE_TRAINING = "source_curves.csv.gz", "source_training.csv.gz"  # of the source's own code, run here
+COLUMNS = {
+    **dict.fromkeys((CURVES, SOURCE_CURVES), ("return_mean", "return_std")),
+    **dict.fromkeys((TRAINING, SOURCE_TRAINING), ("return_mean", "episodes")),
+}
 
 
 @dataclass(frozen=True, eq=False)

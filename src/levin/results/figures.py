@@ -14,7 +14,7 @@ from levin.core import files, paths
 from levin.core.errors import ConfigError
 from levin.results import aggregates
 from levin.results.curves import CURVES, TRAINING, Curve, align_curves
-from levin.results.result import PICTURE, Result, file_fingerprints, judge_scores
+from levin.results.result import PICTURE, Result, file_fingerprints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,9 @@ def _source(*results: Result) -> str:
         files = file_fingerprints(result.folder)
         digest.update(files[CURVES].encode())
         digest.update(files[TRAINING].encode())
-        digest.update(result.reference.model_dump_json().encode())
+        if result.source:
+            digest.update((result.folder / result.reference.source_file).read_bytes())
+        digest.update(result.reference.model_dump_json(exclude_defaults=True).encode())
     return digest.hexdigest()
 
 
@@ -62,6 +64,9 @@ def draw_result(result: Result) -> None:
     draw_line(
         axes, f"{result.algorithm}: IQM, 95% interval, each of {len(curves)} seeds", list(curves.values()), single=True
     )
+    if result.source:
+        own = f"{result.reference.source_run.family}, run here: {len(result.source)} seeds"  # type: ignore[union-attr]
+        draw_line(axes, plain(own), list(result.source.values()), single=True)
     if result.reference.metric != "evaluations":
         axes.set_ylabel("training return")
     for published, color in zip(
@@ -75,7 +80,7 @@ def draw_result(result: Result) -> None:
     axes.axhline(
         result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"required: {result.reference.gate:g}"
     )
-    axes.set_title(plain(f"{result.env}: {judge_scores(result.reference, result.scores)[0]}"))
+    axes.set_title(plain(f"{result.env}: {result.verdict[0]}"))
     axes.legend(frameon=False, loc="lower right")
     save_figure(figure, result.folder / PICTURE, _source(result))
 

@@ -62,7 +62,9 @@ def judge_runs(folder: Path, reference: Reference, runs: dict[int, Path], kept: 
     evaluations |= {seed: stored_evaluations[seed] for seed in kept}
     training |= {seed: stored_training[seed] for seed in kept}
     scores = score_seeds(evaluations, training, reference)
-    verdict, published = judge_scores(reference, scores)
+    source = read_curves(folder, reference.source_file)
+    source_scores = score_seeds(source, source, reference) if source else None
+    verdict, published = judge_scores(reference, scores, source_scores)
     missed = scores.mean() < reference.gate
     return Outcome(verdict, published, stored, matches and not missed)
 

@@ -3,7 +3,8 @@
 `config.yaml` is the pinned config: the config that was run, frozen. `curves.csv.gz` has every evaluation of every seed,
 `training.csv.gz` the returns of the training episodes, and `policy.ckpt` the policy of the lowest seed.
 `provenance.json` says on what commit and machine they were made. `reference.yaml` has the published numbers with their
-sources, and the required score (`gate`). All other files are generated from these by `levin.report`.
+sources, and the required score (`gate`). `source_curves.csv.gz` or `source_training.csv.gz`, if there is one, has the
+curves of the source's own code, run on the same machine. All other files are generated from these by `levin.report`.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from omegaconf import DictConfig
 from levin.core import paths
 from levin.core.errors import ConfigError, valid_names
 from levin.core.validate import read_json
-from levin.results.curves import CURVES, TRAINING, Curve, Curves, read_curves
+from levin.results.curves import CURVES, SOURCE_CURVES, SOURCE_TRAINING, TRAINING, Curve, Curves, read_curves
 from levin.runs.load import POLICY, load_config
 
 CONFIG = "config.yaml"
@@ -30,7 +31,7 @@ PROVENANCE, REFERENCE, SUMMARY, PICTURE = "provenance.json", "reference.yaml", "
 SEEDS_OF_A_REPRODUCTION = 3
 FINAL = 10  # number of last evaluations whose mean is the final return of a run
 
-Verdict = Literal["exceeds", "reproduced", "passed", "inconclusive", "partial", "not run"]
+Verdict = Literal["exceeds", "reproduced", "passed", "matched", "inconclusive", "partial", "not run"]
 
 
 # Text that is copied into comments and tables: one line, without the characters that have a meaning there.
@@ -56,6 +57,14 @@ class Published(pydantic.BaseModel, extra="forbid", frozen=True):
         return f"{self.mean:g}" if self.std is None else f"{self.mean:g} ± {self.std:g}"
 
 
+class SourceRun(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Training runs of the source's own code, on the machine and with the env version of the result."""
+
+    family: Line  # library and version
+    env: Line
+    command: Line
+
+
 class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     """Published numbers that a result is compared with, and its required score.
 
@@ -73,6 +82,12 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     gate_from: Line
     random_return: float  # mean return of uniform actions, which has normalised score 0
     published: list[Published]  # empty if there is no published number
+    source_run: SourceRun | None = None
+
+    @property
+    def source_file(self) -> str:
+        """Name of the file with the curves of the source's own code."""
+        return SOURCE_CURVES if self.metric == "evaluations" else SOURCE_TRAINING
 
     @property
     def has_spread(self) -> bool:
@@ -211,16 +226,36 @@ def _score(curve: Curve, reference: Reference) -> float:
     return float(np.average(curve.return_mean, weights=episodes))
 
 
-def judge_scores(reference: Reference, scores: np.ndarray) -> tuple[Verdict, str]:
+def judge_scores(reference: Reference, scores: np.ndarray, source: np.ndarray | None = None) -> tuple[Verdict, str]:
     """Judge the scores `[seeds]` against the required score; return the verdict and a message with the numbers.
+
+    Args:
+        reference: Required score, and the published numbers that it comes from.
+        scores: Score of each of our seeds.
+        source: Score of each seed `[seeds]` of the source's own code, run here.
 
     The interval below is the 95% interval of the interquartile mean over our seeds.
 
     "exceeds": the source has a standard deviation over at least three seeds, and the interval lies above the published
     mean plus this deviation. "reproduced": the source has one, and the interval lies at or above the required score.
     "passed": the interval does, but the source has no such deviation. "inconclusive": the required score lies inside
-    the interval. "partial": the interval lies below it, or there are too few seeds. "not run": there are no scores.
+    the interval. "partial": the interval lies below it, or there are too few seeds. "matched": the verdict would be one
+    of these two, but our mean lies at or above the mean less one standard deviation of the source's own code, run here,
+    both over at least three seeds. "not run": there are no scores.
     """
+    verdict, message = _judge_by_gate(reference, scores)
+    if source is None or reference.source_run is None:
+        return verdict, message
+    message += (
+        f"; {reference.source_run.family} here: {source.mean():.1f} ± {source.std(ddof=1):.1f}, {len(source)} seeds"
+    )
+    enough = min(len(scores), len(source)) >= SEEDS_OF_A_REPRODUCTION
+    if verdict in ("inconclusive", "partial") and enough and scores.mean() >= source.mean() - source.std(ddof=1):
+        return "matched", message
+    return verdict, message
+
+
+def _judge_by_gate(reference: Reference, scores: np.ndarray) -> tuple[Verdict, str]:
     from levin.results import aggregates  # its libraries belong to an extra
 
     if not len(scores):
@@ -252,17 +287,20 @@ class Result:
     provenance: dict[str, Any]
     evaluations: Curves
     training: Curves
+    source: Curves  # of the source's own code, run here
 
     @classmethod
     def read(cls, folder: Path) -> "Result":
         """Read a result from its folder in experiments/."""
+        reference = read_reference(folder)
         return cls(
             folder,
             load_config(folder, runs=()),
-            read_reference(folder),
+            reference,
             read_provenance(folder),
             read_curves(folder),
             read_curves(folder, TRAINING),
+            read_curves(folder, reference.source_file),
         )
 
     @property
@@ -298,6 +336,16 @@ class Result:
         return score_seeds(self.evaluations, self.training, self.reference)
 
     @property
+    def source_scores(self) -> np.ndarray | None:
+        """Score of each seed of the source's own code, `[seeds]`, measured in the same way; None if it was not run."""
+        return score_seeds(self.source, self.source, self.reference) if self.source else None
+
+    @property
+    def verdict(self) -> tuple[Verdict, str]:
+        """Verdict, and a message with the numbers."""
+        return judge_scores(self.reference, self.scores, self.source_scores)
+
+    @property
     def finals(self) -> np.ndarray:
         """Final return of each seed, `[seeds]`: the mean of its last evaluations."""
         return np.array([curve.return_mean[-FINAL:].mean() for curve in self.evaluations.values()])
@@ -308,6 +356,8 @@ def find_broken(result: Result) -> Iterator[str]:
 
     Faults are files that do not match the provenance, seeds that did not run to the end, and too large a policy.
     """
+    if bool(result.source) != bool(result.reference.source_run):
+        yield f"{result.reference.source_file} and source_run in {REFERENCE} belong together, and one is missing"
     if not result.provenance:
         if result.evaluations:
             yield "curves.csv.gz has no provenance.json"

@@ -21,7 +21,6 @@ from levin.results.result import (
     Published,
     Result,
     Verdict,
-    judge_scores,
 )
 
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
@@ -64,7 +63,7 @@ def count_verdicts(summaries: list[dict[str, Any]]) -> str:
         f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
         "Reproduced: the 95% interval of our seeds lies at or above the required score, usually the published mean\n"
         "minus one standard deviation. Exceeds: above the mean plus one. Passed: the source gives no deviation.\n"
-        "Inconclusive: the score lies inside the interval.\n"
+        "Matched: as good as the source's own code, run here. Inconclusive: the score lies inside the interval.\n"
     )
 
 
@@ -72,7 +71,7 @@ def summarise(result: Result) -> dict[str, Any]:
     """Return the contents of a result's summary.json; empty before its first run."""
     if not result.evaluations:
         return {}
-    verdict, message = judge_scores(result.reference, result.scores)
+    verdict, message = result.verdict
     wall = [seed["wall_seconds"] for seed in result.provenance["seeds"].values()]
     env_steps = int(min(curve.env_steps[-1] for curve in result.evaluations.values()))
     return {
@@ -84,6 +83,7 @@ def summarise(result: Result) -> dict[str, Any]:
             "last": result.reference.last,
             **_statistics(result.scores),
         },
+        **({} if result.source_scores is None else {"source_run": _statistics(result.source_scores)}),
         "gate": result.reference.gate,
         "verdict": verdict,
         "because": message,
