@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 from omegaconf import OmegaConf
@@ -246,10 +247,23 @@ def test_every_tuned_file_names_an_algorithm_and_an_env(name):
         for env in (paths.CONFIGS / "env").glob("*.yaml")
         if f"{algo.stem}_{env.stem}" == name
     )
-    cfg = compose([f"algo={algo}", f"env={env}"])
+    cfg = compose([f"algo={algo}", f"env={env}", *(["env.id=qbert"] if env == "atari" else [])])
     text = OmegaConf.load(paths.CONFIGS / "tuned" / f"{name}.yaml")
     for key in flat_keys(to_plain(text)):
         assert OmegaConf.select(cfg, key) == OmegaConf.select(text, key)
+
+
+def test_the_values_of_a_game_are_those_of_its_family():
+    """Values for CartPole would be composed otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        breakout = compose(["algo=dqn", "env=breakout"])
+        assert compose(["algo=dqn", "env=atari", "env.id=breakout"]) == breakout
+        assert (breakout.algo.huber, breakout.algo.hidden_sizes, breakout.eval.every) == (True, [], 500_000)
+        assert compose(["algo=dqn", "env=breakout", "algo.huber=false", "eval.every=7"]).eval.every == 7
+        assert compose(["algo=dqn", "env=cartpole"]).eval.every == 5000
+    with pytest.warns(UserWarning, match=r"no values of algo=dreamer for atari.*tuned for atari: a2c, a3c, dqn, ppo"):
+        compose(["algo=dreamer", "env=pong"])
 
 
 def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):

@@ -14,6 +14,7 @@ from levin.config.compose import GROUPS, SEARCH_PATH, add_pluses, compose, take_
 from levin.core.errors import exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT, fork_files
+from levin.core.process import silence_libraries
 
 
 def value_origins(overrides: list[str]) -> dict[str, str]:
@@ -46,6 +47,7 @@ def value_origins(overrides: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Print `key: value  # file` for every value of the composed config."""
+    silence_libraries()
     with exit_on_user_error():
         overrides = sys.argv[1:]
         refuse_repeated(overrides)

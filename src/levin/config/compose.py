@@ -5,6 +5,7 @@ Hydra composes the files. `schema.py` checks each value against the type hints o
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
     """
     OmegaConf.set_struct(config, False)
     _check_debug(str(choices.get("debug")), str(choices["algo"]))
+    _warn_of_untuned_family(choices)
     OmegaConf.resolve(config)
     env = choices["env"]
     if env in ANY_ENV and not OmegaConf.is_missing(config.env, "id"):
@@ -182,6 +184,22 @@ def _check_debug(debug: str, algo: str) -> None:
     )
     if debug in ("lecture", "overfit") and algo not in supported:
         raise ConfigError(f"debug={debug} is not for {algo}; valid algorithms: {', '.join(supported)}")
+
+
+def _warn_of_untuned_family(choices: Mapping[str, str]) -> None:
+    """Warn if the env's family has values of its own for some algorithms, but not for the one chosen."""
+    algo, family = choices["algo"], choices.get("family@_global_")
+    folders = [paths.CONFIGS, *(file.parents[1] for file in paths.fork_files() if file.stem == algo)]
+    if family and not any((folder / "tuned" / f"{algo}_{family}.yaml").is_file() for folder in folders):
+        warnings.warn(
+            f"there are no values of algo={algo} for {family}: those of configs/algo/{algo}.yaml are for another env; "
+            f"tuned for {family}: {', '.join(_tuned_for(family))}",
+            stacklevel=2,
+        )
+
+
+def _tuned_for(family: str) -> list[str]:
+    return sorted(file.stem.removesuffix(f"_{family}") for file in (paths.CONFIGS / "tuned").glob(f"*_{family}.yaml"))
 
 
 def _explain_new_keys(key: str, overrides: list[str]) -> str:
