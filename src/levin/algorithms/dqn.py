@@ -59,7 +59,8 @@ class DQN(Algorithm):
         gamma: Discount factor. Paper, extended data table 1: 0.99.
         lr: Learning rate of Adam. CleanRL: 2.5e-4, like the paper's RMSprop.
         tau: Step of the target network towards Q. Paper: 1, a copy.
-        target_update_every: Updates between two steps of the target network. CleanRL: 50. Paper: 10000.
+        target_update_every: Updates between two steps of the target network. CleanRL: 50. Paper: 10000; the authors'
+            code: 2500, which are 10,000 actions.
         double_q: Whether Q chooses the next action, and not the target network.
         huber: Whether errors beyond 1 count linearly, like the paper's clipped errors.
         max_grad_norm: Maximum gradient norm; null: no clipping.

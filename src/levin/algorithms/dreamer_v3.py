@@ -31,6 +31,7 @@ Deviations:
       differently here: the GRU's first layer is three matrices, the posterior's first layer is two, and the policy's
       mean and std share one.
     - Each part of a dict observation has its own encoder and decoder.
+    - A discrete policy is mixed with 1% uniform, as in the paper; in today's published code `unimix` has no effect.
 
 Metrics:
     train/kl: KL(q || p), nats, before it is clamped.

@@ -24,6 +24,10 @@ Deviations, all as in the authors' code (Huang et al. 2022, "The 37 implementati
     - The critic loss has a factor of 1/2.
     - With `penalty: clip`, no further epoch begins once KL exceeds `target_kl`.
 
+Other deviations from the authors' code, and from CleanRL:
+    - An episode cut by a time limit bootstraps from V(s') of its last observation; there it counts as ended.
+    - Statistics of observations and rewards are updated once per rollout (`levin.nn.normalizers`), there in every step.
+
 Metrics:
     train/actor_loss: -L, without the entropy.
     train/critic_loss: half the squared error of V.

@@ -111,7 +111,7 @@ class RewardNormalizer(nn.Module):
     """Reward normaliser `clamp(r / std(G), -clip, clip)`, G the running return of each env.
 
     `G_t = gamma G_{t-1} + r_t` is reset only where an episode ends, not between rollouts.
-    Source: `NormalizeReward` of OpenAI Baselines.
+    Source: `VecNormalize` of OpenAI Baselines.
     """
 
     running_return: Tensor
