@@ -253,6 +253,16 @@ def test_every_tuned_file_names_an_algorithm_and_an_env(name):
         assert OmegaConf.select(cfg, key) == OmegaConf.select(text, key)
 
 
+def test_every_config_names_its_source_and_is_in_the_table_of_sources():
+    table = (paths.ROOT / "docs" / "sources.md").read_text()
+    files = [*(paths.CONFIGS / "algo").glob("*.yaml"), *(paths.CONFIGS / "tuned").glob("*.yaml")]
+    for file in files:
+        comments = " ".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+        assert "Source: " in comments or "Values: " in comments, file
+        assert f"\n| `{file.stem}` | " in table, file
+    assert table.count("\n| `") == len(files)
+
+
 def test_the_values_of_a_game_are_those_of_its_family():
     """Values for CartPole would be composed otherwise."""
     with warnings.catch_warnings():
