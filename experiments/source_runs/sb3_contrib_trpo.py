@@ -1,6 +1,6 @@
 """Train sb3-contrib's TRPO with the values of RL Baselines3 Zoo, and write its learning curves.
 
-    python sb3_contrib_trpo.py Swimmer-v4 300000 10000 10 "0 1 2 3 4" ../trpo_swimmer/source_curves.csv.gz
+    python sb3_contrib_trpo.py Swimmer-v4 300000 10000 10 "0 1 2 3 4" curves.csv.gz
 
 Arguments: env, env steps, env steps between two evaluations, episodes of an evaluation, seeds, and the file. Seeds that
 the file has already are kept. README.md lists the packages.

@@ -1,6 +1,6 @@
 """Train Tianshou's A2C as its MuJoCo benchmark does, and write the returns of the training episodes.
 
-    python tianshou_a2c.py InvertedDoublePendulum-v4 1000000 "0 1 2" ../a2c_inverted_double_pendulum/source_training.csv.gz
+    python tianshou_a2c.py InvertedDoublePendulum-v4 1000000 "0 1 2" curves.csv.gz
 
 Arguments: env, env steps, seeds, and the file. Seeds that the file has already are kept. README.md lists the packages.
 The values are those of examples/mujoco/mujoco_a2c.py: the learning rate falls to 0 over 3M env steps.

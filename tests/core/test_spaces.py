@@ -15,7 +15,7 @@ from checks import same, saved_state
 from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
-from levin.core.spaces import NetworkInput, describe_space, to_gym
+from levin.core.spaces import NetworkInput, action_converter, describe_action, describe_space, to_gym
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env, make_single_env
 from levin.nn.distributions import MultiCategorical
@@ -307,3 +307,12 @@ def test_the_same_seed_gives_the_same_run_on_a_dict(tmp_path):
     for name in "ab":
         train(compose(overrides), tmp_path / name)
     assert same(saved_state(tmp_path / "a")["state_dict"], saved_state(tmp_path / "b")["state_dict"])
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, 1), (-2, 4), (0, 1)])
+def test_rescaled_actions_never_leave_the_bounds(low, high):
+    """Gaussian policies and noise leave [-1, 1]; bounds of exactly -1 and 1 are no exception."""
+    convert = action_converter(describe_action(Box(low, high, (2,))), "rescale")
+    given = np.array([[-1.5, 1.5], [-1, 1], [0, 0.5]], np.float32)
+    expected = np.clip(given, -1, 1) * (high - low) / 2 + (high + low) / 2
+    np.testing.assert_allclose(convert(given), expected, rtol=1e-6)

@@ -20,6 +20,7 @@ from levin.results.result import (
     judge_scores,
     read_provenance,
     score_seeds,
+    score_source,
 )
 from levin.runs import folder as run_folder
 from levin.runs import provenance
@@ -62,8 +63,7 @@ def judge_runs(folder: Path, reference: Reference, runs: dict[int, Path], kept: 
     evaluations |= {seed: stored_evaluations[seed] for seed in kept}
     training |= {seed: stored_training[seed] for seed in kept}
     scores = score_seeds(evaluations, training, reference)
-    source = read_curves(folder, reference.source_file)
-    source_scores = score_seeds(source, source, reference) if source else None
+    source_scores = score_source(read_curves(folder, reference.source_file), reference)
     verdict, published = judge_scores(reference, scores, source_scores)
     missed = scores.mean() < reference.gate
     return Outcome(verdict, published, stored, matches and not missed)

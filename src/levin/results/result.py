@@ -214,6 +214,19 @@ def score_seeds(evaluations: Curves, training: Curves, reference: Reference) -> 
     return np.array(scores)
 
 
+def score_source(source: Curves, reference: Reference) -> np.ndarray | None:
+    """Return the score of each seed of the source's own code, `[seeds]`; None if it was not run.
+
+    Raises:
+        ConfigError: A seed has not reached the reference's env steps; of these, the last 1% may be without an episode.
+    """
+    for seed, curve in source.items():
+        if curve.env_steps[-1] < 0.99 * reference.env_steps:
+            raise ConfigError(f"{reference.source_file}: seed {seed} has not reached {reference.env_steps} env steps")
+    scores = [_score(curve.until(reference.env_steps), reference) for _, curve in sorted(source.items())]
+    return np.array(scores) if scores else None
+
+
 def _score(curve: Curve, reference: Reference) -> float:
     if reference.metric == "evaluations":
         return float(curve.return_mean[-reference.last :].mean())
@@ -337,8 +350,8 @@ class Result:
 
     @property
     def source_scores(self) -> np.ndarray | None:
-        """Score of each seed of the source's own code, `[seeds]`, measured in the same way; None if it was not run."""
-        return score_seeds(self.source, self.source, self.reference) if self.source else None
+        """Score of each seed of the source's own code, `[seeds]`; None if it was not run."""
+        return score_source(self.source, self.reference)
 
     @property
     def verdict(self) -> tuple[Verdict, str]:
