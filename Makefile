@@ -44,7 +44,7 @@ study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studie
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report study fork bench bench-setup test test-quick test-slow drill proof lint format lock clean
+.PHONY: help setup train resume config evaluate play plot pin reproduce report study fork bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -102,8 +102,11 @@ study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2
 	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab $(args),$(call quote,experiments.$(study).run))
 
 ##@ Develop
-test: $(suite) ## Run the tests; minutes
-	$(BIN)/python -m pytest -n auto --dist loadfile $(args)
+test: $(suite) ## Run the tests; under five minutes on two cores
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not long' $(args)
+
+test-long: $(suite) ## Run the tests that `make test` leaves out because they take half of the time; CI runs both
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'long and not slow' $(args)
 
 test-quick: $(suite) ## Run the tests that need no whole runs, while you edit; under a minute
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'quick and not slow' $(args)

@@ -28,15 +28,72 @@ QUICK_CHECKS = (  # of tests/checks.py, for every row
     *("truncation_bootstraps_and_termination_does_not", "yaml_and_signature_agree"),
 )
 
+# Tests of `make test-long`: half of the time of all. CI runs them too; `make test` leaves them out.
+LONG = (
+    *("collectors/test_torchrl.py", "commands/test_start.py", "estimators/test_unbiased.py"),
+    *("results/test_reproduce.py", "runs/test_damage.py", "training/test_data_parallel.py"),
+    *("training/test_hogwild.py", "training/test_interruption.py", "test_toy.py"),
+)
+LONG_FUNCTIONS = {
+    "algorithms/test_dreamer.py": ("test_every_hyper_parameter_has_an_effect",),
+    "algorithms/test_dreamer_v3_replay.py": ("test_actions_rewards_and_observations_are_aligned",),
+    "algorithms/test_off_policy.py": (
+        "test_estimators_of_the_actor_are_compiled_once_and_captured",
+        "test_every_hyper_parameter_has_an_effect",
+    ),
+    "algorithms/test_on_policy.py": ("test_variants_are_compiled_once_as_well",),
+    "algorithms/test_world_models.py": (
+        "test_a_run_resumed_in_any_stage_is_identical",
+        "test_every_hyper_parameter_has_an_effect",
+    ),
+    "commands/test_fork.py": (
+        "test_a_fork_trains_with_its_own_loss_and_merges_with_upstream",
+        "test_a_new_keyword_of_a_fork_is_in_the_config_of_its_runs",
+    ),
+    "envs/test_atari.py": ("test_a_resumed_dqn_run_is_identical", "test_games_resume_after_a_lost_life"),
+    "envs/test_careless_envs.py": (
+        "test_an_env_that_uses_the_global_generators_is_independent_of_evaluations",
+        "test_an_env_that_uses_the_global_generators_resumes_exactly",
+        "test_an_env_that_writes_into_its_action_changes_nothing",
+    ),
+    "envs/test_pictures.py": ("test_minigrid",),
+    "results/test_report.py": (
+        "test_manual_changes_to_a_result_are_detected",
+        "test_report_rebuilds_missing_files",
+    ),
+    "runs/test_resume.py": (
+        "test_a_killed_run_resumed_in_a_new_process_is_identical",
+        "test_a_resumed_run_on_mujoco_is_identical",
+        "test_a_run_stopped_by_a_signal_and_resumed_is_identical",
+        "test_max_time_saves_the_run_and_counts_anew_after_a_resume",
+    ),
+    "runs/test_trust.py": ("test_ids_that_pass_another_id_on_are_not_accepted",),
+    "test_architecture.py": ("test_the_drill_starts_without_pytest",),
+    "training/test_guards.py": ("test_the_error_names_env_step_and_episode",),
+    "training/test_loggers.py": (
+        "test_a_display_that_cannot_be_opened_is_not_used",
+        "test_the_video_has_a_frame_per_step_and_is_not_black",
+    ),
+    "training/test_train.py": (
+        "test_a_replay_buffer_uses_no_more_memory_than_its_tensors",
+        "test_every_sac_hyper_parameter_has_an_effect",
+        "test_memory_does_not_grow",
+    ),
+}
+LONG_CHECKS = ("captured_and_eager_are_the_same", "compiled_and_eager_are_the_same", "learns_a_small_env")
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
     for item in items:
         path = item.path.relative_to(Path(__file__).parent)
         check = getattr(item, "callspec", None) and item.callspec.params.get("check")
-        of_rows = path.name == "test_algorithms.py" and getattr(check, "__name__", "") in QUICK_CHECKS
-        if of_rows or any(path.is_relative_to(each) for each in QUICK):
+        check = getattr(check, "__name__", "") if path.name == "test_algorithms.py" else ""
+        if check in QUICK_CHECKS or any(path.is_relative_to(each) for each in QUICK):
             item.add_marker("quick")
+        names = LONG_FUNCTIONS.get(str(path), ())
+        if check in LONG_CHECKS or str(path) in LONG or getattr(item, "originalname", "") in names:
+            item.add_marker("long")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import conftest
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "levin"
 LAYERS = (
@@ -195,3 +197,13 @@ def test_the_readme_shows_code_of_sac_as_it_is():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_every_test_that_is_named_as_quick_or_long_exists():
+    folder = Path(__file__).parent
+    assert [name for name in (*conftest.QUICK, *conftest.LONG) if not (folder / name).exists()] == []
+    for name, functions in conftest.LONG_FUNCTIONS.items():
+        text = (folder / name).read_text()
+        assert [each for each in functions if f"def {each}(" not in text] == []
+    text = (folder / "checks.py").read_text()
+    assert [each for each in (*conftest.QUICK_CHECKS, *conftest.LONG_CHECKS) if f"def {each}(" not in text] == []
