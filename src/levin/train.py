@@ -10,7 +10,7 @@ from types import FrameType
 from levin.config import cli
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, exit_on_user_error
-from levin.core.process import SIGNALS, handle_signals, restore_signals, share_cores
+from levin.core.process import SIGNALS, handle_signals, restore_signals, share_cores, silence_libraries
 from levin.runs import folder as run_folder
 from levin.runs import slurm
 from levin.runs.trust import trusted
@@ -19,6 +19,7 @@ from levin.sweep import sweep
 
 def main() -> None:
     """Train the config of the command line. With `-m` train a sweep; with `launcher=` submit the runs as jobs."""
+    silence_libraries()
     with exit_on_user_error():
         cli.refuse_repeated(sys.argv[1:])
         words, given = cli.take_flag(sys.argv[1:], "trust")

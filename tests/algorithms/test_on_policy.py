@@ -128,7 +128,7 @@ def tianshous_targets(critic, observation, following, after, std: float) -> tupl
 
 
 @pytest.mark.parametrize("algo", [A2C, PPO])
-def test_normalized_value_targets_equal_a_computation_by_hand(algo):
+def test_normalized_value_targets_equal_a_computation_by_hand(algo, monkeypatch):
     """The critic's targets are divided by the std of all returns before this rollout; advantages are not."""
     torch.manual_seed(0)
     spec = fake_env_spec(NetworkInput(describe_space(SPACES["vector"])).space, describe_action(Discrete(3)))
@@ -142,17 +142,21 @@ def test_normalized_value_targets_equal_a_computation_by_hand(algo):
         advantage, target = tianshous_targets(algorithm.critic, rollout["observation"], following, rollout["next"], std)
         if algo is PPO:
             data, _ = algorithm.evaluate(rollout)
-            actual = data["advantage"], data["value_target"]
+            wanted = {"advantage": advantage, "value_target": target / std, "value": (target - advantage) / std}
+            for key, values in wanted.items():
+                expected = torch.tensor(values).view(-1, 1).float()
+                torch.testing.assert_close(data[key], expected, rtol=1e-4, atol=1e-4)
         else:
             last_value = algorithm.last_value(rollout)
-            output = algorithm.critic(rollout["observation"])
-            critic_loss, raw = algorithm.losses(rollout, last_value)[1::2]
-            expected = (output - torch.tensor(target / std).unsqueeze(-1)).square().mean().float()
-            torch.testing.assert_close(critic_loss, expected, rtol=1e-5, atol=1e-6)
-            actual = raw - algorithm.return_normalizer.inverse(output).flatten(0, 1), algorithm.return_normalizer(raw)
-            algorithm.return_normalizer.update(raw)
-        wanted = (torch.tensor(each).view(-1, 1).float() for each in (advantage, target / std))
-        torch.testing.assert_close(actual, tuple(wanted), rtol=1e-4, atol=1e-4)
+            actor_loss, critic_loss, _, _ = algorithm.losses(rollout, last_value)
+            error = algorithm.critic(rollout["observation"]).squeeze(-1) - torch.tensor(target / std)
+            torch.testing.assert_close(critic_loss, error.square().mean().float(), rtol=1e-5, atol=1e-6)
+            log_prob = algorithm.actor(rollout["observation"].flatten(0, 1)).log_prob(rollout["action"].flatten())
+            weighted = torch.tensor(advantage).view(-1, 1).float() * log_prob
+            torch.testing.assert_close(actor_loss, -weighted.mean(), rtol=1e-4, atol=1e-4)
+            algorithm.optimizer = None
+            monkeypatch.setattr(algorithm, "step", lambda *_: None)
+            algorithm.update(rollout, last_value)
         seen.append(target.flatten())
         std = np.sqrt(np.concatenate(seen).var() + 1e-8)
         assert float(algorithm.return_normalizer.inverse(torch.ones(()))) == pytest.approx(std, rel=1e-5)

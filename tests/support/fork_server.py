@@ -1,9 +1,9 @@
 """Server that starts Python programs as copies of a process that has imported torch and Lightning.
 
 Importing them takes 3 to 4 s of CPU time, more than most runs of the tests. `processes.start_python` is the client. A
-program finds what a new interpreter gives it: its own arguments, folder, environment, module path and descriptors, and
-no module of Levin. It is a child of the client, not of this server. Only settings that OpenMP reads when torch is
-imported have no effect.
+program gets its own arguments, folder, environment, module path and descriptors, a newly seeded NumPy and no module of
+Levin. It becomes a child of the client. Unlike in a new interpreter, libraries are imported already, so they have read
+their settings (OpenMP, MuJoCo), and all copies share the seed of Python's hashes. `forked=False` starts a new one.
 """
 
 import gc
@@ -17,29 +17,31 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
+
 PRELOADED = ("lightning", "torchrl.envs", "torchrl.collectors", "torchrl.data", "wandb", "hydra", "gymnasium.vector")
 
 
 def receive_request(connection: socket.socket) -> dict:
-    """Fork for each request, and return it in the copy. The process of the server ends here, with its client."""
+    """Wait for requests, and fork for each: the copy returns the request. The server exits when its client does."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
         if not message:
             sys.exit()
-        between = os.fork()
-        if not between:
-            between = os.getpid()
+        helper = os.fork()  # its child becomes one of the client's when the helper exits
+        if not helper:
+            helper = os.getpid()
             if os.fork():
                 os._exit(0)
-            while os.getppid() == between:  # until the client is the parent, and can wait for this process
+            while os.getppid() == helper:
                 time.sleep(0.0005)
-            connection.send(str(os.getpid()).encode())
+            connection.send(f"{os.getpid()} {os.getppid()}".encode())
             connection.close()
             for target, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, target)
                 os.close(descriptor)
             return json.loads(message)
-        os.waitpid(between, 0)
+        os.waitpid(helper, 0)
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -51,6 +53,7 @@ def run_program(words: list[str], cwd: str, env: dict[str, str], new_session: bo
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    np.random.seed()
     sys.modules.pop("__mp_main__", None)  # multiprocessing's name for this script
     path = [each for each in env.get("PYTHONPATH", "").split(os.pathsep) if each]
     if words[0] == "-m":

@@ -16,9 +16,10 @@ PR_SET_CHILD_SUBREAPER = 36  # as in linux/prctl.h
 
 
 @functools.cache
-def _fork_server() -> socket.socket:
-    """Start this process's fork_server.py and return a connection to it."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # its copies become children of this process
+def _fork_server(pid: int) -> socket.socket:
+    """Start the fork_server.py of the process `pid`, this one, and return a connection to it."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1):  # its copies become children of this process
+        raise OSError(ctypes.get_errno(), f"prctl failed in process {pid}")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     script = Path(__file__).with_name("fork_server.py")
     with theirs:
@@ -45,8 +46,10 @@ class _ForkedPython(subprocess.Popen):
         }
         ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         descriptors = [own if end == -1 else end for own, end in enumerate(ends)]
-        socket.send_fds(_fork_server(), [json.dumps(request).encode()], descriptors)
-        self.pid = int(_fork_server().recv(64))
+        server = _fork_server(os.getpid())
+        socket.send_fds(server, [json.dumps(request).encode()], descriptors)
+        self.pid, parent = map(int, server.recv(64).split())
+        assert parent == os.getpid(), "the copy of the fork server is not a child of this process"
         self._child_created = True
         pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in pipes))
@@ -60,9 +63,13 @@ def start_python(
     stdin: int | None = None,
     stdout: int | None = subprocess.PIPE,
     stderr: int | None = subprocess.PIPE,
+    forked: bool = True,
 ) -> subprocess.Popen:
-    """Start `python <words>`, where Linux allows as a copy of a process that has imported torch and Lightning."""
-    program = _ForkedPython if sys.platform == "linux" else subprocess.Popen
+    """Start `python <words>`, on Linux as a copy of a process that has imported torch and Lightning.
+
+    With `forked=False` it is a new interpreter: where the order of imports or the seed of Python's hashes matter.
+    """
+    program = _ForkedPython if forked and sys.platform == "linux" else subprocess.Popen
     return program(
         [sys.executable, *words],
         cwd=cwd,
@@ -76,10 +83,10 @@ def start_python(
 
 
 def run_python(
-    *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, forked: bool = True
 ) -> subprocess.CompletedProcess:
     """Run `python <words>` as `start_python` does, to its end."""
-    with start_python(*words, cwd=cwd, env=env) as process:
+    with start_python(*words, cwd=cwd, env=env, forked=forked) as process:
         output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 

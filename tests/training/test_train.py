@@ -173,7 +173,7 @@ def test_a_checkpoint_loads_in_a_bare_interpreter(tmp_path):
         "import levin, numpy\n"
         f"print(levin.load({str(tmp_path / 'run')!r})(numpy.zeros(3)))\n"
     )
-    answer = run_python("-c", code)
+    answer = run_python("-c", code, forked=False)
     assert answer.returncode == 0, answer.stderr
     torch.load(path, weights_only=True)
 
@@ -367,5 +367,5 @@ from levin.envs.factory import make_env
 env = make_env(EnvConfig(id="CartPole-v1", num_envs=2), seed=0)
 env.reset()
 """
-    answer = run_python("-c", code, str(tmp_path / "run"))
+    answer = run_python("-c", code, str(tmp_path / "run"), forked=False)
     assert answer.returncode == 0, answer.stderr

@@ -24,7 +24,7 @@ Deviations:
 
 Metrics:
     train/actor_loss: -E[A log pi].
-    train/critic_loss: squared error of V.
+    train/critic_loss: squared error of V, in the critic's units (see `normalize_value_target`).
     train/entropy: H(pi), nats.
 """
 
@@ -59,8 +59,8 @@ class A2C(Algorithm):
         steps_per_iteration: Vector steps of a rollout, T: 5.
         discount_state_weighting: Whether to weight step t of an episode by gamma^t, as the exact gradient of J does.
         normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 in each rollout: no.
-        normalize_value_target: Whether the critic learns R_t / std(R), with a running std, as in Tianshou. Advantages
-            keep the units of the rewards: no.
+        normalize_value_target: Whether the critic learns R_t / std(R), with a running std, as in Tianshou; advantages
+            are in the units of the rewards either way. Default: no.
         entropy_coef: Weight of the entropy, c_2: 0.
         value_coef: Weight of the critic loss, c_1: 0.5.
         max_grad_norm: Maximum gradient norm of actor and critic together: 0.5; null: no clipping.

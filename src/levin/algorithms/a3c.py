@@ -64,7 +64,7 @@ class A3C(Algorithm):
         eps: Constant added to the mean square (RMSprop) or to its root (Adam).
         steps_per_iteration: Vector steps of a rollout, t_max. The paper: 5.
         entropy_coef: Weight of the entropy, c_2. The paper: 0.01, for Atari.
-        value_coef: Weight of the critic loss, c_1. Common: 0.5.
+        value_coef: Weight of the critic loss, c_1. A2C: 0.5.
         max_grad_norm: Maximum gradient norm of actor and critic together.
         hidden_sizes: Widths of the hidden layers of actor and critic.
         activation: Activation between the layers.

@@ -97,7 +97,7 @@ class Dreamer(Algorithm):
         exploration_noise: Std of the noise on continuous actions in [-1, 1]: 0.3; for discrete actions, the probability
             of a uniformly random one.
         replay_ratio: Updates per env step: 0.2, from 100 updates per 1000 frames and two frames per action.
-        learning_starts: Env steps before the first update: 5000.
+        learning_starts: Env steps before the first update: 2500, which are the source's 5000 frames.
         random_env_steps: Env steps with uniformly random actions; null: `learning_starts`.
         buffer_size: Records kept in replay.
         buffer_storage: `memory`, or `memmap` for a file.
@@ -135,7 +135,7 @@ class Dreamer(Algorithm):
         max_grad_norm: PositiveFloat | None = 100.0,
         exploration_noise: NonNegativeFloat = 0.3,
         replay_ratio: NonNegativeFloat = 0.2,
-        learning_starts: NonNegativeInt = 5000,
+        learning_starts: NonNegativeInt = 2500,
         random_env_steps: NonNegativeInt | None = None,
         buffer_size: PositiveInt = 1_000_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",

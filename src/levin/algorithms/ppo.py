@@ -30,12 +30,12 @@ Other deviations from the authors' code, and from CleanRL:
 
 Metrics:
     train/actor_loss: -L, without the entropy.
-    train/critic_loss: half the squared error of V.
+    train/critic_loss: half the squared error of V, in the critic's units (see `normalize_value_target`).
     train/entropy: H(pi), nats.
     train/kl: KL(pi_k || pi), estimated by (rho - 1) - log rho; exact with `penalty: kl`.
     train/clip_fraction: fraction of ratios outside the clip range.
     train/beta: weight of the penalty (`penalty: kl`).
-    train/explained_variance: 1 - Var[target - V_k] / Var[target].
+    train/explained_variance: 1 - Var[target - V_k] / Var[target]; with `recompute_advantage`, of the V of each epoch.
 """
 
 from collections.abc import Sequence
@@ -208,7 +208,8 @@ class PPO(Algorithm):
     def advantages(self, rollout: TensorDictBase, features: Tensor) -> TensorDict:
         """Return the GAE of a rollout `[N, T]`, the critic's targets A + V, and V: each `[N T, 1]`.
 
-        Targets and V are in the critic's units. With `normalize_value_target` they are those of before this rollout.
+        Targets and V are in the critic's units: with `normalize_value_target`, divided by the standard deviation of all
+        targets before this call.
 
         Args:
             rollout: Rollout.

@@ -113,7 +113,7 @@ class SAC(Algorithm):
         self.target_entropy = -math.prod(env["action"]["shape"]) / 2 if target_entropy is None else target_entropy
         self.actor = Actor(env, hidden_sizes, activation)
         self.critic = ActionCritic(2, env, hidden_sizes, activation)
-        orthogonal_(self.critic)  # as in jaxrl, but for the gain of the actor's means, which is 1 there
+        orthogonal_(self.critic)  # as in jaxrl
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once, because walking the modules in every update takes as long as updating the targets.
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())

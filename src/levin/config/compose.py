@@ -190,9 +190,10 @@ def _warn_of_untuned_family(choices: Mapping[str, str]) -> None:
     """Warn if the env's family has values of its own for some algorithms, but not for the one chosen."""
     algo, family = choices["algo"], choices.get("family@_global_")
     folders = [paths.CONFIGS, *(file.parents[1] for file in paths.fork_files() if file.stem == algo)]
-    if family and not any((folder / "tuned" / f"{algo}_{family}.yaml").is_file() for folder in folders):
+    names = [f"{algo}_{each}.yaml" for each in (family, choices["env"])]
+    if family and not any((folder / "tuned" / name).is_file() for folder in folders for name in names):
         warnings.warn(
-            f"there are no values of algo={algo} for {family}: those of configs/algo/{algo}.yaml are for another env; "
+            f"there are no values of algo={algo} for {family}: its own are for another env; "
             f"tuned for {family}: {', '.join(_tuned_for(family))}",
             stacklevel=2,
         )

@@ -314,7 +314,7 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
 
     Args:
         space: Action space of the env.
-        units: Value of `env.action`: `rescale` from [-1, 1] to the bounds, after a clip; `clip` to them; or `none`.
+        units: Value of `env.action`: `rescale` from [-1, 1] to the bounds, and clip to them; `clip`; or `none`.
 
     Raises:
         ConfigError: `units` is `rescale`, but the bounds are not finite.

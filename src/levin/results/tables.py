@@ -61,9 +61,9 @@ def count_verdicts(summaries: list[dict[str, Any]]) -> str:
     numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
     return (
         f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
-        "Reproduced: the 95% interval of our seeds lies at or above the required score, usually the published mean\n"
-        "minus one standard deviation. Exceeds: above the mean plus one. Passed: the source gives no deviation.\n"
-        "Matched: as good as the source's own code, run here. Inconclusive: the score lies inside the interval.\n"
+        "Reproduced: our 95% interval lies at or above the required score, usually the published mean minus one\n"
+        "standard deviation. Exceeds: above the mean plus one. Passed: no published deviation. Matched: within the\n"
+        "spread of the source's own code here, which misses too. Inconclusive: the score lies inside.\n"
     )
 
 
