@@ -6,13 +6,11 @@ Arguments: env, env steps, env steps between two evaluations, episodes of an eva
 the file has already are kept. README.md lists the packages.
 """
 
-import csv
-import gzip
 import sys
-from pathlib import Path
 
 import torch
 from sb3_contrib import TRPO
+from seeds import train_missing
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -69,17 +67,7 @@ def main() -> None:
     """Train the seeds that the file lacks."""
     env, total, every, episodes, seeds, file = sys.argv[1:]
     torch.set_num_threads(1)
-    rows: list[tuple] = []
-    if Path(file).is_file():
-        with gzip.open(file, "rt") as old:
-            rows = [tuple(row[column] for column in COLUMNS) for row in csv.DictReader(old)]
-    for seed in map(int, seeds.split()):
-        if any(int(row[0]) == seed for row in rows):
-            continue
-        rows += [(seed, *row) for row in train(env, int(total), int(every), int(episodes), seed)]
-        with gzip.GzipFile(file, "wb", mtime=0) as packed:
-            text = "\n".join(",".join(map(str, row)) for row in [COLUMNS, *rows])
-            packed.write(f"{text}\n".encode())
+    train_missing(file, seeds, COLUMNS, lambda seed: train(env, int(total), int(every), int(episodes), seed))
 
 
 if __name__ == "__main__":

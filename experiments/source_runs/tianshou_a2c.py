@@ -6,14 +6,12 @@ Arguments: env, env steps, seeds, and the file. Seeds that the file has already 
 The values are those of examples/mujoco/mujoco_a2c.py: the learning rate falls to 0 over 3M env steps.
 """
 
-import csv
-import gzip
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+from seeds import train_missing
 from tianshou.data import Collector, VectorReplayBuffer
 from tianshou.env import DummyVectorEnv, VectorEnvNormObs
 from tianshou.policy import A2CPolicy
@@ -86,17 +84,7 @@ def main() -> None:
     """Train the seeds that the file lacks."""
     env, total, seeds, file = sys.argv[1:]
     torch.set_num_threads(1)
-    rows: list[tuple] = []
-    if Path(file).is_file():
-        with gzip.open(file, "rt") as old:
-            rows = [tuple(row[column] for column in COLUMNS) for row in csv.DictReader(old)]
-    for seed in map(int, seeds.split()):
-        if any(int(row[0]) == seed for row in rows):
-            continue
-        rows += [(seed, *row) for row in train(env, int(total), seed)]
-        with gzip.GzipFile(file, "wb", mtime=0) as packed:
-            text = "\n".join(",".join(map(str, row)) for row in [COLUMNS, *rows])
-            packed.write(f"{text}\n".encode())
+    train_missing(file, seeds, COLUMNS, lambda seed: train(env, int(total), seed))
 
 
 if __name__ == "__main__":

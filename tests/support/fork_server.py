@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 
@@ -68,9 +67,7 @@ def run_program(words: list[str], cwd: str, env: dict[str, str], new_session: bo
     else:
         sys.path[:] = [os.path.dirname(os.path.abspath(words[0])), *path, *base]
         sys.argv[:] = words
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        main.__file__ = words[0]
-        exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), vars(main))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":

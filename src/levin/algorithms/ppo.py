@@ -217,10 +217,11 @@ class PPO(Algorithm):
         """
         after: TensorDict = rollout.get("next")
         next_features = successors(features.unflatten(0, rollout.shape), rollout, self.trunk)  # [N, T, F]
-        value, next_value = (
-            self.return_normalizer.inverse(self.critic(each)).unflatten(0, rollout.shape)  # [N T, F] -> [N, T, 1]
+        output, next_output = (
+            self.critic(each).unflatten(0, rollout.shape)  # [N T, F] -> [N, T, 1]
             for each in (features, next_features.flatten(0, 1))
         )
+        value, next_value = map(self.return_normalizer.inverse, (output, next_output))
         advantage = returns.gae(
             reward=after["reward"],
             terminated=after["terminated"],
@@ -233,9 +234,8 @@ class PPO(Algorithm):
         target = advantage + value
         variance, error = target.var(correction=0), advantage.var(correction=0)
         self.record(explained_variance=(variance - error) / variance.clamp(min=1e-8))
-        value_target, old_value = self.return_normalizer(target), self.return_normalizer(value)
+        entries = {"advantage": advantage, "value_target": self.return_normalizer(target), "value": output}
         self.return_normalizer.update(target)
-        entries = {"advantage": advantage, "value_target": value_target, "value": old_value}
         # [N, T] -> [N T]
         return TensorDict(entries, batch_size=rollout.shape).flatten(0, 1)  # type: ignore[return-value]
 

@@ -189,18 +189,18 @@ def _check_debug(debug: str, algo: str) -> None:
 def _warn_of_untuned_family(choices: Mapping[str, str]) -> None:
     """Warn if the env's family has values of its own for some algorithms, but not for the one chosen."""
     algo, family = choices["algo"], choices.get("family@_global_")
+    if not family:
+        return
     folders = [paths.CONFIGS, *(file.parents[1] for file in paths.fork_files() if file.stem == algo)]
     names = [f"{algo}_{each}.yaml" for each in (family, choices["env"])]
-    if family and not any((folder / "tuned" / name).is_file() for folder in folders for name in names):
+    if not any((folder / "tuned" / name).is_file() for folder in folders for name in names):
+        files = sorted((paths.CONFIGS / "tuned").glob(f"*_{family}.yaml"))
+        tuned = ", ".join(file.stem.removesuffix(f"_{family}") for file in files)
         warnings.warn(
-            f"there are no values of algo={algo} for {family}: its own are for another env; "
-            f"tuned for {family}: {', '.join(_tuned_for(family))}",
+            f"there are no values of algo={algo} for {family}: its own are for another env; tuned for {family}: "
+            f"{tuned}",
             stacklevel=2,
         )
-
-
-def _tuned_for(family: str) -> list[str]:
-    return sorted(file.stem.removesuffix(f"_{family}") for file in (paths.CONFIGS / "tuned").glob(f"*_{family}.yaml"))
 
 
 def _explain_new_keys(key: str, overrides: list[str]) -> str:

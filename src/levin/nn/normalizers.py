@@ -1,4 +1,4 @@
-"""Normalise observations and rewards with running statistics.
+"""Normalise observations, rewards and the returns that a critic learns with running statistics.
 
 Gymnasium's vector wrappers miscount when autoreset is disabled, so Levin has its own. Normalisers are modules of the
 algorithm: its checkpoint contains them, and its policy applies them. Statistics are frozen while a rollout is

@@ -72,6 +72,7 @@ def summarise(result: Result) -> dict[str, Any]:
     if not result.evaluations:
         return {}
     verdict, message = result.verdict
+    source_scores = result.source_scores
     wall = [seed["wall_seconds"] for seed in result.provenance["seeds"].values()]
     env_steps = int(min(curve.env_steps[-1] for curve in result.evaluations.values()))
     return {
@@ -83,7 +84,7 @@ def summarise(result: Result) -> dict[str, Any]:
             "last": result.reference.last,
             **_statistics(result.scores),
         },
-        **({} if result.source_scores is None else {"source_run": _statistics(result.source_scores)}),
+        **({} if source_scores is None else {"source_run": _statistics(source_scores)}),
         "gate": result.reference.gate,
         "verdict": verdict,
         "because": message,

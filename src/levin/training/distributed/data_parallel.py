@@ -57,7 +57,7 @@ class DataParallel(DDPStrategy):
         """
         assert self.model is not None
         for parameter in self.model.parameters():
-            torch.distributed.broadcast(parameter.data, 0)
+            distributed.call_collective(lambda data=parameter.data: torch.distributed.broadcast(data, 0))
 
     # Lightning calls these three, for example after saving a checkpoint. A rank may be lost there as well.
     def barrier(self, *args: Any, **kwargs: Any) -> None:
