@@ -32,10 +32,10 @@ extra := $(firstword $(filter mujoco box2d dmc atari,$(shell sed -n 's|^\# needs
 suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
 run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
-seeds := $(or $(value SEEDS),$(value SEED),0)
-comma := ,
+# Without SEED and SEEDS, the seed is that of ARGS or of configs/train.yaml.
+seeds = $(if $(value SEED),seed=$(call typed,SEED)) $(if $(value SEEDS),seeds=$(call typed,SEEDS))
+jobs = $(if $(value JOBS),jobs=$(call typed,JOBS))
 trust = $(if $(value TRUST),trust=true)
-space := $() $()
 choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
 labels = $(if $(value NAME),name=$(call typed,NAME)) $(if $(value NOTE),$(call quote,note=$(value NOTE)))
 in_run = $(if $(value RUN),$(call quote,run=$(value RUN)))
@@ -62,15 +62,11 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [NAME=wide] [ARGS="algo.gamma=0.98"]
-ifneq ($(filter -m --multirun launcher=%,$(value ARGS)),)
-	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) seed=$(call quote,$(subst $(space),$(comma),$(strip $(seeds))))
-else
-	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(if $(word 2,$(seeds)),$(call quote,seeds=$(strip $(seeds))),$(call quote,seed=$(strip $(seeds))))
-endif
+train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [NAME=wide] [ARGS="algo.gamma=0.98"]
+	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs)
 
-resume: .venv/.core ## RUN=path [STEPS=n] [TRUST=1] continues a run exactly; STEPS: its new total of env steps
-	$(BIN)/python -m levin.resume $(run) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
+resume: .venv/.core ## RUN=path or RUNS="runs/sweep_x" [JOBS=n] [STEPS=n] continues runs exactly; STEPS: new total of env steps
+	$(BIN)/python -m levin.resume $(if $(value RUN)$(value EXP),$(run)) $(if $(value RUNS),runs=$(call typed,RUNS)) $(jobs) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
 
 config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value and the file that set it
 	@$(BIN)/python -m levin.config $(choices)
@@ -89,7 +85,7 @@ fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/
 
 ##@ Results
 reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] retrains and compares a result
-	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(if $(value JOBS),jobs=$(call typed,JOBS)) $(if $(value STORE),store=true) $(trust)
+	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(jobs) $(if $(value STORE),store=true) $(trust)
 
 pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] starts a new result in experiments/
 	$(BIN)/python -m levin.pin exp=$(call typed,EXP) $(choices) $(trust)

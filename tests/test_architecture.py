@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "levin"
 LAYERS = (
     *("core", "estimators", "nn", "data", "model_based", "algorithms", "runs", "envs", "collectors", "training"),
-    *("config", "results", "lab", "bench"),
+    *("config", "results", "scheduler", "lab", "bench"),
 )
 ALLOWED = {"core": set(), "estimators": {"core"}, "results": {"core", "runs"}}  # packages restricted to these layers
 COMMANDS = {"train", "resume", "sweep", "evaluate", "play", "plot", "pin", "fork", "reproduce", "report"}

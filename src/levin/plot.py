@@ -1,7 +1,6 @@
 """Plot the learning curves of runs in one figure: `python -m levin.plot runs="runs/sac_* runs/my_idea_*"`."""
 
 import csv
-import glob
 import hashlib
 import os
 import sys
@@ -16,7 +15,7 @@ from levin.core import paths
 from levin.core.errors import ConfigError, exit_on_user_error, valid_names
 from levin.core.omega import flat_keys, to_plain
 from levin.results.curves import CURVES, METRICS, Curve, read_curves, read_metric
-from levin.runs.folder import read_provenance
+from levin.runs.folder import find_folders, read_provenance
 from levin.runs.load import load_config
 
 RETURN = "eval/return_mean"
@@ -88,7 +87,7 @@ def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
     Raises:
         ConfigError: A folder is not a run, a folder of runs or a result, or no run has a value of the metric yet.
     """
-    folders, named, unused = _find_folders(runs)
+    folders, named, unused = find_folders(runs)
     groups: list[Runs] = []
     for folder in folders:
         if (folder / CURVES).is_file():
@@ -120,19 +119,6 @@ def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
     for line in unused:
         print(f"levin: not drawn: {line}", file=sys.stderr)
     return _labelled(groups)
-
-
-def _find_folders(runs: str) -> tuple[list[Path], set[Path], list[str]]:
-    """Return the folders that words and wildcards match, those named without a wildcard, and what matches nothing."""
-    if not runs:
-        raise ConfigError("runs is missing: set runs=<run folders> (with make: RUNS=<run folders>)")
-    patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
-    named = {Path(each) for each in patterns if Path(each).exists()}
-    found = {each: [each] if Path(each) in named else glob.glob(each) for each in patterns}
-    folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
-    if not folders:
-        raise ConfigError(f"runs={runs} matches no folder")
-    return folders, named, [f"{each} matches nothing" for each, matches in found.items() if not matches]
 
 
 def _add_run(groups: list[Runs], run: Path, metric: str, unused: list[str]) -> None:

@@ -1,26 +1,19 @@
 """Retrain a reported result and compare it: `python -m levin.reproduce exp=sac_halfcheetah`.
 
 Trains the pinned config (the frozen config of the result) with every seed, and compares the runs with the stored curves
-and the published number. Each seed is a process; by default the processes fill the cores. The same command continues an
-interrupted reproduction. Exits with 1 if the curves differ from the stored ones or the required score is missed.
+and the published number. The same command continues an interrupted reproduction. Exits with 1 if the curves differ from
+the stored ones or the required score is missed.
 """
 
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli, schema
 from levin.core import files, paths
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
-from levin.core.process import signals_handled
 from levin.core.types import PositiveInt
 from levin.report import report
 from levin.results.curves import read_curves
@@ -30,10 +23,13 @@ from levin.results.result import (
     read_reference,
     result_folder,
 )
+from levin.resume import resume
 from levin.runs import folder as run_folder
 from levin.runs import provenance
 from levin.runs.load import load_config
 from levin.runs.trust import trusted
+from levin.scheduler.resources import Resources, prepare_cores
+from levin.scheduler.scheduler import train_all
 
 RUNS = Path("runs/reproduce")
 DONE = "verdict.json"
@@ -70,6 +66,7 @@ def reproduce(
 def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, jobs: int | None) -> Outcome:
     folder = result_folder(exp)
     cfg, reference = load_config(folder), read_reference(folder)
+    prepare_cores(cfg.trainer.threads, jobs)
     chosen = _parse_seeds(seeds) or sorted(read_curves(folder)) or [0, 1, 2]
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true stores complete runs only: leave out total_env_steps")
@@ -89,10 +86,10 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
         )
     folders = _find_or_create_runs(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
-    cores = os.cpu_count() or 1
-    at_once = jobs or max(1, cores // ((cfg.trainer.threads or cores) * cfg.trainer.get("workers", 1)))
+    totals = dict.fromkeys(folders.values(), cfg.total_env_steps)
     with trusted(True):  # `load_config` has accepted the code that the pinned config names
-        _train_seeds(folders, cfg, at_once)
+        if not train_all(totals, lambda run: resume(run=str(run)), Resources.of([cfg], jobs)):
+            raise RunError("stopped; the runs are saved, and the same command continues them")
     outcome = judge_runs(folder, reference, folders, kept)
     if store:
         store_runs(folder, folders, kept)
@@ -134,64 +131,6 @@ def _config_of_seed(cfg: DictConfig, seed: int, run: Path) -> DictConfig:
     cfg = cfg.copy()
     cfg.seed, cfg.run = seed, str(run)
     return cfg
-
-
-def _train_seeds(folders: dict[int, Path], cfg: DictConfig, jobs: int) -> None:
-    """Train all seeds to the end, each in its own process; print their progress every 30 seconds.
-
-    Raises:
-        RunError: A run failed, or a signal stopped this process.
-    """
-    waiting = dict(folders)
-    running: dict[int, subprocess.Popen[bytes]] = {}
-    last_printed = time.monotonic()
-    with _stop_on_exit(running):
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                seed, run = next(iter(waiting.items()))
-                del waiting[seed]
-                with open(run / "output.txt", "ab", opener=files.no_link) as output:
-                    running[seed] = subprocess.Popen(
-                        [sys.executable, "-m", "levin.resume", f"run={run}"],
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,  # so that Ctrl-C reaches only this process, which passes it on once
-                    )
-            time.sleep(0.2)
-            for seed, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[seed]
-                    lines = (folders[seed] / "output.txt").read_text().strip().splitlines() or ["no output"]
-                    if process.returncode:
-                        raise RunError(f"seed {seed} failed: {lines[-1]} (see {folders[seed]}/output.txt)")
-                    print(f"seed {seed}: {lines[-1]}", flush=True)
-            if running and time.monotonic() > last_printed + 30:
-                last_printed = time.monotonic()
-                progress = (f"seed {seed} {_env_steps(folders[seed]):,}" for seed in running)
-                print(f"{' · '.join(progress)} of {cfg.total_env_steps:,} env steps", flush=True)
-
-
-def _env_steps(run: Path) -> int:
-    metrics = run / "metrics.csv"
-    last = metrics.read_text().rpartition("\n")[0].rpartition("\n")[2].split(",")[0] if metrics.is_file() else ""
-    return int(last) if last.isdigit() else 0
-
-
-@contextmanager
-def _stop_on_exit(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Terminate the running processes when the context ends, for any reason, and wait until they have saved."""
-
-    def stop(*_: Any) -> None:
-        raise RunError("stopped; the runs are saved, and the same command continues them")
-
-    try:
-        with signals_handled(stop):
-            yield
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
 
 
 def main() -> None:

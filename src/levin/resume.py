@@ -1,4 +1,7 @@
-"""Continue a run from its newest checkpoint: `python -m levin.resume run=... [total_env_steps=...]`."""
+"""Continue a run from its newest checkpoint: `python -m levin.resume run=... [total_env_steps=...]`.
+
+`runs="..." jobs=2` continues many runs: run folders, folders of runs, and sweeps.
+"""
 
 import inspect
 import sys
@@ -10,11 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from levin.config import cli, schema
 from levin.core.errors import ConfigError, exit_on_user_error, valid_names
 from levin.core.omega import flat_keys, to_plain
-from levin.core.process import share_cores
+from levin.core.process import print_line, share_cores
 from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
 from levin.runs.trust import trusted
+from levin.scheduler.plan import PLAN, planned_runs
+from levin.scheduler.resources import Resources, prepare_cores
+from levin.scheduler.scheduler import train_all
 
 # Config keys that may change on resume. They change none of the numbers computed so far; a new total_env_steps also
 # stretches or shortens annealed schedules, which `resume` prints.
@@ -144,18 +150,72 @@ def environment_changes(run: Path) -> list[str]:
     ]
 
 
+def resume_all(*, runs: str, jobs: int | None = None, trust: bool = False, **changes: Any) -> None:
+    """Continue all runs that are not complete, some at the same time.
+
+    Args:
+        runs: Run folders, folders of runs, and folders or plans of sweeps, separated by spaces; `*` is a wildcard.
+        jobs: Number of runs at the same time; None: as many as the cores or GPUs can run.
+        trust: As for `resume`.
+        changes: As for `resume`.
+
+    Raises:
+        ConfigError: There is no such run, or a change is not allowed.
+        RunError: A run has failed.
+    """
+    totals, configs = {}, []
+    for run in find_runs(runs):
+        config = load_config(run, runs=())  # the process of the run checks the code that the config names
+        apply_changes(config, changes)
+        totals[run] = config.total_env_steps
+        configs.append(config)
+    prepare_cores(max(config.trainer.threads or 1 for config in configs), jobs)
+    with trusted(trust):
+        if train_all(totals, lambda run: resume(run=str(run), **changes), Resources.of(configs, jobs)):
+            print_line(f"{len(totals)} runs have ended")
+
+
+def find_runs(words: str) -> list[Path]:
+    """Return the run folders that `runs=` names."""
+    plans = [Path(word) for word in words.split() if word.endswith(".json") and Path(word).is_file()]
+    folders = " ".join(word for word in words.split() if Path(word) not in plans)
+    found = [run for plan in plans for run in planned_runs(plan)]
+    for folder in run_folder.find_folders(folders)[0] if folders or not plans else []:
+        if (folder / PLAN).is_file():
+            found += planned_runs(folder / PLAN)
+        elif run_folder.has_begun(folder):
+            found.append(folder)
+        else:
+            found += sorted(config.parent for config in folder.glob(f"*/{run_folder.CONFIG}"))
+    if not found:
+        raise ConfigError(f"runs={words} holds no run: no folder has a {run_folder.CONFIG}")
+    return list(dict.fromkeys(found))
+
+
 def main() -> None:
     """Continue the run that the command line names."""
     with exit_on_user_error():
-        share_cores()
-        words = cli.parse_overrides(sys.argv[1:], as_typed=["run"])
+        words = cli.parse_overrides(sys.argv[1:], as_typed=["run", "runs"])
         for key in words:  # keys that no saved config has are refused before the run folder is read
-            if "." not in key and key not in ("run", "trust", *inspect.signature(schema.top_level).parameters):
+            if "." not in key and key not in (
+                "run",
+                "runs",
+                "jobs",
+                "trust",
+                *inspect.signature(schema.top_level).parameters,
+            ):
                 raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")
-        if "run" not in words:
-            raise ConfigError("run is missing: set run=<run folder>")
         slurm.requeue_on_signal()
-        resume(**words)
+        if "runs" in words and "run" not in words:
+            jobs = words.get("jobs")
+            if jobs is not None and not (type(jobs) is int and jobs > 0):
+                raise ConfigError(f"jobs={jobs} must be a whole number of 1 or more")
+            resume_all(**words)
+        elif "run" in words and not {"runs", "jobs"} & words.keys():
+            share_cores()
+            resume(**words)
+        else:
+            raise ConfigError("set run=<run folder>, or runs=<run folders> and jobs=<number at the same time>")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Train many runs with one command, by Hydra's multirun: `python -m levin.train -m algo.tau=.005,.01 seed=0,1`.
+"""Train many runs with one command: `python -m levin.train -m algo.tau=.005,.01 seeds="0 1" jobs=2`.
 
-Run folders are `runs/sweep_<time>/<swept values>/s<seed>/`, so `make plot RUNS="runs/sweep_<time>/*"` draws one
-learning curve per combination of values. Hydra's launchers and sweepers work as documented by Hydra; a job
-returns the mean return of its last evaluation. With `launcher=slurm` each run is a SLURM job, even a single run.
+Each combination of the values and seeds is a run. Their folders are `runs/sweep_<time>/<values>/s<seed>/`, so
+`make plot RUNS="runs/sweep_<time>/*"` draws one learning curve per combination. The scheduler trains `jobs` of them at
+the same time, each with one thread by default, and the same command continues a sweep that has ended early.
+
+With `launcher=slurm` each run is a SLURM job, even a single run, which Hydra's launcher submits. Hydra's own sweepers
+(`hydra.sweeper...`) work as documented by Hydra: one run after the other, each with the mean return of its last
+evaluation as its result.
 """
 
 import os
@@ -15,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli
-from levin.config.compose import NULL_DEFAULTS, add_pluses, compose, finalize, with_search_path
+from levin.config.compose import NULL_DEFAULTS, PATHS, add_pluses, compose, finalize, with_search_path
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
@@ -29,38 +34,100 @@ from levin.core.process import print_line, share_cores
 from levin.runs import folder as run_folder
 
 FLAGS = ("-m", "--multirun")
+SWEEP_FOLDER = "hydra.sweep.dir"  # Hydra's name for the folder of a sweep; `run=` is the same here
 # Values, such as env ids, may have a slash. Registered here, because jobs of a cluster import this module.
 OmegaConf.register_new_resolver("folder_name", lambda text: text.replace("\\", "").replace("/", "_"), replace=True)
 
 
-def sweep(words: list[str]) -> None:
-    """Run every combination of the comma-separated values.
+def needs_hydra(words: list[str]) -> bool:
+    """Return whether Hydra's own launcher or sweeper is to start the runs."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in words if word not in NULL_DEFAULTS]
+    return any(key == "launcher" or (key.startswith("hydra") and key != SWEEP_FOLDER) for key in keys)
+
+
+def is_sweep(words: list[str]) -> bool:
+    """Return whether the words ask for all combinations of their values."""
+    return any(word in FLAGS for word in words)
+
+
+def list_runs(words: list[str], seeds: list[str]) -> tuple[dict[str, list[str]], Path | None]:
+    """List every combination of values, with every seed. Names of keys are checked, values are not yet.
 
     Args:
-        words: Arguments of the command line, including `-m` or `launcher=...`.
+        words: Arguments of the command line.
+        seeds: Seeds; empty: those of the words.
+
+    Returns:
+        The overrides of each run by its name, `<values>/s<seed>`, and the folder for all runs, if the words name one.
+
+    Raises:
+        ConfigError: A key is unknown, or the words contradict one another.
+    """
+    words = [word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)]
+    named = [word.partition("=")[2] for word in words if word.startswith(("run=", f"{SWEEP_FOLDER}="))]
+    folder = Path(named[-1]) if named and named[-1] != "null" else None
+    texts = [word for word in words if word.partition("=")[0] in PATHS and not word.startswith("run=")]
+    words = [word for word in words if word.partition("=")[0] not in (*PATHS, SWEEP_FOLDER)]
+    given = cli.parse_hydra_overrides(add_pluses(_with_seeds(words, seeds)))
+    parsed = list({str(override.key_or_group): override for override in given}.values())  # the last of each key counts
+    _check_each_value(parsed, texts, check_values=False)
+    try:
+        (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    swept = [each.is_sweep_override() and str(each.key_or_group) != "seed" for each in parsed]
+    runs: dict[str, list[str]] = {}
+    for values in combinations:
+        # Without the signs that escape others in Hydra's grammar, and without folders.
+        chosen = sorted(value.lstrip("+") for value, varies in zip(values, swept, strict=True) if varies)
+        folders = [",".join(chosen).replace("\\", "").replace("/", "_")] if chosen else []
+        seed = next((value.partition("=")[2] for value in values if value.startswith("seed=")), "0")
+        name = "/".join([*folders, f"s{seed}"])
+        if name in runs:
+            raise ConfigError(f"two runs of the sweep have the same name, {name}: leave out values that are equal")
+        runs[name] = [*values, *texts]
+    return runs, folder
+
+
+def _with_seeds(words: list[str], seeds: list[str]) -> list[str]:
+    if seeds and any(word.startswith("seed=") for word in words):
+        raise ConfigError("seed= and seeds= are both given (with make: SEED= or ARGS, and SEEDS=): leave one out")
+    return [*words, f"seed={','.join(seeds)}"] if seeds else words
+
+
+def _check_each_value(parsed: list[Override], texts: list[str], *, check_values: bool) -> None:
+    """Compose a config with each single value: a wrong one is refused before torch and Lightning are imported."""
+    choices = [_parse_values(override) for override in parsed]
+    first = [values[0] for values in choices]
+    for i, values in enumerate(choices):
+        for value in values:
+            compose([*first[:i], value, *first[i + 1 :], *texts], check_values=check_values)
+
+
+def submit(words: list[str], seeds: list[str]) -> None:
+    """Run every combination of the comma-separated values by Hydra's launcher and sweeper.
+
+    Args:
+        words: Arguments of the command line.
+        seeds: Seeds; empty: those of the words.
 
     Raises:
         ConfigError: A value is not valid. It is raised before the first run starts.
     """
     words = [f'note="{_escape(word)}"' if word.startswith("note=") else word for word in words]
+    words = [word.replace("run=", f"{SWEEP_FOLDER}=", 1) if word.startswith("run=") else word for word in words]
     words = add_pluses([word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)])
+    words = _with_seeds(words, seeds)
     parsed = [
         override for override in cli.parse_hydra_overrides(words) if not override.key_or_group.startswith("hydra")
     ]
-    choices = {str(override.key_or_group): _parse_values(override) for override in parsed}
-    if "run" in choices:
-        raise ConfigError(
-            "run= names the folder of one run, but -m and launcher= train in runs/sweep_<time>/<values>/s<seed>: leave "
-            "it out, or set hydra.sweep.dir=<folder of the sweep>"
-        )
-    first = [values[0] for values in choices.values()]
     for check_values in (False, True):  # names first: checking a value imports the class that takes it, for seconds
-        for i, values in enumerate(choices.values()):
-            for value in values:
-                compose([*first[:i], value, *first[i + 1 :]], check_values=check_values)
-    not_in_name = [key for key, values in choices.items() if len(values) == 1 or key == "seed"]
+        _check_each_value(parsed, [], check_values=check_values)
+    not_in_name = [
+        str(each.key_or_group) for each in parsed if not each.is_sweep_override() or each.key_or_group == "seed"
+    ]
     options = {
-        "hydra.sweep.dir": f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S-%f}",
+        SWEEP_FOLDER: f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S-%f}",
         "hydra.sweep.subdir": "'./${folder_name:${hydra.job.override_dirname}}/s${seed}'",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(not_in_name)}]",
         "hydra.output_subdir": "null",  # the run folder has its own config.yaml
@@ -70,9 +137,9 @@ def sweep(words: list[str]) -> None:
     defaults = [f"{key}={value}" for key, value in options.items()]
     sys.argv[1:] = ["--multirun", *defaults, *with_search_path(words)]
     run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)
-    if "launcher" in choices:
-        chosen = {str(override.key_or_group): str(override.value()) for override in cli.parse_hydra_overrides(words)}
-        _submit_jobs(run_all, chosen.get("hydra.sweep.dir", options["hydra.sweep.dir"]))
+    chosen = {str(override.key_or_group): str(override.value()) for override in cli.parse_hydra_overrides(words)}
+    if "launcher" in chosen:
+        _submit_jobs(run_all, chosen.get(SWEEP_FOLDER, options[SWEEP_FOLDER]))
     else:
         run_all()
 

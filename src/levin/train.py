@@ -1,99 +1,89 @@
-"""Train an algorithm: `python -m levin.train algo=sac env=pendulum`; `seeds="0 1 2"` trains a run per seed, in turn."""
+"""Train an algorithm: `python -m levin.train algo=sac env=pendulum`; several seeds with `seeds="0 1 2" jobs=2`."""
 
-import os
-import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
+from omegaconf import DictConfig, OmegaConf
+
+from levin import sweep
 from levin.config import cli
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, exit_on_user_error
-from levin.core.process import SIGNALS, handle_signals, restore_signals, share_cores, silence_libraries
+from levin.core.process import print_line, share_cores, silence_libraries
+from levin.resume import resume
 from levin.runs import folder as run_folder
 from levin.runs import slurm
 from levin.runs.trust import trusted
-from levin.sweep import sweep
+from levin.scheduler.plan import open_sweep
+from levin.scheduler.resources import Resources, prepare_cores
+from levin.scheduler.scheduler import train_all
 
 
 def main() -> None:
-    """Train the config of the command line. With `-m` train a sweep; with `launcher=` submit the runs as jobs."""
+    """Train the config of the command line; with several seeds or `-m` all runs, with `launcher=` as jobs."""
     silence_libraries()
     with exit_on_user_error():
         cli.refuse_repeated(sys.argv[1:])
         words, given = cli.take_flag(sys.argv[1:], "trust")
-        submits = any(word.startswith("launcher=") and word != "launcher=null" for word in words)
-        if not submits:  # else the jobs do
-            share_cores()
+        words, jobs = cli.take_count(words, "jobs")
+        words, seeds = cli.take_seeds(words)
         with trusted(given):
-            if submits or "-m" in words or "--multirun" in words:
-                sweep(words)
+            if sweep.needs_hydra(words):
+                if jobs is not None:
+                    raise ConfigError("jobs= is for runs on this machine; set hydra.launcher.array_parallelism=")
+                if not any(word.startswith("launcher=") for word in words):  # else the jobs do
+                    share_cores()
+                sweep.submit(words, seeds)
+            elif sweep.is_sweep(words) or len(seeds) > 1:
+                _train_all(words, seeds, jobs)
             else:
-                _train_seeds(words)
+                share_cores()
+                _train([*words, *(f"seed={seed}" for seed in seeds)])
 
 
-def _train_seeds(words: list[str]) -> None:
-    """Train one run per seed, one after the other, each in a fork of this process, which imports everything once.
+def _train_all(words: list[str], seeds: list[str], jobs: int | None) -> None:
+    """Train every run of a sweep, some at the same time, or continue the sweep that the same words began."""
+    if slurm.is_later_rank():
+        raise ConfigError("several runs are several processes of one command: start it once, not as ranks of one run")
+    slurm.requeue_on_signal()
+    overrides, folder = sweep.list_runs(words, seeds)
+    first = compose(next(iter(overrides.values())), check_values=False)
+    prepare_cores(first.trainer.threads or 1, jobs)
+    configs = {name: _compose_one_of_many(each) for name, each in overrides.items()}
+    with open_sweep(configs, folder, beside_others=not sweep.is_sweep(words)) as runs:
+        train_runs(dict(zip(runs, configs.values(), strict=True)), jobs)
 
-    The first run that fails ends the command with its exit code, and a signal ends it after the current run.
+
+def _compose_one_of_many(words: list[str]) -> DictConfig:
+    """Compose the config of a run beside others: with one thread, so that results do not depend on `jobs` or cores."""
+    config = compose(words)
+    if config.trainer.threads is None:
+        OmegaConf.set_readonly(config, False)
+        config.trainer.threads = 1
+        OmegaConf.set_readonly(config, True)
+    return config
+
+
+def train_runs(runs: dict[Path, DictConfig], jobs: int | None) -> None:
+    """Train runs to their ends, some at the same time.
+
+    Args:
+        runs: Config of each run by its folder, which holds its config.yaml.
+        jobs: Number of runs at the same time; None: as many as the cores or GPUs can run.
     """
-    given = [word.removeprefix("seeds=") for word in words if word.startswith("seeds=")]
-    words = [word for word in words if not word.startswith("seeds=")]
-    if not given:
-        _train(words)
-        return
-    seeds = given[-1].split()
-    if not seeds or not all(seed.isdigit() for seed in seeds):
-        raise ConfigError(f"seeds={given[-1]} must be whole numbers separated by spaces")
-    if len(seeds) == 1:
-        _train([*words, f"seed={seeds[0]}"])
-        return
-    compose([*words, f"seed={seeds[0]}"])
-    import levin.training.session  # noqa: F401  # for all runs, before the first fork
-
-    child, received = 0, 0
-
-    def stop(number: int, _: FrameType | None) -> None:
-        nonlocal received
-        received = number
-        forward()
-
-    def forward() -> None:
-        # Ctrl-C in a terminal reaches the run itself, and a second one would not let it save.
-        if child and not (received == signal.SIGINT and sys.stdin.isatty()):
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGTERM if received == signal.SIGINT else received)
-
-    handlers = handle_signals(stop)
-    for number, seed in enumerate(seeds):
-        own = [f"{word}/s{seed}" if word.startswith("run=") and word != "run=null" else word for word in words]
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal waits until the child is known and can be told
-        child = os.fork()
-        if not child:
-            restore_signals(handlers)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            _train([*own, f"seed={seed}"])
-            return
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        child = 0
-        if code or received:
-            if left := seeds[number + 1 :]:
-                print(f"levin: the seeds {' '.join(left)} were not begun", file=sys.stderr)
-            raise SystemExit(code if code >= 0 else 128 - code)
-    restore_signals(handlers)
+    totals = {run: config.total_env_steps for run, config in runs.items()}
+    if train_all(totals, lambda run: resume(run=str(run)), Resources.of(list(runs.values()), jobs)):
+        print_line(f"{len(runs)} runs are complete")
 
 
 def _train(words: list[str]) -> None:
     slurm.requeue_on_signal()
     cfg = compose(words)
-    from levin import resume  # late: a command that is mistyped is refused before torch and Lightning are imported
-    from levin.training.distributed import sharding
+    from levin.training.distributed import sharding  # late: torch and Lightning take seconds to import
     from levin.training.session import train, train_rank
 
     if (requeued := run_folder.find_requeued_run(cfg)) is not None:
-        resume.resume(run=str(requeued))
+        resume(run=str(requeued))
     elif sharding.process_rank(cfg):
         train_rank(cfg, Path(cfg.run or "runs"))
     else:

@@ -87,36 +87,10 @@ def test_all_seeds_of_a_command_are_forks_of_one_process(tmp_path):
     answer = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert sum(line.split("|")[-1].strip() == "torch" for line in answer.stderr.splitlines()) == 1
-    assert sorted(each.name for each in (tmp_path / "runs").iterdir()) == ["s3", "s5"]
+    assert sorted(each.name for each in tmp_path.glob("runs/*/")) == ["s3", "s5"]
     alone = ("-m", "levin.train", *SEEDS, "total_env_steps=512", "seed=5", "run=alone")
     assert run_python(*alone, cwd=tmp_path).returncode == 0
     curves = [(tmp_path / run / "metrics.csv").read_text().splitlines() for run in ("runs/s5", "alone")]
     names = curves[0][0].split(",")
     column = names.index("eval/return_mean")
     assert [row.split(",")[column] for row in curves[0]] == [row.split(",")[column] for row in curves[1]]
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_loop_over_seeds(name, tmp_path):
-    train = ("-m", "levin.train", *SEEDS, "total_env_steps=10_000_000", "seeds=0 1")
-    process = start_python(*train, cwd=tmp_path, stderr=subprocess.STDOUT, start_new_session=True)
-    while not (tmp_path / "runs/s0/metrics.csv").exists() and process.poll() is None:
-        time.sleep(0.05)
-    if name == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    else:
-        process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert "stopped and saved at" in output
-    assert [each.name for each in (tmp_path / "runs").iterdir()] == ["s0"]
-
-
-def test_a_run_that_fails_ends_the_loop_over_seeds(tmp_path):
-    train = ("-m", "levin.train", *SEEDS, "total_env_steps=512", "seeds=0 1")
-    (tmp_path / "runs/s0").mkdir(parents=True)
-    (tmp_path / "runs/s0/notes.txt").write_text("mine")
-    answer = run_python(*train, cwd=tmp_path)
-    assert answer.returncode == 2
-    assert "run=runs/s0 exists already" in answer.stderr
-    assert [each.name for each in (tmp_path / "runs").iterdir()] == ["s0"]

@@ -285,7 +285,7 @@ reproduce.main()
     first.send_signal(number)
     output = first.communicate(timeout=300)
     assert first.returncode == 1
-    assert output[1].startswith("levin: stopped; the runs are saved, and the same command continues them")
+    assert output[1].endswith("levin: stopped; the runs are saved, and the same command continues them\n")
     assert not (batch / "verdict.json").exists()
     with run_folder.lock(batch / "s0"):  # no process trains it
         pass

@@ -80,6 +80,36 @@ def take_flag(arguments: list[str], name: str) -> tuple[list[str], bool]:
     return [argument for argument in arguments if argument not in given], value == "true"
 
 
+def take_count(arguments: list[str], name: str) -> tuple[list[str], int | None]:
+    """Remove `name=n` from arguments, as `take_flag` does; return the rest and the number, None if it is not given.
+
+    Raises:
+        ConfigError: The value is not a whole number of 1 or more.
+    """
+    given = [argument for argument in arguments if argument.startswith(f"{name}=")]
+    value = given[-1].removeprefix(f"{name}=") if given else None
+    if value is not None and not (value.isdigit() and int(value) > 0):
+        raise ConfigError(f"{name}={value} must be a whole number of 1 or more")
+    return [argument for argument in arguments if argument not in given], None if value is None else int(value)
+
+
+def take_seeds(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Remove `seeds="0 1 2"` from arguments, as `take_flag` does; return the rest and the seeds.
+
+    Raises:
+        ConfigError: They are not whole numbers, or one is given twice.
+    """
+    given = [argument for argument in arguments if argument.startswith("seeds=")]
+    text = given[-1].removeprefix("seeds=") if given else ""
+    seeds = text.replace(",", " ").split()
+    if given and not (seeds and all(seed.isdigit() for seed in seeds)):
+        raise ConfigError(f"seeds={text} must be whole numbers separated by spaces")
+    seeds = [str(int(seed)) for seed in seeds]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ConfigError(f"seeds={text} holds {twice[0]} twice")
+    return [argument for argument in arguments if argument not in given], seeds
+
+
 def parse_hydra_overrides(overrides: list[str]) -> list[Override]:
     """Return Hydra's overrides of `key=value` arguments.
 

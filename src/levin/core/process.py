@@ -97,11 +97,22 @@ def share_cores() -> None:
     """
     if sys.platform != "linux" or CLAIMS or any(name in os.environ for name in WAIT_SETTINGS):
         return
-    cores = sorted(os.sched_getaffinity(0))
+    cores = available_cores()
     threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     count = min(len(cores), int(threads) if threads.isdigit() else len(cores))
     if count > 1 and not _claim_cores(cores, count):
+        sleep_when_idle()
+
+
+def sleep_when_idle() -> None:
+    """Let the idle threads of this process and its children sleep, unless the user has chosen how they wait."""
+    if not any(name in os.environ for name in WAIT_SETTINGS):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def available_cores() -> list[int]:
+    """Return the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
 def _claim_cores(cores: list[int], count: int) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import sys
 import traceback
@@ -20,7 +21,7 @@ from levin.core.validate import read_json
 from levin.runs import checkpoint, code, slurm, trust
 from levin.runs.provenance import command_line
 
-CONFIG, PROVENANCE = "config.yaml", "provenance.json"
+CONFIG, PROVENANCE, LOCK = "config.yaml", "provenance.json", ".lock"
 
 
 class Session(pydantic.BaseModel):
@@ -37,6 +38,7 @@ class Provenance(Session):
 
     env_steps: pydantic.NonNegativeInt | None
     wall_seconds: pydantic.NonNegativeFloat
+    stopped_early: bool = False  # by a callback, such as EarlyStopping
     resumed: list[Session]
 
 
@@ -120,15 +122,19 @@ def _report_changed_code(before: dict[str, Any], local: dict[str, Path]) -> bool
     return bool(lines)
 
 
-def record_end(run: Path, seconds: float, env_steps: int | None) -> None:
+def record_end(run: Path, seconds: float, env_steps: int | None, *, stopped_early: bool = False) -> None:
     """Write the end of a training process to provenance.json: its wall time, and the env steps of a completed run.
 
     Args:
         run: Run folder.
         seconds: Wall time of this process, which is added to that of earlier ones.
         env_steps: Env steps of the run; None: the run is not complete.
+        stopped_early: Whether a callback has ended the run.
     """
     provenance = read_provenance(run)
+    provenance.pop("stopped_early", None)
+    if stopped_early:
+        provenance["stopped_early"] = True
     provenance |= {"env_steps": env_steps, "wall_seconds": round(provenance["wall_seconds"] + seconds, 1)}
     files.save_json(provenance, run, PROVENANCE)
 
@@ -155,26 +161,59 @@ def lock(run: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds the lock, the folder can't be written, or a link in it leads out of it.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
+    with lock_file(run / LOCK, f"run={run} is being trained"):
         _check_contents(run)
-        file = open(run / ".lock", "a", opener=files.no_link)  # noqa: SIM115
+        yield
+
+
+@contextmanager
+def lock_file(path: Path, taken: str) -> Iterator[None]:
+    """Lock a file, which is created with its folder, until the context or this process ends.
+
+    Args:
+        path: The file, which holds nothing.
+        taken: Beginning of the message if another process holds the lock.
+
+    Raises:
+        ConfigError: Another process holds the lock, or the folder can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", opener=files.no_link)  # noqa: SIM115
     except OSError as error:
-        raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
+        raise ConfigError(f"run={path.parent} can't be written: {error.strerror}") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, whose lock env processes would inherit
         except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(f"run={run} is being trained by another process") from error
+            raise ConfigError(f"{taken} by another process") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             print(
-                f"levin: the file system of run={run} has no locks ({error.strerror}): do not train this run in two "
-                "processes at once",
+                f"levin: the file system of run={path.parent} has no locks ({error.strerror}): do not train there in "
+                "two processes at once",
                 file=sys.stderr,
             )
         yield
+
+
+def is_locked(run: Path) -> bool:
+    """Return whether another process trains a run. This process must not hold the lock: it would lose it."""
+    try:
+        with open(run / LOCK, "a", opener=files.no_link) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no locks here; or the folder can't be written, which the run itself will report
+        return False
+    return False
+
+
+def is_complete(run: Path, total_env_steps: int) -> bool:
+    """Return whether a run has all its env steps, or was ended early by a callback such as EarlyStopping."""
+    provenance = read_provenance(run)
+    return provenance.get("stopped_early", False) or (provenance.get("env_steps") or 0) >= total_env_steps
 
 
 def _check_contents(run: Path) -> None:
@@ -193,6 +232,23 @@ def _check_contents(run: Path) -> None:
             path = Path(folder, name)
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise ConfigError(f"{path} is a link to {os.readlink(path)}, outside the run folder: remove the link")
+
+
+def find_folders(runs: str) -> tuple[list[Path], set[Path], list[str]]:
+    """Return the folders that words and wildcards match, those named without a wildcard, and what matches nothing.
+
+    Raises:
+        ConfigError: Nothing is named, or nothing matches.
+    """
+    if not runs:
+        raise ConfigError("runs is missing: set runs=<run folders> (with make: RUNS=<run folders>)")
+    patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
+    named = {Path(each) for each in patterns if Path(each).exists()}
+    found = {each: [each] if Path(each) in named else glob.glob(each) for each in patterns}
+    folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
+    if not folders:
+        raise ConfigError(f"runs={runs} matches no folder")
+    return folders, named, [f"{each} matches nothing" for each, matches in found.items() if not matches]
 
 
 @contextmanager

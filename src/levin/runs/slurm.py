@@ -14,6 +14,8 @@ import sys
 from functools import partial
 from types import FrameType
 
+RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK")  # environment variables that hold the rank of a process
+
 
 def job_id() -> str | None:
     """Return the id of this SLURM job, `<array>_<task>` in a job array; None outside SLURM."""
@@ -27,6 +29,11 @@ def was_requeued() -> bool:
     return job_id() is not None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
+def is_later_rank() -> bool:
+    """Return whether srun or torchrun has started this process as another one than the first of several."""
+    return any(os.environ.get(rank, "0") != "0" for rank in RANKS)
+
+
 def requeue_on_signal() -> None:
     """Set a SIGUSR1 handler that requeues this SLURM job. During training `Preemption` replaces it, to save first."""
     if job_id() is not None:
@@ -35,7 +42,7 @@ def requeue_on_signal() -> None:
 
 def _requeue(process: int, number: int, _: FrameType | None) -> None:
     """Requeue the job and exit. Do nothing on other ranks, or in a process that was forked from `process`."""
-    if os.getpid() != process or any(os.environ.get(rank, "0") != "0" for rank in ("SLURM_PROCID", "LOCAL_RANK")):
+    if os.getpid() != process or is_later_rank():
         return
     signal.signal(number, signal.SIG_IGN)
     command = ["scontrol", "requeue", str(job_id())]

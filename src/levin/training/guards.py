@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Timer
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
@@ -79,6 +80,13 @@ def preemption_of(trainer: Trainer) -> Preemption:
     """Return the Preemption callback of a Trainer."""
     (preemption,) = (each for each in trainer.callbacks if isinstance(each, Preemption))  # type: ignore[attr-defined]
     return preemption
+
+
+def is_interrupted(trainer: Trainer) -> bool:
+    """Return whether a signal or `trainer.max_time` has stopped the run, so that it is to be continued."""
+    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
+    expired = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
+    return preemption_of(trainer).received is not None or expired
 
 
 def forward_sigusr1(trainer: Trainer) -> None:

@@ -92,7 +92,12 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             if not algorithm.clock:
                 reached = "stopped before the end of the first iteration"
             print_line(f"{reached}; to continue: make resume RUN={run}")
-        run_folder.record_end(run, perf_counter() - start, algorithm.env_steps if budget.complete else None)
+        run_folder.record_end(
+            run,
+            perf_counter() - start,
+            algorithm.env_steps if budget.complete else None,
+            stopped_early=not budget.complete and not guards.is_interrupted(trainer),
+        )
         if cfg.upload and budget.complete:
             video.record_video(run=str(run))
             loggers.upload(trainer.loggers, run)

@@ -1,0 +1,231 @@
+"""Train many runs, some at the same time: `train_all` for a fixed list, `Scheduler` for runs decided on the way.
+
+Every run is a process, a copy (`os.fork`) of this one, which has imported everything once. Its output goes to
+`output.txt` in its run folder. Before a run starts, its folder holds its `config.yaml`, so a run is trained, continued
+or left alone by the same call: `levin.resume.resume`.
+"""
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from levin.core.errors import RunError, exit_on_user_error
+from levin.core.process import (
+    SIGNALS,
+    close_terminal,
+    handle_signals,
+    release_cores,
+    restore_signals,
+)
+from levin.runs import folder as run_folder
+from levin.scheduler.resources import Resources
+from levin.scheduler.table import State, Table
+
+OUTPUT = "output.txt"
+PR_SET_PDEATHSIG = 1  # as in linux/prctl.h
+SECONDS = 0.1  # between two looks at the processes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: `code` is its exit code, negative if a signal killed it."""
+
+    run: Path
+    code: int
+
+    @property
+    def last_line(self) -> str:
+        """Last line of the run's output."""
+        lines = (self.run / OUTPUT).read_text(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("levin: ") if lines else "no output"
+
+    @property
+    def failure(self) -> str:
+        """One sentence about a run that has failed."""
+        if self.code < 0:
+            return f"{self.run} was killed by {signal.Signals(-self.code).name}"
+        return f"{self.run} failed: {self.last_line} (see {self.run / OUTPUT})"
+
+
+class Scheduler:
+    """Processes that train runs, at most `at_once` at the same time. Use it in a `with` statement.
+
+    A signal to this process is passed on to all runs, which save and end; `received` is then set, and nothing new may
+    start. When the `with` statement ends, for any reason, the remaining runs save and end. If this process is killed,
+    they do so too (on Linux).
+
+    Args:
+        train: Function that trains the run in a folder; it is called in the process of the run.
+        resources: Number of processes at the same time, and what each may use.
+    """
+
+    def __init__(self, train: Callable[[Path], Any], resources: Resources) -> None:
+        self.train, self.resources = train, resources
+        self.received: signal.Signals | None = None
+        self._pids: dict[Path, int] = {}
+        self._places: dict[Path, int] = {}
+        self._owner = os.getpid()
+
+    def __enter__(self) -> Self:
+        release_cores(self.resources.threads)
+        import levin.training.session  # noqa: F401  # once, for all processes
+
+        self._handlers = handle_signals(self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._pids:
+            self.stop(run)
+        while self._pids:
+            self.poll()
+            time.sleep(SECONDS)
+        restore_signals(self._handlers)
+
+    @property
+    def running(self) -> list[Path]:
+        """Folders of the runs that are being trained by a process of this one."""
+        return list(self._pids)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another run may start."""
+        return self.received is None and len(self._pids) < self.resources.at_once
+
+    def start(self, run: Path) -> None:
+        """Start the process of a run, whose folder exists."""
+        output = os.open(run / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        place = min(set(range(self.resources.at_once)) - set(self._places.values()))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal waits until the process is known and can be told
+        if pid := os.fork():
+            self._pids[run], self._places[run] = pid, place
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            os.close(output)
+            return
+        self._train_and_exit(run, place, output)
+
+    def _train_and_exit(self, run: Path, place: int, output: int) -> None:
+        """Train a run in a process that `start` has forked, and end the process."""
+        code: Any = 1
+        try:
+            os.setsid()  # so that Ctrl-C in a terminal reaches only the first process, which passes it on
+            for descriptor in (1, 2):
+                os.dup2(output, descriptor)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if self.resources.gpus is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = self.resources.gpus[place]
+            _end_with_parent(self._owner)
+            restore_signals(self._handlers)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            with exit_on_user_error():
+                self.train(run)
+            code = 0
+        except SystemExit as ending:
+            code = ending.code
+        except BaseException:
+            traceback.print_exc()
+        finally:  # as the interpreter ends, but without returning into the code of the first process
+            try:
+                threading._shutdown()  # type: ignore[attr-defined]
+                atexit._run_exitfuncs()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+    def poll(self) -> list[Ended]:
+        """Return the processes that have ended since the last call."""
+        ended = []
+        for run, pid in list(self._pids.items()):
+            if (status := os.waitpid(pid, os.WNOHANG))[0]:
+                del self._pids[run], self._places[run]
+                ended.append(Ended(run, os.waitstatus_to_exitcode(status[1])))
+        return ended
+
+    def stop(self, run: Path) -> None:
+        """Let the process of a run save and end."""
+        os.kill(self._pids[run], signal.SIGTERM)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        if number == signal.SIGHUP:
+            close_terminal()
+        for pid in self._pids.values():
+            os.kill(pid, number)  # a second Ctrl-C ends a run without saving
+        again = "; press Ctrl-C again to end them without saving" if number == signal.SIGINT else ""
+        os.write(2, f"levin: {self.received.name}: the runs will be saved and end{again}\n".encode())
+
+
+def _end_with_parent(parent: int) -> None:
+    """Let this process receive SIGTERM when its parent ends, even if that is killed (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources: Resources) -> bool:
+    """Train runs to their ends, except those that are complete, and show their progress.
+
+    A run that another process trains is waited for. A run that fails is named, and the others continue.
+
+    Args:
+        runs: Env steps of each complete run, by its folder, which holds its config.yaml.
+        train: Function that trains the run in a folder.
+        resources: Number of processes at the same time, and what each may use.
+
+    Returns:
+        Whether all runs have ended; False if a signal stopped them.
+
+    Raises:
+        RunError: Runs have failed.
+    """
+    states: dict[Path, State] = dict.fromkeys(runs, "waiting")
+    failures: list[str] = []
+    with Table(runs) as table, Scheduler(train, resources) as scheduler:
+        while scheduler.running or (scheduler.received is None and unfinished(states)):
+            for run in unfinished(states):
+                if not scheduler.has_room:
+                    break
+                if run_folder.is_locked(run):  # another process trains it, or saves it after the end of its command
+                    states[run] = "elsewhere"
+                elif run_folder.is_complete(run, runs[run]):
+                    states[run] = "complete"
+                else:
+                    scheduler.start(run)
+                    states[run] = "running"
+            for ended in scheduler.poll():
+                if ended.code and not (ended.code < 0 and scheduler.received):
+                    states[ended.run] = "failed"
+                    failures.append(ended.failure)
+                    table.print(f"levin: {ended.failure}")
+                else:
+                    states[ended.run] = "complete" if run_folder.is_complete(ended.run, runs[ended.run]) else "stopped"
+                    line = ended.last_line
+                    table.print(line if str(ended.run) in line else f"{ended.run}: {line}")
+            table.show(states)
+            time.sleep(SECONDS)
+        table.show(states, now=True)
+    if scheduler.received == signal.SIGUSR1 and callable(signal.getsignal(signal.SIGUSR1)):
+        signal.raise_signal(signal.SIGUSR1)  # of a SLURM job, which is requeued
+    if failures:
+        others = "saved" if scheduler.received else "complete"
+        more = f"; the others are {others}" if len(runs) > len(failures) else ""
+        raise RunError(f"{len(failures)} of {len(runs)} runs failed{more}: {failures[0]}")
+    return scheduler.received is None
+
+
+def unfinished(states: Mapping[Path, State]) -> list[Path]:
+    """Return the runs that still have to be started here."""
+    return [run for run, state in states.items() if state in ("waiting", "elsewhere")]
