@@ -44,7 +44,7 @@ study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studie
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot pin reproduce report study fork bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
+.PHONY: help setup train resume config evaluate play plot compare pin reproduce report study fork bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +79,9 @@ play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records vid
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=episode/return out=x.png"] draws learning curves
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
+
+compare: .venv/.core .venv/.report ## RUNS="runs/sweep_x/*" [ARGS="metric=episode/return"] prints a table of runs, the best first
+	$(BIN)/python -m levin.compare runs=$(call typed,RUNS) $(args)
 
 fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/my_idea/
 	$(BIN)/python -m levin.fork $(call quote,algo=$(algo)) name=$(call typed,NAME)

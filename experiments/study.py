@@ -7,7 +7,7 @@ is kept as it is, and an interrupted one continues from its last checkpoint.
 import csv
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
@@ -16,14 +16,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from levin import resume
 from levin.config.compose import compose
 from levin.core.omega import to_plain
 from levin.core.process import silence_libraries
-from levin.runs import checkpoint
+from levin.resume import STOPPED, resume_side_by_side
 from levin.runs import folder as run_folder
 from levin.runs.load import load_config
-from levin.training.session import train
 
 
 def run_in_processes(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -41,18 +39,21 @@ def is_complete(run: Path) -> bool:
     return run_folder.read_provenance(run).get("env_steps") is not None
 
 
-def train_once(overrides: list[str], run: Path) -> None:
-    """Train a run with these overrides, unless it is complete. A run with another config is deleted and restarted."""
-    cfg = compose(overrides)
-    has_begun = run_folder.has_begun(run)
-    if has_begun and not _has_config(run, cfg):
-        shutil.rmtree(run)
-    elif has_begun and is_complete(run):
-        return
-    if checkpoint.list_checkpoints(run / "checkpoints"):
-        resume.resume(run=str(run))
-    else:
-        train(cfg, run)
+def train_runs(runs: Mapping[Path, list[str]]) -> None:
+    """Train runs with these overrides, some at the same time. One with another config is deleted and begun again."""
+    configs = {run: compose(words) for run, words in runs.items()}
+    for run, config in configs.items():
+        if run_folder.has_begun(run) and not _has_config(run, config):
+            shutil.rmtree(run)
+        if not run_folder.has_begun(run):
+            run_folder.begin(run, config)
+    continue_runs(configs)
+
+
+def continue_runs(configs: Mapping[Path, DictConfig]) -> None:
+    """Train runs, whose folders hold these configs, to their ends."""
+    if not resume_side_by_side(configs, jobs=None):
+        raise SystemExit(STOPPED)
 
 
 def _has_config(run: Path, cfg: DictConfig) -> bool:

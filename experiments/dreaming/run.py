@@ -6,14 +6,12 @@ kept. Pendulum-v1 is also played with the velocity hidden; pixels are predicted 
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from experiments.study import read_evaluations, run_in_processes, train_once, write_table
+from experiments.study import read_evaluations, train_runs, write_table
 
 from levin.core.process import silence_libraries
 from levin.lab.pictures import read_csv
@@ -51,21 +49,6 @@ def run_path(words: tuple[str, ...], seed: int) -> Path:
     return RUNS / f"{name}_s{seed}"
 
 
-def train_pendulum(words: tuple[str, ...], seed: int) -> None:
-    """Train Pendulum-v1 with these overrides."""
-    train_once([*COMMON, *words, f"seed={seed}"], run_path(words, seed))
-
-
-def train_pixels() -> None:
-    """Train DreamerV3 on pixels."""
-    train_once(PIXELS, RUNS / "pixels")
-
-
-def call(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function: a job of `run_in_processes` whose first element is the function."""
-    function(*arguments)
-
-
 def measure_pixels() -> None:
     """Write pixels.csv, the prediction errors of every evaluation, and pixels.png, the predictions of the last one."""
     rows = [row for row in read_evaluations(RUNS / "pixels") if row.get("eval/open_loop_45")]
@@ -79,7 +62,8 @@ def measure_pixels() -> None:
 def measure() -> None:
     """Train all runs, and write learning.csv with every evaluation of every run on Pendulum-v1."""
     jobs = [(words, seed) for seed in SEEDS for words in DISTINCT]
-    run_in_processes(call, [(train_pixels,), *((train_pendulum, *job) for job in jobs)])
+    runs = {run_path(words, seed): [*COMMON, *words, f"seed={seed}"] for words, seed in jobs}
+    train_runs({RUNS / "pixels": PIXELS, **runs})
     rows = []
     for words, seed in jobs:
         for row in read_evaluations(run_path(words, seed)):

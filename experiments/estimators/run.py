@@ -11,7 +11,7 @@ from statistics import mean
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.study import read_evaluations, run_in_processes, train_once, write_table
+from experiments.study import read_evaluations, run_in_processes, train_runs, write_table
 
 from levin.core.process import silence_libraries
 from levin.estimators import (
@@ -88,15 +88,10 @@ def run_path(algo: str, name: str, seed: int) -> Path:
     return RUNS / f"{algo}_{name}_s{seed}"
 
 
-def train_form(algo: str, name: str, seed: int) -> None:
-    """Train an algorithm with an estimator."""
-    train_once([*COMMON, *FORMS[algo, name], f"seed={seed}"], run_path(algo, name, seed))
-
-
 def measure_learning() -> None:
     """Train all runs, and write learning.csv with every evaluation of every run."""
     jobs = [(*form, seed) for seed in SEEDS for form in FORMS]
-    run_in_processes(train_form, jobs)
+    train_runs({run_path(algo, name, seed): [*COMMON, *FORMS[algo, name], f"seed={seed}"] for algo, name, seed in jobs})
     rows = [
         # Iterations end with an episode, at other env steps for each seed: round down to a grid that all seeds share.
         [algo, name, seed, int(row["env_steps"]) // 2000 * 2000, row["eval/return_mean"]]

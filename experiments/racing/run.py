@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from experiments.study import read_evaluations, run_in_processes, train_once, write_table
+from experiments.study import read_evaluations, train_runs, write_table
 
 from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
@@ -23,14 +23,9 @@ TRACKS, TESTED = 16, 100  # episodes of an evaluation during the run, and of the
 FIRST = -55  # mean return of the first generation, in the log published with the paper
 
 
-def train_kind(kind: str) -> None:
-    """Train the run of this kind, or continue it."""
-    train_once([*WORDS, *KINDS[kind]], RUNS / kind)
-
-
 def measure() -> None:
     """Train both runs, and write returns.csv: every evaluation, and the final one of 100 other tracks."""
-    run_in_processes(train_kind, [(kind,) for kind in KINDS])
+    train_runs({RUNS / kind: [*WORDS, *words] for kind, words in KINDS.items()})
     lines: list[list[Any]] = []
     for kind in KINDS:
         rows = read_evaluations(RUNS / kind)

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.study import read_evaluations, train_once, write_table
+from experiments.study import read_evaluations, train_runs, write_table
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -117,15 +117,14 @@ def measure_gradients() -> None:
 
 def measure_learning() -> None:
     """Train all forms, and write curves.csv with every evaluation of every seed. Complete runs are kept."""
+    settings = [f"total_env_steps={ENV_STEPS}", "eval.every=5000"]
+    runs = {(name, seed): RUNS / f"{name.replace(' ', '_')}_s{seed}" for name in FORMS for seed in SEEDS}
+    train_runs({run: [*COMMON, *FORMS[name], f"seed={seed}", *settings] for (name, seed), run in runs.items()})
     rows = []
-    for name, words in FORMS.items():
-        for seed in SEEDS:
-            run = RUNS / f"{name.replace(' ', '_')}_s{seed}"
-            settings = [f"seed={seed}", f"total_env_steps={ENV_STEPS}", "eval.every=5000"]
-            train_once([*COMMON, *words, *settings], run)
-            # Iterations end with an episode, at other env steps for each seed: round down to a grid that all share.
-            grid = [(int(row["env_steps"]) // 5000 * 5000, row["eval/return_mean"]) for row in read_evaluations(run)]
-            rows += [[name, seed, *each] for each in grid]
+    for (name, seed), run in runs.items():
+        # Iterations end with an episode, at other env steps for each seed: round down to a grid that all share.
+        grid = [(int(row["env_steps"]) // 5000 * 5000, row["eval/return_mean"]) for row in read_evaluations(run)]
+        rows += [[name, seed, *each] for each in grid]
     write_table(HERE / "curves.csv", ["form", "seed", "env_steps", "return_mean"], rows)
 
 

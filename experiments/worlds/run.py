@@ -9,25 +9,23 @@ are kept.
 """
 
 import shutil
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
-from experiments.study import is_complete, read_evaluations, run_in_processes, train_once, write_table
+from experiments.study import continue_runs, is_complete, read_evaluations, train_runs, write_table
 from lightning import Callback, LightningModule, Trainer
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from levin import resume
 from levin.algorithms.world_models import WorldModels
-from levin.config.compose import compose
+from levin.core import files
 from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
 from levin.lab.pictures import read_csv
-from levin.runs.load import load_algorithm
-from levin.training.session import train
+from levin.runs.folder import read_provenance
+from levin.runs.load import load_algorithm, load_config
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "worlds"
@@ -57,30 +55,26 @@ class StopBeforeController(Callback):
             trainer.should_stop = True
 
 
-def train_base(seed: int) -> Path:
-    """Train V and M, but no controller. Return the run folder."""
-    run = RUNS / f"base_s{seed}"
-    if not (run / "checkpoints" / "last").exists():
-        train(compose([*DODGE, f"seed={seed}", STOP]), run)
-    return run
+def train_base() -> None:
+    """Train V and M of every seed, but no controller."""
+    train_runs({RUNS / f"base_s{seed}": [*DODGE, f"seed={seed}", STOP] for seed in SEEDS})
 
 
-def train_controller(seed: int, temperature: float) -> None:
-    """Copy the base run of this seed, and evolve a controller in its dreams at this temperature."""
+def prepare_controller(seed: int, temperature: float) -> tuple[Path, DictConfig]:
+    """Copy the base run of this seed, to evolve a controller in its dreams at this temperature.
+
+    Returns:
+        The run folder and its config.
+    """
     run = RUNS / f"tau{temperature}_s{seed}"
-    if is_complete(run):
-        return
-    shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(RUNS / f"base_s{seed}", run, symlinks=True)
-    cfg = OmegaConf.load(run / "config.yaml")
-    cfg.callbacks, cfg.algo.temperature = {}, temperature
-    OmegaConf.save(cfg, run / "config.yaml")
-    resume.resume(run=str(run))
-
-
-def train_from_scratch(name: str, seed: int, words: list[str]) -> None:
-    """Train a run with these overrides from its beginning."""
-    train_once([*words, f"seed={seed}"], RUNS / f"{name}_s{seed}")
+    if not is_complete(run):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(RUNS / f"base_s{seed}", run, symlinks=True)
+        cfg = OmegaConf.load(run / "config.yaml")
+        cfg.callbacks, cfg.algo.temperature = {}, temperature
+        OmegaConf.save(cfg, run / "config.yaml")
+        files.save_json({**read_provenance(run), "ended_at": None}, run, "provenance.json")  # the copy is to go on
+    return run, load_config(run)
 
 
 def return_in_env(name: str, seed: int) -> float:
@@ -103,27 +97,14 @@ def return_in_dream(name: str, seed: int, rows: list[dict[str, str]]) -> float:
     return float(returns.mean())
 
 
-def list_jobs(stage: int) -> list[tuple[Any, ...]]:
-    """Return the jobs that can run at the same time: in stage 0 the base runs, in stage 1 all others."""
-    if stage == 0:
-        return [(train_base, seed) for seed in SEEDS]
-    jobs: list[tuple[Any, ...]] = [
-        (train_controller, seed, temperature) for seed in SEEDS for temperature in TEMPERATURES
-    ]
-    jobs += [(train_from_scratch, "ppo", seed, [*PPO, f"env.run={RUNS / f'base_s{seed}'}"]) for seed in SEEDS]
-    jobs += [(train_from_scratch, "sac", seed, SAC) for seed in SEEDS]
-    return jobs + [(train_from_scratch, name, seed, words) for name, words in OTHERS.items() for seed in SEEDS]
-
-
-def call(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a function: a job of `run_in_processes` whose first element is the function."""
-    function(*arguments)
-
-
 def measure() -> None:
     """Train all runs; write returns.csv, one row per run, and generations.csv, one row per evaluated generation."""
-    for stage in (0, 1):
-        run_in_processes(call, list_jobs(stage))
+    train_base()
+    continue_runs(dict(prepare_controller(seed, temperature) for seed in SEEDS for temperature in TEMPERATURES))
+    words = {("ppo", seed): [*PPO, f"env.run={RUNS / f'base_s{seed}'}"] for seed in SEEDS}
+    words |= {("sac", seed): SAC for seed in SEEDS}
+    words |= {(name, seed): each for name, each in OTHERS.items() for seed in SEEDS}
+    train_runs({RUNS / f"{name}_s{seed}": [*each, f"seed={seed}"] for (name, seed), each in words.items()})
     names = [*(f"tau{temperature}" for temperature in TEMPERATURES), *OTHERS, "ppo", "sac"]
     lines = []
     for name, seed in product(names, SEEDS):

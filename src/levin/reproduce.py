@@ -9,7 +9,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from levin.config import cli, schema
 from levin.core import files, paths
@@ -19,17 +19,15 @@ from levin.report import report
 from levin.results.curves import read_curves
 from levin.results.reproduction import Outcome, judge_runs, kept_seeds, store_runs
 from levin.results.result import (
-    CONFIG,
     read_reference,
     result_folder,
 )
-from levin.resume import resume
+from levin.resume import STOPPED, resume_side_by_side
 from levin.runs import folder as run_folder
 from levin.runs import provenance
 from levin.runs.load import load_config
 from levin.runs.trust import trusted
-from levin.scheduler.resources import Resources, prepare_cores
-from levin.scheduler.scheduler import train_all
+from levin.scheduler.resources import prepare_cores
 
 RUNS = Path("runs/reproduce")
 DONE = "verdict.json"
@@ -86,10 +84,9 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
         )
     folders = _find_or_create_runs(exp, cfg, chosen)
     batch = next(iter(folders.values())).parent
-    totals = dict.fromkeys(folders.values(), cfg.total_env_steps)
     with trusted(True):  # `load_config` has accepted the code that the pinned config names
-        if not train_all(totals, lambda run: resume(run=str(run)), Resources.of([cfg], jobs)):
-            raise RunError("stopped; the runs are saved, and the same command continues them")
+        if not resume_side_by_side(dict.fromkeys(folders.values(), cfg), jobs):
+            raise RunError(STOPPED)
     outcome = judge_runs(folder, reference, folders, kept)
     if store:
         store_runs(folder, folders, kept)
@@ -121,8 +118,7 @@ def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[in
     batch = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}" / exp
     folders = {seed: batch / f"s{seed}" for seed in seeds}
     for seed, run in folders.items():
-        run.mkdir(parents=True)
-        files.write_text(run, CONFIG, OmegaConf.to_yaml(_config_of_seed(cfg, seed, run)))
+        run_folder.begin(run, _config_of_seed(cfg, seed, run))
     print(f"{batch}: starting", flush=True)
     return folders
 

@@ -5,6 +5,7 @@
 
 import inspect
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ MAY_CHANGE = (
     *("total_env_steps", "logger", "wandb_project", "upload", "checkpoint.every", "checkpoint.keep"),
     *("trainer.accelerator", "trainer.max_time"),
 )
+STOPPED = "stopped; the runs are saved, and the same command continues them"
 # Facts of provenance.json that must be equal for the run to give the numbers of an uninterrupted one. Files that differ
 # from the commit are compared by `levin.runs.code`.
 COMPARED_FACTS = ("git_sha", "lock_sha256", "python", "processor", "cpu_capability", "gpus")
@@ -151,7 +153,7 @@ def environment_changes(run: Path) -> list[str]:
 
 
 def resume_all(*, runs: str, jobs: int | None = None, trust: bool = False, **changes: Any) -> None:
-    """Continue all runs that are not complete, some at the same time.
+    """Continue all runs that have not come to their end, some at the same time.
 
     Args:
         runs: Run folders, folders of runs, and folders or plans of sweeps, separated by spaces; `*` is a wildcard.
@@ -163,16 +165,35 @@ def resume_all(*, runs: str, jobs: int | None = None, trust: bool = False, **cha
         ConfigError: There is no such run, or a change is not allowed.
         RunError: A run has failed.
     """
-    totals, configs = {}, []
-    for run in find_runs(runs):
-        config = load_config(run, runs=())  # the process of the run checks the code that the config names
+    configs = {run: load_config(run, runs=()) for run in find_runs(runs)}  # each run checks the code that it names
+    for config in configs.values():
         apply_changes(config, changes)
-        totals[run] = config.total_env_steps
-        configs.append(config)
-    prepare_cores(max(config.trainer.threads or 1 for config in configs), jobs)
+    prepare_cores(max(config.trainer.threads or 1 for config in configs.values()), jobs)
     with trusted(trust):
-        if train_all(totals, lambda run: resume(run=str(run), **changes), Resources.of(configs, jobs)):
-            print_line(f"{len(totals)} runs have ended")
+        print_end(configs, ended=resume_side_by_side(configs, jobs, **changes))
+
+
+def resume_side_by_side(configs: Mapping[Path, DictConfig], jobs: int | None, **changes: Any) -> bool:
+    """Train or continue runs whose folders hold their config.yaml; return whether all have come to their end.
+
+    Args:
+        configs: Config of each run by its folder, with the changes.
+        jobs: As for `resume_all`.
+        changes: As for `resume`.
+
+    Raises:
+        RunError: A run has failed.
+    """
+    totals = {run: config.total_env_steps for run, config in configs.items()}
+    return train_all(totals, lambda run: resume(run=str(run), **changes), Resources.of(list(configs.values()), jobs))
+
+
+def print_end(runs: Collection[Path], *, ended: bool) -> None:
+    """Print how the training of many runs has come to its end."""
+    if ended:
+        print_line(f"{len(runs)} runs have ended; see them with make compare RUNS=... or make plot RUNS=...")
+    else:
+        print_line(STOPPED)
 
 
 def find_runs(words: str) -> list[Path]:
@@ -193,29 +214,22 @@ def find_runs(words: str) -> list[Path]:
 
 
 def main() -> None:
-    """Continue the run that the command line names."""
+    """Continue the run, or the runs, that the command line names."""
     with exit_on_user_error():
-        words = cli.parse_overrides(sys.argv[1:], as_typed=["run", "runs"])
-        for key in words:  # keys that no saved config has are refused before the run folder is read
-            if "." not in key and key not in (
-                "run",
-                "runs",
-                "jobs",
-                "trust",
-                *inspect.signature(schema.top_level).parameters,
-            ):
-                raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', *MAY_CHANGE))}")
+        words, jobs = cli.take_count(sys.argv[1:], "jobs")
+        values = cli.parse_overrides(words, as_typed=["run", "runs"])
+        own = ("run", "runs", "trust", *inspect.signature(schema.top_level).parameters)
+        for key in values:  # keys that no saved config has are refused before the run folder is read
+            if "." not in key and key not in own:
+                raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', 'runs', *MAY_CHANGE))}")
         slurm.requeue_on_signal()
-        if "runs" in words and "run" not in words:
-            jobs = words.get("jobs")
-            if jobs is not None and not (type(jobs) is int and jobs > 0):
-                raise ConfigError(f"jobs={jobs} must be a whole number of 1 or more")
-            resume_all(**words)
-        elif "run" in words and not {"runs", "jobs"} & words.keys():
+        if "runs" in values and "run" not in values:
+            resume_all(**values, jobs=jobs)
+        elif "run" in values and "runs" not in values and jobs is None:
             share_cores()
-            resume(**words)
+            resume(**values)
         else:
-            raise ConfigError("set run=<run folder>, or runs=<run folders> and jobs=<number at the same time>")
+            raise ConfigError("run is missing: set run=<run folder>, or runs=<run folders> and jobs=<runs at once>")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from levin import sweep
 from levin.config import cli
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, exit_on_user_error
-from levin.core.process import print_line, share_cores, silence_libraries
-from levin.resume import resume
+from levin.core.process import share_cores, silence_libraries
+from levin.resume import print_end, resume, resume_side_by_side
 from levin.runs import folder as run_folder
 from levin.runs import slurm
 from levin.runs.trust import trusted
 from levin.scheduler.plan import open_sweep
-from levin.scheduler.resources import Resources, prepare_cores
-from levin.scheduler.scheduler import train_all
+from levin.scheduler.resources import prepare_cores
 
 
 def main() -> None:
@@ -51,7 +50,8 @@ def _train_all(words: list[str], seeds: list[str], jobs: int | None) -> None:
     prepare_cores(first.trainer.threads or 1, jobs)
     configs = {name: _compose_one_of_many(each) for name, each in overrides.items()}
     with open_sweep(configs, folder, beside_others=not sweep.is_sweep(words)) as runs:
-        train_runs(dict(zip(runs, configs.values(), strict=True)), jobs)
+        ended = resume_side_by_side(dict(zip(runs, configs.values(), strict=True)), jobs)
+        print_end(runs, ended=ended)
 
 
 def _compose_one_of_many(words: list[str]) -> DictConfig:
@@ -62,18 +62,6 @@ def _compose_one_of_many(words: list[str]) -> DictConfig:
         config.trainer.threads = 1
         OmegaConf.set_readonly(config, True)
     return config
-
-
-def train_runs(runs: dict[Path, DictConfig], jobs: int | None) -> None:
-    """Train runs to their ends, some at the same time.
-
-    Args:
-        runs: Config of each run by its folder, which holds its config.yaml.
-        jobs: Number of runs at the same time; None: as many as the cores or GPUs can run.
-    """
-    totals = {run: config.total_env_steps for run, config in runs.items()}
-    if train_all(totals, lambda run: resume(run=str(run)), Resources.of(list(runs.values()), jobs)):
-        print_line(f"{len(runs)} runs are complete")
 
 
 def _train(words: list[str]) -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -205,3 +205,18 @@ def _replace_between_marks(path: Path, text: str) -> str:
     if path.parent == paths.EXPERIMENTS:
         text = text.replace("](experiments/", "](")
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+
+
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table for the terminal: aligned columns, those of numbers to the right."""
+    rows = [list(row) for row in rows]
+    lines = []
+    numeric = [all(re.fullmatch(r"-?[\d,.]*", row[i]) for row in rows) for i in range(len(columns))]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

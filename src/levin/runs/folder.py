@@ -38,7 +38,7 @@ class Provenance(Session):
 
     env_steps: pydantic.NonNegativeInt | None
     wall_seconds: pydantic.NonNegativeFloat
-    stopped_early: bool = False  # by a callback, such as EarlyStopping
+    ended_at: pydantic.NonNegativeInt | None = None  # older runs have none
     resumed: list[Session]
 
 
@@ -122,21 +122,19 @@ def _report_changed_code(before: dict[str, Any], local: dict[str, Path]) -> bool
     return bool(lines)
 
 
-def record_end(run: Path, seconds: float, env_steps: int | None, *, stopped_early: bool = False) -> None:
+def record_end(run: Path, seconds: float, env_steps: int | None, ended_at: int | None) -> None:
     """Write the end of a training process to provenance.json: its wall time, and the env steps of a completed run.
 
     Args:
         run: Run folder.
         seconds: Wall time of this process, which is added to that of earlier ones.
         env_steps: Env steps of the run; None: the run is not complete.
-        stopped_early: Whether a callback has ended the run.
+        ended_at: `total_env_steps` of a run that has come to its end, whether it is complete or a callback, such as
+            EarlyStopping, has ended it; None: the run is to be continued.
     """
     provenance = read_provenance(run)
-    provenance.pop("stopped_early", None)
-    if stopped_early:
-        provenance["stopped_early"] = True
     provenance |= {"env_steps": env_steps, "wall_seconds": round(provenance["wall_seconds"] + seconds, 1)}
-    files.save_json(provenance, run, PROVENANCE)
+    files.save_json({**provenance, "ended_at": ended_at}, run, PROVENANCE)
 
 
 def read_provenance(run: Path) -> dict[str, Any]:
@@ -210,10 +208,17 @@ def is_locked(run: Path) -> bool:
     return False
 
 
-def is_complete(run: Path, total_env_steps: int) -> bool:
-    """Return whether a run has all its env steps, or was ended early by a callback such as EarlyStopping."""
+def has_ended(run: Path, total_env_steps: int) -> bool:
+    """Return whether a run of this length is complete, or was ended by a callback such as EarlyStopping."""
     provenance = read_provenance(run)
-    return provenance.get("stopped_early", False) or (provenance.get("env_steps") or 0) >= total_env_steps
+    return provenance.get("ended_at") == total_env_steps or (provenance.get("env_steps") or 0) >= total_env_steps
+
+
+def begin(run: Path, config: DictConfig) -> None:
+    """Write the config of a run that another process will train, which accepts the code that the config names."""
+    run.mkdir(parents=True, exist_ok=True)
+    trust.record(config)
+    files.write_text(run, CONFIG, OmegaConf.to_yaml(config))
 
 
 def _check_contents(run: Path) -> None:

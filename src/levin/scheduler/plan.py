@@ -19,7 +19,6 @@ from levin.core.errors import ConfigError
 from levin.core.process import print_line
 from levin.core.validate import read_json
 from levin.runs import folder as run_folder
-from levin.runs import trust
 from levin.runs.provenance import command_line, run_git
 
 PLAN = "sweep.json"
@@ -80,9 +79,7 @@ def open_sweep(
         runs = [path.parent / name for name in plan.runs]
         for run, config in zip(runs, configs.values(), strict=True):
             if not run_folder.has_begun(run):  # new, or the command that created the plan was killed
-                run.mkdir(parents=True, exist_ok=True)
-                trust.record(config)
-                files.write_text(run, run_folder.CONFIG, OmegaConf.to_yaml(config))
+                run_folder.begin(run, config)
         yield runs
 
 
@@ -144,7 +141,7 @@ def _find(
         runs = [path.parent / name for name in plan.runs]
         if list(plan.runs.values()) != sums or plan.git_sha != commit:
             continue
-        complete = [run_folder.is_complete(run, total) for run, total in zip(runs, totals, strict=True)]
+        complete = [run_folder.has_ended(run, total) for run, total in zip(runs, totals, strict=True)]
         if all(complete):
             continue
         try:

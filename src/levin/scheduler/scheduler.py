@@ -200,7 +200,7 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
                     break
                 if run_folder.is_locked(run):  # another process trains it, or saves it after the end of its command
                     states[run] = "elsewhere"
-                elif run_folder.is_complete(run, runs[run]):
+                elif run_folder.has_ended(run, runs[run]):
                     states[run] = "complete"
                 else:
                     scheduler.start(run)
@@ -211,7 +211,7 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
                     failures.append(ended.failure)
                     table.print(f"levin: {ended.failure}")
                 else:
-                    states[ended.run] = "complete" if run_folder.is_complete(ended.run, runs[ended.run]) else "stopped"
+                    states[ended.run] = "complete" if run_folder.has_ended(ended.run, runs[ended.run]) else "stopped"
                     line = ended.last_line
                     table.print(line if str(ended.run) in line else f"{ended.run}: {line}")
             table.show(states)

@@ -96,7 +96,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             run,
             perf_counter() - start,
             algorithm.env_steps if budget.complete else None,
-            stopped_early=not budget.complete and not guards.is_interrupted(trainer),
+            cfg.total_env_steps if budget.complete or not guards.is_interrupted(trainer) else None,
         )
         if cfg.upload and budget.complete:
             video.record_video(run=str(run))

@@ -1,0 +1,72 @@
+"""Compare runs in a table: `python -m levin.compare runs="runs/sweep_x/*"`.
+
+One row per learning curve, as `levin.plot` draws them: what differs, the seeds, the interquartile mean (IQM) of their
+last values with its 95% interval, the speed, and the state of the runs. The best is first.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from levin.config import cli
+from levin.core.errors import exit_on_user_error
+from levin.plot import RETURN, Runs, collect_runs
+from levin.results.aggregates import iqm_with_interval
+from levin.results.curves import read_metric
+from levin.results.tables import plain_table
+from levin.runs import folder as run_folder
+from levin.runs.load import load_config
+
+COLUMNS = ("runs", "seeds", "env steps", "IQM", "95% interval", "steps/s", "state")
+
+
+def compare(*, runs: str, metric: str = RETURN) -> str:
+    """Return a table of runs, sorted by the IQM of a metric: the mean return of the last evaluation.
+
+    Args:
+        runs: Run folders, folders of runs, or results in experiments/, separated by spaces; `*` is a wildcard.
+        metric: Column of metrics.csv.
+
+    Raises:
+        ConfigError: There is no run, or no run has a value of the metric yet.
+    """
+    rows = []
+    for label, group in collect_runs(runs, metric).items():
+        last = np.array([curve.return_mean[-1] for curve in group.seeds.values()])
+        value, interval = iqm_with_interval(last[:, None, None])
+        env_steps = min(int(curve.env_steps[-1]) for curve in group.seeds.values())
+        ends = f"{interval[0, 0]:.1f} to {interval[1, 0]:.1f}" if len(last) > 1 else ""
+        row = (label, str(len(last)), f"{env_steps:,}", f"{value[0]:.1f}", ends, _speed(group), _state(group))
+        rows.append((float(value[0]), row))
+    rows.sort(key=lambda row: -row[0])
+    return plain_table(COLUMNS, [row for _, row in rows])
+
+
+def _speed(group: Runs) -> str:
+    """Return the env steps per second of a run, the median over its rows of metrics and the mean over the runs."""
+    rates = [read_metric(run, "time/env_steps_per_second").return_mean for run in group.sources.values()]
+    medians = [np.median(rate) for rate in rates if len(rate)]
+    return f"{np.mean(medians):,.0f}" if medians else ""
+
+
+def _state(group: Runs) -> str:
+    """Return how many runs are in each state; empty for a stored result, which has no runs here."""
+    states = Counter(
+        "running"
+        if run_folder.is_locked(run)
+        else "complete"
+        if run_folder.has_ended(run, load_config(run, runs=()).total_env_steps)
+        else "stopped"
+        for run in group.sources.values()
+    )
+    return ", ".join(f"{count} {state}" if len(states) > 1 else state for state, count in states.items())
+
+
+def main() -> None:
+    """Print the table."""
+    with exit_on_user_error():
+        print(compare(**cli.command_arguments(compare)))
+
+
+if __name__ == "__main__":
+    main()
