@@ -3,11 +3,9 @@
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from levin import sweep
 from levin.config import cli
-from levin.config.compose import compose
+from levin.config.compose import compose, compose_one_of_many
 from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.process import share_cores, silence_libraries
 from levin.resume import print_end, resume, resume_side_by_side
@@ -48,20 +46,10 @@ def _train_all(words: list[str], seeds: list[str], jobs: int | None) -> None:
     overrides, folder = sweep.list_runs(words, seeds)
     first = compose(next(iter(overrides.values())), check_values=False)
     prepare_cores(first.trainer.threads or 1, jobs)
-    configs = {name: _compose_one_of_many(each) for name, each in overrides.items()}
+    configs = {name: compose_one_of_many(each) for name, each in overrides.items()}
     with open_sweep(configs, folder, beside_others=not sweep.is_sweep(words)) as runs:
         ended = resume_side_by_side(dict(zip(runs, configs.values(), strict=True)), jobs)
         print_end(runs, ended=ended)
-
-
-def _compose_one_of_many(words: list[str]) -> DictConfig:
-    """Compose the config of a run beside others: with one thread, so that results do not depend on `jobs` or cores."""
-    config = compose(words)
-    if config.trainer.threads is None:
-        OmegaConf.set_readonly(config, False)
-        config.trainer.threads = 1
-        OmegaConf.set_readonly(config, True)
-    return config
 
 
 def _train(words: list[str]) -> None:

@@ -38,7 +38,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from levin.algorithms.base import Algorithm, Batch
-from levin.core.errors import RunError
+from levin.core.errors import NotFiniteError
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
@@ -210,7 +210,7 @@ class A3C(Algorithm):
         gradient = self.local.grad  # [P]
         assert gradient is not None
         if not gradient.sum().isfinite():  # before it reaches the shared parameters
-            raise RunError(f"the gradient is not finite after {self.env_steps} env steps")
+            raise NotFiniteError(f"the gradient is not finite after {self.env_steps} env steps")
         lr = self.lr * self.remaining(self.schedule_env_steps) if self.lr_schedule == "linear" else self.lr
         pushes = int(self.pushes.sum())
         decay = self.rmsprop_decay if self.optimizer_name == "rmsprop" else 0.999

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
 
-from levin.core.errors import Interrupted, RunError
+from levin.core.errors import Interrupted, NotFiniteError, RunError
 from levin.core.spaces import to_tensors
 from levin.data.rollout import act
 from levin.envs.config import EnvConfig
@@ -112,7 +112,8 @@ def evaluate(
 
     Raises:
         Interrupted: `stop` has returned true.
-        RunError: A reward or an observation is not finite, or an episode has no end.
+        NotFiniteError: A reward or an observation is not finite.
+        RunError: An episode has no end.
     """
     num_envs = env.num_envs
     device = next(iter(policy.parameters()), torch.empty(0)).device
@@ -167,7 +168,7 @@ def check_finite(env: SeededVectorEnv, length: np.ndarray, *values: np.ndarray) 
         if array.dtype != np.uint8 and not np.isfinite(array).all():
             index = int(np.nonzero(~np.isfinite(array))[0][0])
             episode = env.episodes[index]
-            raise RunError(
+            raise NotFiniteError(
                 f"{env.config.id} gave {array[index]}, not finite, in an evaluation: env {index}, "
                 f"step {length[index]} of episode {episode}, seed {env.episode_seed_of(index, episode)}"
             )

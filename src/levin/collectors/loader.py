@@ -13,7 +13,7 @@ from torchrl.collectors import BaseCollector
 from levin.collectors.episodes import EpisodeStatistics, step_count
 from levin.collectors.vector import VectorCollector
 from levin.core import distributed
-from levin.core.errors import RunError
+from levin.core.errors import NotFiniteError
 from levin.data.rollout import ENV_INDEX, POLICY_VERSION
 from levin.envs.vector import SeededVectorEnv
 
@@ -110,7 +110,7 @@ class CollectorLoader:
             env = int(envs[row])
             episode = self.env.episodes[env] - int(done[row, step:].sum())
             count = step_count(done, self.statistics.open_length[envs])[row, step] + 1
-            raise RunError(
+            raise NotFiniteError(
                 f"{self.env.config.id} gave {values[row, step]}, not finite, in iteration {self.version() + 1}: "
                 f"env {env}, step {count} of episode {episode}, seed {self.env.episode_seed_of(env, episode)}"
             )

@@ -80,16 +80,16 @@ def take_flag(arguments: list[str], name: str) -> tuple[list[str], bool]:
     return [argument for argument in arguments if argument not in given], value == "true"
 
 
-def take_count(arguments: list[str], name: str) -> tuple[list[str], int | None]:
+def take_count(arguments: list[str], name: str, least: int = 1) -> tuple[list[str], int | None]:
     """Remove `name=n` from arguments, as `take_flag` does; return the rest and the number, None if it is not given.
 
     Raises:
-        ConfigError: The value is not a whole number of 1 or more.
+        ConfigError: The value is not a whole number of `least` or more.
     """
     given = [argument for argument in arguments if argument.startswith(f"{name}=")]
     value = given[-1].removeprefix(f"{name}=") if given else None
-    if value is not None and not (value.isdigit() and int(value) > 0):
-        raise ConfigError(f"{name}={value} must be a whole number of 1 or more")
+    if value is not None and not (value.isdigit() and int(value) >= least):
+        raise ConfigError(f"{name}={value} must be a whole number of {least} or more")
     return [argument for argument in arguments if argument not in given], None if value is None else int(value)
 
 

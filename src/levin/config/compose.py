@@ -36,6 +36,21 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
     Raises:
         ConfigError: An override is not valid.
     """
+    return _compose(overrides, check_values=check_values)[0]
+
+
+def chosen_algo_and_env(overrides: list[str]) -> tuple[str, str]:
+    """Return the names of the algorithm's and the env's YAML files that these overrides choose.
+
+    Raises:
+        ConfigError: An override is not valid.
+    """
+    choices = _compose(overrides, check_values=False)[1]
+    return str(choices["algo"]), str(choices["env"])
+
+
+def _compose(overrides: list[str], *, check_values: bool) -> tuple[DictConfig, Mapping[str, str]]:
+    """Return the config and, by group, the names of the files that it was composed of."""
     overrides, typed = take_paths(with_search_path(add_pluses(overrides)))
     _check_groups(parse_hydra_overrides(overrides))
     overrides = [each for each in overrides if each not in NULL_DEFAULTS]
@@ -47,11 +62,21 @@ def compose(overrides: list[str], *, check_values: bool = True) -> DictConfig:
             del config["hydra"]
             for key, path in typed.items():
                 OmegaConf.update(config, key, path)
-            return finalize(config, choices, check_values=check_values)
+            return finalize(config, choices, check_values=check_values), choices
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explain_error(error, overrides) from error
+
+
+def compose_one_of_many(words: list[str]) -> DictConfig:
+    """Compose the config of a run beside others: with one thread, so that results do not depend on `jobs` or cores."""
+    config = compose(words)
+    if config.trainer.threads is None:
+        OmegaConf.set_readonly(config, False)
+        config.trainer.threads = 1
+        OmegaConf.set_readonly(config, True)
+    return config
 
 
 def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bool = True) -> DictConfig:
@@ -151,10 +176,11 @@ def _check_fork(file: Path) -> None:
         raise ConfigError(f"algo={name} is {file}, but a fork must have the name of its folder: rename one of them")
     for other in sorted(folder.glob("*/**/*.yaml")):
         tuned = other.parent == folder / "tuned" and other.stem.startswith(f"{name}_")
-        if other != file and not tuned:
+        space = other.parent == folder / "tune" and f"{other.stem}_".startswith(f"{name}_")
+        if other != file and not (tuned or space):
             raise ConfigError(
-                f"{other} does not belong to the fork {name}, which may hold only algo/{name}.yaml and "
-                f"tuned/{name}_<env>.yaml: remove it"
+                f"{other} does not belong to the fork {name}, which may hold only algo/{name}.yaml, "
+                f"tuned/{name}_<env>.yaml and tune/{name}.yaml: remove it"
             )
 
 

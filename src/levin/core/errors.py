@@ -27,6 +27,10 @@ class RunError(RuntimeError):
     """A run can't continue: an env fails, a number is not finite, or the disk is full."""
 
 
+class NotFiniteError(RunError):
+    """A loss, a gradient, an observation or a reward is NaN or inf."""
+
+
 class Interrupted(Exception):  # noqa: N818  # not an error
     """A signal has ended a rollout or an evaluation, which a resumed run repeats from its beginning."""
 

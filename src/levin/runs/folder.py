@@ -16,7 +16,7 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core import files
-from levin.core.errors import CheckpointError, ConfigError, RunError
+from levin.core.errors import CheckpointError, ConfigError, NotFiniteError, RunError
 from levin.core.validate import read_json
 from levin.runs import checkpoint, code, slurm, trust
 from levin.runs.provenance import command_line
@@ -284,4 +284,5 @@ def report_failure(run: Path) -> Iterator[None]:
             if checkpoints
             else "the run has no checkpoint yet"
         )
-        raise RunError(f"{message}; {advice}") from error
+        kind = NotFiniteError if isinstance(error, NotFiniteError) else RunError
+        raise kind(f"{message}; {advice}") from error

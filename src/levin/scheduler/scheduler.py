@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from levin.core.errors import RunError, exit_on_user_error
+from levin.core.errors import NotFiniteError, RunError, exit_on_user_error
 from levin.core.process import (
     SIGNALS,
     close_terminal,
@@ -34,6 +35,7 @@ from levin.scheduler.table import State, Table
 OUTPUT = "output.txt"
 PR_SET_PDEATHSIG = 1  # as in linux/prctl.h
 SECONDS = 0.1  # between two looks at the processes
+NOT_FINITE = 3  # exit code of a process whose run has ended with a NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Scheduler:
                 self.train(run)
             code = 0
         except SystemExit as ending:
-            code = ending.code
+            code = NOT_FINITE if isinstance(ending.__context__, NotFiniteError) else ending.code
         except BaseException:
             traceback.print_exc()
         finally:  # as the interpreter ends, but without returning into the code of the first process
@@ -193,7 +195,7 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
     """
     states: dict[Path, State] = dict.fromkeys(runs, "waiting")
     failures: list[str] = []
-    with Table(runs) as table, Scheduler(train, resources) as scheduler:
+    with Table(runs, shared_folder(runs)) as table, Scheduler(train, resources) as scheduler:
         while scheduler.running or (scheduler.received is None and unfinished(states)):
             for run in unfinished(states):
                 if not scheduler.has_room:
@@ -214,9 +216,9 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
                     states[ended.run] = "complete" if run_folder.has_ended(ended.run, runs[ended.run]) else "stopped"
                     line = ended.last_line
                     table.print(line if str(ended.run) in line else f"{ended.run}: {line}")
-            table.show(states)
+            table.show(states, count_states(states))
             time.sleep(SECONDS)
-        table.show(states, now=True)
+        table.show(states, count_states(states), now=True)
     if scheduler.received == signal.SIGUSR1 and callable(signal.getsignal(signal.SIGUSR1)):
         signal.raise_signal(signal.SIGUSR1)  # of a SLURM job, which is requeued
     if failures:
@@ -224,6 +226,17 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
         more = f"; the others are {others}" if len(runs) > len(failures) else ""
         raise RunError(f"{len(failures)} of {len(runs)} runs failed{more}: {failures[0]}")
     return scheduler.received is None
+
+
+def count_states(states: Mapping[Path, State]) -> str:
+    """Return how many runs are in each state, in words."""
+    counts = Counter(states.values())
+    return f"{len(states)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}"
+
+
+def shared_folder(runs: Iterable[Path]) -> Path:
+    """Return the folder that runs share, relative to the current one."""
+    return Path(os.path.relpath(os.path.commonpath([run.parent.absolute() for run in runs])))
 
 
 def unfinished(states: Mapping[Path, State]) -> list[Path]:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Self
@@ -23,11 +23,11 @@ class Table:
 
     Args:
         total: Env steps of each complete run, by its folder.
+        shared: Folder that the runs share, which is not repeated in their names.
     """
 
-    def __init__(self, total: Mapping[Path, int]) -> None:
-        self.total = dict(total)
-        self.shared = Path(os.path.commonpath([run.parent for run in total])) if total else Path()
+    def __init__(self, total: Mapping[Path, int], shared: Path) -> None:
+        self.total, self.shared = dict(total), shared
         # Updated by `show` only: a thread of its own would be copied into the processes of the runs, half-way.
         self._live = (
             Live(auto_refresh=False, redirect_stdout=False, redirect_stderr=False) if sys.stdout.isatty() else None
@@ -51,7 +51,7 @@ class Table:
         else:
             print_line(text)
 
-    def show(self, states: Mapping[Path, State], *, now: bool = False) -> None:
+    def show(self, states: Mapping[Path, State], title: str, *, now: bool = False) -> None:
         """Show the runs in these states, unless they were shown a moment ago."""
         period = LINE_SECONDS if self._live is None else TERMINAL_SECONDS
         if not now and time.monotonic() < self._shown + period:
@@ -61,15 +61,14 @@ class Table:
             if state in ("running", "elsewhere") or run not in self._progress:
                 self._progress[run] = read_progress(run)
         if self._live is not None:
-            self._live.update(self._draw(states), refresh=True)
+            self._live.update(self._draw(states, title), refresh=True)
             return
-        ended = sum(state in ("complete", "stopped", "failed") for state in states.values())
         running = [self._describe(run) for run, state in states.items() if state in ("running", "elsewhere")]
-        print_line(" · ".join([f"{ended} of {len(states)} runs have ended", *running]))
+        print_line(" · ".join([title, *running]))
 
     def _describe(self, run: Path) -> str:
         progress = self._progress[run]
-        parts = [f"{run.relative_to(self.shared)} {progress.env_steps:,}/{self.total[run]:,} env steps"]
+        parts = [f"{os.path.relpath(run, self.shared)} {progress.env_steps:,}/{self.total[run]:,} env steps"]
         if progress.steps_per_second is not None:
             parts.append(f"{progress.steps_per_second:,.0f} steps/s")
         if progress.evaluation is not None:
@@ -83,12 +82,10 @@ class Table:
         seconds = max(0, self.total[run] - progress.env_steps) / progress.steps_per_second
         return str(timedelta(seconds=round(seconds)))
 
-    def _draw(self, states: Mapping[Path, State]) -> table.Table:
+    def _draw(self, states: Mapping[Path, State], title: str) -> table.Table:
         """Return the table. Of more runs than fit into the terminal, those that wait or are complete are left out."""
         assert self._live is not None
-        drawn = table.Table(
-            box=box.SIMPLE, title=f"{self.shared}: {_count(list(states.values()))}", title_justify="left"
-        )
+        drawn = table.Table(box=box.SIMPLE, title=f"{self.shared}: {title}", title_justify="left")
         for name in ("run", "state"):
             drawn.add_column(name)
         for name in ("env steps", "steps/s", "last evaluation", "left"):
@@ -100,7 +97,7 @@ class Table:
             if run in chosen:
                 progress, runs = self._progress[run], state in ("running", "elsewhere")
                 drawn.add_row(
-                    str(run.relative_to(self.shared)),
+                    os.path.relpath(run, self.shared),
                     state,
                     f"{progress.env_steps:,}/{self.total[run]:,}",
                     f"{progress.steps_per_second:,.0f}" if runs and progress.steps_per_second is not None else "",
@@ -110,8 +107,3 @@ class Table:
         if len(states) > len(chosen):
             drawn.add_row(f"and {len(states) - len(chosen)} others")
         return drawn
-
-
-def _count(states: Sequence[State]) -> str:
-    """Return how many runs are in each state, in words."""
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))

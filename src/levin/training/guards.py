@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Timer
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed
-from levin.core.errors import RunError
+from levin.core.errors import NotFiniteError
 from levin.core.process import SIGNALS, close_terminal, handle_signals, restore_signals
 
 
@@ -121,4 +121,4 @@ class FiniteGuard(Callback):
             modules = dict.fromkeys(name.split(".")[0] for name, gradient in named if not gradient.isfinite().all())
             bad += [f"the gradient of {module}" for module in modules]
             when = f"after {algorithm.env_steps} env steps and {algorithm.updates} updates"
-            raise RunError(f"not finite {when}: {', '.join(bad)}")
+            raise NotFiniteError(f"not finite {when}: {', '.join(bad)}")

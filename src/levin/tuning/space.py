@@ -1,0 +1,130 @@
+"""Read a search space: `configs/tune/<algo>.yaml`, and `configs/tune/<algo>_<env>.yaml` on top of it.
+
+Each line is a config key and what it may be, checked against the type hints that check every value of a config:
+
+    algo.lr: {low: 1e-5, high: 1e-2, log: true}   # log: uniform in the logarithm
+    algo.epochs: {low: 1, high: 20}               # whole numbers, since algo.epochs is one
+    algo.gamma: {choices: [0.9, 0.99]}
+    algo.batch_size: null                         # in the file of an env: keep the value of the config
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pydantic
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from yaml import YAMLError
+
+from levin.config.compose import chosen_algo_and_env, compose
+from levin.core import paths
+from levin.core.errors import ConfigError
+
+FOLDER = "tune"  # in configs/, or in the folder of a fork
+
+
+class Range(pydantic.BaseModel, extra="forbid"):
+    """Numbers from `low` to `high`, both included."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+
+class Choices(pydantic.BaseModel, extra="forbid"):
+    """One of several values of any type."""
+
+    choices: list[Any] = pydantic.Field(min_length=2)
+
+
+def read_space(words: list[str]) -> dict[str, BaseDistribution]:
+    """Return the search space of the algorithm and env that these overrides choose, by config key.
+
+    Values of categorical distributions are texts, as on the command line.
+
+    Raises:
+        ConfigError: There is no space, a key is unknown, a range is empty, or a value is not one of its key.
+    """
+    algo, env = chosen_algo_and_env(words)
+    folders = [paths.CONFIGS / FOLDER, *(file.parents[1] / FOLDER for file in paths.fork_files() if file.stem == algo)]
+    paths_of = [folder / f"{name}.yaml" for name in (algo, f"{algo}_{env}") for folder in folders]
+    files = [path for path in paths_of if path.is_file()]
+    if not files:
+        raise ConfigError(
+            f"algo={algo} has no search space: write {' or '.join(str(each) for each in paths_of[: len(folders)])}"
+        )
+    lines: dict[str, tuple[Path, Any]] = {}
+    for file in files:
+        lines |= {str(key): (file, content) for key, content in _read(file).items()}
+    space = {}
+    for key, (file, content) in lines.items():
+        if content is not None:
+            try:
+                space[key] = _distribution(key, content, words)
+            except ConfigError as error:
+                raise ConfigError(f"{file.relative_to(paths.ROOT)}: {error}") from error
+    if not space:
+        raise ConfigError(f"{files[-1].relative_to(paths.ROOT)} leaves nothing to search")
+    return space
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise ConfigError(f"{file} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold lines such as algo.lr: {{low: 1e-5, high: 1e-2, log: true}}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _distribution(key: str, content: Any, words: list[str]) -> BaseDistribution:
+    """Return the distribution of a key."""
+    if not isinstance(content, dict) or not ({"choices"} == content.keys() or {"low", "high"} <= content.keys()):
+        raise ConfigError(f"{key} must be {{low: ..., high: ...}}, with log or step, or {{choices: [...]}}")
+    try:
+        if "choices" in content:
+            texts = [as_word(value) for value in Choices(**content).choices]
+            if len(set(texts)) < len(texts):
+                raise ConfigError(f"{key} has equal choices")
+            for text in texts:
+                _compose(key, text, words)
+            return CategoricalDistribution(texts)
+        given = Range(**content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{key}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
+    if given.low >= given.high:
+        raise ConfigError(f"{key}: low={given.low} is not below high={given.high}")
+    if given.log and (given.low <= 0 or given.step is not None):
+        raise ConfigError(f"{key}: log: true needs low above 0, and no step")
+    ends = [OmegaConf.select(_compose(key, as_word(end), words), key) for end in (given.low, given.high)]
+    try:
+        if all(type(end) is int for end in ends):
+            return IntDistribution(*ends, log=given.log, step=int(given.step or 1))
+        return FloatDistribution(*map(float, ends), log=given.log, step=given.step)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _compose(key: str, text: str, words: list[str]) -> DictConfig:
+    return compose([*words, f"{key}={text}"])
+
+
+def as_word(value: Any) -> str:
+    """Return a value as it is written on the command line: `null`, `true`, `[64,64]`."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def suggest(trial: optuna.Trial, key: str, distribution: BaseDistribution) -> Any:
+    """Return the value of a parameter in a trial; the same each time."""
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)

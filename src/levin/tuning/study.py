@@ -1,0 +1,418 @@
+"""Run the trials of a study: each is several runs of one config with different seeds, trained by the scheduler.
+
+The folder of a study:
+
+    study.json                     what is searched; another command is refused
+    study.log                      Optuna's journal: trials, their values and evaluations
+    trials.csv                     one row per trial, for other programs
+    trials/<number>/s<seed>/       ordinary runs
+    retrained/<number>/s<seed>/    the best trials, with fresh seeds
+    winner.yaml                    values of the best of them
+
+Several commands, also of several machines that share a file system, may work on one study. A trial belongs to the
+command that holds the lock in its folder; one whose command was killed is continued by the next command. Everything
+that decides about a trial depends on numbers of finished trials and of its own evaluations, in a fixed order, and not
+on time. So a study with one run at a time ends with the same trials if it is killed and continued.
+"""
+
+import csv
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pydantic
+from omegaconf import DictConfig
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from levin.core import files
+from levin.core.errors import ConfigError, RunError
+from levin.core.validate import read_json
+from levin.results.aggregates import iqm
+from levin.results.curves import METRICS, Curve, read_run
+from levin.runs import folder as run_folder
+from levin.runs.provenance import command_line, run_git
+from levin.scheduler.plan import checksum
+from levin.scheduler.scheduler import NOT_FINITE, SECONDS, Ended, Scheduler
+from levin.scheduler.table import State, Table
+from levin.tuning.sampler import TrialSampler
+from levin.tuning.space import suggest
+
+PLAN, JOURNAL, TRIALS, TABLE = "study.json", "study.log", "trials", "trials.csv"
+RESTARTS = 3  # of a run that was killed, by one command
+
+
+class Plan(pydantic.BaseModel):
+    """Contents of study.json."""
+
+    command: str
+    git_sha: str
+    config: str  # checksum of the config that the search changes
+    space: dict[str, str]
+    seeds_per_trial: pydantic.PositiveInt
+
+
+def open_study(
+    folder: Path, config: DictConfig, space: Mapping[str, BaseDistribution], seeds_per_trial: int
+) -> optuna.Study:
+    """Create the study in a folder, or open the one that an equal command has created.
+
+    Raises:
+        ConfigError: The folder holds another study, or something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    plan = Plan(
+        command=command_line(),
+        git_sha=run_git("rev-parse", "HEAD"),
+        config=checksum(config),
+        space={key: distribution_to_json(each) for key, each in space.items()},
+        seeds_per_trial=seeds_per_trial,
+    )
+    with _lock_until(folder / ".study.lock"):
+        if (folder / PLAN).exists():
+            _refuse_other(folder, plan)
+        elif any(not each.name.startswith(".") for each in folder.iterdir()):
+            raise ConfigError(f"run={folder} exists already, and is not a study: name another folder")
+        else:
+            files.save_json(plan.model_dump(), folder, PLAN)
+        return optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+            study_name="levin",
+            sampler=TrialSampler(config.seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
+            direction="maximize",
+            load_if_exists=True,
+        )
+
+
+def load_study(folder: Path) -> optuna.Study:
+    """Open an existing study to read it.
+
+    Raises:
+        ConfigError: There is none in the folder.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if not (folder / PLAN).is_file() or not (folder / JOURNAL).is_file():
+        raise ConfigError(f"run={folder} holds no study")
+    return optuna.load_study(study_name="levin", storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
+
+
+def _refuse_other(folder: Path, plan: Plan) -> None:
+    """Raise a ConfigError if the study in the folder is not this one."""
+    try:
+        existing = Plan(**read_json(folder / PLAN, Plan))
+    except ValueError as error:
+        raise ConfigError(f"{folder / PLAN} is damaged: {error}") from error
+    differ = [
+        text
+        for text, here, there in (
+            ("search space", plan.space, existing.space),
+            ("config", plan.config, existing.config),
+            ("number of seeds per trial", plan.seeds_per_trial, existing.seeds_per_trial),
+        )
+        if here != there
+    ]
+    if differ:
+        raise ConfigError(
+            f"run={folder} holds a study with another {' and '.join(differ)}; it was started by: {existing.command}; "
+            "name another folder with run= (with make: RUN=)"
+        )
+
+
+@contextmanager
+def _lock_until(path: Path) -> Iterator[None]:
+    """Lock a file, and wait for another process that holds the lock: for moments only."""
+    with ExitStack() as held:
+        for attempt in range(1200):
+            try:
+                held.enter_context(run_folder.lock_file(path, f"{path} is locked"))
+                break
+            except ConfigError:
+                if attempt == 1199 or not path.exists():
+                    raise
+                time.sleep(0.05)
+        yield
+
+
+@dataclass
+class OpenTrial:
+    """A trial whose runs this process trains."""
+
+    trial: optuna.Trial
+    folder: Path
+    configs: dict[Path, DictConfig]  # by run folder, in the order of the seeds
+    lock: ExitStack
+    waiting: list[Path]  # runs that are not started yet
+    last_step: int = -1  # of the values reported
+    told: bool = False  # whether its state is final; its processes may still be saving
+    restarts: int = 0
+    ended: set[Path] = field(default_factory=set)
+
+
+class Trials:
+    """The trials of a study that this process works on.
+
+    Args:
+        study: The study.
+        folder: Its folder.
+        space: Its search space.
+        make_configs: Function that returns the config of each seed, given the values of a trial.
+        number: Number of trials of the study, those of all processes together.
+        scheduler: Scheduler that trains the runs.
+        table: Table that shows them.
+    """
+
+    def __init__(
+        self,
+        *,
+        study: optuna.Study,
+        folder: Path,
+        space: Mapping[str, BaseDistribution],
+        make_configs: Callable[[dict[str, Any]], list[DictConfig]],
+        number: int,
+        scheduler: Scheduler,
+        table: Table,
+    ) -> None:
+        self.study, self.folder, self.space, self.make_configs = study, folder, space, make_configs
+        self.number, self.scheduler, self.table = number, scheduler, table
+        self.open: list[OpenTrial] = []
+        self.states: dict[Path, State] = {}
+
+    def run(self) -> bool:
+        """Work until no trial is left to be done here; return False if a signal has stopped the work.
+
+        Raises:
+            RunError: A run has failed for another reason than the values of its trial.
+        """
+        self.write_table()
+        while True:
+            while self.scheduler.has_room and self._start_next():
+                pass
+            for ended in self.scheduler.poll():
+                self._end_run(ended)
+            for each in list(self.open):
+                self._follow(each)
+            if not self.open and (self.scheduler.received or not self._is_work_left()):
+                return self.scheduler.received is None
+            finished = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+            self.table.show(self.states, f"{finished} of {self.number} trials have ended")
+            time.sleep(SECONDS)
+
+    def _start_next(self) -> bool:
+        """Start a run of an open trial, or of another trial; return False if there is nothing to start now."""
+        for each in self.open:
+            for run in list(each.waiting):
+                if run_folder.is_locked(run):  # it is saving, after the end of the command that trained it
+                    continue
+                each.waiting.remove(run)
+                if run_folder.has_ended(run, each.configs[run].total_env_steps):
+                    self._set_state(each, run, "complete")
+                    each.ended.add(run)
+                    continue
+                self.scheduler.start(run)
+                self._set_state(each, run, "running")
+                return True
+        if any(each.waiting for each in self.open):
+            return False
+        with _lock_until(self.folder / ".trials.lock"):  # no other process takes the same trial
+            opened = self._continue_trial() or self._ask()
+        if opened is None:
+            return False
+        self.open.append(opened)
+        return True
+
+    def _continue_trial(self) -> OpenTrial | None:
+        """Return a trial whose command was killed or stopped."""
+        own = [each.trial.number for each in self.open]
+        for each in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if each.number not in own and (lock := self._lock(each.number)) is not None:
+                frozen = self.study.get_trials(deepcopy=False)[each.number]
+                if frozen.state != TrialState.RUNNING:  # finished just now by the process that had the lock
+                    lock.close()
+                    continue
+                steps = frozen.intermediate_values
+                return self._open(optuna.Trial(self.study, frozen._trial_id), lock, max(steps, default=-1))
+        return None
+
+    def _ask(self) -> OpenTrial | None:
+        """Return a new trial; None if there are enough."""
+        if len(self.study.get_trials(deepcopy=False)) >= self.number:
+            return None
+        trial = self.study.ask()
+        lock = self._lock(trial.number)
+        assert lock is not None
+        return self._open(trial, lock, -1)
+
+    def _lock(self, number: int) -> ExitStack | None:
+        """Lock a trial; return None if another process works on it."""
+        held = ExitStack()
+        folder = trial_folder(self.folder, number)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(run_folder.lock_file(folder / ".lock", f"{folder} is locked"))
+        except ConfigError:
+            return None
+        return held
+
+    def _open(self, trial: optuna.Trial, lock: ExitStack, last_step: int) -> OpenTrial:
+        """Create the run folders of a trial."""
+        values = {key: suggest(trial, key, distribution) for key, distribution in self.space.items()}
+        folder = trial_folder(self.folder, trial.number)
+        opened = OpenTrial(trial, folder, {}, lock, [], last_step)
+        try:
+            configs = self.make_configs(values)
+        except ConfigError as error:  # the values are valid one by one, but not together
+            self._finish(opened, None, TrialState.FAIL, str(error))
+            return opened
+        opened.configs = {folder / f"s{config.seed}": config for config in configs}
+        for run, config in opened.configs.items():
+            if not run_folder.has_begun(run):
+                run_folder.begin(run, config)
+            self._set_state(opened, run, "waiting")
+        opened.waiting = list(opened.configs)
+        self.write_table()
+        return opened
+
+    def _set_state(self, trial: OpenTrial, run: Path, state: State) -> None:
+        self.states[run] = state
+        self.table.total[run] = trial.configs[run].total_env_steps
+
+    def _end_run(self, ended: Ended) -> None:
+        """Note that a run's process has ended: complete, stopped by us, failed or killed.
+
+        Raises:
+            RunError: It has failed for another reason than the values of its trial.
+        """
+        (trial,) = (each for each in self.open if ended.run in each.configs)
+        if trial.told or self.scheduler.received:
+            self._set_state(trial, ended.run, "stopped")
+        elif ended.code == 0 and run_folder.has_ended(ended.run, trial.configs[ended.run].total_env_steps):
+            trial.ended.add(ended.run)
+            self._set_state(trial, ended.run, "complete")
+        elif ended.code in (2, NOT_FINITE):  # a config that is not valid, or a loss that is not finite
+            self._set_state(trial, ended.run, "failed")
+            self._finish(trial, None, TrialState.FAIL, ended.last_line)
+        elif ended.code <= 0 and trial.restarts < RESTARTS:
+            trial.restarts += 1
+            trial.waiting.append(ended.run)
+            self._set_state(trial, ended.run, "waiting")
+        else:
+            raise RunError(f"trial {trial.trial.number}: {ended.failure}; the same command continues the study")
+
+    def _follow(self, trial: OpenTrial) -> None:
+        """Report new evaluations of a trial, prune it or finish it, and close it when its processes have ended."""
+        if not trial.told:
+            for step, value in self._evaluations(trial):
+                if step > trial.last_step:
+                    trial.trial.report(value, step)
+                    trial.last_step = step
+                if step == trial.last_step and trial.trial.should_prune():
+                    self._finish(trial, None, TrialState.PRUNED, f"pruned, {value:.1f} so far")
+                    break
+            if not trial.told and len(trial.ended) == len(trial.configs):
+                last = np.array([last_return(run) for run in trial.configs])
+                self._finish(trial, float(iqm(last[:, None, None])[0]), TrialState.COMPLETE, "complete")
+        if not set(trial.configs) & set(self.scheduler.running) and (trial.told or self.scheduler.received):
+            trial.lock.close()
+            self.open.remove(trial)
+            for run in trial.configs:
+                del self.states[run]
+
+    def _evaluations(self, trial: OpenTrial) -> Iterator[tuple[int, float]]:
+        """Yield the steps and values to report, in their order: seed by seed.
+
+        Those of a seed come when all seeds before have ended. The value is the mean of the last returns of the seeds
+        before and the return of this seed, which other trials have at the same step, too.
+        """
+        before: list[float] = []
+        for place, (run, config) in enumerate(trial.configs.items()):
+            per_run = config.total_env_steps // config.eval.every + 2
+            for index, value in _numbered(_read_evaluations(run), config.eval.every):
+                yield place * per_run + index, float(np.mean([*before, value]))
+            if run not in trial.ended:
+                return
+            before.append(last_return(run))
+
+    def _finish(self, trial: OpenTrial, value: float | None, state: TrialState, text: str) -> None:
+        """Record the end of a trial, and stop its runs."""
+        self.study.tell(trial.trial, value, state=state)
+        trial.told = True
+        trial.waiting.clear()
+        for run in trial.configs:
+            if run in self.scheduler.running:
+                self.scheduler.stop(run)
+        self.write_table()
+        value_text = "" if value is None else f", IQM {value:.1f}"
+        self.table.print(f"trial {trial.trial.number}: {text}{value_text} ({describe(trial.trial.params)})")
+
+    def _is_work_left(self) -> bool:
+        """Return whether trials are missing, or are running: in other processes, since this one has none."""
+        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+        return len(states) < self.number or TrialState.RUNNING in states
+
+    def write_table(self) -> None:
+        """Write trials.csv."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["number", "state", "value", *self.space])
+        for trial in self.study.get_trials(deepcopy=False):
+            value = "" if trial.value is None else trial.value
+            writer.writerow([trial.number, trial.state.name, value, *(trial.params.get(key, "") for key in self.space)])
+        files.write_text(self.folder, TABLE, text.getvalue())
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Return the folder of a trial."""
+    return folder / TRIALS / f"{number:04d}"
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """Return the values of a trial in words."""
+    return ", ".join(
+        f"{key.rpartition('.')[2]}={value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"
+        for key, value in values.items()
+    )
+
+
+def best_trials(study: optuna.Study, number: int) -> list[FrozenTrial]:
+    """Return the trials with the best values, the best first, the earlier first of equal ones."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[:number]
+
+
+def last_return(run: Path) -> float:
+    """Return the mean return of a run's last evaluation.
+
+    Raises:
+        RunError: It has none.
+    """
+    returns = read_run(run).return_mean
+    if not len(returns):
+        raise RunError(f"{run} has no evaluation")
+    return float(returns[-1])
+
+
+def _read_evaluations(run: Path) -> Curve:
+    """Return the evaluations of a run so far; none before its first row of metrics."""
+    if not (run / METRICS).is_file():
+        return Curve(*(np.empty(0) for _ in range(3)))
+    return read_run(run)
+
+
+def _numbered(curve: Curve, every: int) -> Iterator[tuple[int, float]]:
+    """Yield the number of each evaluation, its env steps in units of `eval.every`, and its return."""
+    last = -1
+    for env_steps, value in zip(curve.env_steps, curve.return_mean, strict=True):
+        if (index := int(env_steps) // every) > last:
+            last = index
+            yield index, float(value)

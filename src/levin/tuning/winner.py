@@ -1,0 +1,130 @@
+"""Compare the best trials of a study after they were retrained with fresh seeds, and write the winner's values."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from omegaconf import OmegaConf
+
+from levin.config import cli
+from levin.config.compose import ANY_ENV
+from levin.core import files, paths
+from levin.results.aggregates import iqm_with_interval, prediction_interval
+from levin.results.tables import plain_table
+from levin.runs.provenance import run_git
+from levin.tuning.space import as_word
+
+WINNER, RETRAINED = "winner.yaml", "retrained"
+HEADER = "# @package _global_\n"
+SECTIONS = ("algo", "env", "total_env_steps")  # what a file in configs/tuned/ may set
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Values that were retrained with fresh seeds.
+
+    Args:
+        name: Name of the trial, or of the values that the study has started from.
+        values: Values of the trial by config key.
+        value: IQM in the study; None: it was not in the study.
+        scores: Last evaluation of each seed in the study.
+        fresh: Last evaluation of each fresh seed.
+    """
+
+    name: str
+    values: dict[str, Any]
+    value: float | None
+    scores: list[float]
+    fresh: list[float]
+
+    @property
+    def result(self) -> float:
+        """IQM over the fresh seeds."""
+        return self.interval[0]
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """IQM over the fresh seeds, and its 95% interval."""
+        mean, ends = iqm_with_interval(np.array(self.fresh)[:, None, None])
+        return float(mean[0]), float(ends[0, 0]), float(ends[1, 0])
+
+    @property
+    def predicted(self) -> tuple[float, float] | None:
+        """95% prediction interval, from the trial's own seeds, for the mean over the fresh ones."""
+        if len(self.scores) < 2:
+            return None
+        return prediction_interval(np.array(self.scores), len(self.fresh))
+
+
+def describe_candidates(candidates: list[Candidate]) -> str:
+    """Return a table of the candidates: value in the study, predicted interval, fresh seeds."""
+    rows = []
+    for each in candidates:
+        mean, predicted = float(np.mean(each.fresh)), each.predicted
+        inside = "" if predicted is None else "yes" if predicted[0] <= mean <= predicted[1] else "no"
+        rows.append(
+            (
+                each.name,
+                "" if each.value is None else f"{each.value:.1f}",
+                "" if predicted is None else f"{predicted[0]:.1f} to {predicted[1]:.1f}",
+                f"{mean:.1f}",
+                inside,
+                f"{each.result:.1f}",
+                f"{each.interval[1]:.1f} to {each.interval[2]:.1f}",
+            )
+        )
+    columns = ("", "IQM in study", "predicted mean", "fresh mean", "inside", "fresh IQM", "95% interval")
+    return plain_table(columns, rows)
+
+
+def tuned_path(algo: str, env: str) -> Path | None:
+    """Return the path of the tuned config of an algorithm in an env; None for envs of any id, which have none."""
+    if env in ANY_ENV:
+        return None
+    fork = next((file for file in paths.fork_files() if file.stem == algo), None)
+    folder = paths.CONFIGS if fork is None or (paths.CONFIGS / "algo" / f"{algo}.yaml").exists() else fork.parents[1]
+    return folder / "tuned" / f"{algo}_{env}.yaml"
+
+
+def winner_text(winner: Candidate, base: Path | None, words: list[str], comments: list[str]) -> str:
+    """Return the winner as the text of a tuned config: the values of `base`, of the command line and of the trial.
+
+    Args:
+        winner: Trial with the best result.
+        base: Tuned config that the study has started from, if there is one.
+        words: Overrides of the command line.
+        comments: Lines that say how the values were found.
+    """
+    content, lines = OmegaConf.create(), [HEADER, *(f"# {line}\n" for line in comments)]
+    if base is not None and base.is_file():
+        content = OmegaConf.load(base)
+        before = [line for line in base.read_text().splitlines() if line.startswith("# ")]
+        lines += ["# Values that were not searched are from before:\n"]
+        lines += [f"{line}\n" for line in before if "@package" not in line]
+    for override in cli.parse_hydra_overrides(words):
+        key = str(override.key_or_group)
+        if key.partition(".")[0] in SECTIONS and key not in SECTIONS[:2]:
+            OmegaConf.update(content, key, override.value(), force_add=True)
+    for key, value in winner.values.items():
+        parsed = yaml.safe_load(as_word(value)) if isinstance(value, str) else value
+        OmegaConf.update(content, key, parsed, force_add=True)
+    return "".join(lines) + OmegaConf.to_yaml(content)
+
+
+def write_winner(text: str, folder: Path, path: Path | None) -> str:
+    """Write winner.yaml, and the tuned config if there is one; return a sentence about it.
+
+    A tuned config with changes that git does not have is left alone.
+    """
+    files.write_text(folder, WINNER, text)
+    if path is None:
+        return f"the values are in {folder / WINNER}"
+    shown = path.relative_to(paths.ROOT)
+    if path.exists() and run_git("status", "--porcelain", "--", str(path)) and "# Tuned by" not in path.read_text():
+        return f"{shown} has changes that git does not have, and is left alone; the values are in {folder / WINNER}"
+    existed = path.exists()
+    path.parent.mkdir(exist_ok=True)
+    files.write_text(path.parent, path.name, text)
+    return f"the values are in {shown}" + (f": git diff {shown} shows what has changed" if existed else "")
