@@ -1,6 +1,6 @@
 """Interrupt runs at random moments, resume them, and compare each with an uninterrupted run: `make drill`.
 
-Arguments, with their defaults: kills=50 terms=20 seed=0 jobs=(number of CPUs).
+Arguments, with their defaults: kills=50 terms=20 many=5 seed=0 jobs=(number of CPUs).
 """
 
 import os
@@ -15,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent / "support"))  # pytest gets this path from pyproject.toml
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[-1:])  # for the toy envs
 
 from checks import metrics, same, saved_state
+from drill_many import drill_study, drill_sweep
 from levin.config import cli
 from levin.runs import checkpoint
 
@@ -144,12 +146,13 @@ def fill(folder: Path, straight: Path) -> str:
     return f"full disk ({limit_description}): {lines[0]}"
 
 
-def main(*, kills: int = 50, terms: int = 20, seed: int = 0, jobs: int = os.cpu_count() or 1) -> None:
+def main(*, kills: int = 50, terms: int = 20, many: int = 5, seed: int = 0, jobs: int = os.cpu_count() or 1) -> None:
     """Run all trials and exit with 1 if one of them failed.
 
     Args:
         kills: Number of runs to kill with SIGKILL.
         terms: Number of runs to stop with SIGTERM.
+        many: Number of sweeps, of studies with one run at a time, and of studies with two, to kill four times each.
         seed: Seed of the moments of interruption.
         jobs: Number of trials at a time.
     """
@@ -172,6 +175,13 @@ def main(*, kills: int = 50, terms: int = 20, seed: int = 0, jobs: int = os.cpu_
                     print(f"{what} {trial}: {each.result() if error is None else f'FAILED {error!r}'}", flush=True)
                 print(f"{what}: {good} of {count} identical", flush=True)
                 failed += count - good
+        for number in range(seed * 10_000, seed * 10_000 + many):
+            for drill, options in ((drill_sweep, {}), (drill_study, {"jobs": 1}), (drill_study, {"jobs": 2})):
+                try:
+                    print(drill(folder, kills=4, seed=number, **options), flush=True)
+                except AssertionError as error:
+                    print(f"{drill.__name__} {number}: FAILED {error}", flush=True)
+                    failed += 1
     sys.exit(failed > 0)
 
 

@@ -1,15 +1,12 @@
 """Commands answer a wrong word before they import torch and Lightning, and all seeds of a command import them once."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from levin.core import paths
-from processes import run_python, start_python
+from processes import run_python
 
 HEAVY = ("torch", "tensordict", "torchrl", "lightning", "gymnasium", "rliable", "matplotlib.pyplot")
 WRONG = {

@@ -7,6 +7,7 @@ or left alone by the same call: `levin.resume.resume`.
 
 import atexit
 import ctypes
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -120,11 +121,10 @@ class Scheduler:
     def _train_and_exit(self, run: Path, place: int, output: int) -> None:
         """Train a run in a process that `start` has forked, and end the process."""
         code: Any = 1
+        atexit._clear()  # what the first process does at its end is not for this one to do
         try:
             os.setsid()  # so that Ctrl-C in a terminal reaches only the first process, which passes it on
-            for descriptor in (1, 2):
-                os.dup2(output, descriptor)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            _redirect_output(output)
             if self.resources.gpus is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.resources.gpus[place]
             _end_with_parent(self._owner)
@@ -141,8 +141,8 @@ class Scheduler:
             try:
                 threading._shutdown()  # type: ignore[attr-defined]
                 atexit._run_exitfuncs()
+                multiprocessing.util._exit_function()  # type: ignore[attr-defined]
                 sys.stdout.flush()
-                sys.stderr.flush()
             finally:
                 os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
@@ -167,6 +167,15 @@ class Scheduler:
             os.kill(pid, number)  # a second Ctrl-C ends a run without saving
         again = "; press Ctrl-C again to end them without saving" if number == signal.SIGINT else ""
         os.write(2, f"levin: {self.received.name}: the runs will be saved and end{again}\n".encode())
+
+
+def _redirect_output(descriptor: int) -> None:
+    """Write all output of this process to an open file, and read nothing."""
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # New streams: those of the first process may have been replaced, as pytest and notebooks do.
+    sys.stdout, sys.stderr = (open(each, "w", buffering=1, closefd=False) for each in (1, 2))  # noqa: SIM115
 
 
 def _end_with_parent(parent: int) -> None:

@@ -1,0 +1,190 @@
+"""The scheduler: processes side by side, failures, signals, and the end of its own process."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from levin.core.errors import ConfigError, NotFiniteError, RunError
+from levin.runs import folder as run_folder
+from levin.scheduler.progress import read_progress
+from levin.scheduler.resources import Resources
+from levin.scheduler.scheduler import NOT_FINITE, Scheduler, train_all
+from processes import children, has_exited, run_python, start_python, wait_until
+
+TWO = Resources(at_once=2, threads=1)
+RUN = (
+    *("env=gym", "env.id=toy_envs:Point-v0", "algo.learning_starts=16", "algo.batch_size=4", "algo.hidden_sizes=[4]"),
+    *("eval.episodes=1", "trainer.accelerator=cpu", "logger=csv"),
+)
+LOCK = """
+import sys, time
+from pathlib import Path
+from levin.runs import folder
+run = Path(sys.argv[1])
+with folder.lock(run):
+    (run / "locked").touch()
+    time.sleep(2)
+"""
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Four empty run folders."""
+    runs = [tmp_path / f"s{seed}" for seed in range(4)]
+    for run in runs:
+        run.mkdir()
+    return runs
+
+
+def end(run):
+    """Write what a complete run of 10 env steps leaves behind."""
+    (run / "provenance.json").write_text('{"git_sha": "", "git_dirty": false, "versions": {}, "env_steps": 10, '
+                                         '"wall_seconds": 1.0, "resumed": []}')  # fmt: skip
+
+
+def train(runs, function, resources=TWO):
+    return train_all(dict.fromkeys(runs, 10), function, resources)
+
+
+def test_as_many_runs_as_allowed_train_at_the_same_time(folders, tmp_path):
+    def note(run):
+        (run / "begin").write_text(str(time.monotonic()))
+        print("my last line")
+        time.sleep(0.5)
+        (run / "end").write_text(str(time.monotonic()))
+        end(run)
+
+    assert train(folders, note)
+    times = [(float((run / "begin").read_text()), float((run / "end").read_text())) for run in folders]
+    together = [sum(begin <= other < stop for begin, stop in times) for other, _ in times]
+    assert max(together) == 2
+    assert (folders[0] / "output.txt").read_text() == "my last line\n"
+    assert train(folders, None)  # complete runs are not started again
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_trained(folders, capsys):
+    def fail_once(run):
+        if run.name == "s1":
+            raise RunError("the env fell over")
+        end(run)
+
+    with pytest.raises(RunError, match=r"1 of 4 runs failed; the others are complete: .*s1 failed: the env fell over"):
+        train(folders, fail_once)
+    assert all(run_folder.has_ended(run, 10) for run in folders if run.name != "s1")
+    assert "s1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (RunError("x"), 1),
+        (NotFiniteError("x"), NOT_FINITE),
+        (KeyError("x"), 1),
+        (SystemExit(5), 5),
+    ],
+)
+def test_exit_codes_say_why_a_run_failed(error, code, folders):
+    def fail(_):
+        raise error
+
+    ended = []
+    with Scheduler(fail, TWO) as scheduler:
+        scheduler.start(folders[0])
+        wait_until(lambda: ended.extend(scheduler.poll()) or ended)
+    assert [each.code for each in ended] == [code]
+
+
+def test_a_run_that_another_process_trains_is_waited_for(folders):
+    other = start_python("-c", LOCK, str(folders[0]))
+    wait_until((folders[0] / "locked").exists)
+
+    def note(run):
+        (run / "begin").write_text(str(time.monotonic()))
+        with run_folder.lock(run):
+            end(run)
+
+    assert train(folders, note)
+    assert other.wait() == 0
+    begun = {run.name: float((run / "begin").read_text()) for run in folders}
+    assert max(begun, key=begun.__getitem__) == "s0"
+
+
+def test_a_signal_stops_all_runs_and_starts_no_other(folders):
+    parent = os.getpid()
+
+    def wait_for_signal(run):
+        def save(*_):
+            (run / "saved").touch()
+            raise SystemExit(0)
+
+        signal.signal(signal.SIGTERM, save)
+        (run / "begin").touch()
+        if all((each / "begin").exists() for each in folders[:2]):
+            os.kill(parent, signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert not train(folders, wait_for_signal)
+    assert [(run / "saved").exists() for run in folders] == [True, True, False, False]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+def test_no_run_outlives_its_command(number, tmp_path):
+    words = ("-m", "levin.train", *RUN, "total_env_steps=10_000_000", "seeds=0 1 2", "jobs=2", "run=sweep")
+    process = start_python(*words, cwd=tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("sweep/*/metrics.csv"))) == 2)
+    own = children(process.pid)
+    assert len(own) == 2
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 0), errors
+    wait_until(lambda: all(map(has_exited, own)))
+    for run in ("s0", "s1"):
+        assert "stopped and saved at" in (tmp_path / "sweep" / run / "output.txt").read_text()
+    assert [each.name for each in tmp_path.glob("sweep/*/metrics.csv")] == ["metrics.csv"] * 2
+    assert number == signal.SIGKILL or "the same command continues them" in output
+
+
+def test_threads_and_gpus_are_divided(monkeypatch):
+    from levin.config.compose import compose
+    from levin.scheduler import resources
+
+    cpu = [compose(["env=pendulum", "trainer.accelerator=cpu", f"trainer.threads={threads}"]) for threads in (1, 2)]
+    monkeypatch.setattr(resources, "available_cores", lambda: list(range(8)))
+    assert Resources.of(cpu[:1], None) == Resources(at_once=8, threads=1)
+    assert Resources.of(cpu, None) == Resources(at_once=4, threads=2)
+    assert Resources.of(cpu, 3) == Resources(at_once=3, threads=2)
+    monkeypatch.setattr(resources, "_count_gpus", lambda: 4)
+    assert Resources.of(cpu, None).gpus is None
+    gpu = compose(["env=pendulum", "trainer.threads=1"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Resources.of([gpu], None).gpus == ["0", "1", "2", "3"]
+    assert Resources.of([gpu], 6).gpus == ["0", "1", "2", "3", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    pairs = compose(["env=pendulum", "trainer.threads=1", "trainer.devices=2", "env.num_envs=2"])
+    assert Resources.of([pairs], None) == Resources(at_once=2, threads=1, gpus=["4,5", "6,7"])
+
+
+def test_progress_is_read_from_the_end_of_a_file_and_complete_lines_only(tmp_path):
+    assert read_progress(tmp_path).env_steps == 0
+    rows = [f"{step},{step / 2},{'' if step % 10 else step}" for step in range(1, 20001)]
+    header = "env_steps,time/env_steps_per_second,eval/return_mean"
+    (tmp_path / "metrics.csv").write_text("\n".join([header, *rows, "20001,1"]))
+    progress = read_progress(tmp_path)
+    assert (progress.env_steps, progress.steps_per_second, progress.evaluation) == (20000, 10000.0, 20000.0)
+
+
+def test_an_early_stop_by_a_callback_ends_a_run(tmp_path):
+    stopping = "_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:eval/return_mean,mode:max"
+    early = f"+callbacks.early={{{stopping},patience:1,min_delta:1e9}}"
+    words = ("-m", "levin.train", *RUN, "total_env_steps=640", "eval.every=64", early, "seeds=0 1", "run=sweep")
+    assert run_python(*words, cwd=tmp_path).returncode == 0
+    assert all(run_folder.has_ended(tmp_path / "sweep" / run, 640) for run in ("s0", "s1"))
+    before = (tmp_path / "sweep/s0/metrics.csv").read_text()
+    answer = run_python(*words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "sweep/s0/metrics.csv").read_text() == before
