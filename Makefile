@@ -1,6 +1,6 @@
 # `make` prints the help. The variables below are read from the command line only, never from the environment. Their
 # values reach the commands as typed and are not expanded by the shell, except for an ARGS that contains quotes.
-VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME NOTE STORE JOBS CHECK BASE TRUST
+VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME NOTE STORE JOBS CHECK BASE TRUST TRIALS SEEDS_PER_TRIAL RETRAIN SHOW
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
 
@@ -29,7 +29,7 @@ env_name := $(or $(value ENV),$(firstword $(shell sed -n 's|.*override /env: *\(
 env_yaml := $(or $(wildcard experiments/$(value EXP)/config.yaml),configs/env/$(env_name).yaml)
 extra := $(firstword $(filter mujoco box2d dmc atari,$(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$(env_yaml)) 2>/dev/null)))
 # Extras for the tests of all env families and for pyright.
-suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report)
+suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report tune)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
 run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
 # Without SEED and SEEDS, the seed is that of ARGS or of configs/train.yaml.
@@ -44,7 +44,7 @@ study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studie
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot compare pin reproduce report study fork bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
+.PHONY: help setup train resume config evaluate play plot tune compare pin reproduce report study fork bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,7 +65,7 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [NAME=wide] [ARGS="algo.gamma=0.98"]
 	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs)
 
-resume: .venv/.core ## RUN=path or RUNS="runs/sweep_x" [JOBS=n] [STEPS=n] continues runs exactly; STEPS: new total of env steps
+resume: .venv/.core ## RUN=path or RUNS="runs/sweep_x" [JOBS=2] [STEPS=n] continues runs exactly; STEPS: new total
 	$(BIN)/python -m levin.resume $(if $(value RUN)$(value EXP),$(run)) $(if $(value RUNS),runs=$(call typed,RUNS)) $(jobs) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
 
 config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value and the file that set it
@@ -79,6 +79,9 @@ play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records vid
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=episode/return out=x.png"] draws learning curves
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
+
+tune: $(needs) .venv/.report .venv/.tune ## ALGO=ppo ENV=pendulum [TRIALS=40] [SEEDS_PER_TRIAL=3] [JOBS=2] [SHOW=1] searches hyper-parameters
+	$(BIN)/python -m levin.tune $(choices) $(trust) $(in_run) $(jobs) $(if $(value SEED),seed=$(call typed,SEED)) $(if $(value TRIALS),trials=$(call typed,TRIALS)) $(if $(value SEEDS_PER_TRIAL),seeds_per_trial=$(call typed,SEEDS_PER_TRIAL)) $(if $(value RETRAIN),retrain=$(call typed,RETRAIN)) $(if $(value SHOW),show=true)
 
 compare: .venv/.core .venv/.report ## RUNS="runs/sweep_x/*" [ARGS="metric=episode/return"] prints a table of runs, the best first
 	$(BIN)/python -m levin.compare runs=$(call typed,RUNS) $(args)

@@ -16,10 +16,23 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "levin"
 LAYERS = (
     *("core", "estimators", "nn", "data", "model_based", "algorithms", "runs", "envs", "collectors", "training"),
-    *("config", "results", "scheduler", "lab", "bench"),
+    *("config", "results", "scheduler", "tuning", "lab", "bench"),
 )
 ALLOWED = {"core": set(), "estimators": {"core"}, "results": {"core", "runs"}}  # packages restricted to these layers
-COMMANDS = {"train", "resume", "sweep", "evaluate", "play", "plot", "pin", "fork", "reproduce", "report"}
+COMMANDS = {
+    "train",
+    "resume",
+    "sweep",
+    "evaluate",
+    "play",
+    "plot",
+    "pin",
+    "fork",
+    "reproduce",
+    "report",
+    "compare",
+    "tune",
+}
 ENV_IDS = {"dodge", "racing"}  # modules named in env ids: levin.dodge:Dodge-v0
 MAX_FILES = 12  # per package, `__init__.py` included
 

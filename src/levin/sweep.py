@@ -21,7 +21,7 @@ from typing import Any
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -71,10 +71,7 @@ def list_runs(words: list[str], seeds: list[str]) -> tuple[dict[str, list[str]],
     given = cli.parse_hydra_overrides(add_pluses(_with_seeds(words, seeds)))
     parsed = list({str(override.key_or_group): override for override in given}.values())  # the last of each key counts
     _check_each_value(parsed, texts, check_values=False)
-    try:
-        (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     swept = [each.is_sweep_override() and str(each.key_or_group) != "seed" for each in parsed]
     runs: dict[str, list[str]] = {}
     for values in combinations:
@@ -207,10 +204,9 @@ def _chosen_values(cfg: DictConfig, words: list[str]) -> dict[str, Any]:
 
 
 def _parse_values(override: Override) -> list[str]:
+    """Return an override with each of its values."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    value: Any = override.value()
-    if not hasattr(value, "list"):  # a range or a glob, which Hydra expands
-        return [str(override.input_line)]
-    key = str(override.input_line).partition("=")[0]
-    return [f"{key}={each.with_quotes() if isinstance(each, QuotedString) else each}" for each in value.list]
+    if not (override.is_choice_sweep() or override.is_range_sweep()):
+        raise ConfigError(f"{override.input_line}: only lists, such as {override.key_or_group}=1,2, and range() work")
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

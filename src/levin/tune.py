@@ -6,6 +6,7 @@ stopped. The best three are retrained with seeds that the search has not seen, a
 `configs/tuned/<algo>_<env>.yaml`. The same command continues a study; several commands may work on one.
 """
 
+import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from levin.config import cli
-from levin.config.compose import chosen_algo_and_env, compose, compose_one_of_many
-from levin.core.errors import ConfigError, RunError, exit_on_user_error
+from levin.config import cli, schema
+from levin.config.compose import GROUPS, chosen_algo_and_env, compose, compose_one_of_many
+from levin.core.errors import ConfigError, RunError, exit_on_user_error, valid_names
 from levin.core.process import print_line, silence_libraries
 from levin.resume import STOPPED, resume, resume_side_by_side
 from levin.runs import folder as run_folder
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import optuna
 
 BEST = 3  # trials that are retrained
+OWN = ("trials", "seeds_per_trial", "jobs", "retrain", "run", "show", "trust")
 TRIALS, SEEDS_PER_TRIAL, RETRAIN = 40, 3, 5  # defaults
 
 
@@ -174,6 +176,10 @@ def tune(words: list[str]) -> None:
     words, seeds_per_trial = cli.take_count(words, "seeds_per_trial")
     words, jobs = cli.take_count(words, "jobs")
     words, retrain = cli.take_count(words, "retrain", least=0)
+    for word in words:
+        key = word.partition("=")[0]
+        if key.isidentifier() and key not in (*GROUPS, *inspect.signature(schema.top_level).parameters):
+            raise ConfigError(f"{key} is unknown; {valid_names(key, OWN)}")
     named = [word.removeprefix("run=") for word in words if word.startswith("run=")]
     words = [word for word in words if not word.startswith("run=")]
     first = compose(words, check_values=False)

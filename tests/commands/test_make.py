@@ -156,6 +156,33 @@ def test_all_seeds_are_one_command_and_the_shell_reads_quotes_in_args(checkout):
     assert words == ["-m", "levin.train", "algo=sac", "+callbacks.x.y=a b", "algo.tau=.1", "run=my run", "seeds=0 1"]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["ARGS=seed=5"], ["seed=5"]),
+        (["ARGS=-m seed=0,1,2"], ["-m", "seed=0,1,2"]),
+        (["ARGS=-m launcher=slurm seed=0,1"], ["-m", "launcher=slurm", "seed=0,1"]),
+        (["SEED=3"], ["seed=3"]),
+        (["SEEDS=0 1", "JOBS=2"], ["seeds=0 1", "jobs=2"]),
+        ([], []),
+    ],
+)
+def test_seeds_are_passed_on_as_typed(given, expected, checkout):
+    assert run_make(checkout, "train", *given).returncode == 0
+    assert recorded_arguments(checkout) == [["-m", "levin.train", "algo=sac", *expected]]
+
+
+def test_make_tune_passes_its_words_on(checkout):
+    for extra in ("report", "tune"):
+        (checkout / ".venv" / f".{extra}").touch()
+    answer = run_make(
+        checkout, "tune", "ALGO=sac", "TRIALS=4", "SEEDS_PER_TRIAL=2", "RETRAIN=0", "RUN=my run", "SHOW=1"
+    )
+    assert answer.returncode == 0, answer.stderr
+    words = ["run=my run", "trials=4", "seeds_per_trial=2", "retrain=0", "show=true"]
+    assert recorded_arguments(checkout) == [["-m", "levin.tune", "algo=sac", *words]]
+
+
 def test_environment_variables_are_ignored(checkout, monkeypatch):
     monkeypatch.setenv("ALGO", "ppo")
     assert run_make(checkout, "train").returncode == 0

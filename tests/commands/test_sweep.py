@@ -1,11 +1,16 @@
-"""Sweeps: Hydra's multirun of levin.train."""
+"""Sweeps: many runs of levin.train, by the scheduler or by Hydra's sweepers."""
 
+import csv
 import os
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
 
+from levin.compare import compare
+from levin.core.errors import ConfigError
 from levin.plot import collect_runs
+from levin.resume import find_runs
 from processes import run_python
 
 SMALL = (
@@ -63,15 +68,93 @@ def test_values_with_a_slash_are_one_folder_each_and_can_be_drawn(tmp_path):
     assert len(collect_runs(f"{tmp_path}/mine/*")) == 2
 
 
-@pytest.mark.slow
-def test_repeating_a_sweep_with_other_values_is_refused(tmp_path):
-    overrides = ("-m", "seed=0,1", "hydra.sweep.dir=mine")
+def test_a_sweep_trains_what_is_missing_and_refuses_another_command(tmp_path):
+    overrides = ("-m", "algo.tau=.005,.01", "seeds=0 1", "jobs=2", "run=mine")
     answer = train(tmp_path, *overrides)
     assert answer.returncode == 0, answer.stderr
-    assert sorted(each.parent.name for each in tmp_path.glob("mine/*/config.yaml")) == ["s0", "s1"]
+    folders = sorted(each.parent for each in tmp_path.glob("mine/*/*/config.yaml"))
+    names = [str(each.relative_to(tmp_path / "mine")) for each in folders]
+    assert names == [f"algo.tau={tau}/s{seed}" for tau in (0.005, 0.01) for seed in (0, 1)]
+    configs = [OmegaConf.load(run / "config.yaml") for run in folders]
+    assert [(cfg.algo.tau, cfg.seed, cfg.trainer.threads) for cfg in configs] == [
+        (tau, seed, 1) for tau in (0.005, 0.01) for seed in (0, 1)
+    ]
+    written = {run: (run / "metrics.csv").read_text() for run in folders}
+    shutil.rmtree(folders[2])
+    answer = train(tmp_path, *overrides)
+    assert answer.returncode == 0, answer.stderr
+    for run, text in written.items():
+        new = (run / "metrics.csv").read_text()
+        assert (new == text) == (run != folders[2])  # times differ
+        assert without_times(new) == without_times(text)
     answer = train(tmp_path, *overrides, "algo.gamma=0.9")
     assert answer.returncode == 2
-    assert answer.stderr.startswith("levin: algo.gamma=0.9 would change a run that was started with algo.gamma=0.99")
+    assert answer.stderr.startswith("levin: run=mine holds a sweep with other values; it was started by: python ")
+
+
+def without_times(text):
+    rows = list(csv.DictReader(text.splitlines()))
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def test_runs_are_continued_together_and_compared(tmp_path):
+    assert train(tmp_path, "seeds=0 1", "run=mine").returncode == 0
+    words = ("-m", "levin.resume", "runs=mine", "total_env_steps=128", "jobs=2")
+    answer = run_python(*words, cwd=tmp_path, env={**os.environ})
+    assert answer.returncode == 0, answer.stderr
+    rows = [len((tmp_path / "mine" / run / "metrics.csv").read_text().splitlines()) for run in ("s0", "s1")]
+    answer = run_python(*words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert rows == [len((tmp_path / "mine" / run / "metrics.csv").read_text().splitlines()) for run in ("s0", "s1")]
+    for named in ("mine/s*", "mine/sweep.json"):
+        assert len(find_runs(str(tmp_path / named))) == 2
+    table = compare(runs=str(tmp_path / "mine/*")).splitlines()
+    assert table[0].split()[:2] == ["runs", "seeds"]
+    assert table[1].split()[:3] == ["mine", "2", "128"]
+    assert table[1].endswith("complete")
+    with pytest.raises(ConfigError, match="holds no run"):
+        find_runs(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds"),
+    [
+        (["seed=5"], [5]),
+        (["seeds=5"], [5]),
+        (["seeds=3 4"], [3, 4]),
+        (["-m", "seed=1,2"], [1, 2]),
+        (["-m", "seeds=1 2"], [1, 2]),
+        (["-m", "seed=range(3)"], [0, 1, 2]),
+        (["-m", "algo.tau=.005"], [0]),
+    ],
+)
+def test_seeds_can_be_named_in_every_way(words, seeds, tmp_path):
+    answer = train(tmp_path, *words)
+    assert answer.returncode == 0, answer.stderr
+    assert sorted(OmegaConf.load(each).seed for each in tmp_path.glob("runs/**/config.yaml")) == seeds
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["seeds=0 1", "seed=5"], "seed= and seeds= are both given"),
+        (["seeds=0 0"], "seeds=0 0 holds 0 twice"),
+        (["seed=0,1"], "seed=0,1 has several values: add -m"),
+        (["-m", "seed=0,0"], "two runs of the sweep have the same name, s0"),
+        (["seeds=0 1", "jobs=0"], "jobs=0 must be a whole number of 1 or more"),
+        (["-m", "launcher=local", "seed=0,1", "jobs=2"], "jobs= is for runs on this machine"),
+        (
+            ["-m", "algo.tau=interval(0,1)"],
+            "algo.tau=interval(0,1): only lists, such as algo.tau=1,2, and range() work",
+        ),
+    ],
+)
+def test_words_that_contradict_one_another_are_refused(words, sentence, tmp_path):
+    answer = train(tmp_path, *words)
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.startswith(f"levin: {sentence}")
+    assert "Traceback" not in answer.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

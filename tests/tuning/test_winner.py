@@ -1,0 +1,94 @@
+"""The winner of a study: how candidates are compared, and what the tuned config holds."""
+
+import subprocess
+
+import pytest
+import yaml
+
+pytest.importorskip("optuna", reason="the extra `tune`")
+pytest.importorskip("rliable", reason="the extra `report` computes the intervals")
+
+from levin.core import paths
+from levin.runs import provenance
+from levin.tuning.winner import Candidate, describe_candidates, tuned_path, winner_text, write_winner
+
+TRIAL = Candidate(
+    "trial 3", {"algo.lr": 0.001, "algo.hidden_sizes": "[64,64]", "algo.actor": "null"}, 12.0, [11, 13], [9, 10]
+)
+OLD = """# @package _global_
+# Source: a paper.
+total_env_steps: 1000
+
+algo:
+  lr: 0.1       # from the paper
+  epochs: 7
+"""
+
+
+def test_candidates_are_compared_on_fresh_seeds():
+    lines = describe_candidates([Candidate("present values", {}, None, [], [1.0, 2.0]), TRIAL]).splitlines()
+    assert lines[1].split() == ["present", "values", "1.5", "1.5", "1.0", "to", "2.0"]
+    mean, half = 12.0, 12.706 * 2**0.5 * (1 / 2 + 1 / 2) ** 0.5  # Student's t with one degree of freedom
+    assert lines[2].split() == [
+        *(
+            "trial",
+            "3",
+            "12.0",
+            f"{mean - half:.1f}",
+            "to",
+            f"{mean + half:.1f}",
+            "9.5",
+            "yes",
+            "9.5",
+            "9.0",
+            "to",
+            "10.0",
+        )
+    ]
+
+
+def test_the_tuned_config_has_the_old_values_those_typed_and_those_found(tmp_path):
+    (tmp_path / "old.yaml").write_text(OLD)
+    words = ["algo=ppo", "env=pendulum", "total_env_steps=500", "env.num_envs=4", "logger=csv", "trainer.threads=1"]
+    text = winner_text(TRIAL, tmp_path / "old.yaml", words, ["Tuned by: me"])
+    assert text.startswith("# @package _global_\n# Tuned by: me\n")
+    assert "# Source: a paper.\n" in text
+    assert yaml.safe_load(text) == {
+        "total_env_steps": 500,
+        "algo": {"lr": 0.001, "epochs": 7, "hidden_sizes": [64, 64], "actor": None},
+        "env": {"num_envs": 4},
+    }
+    assert yaml.safe_load(winner_text(TRIAL, None, [], [])) == {
+        "algo": {"lr": 0.001, "hidden_sizes": [64, 64], "actor": None}
+    }
+
+
+def test_the_tuned_config_is_that_of_the_algorithm_or_of_the_fork(tmp_path, monkeypatch):
+    assert tuned_path("ppo", "pendulum") == paths.CONFIGS / "tuned" / "ppo_pendulum.yaml"
+    assert tuned_path("ppo", "gym") is None  # the env of any id
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
+    (tmp_path / "mine" / "algo").mkdir(parents=True)
+    (tmp_path / "mine" / "algo" / "mine.yaml").touch()
+    assert tuned_path("mine", "pendulum") == tmp_path / "mine" / "tuned" / "mine_pendulum.yaml"
+
+
+def test_a_file_with_changes_of_the_user_is_left_alone(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    path, folder = tmp_path / "tuned" / "ppo_pendulum.yaml", tmp_path / "study"
+    folder.mkdir()
+    git("init")
+    assert write_winner("new: 1\n", folder, path) == "the values are in tuned/ppo_pendulum.yaml"
+    path.write_text("mine: 1\n")
+    assert "is left alone; the values are in" in write_winner("new: 2\n", folder, path)
+    assert (path.read_text(), (folder / "winner.yaml").read_text()) == ("mine: 1\n", "new: 2\n")
+    git("add", "tuned")
+    git("commit", "-m", "x")
+    assert "git diff tuned/ppo_pendulum.yaml shows what has changed" in write_winner("# Tuned by: x\n", folder, path)
+    assert write_winner("# Tuned by: y\n", folder, path).startswith("the values are in")  # of an earlier study
+    assert path.read_text() == "# Tuned by: y\n"
