@@ -1,7 +1,7 @@
 """Copy an algorithm as the start of a new one: `python -m levin.fork algo=sac name=my_idea`.
 
-Copies the algorithm, its config and its tuned configs into `experiments/my_idea/`. Nothing outside that folder changes,
-so later updates of Levin merge without conflicts.
+Copies the algorithm, its config, its tuned configs and its search spaces into `experiments/my_idea/`. Nothing outside
+that folder changes, so later updates of Levin merge without conflicts.
 """
 
 import io
@@ -33,13 +33,14 @@ These commands train three seeds, plot them beside the runs of `{algo}`, which t
 - `algorithm.py`: the algorithm.
 - `algo/{name}.yaml`: its hyper-parameters. To add one, add a keyword argument to `__init__` and a line to this file.
 - `tuned/`: hyper-parameters for single envs, if `{algo}` has any.
+- `tune/`: search spaces of `make tune ALGO={name}`.
 
 To report a result, start with `make pin EXP={name}_pendulum ALGO={name} ENV=pendulum`.
 """
 
 
 def fork(*, algo: str, name: str) -> Path:
-    """Write `experiments/<name>/`: algorithm.py, algo/<name>.yaml, tuned/<name>_<env>.yaml and README.md.
+    """Write `experiments/<name>/`: algorithm.py, algo/<name>.yaml, tuned/<name>_<env>.yaml, tune/ and README.md.
 
     Args:
         algo: Algorithm to copy; it may be a fork itself.
@@ -74,10 +75,12 @@ def fork(*, algo: str, name: str) -> Path:
         f"algo/{name}.yaml": text.replace(target, child_target),
         "README.md": README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT)),
     }
-    for file in (yamls[algo].parents[1] / "tuned").glob(f"{algo}_*.yaml"):
-        env = file.stem.removeprefix(f"{algo}_")
-        if (paths.CONFIGS / "env" / f"{env}.yaml").exists():  # for sac, skips sac_discrete_cartpole.yaml
-            texts[f"tuned/{name}_{env}.yaml"] = file.read_text()
+    for group in ("tuned", "tune"):
+        for file in (yamls[algo].parents[1] / group).glob(f"{algo}*.yaml"):
+            env = file.stem.removeprefix(algo)
+            # For sac, skips sac_discrete.yaml and sac_discrete_cartpole.yaml.
+            if not env or (paths.CONFIGS / "env" / f"{env.removeprefix('_')}.yaml").exists():
+                texts[f"{group}/{name}{env}.yaml"] = file.read_text()
     folder.mkdir()
     for path, content in texts.items():
         files.write_text(folder, path, content)

@@ -53,6 +53,7 @@ def test_a_fork_trains_with_its_own_loss_and_merges_with_upstream(clone, tmp_pat
     assert set(run(clone, "git", "status", "--porcelain").split()) == {"??", "experiments/my_idea/"}
     tuned = (clone / "experiments/my_idea/tuned/my_idea_pendulum.yaml").read_text()
     assert tuned == (paths.CONFIGS / "tuned" / "sac_pendulum.yaml").read_text()
+    assert [each.name for each in (clone / "experiments/my_idea/tune").iterdir()] == ["my_idea.yaml"]
 
     train = "from levin.config.compose import compose; from levin.training.session import train\n"
     train += "from pathlib import Path; import sys\n"

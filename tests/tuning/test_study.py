@@ -199,6 +199,16 @@ def test_two_commands_share_a_study(tmp_path):
     assert len(list(folder.glob("trials/*/s*/config.yaml"))) == 24
 
 
+def test_a_line_that_a_full_disk_cut_off_is_removed_from_the_journal(tmp_path):
+    study, _ = work(tmp_path / "study", number=1)
+    with (tmp_path / "study" / "study.log").open("a") as journal:
+        journal.write('{"op_code":4,"worker')
+    study, ended = work(tmp_path / "study", number=2)
+    assert ended
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert len(load_study(tmp_path / "study").trials) == 2
+
+
 def test_another_study_in_the_same_folder_is_refused(straight, tmp_path):
     folder = tmp_path / "study"
     open_study(folder, BASE, SPACE, 2)

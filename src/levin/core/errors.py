@@ -44,12 +44,17 @@ def valid_names(wrong: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print a ConfigError, a RunError or an error of a file as one line on stderr, and exit with code 2 or 1."""
+    """Print a ConfigError, a RunError or an error of a file as one line on stderr, and exit with code 2 or 1.
+
+    Ctrl-C, where it does not save a run, exits with 130.
+    """
     try:
         yield
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (ConfigError, RunError, OSError) as error:
         sys.stdout.flush()
         # A message may quote a file of somebody else: no line breaks, nothing that a terminal acts on, not too long.

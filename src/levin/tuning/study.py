@@ -17,6 +17,7 @@ on time. So a study with one run at a time ends with the same trials if it is ki
 
 import csv
 import io
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ import pydantic
 from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from levin.core import files
@@ -86,7 +87,7 @@ def open_study(
         else:
             files.save_json(plan.model_dump(), folder, PLAN)
         return optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+            storage=_open_journal(folder / JOURNAL),
             study_name="levin",
             sampler=TrialSampler(config.seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
@@ -104,7 +105,21 @@ def load_study(folder: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not (folder / PLAN).is_file() or not (folder / JOURNAL).is_file():
         raise ConfigError(f"run={folder} holds no study")
-    return optuna.load_study(study_name="levin", storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
+    return optuna.load_study(study_name="levin", storage=_open_journal(folder / JOURNAL))
+
+
+def _open_journal(path: Path) -> JournalStorage:
+    """Open Optuna's journal. An incomplete last line, which a full disk leaves behind, is removed."""
+    lock = JournalFileSymlinkLock(str(path))
+    if path.exists():
+        lock.acquire()
+        try:
+            text = path.read_bytes()
+            if not text.endswith(b"\n"):
+                os.truncate(path, text.rfind(b"\n") + 1)
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
 def _refuse_other(folder: Path, plan: Plan) -> None:
