@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from levin.scheduler.table import Table
 from levin.tuning.pictures import draw_history, importance_table, trials_table
 from levin.tuning.sampler import TrialSampler
 from levin.tuning.study import Trials, best_trials, load_study, open_study
+from processes import run_python
 
 SPACE = {"algo.gamma": FloatDistribution(0.1, 0.9), "algo.tau": FloatDistribution(0.1, 0.9)}
 WORDS = ("env=pendulum", "trainer.threads=1", "total_env_steps=400", "eval.every=100")
@@ -207,6 +209,18 @@ def test_a_line_that_a_full_disk_cut_off_is_removed_from_the_journal(tmp_path):
     assert ended
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
     assert len(load_study(tmp_path / "study").trials) == 2
+
+
+def test_a_lock_that_a_killed_command_has_left_in_the_journal_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    work(Path("study"), number=1)
+    kill = "import os; from levin.tuning import study;"
+    kill += "study._open_journal(study.Path('study/study.log'))._backend._lock.acquire(); os.kill(os.getpid(), 9)"
+    assert run_python("-c", kill, cwd=tmp_path).returncode == -signal.SIGKILL
+    assert Path("study/study.log.lock").is_symlink()
+    study, ended = work(Path("study"), number=2)
+    assert ended
+    assert len(study.trials) == 2
 
 
 def test_another_study_in_the_same_folder_is_refused(straight, tmp_path):

@@ -110,7 +110,8 @@ def load_study(folder: Path) -> optuna.Study:
 
 def _open_journal(path: Path) -> JournalStorage:
     """Open Optuna's journal. An incomplete last line, which a full disk leaves behind, is removed."""
-    lock = JournalFileSymlinkLock(str(path))
+    # An absolute path: a lock that a killed process has left behind is a link, and Optuna never removes a broken one.
+    lock = JournalFileSymlinkLock(str(path.absolute()), grace_period=10)
     if path.exists():
         lock.acquire()
         try:
@@ -119,7 +120,7 @@ def _open_journal(path: Path) -> JournalStorage:
                 os.truncate(path, text.rfind(b"\n") + 1)
         finally:
             lock.release()
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    return JournalStorage(JournalFileBackend(str(path.absolute()), lock_obj=lock))
 
 
 def _refuse_other(folder: Path, plan: Plan) -> None:
