@@ -118,14 +118,19 @@ class Tuning:
         def returns(path: Path) -> list[float]:
             return [last_return(run.parent) for run in sorted(path.glob("s*/metrics.csv"))]
 
-        present = tuned.Candidate("present values", {}, None, [], returns(folder / "present"))
+        present = tuned.Candidate("present values", {}, None, [], returns(folder / "present"), [])
+        scores = {
+            trial.number: returns(trial_folder(self.folder, trial.number))
+            for trial in best_trials(study, len(study.trials))
+        }
         candidates = [
             tuned.Candidate(
                 f"trial {trial.number}",
                 trial.params,
                 trial.value,
-                returns(trial_folder(self.folder, trial.number)),
+                scores[trial.number],
                 returns(path),
+                list(scores.values()),
             )
             for path, trial in best.items()
         ]

@@ -26,9 +26,9 @@ algo:
 
 
 def test_candidates_are_compared_on_fresh_seeds():
-    lines = describe_candidates([Candidate("present values", {}, None, [], [1.0, 2.0]), TRIAL]).splitlines()
+    lines = describe_candidates([Candidate("present values", {}, None, [], [1.0, 2.0], []), TRIAL]).splitlines()
     assert lines[1].split() == ["present", "values", "1.5", "1.5", "1.0", "to", "2.0"]
-    mean, half = 12.0, 12.706 * 2**0.5 * (1 / 2 + 1 / 2) ** 0.5  # Student's t with one degree of freedom
+    mean, half = 12.0, 4.3027 * 5**0.5 * (1 / 2 + 1 / 2) ** 0.5  # Student's t with two degrees of freedom
     assert lines[2].split() == [
         *(
             "trial",

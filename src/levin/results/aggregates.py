@@ -1,6 +1,6 @@
 """Statistics over few seeds, computed with rliable (Agarwal et al. 2021, arXiv:2108.13264)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -52,15 +52,21 @@ def _bootstrap(
     return points[""], intervals[""]
 
 
-def prediction_interval(scores: np.ndarray, others: int) -> tuple[float, float]:
+def prediction_interval(
+    scores: np.ndarray, others: int, alike: Sequence[np.ndarray] | None = None
+) -> tuple[float, float]:
     """Return the 95% prediction interval for the mean of `others` new seeds of the same algorithm and task.
 
     Args:
-        scores: Scores `[seeds]` of two seeds or more. The interval is Student's t with their standard deviation.
+        scores: Scores `[seeds]` of two seeds or more.
         others: Number of new seeds.
+        alike: Scores of groups of seeds whose standard deviation is taken to be the same; None: `scores` alone. The
+            interval is Student's t with their pooled standard deviation.
     """
     from scipy import stats
 
-    n = len(scores)
-    half = stats.t.ppf(0.975, n - 1) * scores.std(ddof=1) * np.sqrt(1 / n + 1 / others)
+    groups = [scores] if alike is None else alike
+    freedom = sum(len(group) - 1 for group in groups)
+    deviation = np.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom)
+    half = stats.t.ppf(0.975, freedom) * deviation * np.sqrt(1 / len(scores) + 1 / others)
     return float(scores.mean() - half), float(scores.mean() + half)

@@ -31,6 +31,7 @@ class Candidate:
         value: IQM in the study; None: it was not in the study.
         scores: Last evaluation of each seed in the study.
         fresh: Last evaluation of each fresh seed.
+        alike: Last evaluations of the seeds of all complete trials, which show how much seeds differ.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Candidate:
     value: float | None
     scores: list[float]
     fresh: list[float]
+    alike: list[list[float]]
 
     @property
     def result(self) -> float:
@@ -52,10 +54,15 @@ class Candidate:
 
     @property
     def predicted(self) -> tuple[float, float] | None:
-        """95% prediction interval, from the trial's own seeds, for the mean over the fresh ones."""
+        """95% prediction interval for the mean over the fresh seeds: around the trial's mean, with the spread of all.
+
+        The spread of its own few seeds says little: those of the best trial may all have the largest return. The best
+        of many trials was also lucky, so its fresh mean tends to the lower end.
+        """
         if len(self.scores) < 2:
             return None
-        return prediction_interval(np.array(self.scores), len(self.fresh))
+        alike = [np.array(scores) for scores in self.alike]
+        return prediction_interval(np.array(self.scores), len(self.fresh), alike)
 
 
 def describe_candidates(candidates: list[Candidate]) -> str:
