@@ -12,9 +12,9 @@ from levin.core import paths
 from levin.runs import provenance
 from levin.tuning.winner import Candidate, describe_candidates, tuned_path, winner_text, write_winner
 
-TRIAL = Candidate(
-    "trial 3", {"algo.lr": 0.001, "algo.hidden_sizes": "[64,64]", "algo.actor": "null"}, 12.0, [11, 13], [9, 10]
-)
+ALIKE = [[11, 13], [0, 4]]  # variances 2 and 8
+VALUES = {"algo.lr": 0.001, "algo.hidden_sizes": "[64,64]", "algo.actor": "null"}
+TRIAL = Candidate("trial 3", VALUES, 12.0, [11, 13], [9, 10], ALIKE)
 OLD = """# @package _global_
 # Source: a paper.
 total_env_steps: 1000
