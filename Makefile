@@ -81,7 +81,7 @@ plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=epis
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
 
 tune: $(needs) .venv/.report .venv/.tune ## ALGO=ppo ENV=pendulum [TRIALS=40] [SEEDS_PER_TRIAL=3] [JOBS=2] [SHOW=1] searches hyper-parameters
-	$(BIN)/python -m levin.tune $(choices) $(trust) $(in_run) $(jobs) $(if $(value SEED),seed=$(call typed,SEED)) $(if $(value TRIALS),trials=$(call typed,TRIALS)) $(if $(value SEEDS_PER_TRIAL),seeds_per_trial=$(call typed,SEEDS_PER_TRIAL)) $(if $(value RETRAIN),retrain=$(call typed,RETRAIN)) $(if $(value SHOW),show=true)
+	$(BIN)/python -m levin.tune $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs) $(if $(value TRIALS),trials=$(call typed,TRIALS)) $(if $(value SEEDS_PER_TRIAL),seeds_per_trial=$(call typed,SEEDS_PER_TRIAL)) $(if $(value RETRAIN),retrain=$(call typed,RETRAIN)) $(if $(value SHOW),show=true)
 
 compare: .venv/.core .venv/.report ## RUNS="runs/sweep_x/*" [ARGS="metric=episode/return"] prints a table of runs, the best first
 	$(BIN)/python -m levin.compare runs=$(call typed,RUNS) $(args)

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from levin.config.compose import compose
+from levin.core.errors import RunError, exit_on_user_error
 from levin.core.omega import to_plain
 from levin.core.process import silence_libraries
 from levin.resume import STOPPED, resume_side_by_side
@@ -51,9 +52,10 @@ def train_runs(runs: Mapping[Path, list[str]]) -> None:
 
 
 def continue_runs(configs: Mapping[Path, DictConfig]) -> None:
-    """Train runs, whose folders hold these configs, to their ends."""
-    if not resume_side_by_side(configs, jobs=None):
-        raise SystemExit(STOPPED)
+    """Train runs, whose folders hold these configs, to their ends. Exit if one fails or a signal stops them."""
+    with exit_on_user_error():
+        if not resume_side_by_side(configs, jobs=None):
+            raise RunError(STOPPED)
 
 
 def _has_config(run: Path, cfg: DictConfig) -> bool:

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
-from experiments.study import continue_runs, is_complete, read_evaluations, train_runs, write_table
+from experiments.study import continue_runs, read_evaluations, train_runs, write_table
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -67,13 +67,15 @@ def prepare_controller(seed: int, temperature: float) -> tuple[Path, DictConfig]
         The run folder and its config.
     """
     run = RUNS / f"tau{temperature}_s{seed}"
-    if not is_complete(run):
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(RUNS / f"base_s{seed}", run, symlinks=True)
-        cfg = OmegaConf.load(run / "config.yaml")
+    if not run.exists():
+        copy = run.with_suffix(".partial")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(RUNS / f"base_s{seed}", copy, symlinks=True)
+        cfg = OmegaConf.load(copy / "config.yaml")
         cfg.callbacks, cfg.algo.temperature = {}, temperature
-        OmegaConf.save(cfg, run / "config.yaml")
-        files.save_json({**read_provenance(run), "ended_at": None}, run, "provenance.json")  # the copy is to go on
+        OmegaConf.save(cfg, copy / "config.yaml")
+        files.save_json({**read_provenance(copy), "ended_at": None}, copy, "provenance.json")  # the copy is to go on
+        copy.rename(run)
     return run, load_config(run)
 
 

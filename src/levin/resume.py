@@ -173,19 +173,23 @@ def resume_all(*, runs: str, jobs: int | None = None, trust: bool = False, **cha
         print_end(configs, ended=resume_side_by_side(configs, jobs, **changes))
 
 
-def resume_side_by_side(configs: Mapping[Path, DictConfig], jobs: int | None, **changes: Any) -> bool:
+def resume_side_by_side(
+    configs: Mapping[Path, DictConfig], jobs: int | None, *, tolerated: tuple[int, ...] = (), **changes: Any
+) -> bool:
     """Train or continue runs whose folders hold their config.yaml; return whether all have come to their end.
 
     Args:
         configs: Config of each run by its folder, with the changes.
         jobs: As for `resume_all`.
+        tolerated: Exit codes of runs that fail without an error here.
         changes: As for `resume`.
 
     Raises:
         RunError: A run has failed.
     """
     totals = {run: config.total_env_steps for run, config in configs.items()}
-    return train_all(totals, lambda run: resume(run=str(run), **changes), Resources.of(list(configs.values()), jobs))
+    resources = Resources.of(list(configs.values()), jobs)
+    return train_all(totals, lambda run: resume(run=str(run), **changes), resources, tolerated=tolerated)
 
 
 def print_end(runs: Collection[Path], *, ended: bool) -> None:
@@ -216,18 +220,21 @@ def find_runs(words: str) -> list[Path]:
 def main() -> None:
     """Continue the run, or the runs, that the command line names."""
     with exit_on_user_error():
-        words, jobs = cli.take_count(sys.argv[1:], "jobs")
+        words, given = cli.take_flag(sys.argv[1:], "trust")
+        words, jobs = cli.take_count(words, "jobs")
         values = cli.parse_overrides(words, as_typed=["run", "runs"])
-        own = ("run", "runs", "trust", *inspect.signature(schema.top_level).parameters)
+        own = ("run", "runs", *inspect.signature(schema.top_level).parameters)
         for key in values:  # keys that no saved config has are refused before the run folder is read
             if "." not in key and key not in own:
                 raise ConfigError(f"{key} is unknown; {valid_names(key, ('run', 'runs', *MAY_CHANGE))}")
         slurm.requeue_on_signal()
         if "runs" in values and "run" not in values:
-            resume_all(**values, jobs=jobs)
+            resume_all(**values, jobs=jobs, trust=given)
         elif "run" in values and "runs" not in values and jobs is None:
             share_cores()
-            resume(**values)
+            resume(**values, trust=given)
+        elif "run" in values:
+            raise ConfigError("run= is one run; runs= and jobs= are for many: leave out one of them")
         else:
             raise ConfigError("run is missing: set run=<run folder>, or runs=<run folders> and jobs=<runs at once>")
 

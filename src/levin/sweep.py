@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli
-from levin.config.compose import NULL_DEFAULTS, PATHS, add_pluses, compose, finalize, with_search_path
+from levin.config.compose import NULL_DEFAULTS, SEARCH_PATH, add_pluses, compose, finalize, with_search_path
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
@@ -42,7 +42,9 @@ OmegaConf.register_new_resolver("folder_name", lambda text: text.replace("\\", "
 def needs_hydra(words: list[str]) -> bool:
     """Return whether Hydra's own launcher or sweeper is to start the runs."""
     keys = [word.lstrip("+~").partition("=")[0] for word in words if word not in NULL_DEFAULTS]
-    return any(key == "launcher" or (key.startswith("hydra") and key != SWEEP_FOLDER) for key in keys)
+    return any(
+        key == "launcher" or (key.startswith("hydra") and key not in (SWEEP_FOLDER, SEARCH_PATH)) for key in keys
+    )
 
 
 def is_sweep(words: list[str]) -> bool:
@@ -66,9 +68,11 @@ def list_runs(words: list[str], seeds: list[str]) -> tuple[dict[str, list[str]],
     words = [word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)]
     named = [word.partition("=")[2] for word in words if word.startswith(("run=", f"{SWEEP_FOLDER}="))]
     folder = Path(named[-1]) if named and named[-1] != "null" else None
-    texts = [word for word in words if word.partition("=")[0] in PATHS and not word.startswith("run=")]
-    words = [word for word in words if word.partition("=")[0] not in (*PATHS, SWEEP_FOLDER)]
-    given = cli.parse_hydra_overrides(add_pluses(_with_seeds(words, seeds)))
+    words = [word for word in words if word.partition("=")[0] not in ("run", SWEEP_FOLDER)]
+    # As typed, so Hydra must not parse them. Several worlds in env.run are a sweep.
+    texts = [word for word in words if word.startswith("note=") or (word.startswith("env.run=") and "," not in word)]
+    words = [word for word in words if word not in texts]
+    given = cli.parse_hydra_overrides(add_pluses(with_seeds(words, seeds)))
     parsed = list({str(override.key_or_group): override for override in given}.values())  # the last of each key counts
     _check_each_value(parsed, texts, check_values=False)
     (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
@@ -78,7 +82,8 @@ def list_runs(words: list[str], seeds: list[str]) -> tuple[dict[str, list[str]],
         # Without the signs that escape others in Hydra's grammar, and without folders.
         chosen = sorted(value.lstrip("+") for value, varies in zip(values, swept, strict=True) if varies)
         folders = [",".join(chosen).replace("\\", "").replace("/", "_")] if chosen else []
-        seed = next((value.partition("=")[2] for value in values if value.startswith("seed=")), "0")
+        named_seed = [value.partition("=")[2] for value in values if value.lstrip("+").startswith("seed=")]
+        seed = named_seed[-1] if named_seed else "0"
         name = "/".join([*folders, f"s{seed}"])
         if name in runs:
             raise ConfigError(f"two runs of the sweep have the same name, {name}: leave out values that are equal")
@@ -86,7 +91,12 @@ def list_runs(words: list[str], seeds: list[str]) -> tuple[dict[str, list[str]],
     return runs, folder
 
 
-def _with_seeds(words: list[str], seeds: list[str]) -> list[str]:
+def with_seeds(words: list[str], seeds: list[str]) -> list[str]:
+    """Add the seeds to the words.
+
+    Raises:
+        ConfigError: The words name a seed already.
+    """
     if seeds and any(word.startswith("seed=") for word in words):
         raise ConfigError("seed= and seeds= are both given (with make: SEED= or ARGS, and SEEDS=): leave one out")
     return [*words, f"seed={','.join(seeds)}"] if seeds else words
@@ -96,9 +106,11 @@ def _check_each_value(parsed: list[Override], texts: list[str], *, check_values:
     """Compose a config with each single value: a wrong one is refused before torch and Lightning are imported."""
     choices = [_parse_values(override) for override in parsed]
     first = [values[0] for values in choices]
+    compose([*first, *texts], check_values=check_values)
     for i, values in enumerate(choices):
-        for value in values:
-            compose([*first[:i], value, *first[i + 1 :], *texts], check_values=check_values)
+        for value in values[1:]:
+            if check_values or not value.startswith("seed="):  # whose names are alike
+                compose([*first[:i], value, *first[i + 1 :], *texts], check_values=check_values)
 
 
 def submit(words: list[str], seeds: list[str]) -> None:
@@ -112,9 +124,9 @@ def submit(words: list[str], seeds: list[str]) -> None:
         ConfigError: A value is not valid. It is raised before the first run starts.
     """
     words = [f'note="{_escape(word)}"' if word.startswith("note=") else word for word in words]
-    words = [word.replace("run=", f"{SWEEP_FOLDER}=", 1) if word.startswith("run=") else word for word in words]
+    words = [f'{SWEEP_FOLDER}="{_escape(word)}"' if word.startswith("run=") else word for word in words]
     words = add_pluses([word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)])
-    words = _with_seeds(words, seeds)
+    words = with_seeds(words, seeds)
     parsed = [
         override for override in cli.parse_hydra_overrides(words) if not override.key_or_group.startswith("hydra")
     ]
@@ -142,8 +154,8 @@ def submit(words: list[str], seeds: list[str]) -> None:
 
 
 def _escape(word: str) -> str:
-    """Return the text in `note=<text>` with Hydra's special signs escaped."""
-    text = re.sub(r"\\+(?=\"|$)", lambda match: 2 * match[0], word.removeprefix("note="))
+    """Return the text in `note=<text>` or `run=<path>` with Hydra's special signs escaped."""
+    text = re.sub(r"\\+(?=\"|$)", lambda match: 2 * match[0], word.partition("=")[2])
     return text.replace('"', '\\"').replace("${", "\\${")
 
 

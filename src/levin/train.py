@@ -35,7 +35,7 @@ def main() -> None:
                 _train_all(words, seeds, jobs)
             else:
                 share_cores()
-                _train([*words, *(f"seed={seed}" for seed in seeds)])
+                _train(sweep.with_seeds(words, seeds))
 
 
 def _train_all(words: list[str], seeds: list[str], jobs: int | None) -> None:

@@ -10,13 +10,13 @@ import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from levin.config import cli, schema
-from levin.config.compose import GROUPS, chosen_algo_and_env, compose, compose_one_of_many
-from levin.core.errors import ConfigError, RunError, exit_on_user_error, valid_names
+from levin.config.compose import GROUPS, chosen_algo_and_env, compose
+from levin.core.errors import ConfigError, LockedError, RunError, exit_on_user_error, valid_names
 from levin.core.process import print_line, silence_libraries
 from levin.resume import STOPPED, resume, resume_side_by_side
 from levin.runs import folder as run_folder
@@ -24,11 +24,10 @@ from levin.runs import slurm
 from levin.runs.provenance import run_git
 from levin.runs.trust import trusted
 from levin.scheduler.resources import Resources, prepare_cores
-
-if TYPE_CHECKING:
-    import optuna
+from levin.scheduler.scheduler import NOT_FINITE
 
 BEST = 3  # trials that are retrained
+PRESENT = "present values"  # those that the study has started from
 OWN = ("trials", "seeds_per_trial", "jobs", "retrain", "run", "show", "trust")
 TRIALS, SEEDS_PER_TRIAL, RETRAIN = 40, 3, 5  # defaults
 
@@ -43,116 +42,118 @@ class Tuning:
         jobs: Number of runs at the same time; None: as many as the cores or GPUs can run.
         folder: Folder of the study.
         retrain: Number of further seeds that the best trials are retrained with; 0: write no values.
+
+    Raises:
+        ConfigError: The search space or a value is not valid, or the folder holds another study.
     """
 
     def __init__(
         self, words: list[str], *, trials: int, seeds_per_trial: int, jobs: int | None, folder: Path, retrain: int
     ) -> None:
+        from levin.tuning.space import read_space  # late: these import torch and Optuna
+        from levin.tuning.study import open_study
+
         self.words, self.trials, self.seeds_per_trial = words, trials, seeds_per_trial
         self.jobs, self.folder, self.retrain = jobs, folder, retrain
-        self.base = compose_one_of_many(words)
+        self.space = read_space(words)
+        self.study, self.base = open_study(folder, words, self.space, seeds_per_trial)
 
-    def search(self) -> "optuna.Study | None":
-        """Make the trials of the study that are missing; return the study, None if a signal has stopped it.
+    def search(self) -> bool:
+        """Make the trials of the study that are missing; return False if a signal has stopped it.
 
         Raises:
-            ConfigError: The search space or a value is not valid, or the folder holds another study.
             RunError: A run has failed for another reason than the values of its trial.
         """
-        from levin.scheduler.scheduler import Scheduler  # late: these import torch and Optuna
+        from levin.scheduler.scheduler import Scheduler
         from levin.scheduler.table import Table
-        from levin.tuning.space import read_space
-        from levin.tuning.study import Trials, open_study
+        from levin.tuning.study import Trials
 
-        space = read_space(self.words)
-        study = open_study(self.folder, self.base, space, self.seeds_per_trial)
         steps = f"{self.base.total_env_steps:,} env steps each"
         print_line(f"{self.folder}: {self.trials} trials of {self.seeds_per_trial} runs, {steps}")
         resources = Resources.of([self.base], self.jobs)
         with Table({}, self.folder) as table, Scheduler(lambda run: resume(run=str(run)), resources) as scheduler:
             own = Trials(
-                study=study,
+                study=self.study,
                 folder=self.folder,
-                space=space,
-                make_configs=self._first_seeds,
+                space=self.space,
+                make_configs=lambda values: self._configs(values, range(self.seeds_per_trial)),
                 number=self.trials,
                 scheduler=scheduler,
                 table=table,
             )
-            return study if own.run() else None
-
-    def _first_seeds(self, values: dict[str, Any]) -> list[DictConfig]:
-        return self._configs(values, range(self.seeds_per_trial))
+            return own.run()
 
     def _configs(self, values: dict[str, Any], seeds: Iterable[int]) -> list[DictConfig]:
         """Return the config of each seed, counted from that of the study, with the values of a trial."""
-        from levin.tuning.space import as_word
+        from levin.tuning.study import with_values
 
-        chosen = [f"{key}={as_word(value)}" for key, value in values.items()]
-        words = [word for word in self.words if not word.startswith("seed=")]
-        return [compose_one_of_many([*words, *chosen, f"seed={self.base.seed + seed}"]) for seed in seeds]
+        return [with_values(self.base, values, self.base.seed + seed) for seed in seeds]
 
-    def choose(self, study: "optuna.Study") -> bool:
+    def choose(self) -> bool:
         """Retrain the best trials, and the values that the study has started from, and write the winner.
 
         Returns:
             Whether that is done; False if a signal has stopped it.
+
+        Raises:
+            RunError: A run has failed, or those of all trials end with numbers that are not finite.
         """
         from levin.tuning import winner as tuned
-        from levin.tuning.study import best_trials, last_return, trial_folder
+        from levin.tuning.study import BASE, TUNED, best_trials, last_return, trial_folder
 
         fresh = range(self.seeds_per_trial, self.seeds_per_trial + self.retrain)
-        folder = self.folder / tuned.RETRAINED
-        best = {folder / f"{trial.number:04d}": trial for trial in best_trials(study, BEST)}
+        folder, best = self.folder / tuned.RETRAINED, best_trials(self.study, BEST)
+        values: dict[str, dict[str, Any]] = {PRESENT: {}, **{f"trial {trial.number}": trial.params for trial in best}}
         configs = {
-            each / f"s{config.seed}": config
-            for each, values in [(folder / "present", {}), *((path, trial.params) for path, trial in best.items())]
-            for config in self._configs(values, fresh)
+            name: {folder / name.replace(" ", "_") / f"s{config.seed}": config for config in self._configs(each, fresh)}
+            for name, each in values.items()
         }
-        for run, config in configs.items():
+        together = {run: config for own in configs.values() for run, config in own.items()}
+        for run, config in together.items():
             if not run_folder.has_begun(run):
                 run_folder.begin(run, config)
-        if not resume_side_by_side(configs, self.jobs):
+        if not resume_side_by_side(together, self.jobs, tolerated=(NOT_FINITE,)):
             return False
-
-        def returns(path: Path) -> list[float]:
-            return [last_return(run.parent) for run in sorted(path.glob("s*/metrics.csv"))]
-
-        present = tuned.Candidate("present values", {}, None, [], returns(folder / "present"), [])
         scores = {
-            trial.number: returns(trial_folder(self.folder, trial.number))
-            for trial in best_trials(study, len(study.trials))
+            trial.number: [last_return(run) for run in sorted(trial_folder(self.folder, trial.number).glob("s*"))]
+            for trial in best_trials(self.study, len(self.study.trials))
         }
+        numbers = {f"trial {trial.number}": trial for trial in best}
         candidates = [
             tuned.Candidate(
-                f"trial {trial.number}",
-                trial.params,
-                trial.value,
-                scores[trial.number],
-                returns(path),
+                name,
+                numbers[name].value if name in numbers else None,
+                scores[numbers[name].number] if name in numbers else [],
+                [last_return(run) for run in own],
                 list(scores.values()),
             )
-            for path, trial in best.items()
+            for name, own in configs.items()
+            if all(run_folder.has_ended(run, config.total_env_steps) for run, config in own.items())  # else NaN
         ]
-        print_line(tuned.describe_candidates([present, *candidates]))
-        winner = max(candidates, key=lambda each: each.result)
-        path = tuned.tuned_path(*chosen_algo_and_env(self.words))
-        text = tuned.winner_text(winner, path, self.words, self._comments(winner, present, study))
-        print_line(tuned.write_winner(text, self.folder, path))
-        if present.result > winner.result:
+        trials = [each for each in candidates if each.name != PRESENT]
+        if not trials:
+            raise RunError("the best trials all end with numbers that are not finite when they are retrained")
+        print_line(tuned.describe_candidates(candidates))
+        winner = max(trials, key=lambda each: each.result)
+        present = next((each for each in candidates if each.name == PRESENT), None)
+        keys = [*(word.lstrip("+").partition("=")[0] for word in self.words), *self.space]
+        config = next(iter(configs[winner.name].values()))
+        text = tuned.winner_text(config, keys, self.folder / BASE / TUNED, self._comments(winner, present))
+        print_line(tuned.write_winner(text, self.folder, tuned.tuned_path(*chosen_algo_and_env(self.words))))
+        if present is not None and present.result > winner.result:
             print_line("levin: the values from before are better on the fresh seeds: keep those")
         return True
 
-    def _comments(self, winner: Any, present: Any, study: "optuna.Study") -> list[str]:
+    def _comments(self, winner: Any, present: Any) -> list[str]:
         """Return the comment of the tuned config: how its values were found, and how good they are."""
         mean, low, high = winner.interval
-        count = len(study.get_trials(deepcopy=False))
         own = [f"trials={self.trials}", f"seeds_per_trial={self.seeds_per_trial}", f"retrain={self.retrain}"]
+        before = "numbers that are not finite" if present is None else f"{present.result:.1f}"
         return [
             f"Tuned by: python -m levin.tune {' '.join([*self.words, *own])}",
-            f"Commit {run_git('rev-parse', 'HEAD') or 'unknown'}, {winner.name} of {count}.",
+            f"Commit {run_git('rev-parse', 'HEAD') or 'unknown'}, {winner.name} of {len(self.study.trials)}.",
             f"IQM of {len(winner.fresh)} fresh seeds: {mean:.1f} (95% interval {low:.1f} to {high:.1f}); "
-            f"with the values from before: {present.result:.1f}.",
+            f"with the values from before: {before}.",
         ]
 
 
@@ -201,17 +202,20 @@ def tune(words: list[str]) -> None:
         folder=folder,
         retrain=RETRAIN if retrain is None else retrain,
     )
-    study = tuning.search()
-    if study is None:
+    if not tuning.search():
         print_line(STOPPED)
         return
     print_line(show(folder))
-    if not any(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False)):
+    if not any(trial.state.name == "COMPLETE" for trial in tuning.study.trials):
         raise RunError(f"no trial is complete: see trials.csv, and output.txt of the runs in {folder}/trials")
-    if tuning.retrain:
+    if not tuning.retrain:
+        return
+    try:
         with run_folder.lock_file(folder / ".retrain.lock", f"the best trials of {folder} are retrained"):
-            if not tuning.choose(study):
+            if not tuning.choose():
                 print_line(STOPPED)
+    except LockedError as error:
+        print_line(str(error))  # which writes the winner
 
 
 def main() -> None:

@@ -30,16 +30,19 @@ def test_a_study_ends_with_a_config_and_can_be_shown_and_continued(tmp_path):
     assert "present values" in answer.stdout
     seeds = (
         sorted(each.name for each in study.glob("trials/0000/s*")),
-        sorted(each.name for each in study.glob("retrained/0000/s*")),
+        sorted(each.name for each in study.glob("retrained/trial_0/s*")),
     )
     assert seeds == (["s0", "s1"], ["s2", "s3"])
     written = {path: path.read_bytes() for path in study.rglob("metrics.csv")}
     answer = run_python("-m", "levin.tune", *STUDY, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert {path: path.read_bytes() for path in study.rglob("metrics.csv")} == written
+    more = ("-m", "levin.tune", *STUDY[:-4], "trials=3", *STUDY[-3:])
+    assert run_python(*more, cwd=tmp_path).returncode == 0
+    assert len((study / "trials.csv").read_text().splitlines()) == 4
     answer = run_python("-m", "levin.tune", *STUDY, "show=true", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.startswith("2 trials: 2 complete\ntrial ")
+    assert answer.stdout.startswith("3 trials: 3 complete\ntrial ")
     assert answer.stdout.splitlines()[-1] == "runs/tune_sac_toy_envs_Point-v0/history.png"
 
 

@@ -12,6 +12,7 @@ from levin.config.compose import compose
 from levin.core import files
 from levin.core.errors import ConfigError
 from levin.runs import folder as run_folder
+from levin.runs.load import load_config
 from levin.scheduler.plan import open_sweep, planned_runs
 from processes import start_python
 
@@ -90,6 +91,14 @@ def test_another_command_in_the_same_folder_is_refused(others, sentence, tmp_pat
     with pytest.raises(ConfigError, match=sentence):
         open_and_close(others, folder)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_runs_keep_their_configs_if_seeds_are_typed_in_another_order():
+    folder = Path("mine")
+    shutil.rmtree(open_and_close(configs(), folder)[0])
+    runs = open_and_close(configs(seeds=(1, 0)), folder)
+    assert [run.name for run in runs] == ["s1", "s0"]
+    assert [load_config(run).seed for run in runs] == [1, 0]
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

@@ -132,7 +132,39 @@ def test_a_signal_stops_all_runs_and_starts_no_other(folders):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_is_stopped_from_outside_is_not_complete(folders):
+    def stop(run):
+        if run.name != "s2":
+            end(run)
+
+    assert not train(folders, stop)
+    assert train(folders, end)
+
+
+def test_failures_can_be_tolerated(folders):
+    def fail(run):
+        if run.name == "s2":
+            raise NotFiniteError
+        end(run)
+
+    assert train_all(dict.fromkeys(folders, 10), fail, TWO, tolerated=(NOT_FINITE,))
+    with pytest.raises(RunError, match="1 of 4 runs failed"):
+        train(folders, fail)
+
+
+def test_ctrl_c_before_a_run_trains_is_no_failure(folders):
+    parent = os.getpid()
+
+    def wait(run):
+        (run / "begin").touch()
+        if all((each / "begin").exists() for each in folders[:2]):
+            os.kill(parent, signal.SIGINT)
+        time.sleep(60)
+
+    assert not train(folders, wait)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_no_run_outlives_its_command(number, tmp_path):
     words = ("-m", "levin.train", *RUN, "total_env_steps=10_000_000", "seeds=0 1 2", "jobs=2", "run=sweep")
     process = start_python(*words, cwd=tmp_path)

@@ -39,7 +39,7 @@ def kill(process: subprocess.Popen, moment: random.Random, *, run: bool) -> None
     """Kill a command, or one of its runs, and check that no process is left for long."""
     own = children(process.pid) if process.poll() is None else []
     if run:
-        for pid in own[: moment.randrange(3)]:
+        for pid in own[: 1 + moment.randrange(2)]:
             os.kill(pid, signal.SIGKILL)
         return
     process.kill()

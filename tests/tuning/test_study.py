@@ -16,23 +16,22 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from levin.config.compose import compose
-from levin.core.errors import ConfigError, NotFiniteError, RunError
+from levin.core.errors import ConfigError, FolderError, LockedError, NotFiniteError, RunError
 from levin.scheduler.resources import Resources
 from levin.scheduler.scheduler import Scheduler
 from levin.scheduler.table import Table
 from levin.tuning.pictures import draw_history, importance_table, trials_table
 from levin.tuning.sampler import TrialSampler
-from levin.tuning.study import Trials, best_trials, load_study, open_study
+from levin.tuning.study import Trials, best_trials, load_study, open_study, with_values
 from processes import run_python
 
 SPACE = {"algo.gamma": FloatDistribution(0.1, 0.9), "algo.tau": FloatDistribution(0.1, 0.9)}
 WORDS = ("env=pendulum", "trainer.threads=1", "total_env_steps=400", "eval.every=100")
-BASE = compose([*WORDS, "seed=0"])
+BASE = compose([*WORDS])
 
 
 def configs(values):
-    words = [f"{key}={value}" for key, value in values.items()]
-    return [compose([*WORDS, *words, f"seed={seed}"]) for seed in (0, 1)]
+    return [with_values(BASE, values, seed) for seed in (0, 1)]
 
 
 def score(config, env_steps):
@@ -52,7 +51,7 @@ def learn(run):
 
 def work(folder, function=learn, number=12, at_once=1):
     """Make the trials of the study in a folder; return the study and whether it has come to its end."""
-    study = open_study(folder, BASE, SPACE, 2)
+    study, _ = open_study(folder, list(WORDS), SPACE, 2)
     with Table({}, folder) as table, Scheduler(function, Resources(at_once, 1)) as scheduler:
         trials = Trials(
             study=study,
@@ -102,22 +101,27 @@ def test_a_trial_below_the_median_is_pruned_at_its_first_such_evaluation(straigh
             assert (value < median) == (step == trial.last_step)
 
 
-@pytest.mark.parametrize("killed_at", [0, 1, 6, 13])
-def test_a_study_that_was_stopped_goes_on_with_the_same_trials(killed_at, straight, tmp_path):
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("at", [(0, "s0"), (2, "s1"), (9, "s1"), (10, "s0"), (10, "s1")])
+def test_a_study_that_was_stopped_goes_on_with_the_same_trials(at, ended, straight, tmp_path):
+    """Before a run has begun, or after it has ended and before the study knows."""
     parent, folder = os.getpid(), tmp_path / "study"
+    number = next(t.number for t in straight.trials if t.state == TrialState.COMPLETE and t.number >= at[0])
 
     def stop_once(run):
-        if len(list(folder.glob("trials/*/s*/config.yaml"))) > killed_at and not (folder / ".stopped").exists():
+        if ended:
+            learn(run)
+        if run == folder / "trials" / f"{number:04d}" / at[1] and not (folder / ".stopped").exists():
             (folder / ".stopped").touch()
             os.kill(parent, signal.SIGTERM)
             time.sleep(60)
         learn(run)
 
-    study, ended = work(folder, stop_once)
-    assert not ended
-    assert len(study.trials) < 12
-    study, ended = work(folder)
-    assert ended
+    study, complete = work(folder, stop_once)
+    assert not complete
+    assert len(study.trials) == number + 1
+    study, complete = work(folder)
+    assert complete
     assert outcome(study) == outcome(straight)
     assert (folder / "trials.csv").read_text().count("\n") == 13
 
@@ -157,6 +161,16 @@ def test_values_that_give_nan_or_a_config_that_is_not_valid_fail_a_trial_only(tm
     assert {trial.state for trial in study.trials} == {TrialState.FAIL, TrialState.COMPLETE}
 
 
+@pytest.mark.parametrize("error", [FolderError("run=x can't be written: No space left on device"), LockedError("y")])
+def test_a_folder_that_fails_does_not_fail_its_trial(error, tmp_path):
+    def fail(_):
+        raise error
+
+    with pytest.raises(RunError, match="the same command continues the study"):
+        work(tmp_path / "study", fail, number=3)
+    assert [trial.state for trial in load_study(tmp_path / "study").trials] == [TrialState.RUNNING]
+
+
 def test_another_failure_ends_the_command_and_the_trial_is_continued(tmp_path):
     folder = tmp_path / "study"
 
@@ -190,12 +204,12 @@ def test_two_commands_share_a_study(tmp_path):
     other = os.fork()
     if not other:
         try:
-            work(folder, lambda run: (time.sleep(0.05), learn(run)))
+            os._exit(0 if work(folder, lambda run: (time.sleep(0.05), learn(run)))[1] else 1)
         finally:
-            os._exit(0)
+            os._exit(2)
     study, ended = work(folder, lambda run: (time.sleep(0.05), learn(run)))
     assert ended
-    os.waitpid(other, 0)
+    assert os.waitpid(other, 0)[1] == 0
     assert [trial.number for trial in study.trials] == [*range(12)]
     assert {trial.state for trial in study.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert len(list(folder.glob("trials/*/s*/config.yaml"))) == 24
@@ -217,7 +231,6 @@ def test_a_lock_that_a_killed_command_has_left_in_the_journal_is_removed(tmp_pat
     kill = "import os; from levin.tuning import study;"
     kill += "study._open_journal(study.Path('study/study.log'))._backend._lock.acquire(); os.kill(os.getpid(), 9)"
     assert run_python("-c", kill, cwd=tmp_path).returncode == -signal.SIGKILL
-    assert Path("study/study.log.lock").is_symlink()
     study, ended = work(Path("study"), number=2)
     assert ended
     assert len(study.trials) == 2
@@ -225,18 +238,18 @@ def test_a_lock_that_a_killed_command_has_left_in_the_journal_is_removed(tmp_pat
 
 def test_another_study_in_the_same_folder_is_refused(straight, tmp_path):
     folder = tmp_path / "study"
-    open_study(folder, BASE, SPACE, 2)
-    open_study(folder, BASE, SPACE, 2)
+    open_study(folder, list(WORDS), SPACE, 2)
+    open_study(folder, list(WORDS)[::-1], SPACE, 2)
     other_space = {**SPACE, "algo.tau": FloatDistribution(0, 1)}
     for space, seeds, sentence in ((other_space, 2, "search space"), (SPACE, 3, "number of seeds")):
         with pytest.raises(ConfigError, match=f"holds a study with another {sentence}.*; it was started by"):
-            open_study(folder, BASE, space, seeds)
+            open_study(folder, list(WORDS), space, seeds)
     with pytest.raises(ConfigError, match="holds a study with another config"):
-        open_study(folder, compose([*WORDS, "algo.batch_size=8"]), SPACE, 2)
+        open_study(folder, [*WORDS, "algo.batch_size=8"], SPACE, 2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(ConfigError, match="exists already, and is not a study"):
-        open_study(tmp_path / "mine", BASE, SPACE, 2)
+        open_study(tmp_path / "mine", list(WORDS), SPACE, 2)
     with pytest.raises(ConfigError, match="holds no study"):
         load_study(tmp_path / "mine")
 

@@ -88,7 +88,7 @@ def take_count(arguments: list[str], name: str, least: int = 1) -> tuple[list[st
     """
     given = [argument for argument in arguments if argument.startswith(f"{name}=")]
     value = given[-1].removeprefix(f"{name}=") if given else None
-    if value is not None and not (value.isdigit() and int(value) >= least):
+    if value is not None and not (re.fullmatch("[0-9]+", value) and int(value) >= least):
         raise ConfigError(f"{name}={value} must be a whole number of {least} or more")
     return [argument for argument in arguments if argument not in given], None if value is None else int(value)
 
@@ -102,7 +102,7 @@ def take_seeds(arguments: list[str]) -> tuple[list[str], list[str]]:
     given = [argument for argument in arguments if argument.startswith("seeds=")]
     text = given[-1].removeprefix("seeds=") if given else ""
     seeds = text.replace(",", " ").split()
-    if given and not (seeds and all(seed.isdigit() for seed in seeds)):
+    if given and not (seeds and all(re.fullmatch("[0-9]+", seed) for seed in seeds)):
         raise ConfigError(f"seeds={text} must be whole numbers separated by spaces")
     seeds = [str(int(seed)) for seed in seeds]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:

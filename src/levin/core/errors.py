@@ -15,6 +15,14 @@ class CheckpointError(ConfigError):
     """A checkpoint is damaged, or this run can't resume from it."""
 
 
+class FolderError(ConfigError):
+    """A folder can't be written."""
+
+
+class LockedError(FolderError):
+    """Another process uses a folder."""
+
+
 class ObservationError(ValueError):
     """An env shows a value that its observation space does not have; `env` is its index in the batch."""
 

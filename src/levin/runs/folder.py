@@ -5,18 +5,19 @@ import fcntl
 import glob
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core import files
-from levin.core.errors import CheckpointError, ConfigError, NotFiniteError, RunError
+from levin.core.errors import CheckpointError, ConfigError, FolderError, LockedError, NotFiniteError, RunError
 from levin.core.validate import read_json
 from levin.runs import checkpoint, code, slurm, trust
 from levin.runs.provenance import command_line
@@ -109,7 +110,7 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
             contents = {**provenance, "env_steps": None, "wall_seconds": 0.0, "resumed": []}
         files.save_json(contents, run, PROVENANCE)
     except OSError as error:
-        raise ConfigError(f"run={run} can't be written: {error.strerror}") from error
+        raise FolderError(f"run={run} can't be written: {error.strerror}") from error
 
 
 def _report_changed_code(before: dict[str, Any], local: dict[str, Path]) -> bool:
@@ -173,18 +174,19 @@ def lock_file(path: Path, taken: str) -> Iterator[None]:
         taken: Beginning of the message if another process holds the lock.
 
     Raises:
-        ConfigError: Another process holds the lock, or the folder can't be written.
+        LockedError: Another process holds the lock.
+        FolderError: The folder can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", opener=files.no_link)  # noqa: SIM115
     except OSError as error:
-        raise ConfigError(f"run={path.parent} can't be written: {error.strerror}") from error
+        raise FolderError(f"run={path.parent} can't be written: {error.strerror}") from error
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, whose lock env processes would inherit
+            _lock(file)
         except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(f"{taken} by another process") from error
+            raise LockedError(f"{taken} by another process") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
@@ -196,14 +198,26 @@ def lock_file(path: Path, taken: str) -> Iterator[None]:
         yield
 
 
+def _lock(file: TextIO) -> None:
+    """Lock a file. Another process that looks with `is_locked` holds the lock for a moment, and is waited for."""
+    for attempt in range(10):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, whose lock env processes would inherit
+            return
+        except (BlockingIOError, PermissionError):
+            if attempt == 9:
+                raise
+            time.sleep(0.03)
+
+
 def is_locked(run: Path) -> bool:
     """Return whether another process trains a run. This process must not hold the lock: it would lose it."""
     try:
-        with open(run / LOCK, "a", opener=files.no_link) as file:
+        with open(run / LOCK, "r+", opener=files.no_link) as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
-    except OSError:  # no locks here; or the folder can't be written, which the run itself will report
+    except OSError:  # the run has not begun; or no locks or no permission, which the run itself will report
         return False
     return False
 

@@ -15,10 +15,11 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core import files
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, LockedError
 from levin.core.process import print_line
 from levin.core.validate import read_json
 from levin.runs import folder as run_folder
+from levin.runs import slurm
 from levin.runs.provenance import command_line, run_git
 
 PLAN = "sweep.json"
@@ -76,8 +77,10 @@ def open_sweep(
                 names = list(configs)
             plan = Plan(command=command_line(), git_sha=_commit(), runs=dict(zip(names, sums, strict=True)))
             files.save_json(plan.model_dump(), path.parent, path.name)
-        runs = [path.parent / name for name in plan.runs]
-        for run, config in zip(runs, configs.values(), strict=True):
+        # Those of a plan without a folder have other names than the configs, but the same order.
+        named = dict(zip(plan.runs, configs.values(), strict=True)) if folder is None else dict(configs)
+        runs = [path.parent / name for name in named]
+        for run, config in zip(runs, named.values(), strict=True):
             if not run_folder.has_begun(run):  # new, or the command that created the plan was killed
                 run_folder.begin(run, config)
         yield runs
@@ -118,7 +121,7 @@ def _read_or_refuse(path: Path, configs: Mapping[str, DictConfig], sums: list[st
     if plan.runs == dict(zip(configs, sums, strict=True)):
         return plan
     how = f"name another folder, or continue it with make resume RUNS={folder}"
-    if list(plan.runs) == list(configs):
+    if set(plan.runs) == set(configs):
         raise ConfigError(
             f"run={folder} holds a sweep with other values; it was started by: {plan.command}; the files in configs/ "
             f"or the defaults may have changed since: {how}"
@@ -139,14 +142,15 @@ def _find(
         except ConfigError:
             continue
         runs = [path.parent / name for name in plan.runs]
-        if list(plan.runs.values()) != sums or plan.git_sha != commit:
+        same_code = plan.git_sha == commit or slurm.was_requeued()
+        if list(plan.runs.values()) != sums or not same_code:
             continue
         complete = [run_folder.has_ended(run, total) for run, total in zip(runs, totals, strict=True)]
         if all(complete):
             continue
         try:
             locked.enter_context(_lock(path))
-        except ConfigError:
+        except LockedError:
             continue  # another process trains it
         print_line(f"{path}: continuing; {sum(complete)} of {len(runs)} runs are complete")
         return path, plan

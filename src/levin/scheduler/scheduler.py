@@ -16,12 +16,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from levin.core.errors import NotFiniteError, RunError, exit_on_user_error
+from levin.core.errors import CheckpointError, FolderError, NotFiniteError, RunError, exit_on_user_error
 from levin.core.process import (
     SIGNALS,
     close_terminal,
@@ -36,7 +37,8 @@ from levin.scheduler.table import State, Table
 OUTPUT = "output.txt"
 PR_SET_PDEATHSIG = 1  # as in linux/prctl.h
 SECONDS = 0.1  # between two looks at the processes
-NOT_FINITE = 3  # exit code of a process whose run has ended with a NotFiniteError
+# Exit codes of the process of a run: its values are not valid, a number was not finite, Ctrl-C before it trained.
+NOT_VALID, NOT_FINITE, INTERRUPTED = 2, 3, 130
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Scheduler:
             self.poll()
             time.sleep(SECONDS)
         restore_signals(self._handlers)
+        if self.received == signal.SIGUSR1 and callable(signal.getsignal(signal.SIGUSR1)):
+            signal.raise_signal(signal.SIGUSR1)  # of a SLURM job, which is requeued
 
     @property
     def running(self) -> list[Path]:
@@ -111,12 +115,17 @@ class Scheduler:
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal waits until the process is known and can be told
-        if pid := os.fork():
-            self._pids[run], self._places[run] = pid, place
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            os.close(output)
-            return
-        self._train_and_exit(run, place, output)
+        pid = -1
+        try:
+            pid = os.fork()
+            if pid:
+                self._pids[run], self._places[run] = pid, place
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                os.close(output)
+        if not pid:
+            self._train_and_exit(run, place, output)
 
     def _train_and_exit(self, run: Path, place: int, output: int) -> None:
         """Train a run in a process that `start` has forked, and end the process."""
@@ -129,12 +138,13 @@ class Scheduler:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.resources.gpus[place]
             _end_with_parent(self._owner)
             restore_signals(self._handlers)
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # that of a SLURM job is for the first process alone
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             with exit_on_user_error():
                 self.train(run)
             code = 0
         except SystemExit as ending:
-            code = NOT_FINITE if isinstance(ending.__context__, NotFiniteError) else ending.code
+            code = _exit_code(ending)
         except BaseException:
             traceback.print_exc()
         finally:  # as the interpreter ends, but without returning into the code of the first process
@@ -149,10 +159,12 @@ class Scheduler:
     def poll(self) -> list[Ended]:
         """Return the processes that have ended since the last call."""
         ended = []
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # no signal is passed on to a process that has just ended
         for run, pid in list(self._pids.items()):
             if (status := os.waitpid(pid, os.WNOHANG))[0]:
                 del self._pids[run], self._places[run]
                 ended.append(Ended(run, os.waitstatus_to_exitcode(status[1])))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return ended
 
     def stop(self, run: Path) -> None:
@@ -166,7 +178,16 @@ class Scheduler:
         for pid in self._pids.values():
             os.kill(pid, number)  # a second Ctrl-C ends a run without saving
         again = "; press Ctrl-C again to end them without saving" if number == signal.SIGINT else ""
-        os.write(2, f"levin: {self.received.name}: the runs will be saved and end{again}\n".encode())
+        with suppress(OSError):  # stderr may be closed: the same Ctrl-C ends a `| tee`
+            os.write(2, f"levin: {self.received.name}: the runs will be saved and end{again}\n".encode())
+
+
+def _exit_code(ending: SystemExit) -> Any:
+    """Return the exit code of a process that ends so: the user's commands have fewer codes."""
+    reason = ending.__context__
+    if isinstance(reason, NotFiniteError):
+        return NOT_FINITE
+    return 1 if isinstance(reason, FolderError | CheckpointError) else ending.code
 
 
 def _redirect_output(descriptor: int) -> None:
@@ -186,7 +207,9 @@ def _end_with_parent(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources: Resources) -> bool:
+def train_all(
+    runs: Mapping[Path, int], train: Callable[[Path], Any], resources: Resources, *, tolerated: tuple[int, ...] = ()
+) -> bool:
     """Train runs to their ends, except those that are complete, and show their progress.
 
     A run that another process trains is waited for. A run that fails is named, and the others continue.
@@ -195,9 +218,10 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
         runs: Env steps of each complete run, by its folder, which holds its config.yaml.
         train: Function that trains the run in a folder.
         resources: Number of processes at the same time, and what each may use.
+        tolerated: Exit codes of runs that fail without an error here.
 
     Returns:
-        Whether all runs have ended; False if a signal stopped them.
+        Whether all runs have come to their end; False if one was stopped before, by a signal or `trainer.max_time`.
 
     Raises:
         RunError: Runs have failed.
@@ -217,9 +241,12 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
                     scheduler.start(run)
                     states[run] = "running"
             for ended in scheduler.poll():
-                if ended.code and not (ended.code < 0 and scheduler.received):
+                # A run that has not begun to train when a signal arrives ends at once.
+                stopped = scheduler.received is not None and (ended.code < 0 or ended.code == INTERRUPTED)
+                if ended.code and not stopped:
                     states[ended.run] = "failed"
-                    failures.append(ended.failure)
+                    if ended.code not in tolerated:
+                        failures.append(ended.failure)
                     table.print(f"levin: {ended.failure}")
                 else:
                     states[ended.run] = "complete" if run_folder.has_ended(ended.run, runs[ended.run]) else "stopped"
@@ -228,13 +255,11 @@ def train_all(runs: Mapping[Path, int], train: Callable[[Path], Any], resources:
             table.show(states, count_states(states))
             time.sleep(SECONDS)
         table.show(states, count_states(states), now=True)
-    if scheduler.received == signal.SIGUSR1 and callable(signal.getsignal(signal.SIGUSR1)):
-        signal.raise_signal(signal.SIGUSR1)  # of a SLURM job, which is requeued
     if failures:
         others = "saved" if scheduler.received else "complete"
         more = f"; the others are {others}" if len(runs) > len(failures) else ""
         raise RunError(f"{len(failures)} of {len(runs)} runs failed{more}: {failures[0]}")
-    return scheduler.received is None
+    return all(state in ("complete", "failed") for state in states.values())
 
 
 def count_states(states: Mapping[Path, State]) -> str:

@@ -4,6 +4,7 @@ The folder of a study:
 
     study.json                     what is searched; another command is refused
     study.log                      Optuna's journal: trials, their values and evaluations
+    base/                          config that the search changes, and the tuned config it came from
     trials.csv                     one row per trial, for other programs
     trials/<number>/s<seed>/       ordinary runs
     retrained/<number>/s<seed>/    the best trials, with fresh seeds
@@ -29,27 +30,32 @@ from typing import Any
 import numpy as np
 import optuna
 import pydantic
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState
 
+from levin.config import cli, schema
+from levin.config.compose import chosen_algo_and_env, compose_one_of_many
 from levin.core import files
-from levin.core.errors import ConfigError, RunError
+from levin.core.errors import ConfigError, LockedError, RunError
 from levin.core.validate import read_json
 from levin.results.aggregates import iqm
 from levin.results.curves import METRICS, Curve, read_run
 from levin.runs import folder as run_folder
+from levin.runs.load import load_config
 from levin.runs.provenance import command_line, run_git
-from levin.scheduler.plan import checksum
-from levin.scheduler.scheduler import NOT_FINITE, SECONDS, Ended, Scheduler
+from levin.scheduler.scheduler import NOT_FINITE, NOT_VALID, SECONDS, Ended, Scheduler
 from levin.scheduler.table import State, Table
 from levin.tuning.sampler import TrialSampler
-from levin.tuning.space import suggest
+from levin.tuning.space import as_word, suggest
+from levin.tuning.winner import tuned_path
 
 PLAN, JOURNAL, TRIALS, TABLE = "study.json", "study.log", "trials", "trials.csv"
-RESTARTS = 3  # of a run that was killed, by one command
+BASE, TUNED = "base", "tuned.yaml"
+RESTARTS = 3  # of the runs of a trial that were killed, by one command
 
 
 class Plan(pydantic.BaseModel):
@@ -57,15 +63,25 @@ class Plan(pydantic.BaseModel):
 
     command: str
     git_sha: str
-    config: str  # checksum of the config that the search changes
+    words: list[str]  # overrides of the command, in alphabetical order
     space: dict[str, str]
     seeds_per_trial: pydantic.PositiveInt
 
 
 def open_study(
-    folder: Path, config: DictConfig, space: Mapping[str, BaseDistribution], seeds_per_trial: int
-) -> optuna.Study:
+    folder: Path, words: list[str], space: Mapping[str, BaseDistribution], seeds_per_trial: int
+) -> tuple[optuna.Study, DictConfig]:
     """Create the study in a folder, or open the one that an equal command has created.
+
+    Args:
+        folder: Folder of the study.
+        words: Overrides of the config that the search changes.
+        space: Search space.
+        seeds_per_trial: Number of runs of each trial.
+
+    Returns:
+        The study, and the config that the search changes: as it was when the study began. Since then, the winner may
+        have changed the tuned config.
 
     Raises:
         ConfigError: The folder holds another study, or something else.
@@ -75,7 +91,7 @@ def open_study(
     plan = Plan(
         command=command_line(),
         git_sha=run_git("rev-parse", "HEAD"),
-        config=checksum(config),
+        words=sorted(words),
         space={key: distribution_to_json(each) for key, each in space.items()},
         seeds_per_trial=seeds_per_trial,
     )
@@ -86,7 +102,13 @@ def open_study(
             raise ConfigError(f"run={folder} exists already, and is not a study: name another folder")
         else:
             files.save_json(plan.model_dump(), folder, PLAN)
-        return optuna.create_study(
+        if not run_folder.has_begun(folder / BASE):
+            if (tuned := tuned_path(*chosen_algo_and_env(words))) is not None and tuned.is_file():
+                (folder / BASE).mkdir(exist_ok=True)
+                files.write_text(folder / BASE, TUNED, tuned.read_text())
+            run_folder.begin(folder / BASE, compose_one_of_many(words))
+        config = load_config(folder / BASE)
+        study = optuna.create_study(
             storage=_open_journal(folder / JOURNAL),
             study_name="levin",
             sampler=TrialSampler(config.seed),
@@ -94,6 +116,22 @@ def open_study(
             direction="maximize",
             load_if_exists=True,
         )
+        return study, config
+
+
+def with_values(base: DictConfig, values: Mapping[str, Any], seed: int) -> DictConfig:
+    """Return a copy of a config with the values of a trial and this seed.
+
+    Raises:
+        ConfigError: The values are not valid together.
+    """
+    config = base.copy()
+    OmegaConf.set_readonly(config, False)
+    for override in cli.parse_hydra_overrides([f"{key}={as_word(value)}" for key, value in values.items()]):
+        OmegaConf.update(config, str(override.key_or_group), override.value())
+    config.seed = seed
+    schema.check(config)
+    return config
 
 
 def load_study(folder: Path) -> optuna.Study:
@@ -110,8 +148,7 @@ def load_study(folder: Path) -> optuna.Study:
 
 def _open_journal(path: Path) -> JournalStorage:
     """Open Optuna's journal. An incomplete last line, which a full disk leaves behind, is removed."""
-    # An absolute path: a lock that a killed process has left behind is a link, and Optuna never removes a broken one.
-    lock = JournalFileSymlinkLock(str(path.absolute()), grace_period=10)
+    lock = JournalLock(path)
     if path.exists():
         lock.acquire()
         try:
@@ -120,7 +157,30 @@ def _open_journal(path: Path) -> JournalStorage:
                 os.truncate(path, text.rfind(b"\n") + 1)
         finally:
             lock.release()
-    return JournalStorage(JournalFileBackend(str(path.absolute()), lock_obj=lock))
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+
+
+class JournalLock(BaseJournalFileLock):
+    """Lock of Optuna's journal that ends with its process.
+
+    Optuna's own is a link, which a killed process leaves behind.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.path = journal.with_name(f".{journal.name}.lock")
+        self.held = ExitStack()
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        self.held.enter_context(_lock_until(self.path))
+        return True
+
+    def release(self) -> None:
+        """Release the lock."""
+        self.held.close()
 
 
 def _refuse_other(folder: Path, plan: Plan) -> None:
@@ -133,7 +193,7 @@ def _refuse_other(folder: Path, plan: Plan) -> None:
         text
         for text, here, there in (
             ("search space", plan.space, existing.space),
-            ("config", plan.config, existing.config),
+            ("config", plan.words, existing.words),
             ("number of seeds per trial", plan.seeds_per_trial, existing.seeds_per_trial),
         )
         if here != there
@@ -153,8 +213,8 @@ def _lock_until(path: Path) -> Iterator[None]:
             try:
                 held.enter_context(run_folder.lock_file(path, f"{path} is locked"))
                 break
-            except ConfigError:
-                if attempt == 1199 or not path.exists():
+            except LockedError:
+                if attempt == 1199:
                     raise
                 time.sleep(0.05)
         yield
@@ -203,6 +263,7 @@ class Trials:
         self.number, self.scheduler, self.table = number, scheduler, table
         self.open: list[OpenTrial] = []
         self.states: dict[Path, State] = {}
+        self._curves: dict[Path, tuple[int, Curve]] = {}  # by run: size of its metrics.csv when it was read, and curve
 
     def run(self) -> bool:
         """Work until no trial is left to be done here; return False if a signal has stopped the work.
@@ -238,7 +299,9 @@ class Trials:
                 self.scheduler.start(run)
                 self._set_state(each, run, "running")
                 return True
-        if any(each.waiting for each in self.open):
+        # A trial whose runs have all ended, before a command was killed, is told before another one is asked for.
+        running = set(self.scheduler.running)
+        if any(each.waiting or not (each.told or running & set(each.configs)) for each in self.open):
             return False
         with _lock_until(self.folder / ".trials.lock"):  # no other process takes the same trial
             opened = self._continue_trial() or self._ask()
@@ -276,7 +339,7 @@ class Trials:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             held.enter_context(run_folder.lock_file(folder / ".lock", f"{folder} is locked"))
-        except ConfigError:
+        except LockedError:
             return None
         return held
 
@@ -315,7 +378,7 @@ class Trials:
         elif ended.code == 0 and run_folder.has_ended(ended.run, trial.configs[ended.run].total_env_steps):
             trial.ended.add(ended.run)
             self._set_state(trial, ended.run, "complete")
-        elif ended.code in (2, NOT_FINITE):  # a config that is not valid, or a loss that is not finite
+        elif ended.code in (NOT_VALID, NOT_FINITE):
             self._set_state(trial, ended.run, "failed")
             self._finish(trial, None, TrialState.FAIL, ended.last_line)
         elif ended.code <= 0 and trial.restarts < RESTARTS:
@@ -353,11 +416,21 @@ class Trials:
         before: list[float] = []
         for place, (run, config) in enumerate(trial.configs.items()):
             per_run = config.total_env_steps // config.eval.every + 2
-            for index, value in _numbered(_read_evaluations(run), config.eval.every):
+            for index, value in _numbered(self._read_evaluations(run), config.eval.every):
                 yield place * per_run + index, float(np.mean([*before, value]))
             if run not in trial.ended:
                 return
             before.append(last_return(run))
+
+    def _read_evaluations(self, run: Path) -> Curve:
+        """Return the evaluations of a run so far; none before its first row of metrics."""
+        file = run / METRICS
+        size = file.stat().st_size if file.is_file() else 0
+        before, curve = self._curves.get(run, (0, Curve(*(np.empty(0) for _ in range(3)))))
+        if size != before and file.read_bytes().endswith(b"\n"):  # else a row is being written
+            self._curves[run] = size, read_run(run)
+            return self._curves[run][1]
+        return curve
 
     def _finish(self, trial: OpenTrial, value: float | None, state: TrialState, text: str) -> None:
         """Record the end of a trial, and stop its runs."""
@@ -416,13 +489,6 @@ def last_return(run: Path) -> float:
     if not len(returns):
         raise RunError(f"{run} has no evaluation")
     return float(returns[-1])
-
-
-def _read_evaluations(run: Path) -> Curve:
-    """Return the evaluations of a run so far; none before its first row of metrics."""
-    if not (run / METRICS).is_file():
-        return Curve(*(np.empty(0) for _ in range(3)))
-    return read_run(run)
 
 
 def _numbered(curve: Curve, every: int) -> Iterator[tuple[int, float]]:

@@ -1,22 +1,20 @@
 """Compare the best trials of a study after they were retrained with fresh seeds, and write the winner's values."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from levin.config import cli
 from levin.config.compose import ANY_ENV
 from levin.core import files, paths
 from levin.results.aggregates import iqm_with_interval, prediction_interval
 from levin.results.tables import plain_table
 from levin.runs.provenance import run_git
-from levin.tuning.space import as_word
 
 WINNER, RETRAINED = "winner.yaml", "retrained"
+OLD = "# Values that were not searched are from before:"
 HEADER = "# @package _global_\n"
 SECTIONS = ("algo", "env", "total_env_steps")  # what a file in configs/tuned/ may set
 
@@ -27,7 +25,6 @@ class Candidate:
 
     Args:
         name: Name of the trial, or of the values that the study has started from.
-        values: Values of the trial by config key.
         value: IQM in the study; None: it was not in the study.
         scores: Last evaluation of each seed in the study.
         fresh: Last evaluation of each fresh seed.
@@ -35,7 +32,6 @@ class Candidate:
     """
 
     name: str
-    values: dict[str, Any]
     value: float | None
     scores: list[float]
     fresh: list[float]
@@ -95,43 +91,48 @@ def tuned_path(algo: str, env: str) -> Path | None:
     return folder / "tuned" / f"{algo}_{env}.yaml"
 
 
-def winner_text(winner: Candidate, base: Path | None, words: list[str], comments: list[str]) -> str:
-    """Return the winner as the text of a tuned config: the values of `base`, of the command line and of the trial.
+def winner_text(config: DictConfig, keys: Iterable[str], before: Path | None, comments: list[str]) -> str:
+    """Return the text of the winner's tuned config: the tuned config from before, with the winner's values.
 
     Args:
-        winner: Trial with the best result.
-        base: Tuned config that the study has started from, if there is one.
-        words: Overrides of the command line.
+        config: Config of the winner.
+        keys: Keys that the search or the command line has set.
+        before: Tuned config that the study has started from, if there was one.
         comments: Lines that say how the values were found.
     """
     content, lines = OmegaConf.create(), [HEADER, *(f"# {line}\n" for line in comments)]
-    if base is not None and base.is_file():
-        content = OmegaConf.load(base)
-        before = [line for line in base.read_text().splitlines() if line.startswith("# ")]
-        lines += ["# Values that were not searched are from before:\n"]
-        lines += [f"{line}\n" for line in before if "@package" not in line]
-    for override in cli.parse_hydra_overrides(words):
-        key = str(override.key_or_group)
+    if before is not None and before.is_file():
+        text = before.read_text()
+        content = OmegaConf.create(text)
+        old = [line for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
+        if OLD in old:  # comments of an earlier study
+            old = old[old.index(OLD) + 1 :]
+        lines += [f"{line}\n" for line in [OLD, *old]]
+    for key in keys:
         if key.partition(".")[0] in SECTIONS and key not in SECTIONS[:2]:
-            OmegaConf.update(content, key, override.value(), force_add=True)
-    for key, value in winner.values.items():
-        parsed = yaml.safe_load(as_word(value)) if isinstance(value, str) else value
-        OmegaConf.update(content, key, parsed, force_add=True)
+            OmegaConf.update(content, key, OmegaConf.select(config, key), force_add=True)
     return "".join(lines) + OmegaConf.to_yaml(content)
 
 
 def write_winner(text: str, folder: Path, path: Path | None) -> str:
     """Write winner.yaml, and the tuned config if there is one; return a sentence about it.
 
-    A tuned config with changes that git does not have is left alone.
+    A tuned config that git could not give back is left alone, unless this study has written it.
     """
+    previous = (folder / WINNER).read_text() if (folder / WINNER).is_file() else None
     files.write_text(folder, WINNER, text)
     if path is None:
         return f"the values are in {folder / WINNER}"
     shown = path.relative_to(paths.ROOT)
-    if path.exists() and run_git("status", "--porcelain", "--", str(path)) and "# Tuned by" not in path.read_text():
+    if path.exists() and path.read_text() != previous and not _is_committed(path):
         return f"{shown} has changes that git does not have, and is left alone; the values are in {folder / WINNER}"
-    existed = path.exists()
+    known = path.exists() and _is_committed(path)
     path.parent.mkdir(exist_ok=True)
     files.write_text(path.parent, path.name, text)
-    return f"the values are in {shown}" + (f": git diff {shown} shows what has changed" if existed else "")
+    return f"the values are in {shown}" + (f": git diff {shown} shows what has changed" if known else "")
+
+
+def _is_committed(path: Path) -> bool:
+    """Return whether git has this version of a file."""
+    tracked = run_git("ls-files", "--", str(path))
+    return bool(tracked) and not run_git("status", "--porcelain", "--", str(path))
