@@ -160,8 +160,8 @@ def lock(run: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds the lock, the folder can't be written, or a link in it leads out of it.
     """
+    _check_contents(run)  # first, since the file of the lock could be a link, too
     with lock_file(run / LOCK, f"run={run} is being trained"):
-        _check_contents(run)
         yield
 
 
