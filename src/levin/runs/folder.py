@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import glob
 import os
 import sys
@@ -190,12 +191,18 @@ def lock_file(path: Path, taken: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print(
-                f"levin: the file system of run={path.parent} has no locks ({error.strerror}): do not train there in "
-                "two processes at once",
-                file=sys.stderr,
-            )
+            _warn_of_no_locks(path.parent, str(error.strerror))
         yield
+
+
+@functools.cache
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    """Warn once that a file system has no locks."""
+    print(
+        f"levin: the file system of run={folder} has no locks ({reason}): do not train this run in two processes at "
+        "once",
+        file=sys.stderr,
+    )
 
 
 def _lock(file: TextIO) -> None:
