@@ -1,7 +1,7 @@
 """Compare runs in a table: `python -m levin.compare runs="runs/sweep_x/*"`.
 
 One row per learning curve, as `levin.plot` draws them: what differs, the seeds, the interquartile mean (IQM) of their
-last values with its 95% interval, the speed, and the state of the runs. The best is first.
+values where the shortest run ends, with its 95% interval, the speed, and the state of the runs. The best is first.
 """
 
 from collections import Counter
@@ -32,9 +32,9 @@ def compare(*, runs: str, metric: str = RETURN) -> str:
     """
     rows = []
     for label, group in collect_runs(runs, metric).items():
-        last = np.array([curve.return_mean[-1] for curve in group.seeds.values()])
-        value, interval = iqm_with_interval(last[:, None, None])
         env_steps = min(int(curve.env_steps[-1]) for curve in group.seeds.values())
+        last = np.array([curve.until(env_steps).return_mean[-1] for curve in group.seeds.values()])
+        value, interval = iqm_with_interval(last[:, None, None])
         ends = f"{interval[0, 0]:.1f} to {interval[1, 0]:.1f}" if len(last) > 1 else ""
         row = (label, str(len(last)), f"{env_steps:,}", f"{value[0]:.1f}", ends, _speed(group), _state(group))
         rows.append((float(value[0]), row))

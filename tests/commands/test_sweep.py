@@ -98,7 +98,7 @@ def without_times(text):
 
 
 def test_runs_are_continued_together_and_compared(tmp_path):
-    assert train(tmp_path, "seeds=0 1", "run=mine").returncode == 0
+    assert train(tmp_path, "seeds=0 1", "run=mine", "eval.every=64").returncode == 0
     words = ("-m", "levin.resume", "runs=mine", "total_env_steps=128", "jobs=2")
     answer = run_python(*words, cwd=tmp_path, env={**os.environ})
     assert answer.returncode == 0, answer.stderr
@@ -112,6 +112,10 @@ def test_runs_are_continued_together_and_compared(tmp_path):
     assert table[0].split()[:2] == ["runs", "seeds"]
     assert table[1].split()[:3] == ["mine", "2", "128"]
     assert table[1].endswith("complete")
+    assert run_python("-m", "levin.resume", "run=mine/s0", "total_env_steps=256", cwd=tmp_path).returncode == 0
+    assert (
+        compare(runs=str(tmp_path / "mine/*")).splitlines()[1].split()[:4] == table[1].split()[:4]
+    )  # at 128 env steps
     with pytest.raises(ConfigError, match="holds no run"):
         find_runs(str(tmp_path))
 
