@@ -30,9 +30,9 @@ QUICK_CHECKS = (  # of tests/checks.py, for every row
 
 # Tests of `make test-long`: half of the time of all. CI runs them too; `make test` leaves them out.
 LONG = (
-    *("collectors/test_torchrl.py", "commands/test_start.py", "estimators/test_unbiased.py"),
+    *("collectors/test_torchrl.py", "commands/test_start.py", "commands/test_tune.py", "estimators/test_unbiased.py"),
     *("results/test_reproduce.py", "runs/test_damage.py", "training/test_data_parallel.py"),
-    *("training/test_hogwild.py", "training/test_interruption.py", "test_toy.py"),
+    *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py", "test_toy.py"),
 )
 LONG_FUNCTIONS = {
     "algorithms/test_dreamer.py": ("test_every_hyper_parameter_has_an_effect",),
