@@ -35,11 +35,6 @@ def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
     return function(*job)
 
 
-def is_complete(run: Path) -> bool:
-    """Return whether a run exists and has been trained to its end."""
-    return run_folder.read_provenance(run).get("env_steps") is not None
-
-
 def train_runs(runs: Mapping[Path, list[str]]) -> None:
     """Train runs with these overrides, some at the same time. One with another config is deleted and begun again."""
     configs = {run: compose(words) for run, words in runs.items()}

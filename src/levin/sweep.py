@@ -14,7 +14,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def submit(words: list[str], seeds: list[str]) -> None:
         str(each.key_or_group) for each in parsed if not each.is_sweep_override() or each.key_or_group == "seed"
     ]
     options = {
-        SWEEP_FOLDER: f"runs/sweep_{datetime.now():%Y%m%d-%H%M%S-%f}",
+        SWEEP_FOLDER: f"runs/sweep_{run_folder.time_stamp()}",
         "hydra.sweep.subdir": "'./${folder_name:${hydra.job.override_dirname}}/s${seed}'",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(not_in_name)}]",
         "hydra.output_subdir": "null",  # the run folder has its own config.yaml

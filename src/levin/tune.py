@@ -98,16 +98,19 @@ class Tuning:
         Raises:
             RunError: A run has failed, or those of all trials end with numbers that are not finite.
         """
+        import optuna
+
         from levin.tuning import winner as tuned
         from levin.tuning.study import BASE, TUNED, best_trials, last_return, trial_folder
 
         fresh = range(self.seeds_per_trial, self.seeds_per_trial + self.retrain)
-        folder, best = self.folder / tuned.RETRAINED, best_trials(self.study, BEST)
-        values: dict[str, dict[str, Any]] = {PRESENT: {}, **{f"trial {trial.number}": trial.params for trial in best}}
-        configs = {
-            name: {folder / name.replace(" ", "_") / f"s{config.seed}": config for config in self._configs(each, fresh)}
-            for name, each in values.items()
-        }
+        best = {f"trial {trial.number}": trial for trial in best_trials(self.study, BEST)}
+        chosen: dict[str, optuna.trial.FrozenTrial | None] = {PRESENT: None, **best}
+        configs: dict[str, dict[Path, DictConfig]] = {}
+        for name, trial in chosen.items():
+            folder = self.folder / tuned.RETRAINED / name.replace(" ", "_")
+            own = self._configs(trial.params if trial else {}, fresh)
+            configs[name] = {folder / f"s{config.seed}": config for config in own}
         together = {run: config for own in configs.values() for run, config in own.items()}
         for run, config in together.items():
             if not run_folder.has_begun(run):
@@ -118,17 +121,16 @@ class Tuning:
             trial.number: [last_return(run) for run in sorted(trial_folder(self.folder, trial.number).glob("s*"))]
             for trial in best_trials(self.study, len(self.study.trials))
         }
-        numbers = {f"trial {trial.number}": trial for trial in best}
         candidates = [
             tuned.Candidate(
                 name,
-                numbers[name].value if name in numbers else None,
-                scores[numbers[name].number] if name in numbers else [],
-                [last_return(run) for run in own],
+                trial.value if trial else None,
+                scores[trial.number] if trial else [],
+                [last_return(run) for run in configs[name]],
                 list(scores.values()),
             )
-            for name, own in configs.items()
-            if all(run_folder.has_ended(run, config.total_env_steps) for run, config in own.items())  # else NaN
+            for name, trial in chosen.items()
+            if all(run_folder.has_ended(run, each.total_env_steps) for run, each in configs[name].items())  # else NaN
         ]
         trials = [each for each in candidates if each.name != PRESENT]
         if not trials:

@@ -50,13 +50,22 @@ def new_run_path(config: DictConfig) -> Path:
     Raises:
         ConfigError: The folder exists and is not empty.
     """
-    now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # with microseconds: several runs may begin in one second
-    run = Path(config.run or f"runs/{config.name}/s{config.seed}_{now}")
-    if run.exists() and (not run.is_dir() or any(not each.name.startswith(".") for each in run.iterdir())):
+    run = Path(config.run or f"runs/{config.name}/s{config.seed}_{time_stamp()}")
+    if run.exists() and (not run.is_dir() or not is_empty(run)):
         raise ConfigError(
             f"run={run} exists already; name another folder, or continue that run with make resume RUN={run}"
         )
     return run
+
+
+def time_stamp() -> str:
+    """Return the time for the name of a folder, with microseconds: several runs may begin in one second."""
+    return f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def is_empty(folder: Path) -> bool:
+    """Return whether a folder holds no files but hidden ones, such as those of locks."""
+    return all(each.name.startswith(".") for each in folder.iterdir())
 
 
 def find_requeued_run(config: DictConfig) -> Path | None:

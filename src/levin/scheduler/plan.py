@@ -7,8 +7,7 @@ run folder says.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from datetime import datetime
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pydantic
@@ -114,7 +113,7 @@ def _read_or_refuse(path: Path, configs: Mapping[str, DictConfig], sums: list[st
     """
     folder = path.parent
     if not path.exists():
-        if any(not each.name.startswith(".") for each in folder.iterdir()):
+        if not run_folder.is_empty(folder):
             raise ConfigError(f"run={folder} exists already, and is not a sweep: name another folder")
         return None
     plan = _read(path)
@@ -159,14 +158,14 @@ def _find(
 
 def _new_place(configs: Mapping[str, DictConfig], beside_others: bool) -> tuple[Path, list[str]]:
     """Return the path of a new plan, and the names of its runs."""
-    now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # with microseconds: several sweeps may begin in one second
+    now = run_folder.time_stamp()
     if not beside_others:
         return Path("runs", f"sweep_{now}", PLAN), list(configs)
     name = next(iter(configs.values())).name
     return Path("runs", name, f"sweep_{now}.json"), [f"{seed}_{now}" for seed in configs]
 
 
-def _lock(path: Path):
+def _lock(path: Path) -> AbstractContextManager[None]:
     """Lock a sweep against other processes."""
     return run_folder.lock_file(path.with_name(f".{path.stem}.lock"), f"the sweep {path} is being trained")
 

@@ -7,7 +7,7 @@ The folder of a study:
     base/                          config that the search changes, and the tuned config it came from
     trials.csv                     one row per trial, for other programs
     trials/<number>/s<seed>/       ordinary runs
-    retrained/<number>/s<seed>/    the best trials, with fresh seeds
+    retrained/<name>/s<seed>/      the best trials, and the values from before, with fresh seeds
     winner.yaml                    values of the best of them
 
 Several commands, also of several machines that share a file system, may work on one study. A trial belongs to the
@@ -98,7 +98,7 @@ def open_study(
     with _lock_until(folder / ".study.lock"):
         if (folder / PLAN).exists():
             _refuse_other(folder, plan)
-        elif any(not each.name.startswith(".") for each in folder.iterdir()):
+        elif not run_folder.is_empty(folder):
             raise ConfigError(f"run={folder} exists already, and is not a study: name another folder")
         else:
             files.save_json(plan.model_dump(), folder, PLAN)
@@ -225,7 +225,6 @@ class OpenTrial:
     """A trial whose runs this process trains."""
 
     trial: optuna.Trial
-    folder: Path
     configs: dict[Path, DictConfig]  # by run folder, in the order of the seeds
     lock: ExitStack
     waiting: list[Path]  # runs that are not started yet
@@ -263,6 +262,7 @@ class Trials:
         self.number, self.scheduler, self.table = number, scheduler, table
         self.open: list[OpenTrial] = []
         self.states: dict[Path, State] = {}
+        self.finished = 0  # trials of all processes, when trials.csv was last written
         self._curves: dict[Path, tuple[int, Curve]] = {}  # by run: size of its metrics.csv when it was read, and curve
 
     def run(self) -> bool:
@@ -281,8 +281,7 @@ class Trials:
                 self._follow(each)
             if not self.open and (self.scheduler.received or not self._is_work_left()):
                 return self.scheduler.received is None
-            finished = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
-            self.table.show(self.states, f"{finished} of {self.number} trials have ended")
+            self.table.show(self.states, f"{self.finished} of {self.number} trials have ended")
             time.sleep(SECONDS)
 
     def _start_next(self) -> bool:
@@ -347,7 +346,7 @@ class Trials:
         """Create the run folders of a trial."""
         values = {key: suggest(trial, key, distribution) for key, distribution in self.space.items()}
         folder = trial_folder(self.folder, trial.number)
-        opened = OpenTrial(trial, folder, {}, lock, [], last_step)
+        opened = OpenTrial(trial, {}, lock, [], last_step)
         try:
             configs = self.make_configs(values)
         except ConfigError as error:  # the values are valid one by one, but not together
@@ -410,8 +409,8 @@ class Trials:
     def _evaluations(self, trial: OpenTrial) -> Iterator[tuple[int, float]]:
         """Yield the steps and values to report, in their order: seed by seed.
 
-        Those of a seed come when all seeds before have ended. The value is the mean of the last returns of the seeds
-        before and the return of this seed, which other trials have at the same step, too.
+        The evaluations of a seed follow when all seeds before have ended. Each value is the mean of the last returns of
+        the seeds before and the return of this seed, which other trials have at the same step, too.
         """
         before: list[float] = []
         for place, (run, config) in enumerate(trial.configs.items()):
@@ -454,7 +453,9 @@ class Trials:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["number", "state", "value", *self.space])
-        for trial in self.study.get_trials(deepcopy=False):
+        trials = self.study.get_trials(deepcopy=False)
+        self.finished = sum(trial.state.is_finished() for trial in trials)
+        for trial in trials:
             value = "" if trial.value is None else trial.value
             writer.writerow([trial.number, trial.state.name, value, *(trial.params.get(key, "") for key in self.space)])
         files.write_text(self.folder, TABLE, text.getvalue())

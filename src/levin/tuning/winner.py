@@ -124,9 +124,9 @@ def write_winner(text: str, folder: Path, path: Path | None) -> str:
     if path is None:
         return f"the values are in {folder / WINNER}"
     shown = path.relative_to(paths.ROOT)
-    if path.exists() and path.read_text() != previous and not _is_committed(path):
-        return f"{shown} has changes that git does not have, and is left alone; the values are in {folder / WINNER}"
     known = path.exists() and _is_committed(path)
+    if path.exists() and not known and path.read_text() != previous:
+        return f"{shown} has changes that git does not have, and is left alone; the values are in {folder / WINNER}"
     path.parent.mkdir(exist_ok=True)
     files.write_text(path.parent, path.name, text)
     return f"the values are in {shown}" + (f": git diff {shown} shows what has changed" if known else "")
