@@ -30,7 +30,7 @@ from levin.data.rollout import WholeEpisodes
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 from levin.nn.distributions import Categorical, Normal
-from levin.nn.networks import NatureCNN, SmallCNN
+from levin.nn.encoders import NatureCNN, SmallCNN
 from levin.training.session import build_run, train
 from rows import LATE, POINT, ROWS
 

@@ -38,10 +38,19 @@ from torch.optim import Optimizer
 
 from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerName, PositiveFloat, PositiveInt, Schedule
+from levin.core.types import (
+    Activation,
+    Fraction,
+    Network,
+    NonNegativeFloat,
+    OptimizerName,
+    PositiveFloat,
+    PositiveInt,
+    Schedule,
+)
 from levin.data import returns
 from levin.data.rollout import is_last, successors
-from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.networks import Actor, Architecture, Critic
 from levin.nn.normalizers import ReturnNormalizer
 
 
@@ -66,6 +75,7 @@ class A2C(Algorithm):
         max_grad_norm: Maximum gradient norm of actor and critic together: 0.5; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
         activation: Activation between the layers: tanh.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph. Same numbers, faster
             after tens of seconds at the start.
@@ -94,6 +104,7 @@ class A2C(Algorithm):
         max_grad_norm: PositiveFloat | None = 0.5,
         hidden_sizes: Sequence[PositiveInt] = (64, 64),
         activation: Activation = "tanh",
+        network: Network = "mlp",
         initial_log_std: float = 0.0,
         compile: bool = False,  # noqa: A002
     ) -> None:
@@ -104,9 +115,10 @@ class A2C(Algorithm):
         self.normalize_advantage, self.entropy_coef, self.value_coef = normalize_advantage, entropy_coef, value_coef
         self.max_grad_norm = max_grad_norm
 
-        self.trunk, features = make_trunk(env)
-        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
-        self.critic = Critic(features, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.trunk, features = architecture.make_trunk(env)
+        self.actor = Actor(features, env, architecture, initial_log_std)
+        self.critic = Critic(features, architecture)
         self.return_normalizer = ReturnNormalizer(normalize_value_target)
         if compile:
             self.compile_losses("combined_loss")

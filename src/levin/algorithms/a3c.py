@@ -40,10 +40,10 @@ from torch import Tensor
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.errors import NotFiniteError
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
 from levin.data.rollout import is_last, successors
-from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.networks import Actor, Architecture, Critic
 from levin.nn.parameters import clip_grad_norm, flatten_parameters
 
 MAX_WORKERS, MAX_STALENESS = 256, 16
@@ -68,6 +68,7 @@ class A3C(Algorithm):
         max_grad_norm: Maximum gradient norm of actor and critic together.
         hidden_sizes: Widths of the hidden layers of actor and critic.
         activation: Activation between the layers.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start.
         compile: Whether each worker compiles its loss. Same numbers, faster after tens of seconds at the start.
     """
@@ -100,6 +101,7 @@ class A3C(Algorithm):
         max_grad_norm: PositiveFloat = 0.5,
         hidden_sizes: Sequence[PositiveInt] = (64, 64),
         activation: Activation = "tanh",
+        network: Network = "mlp",
         initial_log_std: float = 0.0,
         compile: bool = False,  # noqa: A002
     ) -> None:
@@ -110,9 +112,10 @@ class A3C(Algorithm):
         self.entropy_coef, self.value_coef, self.max_grad_norm = entropy_coef, value_coef, max_grad_norm
 
         # theta', this worker's copy of the network
-        self.trunk, features = make_trunk(env)
-        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
-        self.critic = Critic(features, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.trunk, features = architecture.make_trunk(env)
+        self.actor = Actor(features, env, architecture, initial_log_std)
+        self.critic = Critic(features, architecture)
         self.local_parameters = list(self.parameters())
         self.unshare_local_parameters()
         # theta and the optimiser's statistics, shared by all workers

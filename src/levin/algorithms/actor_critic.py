@@ -50,6 +50,7 @@ from levin.core.spaces import EnvSpec
 from levin.core.types import (
     Activation,
     Fraction,
+    Network,
     NonNegativeFloat,
     NonNegativeInt,
     OptimizerName,
@@ -58,7 +59,7 @@ from levin.core.types import (
 )
 from levin.data.rollout import WholeEpisodes
 from levin.nn.distributions import Categorical
-from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.networks import Actor, Architecture, Critic
 
 
 class ActorCritic(Algorithm):
@@ -88,6 +89,7 @@ class ActorCritic(Algorithm):
         max_grad_norm: Maximum gradient norm of the actor and of the critic, separately; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic.
         activation: Activation between the layers.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start.
         compile: Whether to compile the losses of critic and actor, and on a GPU to run the whole update as a CUDA
             graph. Same numbers, no faster on a CPU.
@@ -117,6 +119,7 @@ class ActorCritic(Algorithm):
         max_grad_norm: PositiveFloat | None = None,
         hidden_sizes: Sequence[PositiveInt] = (64, 64),
         activation: Activation = "tanh",
+        network: Network = "mlp",
         initial_log_std: float = 0.0,
         compile: bool = False,  # noqa: A002
     ) -> None:
@@ -149,14 +152,15 @@ class ActorCritic(Algorithm):
         self.optimizer_name, self.actor_lr, self.critic_lr = optimizer, actor_lr, critic_lr
         self.critic_updates, self.entropy_coef, self.max_grad_norm = critic_updates, entropy_coef, max_grad_norm
 
-        self.trunk, features = make_trunk(env)
-        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.trunk, features = architecture.make_trunk(env)
+        self.actor = Actor(features, env, architecture, initial_log_std)
         if critic == "advantage":
-            self.critic = Critic(features, hidden_sizes, activation)
+            self.critic = Critic(features, architecture)
         elif self.actor.discrete:  # Q(s, .): one value for each action
-            self.critic = Critic(features, hidden_sizes, activation, outputs=env["action"]["n"])
+            self.critic = Critic(features, architecture, outputs=env["action"]["n"])
         else:
-            self.critic = Critic(features + len(env["action"]["low"]), hidden_sizes, activation)
+            self.critic = Critic(features + len(env["action"]["low"]), architecture)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             if not episodes_per_update:  # whose lengths vary, and a CUDA graph has fixed shapes

@@ -40,11 +40,11 @@ from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.spaces import IS_FIRST, EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
-from levin.nn.networks import ActionCritic, DeterministicActor, DeterministicPolicy
+from levin.nn.networks import ActionCritic, Architecture, DeterministicActor, DeterministicPolicy
 from levin.nn.parameters import freeze
 
 
@@ -70,6 +70,7 @@ class DDPG(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critic. Tianshou: 256, 256.
         activation: Activation between the layers. Paper: relu.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critic and actor, and on a GPU to run the whole update as a CUDA
             graph. Same numbers, no faster on a CPU.
     """
@@ -97,6 +98,7 @@ class DDPG(Algorithm):
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
+        network: Network = "mlp",
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
@@ -106,8 +108,9 @@ class DDPG(Algorithm):
         self.steps_per_iteration = steps_per_iteration
         self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
-        self.actor = DeterministicActor(env, hidden_sizes, activation)
-        self.critic = ActionCritic(1, env, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.actor = DeterministicActor(env, architecture)
+        self.critic = ActionCritic(1, env, architecture)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once, because walking the modules in every update takes as long as updating the targets.

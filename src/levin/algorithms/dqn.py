@@ -43,11 +43,12 @@ from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import EpsilonGreedy, Greedy
-from levin.nn.networks import as_float32, make_trunk, mlp
+from levin.nn.layers import as_float32
+from levin.nn.networks import Architecture
 from levin.nn.parameters import flatten_parameters
 
 
@@ -76,6 +77,7 @@ class DQN(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, here the last layer of the Nature CNN.
         activation: Activation between the layers. Paper: relu.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the loss, and on a GPU to run the update of Q as a CUDA graph. Same numbers,
             no faster on a CPU.
     """
@@ -107,6 +109,7 @@ class DQN(Algorithm):
         steps_per_iteration: PositiveInt = 100,
         hidden_sizes: Sequence[PositiveInt] = (120, 84),
         activation: Activation = "relu",
+        network: Network = "mlp",
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
@@ -117,8 +120,9 @@ class DQN(Algorithm):
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
         self.steps_per_iteration = steps_per_iteration
 
-        features, num_features = make_trunk(env)
-        self.critic = nn.Sequential(features, mlp([num_features, *hidden_sizes, env["action"]["n"]], activation))
+        architecture = Architecture(network, hidden_sizes, activation)
+        trunk, num_features = architecture.make_trunk(env)
+        self.critic = nn.Sequential(trunk, architecture.make_head(num_features, env["action"]["n"]))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())

@@ -60,7 +60,7 @@ from levin.data import returns
 from levin.data.sequences import SequenceReplay, check_learning_starts
 from levin.model_based import open_loop
 from levin.model_based.recurrent import Carry, OneHotAction, RecurrentPolicy, State
-from levin.nn.networks import as_float32, mlp
+from levin.nn.layers import as_float32, mlp
 from levin.nn.parameters import freeze
 
 # deter, stoch, hidden and units of `WorldModel`

@@ -13,7 +13,8 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec, Space
 from levin.model_based.recurrent import OneHotAction, State, sample_episode_end, stack_steps
 from levin.nn.distributions import OneHot, SquashedNormal
-from levin.nn.networks import action_size, as_float32, mlp
+from levin.nn.layers import as_float32, mlp
+from levin.nn.networks import action_size
 
 MIN_STD = 0.1  # smallest std of `stoch`
 MEAN_SCALE = 5.0  # bound of the policy's mean before the squashing tanh

@@ -73,7 +73,7 @@ from levin.data.sequences import LATENT, SequenceReplay, check_learning_starts
 from levin.estimators import GumbelSoftmax, ReinMax, StraightThrough
 from levin.model_based import open_loop
 from levin.model_based.recurrent import Carry, RecurrentPolicy, State, stack_steps
-from levin.nn.networks import as_float32
+from levin.nn.layers import as_float32
 from levin.nn.optimizers import LaProp
 from levin.nn.parameters import freeze
 

@@ -16,7 +16,8 @@ from torch.nn.functional import conv2d, interpolate, max_pool2d, rms_norm, silu
 from levin.core.spaces import EnvSpec
 from levin.model_based.recurrent import OneHotAction, State
 from levin.nn.distributions import Normal
-from levin.nn.networks import action_size, as_float32
+from levin.nn.layers import as_float32
+from levin.nn.networks import action_size
 
 BLOCKS = 8  # blocks of a block-diagonal matrix
 UNIMIX = 0.01  # share of the uniform distribution mixed into the categoricals of states and actions

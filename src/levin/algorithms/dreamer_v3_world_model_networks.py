@@ -27,7 +27,8 @@ from levin.core.spaces import EnvSpec
 from levin.estimators.pathwise import Relaxation
 from levin.model_based.recurrent import State, mix_with_uniform, sample_episode_end, stack_steps
 from levin.nn.distributions import OneHot
-from levin.nn.networks import action_size, as_float32
+from levin.nn.layers import as_float32
+from levin.nn.networks import action_size
 
 
 class WorldModel(nn.Module):

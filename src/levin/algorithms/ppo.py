@@ -50,11 +50,11 @@ from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, PositiveFloat, PositiveInt, Schedule
 from levin.data import returns
 from levin.data.rollout import successors
 from levin.nn.distributions import Categorical, Normal
-from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.networks import Actor, Architecture, Critic
 from levin.nn.normalizers import ReturnNormalizer
 
 
@@ -88,6 +88,7 @@ class PPO(Algorithm):
         max_grad_norm: Maximum gradient norm of actor and critic together; the authors' code: 0.5; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64; for pixels, after the Nature CNN.
         activation: Activation between the layers: tanh.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph (not with `kl`). Same
             numbers, faster after tens of seconds at the start.
@@ -122,6 +123,7 @@ class PPO(Algorithm):
         max_grad_norm: PositiveFloat | None = 0.5,
         hidden_sizes: Sequence[PositiveInt] = (64, 64),
         activation: Activation = "tanh",
+        network: Network = "mlp",
         initial_log_std: float = 0.0,
         compile: bool = False,  # noqa: A002
     ) -> None:
@@ -144,9 +146,10 @@ class PPO(Algorithm):
         self.normalize_advantage, self.entropy_coef, self.value_coef = normalize_advantage, entropy_coef, value_coef
         self.max_grad_norm = max_grad_norm
 
-        self.trunk, features = make_trunk(env)
-        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
-        self.critic = Critic(features, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.trunk, features = architecture.make_trunk(env)
+        self.actor = Actor(features, env, architecture, initial_log_std)
+        self.critic = Critic(features, architecture)
         self.return_normalizer = ReturnNormalizer(normalize_value_target)
         self.register_buffer("beta", torch.tensor(initial_beta) if penalty == "kl" else None)
         if compile:

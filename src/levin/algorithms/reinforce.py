@@ -51,11 +51,20 @@ from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST, EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, OptimizerName, PositiveFloat, PositiveInt, Schedule
+from levin.core.types import (
+    Activation,
+    Fraction,
+    Network,
+    NonNegativeFloat,
+    OptimizerName,
+    PositiveFloat,
+    PositiveInt,
+    Schedule,
+)
 from levin.data import returns
 from levin.data.rollout import WholeEpisodes, successors
 from levin.nn.exploration import AlternatingGreedy, PairedPolicy
-from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.networks import Actor, Architecture, Critic
 
 
 class REINFORCE(Algorithm):
@@ -89,6 +98,7 @@ class REINFORCE(Algorithm):
         max_grad_norm: Maximum gradient norm of the policy and of the baseline, separately: 0.5; null: no clipping.
         hidden_sizes: Widths of the hidden layers: 128, 128.
         activation: Activation between the layers: tanh.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the losses of policy and baseline. Same numbers, no faster on a CPU.
     """
@@ -120,6 +130,7 @@ class REINFORCE(Algorithm):
         max_grad_norm: PositiveFloat | None = 0.5,
         hidden_sizes: Sequence[PositiveInt] = (128, 128),
         activation: Activation = "tanh",
+        network: Network = "mlp",
         initial_log_std: float = 0.0,
         compile: bool = False,  # noqa: A002
     ) -> None:
@@ -141,9 +152,10 @@ class REINFORCE(Algorithm):
                 "algo.advantage=leave_one_out compares episodes: set algo.episodes_per_update to 2 or more"
             )
 
-        self.trunk, features = make_trunk(env)
-        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
-        self.critic = Critic(features, hidden_sizes, activation) if advantage == "baseline" else None
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.trunk, features = architecture.make_trunk(env)
+        self.actor = Actor(features, env, architecture, initial_log_std)
+        self.critic = Critic(features, architecture) if advantage == "baseline" else None
         self.twin = AlternatingGreedy() if advantage == "self_critical" else None
         if compile:
             self.compile_losses("squared_error", "actor_loss")

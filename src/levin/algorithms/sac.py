@@ -42,11 +42,12 @@ from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.distributions import SquashedNormal
-from levin.nn.networks import ActionCritic, StochasticPolicy, as_float32, make_trunk, mlp, orthogonal_
+from levin.nn.layers import as_float32, orthogonal_
+from levin.nn.networks import ActionCritic, Architecture, StochasticPolicy
 from levin.nn.parameters import freeze
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # appendix D, and the authors' code
@@ -73,6 +74,7 @@ class SAC(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. Table 1: 256, 256.
         activation: Activation between the layers. Table 1: relu.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
             graph. Same numbers, no faster on a CPU.
     """
@@ -101,6 +103,7 @@ class SAC(Algorithm):
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
+        network: Network = "mlp",
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
@@ -111,8 +114,9 @@ class SAC(Algorithm):
         self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
         self.target_entropy = -math.prod(env["action"]["shape"]) / 2 if target_entropy is None else target_entropy
-        self.actor = Actor(env, hidden_sizes, activation)
-        self.critic = ActionCritic(2, env, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.actor = Actor(env, architecture)
+        self.critic = ActionCritic(2, env, architecture)
         orthogonal_(self.critic)  # as in jaxrl
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once, because walking the modules in every update takes as long as updating the targets.
@@ -188,11 +192,11 @@ class SAC(Algorithm):
 class Actor(nn.Module):
     """Policy pi(a|s): squashed Gaussian over actions `[B, A]`, given observations `[B, *S]`."""
 
-    def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
+    def __init__(self, env: EnvSpec, architecture: Architecture) -> None:
         super().__init__()
         num_actions = math.prod(env["action"]["shape"])
-        self.trunk, num_features = make_trunk(env)
-        self.network = mlp([num_features, *hidden_sizes, 2 * num_actions], activation)
+        self.trunk, num_features = architecture.make_trunk(env)
+        self.network = architecture.make_head(num_features, 2 * num_actions)
         orthogonal_(self.network)
         # Gain 1 for the log standard deviations.
         self.network[-1].weight.data[num_actions:] /= 2**0.5  # type: ignore[operator]

@@ -50,12 +50,13 @@ from torch.optim import Adam, Optimizer
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.estimators import Estimator, Exact, GumbelSoftmax, LeaveOneOut, ReinMax, StraightThrough
 from levin.nn.distributions import Categorical, MultiCategorical, OneHot
-from levin.nn.networks import ActionCritic, Actor, EnsembleMLP, as_float32, make_trunk
+from levin.nn.layers import as_float32
+from levin.nn.networks import ActionCritic, Actor, Architecture
 from levin.nn.parameters import freeze
 
 MAX_Q_VALUES = 2**20  # values of Q per update that actor_estimator=exact may compute
@@ -92,6 +93,7 @@ class SACDiscrete(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. SLM-Lab: 256, 256.
         activation: Activation between the layers: relu.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
             graph. Same numbers, no faster on a CPU.
     """
@@ -126,6 +128,7 @@ class SACDiscrete(Algorithm):
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
+        network: Network = "mlp",
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
@@ -140,13 +143,14 @@ class SACDiscrete(Algorithm):
         self.target_entropy = 0.98 * self.one_hot.max_entropy if target_entropy is None else target_entropy
         self.critic_form = critic
         self.estimator = self.make_estimator(actor_estimator, actor_draws, actor_tau)
-        self.trunk, num_features = make_trunk(env)
-        self.actor = Actor(num_features, env, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.trunk, num_features = architecture.make_trunk(env)
+        self.actor = Actor(num_features, env, architecture)
         if critic == "state_action":
-            self.critic = ActionCritic(2, env, hidden_sizes, activation)
+            self.critic = ActionCritic(2, env, architecture)
         elif env["action"]["type"] == "discrete":
-            sizes = [num_features, *hidden_sizes, env["action"]["n"]]
-            self.critic = nn.Sequential(make_trunk(env)[0], EnsembleMLP(2, sizes, activation))
+            trunk, _ = architecture.make_trunk(env)
+            self.critic = nn.Sequential(trunk, architecture.make_ensemble(2, num_features, env["action"]["n"]))
         else:
             raise ConfigError(
                 "algo.critic=state needs a discrete action space: for a multi_discrete one set algo.critic=state_action"

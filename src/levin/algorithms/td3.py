@@ -39,11 +39,11 @@ from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import GaussianNoise, NoisyPolicy
-from levin.nn.networks import ActionCritic, DeterministicActor, DeterministicPolicy
+from levin.nn.networks import ActionCritic, Architecture, DeterministicActor, DeterministicPolicy
 from levin.nn.parameters import freeze
 
 
@@ -69,6 +69,7 @@ class TD3(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. The authors' code: 256, 256.
         activation: Activation between the layers. Paper: relu.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
             graph. Same numbers, no faster on a CPU.
     """
@@ -98,6 +99,7 @@ class TD3(Algorithm):
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
+        network: Network = "mlp",
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
@@ -108,8 +110,9 @@ class TD3(Algorithm):
         self.steps_per_iteration = steps_per_iteration
         self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
-        self.actor = DeterministicActor(env, hidden_sizes, activation)
-        self.critic = ActionCritic(2, env, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.actor = DeterministicActor(env, architecture)
+        self.critic = ActionCritic(2, env, architecture)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once, because walking the modules in every update takes as long as updating the targets.

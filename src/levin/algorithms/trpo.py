@@ -48,10 +48,10 @@ from levin.algorithms.base import Algorithm, Batch, standardize
 from levin.core import distributed
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
-from levin.core.types import Activation, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, PositiveFloat, PositiveInt
 from levin.data import returns
 from levin.nn.distributions import Categorical, Normal
-from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.networks import Actor, Architecture, Critic
 from levin.nn.parameters import assign_parameters
 
 
@@ -74,6 +74,7 @@ class TRPO(Algorithm):
         normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 over the rollout.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
         activation: Activation between the layers: tanh.
+        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the critic loss. Same numbers, no faster on a CPU. The policy's step stays eager,
             because products with F differentiate twice, which compiled code can't do.
@@ -99,6 +100,7 @@ class TRPO(Algorithm):
         normalize_advantage: bool = True,
         hidden_sizes: Sequence[PositiveInt] = (64, 64),
         activation: Activation = "tanh",
+        network: Network = "mlp",
         initial_log_std: float = 0.0,
         compile: bool = False,  # noqa: A002
     ) -> None:
@@ -115,9 +117,10 @@ class TRPO(Algorithm):
         self.critic_lr, self.critic_epochs, self.batch_size = critic_lr, critic_epochs, batch_size
         self.steps_per_iteration, self.normalize_advantage = steps_per_iteration, normalize_advantage
 
-        self.trunk, features = make_trunk(env)
-        self.actor = Actor(features, env, hidden_sizes, activation, initial_log_std)
-        self.critic = Critic(features, hidden_sizes, activation)
+        architecture = Architecture(network, hidden_sizes, activation)
+        self.trunk, features = architecture.make_trunk(env)
+        self.actor = Actor(features, env, architecture, initial_log_std)
+        self.critic = Critic(features, architecture)
         self.actor_parameters = list(self.actor.parameters())
         if compile:
             self.compile_losses("critic_loss")

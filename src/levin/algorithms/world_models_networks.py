@@ -12,7 +12,8 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.model_based.dream_env import STARTS
 from levin.model_based.recurrent import Carry
-from levin.nn.networks import action_size, as_float32, mlp
+from levin.nn.layers import as_float32, mlp
+from levin.nn.networks import action_size
 
 HIDDEN = 256  # width of V's hidden layer for images other than 64 x 64
 LOG_STD = (-7.0, 7.0)  # bounds of the log-std of a mixture's Gaussians

@@ -18,7 +18,7 @@ from levin.core.process import keep_freed_memory, silence_libraries
 from levin.core.spaces import random_actions
 from levin.envs.config import EnvConfig
 from levin.envs.factory import describe_env, make_env, make_single_env
-from levin.nn.networks import mlp
+from levin.nn.layers import mlp
 
 STEPS = 256  # vector steps per rollout
 # As `ppo` in `peers.py`; memory of longer rollouts is returned to the system in spite of `keep_freed_memory`.

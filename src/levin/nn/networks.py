@@ -1,195 +1,47 @@
-"""Networks that several algorithms share: MLPs, ensembles, CNN encoders, actors, critics and policies."""
+"""Networks that several algorithms share: actors, critics and policies, and the architecture they are built by."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from levin.core.spaces import EnvSpec, Space
+from levin.core.spaces import EnvSpec
+from levin.core.types import Network, VectorNetwork
 from levin.nn.distributions import Categorical, MultiCategorical, Normal
+from levin.nn.encoders import make_trunk
+from levin.nn.layers import Ensemble, as_float32, make_layers, orthogonal_
 
 
-class InPlaceTanh(nn.Module):
-    """tanh in place; its gradient needs only its output."""
+@dataclass(frozen=True)
+class Architecture:
+    """Architecture of an algorithm's networks: a trunk, which reads observations, and heads with hidden layers.
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs.tanh_()
-
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": partial(nn.ReLU, inplace=True),  # in place: the gradient of a linear layer does not need its output
-    "tanh": InPlaceTanh,
-    "elu": nn.ELU,
-    "silu": nn.SiLU,
-}
-
-
-def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
-    """Build linear layers of the given sizes with the activation between them, none after the last.
-
-    `[..., sizes[0]] -> [..., sizes[-1]]`
-    """
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers[:-1])
-
-
-@torch.no_grad()
-def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
-    """Initialise linear layers, convolutions and all members of ensembles with orthogonal weights and zero biases.
-
-    Weights are multiplied by `gain`; the default keeps the scale of activations through ReLUs.
-
-    Source: Saxe et al. 2014.
-    """
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.orthogonal_(layer.weight, gain)
-        elif isinstance(layer, EnsembleLinear):
-            for weight in layer.weight:  # [inputs, outputs]
-                nn.init.orthogonal_(weight, gain)
-        else:
-            continue
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-
-
-def as_float32(outputs: Tensor) -> Tensor:
-    """Convert half-precision outputs of mixed precision to float32, which densities, values and losses need."""
-    return outputs.float() if outputs.dtype.itemsize < 4 else outputs
-
-
-class EnsembleLinear(nn.Module):
-    """Ensemble of `num` independent linear layers in one batched product, initialised like `nn.Linear`.
-
-    `[num, B, inputs] -> [num, B, outputs]`
+    Args:
+        network: Kind of the hidden layers (`levin.nn.layers.make_layers`), CNN, or own trunk
+            (`levin.nn.encoders.make_trunk`). The hidden layers after a CNN or an own trunk are an MLP.
+        hidden_sizes: Widths of the hidden layers of each head.
+        activation: Activation between the layers.
     """
 
-    def __init__(self, num: int, inputs: int, outputs: int) -> None:
-        super().__init__()
-        bound = inputs**-0.5
-        self.weight = nn.Parameter(torch.empty(num, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(num, 1, outputs).uniform_(-bound, bound))
+    network: Network
+    hidden_sizes: Sequence[int]
+    activation: str
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, inputs, self.weight)
+    def make_trunk(self, env: EnvSpec) -> tuple[nn.Module, int]:
+        """Build a trunk, `[B, *S] -> [B, F]`; return it and F."""
+        return make_trunk(env, self.network)
 
-    def first(self, inputs: Tensor) -> Tensor:
-        """Return the output of the first layer alone: `[B, inputs] -> [B, outputs]`."""
-        return torch.addmm(self.bias[0], inputs, self.weight[0])
+    def make_head(self, inputs: int, outputs: int, num: int | None = None) -> nn.Sequential:
+        """Build the layers of a head: `[..., inputs] -> [..., outputs]`; with `num`, of an ensemble."""
+        kind = self.network if self.network in get_args(VectorNetwork) else "mlp"
+        return make_layers(cast(VectorNetwork, kind), [inputs, *self.hidden_sizes, outputs], self.activation, num)
 
-
-class EnsembleMLP(nn.Module):
-    """Ensemble of `num` independent MLPs of the same sizes on the same input, computed in batched products.
-
-    Two networks evaluated one after the other would cost twice the kernel launches.
-    `[B, sizes[0]] -> [num, B, sizes[-1]]`
-    """
-
-    def __init__(self, num: int, sizes: Sequence[int], activation: str) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(sizes):
-            layers += [EnsembleLinear(num, inputs, outputs), ACTIVATIONS[activation]()]
-        self.num = num
-        self.layers = nn.Sequential(*layers[:-1])
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.layers(inputs.expand(self.num, *inputs.shape))  # [B, D] -> [num, B, D]
-
-    def first(self, inputs: Tensor) -> Tensor:
-        """Return the output of the first network, without computing the others: `[B, sizes[0]] -> [B, sizes[-1]]`."""
-        for layer in self.layers:
-            inputs = layer.first(inputs) if isinstance(layer, EnsembleLinear) else layer(inputs)
-        return inputs
-
-
-def image_layers(shape: Sequence[int], convolutions: Sequence[nn.Conv2d], num_features: int) -> nn.Sequential:
-    """Build the layers of a CNN: the convolutions and a linear layer, each with a ReLU, initialised orthogonally.
-
-    `[B, C, H, W] -> [B, num_features]`, where `shape` is `[C, H, W]`.
-    """
-    layers = nn.Sequential()
-    for convolution in convolutions:
-        layers.extend([convolution, nn.ReLU(inplace=True)])
-    layers.append(nn.Flatten())
-    flat = layers(torch.zeros(1, *shape)).shape[1]
-    layers.extend([nn.Linear(flat, num_features), nn.ReLU(inplace=True)])
-    orthogonal_(layers)
-    return layers
-
-
-class NatureCNN(nn.Module):
-    """Nature CNN, three convolutions and a linear layer: `[B, C, 84, 84]` uint8 `-> [B, 512]`.
-
-    Source: Mnih et al. 2015 (doi:10.1038/nature14236), methods.
-    """
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        convolutions = nn.Conv2d(shape[0], 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3)
-        self.layers = image_layers(shape, convolutions, 512)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        return self.layers(observation / 255)
-
-
-class SmallCNN(nn.Module):
-    """CNN for images that are too small for the Nature CNN: `[B, C, H, W]` uint8 `-> [B, 256]`.
-
-    Three convolutions of 3 x 3 pixels with padding, the last two with a stride of 2, and a linear layer.
-    """
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        convolutions = (
-            nn.Conv2d(shape[0], 16, 3, padding=1),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        )
-        self.layers = image_layers(shape, convolutions, 256)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        return self.layers(observation / 255)
-
-
-class Encoder(nn.Module):
-    """Encoder of dict observations: `{"vector": [B, D], name: [B, C, H, W] uint8, ...} -> [B, F]`.
-
-    Each image has its own CNN. Their features are concatenated with the vector.
-    """
-
-    def __init__(self, parts: Mapping[str, Space]) -> None:
-        super().__init__()
-        trunks = {name: make_box_trunk(part) for name, part in parts.items()}
-        self.parts = nn.ModuleDict({name: part for name, (part, _) in trunks.items()})
-        self.num_features = sum(num_features for _, num_features in trunks.values())
-
-    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
-
-
-def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
-    """Build the trunk of a network, which maps observations to features `[B, F]`; return it and F.
-
-    The trunk is a CNN for pixels, the Nature CNN if both sides have 36 or more, and an `Encoder` for dicts. Boxes of
-    numbers are only flattened.
-    """
-    if "spaces" not in env["observation"]:
-        return make_box_trunk(env["observation"])
-    encoder = Encoder(env["observation"]["spaces"])
-    return encoder, encoder.num_features
-
-
-def make_box_trunk(space: Space) -> tuple[nn.Module, int]:
-    """Build the trunk of a single box, as `make_trunk` does."""
-    shape = space["shape"]
-    if space["dtype"] != "uint8":
-        return (nn.Identity() if len(shape) == 1 else nn.Flatten()), math.prod(shape)
-    return (SmallCNN(shape), 256) if min(shape[1:]) < 36 else (NatureCNN(shape), 512)
+    def make_ensemble(self, num: int, inputs: int, outputs: int) -> Ensemble:
+        """Build an ensemble of `num` heads: `[B, inputs] -> [num, B, outputs]`."""
+        return Ensemble(num, self.make_head(inputs, outputs, num))
 
 
 def action_size(env: EnvSpec) -> int:
@@ -211,15 +63,14 @@ class Actor(nn.Module):
         self,
         num_features: int,
         env: EnvSpec,
-        hidden_sizes: Sequence[int],
-        activation: str,
+        architecture: Architecture,
         initial_log_std: float = 0.0,
     ) -> None:
         super().__init__()
         self.discrete = env["action"]["type"] == "discrete"
         self.sizes = env["action"].get("nvec")
         outputs = action_size(env)
-        self.network = mlp([num_features, *hidden_sizes, outputs], activation)
+        self.network = architecture.make_head(num_features, outputs)
         orthogonal_(self.network)
         orthogonal_(self.network[-1], gain=0.01)
         if env["action"]["type"] == "box":
@@ -235,9 +86,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Critic V(s): features `[B, F] -> [B, outputs]`."""
 
-    def __init__(self, num_features: int, hidden_sizes: Sequence[int], activation: str, outputs: int = 1) -> None:
+    def __init__(self, num_features: int, architecture: Architecture, outputs: int = 1) -> None:
         super().__init__()
-        self.network = mlp([num_features, *hidden_sizes, outputs], activation)
+        self.network = architecture.make_head(num_features, outputs)
         orthogonal_(self.network)
         orthogonal_(self.network[-1], gain=1.0)
 
@@ -260,10 +111,10 @@ class StochasticPolicy(nn.Module):
 class DeterministicActor(nn.Module):
     """Deterministic actor mu(s): observations `[B, *S]` to actions `[B, A]` in [-1, 1]."""
 
-    def __init__(self, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
+    def __init__(self, env: EnvSpec, architecture: Architecture) -> None:
         super().__init__()
-        self.trunk, num_features = make_trunk(env)
-        self.network = mlp([num_features, *hidden_sizes, math.prod(env["action"]["shape"])], activation)
+        self.trunk, num_features = architecture.make_trunk(env)
+        self.network = architecture.make_head(num_features, math.prod(env["action"]["shape"]))
 
     def forward(self, observation: Tensor) -> Tensor:
         return as_float32(self.network(self.trunk(observation))).tanh()
@@ -286,10 +137,10 @@ class ActionCritic(nn.Module):
     For several actions in each state, `[S, B, A]`, the values are `[num, S, B, 1]`.
     """
 
-    def __init__(self, num: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
+    def __init__(self, num: int, env: EnvSpec, architecture: Architecture) -> None:
         super().__init__()
-        self.trunk, num_features = make_trunk(env)
-        self.ensemble = EnsembleMLP(num, [num_features + action_size(env), *hidden_sizes, 1], activation)
+        self.trunk, num_features = architecture.make_trunk(env)
+        self.ensemble = architecture.make_ensemble(num, num_features + action_size(env), 1)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         features = self.trunk(observation)

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from levin.core import files, paths
 from levin.core.errors import CheckpointError, ConfigError
+from levin.core.omega import to_plain
 from levin.core.validate import as_count, check_section
 from levin.runs import checkpoint, trust
 
@@ -94,15 +95,19 @@ def load_algorithm(run: Path) -> "Algorithm":
         ConfigError: There is no checkpoint, it is damaged, or the config names code that was not accepted.
     """
     if (run / POLICY).is_file():
-        path, kind = run / POLICY, _class_of_run(run)
+        path, config = run / POLICY, _config_with_code(run)
     else:
         path = checkpoint.newest_checkpoint(run)
-        kind = _class_of_run(path.resolve().parents[2])
+        config = _config_with_code(path.resolve().parents[2])
+    kind = algorithm_class(config)
     saved = files.load(path)
     try:
         taken = inspect.signature(kind).parameters  # an older checkpoint may have others, which are left out
         values = {name: value for name, value in saved["hyper_parameters"].items() if name in taken}
         check_section(kind, "hyper_parameters.", values)
+        for name, value in values.items():  # the config was checked (`levin.runs.trust`), the checkpoint was not
+            if isinstance(value, dict) and "_target_" in value and value != to_plain(config.algo).get(name):
+                raise ValueError(f"it names other code in hyper_parameters.{name} than config.yaml does")
         algorithm = kind(**values)
         if path.name == POLICY:
             algorithm.env_steps = as_count("env_steps", saved["env_steps"])
@@ -137,8 +142,8 @@ def export_policy(run: Path, folder: Path) -> None:
         files.save(saved, path)
 
 
-def _class_of_run(run: Path) -> "type[Algorithm]":
-    """Return the algorithm class that a run folder's config names."""
+def _config_with_code(run: Path) -> DictConfig:
+    """Return the config of a run whose algorithm is to be built; the code that it names was accepted."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"run={run} has no config.yaml next to its checkpoints folder")
-    return algorithm_class(load_config(run, runs=("algo",)))
+    return load_config(run, runs=("algo",))

@@ -1,8 +1,8 @@
 """Decide whether code that a saved config names may run: a run folder may come from somebody else.
 
-A config can name an algorithm class, an env's module and callbacks. Code of this checkout is accepted: the algorithms
-of Levin, forks that git tracks here, and the envs of the families that Levin supports. All other code runs only if a
-run with the same entry was begun here, or if the user says `trust=true`.
+A config can name an algorithm class, its network, an env's module and callbacks. Code of this checkout is accepted:
+the algorithms of Levin, forks that git tracks here, and the envs of the families that Levin supports. All other code
+runs only if a run with the same entry was begun here, or if the user says `trust=true`.
 
 The record of such entries lies outside the run folder, in `$XDG_STATE_HOME/levin/` (`~/.local/state/levin/` by
 default): one file per entry, named by a checksum of the entry and of the place that its module is imported from. So
@@ -120,6 +120,9 @@ def foreign_code(config: DictConfig, sections: tuple[str, ...]) -> Iterator[Code
         target = str(config.algo.get("_target_"))
         if not ALGORITHM.fullmatch(target) and not _is_fork(target):
             yield Code("algo._target_", target, target)
+        for key, section in to_plain(config.algo).items():  # such as a network of the user's own
+            if isinstance(section, dict) and "_target_" in section:
+                yield Code(f"algo.{key}._target_", str(section["_target_"]), section)
     if "env" in sections:
         env = to_plain(config.env)
         content = {key: env.get(key) for key in ("family", "id", "target", "kwargs")}
