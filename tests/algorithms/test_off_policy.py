@@ -304,6 +304,7 @@ CHANGES = {
     "steps_per_iteration": 8,
     "hidden_sizes": "[8,4]",
     "activation": "tanh",
+    "network": "layer_norm",
 }
 ACTOR_CRITIC = {"actor_lr": 1e-2, "critic_lr": 1e-2}
 NOISY = {**ACTOR_CRITIC, "exploration_noise": 0.5}

@@ -27,6 +27,7 @@ VALID = {
     "algo.steps_per_iteration": ("1", "5", "32"),
     "algo.hidden_sizes": ("[8]", "[16,8]", "[8,8,8]", "[]"),
     "algo.activation": ("relu", "tanh", "elu", "silu"),
+    "algo.network": ("mlp", "layer_norm", "{_target_:own_networks.Features,width:8}"),
     "env": ("pendulum", "mountaincar_continuous", "inverted_pendulum", "reacher"),
     "env.num_envs": ("1", "2", "3"),
     "env.vectorization": ("sync", "sync", "async"),

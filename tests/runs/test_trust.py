@@ -26,8 +26,8 @@ from levin import play as play_command
 from levin import train as train_command
 from levin.config.compose import compose
 from levin.core import files, paths
-from levin.core.errors import ConfigError, RunError, exit_on_user_error
-from levin.runs import checkpoint, trust
+from levin.core.errors import CheckpointError, ConfigError, RunError, exit_on_user_error
+from levin.runs import checkpoint, load, trust
 from levin.training import loggers
 from levin.training.session import train
 from short_runs import TINY
@@ -95,6 +95,8 @@ PAYLOADS = {
         "env__target": "levin.training.trainer:instantiate",
         "env__kwargs": {"config": {"_target_": "os.system", **touch(mark)}},
     },
+    "network": lambda _: {"algo__network": {"_target_": "payload.Call"}},
+    "shell as network": lambda mark: {"algo__network": {"_target_": "os.system", **touch(mark)}},
     "callback": lambda _: {"callbacks__evil": {"_target_": "payload.Call"}},
     "shell as callback": lambda mark: {"callbacks__evil": {"_target_": "os.system", **touch(mark)}},
 }
@@ -169,6 +171,16 @@ def test_the_payload_would_leave_its_mark(command, stranger, mark, call):
     call(command, stranger, *(["trust=true"] if command == "evaluate" else []))
     assert mark.exists() == (command == "evaluate")
     sys.modules.pop("payload", None)
+
+
+def test_a_policy_can_not_name_another_network_than_the_config(stranger, mark):
+    load.export_policy(stranger, stranger)
+    saved = files.load(stranger / load.POLICY)
+    saved["hyper_parameters"]["network"] = {"_target_": "payload.Call"}
+    files.save(saved, stranger / load.POLICY)
+    with pytest.raises(CheckpointError, match=r"names other code in hyper_parameters\.network than config"):
+        levin.load(str(stranger))
+    assert not mark.exists()
 
 
 class Nothing(Callback):

@@ -278,6 +278,7 @@ def test_every_sac_hyper_parameter_has_an_effect(tmp_path):
         "steps_per_iteration": 8,
         "hidden_sizes": "[16,8]",
         "activation": "tanh",
+        "network": "layer_norm",
     }
     cfg = compose(SMALL[:2])
     # The storage of the buffer and compiling do not change results.

@@ -1,0 +1,42 @@
+"""Trunks as a user would write them, named by `algo.network={_target_: own_networks.Features, width: 8}`."""
+
+import math
+
+import torch
+from torch import nn
+
+
+class Features(nn.Module):
+    """Features of a vector: one linear layer and a sine."""
+
+    def __init__(self, observation, width: int = 16):
+        super().__init__()
+        self.num_features = width
+        self.linear = nn.Linear(math.prod(observation["shape"]), width)
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.linear(observation.flatten(1)).sin()
+
+
+class Parts(nn.Module):
+    """Features of a dict: all its parts, side by side."""
+
+    def __init__(self, observation):
+        super().__init__()
+        self.num_features = sum(math.prod(part["shape"]) for part in observation["spaces"].values())
+
+    def forward(self, observation) -> torch.Tensor:
+        return torch.cat([part.flatten(1).float() for part in observation.values()], -1)
+
+
+class NoSize(Features):
+    """A trunk that does not say its size."""
+
+    def __init__(self, observation):
+        super().__init__(observation)
+        self.num_features = None
+
+
+def not_a_module(observation):
+    """Return something that is no module."""
+    return observation
