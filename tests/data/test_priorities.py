@@ -5,7 +5,6 @@ import pytest
 import torch
 from torchrl.data.replay_buffers.samplers import prioritized
 
-import segment_trees
 from camera import Camera, key
 from checks import same
 from levin.core.errors import ConfigError
@@ -17,13 +16,7 @@ CPU = torch.device("cpu")
 ALPHA, BETA = 0.6, 0.4
 
 
-@pytest.fixture(autouse=True, params=["extension", "stand-in"])
-def trees(request, monkeypatch):
-    """Use TorchRL's trees, or the stand-in."""
-    if request.param == "stand-in":
-        segment_trees.use(monkeypatch)
-    elif not segment_trees.LOADS:
-        pytest.skip(segment_trees.REASON)
+pytestmark = pytest.mark.usefixtures("trees")
 
 
 def make(kind: type, size: int, n: int = 1) -> replay.Replay:

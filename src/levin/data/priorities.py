@@ -51,4 +51,4 @@ class Priorities(PrioritizedSampler):
         stored = state["raised"].nonzero().squeeze(1)
         for tree in (self._sum_tree, self._min_tree):
             tree[stored] = state["raised"][stored]
-        self._max_priority = (torch.tensor(state["highest"]), None)
+        self._max_priority = (torch.tensor(state["highest"]), None)  # type: ignore[assignment]

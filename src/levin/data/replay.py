@@ -144,7 +144,8 @@ class Replay:
         if normalize:
             sample = normalize(sample)
         if self.n_step:
-            sample["next", "reward"] = self.n_step.sum_rewards(sample["next", "reward"])
+            reward = self.n_step.sum_rewards(sample.get(("next", "reward")))
+            sample.set(("next", "reward"), reward)
         return sample
 
     def draw(self, num: int, device: torch.device) -> TensorDict:
@@ -178,11 +179,11 @@ class Replay:
 
     def propose(self, num: int) -> tuple[Tensor, Tensor]:
         """Sample entries `[num]` and their importance weights, whether they can be used or not."""
-        oldest, device = self.written - len(self), self.data["action"].device
+        oldest, device = self.written - len(self), self.data.get("action").device
         if self.priorities is None:
             return torch.randint(oldest, self.written, (num,), device=device), torch.empty(num, device=device)
         index, info = self.priorities.sample(self.buffer.storage, num)  # type: ignore[arg-type]
-        return oldest + (index.to(device) - oldest) % self.size, info["priority_weight"].to(device)
+        return oldest + (index.to(device) - oldest) % self.size, info["priority_weight"].to(device)  # type: ignore[call-overload]
 
     def follow(self, entry: Tensor) -> Tensor:
         """Return the entries of the windows `[num, n]` that begin with the entries `[num]`; without n-step, n is 1."""
@@ -251,7 +252,7 @@ class Replay:
         if "sampler" in state:
             self.buffer.sampler.load_state_dict(state["sampler"])
         if self.n_step:
-            self.n_step.load_state_dict(state["n_step"], self.data["action"].device)
+            self.n_step.load_state_dict(state["n_step"], self.data.get("action").device)
 
 
 class FrameReplay(Replay):
