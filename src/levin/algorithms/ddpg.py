@@ -172,7 +172,7 @@ class DDPG(Algorithm):
         y = r + gamma (1 - terminated) Q'(s', mu'(s'))
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
-        discount = batch.get("discount", self.gamma)  # gamma^m of an n-step return
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             q_next = self.target_critic.first(observation, self.target_actor(observation))  # [B, 1]
             target = reward + discount * ~terminated * q_next  # a truncation still bootstraps

@@ -178,7 +178,7 @@ class DQN(Algorithm):
         With `huber`, the Huber loss takes the place of the square.
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
-        discount = batch.get("discount", self.gamma)  # gamma^m of an n-step return
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             q_next = as_float32(self.target_critic(observation))  # [B, A]
             action = (self.critic(observation) if self.double_q else q_next).argmax(-1, keepdim=True)  # [B, 1]

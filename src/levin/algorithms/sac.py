@@ -174,7 +174,7 @@ class SAC(Algorithm):
         y = r + gamma (1 - terminated) (min_i Q'_i(s',a') - alpha log pi(a'|s'))
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
-        discount = batch.get("discount", self.gamma)  # gamma^m of an n-step return
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             action, log_prob = self.actor(observation).sample_with_log_prob()
             q_next = self.target_critic(observation, action).amin(0)  # [2, B, 1] -> [B, 1]
@@ -182,7 +182,7 @@ class SAC(Algorithm):
             target = reward + discount * ~terminated * soft_value  # a truncation still bootstraps
         q = self.critic(batch["observation"], batch["action"])  # [2, B, 1]
         td_error = q - target
-        loss = weigh(td_error.square(), batch).mean((1, 2)).sum()  # [2, B, 1] -> []
+        loss = weigh(td_error.square(), batch).mean((1, 2)).sum()
         return loss, q.detach().mean(), td_error.detach()
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

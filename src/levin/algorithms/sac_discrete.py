@@ -226,7 +226,7 @@ class SACDiscrete(Algorithm):
         With `huber`, the Huber loss takes the place of the square.
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
-        discount = batch.get("discount", self.gamma)  # gamma^m of an n-step return
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             policy = self.actor(self.trunk(observation))
             if self.critic_form == "state":

@@ -177,13 +177,13 @@ class TD3(Algorithm):
         y = r + gamma (1 - terminated) min_i Q'_i(s', a')
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
-        discount = batch.get("discount", self.gamma)  # gamma^m of an n-step return
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             q_next = self.target_critic(observation, self.target_action(observation)).amin(0)  # [2, B, 1] -> [B, 1]
             target = reward + discount * ~terminated * q_next  # a truncation still bootstraps
         q = self.critic(batch["observation"], batch["action"])  # [2, B, 1]
         td_error = q - target
-        loss = weigh(td_error.square(), batch).mean((1, 2)).sum()  # [2, B, 1] -> []
+        loss = weigh(td_error.square(), batch).mean((1, 2)).sum()
         return loss, q.detach().mean(), td_error.detach()
 
     def target_action(self, observation: Tensor) -> Tensor:
