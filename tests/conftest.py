@@ -96,6 +96,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker("long")
 
 
+@pytest.fixture(params=["extension", "stand-in"])
+def trees(request, monkeypatch):
+    """Run a test of prioritized replay with TorchRL's C++ trees, and with a stand-in for them."""
+    import segment_trees
+
+    if request.param == "stand-in":
+        segment_trees.use(monkeypatch)
+    elif not segment_trees.LOADS:
+        pytest.skip(segment_trees.REASON)
+
+
+@pytest.fixture
+def some_trees(monkeypatch):
+    """Use TorchRL's C++ trees of priorities, or a stand-in where they do not load."""
+    import segment_trees
+
+    if not segment_trees.LOADS:
+        segment_trees.use(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Use one thread: results depend on the number of threads, and small networks are faster with one."""

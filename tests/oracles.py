@@ -80,7 +80,7 @@ def copy_targets(loss: LossModule, name: str, *modules: nn.Module) -> None:
 def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
     """Return critic loss, actor loss and the gradient of the temperature loss."""
     torch.manual_seed(0)
-    critic_loss, _ = algorithm.critic_loss(batch)
+    critic_loss, *_ = algorithm.critic_loss(batch)
     torch.manual_seed(0)
     actor_loss, log_prob = algorithm.actor_loss(batch)
     (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(log_prob), algorithm.log_alpha)

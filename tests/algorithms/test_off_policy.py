@@ -301,6 +301,11 @@ CHANGES = {
     "learning_starts": 10,
     "random_env_steps": 50,
     "buffer_size": 30,
+    "n_step": 3,
+    "replay": "prioritized",
+    "priority_alpha": 0.9,
+    "priority_beta": 0.9,
+    "schedule_env_steps": 40,
     "steps_per_iteration": 8,
     "hidden_sizes": "[8,4]",
     "activation": "tanh",
@@ -320,18 +325,19 @@ OWN = {
         "initial_epsilon": 0.5,
         "final_epsilon": 0.5,
         "epsilon_fraction": 1.5,
-        "schedule_env_steps": 40,
     },
     "sac_discrete": ACTOR_CRITIC
     | {"alpha_lr": 1e-2, "initial_alpha": 0.1, "target_entropy": 0.1, "huber": "true", "max_grad_norm": 0.01}
     | {"critic": "state", "actor_estimator": "exact", "actor_draws": 3, "actor_tau": 0.1},
 }
+PRIORITIZED = "algo.replay=prioritized"
 BASE = {
     "dqn": ["algo.target_update_every=5", "algo.schedule_env_steps=96", "algo.lr=0.1"],
     "sac_discrete": ["algo.critic=state_action", "algo.actor_estimator=gumbel_softmax"],
 }
 
 
+@pytest.mark.usefixtures("some_trees")
 @pytest.mark.parametrize("algo", OWN)
 def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
     """The tests above check the exact effect of each; test_train.py has those of SAC."""
@@ -348,9 +354,10 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
         state = saved_state(tmp_path / name)["state_dict"]
         return {key: value for key, value in state.items() if not key.startswith(("noise.", "exploration."))}
 
-    base = result("base")
+    base, prioritized = result("base"), result("prioritized", PRIORITIZED)
     for name, value in changes.items():
-        assert not same(base, result(name, f"algo.{name}={value}")), name
+        more = [PRIORITIZED] if name.startswith(("priority", "schedule")) else []
+        assert not same(prioritized if more else base, result(name, *more, f"algo.{name}={value}")), name
 
 
 # --- exploration

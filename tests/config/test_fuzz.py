@@ -24,6 +24,8 @@ VALID = {
     "algo.learning_starts": ("0", "33", "1000"),
     "algo.buffer_size": ("64", "100", "1e3"),
     "algo.buffer_storage": ("memory", "memmap"),
+    "algo.n_step": ("1", "2", "5"),
+    "algo.priority_alpha": ("0", "0.7"),
     "algo.steps_per_iteration": ("1", "5", "32"),
     "algo.hidden_sizes": ("[8]", "[16,8]", "[8,8,8]", "[]"),
     "algo.activation": ("relu", "tanh", "elu", "silu"),

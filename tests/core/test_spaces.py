@@ -171,7 +171,9 @@ TINY = ("algo.batch_size=8", "algo.replay_ratio=0.25", "algo.steps_per_iteration
 
 
 @pytest.mark.parametrize(
-    "overrides", [TINY, (*TINY, "algo.buffer_storage=memmap", "env.num_envs=2")], ids=["one", "memmap"]
+    "overrides",
+    [TINY, (*TINY, "algo.buffer_storage=memmap", "env.num_envs=2"), (*TINY, "algo.n_step=3", "env.num_envs=2")],
+    ids=["one", "memmap", "n-step"],
 )
 def test_sac_reads_a_dict_and_resumes_exactly(overrides, tmp_path):
     common = *SMALL, *ROBOT, "env.action=rescale", "eval.every=50", "checkpoint.every=60", "algo.buffer_size=1000"

@@ -260,8 +260,13 @@ def test_any_trainer_argument_can_be_set(tmp_path, caplog):
     assert "run_training_batch" in caplog.text
 
 
+@pytest.mark.usefixtures("some_trees")
 def test_every_sac_hyper_parameter_has_an_effect(tmp_path):
-    base = dict(run(tmp_path / "base", "total_env_steps=96").algorithm.state_dict())
+    prioritized = "algo.replay=prioritized"
+    base, weighted = (
+        dict(run(tmp_path / name, "total_env_steps=96", f"algo.replay={name}").algorithm.state_dict())
+        for name in ("uniform", "prioritized")
+    )
     changes = {
         "gamma": 0.5,
         "tau": 0.5,
@@ -275,6 +280,11 @@ def test_every_sac_hyper_parameter_has_an_effect(tmp_path):
         "learning_starts": 20,
         "random_env_steps": 80,
         "buffer_size": 50,
+        "n_step": 3,
+        "replay": "prioritized",
+        "priority_alpha": 0.9,
+        "priority_beta": 0.9,
+        "schedule_env_steps": 80,
         "steps_per_iteration": 8,
         "hidden_sizes": "[16,8]",
         "activation": "tanh",
@@ -284,8 +294,10 @@ def test_every_sac_hyper_parameter_has_an_effect(tmp_path):
     # The storage of the buffer and compiling do not change results.
     assert changes.keys() == set(cfg.algo) - {"_target_", "buffer_storage", "compile"}
     for name, value in changes.items():
-        other = dict(run(tmp_path / name, "total_env_steps=96", f"algo.{name}={value}").algorithm.state_dict())
-        assert not same(base, other), name
+        more = [prioritized] if name.startswith(("priority", "schedule")) else []
+        words = ("total_env_steps=96", *more, f"algo.{name}={value}")
+        other = dict(run(tmp_path / name, *words).algorithm.state_dict())
+        assert not same(weighted if more else base, other), name
 
 
 def test_evaluate_writes_its_file(tmp_path):

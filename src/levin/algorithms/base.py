@@ -96,6 +96,7 @@ class Algorithm(LightningModule):
     learning_starts: int  # env steps before the first update from replay
     replay_ratio: float  # updates from replay per env step
     batch_size: int  # transitions per update
+    schedule_env_steps: int | None = None  # env steps over which the weights of prioritized replay are annealed
     dream_steps_per_update: int = 0  # imagined steps per update
     collects: bool = True  # whether the next iteration collects env steps; if not, its rollout is empty
     status: str = ""  # text that the progress bar appends
@@ -327,11 +328,12 @@ class Algorithm(LightningModule):
         Due updates are counted from the start of the run, so fractions carry over to later iterations and resumed runs.
         """
         assert self.buffer is not None
+        self.buffer.anneal(self.remaining(self.schedule_env_steps))
         due = int(self.replay_ratio * max(0, self.env_steps - self.learning_starts)) - self.updates
-        while due > 0:
+        while due > 0 and self.buffer.ready:
             num = min(due, self.buffer.batches_per_draw(self.batch_size))
             start = perf_counter()
-            batches = self.normalize(self.buffer.sample(num, self.batch_size, self.device)).unbind(0)
+            batches = self.buffer.sample(num, self.batch_size, self.device, self.normalize).unbind(0)
             self.sample_seconds += perf_counter() - start
             for batch in batches:
                 yield batch

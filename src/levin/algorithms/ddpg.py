@@ -15,6 +15,9 @@ Pseudocode (Algorithm 1):
         mu <- mu + lr grad E[Q(s, mu(s))]                                   Eq. 6
         Q' <- tau Q + (1 - tau) Q';  mu' <- tau mu + (1 - tau) mu'
 
+With `n_step` above 1, r is the n-step return, s' the observation at its end, and gamma gamma^m (`levin.data.n_step`).
+With `replay=prioritized`, squared errors are weighted (`levin.data.priorities`).
+
 Deviations:
     - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
     - Default values and networks are those of Tianshou's benchmark. The paper uses hidden layers of 400 and 300 units,
@@ -41,8 +44,7 @@ from torch.optim import Adam, Optimizer
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.spaces import IS_FIRST, EnvSpec
 from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.data import replay
-from levin.data.replay import Replay
+from levin.data.replay import Replay, make_replay, weigh
 from levin.nn.exploration import GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
 from levin.nn.networks import ActionCritic, Architecture, DeterministicActor, DeterministicPolicy
 from levin.nn.parameters import freeze
@@ -67,6 +69,11 @@ class DDPG(Algorithm):
         random_env_steps: Env steps with uniformly random actions at the start; null: `learning_starts`.
         buffer_size: Transitions kept in replay; for pixels, frames. Paper: 1e6.
         buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
+        n_step: Steps n of the n-step return in y, not corrected for older policies. Paper: 1. Rainbow: 3.
+        replay: How transitions are sampled: `uniform`, or `prioritized` by |TD error| (Schaul et al. 2016).
+        priority_alpha: Exponent of the priorities. Schaul et al., proportional: 0.6.
+        priority_beta: Exponent of the importance weights at the start; it rises linearly to 1. Schaul et al.: 0.4.
+        schedule_env_steps: Env steps over which the exponent `priority_beta` rises to 1; null: it stays.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critic. Tianshou: 256, 256.
         activation: Activation between the layers. Paper: relu.
@@ -95,6 +102,11 @@ class DDPG(Algorithm):
         random_env_steps: NonNegativeInt | None = None,
         buffer_size: PositiveInt = 1_000_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
+        n_step: PositiveInt = 1,
+        replay: Literal["uniform", "prioritized"] = "uniform",
+        priority_alpha: Fraction = 0.6,
+        priority_beta: Fraction = 0.4,
+        schedule_env_steps: PositiveInt | None = None,
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
@@ -105,7 +117,7 @@ class DDPG(Algorithm):
         self.gamma, self.tau = gamma, tau
         self.actor_lr, self.critic_lr = actor_lr, critic_lr
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
-        self.steps_per_iteration = steps_per_iteration
+        self.steps_per_iteration, self.schedule_env_steps = steps_per_iteration, schedule_env_steps
         self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
         architecture = Architecture(network, hidden_sizes, activation)
@@ -122,7 +134,10 @@ class DDPG(Algorithm):
             if noise == "gaussian"
             else OrnsteinUhlenbeckNoise(exploration_noise, [env["num_envs"], *env["action"]["shape"]])
         )
-        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
+        exponents = priority_alpha, priority_beta
+        self.buffer = make_replay(
+            env, buffer_size, buffer_storage, n_step=n_step, gamma=gamma, replay=replay, exponents=exponents
+        )
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update")
@@ -142,28 +157,31 @@ class DDPG(Algorithm):
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
         for batch in self.replay():
-            self.update(batch)
+            self.buffer.set_priorities(batch, self.update(batch))
 
-    def update(self, batch: TensorDictBase) -> None:
-        critic_loss, q_value = self.critic_loss(batch)
+    def update(self, batch: TensorDictBase) -> Tensor:
+        critic_loss, q_value, td_error = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss)
         with freeze(self.critic_parameters):
             actor_loss = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss)
         self.update_target()
         self.record(q_value=q_value, critic_loss=critic_loss, actor_loss=actor_loss)
+        return td_error
 
-    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the critic loss J_Q = E[(Q(s,a) - y)^2] and the mean of Q(s,a).
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the critic loss J_Q = E[(Q(s,a) - y)^2], the mean of Q(s,a), and the TD errors Q(s,a) - y.
 
         y = r + gamma (1 - terminated) Q'(s', mu'(s'))
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             q_next = self.target_critic.first(observation, self.target_actor(observation))  # [B, 1]
-            target = reward + self.gamma * ~terminated * q_next  # a truncation still bootstraps
+            target = reward + discount * ~terminated * q_next  # a truncation still bootstraps
         q = self.critic.first(batch["observation"], batch["action"])  # [B, 1]
-        return (q - target).square().mean(), q.detach().mean()
+        td_error = q - target
+        return weigh(td_error.square(), batch).mean(), q.detach().mean(), td_error.detach()
 
     def actor_loss(self, batch: Batch) -> Tensor:
         """Return the actor loss J_mu = -E[Q(s, mu(s))]."""

@@ -18,6 +18,9 @@ Pseudocode (Algorithm 1):
 
 With `double_q` the action of y is chosen by Q and valued by Q' (van Hasselt et al. 2016, arXiv:1509.06461, Eq. 4).
 
+With `n_step` above 1, r is the n-step return, s' the observation at its end, and gamma gamma^m (`levin.data.n_step`).
+With `replay=prioritized`, squared errors are weighted (`levin.data.priorities`).
+
 Deviations:
     - One iteration takes 100 vector steps with the same epsilon, and then all updates due. The paper takes 1 step:
       `steps_per_iteration=1`.
@@ -44,8 +47,7 @@ from torch.optim import Adam, Optimizer
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.data import replay
-from levin.data.replay import Replay
+from levin.data.replay import Replay, make_replay, weigh
 from levin.nn.exploration import EpsilonGreedy, Greedy
 from levin.nn.layers import as_float32
 from levin.nn.networks import Architecture
@@ -68,12 +70,17 @@ class DQN(Algorithm):
         initial_epsilon: Probability of a uniform action at the start. Paper: 1.
         final_epsilon: Probability of a uniform action at the end. CleanRL: 0.05. Paper: 0.1.
         epsilon_fraction: Fraction of `schedule_env_steps` over which epsilon falls linearly. CleanRL: 0.5.
-        schedule_env_steps: Env steps that `epsilon_fraction` is a fraction of.
+        schedule_env_steps: Env steps that `epsilon_fraction` is a fraction of, and over which `priority_beta` rises
+            to 1.
         batch_size: Transitions per update. CleanRL: 128. Paper: 32.
         replay_ratio: Updates per env step. CleanRL: 0.1. Paper: 0.25.
         learning_starts: Env steps before the first update. CleanRL: 10000. Paper: 50000.
         buffer_size: Transitions kept in replay; for pixels, frames. CleanRL: 10000. Paper: 1e6.
         buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
+        n_step: Steps n of the n-step return in y, not corrected for older policies. Paper: 1. Rainbow: 3.
+        replay: How transitions are sampled: `uniform`, or `prioritized` by |TD error| (Schaul et al. 2016).
+        priority_alpha: Exponent of the priorities. Schaul et al., proportional: 0.6.
+        priority_beta: Exponent of the importance weights at the start; it rises linearly to 1. Schaul et al.: 0.4.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, here the last layer of the Nature CNN.
         activation: Activation between the layers. Paper: relu.
@@ -106,6 +113,10 @@ class DQN(Algorithm):
         learning_starts: NonNegativeInt = 10_000,
         buffer_size: PositiveInt = 10_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
+        n_step: PositiveInt = 1,
+        replay: Literal["uniform", "prioritized"] = "uniform",
+        priority_alpha: Fraction = 0.6,
+        priority_beta: Fraction = 0.4,
         steps_per_iteration: PositiveInt = 100,
         hidden_sizes: Sequence[PositiveInt] = (120, 84),
         activation: Activation = "relu",
@@ -118,7 +129,7 @@ class DQN(Algorithm):
         self.initial_epsilon, self.final_epsilon = initial_epsilon, final_epsilon
         self.epsilon_env_steps = epsilon_fraction * schedule_env_steps
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
-        self.steps_per_iteration = steps_per_iteration
+        self.steps_per_iteration, self.schedule_env_steps = steps_per_iteration, schedule_env_steps
 
         architecture = Architecture(network, hidden_sizes, activation)
         trunk, num_features = architecture.make_trunk(env)
@@ -127,7 +138,10 @@ class DQN(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.exploration = EpsilonGreedy(initial_epsilon)
-        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
+        exponents = priority_alpha, priority_beta
+        self.buffer = make_replay(
+            env, buffer_size, buffer_storage, n_step=n_step, gamma=gamma, replay=replay, exponents=exponents
+        )
         if compile:
             self.compile_losses("critic_loss")
             self.capture("update_critic")
@@ -144,35 +158,39 @@ class DQN(Algorithm):
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
         for batch in self.replay():
-            self.update(batch)
+            self.buffer.set_priorities(batch, self.update(batch))
         self.record(epsilon=self.exploration.epsilon)
         self.exploration.epsilon.fill_(self.scheduled_epsilon())
 
-    def update(self, batch: TensorDictBase) -> None:
-        self.update_critic(batch)
+    def update(self, batch: TensorDictBase) -> Tensor:
+        td_error = self.update_critic(batch)
         if (self.updates + 1) % self.target_update_every == 0:
             self.update_target()
+        return td_error
 
-    def update_critic(self, batch: TensorDictBase) -> None:
-        critic_loss, q_value = self.critic_loss(batch)
+    def update_critic(self, batch: TensorDictBase) -> Tensor:
+        critic_loss, q_value, td_error = self.critic_loss(batch)
         self.step(self.optimizer, critic_loss, self.max_grad_norm)
         self.record(q_value=q_value, critic_loss=critic_loss)
+        return td_error
 
-    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the critic loss J_Q = E[(Q(s,a) - y)^2] and the mean of Q(s,a).
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the critic loss J_Q = E[(Q(s,a) - y)^2] the mean of Q(s,a), and the TD errors Q(s,a) - y.
 
         y = r + gamma (1 - terminated) max_a' Q'(s', a')
 
         With `huber`, the Huber loss takes the place of the square.
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             q_next = as_float32(self.target_critic(observation))  # [B, A]
             action = (self.critic(observation) if self.double_q else q_next).argmax(-1, keepdim=True)  # [B, 1]
-            target = reward + self.gamma * ~terminated * q_next.gather(-1, action)  # a truncation still bootstraps
+            target = reward + discount * ~terminated * q_next.gather(-1, action)  # a truncation still bootstraps
         q = as_float32(self.critic(batch["observation"])).gather(-1, batch["action"].unsqueeze(-1))  # [B, A] -> [B, 1]
-        loss = huber_loss(q, target) if self.huber else (q - target).square().mean()
-        return loss, q.detach().mean()
+        td_error = q - target
+        loss = huber_loss(q, target, reduction="none") if self.huber else td_error.square()
+        return weigh(loss, batch).mean(), q.detach().mean(), td_error.detach()
 
     def scheduled_epsilon(self) -> float:
         """Return the probability of a uniform action in the next rollout."""

@@ -21,6 +21,9 @@ Pseudocode (Algorithm 1):
             alpha <- alpha - lr grad J(alpha)          Eq. 11
             Q'_i  <- tau Q_i + (1 - tau) Q'_i
 
+With `n_step` above 1, r is the n-step return, s' the observation at its end, and gamma gamma^m (`levin.data.n_step`).
+With `replay=prioritized`, squared errors are weighted (`levin.data.priorities`).
+
 Deviations:
     - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
     - With `state_action` the value of s' is estimated from one a' ~ pi(.|s'); its entropy is still exact.
@@ -51,8 +54,7 @@ from levin.algorithms.base import Algorithm, Batch
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.data import replay
-from levin.data.replay import Replay
+from levin.data.replay import Replay, make_replay, weigh
 from levin.estimators import Estimator, Exact, GumbelSoftmax, LeaveOneOut, ReinMax, StraightThrough
 from levin.nn.distributions import Categorical, MultiCategorical, OneHot
 from levin.nn.layers import as_float32
@@ -90,6 +92,11 @@ class SACDiscrete(Algorithm):
         random_env_steps: Env steps with uniformly random actions at the start; null: `learning_starts`.
         buffer_size: Transitions kept in replay; for pixels, frames. SLM-Lab: 1e5. Paper: 1e6.
         buffer_storage: Storage of replay: `memory`, or `memmap` for a file.
+        n_step: Steps n of the n-step return in y, not corrected for older policies. Paper: 1. Rainbow: 3.
+        replay: How transitions are sampled: `uniform`, or `prioritized` by |TD error| (Schaul et al. 2016).
+        priority_alpha: Exponent of the priorities. Schaul et al., proportional: 0.6.
+        priority_beta: Exponent of the importance weights at the start; it rises linearly to 1. Schaul et al.: 0.4.
+        schedule_env_steps: Env steps over which the exponent `priority_beta` rises to 1; null: it stays.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. SLM-Lab: 256, 256.
         activation: Activation between the layers: relu.
@@ -125,6 +132,11 @@ class SACDiscrete(Algorithm):
         random_env_steps: NonNegativeInt | None = None,
         buffer_size: PositiveInt = 100_000,
         buffer_storage: Literal["memory", "memmap"] = "memory",
+        n_step: PositiveInt = 1,
+        replay: Literal["uniform", "prioritized"] = "uniform",
+        priority_alpha: Fraction = 0.6,
+        priority_beta: Fraction = 0.4,
+        schedule_env_steps: PositiveInt | None = None,
         steps_per_iteration: PositiveInt = 32,
         hidden_sizes: Sequence[PositiveInt] = (256, 256),
         activation: Activation = "relu",
@@ -136,7 +148,7 @@ class SACDiscrete(Algorithm):
         self.actor_lr, self.critic_lr, self.alpha_lr = actor_lr, critic_lr, alpha_lr
         self.huber, self.max_grad_norm = huber, max_grad_norm
         self.batch_size, self.replay_ratio, self.learning_starts = batch_size, replay_ratio, learning_starts
-        self.steps_per_iteration = steps_per_iteration
+        self.steps_per_iteration, self.schedule_env_steps = steps_per_iteration, schedule_env_steps
         self.random_env_steps = learning_starts if random_env_steps is None else random_env_steps
 
         self.one_hot = OneHot(env["action"].get("nvec") or [env["action"]["n"]])
@@ -159,7 +171,10 @@ class SACDiscrete(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
+        exponents = priority_alpha, priority_beta
+        self.buffer = make_replay(
+            env, buffer_size, buffer_storage, n_step=n_step, gamma=gamma, replay=replay, exponents=exponents
+        )
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update")
@@ -191,10 +206,10 @@ class SACDiscrete(Algorithm):
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         self.buffer.extend(rollout)
         for batch in self.replay():
-            self.update(batch)
+            self.buffer.set_priorities(batch, self.update(batch))
 
-    def update(self, batch: TensorDictBase) -> None:
-        critic_loss, q_value = self.critic_loss(batch)
+    def update(self, batch: TensorDictBase) -> Tensor:
+        critic_loss, q_value, td_error = self.critic_loss(batch)
         self.step(self.critic_optimizer, critic_loss, self.max_grad_norm)
         with freeze(self.critic_parameters):
             actor_loss, entropy = self.actor_loss(batch)
@@ -204,9 +219,10 @@ class SACDiscrete(Algorithm):
         self.update_target()
         self.record(q_value=q_value, critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)
         self.record(alpha=self.log_alpha.exp(), entropy=entropy.mean())
+        return td_error
 
-    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the critic loss J_Q = E[(Q_i(s,a) - y)^2], summed over i, and the mean of Q_i(s,a).
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the critic loss J_Q = E[(Q_i(s,a) - y)^2], summed over i, the mean of Q_i(s,a), and the TD errors.
 
         y = r + gamma (1 - terminated) V(s')
         V(s') = sum_a' pi(a'|s') (min_i Q'_i(s',a') - alpha log pi(a'|s'))      Eq. 10
@@ -214,6 +230,7 @@ class SACDiscrete(Algorithm):
         With `huber`, the Huber loss takes the place of the square.
         """
         observation, reward, terminated = (batch["next", key] for key in ("observation", "reward", "terminated"))
+        discount = batch.get("discount", self.gamma)  # n-step: gamma^m
         with torch.no_grad():
             policy = self.actor(self.trunk(observation))
             if self.critic_form == "state":
@@ -224,15 +241,16 @@ class SACDiscrete(Algorithm):
             else:
                 q_next = self.target_critic(observation, self.one_hot.encode(policy.sample())).amin(0)  # -> [B, 1]
                 soft_value = q_next + self.log_alpha.exp() * policy.entropy()
-            target = reward + self.gamma * ~terminated * soft_value  # a truncation still bootstraps
+            target = reward + discount * ~terminated * soft_value  # a truncation still bootstraps
         if self.critic_form == "state":
             action = batch["action"].expand(2, -1).unsqueeze(-1)  # [B] -> [2, B, 1]
             q = as_float32(self.critic(batch["observation"])).gather(-1, action)  # [2, B, A] -> [2, B, 1]
         else:
             q = self.critic(batch["observation"], self.one_hot.encode(batch["action"]))  # [2, B, 1]
         regression = huber_loss if self.huber else mse_loss
-        # `regression` averages over both critics; twice the mean is their sum.
-        return 2 * regression(q, target.expand_as(q)), q.detach().mean()
+        loss = weigh(regression(q, target.expand_as(q), reduction="none"), batch)  # [2, B, 1]
+        # The mean is one over both critics; twice the mean is their sum.
+        return 2 * loss.mean(), q.detach().mean(), (q - target).detach()
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the actor loss J_pi and the entropy H(pi(.|s)), `[B, 1]`.

@@ -1,25 +1,60 @@
 """Replay buffers of single transitions, on TorchRL's `ReplayBuffer`."""
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
+from levin.data.n_step import NStep
+from levin.data.priorities import Priorities
 
 KEYS = ("observation", "action", ("next", "observation"), ("next", "reward"), ("next", "terminated"))
 MAX_SAMPLE_BYTES = 64 << 20  # of the batches that are sampled at once, unless a single batch is larger
 
 
-def make_replay(env: EnvSpec, size: int, storage: str) -> "Replay":
-    """Build the replay buffer that fits the env: `FrameReplay` for pixels, else `Replay`."""
+def make_replay(
+    env: EnvSpec,
+    size: int,
+    storage: str,
+    *,
+    n_step: int = 1,
+    gamma: float = 1.0,
+    replay: Literal["uniform", "prioritized"] = "uniform",
+    exponents: tuple[float, float] = (0.6, 0.4),
+) -> "Replay":
+    """Build the replay buffer that fits the env: `FrameReplay` for pixels, else `Replay`.
+
+    Args:
+        env: Env description.
+        size: Number of transitions that are kept; for pixels, frames.
+        storage: `memory` or `memmap`, as in `Replay`.
+        n_step: Length of n-step returns; 1: batches hold single transitions.
+        gamma: Discount factor of n-step returns.
+        replay: How transitions are sampled.
+        exponents: alpha and beta of prioritized replay.
+
+    Raises:
+        ConfigError: The buffer is too small for n-step returns, or prioritized replay is not available.
+    """
+    if n_step > 1 and size < (least := n_step * env["num_envs"]):
+        raise ConfigError(f"algo.buffer_size={size} is too small for algo.n_step={n_step}: it must be at least {least}")
+    windows = NStep(size, n_step, gamma) if n_step > 1 else None
+    sampler = Priorities(size, *exponents) if replay == "prioritized" else None
     if env["observation"]["dtype"] == "uint8":
-        return FrameReplay(size, storage, env.get("frame_stack", 1))
-    return Replay(size, storage)
+        return FrameReplay(size, storage, env.get("frame_stack", 1), windows, sampler)
+    return Replay(size, storage, windows, sampler)
+
+
+def weigh(errors: Tensor, batch: Mapping[NestedKey, Tensor]) -> Tensor:
+    """Multiply errors `[..., B, 1]` by the importance weights of a batch, which prioritized replay gives it."""
+    weight = batch.get("weight")
+    return errors if weight is None else weight * errors
 
 
 def to_device(sample: TensorDict, device: torch.device) -> TensorDict:
@@ -28,24 +63,32 @@ def to_device(sample: TensorDict, device: torch.device) -> TensorDict:
 
 
 class Replay:
-    """Replay of the last `size` transitions (s, a, r, s', terminated), sampled uniformly with replacement.
+    """Replay of the last `size` transitions (s, a, r, s', terminated), sampled with replacement.
 
     Every call costs half a millisecond, whatever its size. Therefore a whole rollout is stored in one call, and the
-    batches of all updates that are due are sampled in one call.
+    batches of all updates that are due are sampled in one call, unless an update changes the priorities of the next.
+
+    With `n_step`, a batch has the n-step return as reward, s_{t+m} and its `terminated` under "next", and gamma^m as
+    `discount` `[B, 1]`. With `priorities`, it has the storage indices `index` `[B]` and the importance weights `weight`
+    `[B, 1]`, divided by the largest of the sample as in Dopamine's Rainbow.
 
     Args:
         size: Number of transitions that are kept.
         storage: `memory`, on the device of the rollouts, or `memmap`, a file.
+        n_step: Windows of n-step returns; None: single transitions.
+        priorities: Prioritized sampler; None: sampling is uniform.
     """
 
     # Names of attributes that `state_dict` saves or that need not be saved; those of base classes are added. Others
     # that change are saved by levin.runs.extra_state.
-    not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes")
+    not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes", "n_step", "priorities")
 
-    def __init__(self, size: int, storage: str) -> None:
+    def __init__(
+        self, size: int, storage: str, n_step: NStep | None = None, priorities: Priorities | None = None
+    ) -> None:
         lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
-        self.size, self.storage = size, storage
-        self.buffer = ReplayBuffer(storage=lazy)
+        self.size, self.storage, self.n_step, self.priorities = size, storage, n_step, priorities
+        self.buffer = ReplayBuffer(storage=lazy, sampler=priorities)
 
     def __len__(self) -> int:
         return len(self.buffer)
@@ -54,6 +97,11 @@ class Replay:
     def written(self) -> int:
         """Number of entries stored so far, overwritten ones included; entry k lies at index k modulo `size`."""
         return self.buffer.writer.state_dict()["_write_count"]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch can be sampled once something is stored."""
+        return self.n_step is None or self.n_step.ready
 
     @property
     def data(self) -> TensorDict:
@@ -67,31 +115,120 @@ class Replay:
 
     def batches_per_draw(self, batch_size: int) -> int:
         """Return the number of batches to sample at once: a call costs as much as a small update, whatever its size."""
-        return min(128, max(1, MAX_SAMPLE_BYTES // (batch_size * self.transition_bytes)))
+        return 1 if self.priorities else min(128, max(1, MAX_SAMPLE_BYTES // (batch_size * self.transition_bytes)))
 
     def extend(self, rollout: TensorDictBase) -> None:
         """Store the transitions of a rollout `[N, T]`."""
+        if self.n_step:
+            done = rollout["next", "done"].squeeze(-1)  # [N, T]
+            entry = self.written + torch.arange(done.numel(), device=done.device).view_as(done)
+            self.n_step.link(*((entry.cpu(), done.cpu()) if self.storage == "memmap" else (entry, done)))
         self.buffer.extend(rollout.select(*KEYS).reshape(-1))  # [N, T] -> [N * T]
 
-    def sample(self, num: int, batch_size: int, device: torch.device) -> TensorDictBase:
-        """Sample `num` batches at once, `[num, batch_size]` on the device."""
-        return self.draw(num * batch_size, device).unflatten(0, (num, batch_size))
+    def sample(
+        self,
+        num: int,
+        batch_size: int,
+        device: torch.device,
+        normalize: Callable[[TensorDictBase], TensorDictBase] | None = None,
+    ) -> TensorDictBase:
+        """Sample `num` batches at once, `[num, batch_size]` on the device.
+
+        Args:
+            num: Number of batches.
+            batch_size: Transitions per batch.
+            device: Device of the batches.
+            normalize: Function applied to observations and to single rewards, before n-step returns sum them.
+        """
+        sample: TensorDictBase = self.draw(num * batch_size, device).unflatten(0, (num, batch_size))
+        if normalize:
+            sample = normalize(sample)
+        if self.n_step:
+            reward = self.n_step.sum_rewards(sample.get(("next", "reward")))
+            sample.set(("next", "reward"), reward)
+        return sample
 
     def draw(self, num: int, device: torch.device) -> TensorDict:
-        """Sample `num` transitions, `[num]` on the device."""
-        return to_device(self.buffer.sample(num), device)  # type: ignore[arg-type]
+        """Sample `num` transitions, `[num]` on the device; with `n_step` their rewards are those of a window."""
+        if not self.n_step and not self.priorities:
+            return to_device(self.buffer.sample(num), device)  # type: ignore[arg-type]
+        window, extra = self.sample_windows(num)
+        first, last, data = window[:, 0] % self.size, window[:, -1] % self.size, self.data
+        after = {key: data["next", key][last] for key in ("observation", "terminated")}
+        after["reward"] = self.rewards_of(window, data["next", "reward"])
+        sample = {"observation": data["observation"][first], "action": data["action"][first], "next": after}
+        return to_device(TensorDict({**sample, **extra}, batch_size=[num]), device)
+
+    def sample_windows(self, num: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sample transitions until all can be used.
+
+        Returns:
+            The entries of the windows that begin with them `[num, n]`, and what a batch has besides the transitions.
+        """
+        entry, weight = self.propose(num)
+        window = self.follow(entry)
+        while len(bad := (~self.is_usable(window)).nonzero().squeeze(1)):
+            entry, weight[bad] = self.propose(len(bad))
+            window[bad] = self.follow(entry)
+        extra = {}
+        if self.n_step:
+            extra["discount"] = self.n_step.discount(window)
+        if self.priorities:
+            extra |= {"index": window[:, 0] % self.size, "weight": (weight / weight.max()).unsqueeze(-1)}
+        return window, extra
+
+    def propose(self, num: int) -> tuple[Tensor, Tensor]:
+        """Sample entries `[num]` and their importance weights, whether they can be used or not."""
+        oldest, device = self.written - len(self), self.data.get("action").device
+        if self.priorities is None:
+            return torch.randint(oldest, self.written, (num,), device=device), torch.empty(num, device=device)
+        index, info = self.priorities.sample(self.buffer.storage, num)  # type: ignore[arg-type]
+        return oldest + (index.to(device) - oldest) % self.size, info["priority_weight"].to(device)  # type: ignore[call-overload]
+
+    def follow(self, entry: Tensor) -> Tensor:
+        """Return the entries of the windows `[num, n]` that begin with the entries `[num]`; without n-step, n is 1."""
+        return self.n_step.follow(entry) if self.n_step else entry.unsqueeze(1)
+
+    def is_usable(self, window: Tensor) -> Tensor:
+        """Return `[num]`, whether each window `[num, n]` may be part of a batch."""
+        return self.n_step.is_complete(window) if self.n_step else torch.ones_like(window[:, 0], dtype=torch.bool)
+
+    def rewards_of(self, window: Tensor, reward: Tensor) -> Tensor:
+        """Return the rewards of windows `[num, n]`, 0 beyond their ends, from the stored ones `[size, 1]`."""
+        rewards = reward[window % self.size].squeeze(-1)
+        return rewards * self.n_step.is_within(window) if self.n_step else rewards
+
+    def set_priorities(self, batch: TensorDictBase, td_error: Tensor) -> None:
+        """Set the priorities of a sampled batch to its absolute TD errors, averaged over critics.
+
+        Uniform replay ignores them. Nothing may have been stored since the batch was sampled.
+
+        Args:
+            batch: Transitions `[B]` from `sample`.
+            td_error: TD errors `[B, 1]`, or of each critic `[C, B, 1]`.
+        """
+        if self.priorities:
+            priority = td_error.abs().reshape(-1, len(batch)).mean(0).float().cpu()
+            # NaN or inf in a loss ends the run after this iteration; until then they must not break the sampler.
+            self.priorities.update_priority(batch["index"].cpu(), priority.nan_to_num(0.0, 0.0))
+
+    def anneal(self, remaining: float) -> None:
+        """Set the exponent of the importance weights; `remaining` falls from 1 to 0 over the schedule."""
+        if self.priorities:
+            self.priorities.anneal(remaining)
 
     def restart(self, envs: Tensor) -> None:
-        """Mark envs, by a mask `[N]`, whose next transition does not continue the last stored one.
-
-        Here this does nothing, because single transitions do not depend on each other.
-        """
+        """Mark envs, by a mask `[N]`, whose next transition does not continue the last stored one."""
+        if self.n_step:
+            self.n_step.restart(envs)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the counters and the stored data, which is not copied; None while the buffer is empty."""
         if not len(self):
             return None
         state = {"written": self.written, "length": len(self), "data": self.data}
+        if self.n_step:
+            state["n_step"] = self.n_step.state_dict()
         sampler = self.buffer.sampler.state_dict()
         return {**state, "sampler": sampler} if sampler else state
 
@@ -114,6 +251,8 @@ class Replay:
             self.data[key].copy_(value)
         if "sampler" in state:
             self.buffer.sampler.load_state_dict(state["sampler"])
+        if self.n_step:
+            self.n_step.load_state_dict(state["n_step"], self.data.get("action").device)
 
 
 class FrameReplay(Replay):
@@ -131,22 +270,27 @@ class FrameReplay(Replay):
         storage: `memory`, on the device of the rollouts, or `memmap`, a file.
         stack: Number of frames K of an observation `[K * C, H, W]`, oldest first. Successive observations have K - 1
             frames in common.
+        n_step: As in `Replay`.
+        priorities: As in `Replay`.
     """
 
     not_saved: ClassVar[tuple[str, ...]] = ("current",)
 
-    def __init__(self, size: int, storage: str, stack: int) -> None:
-        super().__init__(size, storage)
+    def __init__(
+        self, size: int, storage: str, stack: int, n_step: NStep | None = None, priorities: Priorities | None = None
+    ) -> None:
+        super().__init__(size, storage, n_step, priorities)
         self.stack = stack
         self.current: Tensor | None = None  # [N, K]: the entries of each env's last observation
 
     def extend(self, rollout: TensorDictBase) -> None:
         """Store the transitions of a rollout `[N, T]`."""
         (num_envs, steps), stack = rollout.shape, self.stack
-        if self.size < (least := 2 * num_envs * steps * (1 + stack)):  # then some transition can always be sampled
+        rollouts = 1 + (self.n_step.n_step if self.n_step else 1)  # with these, some transition can always be sampled
+        if self.size < (least := rollouts * num_envs * steps * (1 + stack)):
             raise ConfigError(
-                f"algo.buffer_size={self.size} is less than {least}, the frames of two rollouts in which every step "
-                "begins an episode; increase it"
+                f"algo.buffer_size={self.size} is less than {least}, the frames of {rollouts} rollouts in which every "
+                "step begins an episode; increase it"
             )
         if self.storage == "memmap":
             rollout = rollout.cpu()
@@ -176,6 +320,9 @@ class FrameReplay(Replay):
             current[env] = timeline[-stack:]
             before = last
         self.current = current
+        if self.n_step:
+            self.n_step.restart(begins[:, 0])
+            self.n_step.link(first + to.view(num_envs, steps), rollout["next", "done"].squeeze(-1))
         transition = torch.repeat_interleave(num_entries.flatten())  # [R]: of each entry, first stacks included
         flat = rollout.select("action", ("next", "reward"), ("next", "terminated")).reshape(-1)[transition]
         leads_on = torch.arange(total, device=to.device) == to[transition]
@@ -189,31 +336,34 @@ class FrameReplay(Replay):
 
     @cached_property
     def transition_bytes(self) -> int:
-        return (1 + self.stack) * self.data.bytes() // len(self)
+        frames = 2 * self.stack if self.n_step else 1 + self.stack
+        return frames * self.data.bytes() // len(self)
 
     def matches_stack(self, observation: Tensor, entries: Tensor) -> Tensor:
         """Return `[N]`, whether each observation `[N, K * C, H, W]` is the stack of the frames in entries `[N, K]`."""
         return (self.data["frame"][entries % self.size].flatten(1, 2) == observation).flatten(1).all(1)
 
+    def is_usable(self, window: Tensor) -> Tensor:
+        entry = window[:, 0]
+        starts, leads_on = (self.data[key][entry % self.size] for key in ("starts", "leads_on"))
+        # Not if the entry is the end of no transition, or the transition starts from an overwritten frame.
+        usable = leads_on & (starts[:, 0] >= self.written - len(self))
+        return usable & self.n_step.is_complete(window) if self.n_step else usable
+
     def draw(self, num: int, device: torch.device) -> TensorDict:
-        data, oldest = self.data, self.written - len(self)
-        starts, leads_on = data["starts"], data["leads_on"]
-
-        def uniform(num: int) -> Tensor:
-            return torch.randint(oldest, self.written, (num,), device=starts.device)
-
-        entry = uniform(num)
-        # Sample again where the entry is the end of no transition, or the transition starts from an overwritten frame.
-        while len(bad := (~leads_on[entry % self.size] | (starts[entry % self.size, 0] < oldest)).nonzero().squeeze(1)):
-            entry[bad] = uniform(len(bad))
-        at = entry % self.size
-        stacks = torch.cat([starts[at], entry.unsqueeze(1)], 1) % self.size  # [num, K + 1]
+        window, extra = self.sample_windows(num)
+        first, last, data = window[:, 0] % self.size, window[:, -1] % self.size, self.data
+        # The frames of s and those of s', which are the same but one unless there are steps between them: [num, K + 1]
+        # or [num, 2 K].
+        between = [data["starts"][last, 1:]] if self.n_step else []
+        stacks = torch.cat([data["starts"][first], *between, window[:, -1:]], 1) % self.size
         # Indexing with brackets takes 5 times as long.
         frames = data["frame"].index_select(0, stacks.flatten()).unflatten(0, stacks.shape)
         frames = frames.to(device, non_blocking=True)
-        after = {"observation": frames[:, 1:].flatten(1, 2)}  # a view, like s: both share the frames
-        after |= {key: data[key][at] for key in ("reward", "terminated")}
-        sample = {"observation": frames[:, :-1].flatten(1, 2), "action": data["action"][at], "next": after}
+        after = {"observation": frames[:, -self.stack :].flatten(1, 2)}  # a view, like s: both share the frames
+        after |= {"reward": self.rewards_of(window, data["reward"]), "terminated": data["terminated"][last]}
+        before = frames[:, : self.stack].flatten(1, 2)
+        sample = {"observation": before, "action": data["action"][first], "next": after, **extra}
         return to_device(TensorDict(sample, batch_size=[num]), device)
 
     def state_dict(self) -> dict[str, Any] | None:
