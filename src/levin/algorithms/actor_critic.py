@@ -58,7 +58,7 @@ from levin.core.types import (
 )
 from levin.data.rollout import WholeEpisodes
 from levin.nn.distributions import Categorical
-from levin.nn.networks import Actor, Critic, make_trunk
+from levin.nn.networks import Actor, Critic, make_trunk, obey_mask
 
 
 class ActorCritic(Algorithm):
@@ -94,6 +94,7 @@ class ActorCritic(Algorithm):
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
+    action_masks: ClassVar = True
     optimizer_name: OptimizerName
 
     def __init__(
@@ -154,7 +155,7 @@ class ActorCritic(Algorithm):
         if critic == "advantage":
             self.critic = Critic(features, hidden_sizes, activation)
         elif self.actor.discrete:  # Q(s, .): one value for each action
-            self.critic = Critic(features, hidden_sizes, activation, outputs=env["action"]["n"])
+            self.critic = obey_mask(Critic(features, hidden_sizes, activation, outputs=env["action"]["n"]), env)
         else:
             self.critic = Critic(features + len(env["action"]["low"]), hidden_sizes, activation)
         if compile:

@@ -42,12 +42,12 @@ from torch.nn.functional import huber_loss
 from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
-from levin.core.spaces import EnvSpec
+from levin.core.spaces import EnvSpec, has_mask
 from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data import replay
 from levin.data.replay import Replay
 from levin.nn.exploration import EpsilonGreedy, Greedy
-from levin.nn.networks import as_float32, make_trunk, mlp
+from levin.nn.networks import as_float32, make_trunk, mlp, obey_mask
 from levin.nn.parameters import flatten_parameters
 
 
@@ -82,6 +82,7 @@ class DQN(Algorithm):
 
     actions: ClassVar = ("discrete",)
     observations: ClassVar = ("float32", "uint8")
+    action_masks: ClassVar = True
     buffer: Replay
 
     def __init__(
@@ -118,11 +119,12 @@ class DQN(Algorithm):
         self.steps_per_iteration = steps_per_iteration
 
         features, num_features = make_trunk(env)
-        self.critic = nn.Sequential(features, mlp([num_features, *hidden_sizes, env["action"]["n"]], activation))
+        values = mlp([num_features, *hidden_sizes, env["action"]["n"]], activation)
+        self.critic = nn.Sequential(features, obey_mask(values, env))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
-        self.exploration = EpsilonGreedy(initial_epsilon)
+        self.exploration = EpsilonGreedy(initial_epsilon, action_masks=has_mask(env["observation"]))
         self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss")

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from levin.core.spaces import EnvSpec, Space
-from levin.nn.distributions import Categorical, MultiCategorical, Normal
+from levin.core.spaces import ACTION_MASK, EnvSpec, Space, has_mask
+from levin.nn.distributions import NEVER, Categorical, MultiCategorical, Normal
 
 
 class InPlaceTanh(nn.Module):
@@ -159,24 +159,55 @@ class SmallCNN(nn.Module):
 class Encoder(nn.Module):
     """Encoder of dict observations: `{"vector": [B, D], name: [B, C, H, W] uint8, ...} -> [B, F]`.
 
-    Each image has its own CNN. Their features are concatenated with the vector.
+    Each image has its own CNN. Their features are concatenated with the vector. An action mask `[B, A]` follows them:
+    `-> [B, F + A]`. It is no feature, but the way to those who obey it (`MaskedOutputs`).
     """
 
     def __init__(self, parts: Mapping[str, Space]) -> None:
         super().__init__()
-        trunks = {name: make_box_trunk(part) for name, part in parts.items()}
+        self.has_mask = ACTION_MASK in parts
+        trunks = {name: make_box_trunk(part) for name, part in parts.items() if name != ACTION_MASK}
         self.parts = nn.ModuleDict({name: part for name, (part, _) in trunks.items()})
         self.num_features = sum(num_features for _, num_features in trunks.values())
 
     def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
+        features = [part(observation[name]) for name, part in self.parts.items()]
+        if self.has_mask:
+            features.append(observation[ACTION_MASK].float())
+        return torch.cat(features, -1)
+
+
+class MaskedOutputs(nn.Module):
+    """Network whose outputs for forbidden actions are `NEVER`: features and a mask `[B, F + A] -> [..., B, A]`.
+
+    A logit of `NEVER` is a probability of exactly 0, with a gradient of 0, and a value of `NEVER` is never the largest.
+    Where a mask allows nothing, as after the end of many episodes, everything stays finite.
+    """
+
+    def __init__(self, network: nn.Module, num_actions: int) -> None:
+        super().__init__()
+        self.network, self.num_actions = network, num_actions
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = as_float32(self.network(inputs[..., : -self.num_actions]))
+        return outputs.masked_fill(inputs[..., -self.num_actions :] == 0, NEVER)
+
+
+def obey_mask(network: nn.Module, env: EnvSpec) -> nn.Module:
+    """Return a network of logits or values with `NEVER` for forbidden actions; without masks, the network itself."""
+    return MaskedOutputs(network, action_size(env)) if has_mask(env["observation"]) else network
+
+
+def without_mask(features: Tensor, num_features: int) -> Tensor:
+    """Return the features alone, `[..., F]`, without the action mask that may follow them."""
+    return features if features.shape[-1] == num_features else features[..., :num_features]
 
 
 def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
     """Build the trunk of a network, which maps observations to features `[B, F]`; return it and F.
 
     The trunk is a CNN for pixels, the Nature CNN if both sides have 36 or more, and an `Encoder` for dicts. Boxes of
-    numbers are only flattened.
+    numbers are only flattened. An action mask follows the features and is not counted in F.
     """
     if "spaces" not in env["observation"]:
         return make_box_trunk(env["observation"])
@@ -199,7 +230,7 @@ def action_size(env: EnvSpec) -> int:
 
 
 class Actor(nn.Module):
-    """Actor pi(a|s): features `[B, F]` to the distribution of actions.
+    """Actor pi(a|s): features `[B, F]` to the distribution of actions; those that a mask forbids have probability 0.
 
     The distribution is Categorical `[B]` for a discrete space, MultiCategorical `[B, K]` for a multi-discrete one, and
     Normal `[B, A]` for a box. The standard deviation of the Normal is a parameter that does not depend on s.
@@ -219,9 +250,10 @@ class Actor(nn.Module):
         self.discrete = env["action"]["type"] == "discrete"
         self.sizes = env["action"].get("nvec")
         outputs = action_size(env)
-        self.network = mlp([num_features, *hidden_sizes, outputs], activation)
-        orthogonal_(self.network)
-        orthogonal_(self.network[-1], gain=0.01)
+        network = mlp([num_features, *hidden_sizes, outputs], activation)
+        orthogonal_(network)
+        orthogonal_(network[-1], gain=0.01)
+        self.network = obey_mask(network, env)
         if env["action"]["type"] == "box":
             self.log_std = nn.Parameter(torch.full((outputs,), initial_log_std))
 
@@ -237,12 +269,13 @@ class Critic(nn.Module):
 
     def __init__(self, num_features: int, hidden_sizes: Sequence[int], activation: str, outputs: int = 1) -> None:
         super().__init__()
+        self.num_features = num_features
         self.network = mlp([num_features, *hidden_sizes, outputs], activation)
         orthogonal_(self.network)
         orthogonal_(self.network[-1], gain=1.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        return as_float32(self.network(features))
+        return as_float32(self.network(without_mask(features, self.num_features)))
 
 
 class StochasticPolicy(nn.Module):
@@ -289,10 +322,11 @@ class ActionCritic(nn.Module):
     def __init__(self, num: int, env: EnvSpec, hidden_sizes: Sequence[int], activation: str) -> None:
         super().__init__()
         self.trunk, num_features = make_trunk(env)
+        self.num_features = num_features
         self.ensemble = EnsembleMLP(num, [num_features + action_size(env), *hidden_sizes, 1], activation)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        features = self.trunk(observation)
+        features = without_mask(self.trunk(observation), self.num_features)
         if action.ndim > 2:
             inputs = torch.cat([features.expand(*action.shape[:-1], -1), action], -1)  # [S, B, F + A]
             return as_float32(self.ensemble(inputs.flatten(0, -2))).unflatten(1, action.shape[:-1])
