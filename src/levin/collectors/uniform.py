@@ -34,8 +34,9 @@ class Uniform(nn.Module):
         super().__init__()
         self.space, self.num_envs = env.single_action_space, env.num_envs
         self.space.seed(0)
+        self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, observation: Any) -> Tensor:
         if isinstance(observation, dict) and ACTION_MASK in observation:
-            return random_allowed_actions(self.space, observation[ACTION_MASK])
+            return random_allowed_actions(self.space, observation[ACTION_MASK], self.generator)
         return torch.as_tensor(np.stack([self.space.sample() for _ in range(self.num_envs)]))

@@ -349,7 +349,8 @@ def _to_mask(mask: np.ndarray) -> np.ndarray:
     wrong = (mask != 0) & (mask != 1)
     if wrong.any():
         raise ObservationError(
-            int(np.nonzero(wrong)[0][0]), f"the action mask holds {mask[wrong][0]}; valid: 1 for allowed actions, else 0"
+            int(np.nonzero(wrong)[0][0]),
+            f"the action mask holds {mask[wrong][0]}; valid: 1 for allowed actions, else 0",
         )
     return mask.astype(np.int8)
 
@@ -443,9 +444,12 @@ def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
     return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
 
 
-def random_allowed_actions(space: gym.Space, mask: Tensor) -> Tensor:
-    """Return uniform random actions `[N, *A]` among those that the masks `[N, A]` allow."""
-    numbers = torch.rand(mask.shape, device=mask.device).masked_fill_(mask == 0, -1.0)
+def random_allowed_actions(space: gym.Space, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return uniform random actions `[N, *A]` among those that the masks `[N, A]` allow, on the CPU.
+
+    They are those of the largest of A uniform numbers.
+    """
+    numbers = torch.rand(mask.shape, generator=generator).masked_fill_(mask == 0, -1.0)
     if isinstance(space, MultiDiscrete):
         return torch.stack([each.argmax(-1) for each in numbers.split(space.nvec.tolist(), -1)], -1)
     return numbers.argmax(-1)

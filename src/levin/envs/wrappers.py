@@ -74,7 +74,11 @@ class InfoMask(gym.Wrapper):
         return add_mask(observation, self._mask(info, nothing)), reward, terminated, truncated, info
 
     def _mask(self, info: dict[str, Any], default: np.ndarray | None) -> np.ndarray:
-        """Return the mask `[A]` in an info. Raises ValueError if it is missing and has no default, or its size differs."""
+        """Return the mask `[A]` in an info.
+
+        Raises:
+            ValueError: It is missing and has no default, or does not have one number per action.
+        """
         mask = info.get(ACTION_MASK, default)
         if mask is None:
             raise ValueError("env.action_mask=info needs info['action_mask'] of every reset and step, and got none")
