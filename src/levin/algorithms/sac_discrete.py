@@ -197,7 +197,7 @@ class SACDiscrete(Algorithm):
         with freeze(self.critic_parameters):
             actor_loss, entropy = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
-        alpha_loss = self.alpha_loss(entropy, batch["observation"][ACTION_MASK] if self.target_by_mask else None)
+        alpha_loss = self.alpha_loss(entropy, batch["observation", ACTION_MASK] if self.target_by_mask else None)
         self.step(self.alpha_optimizer, alpha_loss)
         self.update_target()
         self.record(q_value=q_value, critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)

@@ -165,6 +165,12 @@ def has_mask(space: Space) -> bool:
     return ACTION_MASK in space.get("spaces", {})
 
 
+def drop_mask(space: Space) -> Space:
+    """Return a network input without its action mask: a dict, or the only part that is left."""
+    parts = {name: part for name, part in space.get("spaces", {}).items() if name != ACTION_MASK}
+    return {**space, "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
+
+
 def count_actions(space: gym.Space) -> int:
     """Return the number of actions A in a mask, with those of several choices added up.
 
@@ -204,7 +210,8 @@ def mark_mask(space: Space, key: str, size: int) -> Space:
         )
     if len(parts) == 1:
         raise ConfigError(f"env.action_mask={key} is the only part of the env's observation: add another one")
-    return {**space, "spaces": parts | {key: {**EMPTY, "type": "mask", "shape": [size], "dtype": "int8"}}}
+    mask: Space = {**EMPTY, "type": "mask", "shape": [size], "dtype": "int8"}
+    return {**space, "spaces": {**parts, key: mask}}
 
 
 def add_mask(observation: Any, mask: Any) -> dict[str, Any]:
@@ -258,7 +265,7 @@ class NetworkInput:
                 "rename one of them in the env"
             )
         if self.mask:
-            parts[ACTION_MASK] = space["spaces"][self.mask[0]]
+            parts[ACTION_MASK] = next(leaf for path, leaf in _leaves(space) if path == self.mask)
         self.space = {**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
 
     def __call__(self, observation: Any) -> Any:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from levin.core.spaces import ACTION_MASK, EnvSpec, Space, has_mask
+from levin.core.spaces import ACTION_MASK, EnvSpec, Space, drop_mask, has_mask
 from levin.nn.distributions import NEVER, Categorical, MultiCategorical, Normal
 
 
@@ -159,22 +159,36 @@ class SmallCNN(nn.Module):
 class Encoder(nn.Module):
     """Encoder of dict observations: `{"vector": [B, D], name: [B, C, H, W] uint8, ...} -> [B, F]`.
 
-    Each image has its own CNN. Their features are concatenated with the vector. An action mask `[B, A]` follows them:
-    `-> [B, F + A]`. It is no feature, but the way to those who obey it (`MaskedOutputs`).
+    Each image has its own CNN. Their features are concatenated with the vector.
     """
 
     def __init__(self, parts: Mapping[str, Space]) -> None:
         super().__init__()
-        self.has_mask = ACTION_MASK in parts
-        trunks = {name: make_box_trunk(part) for name, part in parts.items() if name != ACTION_MASK}
+        trunks = {name: make_box_trunk(part) for name, part in parts.items()}
         self.parts = nn.ModuleDict({name: part for name, (part, _) in trunks.items()})
         self.num_features = sum(num_features for _, num_features in trunks.values())
 
     def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
-        features = [part(observation[name]) for name, part in self.parts.items()]
-        if self.has_mask:
-            features.append(observation[ACTION_MASK].float())
-        return torch.cat(features, -1)
+        return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
+
+
+class MaskedTrunk(nn.Module):
+    """Trunk of observations with an action mask `[B, A]`, which follows the features: `-> [B, F + A]`.
+
+    The mask is no feature: it is on its way to the networks that obey it (`MaskedOutputs`).
+
+    Args:
+        trunk: Trunk of the observations without the mask.
+        part: Name of the only other part of the observations, which `trunk` reads; None: `trunk` reads a dict.
+    """
+
+    def __init__(self, trunk: nn.Module, part: str | None) -> None:
+        super().__init__()
+        self.trunk, self.part = trunk, part
+
+    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
+        features = self.trunk(observation[self.part] if self.part else observation)
+        return torch.cat([features, observation[ACTION_MASK].float()], -1)
 
 
 class MaskedOutputs(nn.Module):
@@ -209,9 +223,15 @@ def make_trunk(env: EnvSpec) -> tuple[nn.Module, int]:
     The trunk is a CNN for pixels, the Nature CNN if both sides have 36 or more, and an `Encoder` for dicts. Boxes of
     numbers are only flattened. An action mask follows the features and is not counted in F.
     """
-    if "spaces" not in env["observation"]:
-        return make_box_trunk(env["observation"])
-    encoder = Encoder(env["observation"]["spaces"])
+    space = env["observation"]
+    if has_mask(space):
+        rest = drop_mask(space)
+        trunk, num_features = make_trunk({**env, "observation": rest})
+        part = None if "spaces" in rest else next(iter(space.get("spaces", {})))
+        return MaskedTrunk(trunk, part), num_features
+    if "spaces" not in space:
+        return make_box_trunk(space)
+    encoder = Encoder(space["spaces"])
     return encoder, encoder.num_features
 
 
