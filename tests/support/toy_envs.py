@@ -317,7 +317,7 @@ class Forbidding(gym.Env):
 
     Args:
         where: Place of the mask: `info`, or `legal`, a part of the observation.
-        choices: Whether an action is a choice of two values and one of four.
+        choices: Whether an action is a choice of two values and one of four; each has 1 or 2 allowed ones.
         fault: What is wrong with the third mask: `missing`, `short`, `empty`, `two` (it holds a 2); or `cut`: an
             episode is truncated after two steps, with an empty mask.
     """
@@ -347,7 +347,8 @@ class Forbidding(gym.Env):
     def _show(self, terminated=False):
         self.legal, self.values = np.zeros(6, np.int8), np.full(6, 2, np.float32)
         for choice in (np.arange(2), np.arange(2, 6)) if self.choices else (np.arange(6),):
-            allowed = self.np_random.permutation(choice)[: self.np_random.integers(2 - self.choices, len(choice) - 1)]
+            few, many = (1, 2) if self.choices else (2, 4)
+            allowed = self.np_random.permutation(choice)[: self.np_random.integers(few, many + 1)]
             self.legal[allowed], self.values[allowed] = 1, 0
             self.values[allowed[0]] = 1
         legal = self.legal
