@@ -1,5 +1,7 @@
 """Action masks: forbidden actions are never taken nor valued, and everything else stays as it is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 from tensordict import TensorDict
 
 import levin
-from checks import build_algorithm
+from checks import build_algorithm, compiled_and_eager_are_the_same, mixed_precision_keeps_parameters_whole
 from levin.collectors.factory import make_collector
 from levin.collectors.uniform import random_return
 from levin.config.compose import compose
@@ -29,6 +31,7 @@ from levin.nn.networks import make_trunk
 from levin.runs.load import export_policy
 from levin.training import video
 from levin.training.session import build_run, train
+from rows import ROWS, Row
 from short_runs import INTERVALS, check_resumed_run_is_identical
 
 FORBIDDING = ("env=gym", "env.id=toy_envs:Forbidding-v0", "logger=csv", "algo.gamma=0.5", "eval.episodes=5")
@@ -149,6 +152,20 @@ def test_losses_of_discrete_sac_are_sums_over_the_allowed_actions():
     torch.testing.assert_close(entropy.squeeze(1), torch.stack(entropies))
     alpha_loss = algorithm.alpha_loss(entropy, batch["observation", ACTION_MASK])
     torch.testing.assert_close(alpha_loss, torch.stack(alpha_terms).mean())
+
+
+def test_the_temperature_of_discrete_sac_steers_to_the_entropy_of_the_allowed_actions():
+    """A policy that is uniform over them is steered to less entropy, and one without a choice to nothing."""
+    algorithm = build_algorithm("algo=sac_discrete", *TINY, *INFO)
+    batch = batch_with_masks(algorithm)
+    for parameter in algorithm.actor.parameters():
+        parameter.data.zero_()
+    algorithm.update(batch)
+    assert algorithm.log_alpha.grad > 0
+    other = build_algorithm("algo=sac_discrete", *TINY, *INFO)
+    batch["observation", ACTION_MASK] = torch.eye(6, dtype=torch.int8)[batch["action"]]
+    other.update(batch)
+    assert other.log_alpha.grad == 0
 
 
 @pytest.mark.parametrize(("form", "sizes"), [(INFO, [6]), (CHOICES, [2, 4])])
@@ -272,6 +289,15 @@ def test_other_collectors_obey_masks(collector, tmp_path):
     train(compose([*words, "total_env_steps=256"]), tmp_path / "run")
 
 
+@pytest.mark.parametrize("batch", ["null", "2"])
+@pytest.mark.parametrize("algo", ["dqn", "a2c"])
+def test_masks_of_torchrl_envs_are_obeyed(algo, batch, tmp_path):
+    words = [f"algo={algo}", "env=torchrl", "env.target=toy_torchrl:line", "env.action_mask=action_mask", *ONCE]
+    words += ["+env.kwargs.choices=categorical", "+env.kwargs.mask=true", f"+env.kwargs.batch={batch}"]
+    words += ["env.num_envs=2", "env.time_limit=10", "algo.hidden_sizes=[8]", "logger=csv", "eval.episodes=2"]
+    train(compose([*words, "total_env_steps=400"]), tmp_path / "run")
+
+
 RESUMED = {
     "dqn": (*TINY_REPLAY, *INFO, "algo.schedule_env_steps=448"),
     "dqn, async": (*TINY_REPLAY, *PART, "env.vectorization=async", "algo.schedule_env_steps=448"),
@@ -279,6 +305,22 @@ RESUMED = {
     "ppo": (*TINY, *INFO, "algo.steps_per_iteration=32", "algo.batch_size=32", "algo.schedule_env_steps=448"),
     "a2c": (*TINY, *PART),
 }
+
+
+def masked_row(algo: str) -> Row:
+    """Return the row of an algorithm, in an env with masks."""
+    row = next(each for each in ROWS if each.algo == algo)
+    return replace(row, env="gym", small=(*row.small, *FORBIDDING[1:], *INFO))
+
+
+@pytest.mark.parametrize("algo", ["dqn", "sac_discrete", "ppo", "a2c"])
+def test_compiled_losses_with_masks_are_the_same(algo, tmp_path):
+    compiled_and_eager_are_the_same(masked_row(algo), tmp_path)
+
+
+@pytest.mark.parametrize("algo", ["dqn", "sac_discrete", "ppo", "a2c"])
+def test_masks_are_obeyed_in_mixed_precision(algo, tmp_path):
+    mixed_precision_keeps_parameters_whole(masked_row(algo), tmp_path)
 
 
 @pytest.mark.parametrize("name", RESUMED)
