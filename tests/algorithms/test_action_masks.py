@@ -121,6 +121,23 @@ def test_targets_of_dqn_are_those_of_the_allowed_actions(double_q):
     torch.testing.assert_close(q_value, taken.gather(1, batch["action"].unsqueeze(1)).mean())
 
 
+@pytest.mark.parametrize("q_target", ["max", "expected"])
+@torch.no_grad()
+def test_targets_of_actor_critic_are_those_of_the_allowed_actions(q_target):
+    algorithm = build_algorithm("algo=actor_critic", *TINY, *INFO, "algo.critic=q", f"algo.q_target={q_target}")
+    batch = batch_with_masks(algorithm)
+    state = batch["next", "observation"]
+    q, logits = algorithm.critic.network(state[VECTOR]), network_outputs(algorithm.actor.network, state)
+    expected = []
+    for i in range(len(batch)):
+        allowed, value = state[ACTION_MASK][i].bool(), 0.0
+        if not batch["next", "terminated"][i]:
+            probs = torch.ones(1) if q_target == "max" else logits[i, allowed].softmax(-1)
+            value = (probs * (q[i, allowed].max() if q_target == "max" else q[i, allowed])).sum()
+        expected.append(batch["next", "reward"][i, 0] + 0.5 * value)
+    torch.testing.assert_close(algorithm.value_target(batch).squeeze(1), torch.stack(expected))
+
+
 @torch.no_grad()
 def test_losses_of_discrete_sac_are_sums_over_the_allowed_actions():
     algorithm = build_algorithm("algo=sac_discrete", *TINY, *INFO, "algo.initial_alpha=0.3", "algo.hidden_sizes=[8]")

@@ -359,7 +359,10 @@ class Forbidding(gym.Env):
         missing = (terminated and self.where == "info") or (self.step_number == 2 and self.fault == "missing")
         if self.where == "legal":
             return {"legal": legal, "values": self.values}, {}
-        return self.values, {} if missing else {"action_mask": legal}
+        mask = (
+            (legal[:2], legal[2:]) if self.choices else legal
+        )  # of several choices as `MultiDiscrete.sample` takes it
+        return self.values, {} if missing else {"action_mask": mask}
 
 
 gym.register("Forbidding-v0", Forbidding, max_episode_steps=8)
