@@ -35,6 +35,12 @@ LONG = (
     *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py", "test_toy.py"),
 )
 LONG_FUNCTIONS = {
+    "algorithms/test_action_masks.py": (
+        "test_a_resumed_run_with_masks_is_identical",
+        "test_compiled_losses_with_masks_are_the_same",
+        "test_masks_are_obeyed_in_mixed_precision",
+        "test_other_collectors_obey_masks",
+    ),
     "algorithms/test_dreamer.py": ("test_every_hyper_parameter_has_an_effect",),
     "algorithms/test_dreamer_v3_replay.py": ("test_actions_rewards_and_observations_are_aligned",),
     "algorithms/test_off_policy.py": (

@@ -306,3 +306,63 @@ class Reporting(Point):
 
 
 gym.register("Reporting-v0", Reporting)
+
+
+class Forbidding(gym.Env):
+    """Env that raises if a forbidden action is taken; in each step 2 to 4 random ones of 6 actions are allowed.
+
+    It shows 1 for the best allowed action, which has the reward 1, 0 for other allowed ones, and 2 for forbidden ones.
+    An episode has 8 steps. It terminates, and then allows nothing, if its first random number is below 1/2. Else
+    Gymnasium truncates it.
+
+    Args:
+        where: Place of the mask: `info`, or `legal`, a part of the observation.
+        choices: Whether an action is a choice of two values and one of four; each has 1 or 2 allowed ones.
+        fault: What is wrong with the third mask: `missing`, `short`, `empty`, `two` (it holds a 2); or `cut`: an
+            episode is truncated after two steps, with an empty mask.
+    """
+
+    def __init__(self, where: str = "info", choices: bool = False, fault: str | None = None) -> None:
+        self.where, self.choices, self.fault = where, choices, fault
+        self.action_space = MultiDiscrete([2, 4]) if choices else Discrete(6)
+        self.observation_space = Box(0, 2, (6,), np.float32)
+        if where == "legal":
+            self.observation_space = Dict({"legal": MultiBinary(6), "values": self.observation_space})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.terminates, self.step_number = self.np_random.random() < 0.5, 0
+        return self._show()
+
+    def step(self, action):
+        chosen = [int(action[0]), 2 + int(action[1])] if self.choices else [int(action)]
+        assert self.legal[chosen].all(), f"action {action} is forbidden by {self.legal}"
+        reward = float(self.values[chosen].sum())
+        self.step_number += 1
+        terminated = bool(self.step_number == 8 and self.terminates and self.fault is None)
+        truncated = self.step_number == 2 and self.fault == "cut"
+        observation, info = self._show(terminated)
+        return observation, reward, terminated, truncated, info
+
+    def _show(self, terminated=False):
+        self.legal, self.values = np.zeros(6, np.int8), np.full(6, 2, np.float32)
+        for choice in (np.arange(2), np.arange(2, 6)) if self.choices else (np.arange(6),):
+            few, many = (1, 2) if self.choices else (2, 4)
+            allowed = self.np_random.permutation(choice)[: self.np_random.integers(few, many + 1)]
+            self.legal[allowed], self.values[allowed] = 1, 0
+            self.values[allowed[0]] = 1
+        legal = self.legal
+        if terminated or (self.fault in ("empty", "cut") and self.step_number == 2):
+            legal = 0 * legal
+        if self.step_number == 2 and self.fault in ("short", "two"):
+            legal = legal[:-1] if self.fault == "short" else 2 * legal
+        missing = (terminated and self.where == "info") or (self.step_number == 2 and self.fault == "missing")
+        if self.where == "legal":
+            return {"legal": legal, "values": self.values}, {}
+        mask = (
+            (legal[:2], legal[2:]) if self.choices else legal
+        )  # of several choices as `MultiDiscrete.sample` takes it
+        return self.values, {} if missing else {"action_mask": mask}
+
+
+gym.register("Forbidding-v0", Forbidding, max_episode_steps=8)

@@ -27,14 +27,19 @@ class Line(EnvBase):
         batch: Batch size B of the env `[B]`; None for an env without a batch dimension `[]`.
         choices: None for continuous actions; `categorical` or `one_hot` for three discrete actions.
         parts: Whether the observation is split into position and speed.
+        mask: Whether the observation also has an action mask, which forbids to move away from 0; such an action raises.
     """
 
-    def __init__(self, batch: int | None = None, choices: str | None = None, parts: bool = False) -> None:
+    def __init__(
+        self, batch: int | None = None, choices: str | None = None, parts: bool = False, mask: bool = False
+    ) -> None:
         shape = () if batch is None else (batch,)
         super().__init__(batch_size=shape)
-        self.choices, self.parts = choices, parts
+        self.choices, self.parts, self.mask = choices, parts, mask
         where = {"position": Unbounded((*shape, 1)), "speed": Unbounded((*shape, 2))} if parts else {}
-        self.observation_spec = Composite(where or {"observation": Unbounded((*shape, 1))}, shape=shape)
+        where = where or {"observation": Unbounded((*shape, 1))}
+        where |= {"action_mask": Categorical(2, shape=(*shape, 3), dtype=torch.bool)} if mask else {}
+        self.observation_spec = Composite(where, shape=shape)
         self.action_spec = {
             None: Bounded(-0.5, 0.5, (*shape, 1)),
             "categorical": Categorical(3, shape=shape),
@@ -52,6 +57,7 @@ class Line(EnvBase):
         action = tensordict["action"]
         if self.choices is not None:
             index = action.int().argmax(-1) if self.choices == "one_hot" else action
+            assert not self.mask or self._allowed().gather(-1, index.unsqueeze(-1)).all()
             action = 0.5 * (index.unsqueeze(-1) - 1.0)
         noise = 0.01 * torch.randn(*self.batch_size, 1)
         self.position = (self.position + action + noise).clamp(-2, 2)
@@ -61,7 +67,10 @@ class Line(EnvBase):
     def _show(self):
         if self.parts:
             return {"position": self.position, "speed": self.position.expand(*self.batch_size, 2) * 2}
-        return {"observation": self.position}
+        return {"observation": self.position} | ({"action_mask": self._allowed()} if self.mask else {})
+
+    def _allowed(self):
+        return torch.cat([self.position > 0, torch.ones_like(self.position).bool(), self.position < 0], -1)
 
     def _set_seed(self, seed):
         torch.manual_seed(seed)

@@ -83,6 +83,7 @@ class A2C(Algorithm):
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
+    action_masks: ClassVar = True
     optimizer_name: OptimizerName
 
     def __init__(

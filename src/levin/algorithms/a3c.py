@@ -76,6 +76,7 @@ class A3C(Algorithm):
     not_saved: ClassVar = ("local", "local_parameters", "pushes", "staleness")  # copies, and counts saved as totals
     actions: ClassVar = ("box", "discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
+    action_masks: ClassVar = True
     lock_free: ClassVar = True
     theta: Tensor
     mean_square: Tensor

@@ -59,7 +59,7 @@ from levin.core.types import (
 )
 from levin.data.rollout import WholeEpisodes
 from levin.nn.distributions import Categorical
-from levin.nn.networks import Actor, Architecture, Critic
+from levin.nn.networks import Actor, Architecture, Critic, obey_mask
 
 
 class ActorCritic(Algorithm):
@@ -96,6 +96,7 @@ class ActorCritic(Algorithm):
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
+    action_masks: ClassVar = True
     optimizer_name: OptimizerName
 
     def __init__(
@@ -158,7 +159,7 @@ class ActorCritic(Algorithm):
         if critic == "advantage":
             self.critic = Critic(features, architecture)
         elif self.actor.discrete:  # Q(s, .): one value for each action
-            self.critic = Critic(features, architecture, outputs=env["action"]["n"])
+            self.critic = obey_mask(Critic(features, architecture, outputs=env["action"]["n"]), env)
         else:
             self.critic = Critic(features + len(env["action"]["low"]), architecture)
         if compile:

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from levin.core import distributed
 from levin.core.errors import ConfigError
-from levin.core.spaces import EnvSpec, observation_dtypes
+from levin.core.spaces import EnvSpec, has_mask, observation_dtypes
 from levin.core.types import OptimizerName
 from levin.core.validate import as_count
 from levin.data.replay import Replay
@@ -87,6 +87,7 @@ class Algorithm(LightningModule):
     )
     actions: ClassVar[tuple[str, ...]]  # supported action spaces: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # supported observation dtypes; "uint8": pixels
+    action_masks: ClassVar[bool] = False  # whether the policy and the targets obey action masks
     lock_free: ClassVar[bool] = False  # whether Hogwild workers may train it (levin.training.distributed.hogwild)
     trunk: nn.Module  # observation -> features; part of the default `policy`
     actor: nn.Module  # in the default `policy`: features -> distribution over actions
@@ -118,6 +119,11 @@ class Algorithm(LightningModule):
                 f"{type(self).__name__} reads {' and '.join(sorted(supported))}, "
                 f"but the observations of {env['id']} contain {' and '.join(sorted(observed - supported))}: "
                 "choose another algo or env"
+            )
+        if has_mask(env["observation"]) and not self.action_masks:
+            raise ConfigError(
+                f"{type(self).__name__} does not obey action masks: set env.action_mask=null, or choose another algo, "
+                "such as dqn, ppo, a2c or sac_discrete"
             )
         self.automatic_optimization = False
         self.save_hyperparameters(logger=False)  # the loggers receive the whole config instead

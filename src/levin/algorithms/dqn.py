@@ -45,12 +45,12 @@ from torch.nn.functional import huber_loss
 from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
-from levin.core.spaces import EnvSpec
+from levin.core.spaces import EnvSpec, has_mask
 from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data.replay import Replay, make_replay, weigh
 from levin.nn.exploration import EpsilonGreedy, Greedy
 from levin.nn.layers import as_float32
-from levin.nn.networks import Architecture
+from levin.nn.networks import Architecture, obey_mask
 from levin.nn.parameters import flatten_parameters
 
 
@@ -91,6 +91,7 @@ class DQN(Algorithm):
 
     actions: ClassVar = ("discrete",)
     observations: ClassVar = ("float32", "uint8")
+    action_masks: ClassVar = True
     buffer: Replay
 
     def __init__(
@@ -133,11 +134,12 @@ class DQN(Algorithm):
 
         architecture = Architecture(network, hidden_sizes, activation)
         trunk, num_features = architecture.make_trunk(env)
-        self.critic = nn.Sequential(trunk, architecture.make_head(num_features, env["action"]["n"]))
+        values = architecture.make_head(num_features, env["action"]["n"])
+        self.critic = nn.Sequential(trunk, obey_mask(values, env))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
-        self.exploration = EpsilonGreedy(initial_epsilon)
+        self.exploration = EpsilonGreedy(initial_epsilon, action_masks=has_mask(env["observation"]))
         exponents = priority_alpha, priority_beta
         self.buffer = make_replay(
             env, buffer_size, buffer_storage, n_step=n_step, gamma=gamma, replay=replay, exponents=exponents

@@ -96,6 +96,7 @@ class PPO(Algorithm):
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
+    action_masks: ClassVar = True
 
     def __init__(
         self,

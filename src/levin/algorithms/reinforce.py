@@ -104,6 +104,7 @@ class REINFORCE(Algorithm):
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
+    action_masks: ClassVar = True
     optimizer_name: OptimizerName
     step_count = True
 

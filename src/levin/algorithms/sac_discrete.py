@@ -52,13 +52,13 @@ from torch.optim import Adam, Optimizer
 
 from levin.algorithms.base import Algorithm, Batch
 from levin.core.errors import ConfigError
-from levin.core.spaces import EnvSpec
+from levin.core.spaces import ACTION_MASK, EnvSpec, has_mask
 from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from levin.data.replay import Replay, make_replay, weigh
 from levin.estimators import Estimator, Exact, GumbelSoftmax, LeaveOneOut, ReinMax, StraightThrough
 from levin.nn.distributions import Categorical, MultiCategorical, OneHot
 from levin.nn.layers import as_float32
-from levin.nn.networks import ActionCritic, Actor, Architecture
+from levin.nn.networks import ActionCritic, Actor, Architecture, obey_mask
 from levin.nn.parameters import freeze
 
 MAX_Q_VALUES = 2**20  # values of Q per update that actor_estimator=exact may compute
@@ -77,7 +77,7 @@ class SACDiscrete(Algorithm):
         alpha_lr: Learning rate of the temperature (Adam); 0 keeps the temperature fixed.
         initial_alpha: Temperature at the start: 1.0.
         target_entropy: Entropy that the temperature steers to, in nats; null: 0.98 log A as in the paper, summed over
-            the choices of a multi-discrete action.
+            the choices of a multi-discrete action; with action masks, A is the number of allowed actions in each state.
         critic: Form of the critic: `state` outputs the values of all actions, as in the paper; `state_action` reads a
             one-hot action.
         actor_estimator: Estimator of the actor's gradient. All but `exact` sample actions.
@@ -107,6 +107,7 @@ class SACDiscrete(Algorithm):
 
     actions: ClassVar = ("discrete", "multi_discrete")
     observations: ClassVar = ("float32", "uint8")
+    action_masks: ClassVar = True
     buffer: Replay
 
     def __init__(
@@ -153,6 +154,7 @@ class SACDiscrete(Algorithm):
 
         self.one_hot = OneHot(env["action"].get("nvec") or [env["action"]["n"]])
         self.target_entropy = 0.98 * self.one_hot.max_entropy if target_entropy is None else target_entropy
+        self.target_by_mask = target_entropy is None and has_mask(env["observation"])
         self.critic_form = critic
         self.estimator = self.make_estimator(actor_estimator, actor_draws, actor_tau)
         architecture = Architecture(network, hidden_sizes, activation)
@@ -162,7 +164,8 @@ class SACDiscrete(Algorithm):
             self.critic = ActionCritic(2, env, architecture)
         elif env["action"]["type"] == "discrete":
             trunk, _ = architecture.make_trunk(env)
-            self.critic = nn.Sequential(trunk, architecture.make_ensemble(2, num_features, env["action"]["n"]))
+            values = architecture.make_ensemble(2, num_features, env["action"]["n"])
+            self.critic = nn.Sequential(trunk, obey_mask(values, env))
         else:
             raise ConfigError(
                 "algo.critic=state needs a discrete action space: for a multi_discrete one set algo.critic=state_action"
@@ -214,7 +217,7 @@ class SACDiscrete(Algorithm):
         with freeze(self.critic_parameters):
             actor_loss, entropy = self.actor_loss(batch)
             self.step(self.actor_optimizer, actor_loss, self.max_grad_norm)
-        alpha_loss = self.alpha_loss(entropy)
+        alpha_loss = self.alpha_loss(entropy, batch["observation", ACTION_MASK] if self.target_by_mask else None)
         self.step(self.alpha_optimizer, alpha_loss)
         self.update_target()
         self.record(q_value=q_value, critic_loss=critic_loss, actor_loss=actor_loss, alpha_loss=alpha_loss)
@@ -282,9 +285,14 @@ class SACDiscrete(Algorithm):
             value = self.critic(observation, action).amin(0).squeeze(-1)  # [2, S, B, 1] -> [S, B]
         return self.estimator.surrogate(draws, value).unsqueeze(-1)
 
-    def alpha_loss(self, entropy: Tensor) -> Tensor:
-        """Return the temperature loss J(alpha) = E[alpha (H(pi(.|s)) - target entropy)]."""
-        return (self.log_alpha.exp() * (entropy - self.target_entropy)).mean()
+    def alpha_loss(self, entropy: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the temperature loss J(alpha) = E[alpha (H(pi(.|s)) - target entropy)].
+
+        With action masks `[B, A]` the target depends on s: few allowed actions can't have the entropy of all actions,
+        and the temperature would grow forever.
+        """
+        target = self.target_entropy if mask is None else 0.98 * self.one_hot.allowed_entropy(mask)
+        return (self.log_alpha.exp() * (entropy - target)).mean()
 
     @torch.no_grad()
     def update_target(self) -> None:

@@ -81,6 +81,7 @@ class TRPO(Algorithm):
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
+    action_masks: ClassVar = True
 
     def __init__(
         self,

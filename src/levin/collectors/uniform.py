@@ -1,5 +1,7 @@
 """Mean return of uniform actions, which has the normalised score 0."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from levin.collectors.episodes import evaluate
 from levin.core.process import silence_libraries
+from levin.core.spaces import ACTION_MASK, random_allowed_actions
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
 from levin.envs.vector import SeededVectorEnv
@@ -29,8 +32,11 @@ class Uniform(nn.Module):
 
     def __init__(self, env: SeededVectorEnv) -> None:
         super().__init__()
-        self.space = env.single_action_space
+        self.space, self.num_envs = env.single_action_space, env.num_envs
         self.space.seed(0)
+        self.generator = torch.Generator().manual_seed(0)
 
-    def forward(self, observation: Tensor) -> Tensor:
-        return torch.as_tensor(np.stack([self.space.sample() for _ in observation]))
+    def forward(self, observation: Any) -> Tensor:
+        if isinstance(observation, dict) and ACTION_MASK in observation:
+            return random_allowed_actions(self.space, observation[ACTION_MASK], self.generator)
+        return torch.as_tensor(np.stack([self.space.sample() for _ in range(self.num_envs)]))

@@ -22,7 +22,7 @@ from torchrl.collectors import BaseCollector
 from levin.collectors.episodes import EpisodeEnd
 from levin.core.errors import Interrupted
 from levin.core.rng import Generators
-from levin.core.spaces import IS_FIRST, random_actions, to_tensors
+from levin.core.spaces import ACTION_MASK, IS_FIRST, random_actions, random_allowed_actions, to_tensors
 from levin.data.rollout import WholeEpisodes
 from levin.envs.vector import SeededVectorEnv
 
@@ -192,7 +192,7 @@ class VectorCollector(BaseCollector):
         steps = taken = action.shape[1]
         device = next(iter(self.policy.parameters()), torch.empty(0)).device
         num_random = self._num_random(steps)
-        if num_random:
+        if num_random and not env.read.mask:
             action[:, :num_random] = random_actions(env.single_action_space, env.num_envs, num_random)
         current: list[Any] = now
         with torch.inference_mode():  # around the loop only: a loss can't use inference tensors
@@ -204,6 +204,9 @@ class VectorCollector(BaseCollector):
                     action[:, t] = chosen.numpy()
                     if state is not None:
                         arrays.states.append(state)
+                elif env.read.mask:
+                    mask = torch.from_numpy(self._join_parts(current)[ACTION_MASK])
+                    action[:, t] = random_allowed_actions(env.single_action_space, mask).numpy()
                 env.send(action[:, t])
                 # An observation is also the next observation of the step before, except after the end of an episode:
                 # `_assemble` corrects that, and the index -1 that t = 0 writes to.

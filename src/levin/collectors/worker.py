@@ -23,7 +23,7 @@ from levin.collectors.torchrl import to_torchrl
 from levin.core import rng
 from levin.core.errors import RunError
 from levin.core.process import ignore_signals
-from levin.core.spaces import random_actions
+from levin.core.spaces import ACTION_MASK, random_actions, random_allowed_actions
 from levin.data.rollout import POLICY_VERSION
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
@@ -99,7 +99,11 @@ class WorkerPolicy(TensorDictModuleBase):
         signal.setitimer(signal.ITIMER_REAL, self.timeout)
         if self.random_steps > 0:
             self.random_steps -= 1
-            action = torch.from_numpy(random_actions(self.space, *tensordict.shape))
+            mask = tensordict.get(("observation", ACTION_MASK), None)
+            if mask is None:
+                action = torch.from_numpy(random_actions(self.space, *tensordict.shape))
+            else:
+                action = random_allowed_actions(self.space, mask)
         else:
             action = self.policy.module(*[tensordict.get(key) for key in self.in_keys])
         version = self.version.expand(*tensordict.shape, 1).clone()

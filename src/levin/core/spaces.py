@@ -8,21 +8,23 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from torch import Tensor
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from levin.core.errors import ConfigError, ObservationError
 
 VECTOR = "vector"  # in a network input that is a dict, the name of the part with everything but pixels
 CHANNELS = (1, 3, 4)  # numbers of channels by which an image is recognised
+ACTION_MASK = "action_mask"  # in a network input, the name of the part that says which actions are allowed
 IS_FIRST = "is_first"  # [N, 1], input of policies with a memory: whether an observation begins an episode
 # Keys of a rollout, which parts of an observation can't have as names.
-RESERVED = {"observation", "action", "reward", "terminated", "truncated", "done", "next", IS_FIRST}
+RESERVED = {"observation", "action", "reward", "terminated", "truncated", "done", "next", IS_FIRST, ACTION_MASK}
 
 
 class Space(TypedDict):
     """A gymnasium space in plain values, so that checkpoints load with `weights_only`."""
 
-    type: Literal["box", "discrete", "multi_discrete", "dict"]
+    type: Literal["box", "discrete", "multi_discrete", "dict", "mask"]  # mask: 1 for each allowed action, else 0
     shape: list[int]
     dtype: str
     low: list[float]  # box of actions: bounds; else empty
@@ -158,12 +160,78 @@ def unusual_channels(space: Space) -> list[tuple[list[int], int]]:
     return [(shape, count) for shape, count in counts if count not in CHANNELS]
 
 
+def has_mask(space: Space) -> bool:
+    """Return whether a network input has an action mask as one of its parts."""
+    return ACTION_MASK in space.get("spaces", {})
+
+
+def drop_mask(space: Space) -> Space:
+    """Return a network input without its action mask: a dict, or the only part that is left."""
+    parts = {name: part for name, part in space.get("spaces", {}).items() if name != ACTION_MASK}
+    return {**space, "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
+
+
+def count_actions(space: gym.Space) -> int:
+    """Return the number of actions A in a mask, with those of several choices added up.
+
+    Raises:
+        ConfigError: Actions of this space can't be masked.
+    """
+    if not isinstance(space, Discrete | MultiDiscrete):
+        raise ConfigError(
+            f"env.action_mask is for Discrete and MultiDiscrete actions, but the env's are a {type(space).__name__}: "
+            "set env.action_mask=null"
+        )
+    return int(space.n) if isinstance(space, Discrete) else int(space.nvec.sum())
+
+
+def mark_mask(space: Space, key: str, size: int) -> Space:
+    """Return an observation space in which the part `key` is marked as the action mask.
+
+    Args:
+        space: Observation space.
+        key: Name of the part.
+        size: Number of actions A (`count_actions`).
+
+    Raises:
+        ConfigError: There is no such part, nothing else, or it does not hold one number per action.
+    """
+    parts = space.get("spaces", {})
+    if key not in parts:
+        names = f"a Dict with {', '.join(parts)}" if parts else "not a Dict"
+        raise ConfigError(
+            f"env.action_mask={key} names no part of the env's observation, which is {names}; valid: the name of a "
+            "part, or info for masks in info['action_mask']"
+        )
+    if parts[key]["shape"] != [size]:
+        raise ConfigError(
+            f"env.action_mask={key} has the shape {parts[key]['shape']}, but the env has {size} actions: a mask is a "
+            f"vector [{size}] of 0 and 1"
+        )
+    if len(parts) == 1:
+        raise ConfigError(f"env.action_mask={key} is the only part of the env's observation: add another one")
+    mask: Space = {**EMPTY, "type": "mask", "shape": [size], "dtype": "int8"}
+    return {**space, "spaces": {**parts, key: mask}}
+
+
+def add_mask(observation: Any, mask: Any) -> dict[str, Any]:
+    """Return an observation, a dict or not, as a dict that also holds an action mask."""
+    return {**(observation if isinstance(observation, dict) else {"observation": observation}), ACTION_MASK: mask}
+
+
+def leaves_nothing(mask: np.ndarray, action: Space) -> np.ndarray:
+    """Return `[N]`, whether each mask `[N, A]` forbids all actions; of several choices, all values of one of them."""
+    starts = np.cumsum([0, *action.get("nvec", [])[:-1]])
+    return (np.maximum.reduceat(mask, starts, axis=1) == 0).any(1)
+
+
 class NetworkInput:
     """Converter of observation batches of an env to network input.
 
     A box of numbers is kept as it is. Pixels become `[C, H, W]`. Everything else is flattened, with discrete values
     one-hot, and joined to one vector. Images beside a vector or other images give a dict: each image under its name,
-    all the rest as `vector`.
+    all the rest as `vector`. With an action mask (`mark_mask`) it is a dict in any case, with the mask as the last
+    part, `action_mask` `[A]` int8.
 
     Args:
         space: Observation space of the env.
@@ -171,6 +239,7 @@ class NetworkInput:
     Attributes:
         space: Space of the network input.
         is_identity: Whether observations already are network input.
+        mask: Path of the action mask in an observation; None: there is none.
 
     Raises:
         ConfigError: Two parts have the same name.
@@ -178,12 +247,13 @@ class NetworkInput:
 
     def __init__(self, space: Space) -> None:
         self.space: Space = space
+        self.mask = next((path for path, leaf in _leaves(space) if leaf["type"] == "mask"), None)
         self.is_identity = space["type"] == "box" and bool(space["shape"])
         self.is_identity &= space["dtype"] != "uint8" or _channel_first(space)["shape"] == space["shape"]
         if self.is_identity:
             self.space = _channel_first(space) if space["dtype"] == "uint8" else space
             return
-        leaves = list(_leaves(space))
+        leaves = [(path, leaf) for path, leaf in _leaves(space) if leaf["type"] != "mask"]
         self._images = {_key_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
         self._numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
         parts = {name: _channel_first(leaf) for name, (_, leaf) in self._images.items()}
@@ -194,6 +264,8 @@ class NetworkInput:
                 f"two parts of the env's observation have the same name (all parts but images are joined as {VECTOR}); "
                 "rename one of them in the env"
             )
+        if self.mask:
+            parts[ACTION_MASK] = next(leaf for path, leaf in _leaves(space) if path == self.mask)
         self.space = {**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
 
     def __call__(self, observation: Any) -> Any:
@@ -207,6 +279,8 @@ class NetworkInput:
         if self._numbers:
             flat = [_flatten(_select_part(observation, path), leaf) for path, leaf in self._numbers]
             converted[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")
+        if self.mask:
+            converted[ACTION_MASK] = _to_mask(_select_part(observation, self.mask))
         return converted if len(converted) > 1 else next(iter(converted.values()))
 
 
@@ -273,8 +347,25 @@ def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
     return np.concatenate(one_hot, axis=-1)
 
 
+def _to_mask(mask: np.ndarray) -> np.ndarray:
+    """Convert a batch of action masks of any dtype to int8, `[N, A] -> [N, A]`.
+
+    Raises:
+        ObservationError: A mask has a number other than 0 and 1.
+    """
+    wrong = (mask != 0) & (mask != 1)
+    if wrong.any():
+        raise ObservationError(
+            int(np.nonzero(wrong)[0][0]),
+            f"the action mask holds {mask[wrong][0]}; valid: 1 for allowed actions, else 0",
+        )
+    return mask.astype(np.int8)
+
+
 def to_gym(space: Space) -> gym.Space:
     """Return the gymnasium space of a network input."""
+    if space["type"] == "mask":
+        return MultiBinary(space["shape"][0])
     if "spaces" in space:
         return Dict({name: to_gym(part) for name, part in space["spaces"].items()})
     low, high = (0, 255) if space["dtype"] == "uint8" else (-np.inf, np.inf)
@@ -282,8 +373,8 @@ def to_gym(space: Space) -> gym.Space:
 
 
 def observation_dtypes(space: Space) -> set[str]:
-    """Return the dtypes of a network input."""
-    return {part["dtype"] for part in space.get("spaces", {"": space}).values()}
+    """Return the dtypes of a network input, without its action mask."""
+    return {part["dtype"] for part in space.get("spaces", {"": space}).values() if part["type"] != "mask"}
 
 
 def to_tensors(space: Space, observation: Any, device: torch.device | None = None) -> Any:
@@ -358,3 +449,14 @@ def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
     low = np.where(has_low, space.low, np.where(has_high, np.where(space.high > -1, -1, space.high - 2), -1))
     high = np.where(has_high, space.high, np.where(has_low, np.where(space.low < 1, 1, space.low + 2), 1))
     return (low + torch.rand(shape).numpy() * (high - low)).astype(np.float32)
+
+
+def random_allowed_actions(space: gym.Space, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return uniform random actions `[N, *A]` among those that the masks `[N, A]` allow, on the CPU.
+
+    They are those of the largest of A uniform numbers.
+    """
+    numbers = torch.rand(mask.shape, generator=generator).masked_fill_(mask == 0, -1.0)
+    if isinstance(space, MultiDiscrete):
+        return torch.stack([each.argmax(-1) for each in numbers.split(space.nvec.tolist(), -1)], -1)
+    return numbers.argmax(-1)

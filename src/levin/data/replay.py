@@ -140,7 +140,7 @@ class Replay:
             device: Device of the batches.
             normalize: Function applied to observations and to single rewards, before n-step returns sum them.
         """
-        sample: TensorDictBase = self.draw(num * batch_size, device).unflatten(0, (num, batch_size))
+        sample: Any = self.draw(num * batch_size, device).unflatten(0, (num, batch_size))
         if normalize:
             sample = normalize(sample)
         if self.n_step:

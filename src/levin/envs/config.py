@@ -33,6 +33,9 @@ class EnvConfig:
         channels: Axis of the channels of images: `first` `[C, H, W]` or `last` `[H, W, C]`; null: recognise it.
         frame_stack: Number K of newest observations that are stacked along the first axis, oldest first; `[C, H, W]` or
             `[H, W]` pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
+        action_mask: Where masks of discrete actions are: `info`, in `info["action_mask"]` of `reset` and `step`; or the
+            name of a part of a Dict observation; null: no masks. A mask is `[A]`, 1 for allowed actions and 0 for
+            others, which are never taken; for MultiDiscrete, A is the sum of `nvec`.
         normalize_observation: Whether to subtract the running mean and divide by the running standard deviation.
             Pixels are left as they are: networks scale them.
         observation_clip: Bound on a normalised observation.
@@ -58,6 +61,7 @@ class EnvConfig:
     observation_entries: list[int] | None = None
     channels: Literal["first", "last"] | None = None
     frame_stack: PositiveInt = 1
+    action_mask: str | None = None
     normalize_observation: bool = False
     observation_clip: PositiveFloat = 10.0
     normalize_reward: bool = False

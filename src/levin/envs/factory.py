@@ -35,7 +35,7 @@ from levin.envs.config import TRAINING, EnvConfig
 from levin.envs.sync import ProcessEnv, SyncEnvs, close_env
 from levin.envs.torchrl import TorchRLVectorEnv, import_target
 from levin.envs.vector import SeededVectorEnv
-from levin.envs.wrappers import ActionRepeat, drop_texts, select_entries, stack_frames
+from levin.envs.wrappers import ActionRepeat, InfoMask, drop_texts, select_entries, stack_frames
 from levin.model_based.dream_env import STARTS, DreamEnv, LatentEnv, Model, policy_space
 from levin.runs.load import load_algorithm, load_config
 
@@ -77,6 +77,8 @@ def make_env(
     """
     if config.target is not None and config.family != "torchrl":
         raise ConfigError(f"env.target={config.target} is for env.family=torchrl, not for {config.family}")
+    if config.action_mask is not None:
+        _check_mask_options(config)
     try:
         with rng.kept():
             env = make_vector(config, num_envs, training=purpose == TRAINING, render=render, copy=copy)
@@ -95,6 +97,26 @@ def make_env(
             hint = "; to be recorded, an env takes render_mode='rgb_array' and returns a picture from render()"
         raise ConfigError(f"{what} can't be made: {type(error).__name__}: {reason}{hint}") from error
     return SeededVectorEnv(env, config, seed=seed, purpose=purpose, rank=rank, first=first)
+
+
+def _check_mask_options(config: EnvConfig) -> None:
+    """Raise a ConfigError if an option does not go with action masks."""
+    mask = f"env.action_mask={config.action_mask}"
+    unsupported = {
+        f"{mask} is not for env.family={config.family}, whose envs give no masks: set env.action_mask=null": (
+            config.family in ("atari", "dream")
+        ),
+        f"{mask} needs infos, which TorchRL's envs do not have: name the mask's key in the observation, such as "
+        "env.action_mask=action_mask": config.family == "torchrl" and config.action_mask == "info",
+        f"{mask} does not go with env.wrappers, which replace the observation: set env.wrappers=[]": (
+            bool(config.wrappers)
+        ),
+        f"{mask} does not go with env.action_repeat={config.action_repeat}, because a mask may forbid the action "
+        "before its last repeat: set env.action_repeat=1": config.action_repeat > 1,
+    }
+    for message, is_set in unsupported.items():
+        if is_set:
+            raise ConfigError(message)
 
 
 def _explain_missing_package(config: EnvConfig, error: ModuleNotFoundError | gym.error.DependencyNotInstalled) -> str:
@@ -239,7 +261,9 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
     if config.observation_entries is not None:
         env = select_entries(env, config.observation_entries)
     env = drop_texts(env)
-    return stack_frames(env, config.frame_stack, config.channels) if config.frame_stack > 1 else env
+    if config.frame_stack > 1:
+        env = stack_frames(env, config.frame_stack, config.channels)
+    return InfoMask(env) if config.action_mask == "info" else env
 
 
 def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:

@@ -14,10 +14,14 @@ from gymnasium.vector.utils import batch_space
 
 from levin.core.errors import ObservationError, RunError
 from levin.core.spaces import (
+    ACTION_MASK,
     NetworkInput,
     action_converter,
+    count_actions,
     describe_action,
     describe_space,
+    leaves_nothing,
+    mark_mask,
     to_gym,
     unusual_channels,
 )
@@ -89,6 +93,9 @@ class SeededVectorEnv(VectorWrapper):
                 "env.channels=first or env.channels=last to say which axis they are",
                 stacklevel=1,
             )
+        if config.action_mask is not None:
+            key = ACTION_MASK if config.action_mask == "info" else config.action_mask
+            self.shown = mark_mask(self.shown, key, count_actions(env.single_action_space))
         self.read = NetworkInput(self.shown)
         self.observation = self.read.space
         if not self.read.is_identity:
@@ -123,7 +130,7 @@ class SeededVectorEnv(VectorWrapper):
                 observation, info = self.env.reset_wait(timeout=self.config.timeout)
             else:
                 observation, info = self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]
-            return self.read(observation), info
+            return self._read(observation, mask), info
         except Exception as error:
             raise self._run_error("reset", error) from error
 
@@ -160,9 +167,26 @@ class SeededVectorEnv(VectorWrapper):
                 observation, *rest = self.env.receive()  # type: ignore[attr-defined]
             else:
                 observation, *rest = self.env.step(self._actions)  # type: ignore[arg-type]
-            return self.read(observation), *rest  # type: ignore[return-value]
+            return self._read(observation, ~rest[1], rest[2]), *rest  # type: ignore[return-value, operator]
         except Exception as error:
             raise self._run_error("step", error) from error
+
+    def _read(self, observation: Any, acts: np.ndarray, truncated: np.ndarray | None = None) -> Any:
+        """Convert observations to network input.
+
+        Raises:
+            ObservationError: The action mask of an env in `acts` `[N]` leaves nothing: of one that will act, or whose
+                last state has a value, because its episode is only truncated (`truncated` `[N]`).
+        """
+        converted = self.read(observation)
+        if self.read.mask:
+            wrong = np.flatnonzero(leaves_nothing(converted[ACTION_MASK], self.action) & acts)
+            if wrong.size:
+                reason = "the action mask allows no action"
+                if truncated is not None and truncated[wrong[0]]:
+                    reason += ", but the episode is only truncated, and its last state still has a value"
+                raise ObservationError(int(wrong[0]), reason)
+        return converted
 
     def _add_ended(self, numbers: dict[str, np.ndarray]) -> None:
         """Add the numbers of ended episodes, which Gymnasium has gathered as `name -> [N]` and `_name -> mask [N]`."""

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, MultiBinary
 from gymnasium.wrappers import FilterObservation, FrameStackObservation, ReshapeObservation, TransformObservation
 
 from levin.core.errors import ConfigError
-from levin.core.spaces import describe_space, is_channel_last
+from levin.core.spaces import ACTION_MASK, add_mask, count_actions, describe_space, is_channel_last
 from levin.envs.sync import as_number
 
 
@@ -42,6 +42,50 @@ class ActionRepeat(gym.Wrapper):
     def _set_drawing(self, enabled: bool) -> None:
         if self.lazy:
             self.unwrapped.draws = enabled  # type: ignore[attr-defined]
+
+
+class InfoMask(gym.Wrapper):
+    """Wrapper that moves `info["action_mask"]` into the observation, which becomes a Dict.
+
+    After the end of an episode the mask may be missing: it then allows nothing.
+
+    Args:
+        env: Env with discrete actions.
+
+    Raises:
+        ConfigError: The actions are not discrete, or the observation has a part of this name already.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.size, space = count_actions(env.action_space), env.observation_space
+        if isinstance(space, Dict) and ACTION_MASK in space.spaces:
+            raise ConfigError(f"the observation has a part {ACTION_MASK} itself: set env.action_mask={ACTION_MASK}")
+        parts = space.spaces if isinstance(space, Dict) else space
+        self.observation_space = Dict(add_mask(parts, MultiBinary(self.size)))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        return add_mask(observation, self._mask(info, None)), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        nothing = np.zeros(self.size, np.int8) if terminated or truncated else None
+        return add_mask(observation, self._mask(info, nothing)), reward, terminated, truncated, info
+
+    def _mask(self, info: dict[str, Any], default: np.ndarray | None) -> np.ndarray:
+        """Return the mask `[A]` in an info.
+
+        Raises:
+            ValueError: It is missing and has no default, or does not have one number per action.
+        """
+        mask = info.get(ACTION_MASK, default)
+        if mask is None:
+            raise ValueError("env.action_mask=info needs info['action_mask'] of every reset and step, and got none")
+        mask = np.concatenate(mask) if isinstance(mask, tuple) else np.asarray(mask)  # a tuple: one mask per choice
+        if mask.shape != (self.size,):
+            raise ValueError(f"info['action_mask'] has the shape {mask.shape}; valid: ({self.size},), one per action")
+        return mask
 
 
 def drop_texts(env: gym.Env) -> gym.Env:

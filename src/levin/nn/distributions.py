@@ -111,6 +111,10 @@ class OneHot:
         """Entropy of uniform choices, in nats."""
         return sum(math.log(size) for size in self.sizes)
 
+    def allowed_entropy(self, mask: Tensor) -> Tensor:
+        """Return the entropy of uniform choices among the allowed values, in nats: masks `[B, A] -> [B, 1]`."""
+        return sum_terms(part.sum(-1, keepdim=True).log() for part in mask.float().split(self.sizes, -1))
+
     @property
     def combinations(self) -> int:
         """Number M of different actions."""

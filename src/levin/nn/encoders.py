@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from levin.core.errors import ConfigError
 from levin.core.paths import make_forks_importable
-from levin.core.spaces import EnvSpec, Space, observation_dtypes
+from levin.core.spaces import ACTION_MASK, EnvSpec, Space, drop_mask, has_mask, observation_dtypes
 from levin.core.types import Network, PixelNetwork, VectorNetwork
 from levin.nn.layers import Residual, orthogonal_
 
@@ -117,10 +117,30 @@ class Encoder(nn.Module):
         return torch.cat([part(observation[name]) for name, part in self.parts.items()], -1)
 
 
+class MaskedTrunk(nn.Module):
+    """Trunk of observations with an action mask `[B, A]`, which follows the features: `-> [B, F + A]`.
+
+    The mask is no feature: it is on its way to the networks that obey it (`MaskedOutputs`).
+
+    Args:
+        trunk: Trunk of the observations without the mask.
+        part: Name of the only other part of the observations, which `trunk` reads; None: `trunk` reads a dict.
+    """
+
+    def __init__(self, trunk: nn.Module, part: str | None) -> None:
+        super().__init__()
+        self.trunk, self.part = trunk, part
+
+    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
+        features = self.trunk(observation[self.part] if self.part else observation)
+        return torch.cat([features, observation[ACTION_MASK].float()], -1)
+
+
 def make_trunk(env: EnvSpec, network: Network) -> tuple[nn.Module, int]:
     """Build the trunk of a network, which maps observations to features `[B, F]`; return it and F.
 
-    The trunk is a CNN for pixels and an `Encoder` for dicts. Boxes of numbers are only flattened.
+    The trunk is a CNN for pixels and an `Encoder` for dicts. Boxes of numbers are only flattened. An action mask
+    follows the features and is not counted in F.
 
     Args:
         env: Spaces of the env.
@@ -131,6 +151,11 @@ def make_trunk(env: EnvSpec, network: Network) -> tuple[nn.Module, int]:
         ConfigError: The network is not for these observations.
     """
     space = env["observation"]
+    if has_mask(space):
+        rest = drop_mask(space)
+        trunk, num_features = make_trunk({**env, "observation": rest}, network)
+        part = None if "spaces" in rest else next(iter(space.get("spaces", {})))
+        return MaskedTrunk(trunk, part), num_features
     if not isinstance(network, str):
         return make_own_trunk(space, network)
     cnn: Any = network if network in CNNS else None

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from levin.nn.distributions import NEVER
+
 THETA = 0.15  # Lillicrap et al. 2016, section 7
 
 
@@ -69,12 +71,14 @@ class EpsilonGreedy(nn.Module):
 
     Args:
         epsilon: Initial probability; the algorithm lowers it.
+        action_masks: Whether some values are `NEVER`, those of forbidden actions (`MaskedOutputs`).
     """
 
     epsilon: Tensor
 
-    def __init__(self, epsilon: float) -> None:
+    def __init__(self, epsilon: float, *, action_masks: bool = False) -> None:
         super().__init__()
+        self.action_masks = action_masks
         self.register_buffer("epsilon", torch.tensor(float(epsilon)))
 
     def forward(self, values: Tensor) -> Tensor:
@@ -82,7 +86,11 @@ class EpsilonGreedy(nn.Module):
         best = values.argmax(-1)
         if not explores.any():  # the usual case once epsilon is small
             return best
-        return torch.where(explores, torch.randint_like(best, values.shape[1]), best)
+        if self.action_masks:  # the action of the largest of A uniform numbers, of which forbidden actions have none
+            uniform = torch.rand_like(values).masked_fill_(values <= NEVER, -1.0).argmax(-1)
+        else:
+            uniform = torch.randint_like(best, values.shape[1])
+        return torch.where(explores, uniform, best)
 
 
 class Greedy(nn.Module):

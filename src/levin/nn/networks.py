@@ -8,9 +8,9 @@ from typing import cast, get_args
 import torch
 from torch import Tensor, nn
 
-from levin.core.spaces import EnvSpec
+from levin.core.spaces import EnvSpec, has_mask
 from levin.core.types import Network, VectorNetwork
-from levin.nn.distributions import Categorical, MultiCategorical, Normal
+from levin.nn.distributions import NEVER, Categorical, MultiCategorical, Normal
 from levin.nn.encoders import make_trunk
 from levin.nn.layers import Ensemble, as_float32, make_layers, orthogonal_
 
@@ -50,8 +50,34 @@ def action_size(env: EnvSpec) -> int:
     return sum(action.get("nvec") or [0]) or action["n"] or math.prod(action["shape"])
 
 
+class MaskedOutputs(nn.Module):
+    """Network whose outputs for forbidden actions are `NEVER`: features and a mask `[B, F + A] -> [..., B, A]`.
+
+    A logit of `NEVER` is a probability of exactly 0, with a gradient of 0, and a value of `NEVER` is never the largest.
+    Where a mask allows nothing, as after the end of many episodes, everything stays finite.
+    """
+
+    def __init__(self, network: nn.Module, num_actions: int) -> None:
+        super().__init__()
+        self.network, self.num_actions = network, num_actions
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = as_float32(self.network(inputs[..., : -self.num_actions]))
+        return outputs.masked_fill(inputs[..., -self.num_actions :] == 0, NEVER)
+
+
+def obey_mask(network: nn.Module, env: EnvSpec) -> nn.Module:
+    """Return a network of logits or values with `NEVER` for forbidden actions; without masks, the network itself."""
+    return MaskedOutputs(network, action_size(env)) if has_mask(env["observation"]) else network
+
+
+def without_mask(features: Tensor, num_features: int) -> Tensor:
+    """Return the features alone, `[..., F]`, without the action mask that may follow them."""
+    return features if features.shape[-1] == num_features else features[..., :num_features]
+
+
 class Actor(nn.Module):
-    """Actor pi(a|s): features `[B, F]` to the distribution of actions.
+    """Actor pi(a|s): features `[B, F]` to the distribution of actions; those that a mask forbids have probability 0.
 
     The distribution is Categorical `[B]` for a discrete space, MultiCategorical `[B, K]` for a multi-discrete one, and
     Normal `[B, A]` for a box. The standard deviation of the Normal is a parameter that does not depend on s.
@@ -70,9 +96,10 @@ class Actor(nn.Module):
         self.discrete = env["action"]["type"] == "discrete"
         self.sizes = env["action"].get("nvec")
         outputs = action_size(env)
-        self.network = architecture.make_head(num_features, outputs)
-        orthogonal_(self.network)
-        orthogonal_(self.network[-1], gain=0.01)
+        network = architecture.make_head(num_features, outputs)
+        orthogonal_(network)
+        orthogonal_(network[-1], gain=0.01)
+        self.network = obey_mask(network, env)
         if env["action"]["type"] == "box":
             self.log_std = nn.Parameter(torch.full((outputs,), initial_log_std))
 
@@ -88,12 +115,13 @@ class Critic(nn.Module):
 
     def __init__(self, num_features: int, architecture: Architecture, outputs: int = 1) -> None:
         super().__init__()
+        self.num_features = num_features
         self.network = architecture.make_head(num_features, outputs)
         orthogonal_(self.network)
         orthogonal_(self.network[-1], gain=1.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        return as_float32(self.network(features))
+        return as_float32(self.network(without_mask(features, self.num_features)))
 
 
 class StochasticPolicy(nn.Module):
@@ -140,10 +168,11 @@ class ActionCritic(nn.Module):
     def __init__(self, num: int, env: EnvSpec, architecture: Architecture) -> None:
         super().__init__()
         self.trunk, num_features = architecture.make_trunk(env)
+        self.num_features = num_features
         self.ensemble = architecture.make_ensemble(num, num_features + action_size(env), 1)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        features = self.trunk(observation)
+        features = without_mask(self.trunk(observation), self.num_features)
         if action.ndim > 2:
             inputs = torch.cat([features.expand(*action.shape[:-1], -1), action], -1)  # [S, B, F + A]
             return as_float32(self.ensemble(inputs.flatten(0, -2))).unflatten(1, action.shape[:-1])

@@ -7,7 +7,16 @@ import numpy as np
 import torch
 
 from levin.algorithms.base import Algorithm
-from levin.core.spaces import NetworkInput, action_converter, is_unbatched, to_tensors, unsqueeze
+from levin.core.spaces import (
+    ACTION_MASK,
+    NetworkInput,
+    action_converter,
+    add_mask,
+    is_unbatched,
+    leaves_nothing,
+    to_tensors,
+    unsqueeze,
+)
 from levin.data.rollout import act
 from levin.runs.load import load_algorithm
 
@@ -20,6 +29,8 @@ class Policy:
 
     A policy with memory must know where episodes begin: `policy(observation, is_first)`. Without `is_first`, only the
     first call begins an episode.
+
+    A policy that was trained with `env.action_mask=info` must know the mask: `policy(observation, action_mask=mask)`.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
@@ -38,10 +49,18 @@ class Policy:
         return cls(load_algorithm(run))
 
     @torch.inference_mode()
-    def __call__(self, observation: Any, is_first: bool | np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self, observation: Any, is_first: bool | np.ndarray | None = None, action_mask: np.ndarray | None = None
+    ) -> np.ndarray:
+        if action_mask is not None:
+            observation = add_mask(observation, action_mask)
+        if self._read.mask and not (isinstance(observation, dict) and self._read.mask[0] in observation):
+            raise ValueError("this policy was trained with action masks: call policy(observation, action_mask=mask)")
         single = is_unbatched(self.shown, observation)
         batch = unsqueeze(observation) if single else observation
         batch = to_tensors(self.env["observation"], self._read(batch))
+        if self._read.mask and leaves_nothing(batch[ACTION_MASK].numpy(), self.env["action"]).any():
+            raise ValueError("the action mask allows no action")
         first = np.asarray(not self._called if is_first is None else is_first)
         num = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
         action = self._to_env(act(self.policy, batch, np.broadcast_to(first, num).copy()).numpy())
