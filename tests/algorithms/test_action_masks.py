@@ -116,7 +116,7 @@ def test_targets_of_dqn_are_those_of_the_allowed_actions(double_q):
             allowed = batch["next", "observation", ACTION_MASK][i].nonzero().flatten().tolist()
             value = target[i, max(allowed, key=lambda a: (online if double_q else target)[i, a])]
         errors.append(taken[i, batch["action"][i]] - batch["next", "reward"][i, 0] - 0.5 * value)
-    loss, q_value = algorithm.critic_loss(batch)
+    loss, q_value, _ = algorithm.critic_loss(batch)
     torch.testing.assert_close(loss, torch.stack(errors).square().mean())
     torch.testing.assert_close(q_value, taken.gather(1, batch["action"].unsqueeze(1)).mean())
 
@@ -463,7 +463,7 @@ def test_a_mask_may_stand_beside_pixels():
     shown = {name: part[None] for name, part in space.sample().items()} | {"mask": np.ones((1, 4))}
     batch = {name: torch.from_numpy(part) for name, part in read(shown).items()}
     action = describe_space(Discrete(4))
-    trunk, num_features = make_trunk({"observation": read.space, "action": action})
+    trunk, num_features = make_trunk({"observation": read.space, "action": action}, "mlp")
     features = trunk(batch)
     assert features.shape == (1, num_features + 4)
     assert num_features == 512 + 2
