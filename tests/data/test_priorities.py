@@ -1,5 +1,7 @@
 """Prioritized replay: with TorchRL's C++ trees where they load, and everywhere with a stand-in for them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,16 @@ def test_probabilities_and_weights_are_those_of_the_paper(kind, n):
     torch.testing.assert_close(batch["weight"].squeeze(-1), (weight / weight.max()).float(), rtol=1e-3, atol=0)
 
 
+def test_the_largest_weight_of_a_batch_is_one():
+    buffer = make(replay.Replay, 300)
+    buffer.extend(Camera(1, 4).rollout(100))
+    set_all(buffer)
+    buffer.set_priorities(sample(buffer, 1), torch.zeros(1, 1))  # TorchRL would divide by the weight of this one
+    weight = sample(buffer, 8, seed=1)["weight"]
+    assert weight.max() == 1
+    assert 0.3 < weight.min() < 0.9
+
+
 def test_new_transitions_have_the_highest_priority():
     camera, buffer = Camera(1, 4), make(replay.Replay, 300)
     buffer.extend(camera.rollout(100))
@@ -113,6 +125,7 @@ def test_a_restored_buffer_continues_identically(kind):
     state = buffer.state_dict()
     assert state
     oldest = state["written"] % 400
+    state["n_step"] = copy.deepcopy(state["n_step"])
     restored.load_state_dict({**state, "data": [buffer.data[oldest:], buffer.data[:oldest]]}, CPU)
     assert same(buffer.priorities.state_dict(), restored.priorities.state_dict())
     rollout, batches = camera.rollout(10), []
