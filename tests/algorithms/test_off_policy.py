@@ -79,7 +79,7 @@ def test_policy_delay(algo, delay):
     updated(algorithm, 7 * delay)
     assert steps_of(algorithm.critic_optimizer) == 8 * delay - 1
     assert steps_of(algorithm.actor_optimizer) == 7
-    assert not any(map(torch.equal, before, algorithm.target_parameters))
+    assert not any(map(torch.equal, before, delayed))
 
 
 def test_target_noise_and_its_clip():
