@@ -1,7 +1,8 @@
 """Losses of the algorithms on a batch, and the same losses from TorchRL as the reference implementation.
 
 `x_losses` returns the losses of Levin's algorithm x, `x_oracle` those of TorchRL with the same weights and the same
-noise. On-policy algorithms learn from rollouts: a batch of 8 transitions is read as two envs and four steps.
+noise, or those of loops over the terms of the equations. On-policy algorithms learn from rollouts: a batch of 8
+transitions is read as two envs and four steps.
 """
 
 import copy
@@ -32,6 +33,8 @@ from levin.algorithms.a2c import A2C
 from levin.algorithms.a3c import A3C
 from levin.algorithms.actor_critic import ActorCritic
 from levin.algorithms.base import Algorithm, standardize
+from levin.algorithms.crossq import CrossQ
+from levin.algorithms.crossq_networks import BatchRenorm, NormalizedMLP
 from levin.algorithms.ddpg import DDPG
 from levin.algorithms.dqn import DQN
 from levin.algorithms.dreamer_v3 import DreamerV3
@@ -40,6 +43,7 @@ from levin.algorithms.reinforce import REINFORCE
 from levin.algorithms.sac import SAC
 from levin.algorithms.sac_discrete import SACDiscrete
 from levin.algorithms.td3 import TD3
+from levin.algorithms.tqc import TQC
 from levin.algorithms.trpo import TRPO
 from levin.algorithms.world_models import WorldModels
 from levin.data.sequences import LATENT
@@ -127,6 +131,122 @@ def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
     actor_loss, metadata = loss.actor_loss(batch.clone())
     (alpha_gradient,) = torch.autograd.grad(loss._alpha_loss(metadata["log_prob"]).mean(), loss.log_alpha)
     return [critic_loss, actor_loss.mean(), alpha_gradient]
+
+
+def squashed_sample(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample an action from an actor's outputs `[B, 2 A]`; return it and its log-density `[B, 1]`."""
+    loc, log_std = outputs.chunk(2, -1)
+    before_tanh = loc + log_std.exp() * torch.randn_like(loc)
+    log_prob = torch.distributions.Normal(loc, log_std.exp()).log_prob(before_tanh)
+    action = before_tanh.tanh()
+    return action, (log_prob - (1 - action**2).log()).sum(-1, keepdim=True)
+
+
+def with_statistics(algorithm: CrossQ) -> CrossQ:
+    """Return a copy whose norms are past their warm-up and have statistics other than at the start."""
+    algorithm, generator = copy.deepcopy(algorithm), torch.Generator().manual_seed(2)
+    for layer in algorithm.modules():
+        if isinstance(layer, BatchRenorm):
+            layer.count.fill_(layer.warm_up)
+            layer.mean += torch.randn(layer.mean.shape, generator=generator)
+            layer.var += 4 * torch.rand(layer.var.shape, generator=generator)
+            layer.scale.data += 0.2 * torch.randn(layer.scale.shape, generator=generator)
+            layer.bias.data += 0.2 * torch.randn(layer.bias.shape, generator=generator)
+    return algorithm
+
+
+def crossq_losses(algorithm: CrossQ, batch: TensorDict) -> list[Tensor]:
+    """Return critic loss, actor loss and the gradient of the temperature loss."""
+    torch.manual_seed(0)
+    critic_loss, _ = with_statistics(algorithm).critic_loss(batch)
+    torch.manual_seed(0)
+    actor_loss, log_prob = with_statistics(algorithm).actor_loss(batch)
+    (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(log_prob), algorithm.log_alpha)
+    return [critic_loss, actor_loss, alpha_gradient]
+
+
+def batch_renorm(layer: BatchRenorm, network: int, rows: Tensor, *, training: bool) -> Tensor:
+    """Normalise inputs `[B, F]` of one network, feature by feature."""
+    columns = []
+    for feature, column in enumerate(rows.unbind(-1)):
+        at = (network, 0, feature)
+        running_mean, running_std = layer.mean[at], (layer.var[at] + 1e-3).sqrt()
+        if training:
+            mean = column.mean()
+            std = (((column - mean) ** 2).mean() + 1e-3).sqrt()
+            r = min(max(float(std.detach() / running_std), 1 / 3), 3.0)
+            d = min(max(float((mean.detach() - running_mean) / running_std), -5.0), 5.0)
+            normalized = (column - mean) / std * r + d
+        else:
+            normalized = (column - running_mean) / running_std
+        columns.append(layer.scale[at] * normalized + layer.bias[at])
+    return torch.stack(columns, -1)
+
+
+def normalized_mlp(mlp: NormalizedMLP, network: int, rows: Tensor, *, training: bool) -> Tensor:
+    """Return the outputs `[B, outputs]` of one network of an ensemble with norms."""
+    for layer in mlp.layers:
+        if isinstance(layer, BatchRenorm):
+            rows = batch_renorm(layer, network, rows, training=training)
+        else:
+            rows = rows @ layer.weight[network] + layer.bias[network] if hasattr(layer, "weight") else rows.relu()
+    return rows
+
+
+def crossq_oracle(algorithm: CrossQ, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of CrossQ, critic by critic."""
+    algorithm, after, size = with_statistics(algorithm), batch["next"], len(batch)
+    actor, critic, alpha = algorithm.actor.network, algorithm.critic.network, algorithm.log_alpha.exp().detach()
+    torch.manual_seed(0)
+    next_action, log_prob = squashed_sample(normalized_mlp(actor, 0, after["observation"], training=False))
+    now = torch.cat([batch["observation"], batch["action"]], -1)
+    both = torch.cat([now, torch.cat([after["observation"], next_action], -1)])
+    outputs = [normalized_mlp(critic, network, both, training=True) for network in range(2)]
+    soft_value = torch.minimum(outputs[0][size:], outputs[1][size:]) - alpha * log_prob
+    target = after["reward"] + algorithm.gamma * (1 - after["terminated"].float()) * soft_value
+    critic_loss = sum(0.5 * ((each[:size] - target) ** 2).mean() for each in outputs)
+    torch.manual_seed(0)
+    action, log_prob = squashed_sample(normalized_mlp(actor, 0, batch["observation"], training=True))
+    pairs = torch.cat([batch["observation"], action], -1)
+    q = torch.minimum(*(normalized_mlp(critic, network, pairs, training=False) for network in range(2)))
+    alpha_gradient = -(alpha * (log_prob + algorithm.target_entropy)).mean()
+    return [critic_loss, (alpha * log_prob - q).mean(), alpha_gradient]
+
+
+def tqc_losses(algorithm: TQC, batch: TensorDict) -> list[Tensor]:
+    """Return critic loss, actor loss and the gradient of the temperature loss."""
+    torch.manual_seed(0)
+    critic_loss, _ = algorithm.critic_loss(batch)
+    torch.manual_seed(0)
+    actor_loss, log_prob = algorithm.actor_loss(batch)
+    (alpha_gradient,) = torch.autograd.grad(algorithm.alpha_loss(log_prob), algorithm.log_alpha)
+    return [critic_loss, actor_loss, alpha_gradient]
+
+
+def tqc_oracle(algorithm: TQC, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TQC, transition by transition and atom by atom."""
+    after, alpha = batch["next"], algorithm.log_alpha.exp().detach()
+    ensemble, targets = algorithm.critic.ensemble, algorithm.target_critic.ensemble
+    critics, target_critics = ([Member(each, n) for n in range(each.num)] for each in (ensemble, targets))
+    torch.manual_seed(0)
+    next_action, next_log_prob = squashed_sample(algorithm.actor.network(after["observation"]))
+    atoms = [critic(batch["observation"], batch["action"]) for critic in critics]
+    num_atoms, dropped, terms = atoms[0].shape[-1], len(critics) * 2, []
+    for b in range(len(batch)):
+        mixture = [z for critic in target_critics for z in critic(after["observation"], next_action)[b]]
+        for z in sorted(each.item() for each in mixture)[:-dropped]:
+            discount = 0.0 if after["terminated"][b] else algorithm.gamma
+            y = float(after["reward"][b] + discount * (z - alpha * next_log_prob[b].detach()))
+            for critic_atoms in atoms:
+                for m, theta in enumerate(critic_atoms[b]):
+                    u, level = y - theta, (2 * m + 1) / (2 * num_atoms)
+                    huber = 0.5 * u**2 if abs(u) <= 1 else abs(u) - 0.5
+                    terms.append((1 - level if u < 0 else level) * huber)
+    torch.manual_seed(0)
+    action, log_prob = squashed_sample(algorithm.actor.network(batch["observation"]))
+    q = sum(critic(batch["observation"], action).mean(-1, keepdim=True) for critic in critics) / len(critics)
+    alpha_gradient = -(log_prob + algorithm.target_entropy).mean()
+    return [sum(terms) / len(terms), (alpha * log_prob - q).mean(), alpha_gradient]
 
 
 def deterministic(actor: nn.Module) -> TensorDictModule:

@@ -72,6 +72,43 @@ ROWS = [
         learns=((*OFF_POLICY, "algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"), -1.5),
     ),
     Row(
+        algo="crossq",
+        env="pendulum",
+        small=(
+            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+            *("algo.critic_hidden_sizes=[16,16]", "algo.norm_warm_up=50"),
+        ),
+        env_steps=256,
+        optimizers={"critic_optimizer": 1, "actor_optimizer": 1 / 3},
+        losses=oracles.crossq_losses,
+        oracle=oracles.crossq_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
+        graphs=2,
+        learns=((*OFF_POLICY, "algo.critic_hidden_sizes=[64,64]", "algo.actor_lr=3e-3", "algo.critic_lr=3e-3"), -1.5),
+    ),
+    Row(
+        algo="tqc",
+        env="pendulum",
+        small=(
+            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+            *("algo.critic_hidden_sizes=[16,16]", "algo.num_critics=3", "algo.num_atoms=5"),
+        ),
+        env_steps=256,
+        optimizers={"critic_optimizer": 1, "actor_optimizer": 1},
+        targets={"target_critic": ("critic", 0.005, 1)},
+        losses=oracles.tqc_losses,
+        oracle=oracles.tqc_oracle,
+        bootstraps=lambda algorithm, batch: algorithm.critic_loss(batch)[0],
+        graphs=1,
+        learns=(
+            (
+                *(*OFF_POLICY, "algo.critic_hidden_sizes=[64,64]"),
+                *("algo.actor_lr=3e-3", "algo.critic_lr=3e-3", "algo.alpha_lr=3e-3"),
+            ),
+            -1.5,
+        ),
+    ),
+    Row(
         algo="td3",
         env="pendulum",
         small=("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),

@@ -30,7 +30,7 @@ from levin.nn.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, Orns
 from levin.training.session import build_run, train
 from rows import LATE, ROWS
 
-CONTINUOUS, DISCRETE = ("ddpg", "td3", "sac"), ("dqn", "sac_discrete")
+CONTINUOUS, DISCRETE = ("ddpg", "td3", "sac", "crossq", "tqc"), ("dqn", "sac_discrete")
 SMALL = (
     *LATE,
     "env.num_envs=1",
@@ -67,17 +67,19 @@ def updated(algorithm, num: int):
 # --- hyper-parameters
 
 
+@pytest.mark.parametrize("algo", ["td3", "crossq"])
 @pytest.mark.parametrize("delay", [1, 2, 3])
-def test_policy_delay(delay):
+def test_policy_delay(algo, delay):
     """Actor and target networks are updated every `policy_delay` updates, critics in every update."""
-    algorithm = make_algorithm("td3", f"algo.policy_delay={delay}")
-    before = [each.clone() for each in algorithm.target_parameters]
+    algorithm = make_algorithm(algo, f"algo.policy_delay={delay}")
+    delayed = list(algorithm.actor.parameters()) if algo == "crossq" else algorithm.target_parameters
+    before = [each.clone() for each in delayed]
     updated(algorithm, delay - 1)
-    assert all(map(torch.equal, before, algorithm.target_parameters))
+    assert all(map(torch.equal, before, delayed))
     updated(algorithm, 7 * delay)
     assert steps_of(algorithm.critic_optimizer) == 8 * delay - 1
     assert steps_of(algorithm.actor_optimizer) == 7
-    assert not any(map(torch.equal, before, algorithm.target_parameters))
+    assert not any(map(torch.equal, before, delayed))
 
 
 def test_target_noise_and_its_clip():
@@ -103,7 +105,7 @@ def test_target_noise_and_its_clip():
     assert wide.abs().max() < 2, "target actions are clipped to the action bounds"
 
 
-@pytest.mark.parametrize("algo", [*CONTINUOUS, *DISCRETE])
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac", "tqc", *DISCRETE])
 @pytest.mark.parametrize("tau", [0.0, 0.25, 1.0])
 def test_tau(algo, tau):
     every = {"td3": ("algo.policy_delay=1",), "dqn": ("algo.target_update_every=1",)}
@@ -154,7 +156,7 @@ def test_train_every_and_updates_per_step(algo, train_every, updates_per_step, u
     assert done == updates
 
 
-@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac", "sac_discrete"])
+@pytest.mark.parametrize("algo", [*CONTINUOUS, "sac_discrete"])
 def test_random_env_steps_and_learning_starts(algo):
     """Actions are random for `random_env_steps`, by default as many as `learning_starts`."""
     assert make_algorithm(algo).random_env_steps == 20
@@ -326,12 +328,26 @@ OWN = {
         "final_epsilon": 0.5,
         "epsilon_fraction": 1.5,
     },
+    "crossq": ACTOR_CRITIC
+    | {"alpha_lr": 1e-2, "initial_alpha": 0.1, "target_entropy": 3.0, "adam_beta1": 0.9, "policy_delay": 1}
+    | {"norm_momentum": 0.5, "norm_warm_up": 100, "critic_hidden_sizes": "[8,4]"},
+    "tqc": ACTOR_CRITIC
+    | {"alpha_lr": 1e-2, "initial_alpha": 0.1, "target_entropy": 3.0, "num_critics": 3, "num_atoms": 5}
+    | {"dropped_atoms": 1, "critic_hidden_sizes": "[8,4]"},
     "sac_discrete": ACTOR_CRITIC
     | {"alpha_lr": 1e-2, "initial_alpha": 0.1, "target_entropy": 0.1, "huber": "true", "max_grad_norm": 0.01}
     | {"critic": "state", "actor_estimator": "exact", "actor_draws": 3, "actor_tau": 0.1},
 }
 PRIORITIZED = "algo.replay=prioritized"
+OF_REPLAY = ["n_step", "replay", "priority_alpha", "priority_beta", "schedule_env_steps"]
+MISSING = {  # of `CHANGES`
+    "dqn": ["random_env_steps"],  # it has epsilon instead
+    "crossq": ["tau", "network", *OF_REPLAY],
+    "tqc": OF_REPLAY,
+}
 BASE = {
+    "crossq": ["algo.critic_hidden_sizes=[8]", "algo.norm_warm_up=5"],
+    "tqc": ["algo.critic_hidden_sizes=[8]"],
     "dqn": ["algo.target_update_every=5", "algo.schedule_env_steps=96", "algo.lr=0.1"],
     "sac_discrete": ["algo.critic=state_action", "algo.actor_estimator=gumbel_softmax"],
 }
@@ -345,8 +361,8 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
     overrides += ["algo.steps_per_iteration=16", "algo.replay_ratio=0.25", "algo.gamma=0.9", "log_every=96"]
     overrides += BASE.get(algo, [])
     changes = {**CHANGES, **OWN[algo]}
-    if algo == "dqn":
-        del changes["random_env_steps"]  # DQN has epsilon instead
+    for name in MISSING.get(algo, []):
+        del changes[name]
     assert changes.keys() == set(compose(overrides).algo) - {"_target_", "buffer_storage", "compile"}
 
     def result(name: str, *change: str) -> dict[str, torch.Tensor]:
@@ -354,7 +370,7 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
         state = saved_state(tmp_path / name)["state_dict"]
         return {key: value for key, value in state.items() if not key.startswith(("noise.", "exploration."))}
 
-    base, prioritized = result("base"), result("prioritized", PRIORITIZED)
+    base, prioritized = result("base"), result("prioritized", PRIORITIZED) if "replay" in changes else {}
     for name, value in changes.items():
         more = [PRIORITIZED] if name.startswith(("priority", "schedule")) else []
         assert not same(prioritized if more else base, result(name, *more, f"algo.{name}={value}")), name

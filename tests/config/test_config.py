@@ -81,6 +81,7 @@ WRONG = [
     ),
     (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=loo", "algo.actor_draws=1"], "2 or more, got 1"),
     (["algo=sac_discrete", "env=cartpole", "algo.actor_estimator=arm"], "actor_estimator"),
+    (["algo=tqc", "env=pendulum", "algo.dropped_atoms=25"], "set it below algo.num_atoms=25"),
     (["algo=actor_critic", "algo.critic=q", "env=gym", "env.id=toy_envs:Buttons-v0"], "algo.critic=q needs discrete"),
     (["algo"], "algo is not of the form key=value"),
     (

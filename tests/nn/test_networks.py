@@ -19,8 +19,9 @@ from rows import ROWS
 from short_runs import assert_identical_runs
 
 NETWORKS = ("mlp", "layer_norm", "simba", "resnet")
-# The others have no `network`; the losses of TRPO's row are those of a changed copy of its actor.
-MODEL_FREE = [row for row in ROWS if row.algo not in ("dreamer", "dreamer_v3", "world_models", "trpo")]
+# The others have no `network`; the losses of the row of TRPO are those of a changed copy of its actor.
+WITHOUT = ("dreamer", "dreamer_v3", "world_models", "crossq", "trpo")
+MODEL_FREE = [row for row in ROWS if row.algo not in WITHOUT]
 OWN = "algo.network={_target_:own_networks.Features,width:8}"
 TINY = ("algo.hidden_sizes=[16,16]", "eval.episodes=1", "logger=csv")
 

@@ -39,7 +39,7 @@ HALVES = {
     ),
 }
 GRADIENTS = (
-    *("reinforce", "actor_critic", "a2c", "trpo", "ppo", "dqn", "ddpg", "td3", "sac", "sac_discrete"),
+    *("reinforce", "actor_critic", "a2c", "trpo", "ppo", "dqn", "ddpg", "td3", "sac", "tqc", "sac_discrete"),
     *("dreamer", "dreamer_v3"),
 )
 
