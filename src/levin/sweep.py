@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -147,6 +149,8 @@ def submit(words: list[str], seeds: list[str]) -> None:
     run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)
     chosen = {str(override.key_or_group): str(override.value()) for override in cli.parse_hydra_overrides(words)}
     if "launcher" in chosen:
+        if chosen["launcher"] == "slurm":
+            _wait_for_slurm()
         _submit_jobs(run_all, chosen.get(SWEEP_FOLDER, options[SWEEP_FOLDER]))
     else:
         run_all()
@@ -182,12 +186,87 @@ def _submit_jobs(run_all: Callable[[], None], folder: str) -> None:
         raise SystemExit(130) from None  # the SLURM jobs continue
 
 
+def _wait_for_slurm() -> None:
+    """Let Hydra's launcher wait for SLURM's jobs as `levin.scheduler.slurm_jobs` does.
+
+    The launcher calls `map_array` of submitit's executor to submit the jobs, then `results` of one job after the other.
+    submitit would ask `sacct` for their states, and stop at the first job that failed.
+    """
+    import submitit  # type: ignore[import-not-found]
+
+    class Executor(submitit.AutoExecutor):  # type: ignore[misc]
+        def map_array(self, launcher: Any, overrides: list[list[str]], *others: Any) -> list[Any]:
+            configs = [_job_config(launcher, each) for each in overrides]
+            for config in configs:
+                _check_ranks(config)
+            submitted = super().map_array(launcher, overrides, *others)
+            return _wait_for_jobs(submitted, configs)
+
+    submitit.AutoExecutor = Executor
+
+
+def _job_config(launcher: Any, overrides: list[str]) -> DictConfig:
+    """Return the config of one job, with Hydra's own values in `hydra`."""
+    return launcher.hydra_context.config_loader.load_sweep_config(launcher.config, overrides)
+
+
+def _check_ranks(config: DictConfig) -> None:
+    """Check that srun will start as many processes as the run has ranks.
+
+    Raises:
+        ConfigError: It would start more or fewer.
+    """
+    options, trainer = config.hydra.launcher, config.trainer
+    nodes = trainer.get("num_nodes", 1)
+    if (options.nodes, options.tasks_per_node) != (nodes, trainer.devices):
+        raise ConfigError(
+            f"hydra.launcher.nodes={options.nodes} and hydra.launcher.tasks_per_node={options.tasks_per_node} start "
+            f"{options.nodes * options.tasks_per_node} processes per run, but trainer.devices={trainer.devices} and "
+            f"trainer.num_nodes={nodes} need {nodes * trainer.devices}: leave the keys of hydra.launcher out, and don't "
+            "sweep over trainer.devices"
+        )
+
+
+def _wait_for_jobs(submitted: list[Any], configs: list[DictConfig]) -> list[Any]:
+    """Wait for submitit's jobs, and return objects with the results of each.
+
+    Raises:
+        RunError: A job has failed.
+    """
+    from levin.scheduler.progress import read_progress
+    from levin.scheduler.slurm_jobs import Job, wait_for_jobs
+
+    runs = [Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) for config in configs]
+    totals = [config.total_env_steps for config in configs]
+    jobs = [
+        Job(job.job_id, run, total, job.paths.folder)
+        for job, run, total in zip(submitted, runs, totals, strict=True)
+    ]
+    print_line(f"submitted {len(jobs)} runs as SLURM job {jobs[0].id.partition('_')[0]}; waiting for them to end")
+    if failures := wait_for_jobs(jobs):
+        more = "; the others have ended without an error" if len(jobs) > len(failures) else ""
+        raise RunError(f"{len(failures)} of {len(jobs)} runs failed{more}: {failures[0]}")
+    print_line(f"{len(jobs)} runs have ended; see them with make compare RUNS=... or make plot RUNS=...")
+    return [_Finished(read_progress(run).evaluation) for run in runs]
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Job that has ended, as Hydra's launcher expects it. `value`: mean return of the last evaluation."""
+
+    value: float | None
+
+    def results(self) -> list[JobReturn]:
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=self.value)]
+
+
 def run_job(cfg: DictConfig) -> float | None:
     """Train one run of the sweep, or resume it: submitit calls this again for a job that was preempted."""
     if "SUBMITIT_EXECUTOR" in os.environ:  # without jobs, `levin.train` has done it
         share_cores()
     from levin import resume  # late: a sweep that is mistyped is refused before torch and Lightning are imported
-    from levin.training.session import train
+    from levin.training.distributed import sharding
+    from levin.training.session import train, train_rank
 
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
@@ -195,12 +274,18 @@ def run_job(cfg: DictConfig) -> float | None:
         with exit_on_user_error():
             cfg = finalize(cfg, hydra.runtime.choices)
             chosen = _chosen_values(cfg, list(hydra.overrides.task))
-            result = resume.resume(run=str(run), **chosen) if run_folder.has_begun(run) else train(cfg, run)
+            later_rank = sharding.process_rank(cfg) > 0
+            if run_folder.has_begun(run):
+                result = resume.resume(run=str(run), **chosen)
+            else:
+                result = train_rank(cfg, run) if later_rank else train(cfg, run)
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise
         traceback.print_exc()  # Hydra would send the error to the waiting process without its traceback
         raise SystemExit(1) from None
+    if later_rank:
+        return None
     if run_folder.read_provenance(run)["env_steps"] is None and "max_time" not in cfg.trainer:
         raise SystemExit(0)  # stopped by a signal, which ends the whole sweep
     return result

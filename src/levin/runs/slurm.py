@@ -44,7 +44,9 @@ def _requeue(process: int, number: int, _: FrameType | None) -> None:
     """Requeue the job and exit. Do nothing on other ranks, or in a process that was forked from `process`."""
     if os.getpid() != process or is_later_rank():
         return
-    signal.signal(number, signal.SIG_IGN)
+    # SLURM ends a job that it requeues by SIGTERM; this process ends by itself, and removes its semaphores first.
+    for each in (number, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     command = ["scontrol", "requeue", str(job_id())]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
