@@ -31,7 +31,7 @@ from levin.config.compose import NULL_DEFAULTS, SEARCH_PATH, add_pluses, compose
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
-from levin.core.process import print_line, share_cores
+from levin.core.process import print_line, share_cores, shield_resource_tracker
 from levin.runs import folder as run_folder
 
 FLAGS = ("-m", "--multirun")
@@ -195,40 +195,34 @@ def _wait_for_slurm() -> None:
     import submitit  # type: ignore[import-not-found]
 
     class Executor(submitit.AutoExecutor):  # type: ignore[misc]
-        def map_array(self, launcher: Any, overrides: list[list[str]], *others: Any) -> list[Any]:
-            configs = [_job_config(launcher, each) for each in overrides]
+        def map_array(self, launcher: Any, overrides: list[list[str]], *others: Any) -> list[_Finished]:
+            loader = launcher.hydra_context.config_loader
+            configs = [loader.load_sweep_config(launcher.config, list(each)) for each in overrides]
             for config in configs:
-                _check_ranks(config)
-            submitted = super().map_array(launcher, overrides, *others)
-            return _wait_for_jobs(submitted, configs)
+                check_ranks(config)
+            return _wait_for_jobs(super().map_array(launcher, overrides, *others), configs)
 
     submitit.AutoExecutor = Executor
+    os.environ["SLURM_KILL_BAD_EXIT"] = "1"  # if a rank fails, srun ends the others
 
 
-def _job_config(launcher: Any, overrides: list[str]) -> DictConfig:
-    """Return the config of one job, with Hydra's own values in `hydra`."""
-    return launcher.hydra_context.config_loader.load_sweep_config(launcher.config, overrides)
-
-
-def _check_ranks(config: DictConfig) -> None:
-    """Check that srun will start as many processes as the run has ranks.
+def check_ranks(config: DictConfig) -> None:
+    """Check that srun will start as many processes for a job as its run has ranks. `config` holds `hydra` as well.
 
     Raises:
         ConfigError: It would start more or fewer.
     """
-    options, trainer = config.hydra.launcher, config.trainer
-    nodes = trainer.get("num_nodes", 1)
-    if (options.nodes, options.tasks_per_node) != (nodes, trainer.devices):
+    options, devices, nodes = config.hydra.launcher, config.trainer.devices, config.trainer.get("num_nodes", 1)
+    if (options.nodes, options.tasks_per_node) != (nodes, devices):
         raise ConfigError(
-            f"hydra.launcher.nodes={options.nodes} and hydra.launcher.tasks_per_node={options.tasks_per_node} start "
-            f"{options.nodes * options.tasks_per_node} processes per run, but trainer.devices={trainer.devices} and "
-            f"trainer.num_nodes={nodes} need {nodes * trainer.devices}: leave the keys of hydra.launcher out, and don't "
-            "sweep over trainer.devices"
+            f"a job would start {options.nodes * options.tasks_per_node} processes, but trainer.devices={devices} and "
+            f"trainer.num_nodes={nodes} need {nodes * devices}: leave out hydra.launcher.nodes and "
+            "hydra.launcher.tasks_per_node, which follow the trainer, and give each sweep one value of trainer.devices"
         )
 
 
-def _wait_for_jobs(submitted: list[Any], configs: list[DictConfig]) -> list[Any]:
-    """Wait for submitit's jobs, and return objects with the results of each.
+def _wait_for_jobs(submitted: list[Any], configs: list[DictConfig]) -> list["_Finished"]:
+    """Wait until submitit's jobs have ended.
 
     Raises:
         RunError: A job has failed.
@@ -237,13 +231,18 @@ def _wait_for_jobs(submitted: list[Any], configs: list[DictConfig]) -> list[Any]
     from levin.scheduler.slurm_jobs import Job, wait_for_jobs
 
     runs = [Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) for config in configs]
-    totals = [config.total_env_steps for config in configs]
     jobs = [
-        Job(job.job_id, run, total, job.paths.folder)
-        for job, run, total in zip(submitted, runs, totals, strict=True)
+        Job(job.job_id, run, config.total_env_steps, Path(os.path.relpath(job.paths.folder)))
+        for job, run, config in zip(submitted, runs, configs, strict=True)
     ]
-    print_line(f"submitted {len(jobs)} runs as SLURM job {jobs[0].id.partition('_')[0]}; waiting for them to end")
-    if failures := wait_for_jobs(jobs):
+    number = jobs[0].id.partition("_")[0]
+    print_line(f"SLURM job {number} is submitted; this command waits for its end")
+    try:
+        failures = wait_for_jobs(jobs)
+    except KeyboardInterrupt:
+        print_line(f"SLURM job {number} goes on; to end it: scancel {number}")
+        raise
+    if failures:
         more = "; the others have ended without an error" if len(jobs) > len(failures) else ""
         raise RunError(f"{len(failures)} of {len(jobs)} runs failed{more}: {failures[0]}")
     print_line(f"{len(jobs)} runs have ended; see them with make compare RUNS=... or make plot RUNS=...")
@@ -264,6 +263,7 @@ def run_job(cfg: DictConfig) -> float | None:
     """Train one run of the sweep, or resume it: submitit calls this again for a job that was preempted."""
     if "SUBMITIT_EXECUTOR" in os.environ:  # without jobs, `levin.train` has done it
         share_cores()
+        shield_resource_tracker()
     from levin import resume  # late: a sweep that is mistyped is refused before torch and Lightning are imported
     from levin.training.distributed import sharding
     from levin.training.session import train, train_rank

@@ -16,7 +16,8 @@ from typing import Self
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 SYSTEM = "/usr/sbin"  # of the daemons; not on the PATH of every user
 
-# Partition `low` is preempted by `urgent`: its jobs are sent their signal, and have half a minute to save.
+# Jobs in the partition `low` are preempted by those in `urgent`: they are sent their signal, and have a minute to save.
+# `cred_expire` is also the time that a requeued job waits, two minutes by default; 5 seconds is the least.
 CONFIG = """
 ClusterName=levin
 SlurmctldHost={host}(127.0.0.1)
@@ -42,11 +43,10 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=preempt_send_user_signal,sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=30 State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
 """
 
@@ -87,10 +87,12 @@ class SlurmCluster:
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
         try:
             self._start("munged", "--foreground", "--force", *options, f"--seed-file={self.folder / 'munge.seed'}")
-            self._wait_until(lambda: (self.folder / "munge.socket").exists())
+            self._wait_until((self.folder / "munge.socket").exists)
             self._start("slurmctld", "-D", "-c")
             self._start("slurmd", "-D", "-N", self.host)
-            self._wait_until(lambda: self.call("sinfo", "--noheader", "--format=%T", check=False).split()[:1] == ["idle"])
+            self._wait_until(
+                lambda: self.call("sinfo", "--noheader", "--format=%T", check=False).split()[:1] == ["idle"]
+            )
         except BaseException:
             self.__exit__()
             raise

@@ -14,6 +14,8 @@ import sys
 from functools import partial
 from types import FrameType
 
+from levin.core.process import shield_resource_tracker
+
 RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK")  # environment variables that hold the rank of a process
 
 
@@ -37,6 +39,7 @@ def is_later_rank() -> bool:
 def requeue_on_signal() -> None:
     """Set a SIGUSR1 handler that requeues this SLURM job. During training `Preemption` replaces it, to save first."""
     if job_id() is not None:
+        shield_resource_tracker()
         signal.signal(signal.SIGUSR1, partial(_requeue, os.getpid()))
 
 

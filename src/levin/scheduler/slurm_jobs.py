@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,10 @@ ENDED = (
     *("BOOT_FAIL", "REVOKED"),
 )
 FORGOTTEN = "FORGOTTEN"  # a job that squeue does not know any more
-SECONDS = (1.0, 30.0)  # between two calls of squeue, at first and at most
-LAG = 20.0  # seconds after which files written by a job on another machine are seen here
-EXIT_CODE = re.compile(r"srun: .*(Exited with exit code|Terminating|Force Terminated|Job step aborted)")
+SECONDS = (1.0, 30.0)  # between two calls of squeue: at first, and after ten minutes
+LAG = 20.0  # seconds after which a file that was written on another machine is surely seen here
+# Lines that srun adds after those of a process that has failed.
+AFTERWARDS = re.compile(r"srun: .*(Exited with exit code|Terminating|Terminated StepId|Job step aborted)")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Job:
         id: `<job>`, or `<array>_<task>` in a job array.
         run: Run folder.
         total_env_steps: Env steps of the complete run.
-        logs: Folder of its logs, `*.err`, one for each rank.
+        logs: Folder of its logs, which holds a file `*.err` for each rank.
     """
 
     id: str
@@ -45,70 +47,74 @@ class Job:
 
 
 def wait_for_jobs(jobs: Sequence[Job]) -> list[str]:
-    """Wait until all jobs have ended, however often they are requeued; print one sentence about each.
+    """Wait until all jobs have ended, however often they are requeued, and print one sentence about each.
 
     Returns:
         The sentences about the jobs that failed.
     """
     failures: list[str] = []
-    waiting, seen_ended = list(jobs), dict[str, float]()
-    begin = time.monotonic()
+    waiting = dict.fromkeys(jobs, 0.0)  # time at which a job was first seen to have ended; 0: it has not
+    begin, last_counts = time.monotonic(), ""
     while waiting:
         time.sleep(min(SECONDS[1], max(SECONDS[0], (time.monotonic() - begin) / 20)))
         if (states := read_states([job.id for job in waiting])) is None:
             continue
+        now = time.monotonic()
         for job in list(waiting):
             state = states.get(job.id, FORGOTTEN)
-            if state not in (*ENDED, FORGOTTEN):
-                seen_ended.pop(job.id, None)
-                continue
+            waiting[job] = (waiting[job] or now) if state in (*ENDED, FORGOTTEN) else 0.0
             complete = run_folder.has_ended(job.run, job.total_env_steps)
-            fresh = time.monotonic() - seen_ended.setdefault(job.id, time.monotonic()) < LAG
-            if state in ("COMPLETED", FORGOTTEN) and not complete and fresh:
+            may_be_complete = state in ("COMPLETED", FORGOTTEN) and now - waiting[job] < LAG
+            if not waiting[job] or (may_be_complete and not complete):
                 continue
-            waiting.remove(job)
+            del waiting[job]
             if complete or state == "COMPLETED":
                 print_line(_describe(job, complete=complete))
             else:
                 failures.append(_explain(job, state))
                 print(f"levin: {failures[-1]}", file=sys.stderr, flush=True)
+        counts = Counter(states.get(job.id, FORGOTTEN).lower() for job in waiting)
+        words = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        if words != last_counts and counts:
+            print_line(f"{len(jobs)} runs: {len(jobs) - len(waiting)} ended, {words}")
+        last_counts = words
     return failures
 
 
-def read_states(jobs: Sequence[str]) -> Mapping[str, str] | None:
+def read_states(jobs: Sequence[str]) -> dict[str, str] | None:
     """Return the state of each job that squeue knows; None if SLURM does not answer at the moment."""
-    arrays = ",".join(sorted({job.partition("_")[0] for job in jobs}))
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={arrays}"]
+    numbers = ",".join(sorted({job.partition("_")[0] for job in jobs}))
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={numbers}"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode and "Invalid job id" not in answer.stderr:
         return None
-    pairs = (line.split() for line in answer.stdout.splitlines())
-    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+    return dict(line.split() for line in answer.stdout.splitlines())
 
 
 def _describe(job: Job, *, complete: bool) -> str:
     """Return a sentence about a job that has ended without an error."""
+    if not complete:
+        return f"{job.run} was stopped before its end, and saved; to continue: make resume RUN={job.run}"
     progress = read_progress(job.run)
     score = "" if progress.evaluation is None else f", eval/return_mean {progress.evaluation}"
-    if complete:
-        return f"{job.run} is complete: {progress.env_steps} env steps{score}"
-    return f"{job.run} was stopped before its end, and is saved; to continue: make resume RUN={job.run}"
+    return f"{job.run} is complete: {progress.env_steps} env steps{score}"
 
 
 def _explain(job: Job, state: str) -> str:
     """Return a sentence about a job that has failed."""
     if state == "FAILED":
-        return f"{job.run} failed: {last_line(job.logs)} (see {job.logs})"
+        line, file = last_line(job.logs)
+        return f"{job.run} failed: {line} (see {file})"
     if state == FORGOTTEN:
         return f"{job.run} is not complete, and SLURM does not know its job {job.id} any more (see {job.logs})"
-    return f"{job.run} failed: SLURM ended its job {job.id}: {state} (see {job.logs})"
+    return f"{job.run} failed: SLURM ended its job {job.id}, {state} (see {job.logs})"
 
 
-def last_line(logs: Path) -> str:
-    """Return the last line that a failed job has written: of several ranks, that of the first which failed."""
-    files = sorted(logs.glob("*.err"), key=lambda file: file.stat().st_mtime)
-    texts = [file.read_text(errors="replace").strip().splitlines() for file in files]
-    lines = [[line for line in text if not EXIT_CODE.match(line)] for text in texts]
-    last = [each[-1] for each in lines if each]
-    said = [line.removeprefix("levin: ") for line in last if line.startswith("levin: ")]
-    return (said or last or ["no output"])[0]
+def last_line(logs: Path) -> tuple[str, Path]:
+    """Return the last line of a failed job, and its file: of several ranks, that of the first to report an error."""
+    found = []
+    for file in sorted(logs.glob("*.err"), key=lambda file: file.stat().st_mtime):
+        lines = [line for line in file.read_text(errors="replace").splitlines() if not AFTERWARDS.match(line)]
+        found += [(line, file) for line in lines if line.strip()][-1:]
+    reported = [(line.removeprefix("levin: "), file) for line, file in found if line.startswith("levin: ")]
+    return (reported or found or [("it has written nothing", logs)])[0]
