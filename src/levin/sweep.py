@@ -228,7 +228,7 @@ def _wait_for_jobs(submitted: list[Any], configs: list[DictConfig]) -> list["_Fi
         RunError: A job has failed.
     """
     from levin.scheduler.progress import read_progress
-    from levin.scheduler.slurm_jobs import Job, wait_for_jobs
+    from levin.scheduler.slurm_jobs import Job, count_runs, wait_for_jobs
 
     runs = [Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) for config in configs]
     jobs = [
@@ -244,8 +244,8 @@ def _wait_for_jobs(submitted: list[Any], configs: list[DictConfig]) -> list["_Fi
         raise
     if failures:
         more = "; the others have ended without an error" if len(jobs) > len(failures) else ""
-        raise RunError(f"{len(failures)} of {len(jobs)} runs failed{more}: {failures[0]}")
-    print_line(f"{len(jobs)} runs have ended; see them with make compare RUNS=... or make plot RUNS=...")
+        raise RunError(f"{len(failures)} of {count_runs(len(jobs))} failed{more}: {failures[0]}")
+    print_line(f"{count_runs(len(jobs))} ended; to see them: make compare RUNS=..., make plot RUNS=...")
     return [_Finished(read_progress(run).evaluation) for run in runs]
 
 

@@ -52,7 +52,7 @@ def levin_train(cluster: SlurmCluster, folder: Path, *words: str) -> subprocess.
 
 def local_run(folder: Path, *words: str) -> Path:
     """Train a run in this process."""
-    train(compose([*OVERRIDES, SIGNAL, "+callbacks.signal.name=none", *words]), folder)
+    train(compose([*OVERRIDES, SIGNAL, "+callbacks.signal.name=nothing", *words]), folder)
     return folder
 
 
@@ -61,11 +61,11 @@ def read_logs(folder: Path) -> str:
 
 
 def test_a_sweep_says_how_each_job_ended(cluster, tmp_path):
-    answer = levin_train(cluster, tmp_path, *SWEEP, "run=mine", "+callbacks.signal.name=CONT,USR1,KILL,error")
+    answer = levin_train(cluster, tmp_path, *SWEEP, "run=mine", "+callbacks.signal.name=nothing,USR1,KILL,error")
     assert answer.returncode == 1
-    runs = {name: f"mine/+callbacks.signal.name={name}/s0" for name in ("CONT", "USR1", "KILL", "error")}
+    runs = {name: f"mine/+callbacks.signal.name={name}/s0" for name in ("nothing", "USR1", "KILL", "error")}
     lines = answer.stdout.splitlines()
-    for name in ("CONT", "USR1"):
+    for name in ("nothing", "USR1"):
         assert len([line for line in lines if line.startswith(f"{runs[name]} is complete: 320 env steps")]) == 1
     *errors, last = sorted(answer.stderr.splitlines(), key=lambda line: "runs failed" in line)
     killed, failed = sorted(errors, key=lambda line: runs["error"] in line)
@@ -76,7 +76,7 @@ def test_a_sweep_says_how_each_job_ended(cluster, tmp_path):
     assert last.startswith("levin: 2 of 4 runs failed; the others have ended without an error: ")
     assert all(Path(tmp_path, line.rpartition("(see ")[2][:-1]).exists() for line in errors)
     straight = local_run(tmp_path / "straight")
-    for name, resumed in (("CONT", 0), ("USR1", 1)):
+    for name, resumed in (("nothing", 0), ("USR1", 1)):
         assert len(run_folder.read_provenance(tmp_path / runs[name])["resumed"]) == resumed
         assert_identical_runs(straight, tmp_path / runs[name])
         log = "\n".join(
@@ -99,7 +99,7 @@ def test_a_preempted_run_of_two_ranks_continues(cluster, tmp_path):
 
 
 def test_the_number_of_ranks_must_be_that_of_the_trainer(cluster, tmp_path):
-    answer = levin_train(cluster, tmp_path, *SWEEP, "hydra.launcher.tasks_per_node=2", "+callbacks.signal.name=CONT")
+    answer = levin_train(cluster, tmp_path, *SWEEP, "hydra.launcher.tasks_per_node=2", "+callbacks.signal.name=nothing")
     assert answer.returncode == 2
     assert answer.stderr.startswith("levin: a job would start 2 processes, but trainer.devices=1 ")
     assert len(answer.stderr.splitlines()) == 1

@@ -187,7 +187,10 @@ begin() {
         bash "$FAKE/batch.sh"
     done
 }
-for task in 0 1; do begin $task > "$FAKE/task_$task.txt" 2>&1 & done
+for task in 0 1; do
+    echo RUNNING > "$FAKE/state_$task"
+    (begin $task > "$FAKE/task_$task.txt" 2>&1; echo COMPLETED > "$FAKE/state_$task") &
+done
 echo Submitted batch job 70
 """
 SRUN = r"""
@@ -202,7 +205,7 @@ def test_a_sweep_on_slurm(tmp_path):
     command(tmp_path, "sbatch", SBATCH)
     command(tmp_path, "srun", SRUN)
     command(tmp_path, "scontrol", 'touch "$FAKE/$1_$2"')
-    command(tmp_path, "sacct", r'echo "JobID|State|NodeList"; for i in 0 1; do echo "70_$i|RUNNING|node"; done')
+    command(tmp_path, "squeue", 'for task in 0 1; do echo "70_$task $(cat $FAKE/state_$task)"; done')
     answer = sweep(tmp_path, "launcher=slurm", "hydra.launcher.partition=gpu")
     assert answer.returncode == 0, answer.stderr
     batch = (tmp_path / "batch.sh").read_text()

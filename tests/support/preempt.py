@@ -28,10 +28,10 @@ class Preempt(Callback):
 
 
 class SignalJob(Preempt):
-    """Sends a signal to every process of its SLURM job, as SLURM does, or raises an error. SIGCONT is harmless."""
+    """Sends a signal to every process of its SLURM job, as SLURM does, or raises an `error`, or does `nothing`."""
 
     def on_train_batch_end(self, trainer, algorithm, *_):
-        if self.fresh and algorithm.env_steps >= 96:
+        if self.fresh and algorithm.env_steps >= 96 and self.name != "nothing":
             self.fresh = False
             if self.name == "error":
                 raise RuntimeError("an error after 96 env steps")

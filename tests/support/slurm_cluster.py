@@ -40,7 +40,8 @@ MpiDefault=none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=preempt_send_user_signal,sched_interval=2,bf_interval=2
+SlurmctldParameters=preempt_send_user_signal
+SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2

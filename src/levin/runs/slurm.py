@@ -4,7 +4,9 @@
     srun python -m levin.train algo=sac env=pendulum
 
 The jobs of a sweep (`launcher=slurm`) are requeued by submitit, which sets a signal handler of its own. A cluster that
-preempts jobs sends SIGUSR1 first if its PreemptParameters include send_user_signal.
+preempts jobs sends SIGUSR1 first if its slurm.conf has `PreemptParameters=send_user_signal`, or, in older versions,
+`SlurmctldParameters=preempt_send_user_signal`. Otherwise it sends SIGTERM: the run is saved, but not requeued, since
+`scancel` sends SIGTERM as well.
 """
 
 import os

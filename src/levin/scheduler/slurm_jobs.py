@@ -55,6 +55,7 @@ def wait_for_jobs(jobs: Sequence[Job]) -> list[str]:
     failures: list[str] = []
     waiting = dict.fromkeys(jobs, 0.0)  # time at which a job was first seen to have ended; 0: it has not
     begin, last_counts = time.monotonic(), ""
+    number = count_runs(len(jobs))
     while waiting:
         time.sleep(min(SECONDS[1], max(SECONDS[0], (time.monotonic() - begin) / 20)))
         if (states := read_states([job.id for job in waiting])) is None:
@@ -76,9 +77,14 @@ def wait_for_jobs(jobs: Sequence[Job]) -> list[str]:
         counts = Counter(states.get(job.id, FORGOTTEN).lower() for job in waiting)
         words = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         if words != last_counts and counts:
-            print_line(f"{len(jobs)} runs: {len(jobs) - len(waiting)} ended, {words}")
+            print_line(f"{number}: {len(jobs) - len(waiting)} ended, {words}")
         last_counts = words
     return failures
+
+
+def count_runs(count: int) -> str:
+    """Return the number of runs in words."""
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def read_states(jobs: Sequence[str]) -> dict[str, str] | None:
