@@ -13,6 +13,12 @@ from levin.scheduler.slurm_jobs import Job, last_line, wait_for_jobs
 from levin.sweep import check_ranks
 from processes import run_python
 
+ONE_BY_ONE = """#!/bin/bash
+first=$(ls answer_* | head -1)
+(. ./$first); code=$?
+[ $first = answer_9 ] || rm $first
+exit $code
+"""
 UNKNOWN = "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1"
 
 
@@ -24,7 +30,7 @@ def squeue(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     program = tmp_path / "squeue"
-    program.write_text("#!/bin/bash\nfirst=$(ls answer_* | head -1); . ./$first; [ $first = answer_9 ] || rm $first\n")
+    program.write_text(ONE_BY_ONE)
     program.chmod(0o755)
 
     def answer(*answers: str) -> None:
