@@ -4,7 +4,8 @@ Each combination of the values and seeds is a run. Their folders are `runs/sweep
 `make plot RUNS="runs/sweep_<time>/*"` draws one learning curve per combination. The scheduler trains `jobs` of them at
 the same time, each with one thread by default, and the same command continues a sweep that has ended early.
 
-With `launcher=slurm` each run is a SLURM job, even a single run, which Hydra's launcher submits. Hydra's own sweepers
+With `launcher=slurm` each run is a SLURM job, even a single run, which Hydra's launcher submits. The command waits for
+all of them and says how each has ended (`levin.scheduler.slurm_jobs`). Hydra's own sweepers
 (`hydra.sweeper...`) work as documented by Hydra: one run after the other, each with the mean return of its last
 evaluation as its result.
 """
@@ -215,9 +216,10 @@ def check_ranks(config: DictConfig) -> None:
     options, devices, nodes = config.hydra.launcher, config.trainer.devices, config.trainer.get("num_nodes", 1)
     if (options.nodes, options.tasks_per_node) != (nodes, devices):
         raise ConfigError(
-            f"a job would start {options.nodes * options.tasks_per_node} processes, but trainer.devices={devices} and "
-            f"trainer.num_nodes={nodes} need {nodes * devices}: leave out hydra.launcher.nodes and "
-            "hydra.launcher.tasks_per_node, which follow the trainer, and give each sweep one value of trainer.devices"
+            f"a job would start {options.tasks_per_node} processes on each of {options.nodes} nodes, but "
+            f"trainer.devices={devices} and trainer.num_nodes={nodes} need {devices} on each of {nodes}: leave out "
+            "hydra.launcher.nodes and hydra.launcher.tasks_per_node, which follow the trainer, and give a sweep one "
+            "value of trainer.devices"
         )
 
 

@@ -13,7 +13,7 @@ from levin.config.compose import compose
 from levin.runs import folder as run_folder
 from levin.training.session import train
 from processes import wait_until
-from short_runs import TINY, assert_identical_runs
+from short_runs import TINY, assert_identical_runs, last_words
 from slurm_cluster import SlurmCluster, missing_programs
 
 MISSING = [*missing_programs(), *([] if importlib.util.find_spec("submitit") else ["submitit"])]
@@ -22,8 +22,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs SLURM, and submitit; missing: {', '.join(MISSING)}"),
 ]
 
-SHORT = {word.partition("=")[0]: word for word in TINY}.values()  # each key once, its last value
-OVERRIDES = (*SHORT, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
+OVERRIDES = (*last_words(TINY), "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
 LONGER = (*OVERRIDES[:-1], "total_env_steps=2000")
 SIGNAL = "+callbacks.signal._target_=preempt.SignalJob"
 SWEEP = ("-m", *OVERRIDES, SIGNAL, "launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1")
@@ -72,7 +71,7 @@ def test_a_sweep_says_how_each_job_ended(cluster, tmp_path):
     assert re.match(
         rf"levin: {re.escape(runs['KILL'])} failed: SLURM ended its job \d+_2, CANCELLED \(see mine/", killed
     )
-    assert failed.startswith(f"levin: {runs['error']} failed: RuntimeError: an error after 96 env steps (see mine/")
+    assert failed.startswith(f"levin: {runs['error']} failed: RuntimeError: an error after 160 env steps (see mine/")
     assert last.startswith("levin: 2 of 4 runs failed; the others have ended without an error: ")
     assert all(Path(tmp_path, line.rpartition("(see ")[2][:-1]).exists() for line in errors)
     straight = local_run(tmp_path / "straight")
@@ -86,6 +85,11 @@ def test_a_sweep_says_how_each_job_ended(cluster, tmp_path):
         )
         assert "sac_pendulum, seed 0" in log
         assert not [word for word in NOISE if word in log]
+    again = levin_train(cluster, tmp_path, *SWEEP, "run=mine", "+callbacks.signal.name=nothing,USR1,KILL,error")
+    assert again.returncode == 0, again.stderr
+    for name in ("KILL", "error"):
+        assert len(run_folder.read_provenance(tmp_path / runs[name])["resumed"]) == 1
+        assert_identical_runs(straight, tmp_path / runs[name])
 
 
 def test_a_preempted_run_of_two_ranks_continues(cluster, tmp_path):
@@ -101,7 +105,7 @@ def test_a_preempted_run_of_two_ranks_continues(cluster, tmp_path):
 def test_the_number_of_ranks_must_be_that_of_the_trainer(cluster, tmp_path):
     answer = levin_train(cluster, tmp_path, *SWEEP, "hydra.launcher.tasks_per_node=2", "+callbacks.signal.name=nothing")
     assert answer.returncode == 2
-    assert answer.stderr.startswith("levin: a job would start 2 processes, but trainer.devices=1 ")
+    assert answer.stderr.startswith("levin: a job would start 2 processes on each of 1 nodes, but trainer.devices=1 ")
     assert len(answer.stderr.splitlines()) == 1
     assert cluster.call("squeue", "--noheader") == ""
 

@@ -17,9 +17,9 @@ from levin.runs import folder as run_folder
 from levin.train import main
 from levin.training.session import train
 from processes import run_python
-from short_runs import TINY, assert_identical_runs
+from short_runs import TINY, assert_identical_runs, last_words
 
-OVERRIDES = (*TINY, "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
+OVERRIDES = (*last_words(TINY), "trainer.threads=1", "trainer.accelerator=cpu", "total_env_steps=320")
 PREEMPT = ("+callbacks.preempt._target_=preempt.Preempt",)
 HARMLESS = (*PREEMPT, "+callbacks.preempt.name=SIGCONT")
 
@@ -181,15 +181,15 @@ cp "$1" "$FAKE/batch.sh"
 begin() {
     export SLURM_JOB_ID=$((70 + $1)) SLURM_ARRAY_JOB_ID=70 SLURM_ARRAY_TASK_ID=$1 SLURM_RESTART_COUNT=0
     export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
-    bash "$FAKE/batch.sh"
+    bash "$FAKE/batch.sh" && state=COMPLETED || state=FAILED
     while rm "$FAKE/requeue_70_$1"; do
         export SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
-        bash "$FAKE/batch.sh"
+        bash "$FAKE/batch.sh" && state=COMPLETED || state=FAILED
     done
 }
 for task in 0 1; do
     echo RUNNING > "$FAKE/state_$task"
-    (begin $task > "$FAKE/task_$task.txt" 2>&1; echo COMPLETED > "$FAKE/state_$task") &
+    (begin $task; echo $state > "$FAKE/state_$task") > "$FAKE/task_$task.txt" 2>&1 &
 done
 echo Submitted batch job 70
 """

@@ -31,10 +31,10 @@ class SignalJob(Preempt):
     """Sends a signal to every process of its SLURM job, as SLURM does, or raises an `error`, or does `nothing`."""
 
     def on_train_batch_end(self, trainer, algorithm, *_):
-        if self.fresh and algorithm.env_steps >= 96 and self.name != "nothing":
+        if self.fresh and algorithm.env_steps >= 160 and self.name != "nothing":
             self.fresh = False
             if self.name == "error":
-                raise RuntimeError("an error after 96 env steps")
+                raise RuntimeError("an error after 160 env steps")
             if trainer.global_rank == 0:
                 subprocess.run(["scancel", f"--signal={self.name}", os.environ["SLURM_JOB_ID"]], check=False)
                 time.sleep(3)  # until it has arrived, also at scancel itself, which belongs to the job

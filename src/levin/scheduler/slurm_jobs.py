@@ -69,7 +69,7 @@ def wait_for_jobs(jobs: Sequence[Job]) -> list[str]:
             if not waiting[job] or (may_be_complete and not complete):
                 continue
             del waiting[job]
-            if complete or state == "COMPLETED":
+            if complete or (state == "COMPLETED" and run_folder.has_begun(job.run)):
                 print_line(_describe(job, complete=complete))
             else:
                 failures.append(_explain(job, state))
@@ -111,6 +111,8 @@ def _explain(job: Job, state: str) -> str:
     if state == "FAILED":
         line, file = last_line(job.logs)
         return f"{job.run} failed: {line} (see {file})"
+    if state == "COMPLETED":
+        return f"{job.run} failed: its job {job.id} ended before the run began (see {job.logs})"
     if state == FORGOTTEN:
         return f"{job.run} is not complete, and SLURM does not know its job {job.id} any more (see {job.logs})"
     return f"{job.run} failed: SLURM ended its job {job.id}, {state} (see {job.logs})"
