@@ -4,7 +4,8 @@ Each combination of the values and seeds is a run. Their folders are `runs/sweep
 `make plot RUNS="runs/sweep_<time>/*"` draws one learning curve per combination. The scheduler trains `jobs` of them at
 the same time, each with one thread by default, and the same command continues a sweep that has ended early.
 
-With `launcher=slurm` each run is a SLURM job, even a single run, which Hydra's launcher submits. Hydra's own sweepers
+With `launcher=slurm` each run is a SLURM job, even a single run, which Hydra's launcher submits. The command waits for
+all of them and says how each has ended (`levin.scheduler.slurm_jobs`). Hydra's own sweepers
 (`hydra.sweeper...`) work as documented by Hydra: one run after the other, each with the mean return of its last
 evaluation as its result.
 """
@@ -14,6 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,7 +32,7 @@ from levin.config.compose import NULL_DEFAULTS, SEARCH_PATH, add_pluses, compose
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
-from levin.core.process import print_line, share_cores
+from levin.core.process import print_line, share_cores, shield_resource_tracker
 from levin.runs import folder as run_folder
 
 FLAGS = ("-m", "--multirun")
@@ -147,6 +150,8 @@ def submit(words: list[str], seeds: list[str]) -> None:
     run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)
     chosen = {str(override.key_or_group): str(override.value()) for override in cli.parse_hydra_overrides(words)}
     if "launcher" in chosen:
+        if chosen["launcher"] == "slurm":
+            _wait_for_slurm()
         _submit_jobs(run_all, chosen.get(SWEEP_FOLDER, options[SWEEP_FOLDER]))
     else:
         run_all()
@@ -182,12 +187,88 @@ def _submit_jobs(run_all: Callable[[], None], folder: str) -> None:
         raise SystemExit(130) from None  # the SLURM jobs continue
 
 
+def _wait_for_slurm() -> None:
+    """Let Hydra's launcher wait for SLURM's jobs as `levin.scheduler.slurm_jobs` does.
+
+    The launcher calls `map_array` of submitit's executor to submit the jobs, then `results` of one job after the other.
+    submitit would ask `sacct` for their states, and stop at the first job that failed.
+    """
+    import submitit  # type: ignore[import-not-found]
+
+    class Executor(submitit.AutoExecutor):  # type: ignore[misc]
+        def map_array(self, launcher: Any, overrides: list[list[str]], *others: Any) -> list[_Finished]:
+            loader = launcher.hydra_context.config_loader
+            configs = [loader.load_sweep_config(launcher.config, list(each)) for each in overrides]
+            for config in configs:
+                check_ranks(config)
+            return _wait_for_jobs(super().map_array(launcher, overrides, *others), configs)
+
+    submitit.AutoExecutor = Executor
+    os.environ["SLURM_KILL_BAD_EXIT"] = "1"  # if a rank fails, srun ends the others
+
+
+def check_ranks(config: DictConfig) -> None:
+    """Check that srun will start as many processes for a job as its run has ranks. `config` holds `hydra` as well.
+
+    Raises:
+        ConfigError: It would start more or fewer.
+    """
+    options, devices, nodes = config.hydra.launcher, config.trainer.devices, config.trainer.get("num_nodes", 1)
+    if (options.nodes, options.tasks_per_node) != (nodes, devices):
+        raise ConfigError(
+            f"a job would start {options.tasks_per_node} processes on each of {options.nodes} nodes, but "
+            f"trainer.devices={devices} and trainer.num_nodes={nodes} need {devices} on each of {nodes}: leave out "
+            "hydra.launcher.nodes and hydra.launcher.tasks_per_node, which follow the trainer, and give a sweep one "
+            "value of trainer.devices"
+        )
+
+
+def _wait_for_jobs(submitted: list[Any], configs: list[DictConfig]) -> list["_Finished"]:
+    """Wait until submitit's jobs have ended.
+
+    Raises:
+        RunError: A job has failed.
+    """
+    from levin.scheduler.progress import read_progress
+    from levin.scheduler.slurm_jobs import Job, count_runs, wait_for_jobs
+
+    runs = [Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) for config in configs]
+    jobs = [
+        Job(job.job_id, run, config.total_env_steps, Path(os.path.relpath(job.paths.folder)))
+        for job, run, config in zip(submitted, runs, configs, strict=True)
+    ]
+    number = jobs[0].id.partition("_")[0]
+    print_line(f"SLURM job {number} is submitted; this command waits for its end")
+    try:
+        failures = wait_for_jobs(jobs)
+    except KeyboardInterrupt:
+        print_line(f"SLURM job {number} goes on; to end it: scancel {number}")
+        raise
+    if failures:
+        more = "; the others have ended without an error" if len(jobs) > len(failures) else ""
+        raise RunError(f"{len(failures)} of {count_runs(len(jobs))} failed{more}: {failures[0]}")
+    print_line(f"{count_runs(len(jobs))} ended; to see them: make compare RUNS=..., make plot RUNS=...")
+    return [_Finished(read_progress(run).evaluation) for run in runs]
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Job that has ended, as Hydra's launcher expects it. `value`: mean return of the last evaluation."""
+
+    value: float | None
+
+    def results(self) -> list[JobReturn]:
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=self.value)]
+
+
 def run_job(cfg: DictConfig) -> float | None:
     """Train one run of the sweep, or resume it: submitit calls this again for a job that was preempted."""
     if "SUBMITIT_EXECUTOR" in os.environ:  # without jobs, `levin.train` has done it
         share_cores()
+        shield_resource_tracker()
     from levin import resume  # late: a sweep that is mistyped is refused before torch and Lightning are imported
-    from levin.training.session import train
+    from levin.training.distributed import sharding
+    from levin.training.session import train, train_rank
 
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
@@ -195,12 +276,18 @@ def run_job(cfg: DictConfig) -> float | None:
         with exit_on_user_error():
             cfg = finalize(cfg, hydra.runtime.choices)
             chosen = _chosen_values(cfg, list(hydra.overrides.task))
-            result = resume.resume(run=str(run), **chosen) if run_folder.has_begun(run) else train(cfg, run)
+            later_rank = sharding.process_rank(cfg) > 0
+            if run_folder.has_begun(run):
+                result = resume.resume(run=str(run), **chosen)
+            else:
+                result = train_rank(cfg, run) if later_rank else train(cfg, run)
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise
         traceback.print_exc()  # Hydra would send the error to the waiting process without its traceback
         raise SystemExit(1) from None
+    if later_rank:
+        return None
     if run_folder.read_provenance(run)["env_steps"] is None and "max_time" not in cfg.trainer:
         raise SystemExit(0)  # stopped by a signal, which ends the whole sweep
     return result

@@ -21,6 +21,11 @@ INTERVALS = ("eval.every=70", "checkpoint.every=90", "log_every=50")
 TINY = (*SMALL, *INTERVALS)
 
 
+def last_words(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `key=value` words with each key once, its last: the commands warn of a key that is given twice."""
+    return tuple({word.partition("=")[0]: word for word in words}.values())
+
+
 def change_random_states() -> None:
     """Change the state of all global random generators, as another program in the process would."""
     random.seed(9), np.random.seed(9), torch.manual_seed(9)

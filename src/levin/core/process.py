@@ -45,6 +45,21 @@ def restore_signals(handlers: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
+def shield_resource_tracker() -> None:
+    """Start the process in which multiprocessing counts semaphores, with all `SIGNALS` blocked.
+
+    SLURM sends SIGUSR1 to every process of a job. The tracker would end, and a new one would print a traceback for each
+    semaphore that it has not heard of.
+    """
+    from multiprocessing import resource_tracker
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 @contextmanager
 def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Set the handler of all `SIGNALS` while the context lasts."""

@@ -4,7 +4,9 @@
     srun python -m levin.train algo=sac env=pendulum
 
 The jobs of a sweep (`launcher=slurm`) are requeued by submitit, which sets a signal handler of its own. A cluster that
-preempts jobs sends SIGUSR1 first if its PreemptParameters include send_user_signal.
+preempts jobs sends SIGUSR1 first if its slurm.conf has `PreemptParameters=send_user_signal`, or, in older versions,
+`SlurmctldParameters=preempt_send_user_signal`. Otherwise it sends SIGTERM: the run is saved, but not requeued, since
+`scancel` sends SIGTERM as well.
 """
 
 import os
@@ -13,6 +15,8 @@ import subprocess
 import sys
 from functools import partial
 from types import FrameType
+
+from levin.core.process import shield_resource_tracker
 
 RANKS = ("SLURM_PROCID", "RANK", "LOCAL_RANK")  # environment variables that hold the rank of a process
 
@@ -37,6 +41,7 @@ def is_later_rank() -> bool:
 def requeue_on_signal() -> None:
     """Set a SIGUSR1 handler that requeues this SLURM job. During training `Preemption` replaces it, to save first."""
     if job_id() is not None:
+        shield_resource_tracker()
         signal.signal(signal.SIGUSR1, partial(_requeue, os.getpid()))
 
 
@@ -44,7 +49,9 @@ def _requeue(process: int, number: int, _: FrameType | None) -> None:
     """Requeue the job and exit. Do nothing on other ranks, or in a process that was forked from `process`."""
     if os.getpid() != process or is_later_rank():
         return
-    signal.signal(number, signal.SIG_IGN)
+    # SLURM ends a job that it requeues by SIGTERM; this process ends by itself, and removes its semaphores first.
+    for each in (number, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     command = ["scontrol", "requeue", str(job_id())]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
