@@ -1,6 +1,6 @@
 """Recurrent PPO and A2C: policy gradients with a memory, for envs that are only partly observed.
 
-Actor and critic read the output h of an LSTM or GRU, h_t = f(o_t, h_{t-1}), in place of the observation o_t. The loss is
+Actor and critic read the output h_t = f(o_t, h_{t-1}) of an LSTM or GRU in place of the observation o_t. The loss is
 that of PPO (Schulman et al. 2017, arXiv:1707.06347), or with `loss: a2c` that of A2C (Mnih et al. 2016,
 arXiv:1602.01783), which takes one step on the whole rollout:
 
@@ -20,8 +20,8 @@ Pseudocode:
             run the memory over each sequence from the stored h, from zero where an episode begins
             theta <- theta + lr grad (L(theta) - c_1 (V_theta(h) - target)^2 + c_2 H(pi_theta))
 
-Stored states are those of the network that acted, as in R2D2's "stored state" without burn-in (Kapturowski et al. 2019):
-in later minibatches they are slightly out of date.
+Stored states are those of the network that acted, the "stored state" of R2D2 without burn-in (Kapturowski et al. 2019):
+after the first minibatch they are slightly out of date.
 
 Deviations:
     - Minibatches are of whole sequences, drawn from all envs. The authors' code draws whole envs, sb3-contrib draws
@@ -147,10 +147,8 @@ class RecurrentPPO(Algorithm):
             )
         self.gamma, self.gae_lambda, self.loss, self.target_kl = gamma, gae_lambda, loss, target_kl
         self.clip_epsilon, self.clip_schedule, self.clip_value = clip_epsilon, clip_schedule, clip_value
-        self.optimizer_name, self.lr, self.lr_schedule, self.schedule_env_steps = (
-            *(optimizer, lr),
-            *(lr_schedule, schedule_env_steps),
-        )
+        self.optimizer_name, self.lr = optimizer, lr
+        self.lr_schedule, self.schedule_env_steps = lr_schedule, schedule_env_steps
         self.epochs, self.batch_size = (epochs, batch_size) if loss == "ppo" else (1, transitions)
         self.sequence_length, self.steps_per_iteration = sequence_length, steps_per_iteration
         self.normalize_advantage, self.entropy_coef, self.value_coef = normalize_advantage, entropy_coef, value_coef
@@ -214,7 +212,7 @@ class RecurrentPPO(Algorithm):
 
     @torch.no_grad()
     def evaluate(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-        """Cut a rollout `[N, T]` into sequences `[K, L]`; return their steps and the stored state before each, `[K, D]`.
+        """Cut a rollout `[N, T]` into sequences; return their steps `[K, L]` and the stored states before them `[K, D]`.
 
         A step has observation, action, log pi_k(a|h), advantage, target A + V_k, and V_k. The advantage is that of GAE.
         """

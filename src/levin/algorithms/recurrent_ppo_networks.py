@@ -103,12 +103,10 @@ class RecurrentPolicy(nn.Module):
     def forward(self, observation: Tensor, is_first: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         before = self.carry.begin(is_first)
         features = self.trunk(self.normalizer(observation))
-        outputs, states = zip(
-            *(memory.step(features, state) for memory, state in zip(self.memories, before.split(self.sizes, -1))),
-            strict=True,
-        )
-        self.carry.state = torch.cat(states, -1)
-        distribution = self.actor(outputs[0])
+        states = zip(self.memories, before.split(self.sizes, -1), strict=True)
+        steps = [memory.step(features, state) for memory, state in states]
+        self.carry.state = torch.cat([state for _, state in steps], -1)
+        distribution = self.actor(steps[0][0])
         return distribution.mode if self.deterministic else (distribution.sample(), before)
 
 
