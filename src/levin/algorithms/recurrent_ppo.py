@@ -212,7 +212,7 @@ class RecurrentPPO(Algorithm):
 
     @torch.no_grad()
     def evaluate(self, rollout: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-        """Cut a rollout `[N, T]` into sequences; return their steps `[K, L]` and the stored states before them `[K, D]`.
+        """Return the steps `[K, L]` of the sequences of a rollout `[N, T]`, and the stored state before each, `[K, D]`.
 
         A step has observation, action, log pi_k(a|h), advantage, target A + V_k, and V_k. The advantage is that of GAE.
         """
