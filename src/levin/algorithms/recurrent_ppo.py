@@ -72,7 +72,7 @@ class RecurrentPPO(Algorithm):
         clip_schedule: Schedule of `clip_epsilon`; `linear` lowers it to 0.
         clip_value: Whether to clip the change of V as well: no.
         target_kl: KL divergence in nats above which the epochs end; null: never.
-        optimizer: Optimiser: Adam, with an epsilon of 1e-5 as in the authors' code.
+        optimizer: Optimiser: Adam, with an epsilon of 1e-5.
         lr: Learning rate: 3e-4.
         lr_schedule: Schedule of the learning rate; `linear` lowers it to 0.
         schedule_env_steps: Env steps after which a linear schedule is at 0.
