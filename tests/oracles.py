@@ -39,6 +39,8 @@ from levin.algorithms.ddpg import DDPG
 from levin.algorithms.dqn import DQN
 from levin.algorithms.dreamer_v3 import DreamerV3
 from levin.algorithms.ppo import PPO
+from levin.algorithms.recurrent_ppo import MEMORY, RecurrentPPO
+from levin.algorithms.recurrent_ppo_networks import Memory, Segments
 from levin.algorithms.reinforce import REINFORCE
 from levin.algorithms.sac import SAC
 from levin.algorithms.sac_discrete import SACDiscrete
@@ -503,6 +505,108 @@ def ppo_oracle(algorithm: PPO, batch: TensorDict) -> list[Tensor]:
     else:
         epsilon = algorithm.clip_epsilon
         loss = ClipPPOLoss(torchrl_actor(after), critic, clip_epsilon=epsilon, clip_value=epsilon, **common)(data)
+    return [loss["loss_objective"], loss["loss_critic"], -loss["loss_entropy"]]
+
+
+def recurrent_rollout(algorithm: RecurrentPPO, batch: TensorDict, *, steps: int) -> TensorDict:
+    """Return transitions `[8]` as a rollout of `steps` steps with random stored states, 0 where an episode begins."""
+    rollout = as_rollout(batch) if steps > 1 else batch.unsqueeze(1)
+    generator = torch.Generator().manual_seed(2)
+    memory = torch.randn(*rollout.shape, algorithm.carry.state.shape[1], generator=generator)
+    memory[:, 1:] *= ~rollout["next", "done"][:, :-1]
+    rollout[MEMORY] = memory
+    return rollout
+
+
+def recurrent_ppo_critic_loss(algorithm: RecurrentPPO, batch: TensorDict) -> Tensor:
+    """Return the critic loss on transitions `[B]`, each a sequence of its own."""
+    algorithm.sequence_length = 1
+    data, _ = algorithm.evaluate(recurrent_rollout(algorithm, batch, steps=1))
+    data = data.flatten(0, 1)
+    return algorithm.critic_loss(data, data["value"], torch.tensor(0.2))
+
+
+def with_changed_networks(algorithm: RecurrentPPO) -> RecurrentPPO:
+    """Return a copy of an algorithm whose parameters have all changed, as after an update."""
+    algorithm = copy.deepcopy(algorithm)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in algorithm.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return algorithm
+
+
+def recurrent_ppo_losses(algorithm: RecurrentPPO, batch: TensorDict) -> list[Tensor]:
+    """Return actor loss, twice the critic loss, and entropy, after all networks have changed."""
+    algorithm.sequence_length = 2
+    rollout = recurrent_rollout(algorithm, batch, steps=4)
+    data, state = algorithm.evaluate(rollout)
+    after, epsilon = with_changed_networks(algorithm), torch.tensor(algorithm.clip_epsilon)
+    segments = Segments(rollout["next", "done"].reshape(-1, 2), data.device or torch.device("cpu"))
+    data = data.flatten(0, 1)
+    data["advantage"] = standardize(data["advantage"])
+    actor_inputs, critic_inputs = after.remember(data["observation"], segments, state)
+    distribution = after.actor(actor_inputs)
+    actor_loss, _ = after.actor_loss(data, distribution.log_prob(data["action"]), epsilon)
+    critic_loss = after.critic_loss(data, after.critic(critic_inputs), epsilon)
+    return [actor_loss, 2 * critic_loss, distribution.entropy().mean()]
+
+
+def step_through(algorithm: RecurrentPPO, rollout: TensorDict) -> TensorDict:
+    """Return a rollout whose observations are replaced by the inputs of actor and critic, from `nn.LSTMCell`."""
+
+    def cell(memory: Memory) -> nn.LSTMCell:
+        result = nn.LSTMCell(memory.input_weight.shape[1], memory.size)
+        for parameter, weight in zip(result.parameters(), memory.weights, strict=True):
+            parameter.data.copy_(weight)
+        return result
+
+    cells = [cell(each) for each in (algorithm.actor_memory, algorithm.critic_memory)]
+    inputs: dict[str, list[Tensor]] = {"observation": [], "next": []}
+    for t in range(rollout.shape[1]):
+        if t % algorithm.sequence_length == 0:
+            parts = rollout[MEMORY][:, t].chunk(4, -1)
+            states = [parts[:2], parts[2:]]
+        states = [each(rollout["observation"][:, t], state) for each, state in zip(cells, states, strict=True)]
+        inputs["observation"].append(torch.cat([states[0][0], states[1][0]], -1))
+        after = [each(rollout["next", "observation"][:, t], state) for each, state in zip(cells, states, strict=True)]
+        inputs["next"].append(torch.cat([after[0][0], after[1][0]], -1))
+        continues = ~rollout["next", "done"][:, t]
+        states = [tuple(part * continues for part in state) for state in states]
+    rollout = rollout.clone()
+    rollout["observation"], rollout["next", "observation"] = (torch.stack(each, 1) for each in inputs.values())
+    return rollout
+
+
+def recurrent_ppo_oracle(algorithm: RecurrentPPO, batch: TensorDict) -> list[Tensor]:
+    """Return the losses of TorchRL's ClipPPOLoss on inputs that `nn.LSTMCell` makes step by step."""
+    algorithm.sequence_length = 2
+    rollout, after = recurrent_rollout(algorithm, batch, steps=4), with_changed_networks(algorithm)
+    size = algorithm.actor_memory.size
+
+    class Half(nn.Module):
+        def __init__(self, network: nn.Module, start: int) -> None:
+            super().__init__()
+            self.network, self.start, self.discrete = network, start, getattr(network, "discrete", None)
+
+        def forward(self, inputs: Tensor) -> Any:
+            return self.network(inputs[..., self.start : self.start + size])
+
+    def networks(algorithm: RecurrentPPO) -> tuple[ProbabilisticActor, ValueOperator]:
+        holder = copy.copy(algorithm)
+        holder._modules = {"trunk": nn.Identity(), "actor": Half(algorithm.actor, 0)}
+        return torchrl_actor(holder), ValueOperator(Half(algorithm.critic, size), in_keys=["observation"])
+
+    old_actor, old_critic = networks(algorithm)
+    data = step_through(algorithm, rollout)
+    GAE(gamma=algorithm.gamma, lmbda=algorithm.gae_lambda, value_network=old_critic)(data)
+    with torch.no_grad():
+        data["action_log_prob"] = old_actor.get_dist(data).log_prob(data["action"])
+    now = step_through(after, rollout)
+    data["observation"] = now["observation"]
+    actor, critic = networks(after)
+    epsilon = algorithm.clip_epsilon
+    common = {"loss_critic_type": "l2", "normalize_advantage": True, "entropy_coeff": 1.0}
+    loss = ClipPPOLoss(actor, critic, clip_epsilon=epsilon, clip_value=epsilon, **common)(data.flatten(0, 1))
     return [loss["loss_objective"], loss["loss_critic"], -loss["loss_entropy"]]
 
 

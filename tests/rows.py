@@ -253,6 +253,28 @@ ROWS = [
         ),
     ),
     Row(
+        algo="recurrent_ppo",
+        env="cartpole_novel",
+        small=(
+            *("env.num_envs=2", "algo.steps_per_iteration=16", "algo.sequence_length=8", "algo.batch_size=16"),
+            *("algo.epochs=2", "algo.memory_size=8", "algo.hidden_sizes=[16]", "log_every=30"),
+            *("algo.lr_schedule=constant", "algo.clip_schedule=constant", "algo.clip_value=true"),
+        ),
+        env_steps=128,
+        optimizers={"optimizer": 1},
+        losses=oracles.recurrent_ppo_losses,
+        oracle=oracles.recurrent_ppo_oracle,
+        bootstraps=oracles.recurrent_ppo_critic_loss,
+        learns=(
+            (
+                *("env=gym", "env.id=toy_envs:Recall-v0", "env.num_envs=4", "total_env_steps=4000", "algo.gamma=0.5"),
+                *("algo.steps_per_iteration=64", "algo.sequence_length=16", "algo.batch_size=64"),
+                *("algo.memory_size=16", "algo.lr=1e-2"),
+            ),
+            4.8,
+        ),
+    ),
+    Row(
         algo="dreamer",
         env="pendulum",
         small=(

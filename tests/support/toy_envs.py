@@ -259,7 +259,27 @@ class Light(gym.Env):
         return picture
 
 
+class Recall(gym.Env):
+    """Memory task: only the first of 5 observations shows which of two actions has the reward 1 in this episode.
+
+    The best return of a policy without a memory is 3, on average.
+    """
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.right, self.left = int(self.np_random.integers(2)), 5
+        return np.array([2 * self.right - 1], np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), float(action == self.right), self.left == 0, False, {}
+
+
 gym.register("Light-v0", Light, max_episode_steps=10)
+gym.register("Recall-v0", Recall)
 gym.register("Keyboard-v0", Keyboard)
 gym.register("Image-v0", Image)
 gym.register("Frames-v0", Frames, max_episode_steps=5)

@@ -33,8 +33,8 @@ SLOW_SAC = (*TINY, "env.num_envs=2", "algo.steps_per_iteration=16")
 MEMORY = ("algo=ddpg", "algo.noise=ornstein_uhlenbeck", *TINY[1:])  # a policy with a state
 
 
-def dreamer(name: str) -> tuple[str, ...]:
-    """Return the overrides of a small run of a Dreamer, whose policy has a memory."""
+def remembering(name: str) -> tuple[str, ...]:
+    """Return the overrides of a small run of an algorithm whose policy has a memory."""
     (row,) = (each for each in ROWS if each.algo == name)
     schedule = ("eval.every=70", "eval.episodes=1", "checkpoint.every=90", "logger=csv", "algo.steps_per_iteration=16")
     return (f"algo={name}", f"env={row.env}", *row.small, *schedule)
@@ -165,10 +165,11 @@ def test_a_repeated_evaluation_gives_way_as_well(tmp_path, monkeypatch):
         (SLOW_SAC, 150),
         ((*MEMORY, "env.num_envs=2"), 130),
         ((*SLOW_SAC, "env.vectorization=async"), 90),
-        (dreamer("dreamer"), 130),
-        (dreamer("dreamer_v3"), 130),
+        (remembering("dreamer"), 130),
+        (remembering("dreamer_v3"), 130),
+        (remembering("recurrent_ppo"), 130),
     ],
-    ids=["whole episodes", "sac", "a policy with noise", "async envs", "dreamer", "dreamer_v3"],
+    ids=["whole episodes", "sac", "a policy with noise", "async envs", "dreamer", "dreamer_v3", "recurrent_ppo"],
 )
 def test_a_slow_rollout_is_abandoned_and_repeated(overrides, at, tmp_path, monkeypatch):
     monkeypatch.setattr(vector, "SLOW", 0.0)
