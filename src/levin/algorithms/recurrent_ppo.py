@@ -39,7 +39,7 @@ Metrics:
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -229,12 +229,12 @@ class RecurrentPPO(Algorithm):
         A step has observation, action, log pi_k(a|h), advantage, target A + V_k, and V_k. The advantage is that of GAE.
         """
         after: TensorDict = rollout.get("next")
-        state = rollout[MEMORY][:, :: self.sequence_length].flatten(0, 1)  # [N, T, D] -> [K, D]
+        state = cast(Tensor, rollout[MEMORY])[:, :: self.sequence_length].flatten(0, 1)  # [N, T, D] -> [K, D]
         done = after["done"].reshape(-1, self.sequence_length).cpu()
         segments = Segments(done, state.device, lookahead=True)
-        data = rollout.select("observation", "action").flatten(0, 1)  # [N, T] -> [B]
+        data = cast(TensorDict, rollout.select("observation", "action").flatten(0, 1))  # [N, T] -> [B]
         # Behind all steps comes the observation after the last step of each segment: V of it reads the memory, too.
-        following = after["observation"].flatten(0, 1)[segments.last]  # [S, *S]
+        following = cast(Tensor, after["observation"].flatten(0, 1))[segments.last]  # [S, *S]
         actor_inputs, critic_inputs = self.remember(torch.cat([data["observation"], following]), segments, state)
         old, values = self.actor(actor_inputs[: len(data)]), self.critic(critic_inputs)
         value = values[: len(data)]  # [B, 1]
@@ -256,7 +256,7 @@ class RecurrentPPO(Algorithm):
         entries = {"advantage": advantage, "value_target": target, "value": value}
         data.update({name: each.flatten(0, 1) for name, each in entries.items()})
         data["log_prob"] = old.log_prob(data["action"])
-        return data.reshape(-1, self.sequence_length), state
+        return data.reshape(-1, self.sequence_length), state  # [B] -> [K, L]
 
     def remember(self, observation: Tensor, segments: Segments, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run the memories over sequences; return the inputs of actor and critic at each step, `[B, H]` each.

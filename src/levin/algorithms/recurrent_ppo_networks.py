@@ -104,7 +104,7 @@ class RecurrentPolicy(nn.Module):
         before = self.carry.begin(is_first)
         features = self.trunk(self.normalizer(observation))
         states = zip(self.memories, before.split(self.sizes, -1), strict=True)
-        steps = [memory.step(features, state) for memory, state in states]
+        steps = [memory.step(features, state) for memory, state in states]  # type: ignore[operator]
         self.carry.state = torch.cat([state for _, state in steps], -1)
         distribution = self.actor(steps[0][0])
         return distribution.mode if self.deterministic else (distribution.sample(), before)
