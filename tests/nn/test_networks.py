@@ -193,7 +193,7 @@ def test_the_trunk_of_a_user_reads_a_dict():
         (["env=gym", "env.id=toy_envs:Image-v0", "algo.network=nature"], "needs images of 36 pixels or more"),
         (["algo.network={_target_:nope.Nope}"], "algo.network._target_=nope.Nope can't be built: .*nope"),
         (["algo.network={width:8}"], "algo.network._target_=None can't be built"),
-        (["algo.network={_target_:own_networks.Features,widht:8}"], "can't be built: .*widht"),
+        (["algo.network={_target_:own_networks.Features,depth:8}"], "can't be built: .*depth"),
         (["algo.network={_target_:own_networks.NoSize}"], "with num_features, the size of its output"),
         (["algo.network={_target_:own_networks.not_a_module}"], "must be a torch.nn.Module"),
     ],
