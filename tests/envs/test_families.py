@@ -77,6 +77,8 @@ def test_envs_step_as_those_of_gymnasium_make(name):
     for word, package in needed.items():
         if word in where:
             pytest.importorskip(package)
+    if cfg.observation_entries:
+        pytest.skip("shows a part of the observations; see test_envs.py")
     ended = check_steps(cfg, unwrapped(cfg), STEPS)
     assert ended or name not in ("cartpole", "pendulum", "hopper", "lunarlander")
 

@@ -37,7 +37,7 @@ def spoil(monkeypatch, method: str, at: int, change) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, "critic_loss", 200, lambda losses: (losses[0] * torch.nan, losses[1]))
+    spoil(monkeypatch, "critic_loss", 200, lambda losses: (losses[0] * torch.nan, *losses[1:]))
     message = run_and_fail(OVERRIDES, tmp_path / "run", monkeypatch, capsys)
     # Update 200 belongs to env step 40 + 200, in the iteration that ends at 256.
     assert "train/critic_loss" in message

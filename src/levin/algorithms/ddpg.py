@@ -72,8 +72,8 @@ class DDPG(Algorithm):
         n_step: Steps n of the n-step return in y, not corrected for older policies. Paper: 1. Rainbow: 3.
         replay: How transitions are sampled: `uniform`, or `prioritized` by |TD error| (Schaul et al. 2016).
         priority_alpha: Exponent of the priorities. Schaul et al., proportional: 0.6.
-        priority_beta: Exponent of the importance weights at the start; it rises linearly to 1. Schaul et al.: 0.4.
-        schedule_env_steps: Env steps over which the exponent `priority_beta` rises to 1; null: it stays.
+        priority_beta: Exponent of the importance weights at the start. Schaul et al.: 0.4, rising linearly to 1.
+        schedule_env_steps: Env steps over which `priority_beta` rises to 1; null: it stays.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critic. Tianshou: 256, 256.
         activation: Activation between the layers. Paper: relu.

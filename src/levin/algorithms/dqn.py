@@ -80,7 +80,7 @@ class DQN(Algorithm):
         n_step: Steps n of the n-step return in y, not corrected for older policies. Paper: 1. Rainbow: 3.
         replay: How transitions are sampled: `uniform`, or `prioritized` by |TD error| (Schaul et al. 2016).
         priority_alpha: Exponent of the priorities. Schaul et al., proportional: 0.6.
-        priority_beta: Exponent of the importance weights at the start; it rises linearly to 1. Schaul et al.: 0.4.
+        priority_beta: Exponent of the importance weights at the start. Schaul et al.: 0.4, rising linearly to 1.
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, here the last layer of the Nature CNN.
         activation: Activation between the layers. Paper: relu.
