@@ -99,7 +99,8 @@ class WorkerPolicy(TensorDictModuleBase):
         signal.setitimer(signal.ITIMER_REAL, self.timeout)
         if self.random_steps > 0:
             self.random_steps -= 1
-            mask = tensordict.get(("observation", ACTION_MASK), None)
+            observation = tensordict.get("observation")
+            mask = observation.get(ACTION_MASK, None) if isinstance(observation, TensorDictBase) else None
             if mask is None:
                 action = torch.from_numpy(random_actions(self.space, *tensordict.shape))
             else:
