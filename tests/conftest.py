@@ -36,6 +36,7 @@ LONG = (
 )
 LONG_FUNCTIONS = {
     "algorithms/test_action_masks.py": (
+        "test_the_best_allowed_action_is_learned",
         "test_a_resumed_run_with_masks_is_identical",
         "test_compiled_losses_with_masks_are_the_same",
         "test_masks_are_obeyed_in_mixed_precision",
@@ -48,6 +49,10 @@ LONG_FUNCTIONS = {
         "test_every_hyper_parameter_has_an_effect",
     ),
     "algorithms/test_on_policy.py": ("test_variants_are_compiled_once_as_well",),
+    "algorithms/test_replay_options.py": (
+        "test_a_resumed_run_is_identical",
+        "test_losses_are_compiled_once_and_captured",
+    ),
     "algorithms/test_world_models.py": (
         "test_a_run_resumed_in_any_stage_is_identical",
         "test_every_hyper_parameter_has_an_effect",

@@ -93,7 +93,7 @@ def test_a_resumed_run_on_pixels_is_identical(algo, n, tmp_path):
 
 
 @pytest.mark.usefixtures("some_trees")
-@pytest.mark.parametrize("algo", ALGOS)
+@pytest.mark.parametrize("algo", ["dqn", "td3", "sac"])  # those of DDPG and discrete SAC are written alike
 def test_losses_are_compiled_once_and_captured(algo, tmp_path):
     (row,) = (row for row in ROWS if row.algo == algo)
     row = replace(row, small=(*row.small, *BOTH))

@@ -54,7 +54,8 @@ def two_ranks(tmp_path_factory) -> Path:
 def test_ranks_share_parameters_and_differ_in_their_data(row, two_ranks):
     last = two_ranks / row.algo / "checkpoints" / "last"
     first, second = (torch.load(last / part / "state.ckpt", weights_only=True) for part in (".", "rank1"))
-    own = ("running_return", "noise.state", "carry.deter", "carry.stoch", "carry.action", "carry.state")  # state of each env
+    # State of each env.
+    own = ("running_return", "noise.state", "carry.deter", "carry.stoch", "carry.action", "carry.state")
     assert first["levin"]["iterations"] >= ranks_script.ITERATIONS
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]) != name.endswith(own), name
