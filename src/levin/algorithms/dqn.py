@@ -177,7 +177,7 @@ class DQN(Algorithm):
         return td_error
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the critic loss J_Q = E[(Q(s,a) - y)^2] the mean of Q(s,a), and the TD errors Q(s,a) - y.
+        """Return the critic loss J_Q = E[(Q(s,a) - y)^2], the mean of Q(s,a), and the TD errors Q(s,a) - y.
 
         y = r + gamma (1 - terminated) max_a' Q'(s', a')
 

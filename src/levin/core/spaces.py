@@ -247,13 +247,15 @@ class NetworkInput:
 
     def __init__(self, space: Space) -> None:
         self.space: Space = space
-        self.mask = next((path for path, leaf in _leaves(space) if leaf["type"] == "mask"), None)
+        leaves = list(_leaves(space))
+        masks = {path: leaf for path, leaf in leaves if leaf["type"] == "mask"}  # one, or none
+        self.mask = next(iter(masks), None)
         self.is_identity = space["type"] == "box" and bool(space["shape"])
         self.is_identity &= space["dtype"] != "uint8" or _channel_first(space)["shape"] == space["shape"]
         if self.is_identity:
             self.space = _channel_first(space) if space["dtype"] == "uint8" else space
             return
-        leaves = [(path, leaf) for path, leaf in _leaves(space) if leaf["type"] != "mask"]
+        leaves = [(path, leaf) for path, leaf in leaves if path not in masks]
         self._images = {_key_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
         self._numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
         parts = {name: _channel_first(leaf) for name, (_, leaf) in self._images.items()}
@@ -265,7 +267,7 @@ class NetworkInput:
                 "rename one of them in the env"
             )
         if self.mask:
-            parts[ACTION_MASK] = next(leaf for path, leaf in _leaves(space) if path == self.mask)
+            parts[ACTION_MASK] = masks[self.mask]
         self.space = {**EMPTY, "type": "dict", "spaces": parts} if len(parts) > 1 else next(iter(parts.values()))
 
     def __call__(self, observation: Any) -> Any:

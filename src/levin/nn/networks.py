@@ -54,7 +54,7 @@ class MaskedOutputs(nn.Module):
     """Network whose outputs for forbidden actions are `NEVER`: features and a mask `[B, F + A] -> [..., B, A]`.
 
     A logit of `NEVER` is a probability of exactly 0, with a gradient of 0, and a value of `NEVER` is never the largest.
-    Where a mask allows nothing, as after the end of many episodes, everything stays finite.
+    Everything stays finite for a mask that allows nothing, which many envs give after the end of an episode.
     """
 
     def __init__(self, network: nn.Module, num_actions: int) -> None:
