@@ -14,7 +14,7 @@ from levin import resume
 from levin.collectors import episodes, vector
 from levin.collectors.vector import VectorCollector
 from levin.config.compose import compose
-from levin.core.errors import RunError
+from levin.core.errors import RunError, exit_on_user_error
 from levin.envs.vector import SeededVectorEnv
 from levin.evaluate import evaluate_run
 from levin.runs import checkpoint
@@ -201,6 +201,18 @@ def test_a_signal_in_the_first_rollout_leaves_a_run_that_starts_again(tmp_path, 
     assert not checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
     resume.resume(run=str(tmp_path / "run"))
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "run")
+
+
+def test_ctrl_c_before_training_is_no_error(tmp_path, monkeypatch):
+    """Lightning would exit as after an error, without a message."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Callback, "on_fit_start", interrupt)
+    with pytest.raises(SystemExit) as ending, exit_on_user_error():
+        train(compose(list(TINY)), tmp_path / "run")
+    assert ending.value.code == 130
 
 
 def test_a_signal_ends_a_run_in_an_endless_episode(tmp_path, monkeypatch):

@@ -63,6 +63,10 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except SystemExit as ending:
+        if isinstance(ending.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
+            raise SystemExit(130) from None
+        raise
     except (ConfigError, RunError, OSError) as error:
         sys.stdout.flush()
         # A message may quote a file of somebody else: no line breaks, nothing that a terminal acts on, not too long.
