@@ -6,6 +6,7 @@ from tensordict.nn import TensorDictModule
 from torchrl.collectors import BaseCollector, Collector
 
 from levin.algorithms.base import Algorithm
+from levin.collectors.batched import BatchedCollector, BatchedLoader
 from levin.collectors.loader import CollectorLoader
 from levin.collectors.torchrl import to_torchrl
 from levin.collectors.vector import VectorCollector
@@ -23,7 +24,7 @@ def make_loader(
     """Build the loader that collects rollouts with an algorithm's policy and passes them to the Trainer.
 
     Args:
-        name: `vector`, `torchrl`, or one of `workers.NAMES`.
+        name: `vector`, `batched`, `torchrl`, or one of `workers.NAMES`.
         env: Envs to collect from.
         algorithm: Algorithm whose policy acts.
         seed: Root of the workers' random streams.
@@ -32,6 +33,8 @@ def make_loader(
     Raises:
         ConfigError: The collector does not support the env or the algorithm.
     """
+    if name == "batched":
+        return make_batched_loader(env, algorithm)
     if name in NAMES:
         collector = make_workers_collector(name, env, algorithm, seed=seed, workers=workers)
     else:
@@ -44,6 +47,29 @@ def make_loader(
         step_count=algorithm.step_count,
         collects=lambda: algorithm.collects,
     )
+
+
+def make_batched_loader(env: SeededVectorEnv, algorithm: Algorithm) -> BatchedLoader:
+    """Build the loader for an env that steps N envs as tensors.
+
+    Raises:
+        ConfigError: The env is not one batched `EnvBase`, or the algorithm learns from whole episodes.
+    """
+    steps = algorithm.steps_per_iteration
+    if isinstance(steps, WholeEpisodes):
+        raise ConfigError(
+            f"{type(algorithm).__name__} learns from whole episodes, but collector=batched collects rollouts of fixed "
+            "length: set collector=vector env.num_envs=1"
+        )
+    collector = BatchedCollector(
+        env,
+        algorithm.policy(),
+        steps=steps,
+        random_env_steps=algorithm.random_env_steps,
+        step_count=algorithm.step_count,
+        compile=bool(algorithm.hparams.get("compile")),
+    )
+    return BatchedLoader(collector, env, lambda: algorithm.iterations, collects=lambda: algorithm.collects)
 
 
 def make_collector(

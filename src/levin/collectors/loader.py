@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,13 @@ class CollectorLoader:
         # One iterator for the whole run: Lightning calls `iter` anew in every epoch.
         self._iterator = self._iterator or iter(self.collector.iterator())
         version = self.version()
-        rollout = next(self._iterator)
+        rollout = cast(TensorDict, next(self._iterator))
+        self.inspect(rollout, version)
+        self.seconds += perf_counter() - start
+        return rollout
+
+    def inspect(self, rollout: TensorDict, version: int) -> None:
+        """Check a fresh rollout, count its episodes, and add the version of the policy and the step count."""
         if POLICY_VERSION in rollout.keys():  # noqa: SIM118  # from workers, whose policy may be older
             self.lags.append(version - rollout[POLICY_VERSION].float().mean().item())
         else:
@@ -100,8 +106,6 @@ class CollectorLoader:
         self.env.ended.clear()
         self.returns += returns
         self.lengths += lengths
-        self.seconds += perf_counter() - start
-        return rollout
 
     def _check_finite(self, values: np.ndarray, done: np.ndarray, envs: np.ndarray) -> None:
         """Raise a RunError that names env, step, episode and seed if `values` `[n, T, *]` has a NaN or an infinity."""
@@ -122,7 +126,15 @@ class CollectorLoader:
 
     def pop_metrics(self) -> dict[str, float]:
         """Return the metrics since the last call: count and means of ended episodes, collection time, policy lag."""
-        metrics = {"time/collect": self.seconds}
+        metrics = {"time/collect": self.seconds, **self.pop_episodes()}
+        if self.lags:
+            metrics["collect/policy_lag"] = float(np.mean(self.lags))
+        self.lags, self.seconds = [], 0.0
+        return metrics
+
+    def pop_episodes(self) -> dict[str, float]:
+        """Return the metrics of the episodes that have ended since the last call, on all ranks."""
+        metrics: dict[str, float] = {}
         returns, lengths = (
             [x for part in distributed.gather_objects(each) for x in part] for each in (self.returns, self.lengths)
         )
@@ -132,9 +144,7 @@ class CollectorLoader:
         for name in sorted({name for part in distributed.gather_objects(list(self.numbers)) for name in part}):
             values = [x for part in distributed.gather_objects(self.numbers.get(name, [])) for x in part]
             metrics[f"episode/{name}"] = float(np.mean(values))
-        if self.lags:
-            metrics["collect/policy_lag"] = float(np.mean(self.lags))
-        self.returns, self.lengths, self.numbers, self.lags, self.seconds = [], [], {}, [], 0.0
+        self.returns, self.lengths, self.numbers = [], [], {}
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def top_level(
     seed: NonNegativeInt,
     total_env_steps: PositiveInt,
     run: str | None,
-    collector: Literal["vector", "torchrl", "torchrl-process", "torchrl-async", "ray"],
+    collector: Literal["vector", "batched", "torchrl", "torchrl-process", "torchrl-async", "ray"],
     collector_workers: PositiveInt = 2,  # default for configs of runs older than this key
     logger: Literal["csv", "tensorboard", "wandb"] | None,
     log_every: PositiveInt,

@@ -285,6 +285,22 @@ class NetworkInput:
             converted[ACTION_MASK] = _to_mask(_select_part(observation, self.mask))
         return converted if len(converted) > 1 else next(iter(converted.values()))
 
+    def tensors(self, observation: Any) -> Any:
+        """Convert a batch of observations as a call does, but from and to tensors, and without checks."""
+        if self.is_identity:
+            return observation
+        converted: dict[str, Tensor] = {}
+        for name, (path, leaf) in self._images.items():
+            image = _select_tensor(observation, path)
+            moved = image.movedim(-1, 1) if is_channel_last(leaf) else image
+            converted[name] = image.unsqueeze(1) if len(leaf["shape"]) == 2 else moved
+        if self._numbers:
+            flat = [_flatten_tensor(_select_tensor(observation, path), leaf) for path, leaf in self._numbers]
+            converted[VECTOR] = torch.cat([each.float() for each in flat], -1)
+        if self.mask:
+            converted[ACTION_MASK] = _select_tensor(observation, self.mask).to(torch.int8)
+        return converted if len(converted) > 1 else next(iter(converted.values()))
+
 
 def _key_name(path: tuple[str, ...]) -> str:
     """Return a name for an image that is valid in modules and rollouts: its path in the observation, joined by `_`."""
@@ -305,6 +321,13 @@ def _select_part(observation: Any, path: tuple[str, ...]) -> np.ndarray:
     for name in path:
         observation = observation[int(name)] if isinstance(observation, tuple) else observation[name]
     return np.asarray(observation)
+
+
+def _select_tensor(observation: Any, path: tuple[str, ...]) -> Tensor:
+    """Return the part of an observation, a tensor or a dict of tensors, at a path."""
+    for name in path:
+        observation = observation[name]
+    return observation
 
 
 def _channel_first(space: Space) -> Space:
@@ -347,6 +370,16 @@ def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
         )
     one_hot = [flat[:, i, None] - starts[i] == np.arange(size) for i, size in enumerate(sizes)]
     return np.concatenate(one_hot, axis=-1)
+
+
+def _flatten_tensor(observation: Tensor, space: Space) -> Tensor:
+    """Flatten a batch of numbers as `_flatten` does, without its check: `[N, *S] -> [N, D]`."""
+    flat = observation.reshape(len(observation), -1)
+    if space["type"] == "box":
+        return flat
+    sizes, starts = space.get("nvec", [space["n"]]), space.get("starts", [space["start"]])
+    one_hot = [flat[:, i, None] - starts[i] == torch.arange(size, device=flat.device) for i, size in enumerate(sizes)]
+    return torch.cat(one_hot, -1)
 
 
 def _to_mask(mask: np.ndarray) -> np.ndarray:
@@ -430,6 +463,23 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
     return lambda actions: np.clip(actions.astype(dtype) * scale + middle, low, high)
 
 
+def tensor_action_converter(space: Space, units: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return `action_converter` for tensors on a device; the first value of discrete actions must be 0."""
+    if space["type"] != "box":
+        return lambda actions: actions
+    dtype = getattr(torch, space["dtype"])
+    low, high = (
+        torch.tensor(space[bound], dtype=dtype, device=device).reshape(space["shape"])  # type: ignore[literal-required]
+        for bound in ("low", "high")
+    )
+    if units == "none":
+        return lambda actions: actions.to(dtype)
+    if units == "clip" or bool((low == -1).all() and (high == 1).all()):
+        return lambda actions: actions.to(dtype).clamp(low, high)
+    scale, middle = (high - low) / 2, (high + low) / 2
+    return lambda actions: (actions.to(dtype) * scale + middle).clamp(low, high)
+
+
 def has_bound(bound: np.ndarray) -> np.ndarray:
     """Return whether each bound of an action is one: not infinite, nor the largest number of float32."""
     return np.abs(bound) < np.finfo(np.float32).max / 2
@@ -454,11 +504,11 @@ def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
 
 
 def random_allowed_actions(space: gym.Space, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return uniform random actions `[N, *A]` among those that the masks `[N, A]` allow, on the CPU.
+    """Return uniform random actions `[N, *A]` among those that the masks `[N, A]` allow.
 
     They are those of the largest of A uniform numbers.
     """
-    numbers = torch.rand(mask.shape, generator=generator).masked_fill_(mask == 0, -1.0)
+    numbers = torch.rand(mask.shape, generator=generator, device=mask.device).masked_fill_(mask == 0, -1.0)
     if isinstance(space, MultiDiscrete):
         return torch.stack([each.argmax(-1) for each in numbers.split(space.nvec.tolist(), -1)], -1)
     return numbers.argmax(-1)

@@ -18,7 +18,8 @@ class EnvConfig:
             `space_invaders`; for `torchrl` and `dream` only a label.
         family: Library behind the id. `dm_control` takes Shimmy's ids, such as `dm_control/walker-walk-v0`; `atari` is
             ale-py's vector env (`levin.envs.atari`); `torchrl` calls `target`; `dream` is the world model of `run`.
-        target: `my_module:make_env`, a function that returns a `torchrl.envs.EnvBase`, single or batched.
+        target: `my_module:make_env`, a function that returns a `torchrl.envs.EnvBase`, single or batched. If it
+            has a parameter `num_envs`, it is called with the number of envs, and returns one `EnvBase` of that size.
         num_envs: Number of envs N that are stepped together.
         vectorization: `sync` steps all envs in this process, `async` each in a process of its own (for slow envs).
         timeout: Seconds that async envs, and those of a collector's workers, may take for a step or a reset.

@@ -6,6 +6,7 @@ with `reset(options={"reset_mask": done})`.
 
 import ctypes
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -232,7 +233,10 @@ def _make_torchrl(
     for name, (is_set, instead) in unsupported.items():
         if is_set:
             raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
-    make_single, count = partial(import_target(config.target), **config.kwargs), num_envs or config.num_envs
+    count = num_envs or config.num_envs
+    make_single = partial(import_target(config.target), **config.kwargs)
+    if "num_envs" in inspect.signature(make_single).parameters and "num_envs" not in config.kwargs:
+        make_single = partial(make_single, num_envs=count)
     return TorchRLVectorEnv(make_single, count, time_limit=config.time_limit, round_up=not training)
 
 

@@ -86,6 +86,8 @@ class TorchRLVectorEnv(VectorEnv):
             raise ConfigError(f"env.target makes {self.size} envs at once: set env.num_envs={self.size}")
         count = -(-num_envs // self.size)
         self.envs = [first, *(make() for _ in range(count - 1))]
+        self.unlimited, self.time_limit = list(self.envs), time_limit  # the envs without `time_limit`
+        self._is_seeded = [False] * count  # of each `EnvBase` with `seeds_episodes`
         if time_limit is not None:
             self.envs = [TransformedEnv(env, StepCounter(time_limit, step_count_key=LIMIT)) for env in self.envs]
             first = self.envs[0]
@@ -106,9 +108,14 @@ class TorchRLVectorEnv(VectorEnv):
         for k, env in enumerate(self.envs):
             part = slice(k * self.size, (k + 1) * self.size)
             if mask[part].any():
-                part_seed = seeds[part][int(np.argmax(mask[part]))]
+                part_seed = None if self._is_seeded[k] else seeds[part][int(np.argmax(mask[part]))]
+                self._is_seeded[k] = getattr(self.unlimited[k], "seeds_episodes", False)
                 self._now[k] = self._with_own_rng(k, partial(self._reset, env, self._now[k], mask[part], part_seed))
         return self._observation(), {}
+
+    def restart(self) -> None:
+        """Let the next reset of a whole `EnvBase` seed it, even if it seeds episodes itself."""
+        self._is_seeded = [False] * len(self.envs)
 
     def _reset(self, env: EnvBase, now: TensorDictBase, mask: np.ndarray, seed: int | None) -> TensorDictBase:
         """Reset the envs of the mask `[B]` in one `EnvBase`; `seed` has an effect only if the mask is all True."""

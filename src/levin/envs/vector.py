@@ -242,4 +242,6 @@ class SeededVectorEnv(VectorWrapper):
         for i in np.flatnonzero(mask):
             self.episodes[i], self._reset_at[i] = episodes[i], self._vector_steps
         self.continues_without_seed[mask] = False
+        if isinstance(self.env, TorchRLVectorEnv):
+            self.env.restart()
         return self.reset(options={"reset_mask": mask})[0]

@@ -94,7 +94,7 @@ def build_trainer(
         raise
     except Exception as error:  # Lightning and the callbacks raise errors of many types
         raise ConfigError(f"the Trainer or a callback can't be built: {' '.join(str(error).split())}") from error
-    if cfg.collector != "vector" and trainer.strategy.root_device.type != "cpu":
+    if cfg.collector not in ("vector", "batched") and trainer.strategy.root_device.type != "cpu":
         raise ConfigError(
             f"collector={cfg.collector} runs only on the CPU: set trainer.accelerator=cpu or collector=vector"
         )
