@@ -18,14 +18,14 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.collectors import BaseCollector
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed, rng
 from levin.core.errors import ConfigError, NotFiniteError
 from levin.core.spaces import ACTION_MASK, IS_FIRST, random_actions, random_allowed_actions, tensor_action_converter
 from levin.data.rollout import POLICY_VERSION
-from levin.envs.torchrl import TorchRLVectorEnv, as_path
+from levin.envs.torchrl import TorchRLVectorEnv, as_path, bare_env
 from levin.envs.vector import SeededVectorEnv
 
 Path = tuple[str, ...]  # key of a tensor in a nested TensorDict
@@ -257,10 +257,8 @@ class BatchedCollector(BaseCollector):
     @property
     def declares_state(self) -> bool:
         """Whether the env declares its state, so that it can be saved."""
-        base = self.env
-        while isinstance(base, TransformedEnv):
-            base = base.base_env
-        return bool(base.state_dict()) or not base.state_spec.is_empty()
+        env = bare_env(self.env)
+        return bool(env.state_dict()) or not env.state_spec.is_empty()
 
     def state_dict(self) -> OrderedDict[str, Any]:
         """Return the state as tensors and plain values: that of the env, counts of open episodes, totals."""

@@ -109,7 +109,7 @@ class TorchRLVectorEnv(VectorEnv):
             part = slice(k * self.size, (k + 1) * self.size)
             if mask[part].any():
                 part_seed = None if self._is_seeded[k] else seeds[part][int(np.argmax(mask[part]))]
-                self._is_seeded[k] = getattr(self.unlimited[k], "seeds_episodes", False)
+                self._is_seeded[k] = getattr(type(bare_env(env)), "seeds_episodes", False)
                 self._now[k] = self._with_own_rng(k, partial(self._reset, env, self._now[k], mask[part], part_seed))
         return self._observation(), {}
 
@@ -192,6 +192,13 @@ def counted_keys(transform: Transform) -> list[NestedKey]:
 def as_path(key: NestedKey) -> tuple[str, ...]:
     """Return a key as a tuple of strings: `"a"` becomes `("a",)`."""
     return (key,) if isinstance(key, str) else tuple(key)  # type: ignore[arg-type, return-value]
+
+
+def bare_env(env: EnvBase) -> EnvBase:
+    """Return the env without its transforms."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env
 
 
 def list_transforms(env: EnvBase) -> list[Transform]:
