@@ -87,6 +87,54 @@ def transformed(max_steps: int = 20, **kwargs) -> EnvBase:
     return TransformedEnv(Line(**kwargs), Compose(StepCounter(max_steps), RewardSum(), norm))
 
 
+class Declared(EnvBase):
+    """Batch of points that drift and end after eight steps, with the state in a `state_spec` or in a buffer.
+
+    Args:
+        num_envs: Number of envs N.
+        kind: `state_spec`, or `buffers`.
+    """
+
+    def __init__(self, num_envs: int, kind: str) -> None:
+        super().__init__(batch_size=[num_envs])
+        self.kind = kind
+        self.observation_spec = Composite(observation=Unbounded((num_envs, 1)), shape=(num_envs,))
+        self.action_spec, self.reward_spec = Bounded(-1, 1, (num_envs, 1)), Unbounded((num_envs, 1))
+        if kind == "state_spec":
+            self.state_spec = Composite(point=Unbounded((num_envs, 2)), shape=(num_envs,))
+        else:
+            self.register_buffer("point", torch.zeros(num_envs, 2))
+
+    def _reset(self, tensordict, **kwargs):
+        point = torch.cat([torch.rand(*self.batch_size, 1), torch.zeros(*self.batch_size, 1)], -1)
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if self.kind == "buffers":
+            self.point.copy_(point if mask is None else torch.where(mask, point, self.point))
+            point = self.point.clone()
+        return TensorDict(self._show(point), batch_size=self.batch_size)
+
+    def _step(self, tensordict):
+        point = tensordict["point"] if self.kind == "state_spec" else self.point
+        step = torch.cat([0.1 * tensordict["action"], torch.ones(*self.batch_size, 1)], -1)
+        if self.kind == "buffers":
+            self.point += step
+        point = point + step if self.kind == "state_spec" else self.point.clone()
+        after = {"reward": -point[:, :1].abs(), "done": point[:, 1:] >= 8}
+        return TensorDict({**self._show(point), **after}, batch_size=self.batch_size)
+
+    def _show(self, point):
+        shown = {"observation": point[:, :1].clone()}
+        return {**shown, "point": point} if self.kind == "state_spec" else shown
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
+def declared(num_envs: int, kind: str) -> EnvBase:
+    """Build a `Declared` env of as many envs as are asked for."""
+    return Declared(num_envs, kind)
+
+
 def poles(kind: str) -> EnvBase:
     """Build a TorchRL `SerialEnv` or `ParallelEnv` of two CartPoles."""
     return {"serial": SerialEnv, "parallel": ParallelEnv}[kind](

@@ -75,6 +75,7 @@ class BatchedCollector(BaseCollector):
         self._open: dict[str, Tensor] = {}  # [N] each: return and length of the open episode, and `finite`
         self._totals: dict[str, Tensor] = {}  # `TOTALS` since `pop_totals`
         self._saved: OrderedDict[str, Any] | None = None  # state to continue from, until the first rollout
+        self.looks_at_done = False  # whether envs are only reset in steps in which an episode ends
         self.not_continued = False  # whether the env could not be continued after a resume
         self._advance: Callable[..., tuple[Any, ...]] = self.advance
         self.compile = compile
@@ -105,6 +106,8 @@ class BatchedCollector(BaseCollector):
         """Move the env to the device of the policy, and reset it or restore its state."""
         self.device = next(iter(self.policy.parameters()), torch.empty(0)).device
         self.env = move(self.env, self.device)
+        # On the CPU, a look at `done` costs less than a reset; a GPU would have to be waited for.
+        self.looks_at_done = self.device.type == "cpu" and not self.compile
         self._to_env = tensor_action_converter(self.vector_env.action, self.vector_env.config.action, self.device)
         if self.compile:
             options: dict[str, Any] = {"fallback_random": True}
@@ -169,8 +172,7 @@ class BatchedCollector(BaseCollector):
         total = opened["return"] + reward
         ended = {"returns": (total * done).sum(), "lengths": (length * done).sum(), "count": done.sum()}
         totals = {name: totals[name] + ended[name] for name in TOTALS}
-        # On the CPU, looking at `done` costs nothing, but a reset does; on a GPU it is the other way round.
-        if torch.compiler.is_compiling() or self.device.type != "cpu" or done.any():
+        if not self.looks_at_done or done.any():
             now = self._reset(now, done)
         return row, now, {"return": total * ~done, "length": length * ~done, "finite": finite}, totals
 
@@ -329,6 +331,9 @@ class BatchedLoader(CollectorLoader):
     def inspect(self, rollout: TensorDict, version: int) -> None:
         number = torch.full((1, 1, 1), version, device=rollout.device)
         rollout[POLICY_VERSION] = number.expand(*rollout.shape, 1)
+
+    def check_finite(self) -> None:
+        self.collector.check_finite()
 
     def pop_episodes(self) -> dict[str, float]:
         parts = distributed.gather_objects(self.collector.pop_totals())

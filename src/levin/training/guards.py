@@ -100,7 +100,7 @@ class FiniteGuard(Callback):
     """Stops the run with an error, before it saves, once a loss, a metric or a gradient is not finite.
 
     One check per iteration is enough: a non-finite gradient makes its parameters non-finite, and then every later loss.
-    Rollouts are checked by the collector.
+    Rollouts are checked by their loader, which is asked first, as it can name the env.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,6 +116,7 @@ class FiniteGuard(Callback):
         # One sum per tensor: a non-finite element makes its sum non-finite, and the sum is cheaper to check.
         sums = [each.sum() for each in (*values.values(), *gradients)]
         if not torch.stack([each.to(sums[0]) for each in sums]).isfinite().all():
+            cast(CollectorLoader, trainer.train_dataloader).check_finite()
             bad = [name for name, value in values.items() if not value.isfinite()]
             named = [(name, each.grad) for name, each in algorithm.named_parameters() if each.grad is not None]
             modules = dict.fromkeys(name.split(".")[0] for name, gradient in named if not gradient.isfinite().all())
