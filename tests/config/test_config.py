@@ -38,7 +38,7 @@ WRONG = [
     (["seed=abc"], "seed=abc: input should be a valid integer"),
     (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
     (["logger=wndb"], "input should be 'csv', 'tensorboard' or 'wandb'"),
-    (["collector=ray2"], "input should be 'vector', 'torchrl', 'torchrl-process', 'torchrl-async' or 'ray'"),
+    (["collector=ray2"], "input should be 'vector', 'batched', 'torchrl', 'torchrl-process', 'torchrl-async' or 'ray'"),
     (["env.action=squash"], "input should be 'rescale', 'clip' or 'none'"),
     (["env.num_envs=0"], "env.num_envs=0: input should be greater than 0"),
     (["trainer.precision=bf16-true"], "input should be '32-true' or 'bf16-mixed'"),
