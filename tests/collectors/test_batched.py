@@ -272,6 +272,18 @@ def test_every_algorithm_trains_with_it_or_says_why_not(row, tmp_path):
     assert int(last["updates"]) > 0
 
 
+def test_ranks_divide_the_envs_and_have_other_episodes(monkeypatch):
+    words = [*PPO, *OWN, "env.num_envs=8", "trainer.devices=2", "trainer.accelerator=cpu"]
+    starts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        _, loader = build_run(compose(words))
+        assert isinstance(loader, BatchedLoader)
+        assert next(loader).shape == (4, 8)
+        starts.append(loader.collector.env.initial_states(torch.arange(4), torch.zeros(4, dtype=torch.int64)))
+    assert not torch.isin(*starts).any()
+
+
 def test_the_evaluation_has_as_many_envs_as_it_needs():
     env = make_env(CARTPOLE, seed=0, purpose=EVALUATION, num_envs=3)
     assert env.num_envs == 3

@@ -219,9 +219,11 @@ def _make_atari(config: EnvConfig, num_envs: int | None, *, training: bool, rend
 
 def _make_torchrl(
     config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool
-) -> TorchRLVectorEnv:
+) -> VectorEnv:
     if config.target is None:
         raise ConfigError("env.family=torchrl needs env.target=my_module:make_env")
+    if render and config.target.startswith("levin.envs.batched:"):  # the same env, which Gymnasium can draw
+        return _make_gymnasium(replace(config, target=None), num_envs, training=training, render=render, copy=copy)
     unsupported = {
         "vectorization=async": (config.vectorization == "async", "set collector=torchrl-process"),
         "action_repeat": (config.action_repeat > 1, "let env.target add a FrameSkipTransform"),
