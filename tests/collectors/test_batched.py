@@ -46,6 +46,9 @@ PENDULUM = EnvConfig(
 )
 
 
+ONE_LINE = EnvConfig(id="line", family="torchrl", target="toy_torchrl:line", num_envs=1, kwargs={"batch": 1})
+
+
 class Noisy(nn.Module):
     """Policy with random actions that depend on the observation; with `memory`, on `is_first` as well."""
 
@@ -106,6 +109,36 @@ def test_an_episode_ends_with_its_true_last_observation():
     assert (rollouts["observation"][:, 1:][done].abs() <= 0.05).all()  # CartPole's first observations
     assert rollouts["next", "truncated"].any()
     assert rollouts["next", "terminated"].any()
+
+
+def line(target: str, **options) -> EnvConfig:
+    """Return the config of five envs of toy_torchrl."""
+    target = f"toy_torchrl:{target}"
+    return EnvConfig(id="line", family="torchrl", target=target, num_envs=5, kwargs={"batch": 5}, **options)
+
+
+def test_an_env_may_reuse_the_tensors_that_it_returns():
+    expected, got = (
+        collect(BatchedCollector(make_env(config, seed=0), noisy_policy(ONE_LINE), steps=40))
+        for config in (line("Line", time_limit=15), line("Reusing", time_limit=15))
+    )
+    assert sum(int(each["next", "done"].sum()) for each in expected) > 5
+    for one, other in zip(expected, got, strict=True):
+        assert same(one.flatten_keys().to_dict(), other.flatten_keys().to_dict())
+
+
+def test_transforms_of_an_env_are_applied():
+    """`transformed` counts steps and rewards, doubles the observation, and truncates after 20 steps."""
+    config = line("transformed")
+    rollout = collect(BatchedCollector(make_env(config, seed=0), noisy_policy(ONE_LINE), steps=60), 1)[0]
+    after = rollout["next"]
+    torch.testing.assert_close(after["reward"], -after["observation"].abs() / 2)
+    open_length = torch.zeros(5)
+    for t in range(60):
+        open_length += 1
+        assert torch.equal(after["truncated"][:, t, 0], open_length == 20)
+        open_length[after["done"][:, t, 0]] = 0
+    assert after["truncated"].any()
 
 
 class NoWait(TorchDispatchMode):
@@ -225,7 +258,7 @@ def test_numbers_that_are_not_finite_end_the_run(what):
     collector.env._step = broken
     next(loader)
     for read in (loader.pop_metrics, loader.state_dict):
-        with pytest.raises(NotFiniteError, match="CartPole-v1 gave .* that is not finite: env 2"):
+        with pytest.raises(NotFiniteError, match=r"CartPole-v1 gave .* that is not finite: env 2"):
             read()
 
 

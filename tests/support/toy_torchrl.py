@@ -87,6 +87,15 @@ def transformed(max_steps: int = 20, **kwargs) -> EnvBase:
     return TransformedEnv(Line(**kwargs), Compose(StepCounter(max_steps), RewardSum(), norm))
 
 
+class Reusing(Line):
+    """`Line` that returns the same tensor in every step, as simulators do."""
+
+    def _show(self):
+        if not hasattr(self, "shown"):
+            self.shown = torch.empty_like(self.position)
+        return {"observation": self.shown.copy_(self.position)}
+
+
 class Declared(EnvBase):
     """Batch of points that drift and end after eight steps, with the state in a `state_spec` or in a buffer.
 

@@ -123,7 +123,7 @@ class BatchedCollector(BaseCollector):
             with rng.kept(), torch.inference_mode():  # many envs set the seed of torch's generator
                 self.env.set_seed(self.vector_env.episode_seed_of(0, self.vector_env.episodes[0] + 1))
             with torch.inference_mode():
-                self._now = entries(self.env.reset())
+                self._now = copies(self.env.reset())
             self._open = {
                 "return": torch.zeros(num, dtype=torch.float64, device=self.device),
                 "length": torch.zeros(num, dtype=torch.int64, device=self.device),
@@ -156,11 +156,11 @@ class BatchedCollector(BaseCollector):
         if self.time_limit is not None:
             truncated = truncated | (length >= self.time_limit)
         done = terminated | truncated
-        now = now | {key: value for key, value in entries(after).items() if key in now}
+        now = now | {key: value for key, value in copies(after).items() if key in now}
         following = self.observe(now)
         finite = opened["finite"] & reward.isfinite()
         for part in following.values() if isinstance(following, dict) else [following]:
-            finite = finite & (part.flatten(1).isfinite().all(1) if part.is_floating_point() else True)
+            finite = finite & (part.reshape(num, -1).isfinite().all(1) if part.is_floating_point() else True)
         row: dict[Path, Tensor] = {("action",): action, **prefixed(("observation",), observation)}
         row |= {**prefixed(("next", "observation"), following), ("next", "reward"): reward.unsqueeze(-1)}
         row |= {("next", "terminated"): terminated.unsqueeze(-1), ("next", "truncated"): truncated.unsqueeze(-1)}
@@ -376,6 +376,11 @@ def entries(data: TensorDictBase) -> dict[Path, Tensor]:
     skipped = {"done", "terminated", "truncated", "reward", "_reset", "next"}
     items = data.items(include_nested=True, leaves_only=True)
     return {as_path(key): value for key, value in items if as_path(key)[-1] not in skipped and torch.is_tensor(value)}
+
+
+def copies(data: TensorDictBase) -> dict[Path, Tensor]:
+    """Return `entries` as copies: an env may overwrite in the next step what it has returned."""
+    return {key: value.clone() for key, value in entries(data).items()}
 
 
 def prefixed(key: Path, observation: Any) -> dict[Path, Tensor]:

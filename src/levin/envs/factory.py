@@ -217,9 +217,7 @@ def _make_atari(config: EnvConfig, num_envs: int | None, *, training: bool, rend
     return atari.make_atari_games(config, num_envs or config.num_envs, training=training, view=render)
 
 
-def _make_torchrl(
-    config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool
-) -> VectorEnv:
+def _make_torchrl(config: EnvConfig, num_envs: int | None, *, training: bool, render: bool, copy: bool) -> VectorEnv:
     if config.target is None:
         raise ConfigError("env.family=torchrl needs env.target=my_module:make_env")
     if render and config.target.startswith("levin.envs.batched:"):  # the same env, which Gymnasium can draw
