@@ -62,6 +62,7 @@ LONG_FUNCTIONS = {
         "test_a_new_keyword_of_a_fork_is_in_the_config_of_its_runs",
     ),
     "envs/test_atari.py": ("test_a_resumed_dqn_run_is_identical", "test_games_resume_after_a_lost_life"),
+    "envs/test_batched_envs.py": ("test_compiled_steps_and_resets_are_the_same",),
     "envs/test_careless_envs.py": (
         "test_an_env_that_uses_the_global_generators_is_independent_of_evaluations",
         "test_an_env_that_uses_the_global_generators_resumes_exactly",

@@ -1,9 +1,10 @@
 """Classic control of gymnasium as batched TorchRL envs: N copies are stepped as tensors, on any device.
 
 A step and a reset are tensor operations only, without a wait for the device, and `torch.compile` captures them whole.
-On the CPU, all numbers are those of gymnasium 1.4, up to two of its roundings which `Acrobot` describes.
+On the CPU, all numbers equal those of gymnasium 1.4 bit for bit, but for two roundings that `Acrobot` describes. On a
+GPU, cosines and sines are those of CUDA, which can differ in the last bit of a float64.
 
-`BatchedEnv` holds the state and the random numbers. A subclass is one env: `initial`, `dynamics` and `observe`.
+`BatchedEnv` holds the state and draws the episodes. A subclass is one env: `initial`, `dynamics` and `observe`.
 """
 
 import math
@@ -45,20 +46,24 @@ class BatchedEnv(EnvBase):
     low: ClassVar[tuple[float, ...]]  # bounds of the observation
     high: ClassVar[tuple[float, ...]]
 
+    state: Tensor
+    episode: Tensor
+    seed: Tensor
+
     def __init__(self, *, num_envs: int = 1, device: torch.device | str | None = None) -> None:
-        super().__init__(device=device or "cpu", batch_size=[num_envs])
+        super().__init__(device=device or "cpu", batch_size=torch.Size([num_envs]))
         self.num_envs = num_envs
         self.register_buffer("state", torch.zeros(num_envs, self.variables, dtype=torch.float64, device=self.device))
         self.register_buffer("episode", torch.full((num_envs,), -1, device=self.device))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=self.device))
-        self.observation_spec = Composite(observation=self._observation_spec(), shape=[num_envs])
+        flag = Categorical(2, shape=torch.Size([num_envs, 1]), dtype=torch.bool, device=self.device)
+        self.observation_spec = Composite(observation=self._observation_spec(), shape=self.batch_size)
         self.action_spec = self._action_spec()
-        self.reward_spec = Unbounded([num_envs, 1], device=self.device)
-        flag = Categorical(2, shape=[num_envs, 1], dtype=torch.bool, device=self.device)
-        self.full_done_spec = Composite(done=flag, terminated=flag.clone(), shape=[num_envs])
+        self.reward_spec = Unbounded(torch.Size([num_envs, 1]), device=self.device)
+        self.full_done_spec = Composite(done=flag, terminated=flag.clone(), shape=self.batch_size)
 
     def _observation_spec(self) -> Bounded | Unbounded:
-        shape = [self.num_envs, len(self.high)]
+        shape = torch.Size([self.num_envs, len(self.high)])
         if math.inf in self.high:
             return Unbounded(shape, device=self.device)
         low, high = (torch.tensor(bound, device=self.device).expand(shape) for bound in (self.low, self.high))
@@ -66,8 +71,9 @@ class BatchedEnv(EnvBase):
 
     def _action_spec(self) -> Bounded | Categorical:
         if self.actions is not None:
-            return Categorical(self.actions, shape=[self.num_envs], device=self.device)
-        return Bounded(-self.action_bound, self.action_bound, [self.num_envs, 1], device=self.device)
+            return Categorical(self.actions, shape=self.batch_size, device=self.device)
+        shape = torch.Size([self.num_envs, 1])
+        return Bounded(-self.action_bound, self.action_bound, shape, device=self.device)
 
     @abstractmethod
     def initial(self, uniform: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ class CartPole(BatchedEnv):
         return -0.05 + (0.05 - -0.05) * uniform
 
     def dynamics(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, velocity, angle, angular_velocity = state.unbind(-1)
+        _, velocity, angle, angular_velocity = state.unbind(-1)
         force = action.double() * (2 * self.force) - self.force
         cos, sin = cos_and_sin(angle)
         moment = self.pole_mass * self.half_length
@@ -158,7 +164,10 @@ class CartPole(BatchedEnv):
 
 
 class Pendulum(BatchedEnv):
-    """Pendulum-v1, a torque-limited pendulum that swings up. State: angle (0: upright) and angular velocity."""
+    """Pendulum-v1, a pendulum that swings up with a limited torque. State: angle (0: upright) and angular velocity.
+
+    Episodes don't terminate.
+    """
 
     variables, draws, action_bound = 2, 2, 2.0
     low, high = (-1.0, -1.0, -8.0), (1.0, 1.0, 8.0)
@@ -188,9 +197,10 @@ class Pendulum(BatchedEnv):
 class Acrobot(BatchedEnv):
     """Acrobot-v1 (Sutton, 1996), with the equations of the book. State: two angles and their velocities.
 
-    Two roundings differ from gymnasium's, both in the last bit. Its `x**2` is `pow` of the C library, which is not
-    rounded as `x * x` in one of 1,200 cases: over hundreds of steps of this chaotic system, trajectories drift apart.
-    And it takes the cosines and sines of the observation after a reset in float32, here in float64.
+    Two roundings differ from gymnasium's. Its `x**2` is `pow` of the C library, whose last bit is not that of `x * x`
+    in one of 1,200 cases: the float64 state differs after one of 800 steps, and as the system is chaotic, trajectories
+    have drifted apart some hundred steps later. (In Pendulum, squares are only in the reward.) And the cosines and
+    sines of the observation after a reset are taken in float32 there, in float64 here.
     """
 
     variables, draws, actions = 4, 4, 3
@@ -293,8 +303,8 @@ class MountainCarContinuous(BatchedEnv):
 def cos_and_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of float64 angles.
 
-    On the CPU, `torch.polar` calls the C library, as NumPy and `math` do, also when compiled. `torch.cos` is faster there,
-    but it differs in the last bit for one angle of 400, and from itself when compiled.
+    On the CPU, `torch.polar` calls the C library, as NumPy and `math` do, eager and compiled. `torch.cos` is faster,
+    but for one angle of 400 its last bit is another.
     """
     if angle.device.type != "cpu":
         return torch.cos(angle), torch.sin(angle)
