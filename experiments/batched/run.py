@@ -171,7 +171,7 @@ def memory(num_envs: int) -> int:
     collector = collectors(num_envs)["batched"]()
     collector.rollout()
     state = collector.state_dict()
-    return sum(each.nbytes for part in ("env", "now", "open") for each in state[part].values()) // num_envs
+    return sum(each.nbytes for part in ("bare", "now", "open") for each in state[part].values()) // num_envs
 
 
 def measure_score() -> None:

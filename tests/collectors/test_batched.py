@@ -212,9 +212,10 @@ def test_a_resumed_run_is_identical(tmp_path):
     check_resumed_run_is_identical(tmp_path, (*PPO, *OWN, *SMALL), 640)
 
 
+@pytest.mark.parametrize("target", ["declared", "declared_and_transformed"])
 @pytest.mark.parametrize("kind", ["state_spec", "buffers"])
-def test_an_env_that_declares_its_state_resumes_exactly(kind, tmp_path):
-    env = (*BATCHED, "env.target=toy_torchrl:declared", f"+env.kwargs.kind={kind}", "env.action=rescale")
+def test_an_env_that_declares_its_state_resumes_exactly(kind, target, tmp_path):
+    env = (*BATCHED, f"env.target=toy_torchrl:{target}", f"+env.kwargs.kind={kind}", "env.action=rescale")
     check_resumed_run_is_identical(tmp_path, (*PPO, *env, *SMALL), 640)
 
 

@@ -144,6 +144,11 @@ def declared(num_envs: int, kind: str) -> EnvBase:
     return Declared(num_envs, kind)
 
 
+def declared_and_transformed(num_envs: int, kind: str) -> EnvBase:
+    """Build a `Declared` env below a transform with a state of its own, the sum of an episode's rewards."""
+    return TransformedEnv(Declared(num_envs, kind), RewardSum())
+
+
 def poles(kind: str) -> EnvBase:
     """Build a TorchRL `SerialEnv` or `ParallelEnv` of two CartPoles."""
     return {"serial": SerialEnv, "parallel": ParallelEnv}[kind](

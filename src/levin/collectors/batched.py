@@ -262,6 +262,11 @@ class BatchedCollector(BaseCollector):
         env = bare_env(self.env)
         return bool(env.state_dict()) or not env.state_spec.is_empty()
 
+    @property
+    def _parts(self) -> dict[str, EnvBase]:
+        """The env and, below its transforms, the bare one: each has a `state_dict` of its own."""
+        return {"env": self.env, "bare": bare_env(self.env)}
+
     def state_dict(self) -> OrderedDict[str, Any]:
         """Return the state as tensors and plain values: that of the env, counts of open episodes, totals."""
         if self._saved is not None:
@@ -270,7 +275,8 @@ class BatchedCollector(BaseCollector):
         state: OrderedDict[str, Any] = OrderedDict(vector_steps=self.vector_steps, declared=self.declares_state)
         if self._now:
             state["now"] = {".".join(key): value.clone() for key, value in self._now.items()}
-            state["env"] = {key: value.clone() for key, value in self.env.state_dict().items()}
+            for name, env in self._parts.items():
+                state[name] = {key: value.clone() for key, value in env.state_dict().items()}
             state["open"] = {key: value.clone() for key, value in self._open.items()}
             state["totals"] = {key: value.clone() for key, value in self._totals.items()}
         return state
@@ -294,7 +300,8 @@ class BatchedCollector(BaseCollector):
         for name, value in state.get("totals", {}).items():
             self._totals[name] = value.to(self.device)
         if "now" in state and state["declared"]:
-            self.env.load_state_dict(state["env"])
+            for name, env in self._parts.items():
+                env.load_state_dict(state[name])
             self._now = {tuple(key.split(".")): value.to(self.device) for key, value in state["now"].items()}
             self._open = {key: value.to(self.device) for key, value in state["open"].items()}
 
