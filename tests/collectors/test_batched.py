@@ -176,6 +176,22 @@ def test_a_compiled_step_gives_the_same_rollout(config):
             torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("algo", ["dqn", "ddpg", "recurrent_ppo"])
+def test_a_compiled_step_of_an_algorithm_gives_the_same_rollout(algo):
+    env = "Pendulum" if algo == "ddpg" else "CartPole"
+    words = [*BATCHED, f"algo={algo}", f"env.target=levin.envs.batched:{env}", "algo.steps_per_iteration=32"]
+    words += ["algo.noise=ornstein_uhlenbeck"] if algo == "ddpg" else []
+    words += ["algo.learning_starts=0"] if algo != "recurrent_ppo" else []
+    found = []
+    for compiled in ("false", "true"):
+        _, loader = build_run(compose([*words, f"algo.compile={compiled}"]))
+        rng.seed_everything(3, rank=0)
+        found.append([next(loader).clone() for _ in range(2)])
+    for one, other in zip(*found, strict=True):
+        for key, value in one.items(include_nested=True, leaves_only=True):
+            torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("algo", ["dqn", "recurrent_ppo"])
 def test_metrics_and_counts_are_those_of_the_vector_collector(algo, tmp_path):
     """Also `step_count`, which no algorithm here reads, and rewards that are not whole numbers."""

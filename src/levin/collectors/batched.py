@@ -27,6 +27,7 @@ from levin.core.spaces import ACTION_MASK, IS_FIRST, random_actions, random_allo
 from levin.data.rollout import POLICY_VERSION
 from levin.envs.torchrl import TorchRLVectorEnv, as_path, bare_env
 from levin.envs.vector import SeededVectorEnv
+from levin.nn.exploration import EpsilonGreedy
 
 Path = tuple[str, ...]  # key of a tensor in a nested TensorDict
 TOTALS = ("returns", "lengths", "count")  # sums over the episodes that have ended: returns, lengths, their number
@@ -106,13 +107,14 @@ class BatchedCollector(BaseCollector):
         """Move the env to the device of the policy, and reset it or restore its state."""
         self.device = next(iter(self.policy.parameters()), torch.empty(0)).device
         self.env = move(self.env, self.device)
+        on_cpu = self.device.type == "cpu"
+        # On the CPU, epsilon-greedy policies draw random numbers only where they are needed, which can't be compiled.
+        compiles = self.compile and not (on_cpu and any(isinstance(m, EpsilonGreedy) for m in self.policy.modules()))
         # On the CPU, a look at `done` costs less than a reset; a GPU would have to be waited for.
-        self.looks_at_done = self.device.type == "cpu" and not self.compile
+        self.looks_at_done = on_cpu and not compiles
         self._to_env = tensor_action_converter(self.vector_env.action, self.vector_env.config.action, self.device)
-        if self.compile:
-            options: dict[str, Any] = {"fallback_random": True}
-            if self.device.type == "cuda":
-                options["triton.cudagraphs"] = True
+        if compiles:
+            options = {"fallback_random": True} if on_cpu else {"fallback_random": True, "triton.cudagraphs": True}
             self._advance = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
         self._totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64, device=self.device))
         if self._saved is not None:

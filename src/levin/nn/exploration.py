@@ -84,7 +84,8 @@ class EpsilonGreedy(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         explores = torch.rand(values.shape[0], device=values.device) < self.epsilon  # [N]
         best = values.argmax(-1)
-        if not explores.any():  # the usual case once epsilon is small
+        # The usual case once epsilon is small. A GPU would have to be waited for.
+        if values.device.type == "cpu" and not explores.any():
             return best
         if self.action_masks:  # the action of the largest of A uniform numbers, of which forbidden actions have none
             uniform = torch.rand_like(values).masked_fill_(values <= NEVER, -1.0).argmax(-1)
