@@ -259,6 +259,29 @@ def test_new_episodes_after_a_resume_have_a_new_seed():
     assert seeds == [second.vector_env.episode_seed_of(0, 30)]
 
 
+NESTED = EnvConfig(id="nested", family="torchrl", target="toy_torchrl:nested", num_envs=3)
+
+
+def test_a_nested_state_may_have_a_reward_and_an_end_of_its_own():
+    policy = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
+    rollout = collect(BatchedCollector(make_env(NESTED, seed=0), policy, steps=20), 1)[0]
+    moved = rollout["observation"] + 0.1 * rollout["action"]
+    torch.testing.assert_close(rollout["next", "observation"], moved, atol=1e-6, rtol=0)
+    assert rollout["next", "done"].squeeze(-1).nonzero()[:, 1].tolist() == [7, 15] * 3
+
+
+def test_an_env_that_does_not_save_its_random_numbers_does_not_repeat_them():
+    """It continues its open episodes after a resume, and draws those to come from a seed not used before."""
+    policy = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
+    first = BatchedCollector(make_env(NESTED, seed=0), policy, steps=10)
+    one = collect(first, 1)[0]
+    second = BatchedCollector(make_env(NESTED, seed=0), policy, steps=10)
+    second.load_state_dict(first.state_dict())
+    two = collect(second, 1)[0]
+    assert torch.equal(two["observation"][:, 0], one["next", "observation"][:, -1])
+    assert not torch.isin(two["observation"][:, 6], one["observation"][:, [0, 8]]).any()  # first of an episode
+
+
 @pytest.mark.parametrize("what", ["observation", "reward"])
 def test_numbers_that_are_not_finite_end_the_run(what):
     collector = BatchedCollector(make_env(CARTPOLE, seed=0), noisy_policy(CARTPOLE), steps=5)

@@ -139,6 +139,44 @@ class Declared(EnvBase):
         torch.manual_seed(seed)
 
 
+class Nested(EnvBase):
+    """Batch of points whose state is nested and has entries of its own for reward and end, as that of Brax has.
+
+    Episodes end after eight steps. Resets draw from a generator that is not saved.
+
+    Args:
+        num_envs: Number of envs N.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        super().__init__(batch_size=[num_envs])
+        self.generator = torch.Generator()
+        self.observation_spec = Composite(observation=Unbounded((num_envs, 1)), shape=(num_envs,))
+        self.action_spec, self.reward_spec = Bounded(-1, 1, (num_envs, 1)), Unbounded((num_envs, 1))
+        parts = {name: Unbounded((num_envs, 1)) for name in ("point", "reward", "done")}
+        self.state_spec = Composite(state=Composite(parts, shape=(num_envs,)), shape=(num_envs,))
+
+    def _reset(self, tensordict, **kwargs):
+        point = torch.rand(*self.batch_size, 1, generator=self.generator)
+        state = {"point": point, "reward": torch.zeros_like(point), "done": torch.zeros_like(point)}
+        return TensorDict({"observation": point.clone(), "state": state}, batch_size=self.batch_size)
+
+    def _step(self, tensordict):
+        state = tensordict["state"]
+        point = state["point"] + 0.1 * tensordict["action"]
+        after = {"point": point, "reward": -point.abs(), "done": state["done"] + 0.125}
+        ends = {"reward": after["reward"].clone(), "done": after["done"] >= 1}
+        return TensorDict({"observation": point.clone(), "state": after, **ends}, batch_size=self.batch_size)
+
+    def _set_seed(self, seed):
+        self.generator.manual_seed(seed)
+
+
+def nested(num_envs: int) -> EnvBase:
+    """Build a `Nested` env of as many envs as are asked for."""
+    return Nested(num_envs)
+
+
 def declared(num_envs: int, kind: str) -> EnvBase:
     """Build a `Declared` env of as many envs as are asked for."""
     return Declared(num_envs, kind)

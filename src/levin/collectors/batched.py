@@ -36,8 +36,8 @@ TOTALS = ("returns", "lengths", "count")  # sums over the episodes that have end
 class BatchedCollector(BaseCollector):
     """Collector that steps a batched `EnvBase` in a loop of tensor operations, on the device of the policy.
 
-    The env is moved to that device at the first rollout. It is seeded once, at the beginning. Its resets draw from its
-    own random numbers or from torch's global generator, whose state is saved in checkpoints.
+    The env is moved to that device and seeded at the first rollout; that of a resumed run has a new seed. Resets draw
+    from the env's own random numbers or from torch's global generator, whose state is saved in checkpoints.
 
     A run continues bit for bit if the env declares its state: as `state_spec`, for entries of its TensorDict, or as
     buffers, which `state_dict` returns. Other envs begin new episodes.
@@ -117,13 +117,14 @@ class BatchedCollector(BaseCollector):
             options = {"fallback_random": True} if on_cpu else {"fallback_random": True, "triton.cudagraphs": True}
             self._advance = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
         self._totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64, device=self.device))
+        # A resumed run takes a new seed, for envs with random numbers that are neither torch's nor in a buffer.
+        with rng.kept(), torch.inference_mode():  # many envs set the seed of torch's generator
+            self.env.set_seed(self.vector_env.episode_seed_of(0, self.vector_steps))
         if self._saved is not None:
             self._restore(self._saved)
             self._saved = None
         if not self._now:
             num = self.vector_env.num_envs
-            with rng.kept(), torch.inference_mode():  # many envs set the seed of torch's generator
-                self.env.set_seed(self.vector_env.episode_seed_of(0, self.vector_env.episodes[0] + 1))
             with torch.inference_mode():
                 self._now = copies(self.env.reset())
             self._open = {
@@ -381,10 +382,13 @@ def batched_source(env: SeededVectorEnv) -> TorchRLVectorEnv:
 
 
 def entries(data: TensorDictBase) -> dict[Path, Tensor]:
-    """Return the tensors of a TensorDict by their keys, without end flags, rewards and what is not a tensor."""
+    """Return the tensors of a TensorDict by their keys, without end flags, rewards and what is not a tensor.
+
+    Entries of the same names within a nested TensorDict stay: simulators keep them in their state, as Brax does.
+    """
     skipped = {"done", "terminated", "truncated", "reward", "_reset", "next"}
     items = data.items(include_nested=True, leaves_only=True)
-    return {as_path(key): value for key, value in items if as_path(key)[-1] not in skipped and torch.is_tensor(value)}
+    return {as_path(key): value for key, value in items if as_path(key)[0] not in skipped and torch.is_tensor(value)}
 
 
 def copies(data: TensorDictBase) -> dict[Path, Tensor]:
