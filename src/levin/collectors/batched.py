@@ -119,7 +119,8 @@ class BatchedCollector(BaseCollector):
         self._totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64, device=self.device))
         # A resumed run takes a new seed, for envs with random numbers that are neither torch's nor in a buffer.
         with rng.kept(), torch.inference_mode():  # many envs set the seed of torch's generator
-            self.env.set_seed(self.vector_env.episode_seed_of(0, self.vector_steps))
+            number = max(self.vector_steps, self.vector_env.episodes[0] + 1)
+            self.env.set_seed(self.vector_env.episode_seed_of(0, number))
         if self._saved is not None:
             self._restore(self._saved)
             self._saved = None
@@ -294,7 +295,6 @@ class BatchedCollector(BaseCollector):
                 "truncated, and this run differs from an uninterrupted one",
                 stacklevel=1,
             )
-            self.vector_env.episodes = [self.vector_steps - 1] * self.vector_env.num_envs  # a seed not used before
         self._now = {}
         self._saved = state_dict
 
