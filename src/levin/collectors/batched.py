@@ -112,9 +112,16 @@ class BatchedCollector(BaseCollector):
         compiles = self.compile and not (on_cpu and any(isinstance(m, EpsilonGreedy) for m in self.policy.modules()))
         # On the CPU, a look at `done` costs less than a reset; a GPU would have to be waited for.
         self.looks_at_done = on_cpu and not compiles
+        # Read once: `EnvBase` looks them up in its specs, and its cache of them would be compiled again as it grows.
+        self._action_key, self._reward_key, self._reset_keys = (
+            self.env.action_key,
+            self.env.reward_key,
+            self.env.reset_keys,
+        )
         self._to_env = tensor_action_converter(self.vector_env.action, self.vector_env.config.action, self.device)
         if compiles:
             options = {"fallback_random": True} if on_cpu else {"fallback_random": True, "triton.cudagraphs": True}
+            torch.compiler.reset()  # else several runs in one process would count as recompilations
             self._advance = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
         self._totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64, device=self.device))
         # A resumed run takes a new seed, for envs with random numbers that are neither torch's nor in a buffer.
@@ -152,9 +159,9 @@ class BatchedCollector(BaseCollector):
         observation = self.observe(now)
         action, state = (given, None) if given is not None else self._act(observation, opened["length"] == 0)
         before = TensorDict(now, batch_size=[num], device=self.device)
-        before.set(env.action_key, self.source.to_action(self._to_env(action)))
+        before.set(self._action_key, self.source.to_action(self._to_env(action)))
         after = env._step(before)
-        reward = after.get(env.reward_key).reshape(num).float()
+        reward = after.get(self._reward_key).reshape(num).float()
         terminated, truncated = self._ended(after)
         length = opened["length"] + 1
         if self.time_limit is not None:
@@ -204,7 +211,7 @@ class BatchedCollector(BaseCollector):
     def _reset(self, now: dict[Path, Tensor], done: Tensor) -> dict[Path, Tensor]:
         """Begin a new episode in the envs of the mask `[N]`; the entries of the others stay as they are."""
         flags = done.unsqueeze(-1)  # [N, 1]
-        keys = {as_path(key): flags for key in self.env.reset_keys}
+        keys = {as_path(key): flags for key in self._reset_keys}
         reset = entries(self.env._reset(TensorDict(keys, batch_size=done.shape, device=self.device)))
         chosen = {key: value for key, value in reset.items() if key in now}
         return now | {
