@@ -185,11 +185,12 @@ def measure_score() -> None:
                     run = Path(folder) / "run"
                     seconds = seconds_to_score(name, score, every, seed, run)
                     with (run / "metrics.csv").open() as file:
-                        steps = [row["env_steps"] for row in csv.DictReader(file) if row.get("eval/return_mean")][-1]
-                    mean, reached = final_return(run, env)
-                rows.append([env, how, seed, round(seconds, 1), steps, round(mean, 1), reached])
+                        last = [row for row in csv.DictReader(file) if row.get("eval/return_mean")][-1]
+                    mean, worst = final_return(run, env)
+                reached = float(last["eval/return_mean"]) >= score
+                rows.append([env, how, seed, round(seconds, 1), reached, last["env_steps"], round(mean, 1), worst])
                 print(rows[-1], flush=True)
-    columns = ["env", "how", "seed", "seconds", "env_steps", "return_mean", "worst_return"]
+    columns = ["env", "how", "seed", "seconds", "reached", "env_steps", "return_mean", "worst_return"]
     write_table(HERE / "score.csv", columns, rows)
 
 

@@ -120,7 +120,9 @@ class BatchedCollector(BaseCollector):
         )
         self._to_env = tensor_action_converter(self.vector_env.action, self.vector_env.config.action, self.device)
         if compiles:
-            options = {"fallback_random": True} if on_cpu else {"fallback_random": True, "triton.cudagraphs": True}
+            options: dict[str, Any] = {"fallback_random": True}
+            if not on_cpu:
+                options["triton.cudagraphs"] = True
             torch.compiler.reset()  # else several runs in one process would count as recompilations
             self._advance = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
         self._totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64, device=self.device))
@@ -324,26 +326,9 @@ class BatchedCollector(BaseCollector):
 
 
 class BatchedLoader(CollectorLoader):
-    """`CollectorLoader` of a `BatchedCollector`, which counts episodes itself, on the device.
-
-    Args:
-        collector: Collector of the rollouts.
-        env: Vector env that it was built from.
-        version: Function that returns the version of the policy.
-        collects: Function that returns whether to collect a rollout in this iteration.
-    """
+    """`CollectorLoader` of a `BatchedCollector`, which counts episodes itself, on the device."""
 
     collector: BatchedCollector
-
-    def __init__(
-        self,
-        collector: BatchedCollector,
-        env: SeededVectorEnv,
-        version: Callable[[], int],
-        *,
-        collects: Callable[[], bool] = lambda: True,
-    ) -> None:
-        super().__init__(collector, env, version, collects=collects)
 
     def inspect(self, rollout: TensorDict, version: int) -> None:
         number = torch.full((1, 1, 1), version, device=rollout.device)
