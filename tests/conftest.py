@@ -57,7 +57,11 @@ LONG_FUNCTIONS = {
         "test_a_run_resumed_in_any_stage_is_identical",
         "test_every_hyper_parameter_has_an_effect",
     ),
-    "collectors/test_batched.py": ("test_a_compiled_step_gives_the_same_rollout",),
+    "collectors/test_batched.py": (
+        "test_a_compiled_step_gives_the_same_rollout",
+        "test_the_step_of_an_algorithm_can_be_compiled",
+    ),
+    "collectors/test_batched_docs.py": ("test_the_documented_env_learns",),
     "commands/test_fork.py": (
         "test_a_fork_trains_with_its_own_loss_and_merges_with_upstream",
         "test_a_new_keyword_of_a_fork_is_in_the_config_of_its_runs",

@@ -176,7 +176,7 @@ def test_a_compiled_step_gives_the_same_rollout(config):
             torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algo", ["dqn", "ddpg", "recurrent_ppo"])
+@pytest.mark.parametrize("algo", ["dqn", "ddpg", pytest.param("recurrent_ppo", marks=pytest.mark.slow)])
 def test_the_step_of_an_algorithm_can_be_compiled(algo, monkeypatch):
     """As one graph, but with a backend that is faster to compile and keeps the numbers."""
     torch_compile = torch.compile

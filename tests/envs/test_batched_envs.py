@@ -423,7 +423,11 @@ def test_a_step_and_a_reset_never_wait_for_the_device(make):
             action[mask]
 
 
-@every_env
+@pytest.mark.parametrize(
+    "make",
+    [Acrobot, *(pytest.param(each, marks=pytest.mark.slow) for each in (CartPole, Pendulum, MountainCarContinuous))],
+    ids=lambda make: make.__name__,
+)
 def test_compiled_steps_and_resets_are_the_same(make):
     env, compiled = make(num_envs=7), make(num_envs=7)
     generator = torch.Generator().manual_seed(0)

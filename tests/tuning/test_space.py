@@ -16,7 +16,11 @@ NAMES = sorted(file.stem for file in (paths.CONFIGS / "algo").glob("*.yaml"))
 
 
 def test_every_algorithm_has_a_search_space():
-    assert sorted(file.stem for file in (paths.CONFIGS / "tune").glob("*.yaml")) == NAMES
+    files = {file.stem for file in (paths.CONFIGS / "tune").glob("*.yaml")}
+    envs = {file.stem for file in (paths.CONFIGS / "env").glob("*.yaml")}
+    of_envs = files - set(NAMES)
+    assert set(NAMES) <= files
+    assert of_envs <= {f"{algo}_{env}" for algo in NAMES for env in envs}
 
 
 @pytest.mark.parametrize("algo", NAMES)
