@@ -9,7 +9,6 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks import metrics, same
 from levin.collectors.batched import BatchedCollector, BatchedLoader
@@ -30,6 +29,7 @@ from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
 from levin.training.session import build_run, train
 from levin.training.trainer import build_trainer
+from no_wait import NoWait
 from rows import ROWS
 from short_runs import check_resumed_run_is_identical
 
@@ -141,15 +141,6 @@ def test_transforms_of_an_env_are_applied():
     assert after["truncated"].any()
 
 
-class NoWait(TorchDispatchMode):
-    """Raises at every operation for which the CPU would wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        assert not any(each in name for each in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select")), name
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("config", [CARTPOLE, PENDULUM], ids=lambda each: each.id)
 def test_nothing_waits_for_the_device_within_a_rollout(config, monkeypatch):
     collector = BatchedCollector(make_env(config, seed=0), noisy_policy(config, memory=True), steps=30)
@@ -221,8 +212,10 @@ def test_metrics_and_counts_are_those_of_the_vector_collector(algo, tmp_path):
 
 
 SMALL = ("logger=csv", "eval.episodes=2", "eval.every=200", "checkpoint.every=130", "log_every=90")
-PPO = ("algo=ppo", "algo.steps_per_iteration=8", "algo.batch_size=16", "algo.hidden_sizes=[8]", "algo.epochs=2")
-PPO = (*PPO, "algo.schedule_env_steps=640")
+PPO = (
+    *("algo=ppo", "algo.steps_per_iteration=8", "algo.batch_size=16", "algo.hidden_sizes=[8]", "algo.epochs=2"),
+    "algo.schedule_env_steps=640",
+)
 BATCHED = ("collector=batched", "env=torchrl", "env.num_envs=4", "env.time_limit=30")
 OWN = (*BATCHED, "env.target=levin.envs.batched:CartPole")
 

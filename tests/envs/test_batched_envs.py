@@ -11,7 +11,6 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import acrobot
 from tensordict import TensorDict
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.envs.utils import check_env_specs
 
 from levin.config.compose import compose
@@ -26,6 +25,7 @@ from levin.envs.batched import (
     wrap_angle,
 )
 from levin.envs.torchrl import import_target
+from no_wait import NoWait
 
 IDS = {
     CartPole: "CartPole-v1",
@@ -230,7 +230,7 @@ def test_numpys_generator_scales_as_given_does():
     ],
 )
 def test_philox_gives_the_published_words(counter, key, words):
-    """Those of `kat_vectors` in Random123, by the authors of the paper."""
+    """The known answers are in `kat_vectors` of Random123, by the authors of the paper."""
     counter, key = (tuple(torch.tensor(int(word, 16)) for word in text.split()) for text in (counter, key))
     assert " ".join(f"{word.item():08x}" for word in philox(counter, key)) == words
 
@@ -392,21 +392,6 @@ def test_specs_are_kept(make, num_envs):
         assert env.actions == actions.n
     else:
         assert env.action_spec.space.high[0].tolist() == actions.high.tolist()
-
-
-class NoWait(TorchDispatchMode):
-    """Raise where an operation would wait for the device to know a tensor's value."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.WAITS, f"{name} waits for the device"
-        boolean = [
-            arg for arg in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(arg) and arg.dtype == torch.bool
-        ]
-        assert not (name.startswith("index") and boolean), "an index by a mask waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @every_env
