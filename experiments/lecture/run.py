@@ -1,0 +1,34 @@
+"""Measurements behind the figures of docs/lecture: `make study NAME=lecture`.
+
+Each part of `PARTS` is a module beside this file with a function `measure`, which writes `<part>.csv`, and a function
+`draw`, which writes `<part>.png` from it. `ARGS="kl signals"` runs these parts only, and `ARGS=draw` draws all figures
+from the stored tables.
+"""
+
+import importlib
+import sys
+
+from levin.core.errors import ConfigError, exit_on_user_error
+from levin.core.process import silence_libraries
+
+# In the order of the pages. Sorted groups: returns to value functions, actor-critic to PPO, estimators to Dreamer.
+PARTS: tuple[str, ...] = ()
+
+
+def main() -> None:
+    """Measure and draw the parts that are named, or all."""
+    with exit_on_user_error():
+        names = [name for name in sys.argv[1:] if name != "draw"]
+        if unknown := set(names) - set(PARTS):
+            raise ConfigError(f"{', '.join(sorted(unknown))}: no such part of the lecture; valid: {', '.join(PARTS)}")
+        silence_libraries()
+        for name in names or PARTS:
+            part = importlib.import_module(f"experiments.lecture.{name}")
+            if "draw" not in sys.argv[1:]:
+                print(f"measuring {name}", flush=True)
+                part.measure()
+            part.draw()
+
+
+if __name__ == "__main__":
+    main()
