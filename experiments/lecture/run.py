@@ -12,7 +12,10 @@ from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.process import silence_libraries
 
 # In the order of the pages. Sorted groups: returns to value functions, actor-critic to PPO, estimators to Dreamer.
-PARTS: tuple[str, ...] = ()
+PARTS: tuple[str, ...] = (
+    *("trajectory", "expected_return", "score_function", "simple_reinforce", "credit_assignment"),
+    *("gradient_variance", "constant_baseline", "value_targets", "reinforce_with_baseline"),
+)
 
 
 def main() -> None:
