@@ -12,7 +12,17 @@ from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.process import silence_libraries
 
 # In the order of the pages. Sorted groups: returns to value functions, actor-critic to PPO, estimators to Dreamer.
-PARTS: tuple[str, ...] = ("max_q", "kl", "trpo_steps", "ppo_ratios")
+PARTS: tuple[str, ...] = (
+    "q_critic",
+    "max_q",
+    "advantage",
+    "online",
+    "parallel",
+    "staleness",
+    "kl",
+    "trpo_steps",
+    "ppo_ratios",
+)
 
 
 def main() -> None:

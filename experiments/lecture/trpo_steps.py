@@ -50,13 +50,7 @@ def measure_step(algorithm: Any, rollout: Any, *, residuals: bool) -> list[dict[
     gradient = algorithm.flat_gradient(algorithm.surrogate(batch, new, old))
     product = algorithm.fisher_vector_product(old.kl(new).mean())
     direction, _ = conjugate_gradient(product, gradient, algorithm.cg_iterations)
-    step = (2 * algorithm.target_kl / (direction @ product(direction))).sqrt() * direction
-    start = parameters_to_vector(algorithm.actor_parameters).detach()
-    assign_parameters(algorithm.actor_parameters, start + step)
-    with torch.no_grad():
-        kl = old.kl(algorithm.actor(features)).mean()
-    assign_parameters(algorithm.actor_parameters, start)
-    rows = [{"kind": "kl_of_full_step", "value": kl.item()}, {"kind": "predicted_gain", "value": (gradient @ step).item()}]
+    rows: list[dict[str, Any]] = []
     damping = algorithm.cg_damping
     for algorithm.cg_damping in DAMPINGS if residuals else ():
         for iterations in CG_ITERATIONS:
@@ -64,6 +58,14 @@ def measure_step(algorithm: Any, rollout: Any, *, residuals: bool) -> list[dict[
             kind = f"residual_damping_{algorithm.cg_damping}"
             rows.append({"kind": kind, "cg_iterations": iterations, "value": residual.item()})
     algorithm.cg_damping = damping
+    step = (2 * algorithm.target_kl / (direction @ product(direction))).sqrt() * direction
+    start = parameters_to_vector(algorithm.actor_parameters).detach()
+    assign_parameters(algorithm.actor_parameters, start + step)
+    with torch.no_grad():
+        kl = old.kl(algorithm.actor(features)).mean()
+    assign_parameters(algorithm.actor_parameters, start)
+    rows.append({"kind": "kl_of_full_step", "value": kl.item()})
+    rows.append({"kind": "predicted_gain", "value": (gradient @ step).item()})
     return rows
 
 
