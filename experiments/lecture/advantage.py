@@ -7,7 +7,7 @@ from experiments.lecture.drawing import COLORS, INK, panels, save
 from experiments.lecture.q_critic import CRITICS, GAMMA, REFERENCE, fitted, measure_q, with_policy
 from experiments.variance.run import collect_episodes, half_trained_policy
 
-EPISODES, UPDATES = 3, 3000
+EPISODES, FITTED = 3, 2000
 
 
 def measure() -> None:
@@ -15,7 +15,7 @@ def measure() -> None:
     policy = half_trained_policy()
     fits = {form: fitted(form, 0, policy) for form in CRITICS}
     for algorithm, states in fits.values():
-        algorithm.critic.load_state_dict(states[UPDATES])
+        algorithm.critic.load_state_dict(states[FITTED])
     loader = with_policy(REFERENCE, policy, "seed=2")[1]
     rows = []
     for episode in range(EPISODES):

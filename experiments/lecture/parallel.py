@@ -9,7 +9,7 @@ from experiments.lecture.online import gradients
 
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 LAYOUTS = ((1, 16), (4, 4), (16, 1))  # agents, steps: 16 samples for each update
-STEPS, EVERY = 40_000, 2000
+STEPS, EVERY = 30_000, 2000
 
 
 def measure() -> None:

@@ -14,7 +14,7 @@ FORMS = {
     "no clip": ["algo.clip_epsilon=1e6"],
     "KL penalty": ["algo.penalty=kl", "algo.target_kl=0.01"],
 }
-ITERATIONS, SHOWN = 20, 5  # 12,800 env steps each
+ITERATIONS, SHOWN = 12, 5  # 12,800 env steps each
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
 

@@ -10,8 +10,8 @@ from experiments.lecture.drawing import COLORS, INK, panels, save
 from experiments.variance.run import EXACT, FORMS, actor_loss, build, collect_episodes, half_trained_policy
 from torch import Tensor
 
-UPDATES = (0, 30, 100, 300, 1000, 3000)
-FIT_EPISODES, TRAJECTORIES = 30, 300
+UPDATES = (0, 30, 100, 300, 1000, 2000)
+FIT_EPISODES, TRAJECTORIES = 30, 250
 STATES, RETURNS = 128, 64
 CRITICS = {"Q critic": "q", "advantage": "advantage"}
 REFERENCE = "value baseline"  # unbiased if the baseline depends on the state only
@@ -23,13 +23,13 @@ def measure() -> None:
     policy = half_trained_policy()
     critics = {(form, seed): fitted(form, seed, policy) for form in CRITICS for seed in SEEDS}
     reference = with_policy(REFERENCE, policy)[0]
-    reference.critic.load_state_dict(critics["advantage", 0][1][3000])  # any V: it does not change the expectation
+    reference.critic.load_state_dict(critics["advantage", 0][1][max(UPDATES)])  # any V: it does not change the expectation
     loader = with_policy(REFERENCE, policy, "seed=1")[1]
     trajectories = [collect_episodes(loader, 1) for _ in range(TRAJECTORIES)]
     expected = np.stack([gradient(reference, each) for each in trajectories])
     observation = torch.cat([each["observation"].flatten(0, 1) for each in trajectories])[::37][:STATES]
     true_q = measure_q(reference, observation)
-    rows = [row(expected, expected) | {"form": "value baseline", "seed": 0, "updates": 3000}]
+    rows = [row(expected, expected) | {"form": "value baseline", "seed": 0, "updates": max(UPDATES)}]
     for (form, seed), (algorithm, states) in critics.items():
         for updates, state in states.items():
             algorithm.critic.load_state_dict(state)

@@ -14,8 +14,8 @@ from levin.training.session import train
 
 WORDS = ["env=cartpole", "env.num_envs=1", "algo=a3c", "algo.lr_schedule=constant"]
 WORKERS = (1, 8, 32)
-STEPS, EVERY = 24_000, 2000
-REAL_WORKERS, REAL_STEPS = (2, 4, 8), 10_000
+STEPS, EVERY = 20_000, 2000
+REAL_WORKERS, REAL_STEPS = (2, 4), 4_000
 RUNS = HERE.parent.parent / "runs" / "lecture"
 
 
@@ -65,7 +65,7 @@ def train_lock_free(workers: int, seed: int) -> dict[str, float]:
     run = RUNS / f"a3c_w{workers}_s{seed}"
     if not (run / "checkpoints").exists():
         words = [f"trainer.workers={workers}", "trainer.strategy=hogwild", "trainer.threads=1", f"seed={seed}"]
-        settings = [f"total_env_steps={REAL_STEPS}", f"eval.every={REAL_STEPS}", "logger=csv", f"log_every={REAL_STEPS}"]
+        settings = [f"total_env_steps={REAL_STEPS}", f"eval.every={REAL_STEPS}", "eval.episodes=1", "logger=csv", f"log_every={REAL_STEPS}"]
         train(compose([*WORDS, *words, *settings]), run)
     with (run / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]

@@ -13,7 +13,7 @@ from levin.algorithms.trpo import conjugate_gradient
 from levin.nn.parameters import assign_parameters
 
 WORDS = ["env=cartpole", "algo=trpo"]
-ITERATIONS, EARLY, LATE = 60, 2, 59
+ITERATIONS, EARLY, LATE = 50, 2, 49
 CG_ITERATIONS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 25)
 DAMPINGS = (1e-3, 1e-1)
 
