@@ -7,11 +7,13 @@ import torch
 from experiments.lecture.agents import SEEDS, build, iterate, read, true_returns, write
 from experiments.lecture.drawing import COLORS, INK, panels, save
 
-STEPS, EVERY = 60_000, 3000
-WORDS = ["env=cartpole", "algo=dqn", f"algo.schedule_env_steps={STEPS}", "algo.learning_starts=1000"]
+STEPS, EVERY, LEARNING_STARTS = 60_000, 3000, 1000
+GAMMA, REPLAY_RATIO, TARGET_UPDATE_EVERY = 0.99, 0.1, 50  # of configs/algo/dqn.yaml
+WORDS = ["env=cartpole", "algo=dqn", f"algo.schedule_env_steps={STEPS}", f"algo.learning_starts={LEARNING_STARTS}"]
 ACTIONS, TRIALS = (2, 4, 8, 16, 32, 64), 20_000
 STATES = 256
 FORMS = {"max": "false", "double Q": "true"}  # algo.double_q
+LIMIT = r"$1 + \gamma + \ldots + \gamma^{n-1}$, n target copies"
 
 
 def measure() -> None:
@@ -68,10 +70,10 @@ def draw() -> None:
             x = by_step.median().index / 1000
             panel.plot(x, by_step.median(), color=color, label=label)
             panel.fill_between(x, by_step.min(), by_step.max(), color=color, alpha=0.2, linewidth=0)
-        panel.axhline(100, color=INK, linewidth=0.9, linestyle=":")
-        panel.text(1, 101, "no return is larger than 100", fontsize=8, color=INK)
-        top = np.ceil(table[table.part == "dqn"].estimate.max() / 10) * 10
-        panel.set(ylim=(0, top), xlabel="thousands of env steps", title=f"DQN on CartPole: {form}")
-        panel.legend(loc="lower right")
+        steps = np.arange(LEARNING_STARTS, STEPS + 1)
+        copies = (steps - LEARNING_STARTS) * REPLAY_RATIO / TARGET_UPDATE_EVERY
+        panel.plot(steps / 1000, (1 - GAMMA**copies) / (1 - GAMMA), color=INK, linewidth=0.9, linestyle=":", label=LIMIT)
+        panel.set(ylim=(0, 85), xlabel="thousands of env steps", title=f"DQN on CartPole: {form}")
+        panel.legend(loc="lower right", fontsize=8.5)
     axes[1].set(ylabel="discounted return")
     save(figure, "max_q")

@@ -1,5 +1,6 @@
 """Correlation in time of one agent's gradients, and the learning curves of online and batched actor-critic."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ def measure() -> None:
     write("online", rows)
 
 
+@cache
 def gradients(seed: int) -> dict[str, Tensor]:
     """Return the gradients of each step of each agent, `[N, T, P]`, for a fixed half-trained policy on CartPole.
 
