@@ -12,7 +12,8 @@ endif
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+# `uv sync` makes a .venv without pip. Both read requirements.lock (uv through uv.toml).
+PIP = $(if $(wildcard $(BIN)/pip),$(BIN)/python -m pip --disable-pip-version-check install,uv pip install --python $(BIN)/python) --quiet --constraint requirements.lock
 
 # quote: a text as one single-quoted shell word. typed: the same for the value of a variable. Neither is expanded.
 quote = '$(subst ','\'',$1)'
