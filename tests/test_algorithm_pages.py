@@ -74,7 +74,7 @@ def test_every_recorded_metric_is_explained(page):
 @each_page
 def test_a_page_names_its_paper_its_spaces_and_every_hyper_parameter(page):
     assert re.fullmatch(r"(\[[^\]]+ \d{4}( b)?\]\(https://(arxiv|doi)\.org/\S+\)(, )?)+", algorithm_pages.papers(page))
-    assert page.front_matter["kind"] in ("on-policy", "off-policy", "model-based")
+    assert page.front_matter["kind"] in algorithm_pages.KINDS
     actions, observations = algorithm_pages.spaces(page)
     assert actions
     assert observations

@@ -23,6 +23,7 @@ from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parents[2]
 PAPER = re.compile(r"([A-Z][\w&. ]+? \d{4}(?: [a-z])?)(?:, | \()((?:arXiv|doi):[\w./-]*\w)")
+KINDS = ("on-policy", "off-policy", "model-based")
 OBSERVATIONS = {"float32": "vectors", "uint8": "pixels"}
 
 
@@ -115,7 +116,7 @@ def spaces(page: Page) -> tuple[str, str]:
 
 def lecture(page: Page) -> str:
     """Return links to the pages of the lecture about this algorithm, with their titles."""
-    return ", ".join(f"[](docs/lecture/{name}.md)" for name in page.front_matter["lecture"])
+    return "; ".join(f"[](docs/lecture/{name}.md)" for name in page.front_matter["lecture"])
 
 
 def facts(page: Page) -> str:
@@ -161,7 +162,7 @@ def configs(page: Page) -> Iterator[str]:
     yield table(("`algo.*`", "value", "meaning and source"), rows)
     others = {key: value for key, value in yaml.safe_load(text).items() if key not in ("algo", "defaults")}
     default_env = re.findall(r"override /env: (\w+)", text)[0]
-    pairs = [f"{key}={value}" for key, value in _flat(others)]
+    pairs = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in _flat(others)]
     yield f"The file also sets {', '.join(f'`{pair}`' for pair in [f'env={default_env}', *pairs])}."
     if page.tuned:
         envs = ", ".join(file.stem.removeprefix(f"{page.name}_") for file in page.tuned)
@@ -200,8 +201,9 @@ def body(page: Page) -> str:
     parts = ["## Idea", *blocks(page.docstring[""].partition("\n\n")[2])]
     for header, text in page.docstring.items():
         kind = next((kind for kind in ("Pseudocode", "Deviations", "Metrics") if header.startswith(kind)), "")
-        parts += [f"## {kind}"] if kind else []
-        parts += [markdown(header)] if header not in ("", f"{kind}:") else []
+        in_title = re.fullmatch(rf"{kind}( \(.*\))?:", header)  # such as "Pseudocode (Algorithm 1):"
+        parts += [f"## {header[:-1] if in_title else kind}"] if kind else []
+        parts += [markdown(header)] if header and not in_title else []
         if kind == "Metrics":
             rows = ((re.sub(r"([\w/]+)", r"`\1`", name), markdown(each)) for name, each in metrics(page).items())
             parts += ["Columns of `metrics.csv`, and curves of the loggers.", table(("metric", "meaning"), rows)]
@@ -217,12 +219,13 @@ def pages() -> list[Page]:
 
 def overview(all_pages: Iterable[Page]) -> str:
     """Return the table of all algorithms as Markdown."""
-    header = ("algorithm", "kind", "actions", "observations", "paper", "lecture")
-    rows = (
-        (f"[{page.title}]({page.path.relative_to(ROOT)})", page.front_matter["kind"], *spaces(page), papers(page))
-        for page in all_pages
-    )
-    return table(header, ((*row, lecture(page)) for row, page in zip(rows, all_pages, strict=True)))
+    rows = []
+    for page in sorted(all_pages, key=lambda page: KINDS.index(page.front_matter["kind"])):
+        short = page.title.partition("(")[2].removesuffix(")") or page.title  # "SAC" of "Soft actor-critic (SAC)"
+        numbers = ", ".join(f"[{name[:2]}](docs/lecture/{name}.md)" for name in page.front_matter["lecture"])
+        link = f"[{short}]({page.path.relative_to(ROOT)})"
+        rows.append((link, page.front_matter["kind"], *spaces(page), papers(page), numbers))
+    return table(("algorithm", "kind", "actions", "observations", "paper", "lecture"), rows)
 
 
 class Generated(SphinxDirective):
