@@ -12,7 +12,10 @@ from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.process import silence_libraries
 
 # In the order of the pages. Sorted groups: returns to value functions, actor-critic to PPO, estimators to Dreamer.
-PARTS: tuple[str, ...] = ()
+PARTS: tuple[str, ...] = (
+    *("gradient_estimation", "pathwise", "reparameterisation", "gumbel_softmax", "storchastic"),
+    *("sac", "world_models", "dreaming", "world_models_vmc", "dreamer"),
+)
 
 
 def main() -> None:
