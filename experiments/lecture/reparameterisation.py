@@ -1,0 +1,144 @@
+"""Gradient of DDPG through its critic against finite differences of the real discounted return."""
+
+from pathlib import Path
+from typing import cast
+
+import matplotlib.pyplot as plt
+import torch
+from experiments.lecture.agents import checkpoints, train
+from experiments.lecture.drawing import COLORS, INK, panels, save
+from experiments.study import write_table
+from torch import Tensor
+
+from levin.algorithms.ddpg import DDPG
+from levin.envs.batched import Pendulum
+from levin.lab.pictures import read_csv
+
+HERE = Path(__file__).parent
+SEEDS = range(3)
+STARTS, STEPS = 128, 400  # at gamma = 0.99 the rewards after 400 steps have 2% of the weight
+STEP_SIZE = 0.01  # of the finite differences, in a weight of the last layer
+
+
+def last_layer(ddpg: DDPG) -> tuple[torch.nn.Module, Tensor]:
+    """Return the actor's network without its last layer, and that layer's weights and bias in one row `[P]`."""
+    *body, last = ddpg.actor.network
+    return torch.nn.Sequential(ddpg.actor.trunk, *body), torch.cat([last.weight[0], last.bias]).detach()
+
+
+@torch.no_grad()
+def play(ddpg: DDPG, weights: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Play episodes with M variants of the last layer `[M, P]`, each from all starts `[N, 2]`.
+
+    Returns:
+        The discounted return of each variant `[M]`, and the observations `[STEPS, M, N, 3]`.
+    """
+    body, _ = last_layer(ddpg)
+    env = Pendulum(num_envs=1)
+    state, total, seen = starts.repeat(len(weights), 1), torch.zeros(len(weights), dtype=torch.float64), []
+    for t in range(STEPS):
+        observation = env.observe(state)
+        feature = body(observation).view(len(weights), len(starts), -1)
+        action = (torch.einsum("mnf,mf->mn", feature, weights[:, :-1]) + weights[:, -1:]).tanh()
+        state, reward, _ = env.dynamics(state, env.action_bound * action.flatten().unsqueeze(-1))
+        total += ddpg.gamma**t * reward.view(len(weights), -1).mean(1)
+        if len(weights) == 1:
+            seen.append(observation.view(1, len(starts), -1))
+    return total, torch.stack(seen) if seen else torch.empty(0)
+
+
+def critic_gradient(ddpg: DDPG, weights: Tensor, seen: Tensor, *, discounted: bool) -> Tensor:
+    """Return the gradient `[P]` of sum_t gamma^t Q(s_t, mu(s_t)) in the last layer, at visited states `[T, N, 3]`.
+
+    Not discounted: every visited state has the same weight, as in replay; the length then has no meaning.
+    """
+    body, _ = last_layer(ddpg)
+    theta = weights.clone().requires_grad_()
+    action = (body(seen).detach() @ theta[:-1] + theta[-1]).tanh().unsqueeze(-1)
+    q = ddpg.critic.first(seen.flatten(0, 1), action.flatten(0, 1)).view(seen.shape[:2]).mean(1)  # [T]
+    weight = ddpg.gamma ** torch.arange(len(q)) if discounted else torch.ones(len(q))
+    return torch.autograd.grad((weight * q).sum(), theta)[0]
+
+
+def differences(ddpg: DDPG, weights: Tensor, starts: Tensor, step: float) -> Tensor:
+    """Return central finite differences of the discounted return in every weight, `[P]`."""
+    shift = step * torch.eye(len(weights))
+    up, _ = play(ddpg, weights + shift, starts)
+    down, _ = play(ddpg, weights - shift, starts)
+    return ((up - down) / (2 * step)).float()
+
+
+def measure() -> None:
+    """Write, for every checkpoint, how the gradient through the critic agrees with finite differences."""
+    env, rows = Pendulum(num_envs=STARTS), []
+    env.set_seed(0)
+    starts = env.initial_states(torch.arange(STARTS), 0)
+    for (_, seed), run in train(("ddpg",), SEEDS).items():
+        for ddpg in cast(list[DDPG], checkpoints(run)):
+            ddpg.requires_grad_(False)
+            _, weights = last_layer(ddpg)
+            value, seen = play(ddpg, weights.unsqueeze(0), starts)
+            real = differences(ddpg, weights, starts, STEP_SIZE)
+            through = critic_gradient(ddpg, weights, seen[:, 0], discounted=True)
+            flat = critic_gradient(ddpg, weights, seen[:, 0], discounted=False)
+            again = differences(ddpg, weights, starts, STEP_SIZE / 2)
+            numbers = {
+                "return": value[0],
+                "cosine": torch.cosine_similarity(real, through, dim=0),
+                "cosine, equal weights": torch.cosine_similarity(real, flat, dim=0),
+                "cosine, half the step": torch.cosine_similarity(real, again, dim=0),
+                "length ratio": through.norm() / real.norm(),
+            }
+            step = round(ddpg.env_steps / 1000) * 1000
+            rows += [[seed, step, name, f"{float(number):.5g}", ""] for name, number in numbers.items()]
+            if seed == 0:
+                pairs = zip(real.tolist(), through.tolist(), strict=True)
+                rows += [[seed, step, "weight", f"{left:.5g}", f"{right:.5g}"] for left, right in pairs]
+    write_table(HERE / "reparameterisation.csv", ["seed", "env_steps", "quantity", "value", "critic"], rows)
+
+
+def draw() -> None:
+    """Draw the stochastic graph, derivatives in single weights, and the agreement over the training."""
+    table = read_csv(HERE / "reparameterisation.csv")
+    figure, (left, middle, right) = panels(3, width=12.0, height=3.9, ratios=(1.1, 1, 1))
+    draw_graph(left)
+    steps = sorted({int(row["env_steps"]) for row in table})
+    for step, color in ((steps[0], COLORS[3]), (steps[-1], COLORS[0])):
+        rows = [row for row in table if row["quantity"] == "weight" and int(row["env_steps"]) == step]
+        scale = max(abs(float(row["value"])) for row in rows)
+        pairs = [(float(row["value"]) / scale, float(row["critic"]) / scale) for row in rows]
+        middle.scatter(*zip(*pairs, strict=True), s=20, color=color, alpha=0.7, lw=0, label=f"{step:,} env steps")
+    middle.axline((0, 0), slope=1, color=INK, lw=0.9)
+    middle.set(xlabel="finite differences of the return", ylabel="through the critic", title="Each weight, seed 0")
+    middle.legend(fontsize=8.5)
+    for name, color in (("cosine", COLORS[0]), ("cosine, equal weights", COLORS[1])):
+        values = {
+            step: [float(r["value"]) for r in table if r["quantity"] == name and int(r["env_steps"]) == step]
+            for step in steps
+        }
+        label = "states weighted by gamma^t" if name == "cosine" else "equal weights"
+        right.plot(steps, [sum(each) / len(each) for each in values.values()], color=color, lw=2, label=label)
+        for step, each in values.items():
+            right.plot([step] * len(each), each, "o", ms=5, color=color, alpha=0.7)
+    right.axhline(0, color=INK, lw=0.8)
+    right.set(xlabel="env steps", ylabel="cosine with finite differences", title="All weights", ylim=(-1.05, 1.05))
+    right.legend(fontsize=8.5, loc="lower right")
+    save(figure, "reparameterisation")
+
+
+def draw_graph(axes: plt.Axes) -> None:
+    """Draw two steps of an episode as a stochastic graph: the gradient stops at the env and passes the critic."""
+    places = {"theta": (0, 2), "s": (0, 1), "a": (1, 1.5), "env": (2, 1), "s'": (3, 1), "r": (2.6, 0.2), "Q": (2, 2.2)}
+    arrows = [("theta", "a", COLORS[2]), ("s", "a", INK), ("a", "env", COLORS[3]), ("s", "env", INK)]
+    arrows += [("env", "s'", COLORS[3]), ("env", "r", COLORS[3]), ("a", "Q", COLORS[2]), ("s", "Q", INK)]
+    for start, end, color in arrows:
+        arrow = {"arrowstyle": "-|>", "color": color, "shrinkA": 14, "shrinkB": 14, "lw": 1.6}
+        axes.annotate("", places[end], places[start], arrowprops=arrow)
+    for name, place in places.items():
+        marker = {"theta": "s", "env": "s", "Q": "s", "r": "D"}.get(name, "o")
+        color = {"env": COLORS[3], "Q": COLORS[2]}.get(name, INK)
+        axes.plot(*place, marker, ms=24, mfc="none", mec=color, mew=1.8)
+        axes.text(*place, r"$\theta$" if name == "theta" else name, ha="center", va="center", color=INK)
+    axes.text(1.52, 1.22, "x", color=COLORS[3], fontsize=16, fontweight="bold", ha="center", va="center")
+    axes.set(xlim=(-0.4, 3.4), ylim=(-0.2, 2.7), title="No path through the env, one through Q")
+    axes.axis("off")
