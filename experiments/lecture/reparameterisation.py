@@ -16,7 +16,7 @@ from levin.lab.pictures import read_csv
 
 HERE = Path(__file__).parent
 SEEDS = range(3)
-STARTS, STEPS = 128, 400  # at gamma = 0.99 the rewards after 400 steps have 2% of the weight
+STARTS, STEPS = 128, 400  # at gamma = 0.98 the rewards that are left out have 0.03% of the weight
 STEP_SIZE = 0.01  # of the finite differences, in a weight of the last layer
 
 
