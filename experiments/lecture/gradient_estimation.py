@@ -117,7 +117,7 @@ def draw_errors(axes: plt.Axes, table: list[dict[str, str]], styles: dict[str, s
     axes.axhline(1, color=INK, lw=0.8)
     axes.set(xscale="log", yscale="log", xlabel="samples per state", ylabel="RMS error / length of the gradient")
     axes.set_xticks(SAMPLES, [str(number) for number in SAMPLES])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=8.5)
 
 
@@ -140,7 +140,7 @@ def draw() -> None:
     styles = {"score": COLORS[3], "score, value baseline": COLORS[0], "leave-one-out": COLORS[2]}
     draw_cloud(left, table, {name: styles[name] for name in METHODS[:2]})
     draw_cloud(middle, table, {name: styles[name] for name in METHODS[1:2]})
-    middle.set_title("The same, without the first")
+    middle.set_title("The estimates with a baseline")
     draw_errors(right, table, styles)
-    right.set_title(f"{STATES} states")
+    right.set_title(f"A frozen critic, {STATES} states")
     save(figure, "gradient_estimation")

@@ -136,7 +136,7 @@ def draw() -> None:
     right.axhline(1, color=INK, lw=0.8)
     right.set(xscale="log", yscale="log", xlabel="samples per state", ylabel="RMS error / length of the gradient")
     right.set_xticks(SAMPLES, [str(number) for number in SAMPLES])
-    right.minorticks_off()
+    right.set_xticks([], minor=True)
     right.set_title("Error by number of samples")
     right.legend(fontsize=8)
     save(figure, "gumbel_softmax")

@@ -60,7 +60,7 @@ def draw() -> None:
         line = [(float(row["slope"]), float(row["std"])) for row in table if row["estimator"] == name]
         right.plot(*zip(*line, strict=True), "o-", ms=5, lw=2, color=styles[name], label=name)
     right.set(xscale="log", yscale="log", xlabel="slope k of the cost sigmoid(k (z - 1/2))")
-    right.set(ylabel="standard deviation / gradient", title="A cost that becomes a jump, two samples")
+    right.set(ylabel="standard deviation / gradient", title="A cost that becomes a jump")
     right.axhline(1, color=INK, lw=0.8)
     right.legend(fontsize=8.5)
     save(figure, "pathwise")
