@@ -13,6 +13,8 @@ from levin.core.process import silence_libraries
 
 # In the order of the pages. Sorted groups: returns to value functions, actor-critic to PPO, estimators to Dreamer.
 PARTS: tuple[str, ...] = (
+    *("trajectory", "expected_return", "score_function", "simple_reinforce", "credit_assignment"),
+    *("gradient_variance", "constant_baseline", "value_targets", "reinforce_with_baseline"),
     *("gradient_estimation", "pathwise", "reparameterisation", "gumbel_softmax", "storchastic"),
     *("sac", "world_models", "dreaming", "world_models_vmc", "dreamer"),
 )
