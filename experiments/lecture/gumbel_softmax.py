@@ -25,7 +25,7 @@ from levin.lab.pictures import read_csv
 from levin.runs.load import load_algorithm
 
 HERE = Path(__file__).parent
-STATES, ESTIMATES = 64, 400
+STATES, ESTIMATES = 64, 200
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 SAMPLES = (1, 2, 4, 16, 64)
 
