@@ -5,7 +5,7 @@ from typing import cast
 
 import matplotlib.pyplot as plt
 import torch
-from experiments.lecture.agents import gradient_statistics, train
+from experiments.lecture.critics import gradient_statistics, train
 from experiments.lecture.drawing import COLORS, INK, panels, save
 from experiments.study import write_table
 from torch import Tensor

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from experiments.lecture.agents import gradient_statistics, train
+from experiments.lecture.critics import gradient_statistics, train
 from experiments.lecture.drawing import COLORS, INK, panels, save
 from experiments.study import write_table
 from torch import Tensor

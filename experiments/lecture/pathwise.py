@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from experiments.lecture.agents import gradient_statistics
+from experiments.lecture.critics import gradient_statistics
 from experiments.lecture.drawing import COLORS, INK, panels, save
 from experiments.lecture.gradient_estimation import draw_cloud, draw_errors
 from experiments.study import write_table

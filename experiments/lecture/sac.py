@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.lecture.agents import train
+from experiments.lecture.critics import train
 from experiments.lecture.drawing import COLORS, INK, panels, save
 from experiments.study import write_table
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.lecture.agents import gradient_statistics
+from experiments.lecture.critics import gradient_statistics
 from experiments.lecture.drawing import COLORS, INK, panels, save
 from experiments.study import write_table
 from torch import Tensor
