@@ -68,6 +68,44 @@ def differences(ddpg: DDPG, weights: Tensor, starts: Tensor, step: float) -> Ten
     return ((up - down) / (2 * step)).float()
 
 
+@torch.no_grad()
+def returns_from(ddpg: DDPG, state: Tensor) -> Tensor:
+    """Return the discounted return of the policy from each state, `[N, 2] -> [N]`."""
+    env, total = Pendulum(num_envs=1), torch.zeros(len(state), dtype=torch.float64)
+    for t in range(STEPS):
+        state, reward, _ = env.dynamics(state, env.action_bound * ddpg.actor(env.observe(state)))
+        total += ddpg.gamma**t * reward
+    return total
+
+
+def slopes(ddpg: DDPG, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return 512 visited states `[512, 3]`, and dQ/da there: finite differences of returns, and the critic's, `[512]`.
+
+    The first action is shifted, and the policy acts from then on. States are sampled in proportion to gamma^t.
+    """
+    torch.manual_seed(0)
+    flat = seen.flatten(0, 1)  # [T N, 3]
+    weight = (ddpg.gamma ** torch.arange(len(seen))).repeat_interleave(seen.shape[1])
+    observation = flat[torch.multinomial(weight, 512)]
+    state = torch.stack([torch.atan2(observation[:, 1], observation[:, 0]), observation[:, 2]], -1).double()
+    action = ddpg.actor(observation).detach()
+    env, after = Pendulum(num_envs=1), []
+    for shift in (STEP_SIZE, -STEP_SIZE):
+        then, reward, _ = env.dynamics(state, env.action_bound * (action + shift))
+        after.append(reward + ddpg.gamma * returns_from(ddpg, then))
+    real = (after[0] - after[1]) / (2 * STEP_SIZE)
+    action = action.requires_grad_()
+    (critic,) = torch.autograd.grad(ddpg.critic.first(observation, action).sum(), action)
+    return observation, real.float(), critic.squeeze(-1)
+
+
+def action_gradient(ddpg: DDPG, weights: Tensor, observation: Tensor, slope: Tensor) -> Tensor:
+    """Return sum_s dQ/da grad mu(s) in the last layer, `[P]`, for given slopes `[B]` at observations `[B, 3]`."""
+    body, _ = last_layer(ddpg)
+    theta = weights.clone().requires_grad_()
+    return torch.autograd.grad(slope @ (body(observation) @ theta[:-1] + theta[-1]).tanh(), theta)[0]
+
+
 def measure() -> None:
     """Write, for every checkpoint, how the gradient through the critic agrees with finite differences."""
     env, rows = Pendulum(num_envs=STARTS), []
@@ -81,9 +119,14 @@ def measure() -> None:
             real = differences(ddpg, weights, starts, STEP_SIZE)
             through = critic_gradient(ddpg, weights, seen[:, 0], discounted=True)
             flat = critic_gradient(ddpg, weights, seen[:, 0], discounted=False)
+            observation, *pair = slopes(ddpg, seen[:, 0])
+            ascent = action_gradient(ddpg, weights, observation, pair[0])
             numbers = {
+                "correlation of slopes": torch.corrcoef(torch.stack(pair))[0, 1],
+                "same sign of slopes": (pair[0].sign() == pair[1].sign()).float().mean(),
                 "return": value[0],
                 "cosine": torch.cosine_similarity(real, through, dim=0),
+                "cosine, true slopes": torch.cosine_similarity(real, ascent, dim=0),
                 "cosine, equal weights": torch.cosine_similarity(real, flat, dim=0),
                 "length ratio": through.norm() / real.norm(),
             }
@@ -93,8 +136,8 @@ def measure() -> None:
                 half = differences(ddpg, weights, starts, STEP_SIZE / 2)  # how exact finite differences are
                 cosine = float(torch.cosine_similarity(real, half, dim=0))
                 rows.append([seed, step, "cosine, half the step", f"{cosine:.5g}", ""])
-                pairs = zip(real.tolist(), through.tolist(), strict=True)
-                rows += [[seed, step, "weight", f"{left:.5g}", f"{right:.5g}"] for left, right in pairs]
+                pairs = zip(*(part.tolist() for part in pair), strict=True)
+                rows += [[seed, step, "slope", f"{left:.5g}", f"{right:.5g}"] for left, right in pairs]
     write_table(HERE / "reparameterisation.csv", ["seed", "env_steps", "quantity", "value", "critic"], rows)
 
 
@@ -104,26 +147,30 @@ def draw() -> None:
     figure, (left, middle, right) = panels(3, width=12.0, height=3.9, ratios=(1.1, 1, 1))
     draw_graph(left)
     steps = sorted({int(row["env_steps"]) for row in table})
-    for step, color in ((steps[0], COLORS[3]), (steps[-1], COLORS[0])):
-        rows = [row for row in table if row["quantity"] == "weight" and int(row["env_steps"]) == step]
-        scale = max(abs(float(row["value"])) for row in rows)
-        pairs = [(float(row["value"]) / scale, float(row["critic"]) / scale) for row in rows]
-        middle.scatter(*zip(*pairs, strict=True), s=20, color=color, alpha=0.7, lw=0, label=f"{step:,} env steps")
+    for step, color in ((steps[1], COLORS[3]), (steps[-1], COLORS[0])):
+        rows = [row for row in table if row["quantity"] == "slope" and int(row["env_steps"]) == step]
+        pairs = [(float(row["value"]), float(row["critic"])) for row in rows]
+        middle.scatter(*zip(*pairs, strict=True), s=14, color=color, alpha=0.5, lw=0, label=f"{step:,} env steps")
     middle.axline((0, 0), slope=1, color=INK, lw=0.9)
-    middle.set(xlabel="finite differences of the return", ylabel="through the critic", title="Each weight, seed 0")
-    middle.legend(fontsize=8.5)
-    for name, color in (("cosine", COLORS[0]), ("cosine, equal weights", COLORS[1])):
+    middle.set(
+        xlim=(-8, 8), ylim=(-4, 4), xlabel="slope of the return, finite differences", ylabel="slope of the critic"
+    )
+    middle.set_title("dQ/da at visited states, seed 0")
+    middle.legend(fontsize=8.5, loc="upper left")
+    lines = {"cosine": ("gradient through the critic", COLORS[0]), "cosine, true slopes": ("true slopes", COLORS[2])}
+    lines["correlation of slopes"] = ("correlation of slopes", COLORS[4])
+    for name, (label, color) in lines.items():
         values = {
             step: [float(r["value"]) for r in table if r["quantity"] == name and int(r["env_steps"]) == step]
             for step in steps
         }
-        label = "states weighted by gamma^t" if name == "cosine" else "equal weights"
         right.plot(steps, [sum(each) / len(each) for each in values.values()], color=color, lw=2, label=label)
         for step, each in values.items():
             right.plot([step] * len(each), each, "o", ms=5, color=color, alpha=0.7)
     right.axhline(0, color=INK, lw=0.8)
-    right.set(xlabel="env steps", ylabel="cosine with finite differences", title="All weights", ylim=(-1.05, 1.05))
-    right.legend(fontsize=8.5, loc="lower right")
+    right.set(xlabel="env steps", ylabel="cosine, correlation", title="Agreement with finite differences")
+    right.set_ylim(-1.05, 1.75)
+    right.legend(fontsize=8.5, loc="upper right")
     save(figure, "reparameterisation")
 
 
