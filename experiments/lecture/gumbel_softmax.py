@@ -124,6 +124,7 @@ def draw() -> None:
             label = f"{name}, {'standard deviation' if column == 'std' else 'bias'}"
             middle.plot(*zip(*line, strict=True), style, ms=4, lw=2, color=color, label=label)
     middle.set(xscale="log", yscale="log", xlabel="temperature", ylabel="error / length of the gradient")
+    middle.set_ylim(0.2, 100)
     middle.set_title("One sample per state")
     middle.legend(fontsize=8)
     names = dict.fromkeys(row["name"] for row in table if row["kind"] == "samples")
@@ -138,5 +139,6 @@ def draw() -> None:
     right.set_xticks(SAMPLES, [str(number) for number in SAMPLES])
     right.set_xticks([], minor=True)
     right.set_title("Error by number of samples")
-    right.legend(fontsize=8)
+    right.set_ylim(0.1, 3000)
+    right.legend(fontsize=8, ncols=2, loc="upper right")
     save(figure, "gumbel_softmax")

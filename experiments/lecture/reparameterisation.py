@@ -78,6 +78,14 @@ def returns_from(ddpg: DDPG, state: Tensor) -> Tensor:
     return total
 
 
+@torch.no_grad()
+def value_correlation(ddpg: DDPG, starts: Tensor) -> Tensor:
+    """Return the correlation of Q(s, mu(s)) with the discounted return over the start states `[N, 2]`."""
+    observation = Pendulum(num_envs=1).observe(starts)
+    q = ddpg.critic.first(observation, ddpg.actor(observation)).squeeze(-1)
+    return torch.corrcoef(torch.stack([q, returns_from(ddpg, starts).float()]))[0, 1]
+
+
 def slopes(ddpg: DDPG, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return 512 visited states `[512, 3]`, and dQ/da there: finite differences of returns, and the critic's, `[512]`.
 
@@ -122,6 +130,7 @@ def measure() -> None:
             observation, *pair = slopes(ddpg, seen[:, 0])
             ascent = action_gradient(ddpg, weights, observation, pair[0])
             numbers = {
+                "correlation of values": value_correlation(ddpg, starts),
                 "correlation of slopes": torch.corrcoef(torch.stack(pair))[0, 1],
                 "same sign of slopes": (pair[0].sign() == pair[1].sign()).float().mean(),
                 "return": value[0],
@@ -176,7 +185,15 @@ def draw() -> None:
 
 def draw_graph(axes: plt.Axes) -> None:
     """Draw two steps of an episode as a stochastic graph: the gradient stops at the env and passes the critic."""
-    places = {"theta": (0, 2), "s": (0, 1), "a": (1, 1.5), "env": (2, 1), "s'": (3, 1), "r": (2.6, 0.2), "Q": (2, 2.2)}
+    places = {
+        "theta": (0, 2),
+        "s": (0, 1),
+        "a": (1.1, 1.45),
+        "env": (2, 1),
+        "s'": (3, 1),
+        "r": (2.6, 0.2),
+        "Q": (1.7, 2.4),
+    }
     arrows = [("theta", "a", COLORS[2]), ("s", "a", INK), ("a", "env", COLORS[3]), ("s", "env", INK)]
     arrows += [("env", "s'", COLORS[3]), ("env", "r", COLORS[3]), ("a", "Q", COLORS[2]), ("s", "Q", INK)]
     for start, end, color in arrows:
@@ -187,6 +204,6 @@ def draw_graph(axes: plt.Axes) -> None:
         color = {"env": COLORS[3], "Q": COLORS[2]}.get(name, INK)
         axes.plot(*place, marker, ms=24, mfc="none", mec=color, mew=1.8)
         axes.text(*place, r"$\theta$" if name == "theta" else name, ha="center", va="center", color=INK)
-    axes.text(1.52, 1.22, "x", color=COLORS[3], fontsize=16, fontweight="bold", ha="center", va="center")
+    axes.text(1.56, 1.22, "x", color=COLORS[3], fontsize=16, fontweight="bold", ha="center", va="center")
     axes.set(xlim=(-0.4, 3.4), ylim=(-0.2, 2.7), title="No path through the env, one through Q")
     axes.axis("off")
