@@ -184,7 +184,7 @@ def draw() -> None:
 
 
 def draw_graph(axes: plt.Axes) -> None:
-    """Draw two steps of an episode as a stochastic graph: the gradient stops at the env and passes the critic."""
+    """Draw one step of an episode as a stochastic graph: the gradient stops at the env and passes the critic."""
     places = {
         "theta": (0, 2),
         "s": (0, 1),
