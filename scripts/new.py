@@ -51,7 +51,16 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UsageError(f"NAME={name} can't be a package: use small letters, digits and _, as in my_lab")
-    taken = {*sys.stdlib_module_names, "torch", "torchrl", "tensordict", "lightning", "gymnasium", "tests", "experiments"}
+    taken = {
+        *sys.stdlib_module_names,
+        "torch",
+        "torchrl",
+        "tensordict",
+        "lightning",
+        "gymnasium",
+        "tests",
+        "experiments",
+    }
     if name in taken:
         raise UsageError(f"NAME={name} is the name of another package")
 
@@ -66,7 +75,9 @@ def rename(root: Path, name: str) -> None:
             before = path.read_text()
         except UnicodeDecodeError:
             continue
-        after = before.replace(TEMPLATE, name).replace(TEMPLATE.capitalize(), name).replace(TEMPLATE.upper(), name.upper())
+        after = (
+            before.replace(TEMPLATE, name).replace(TEMPLATE.capitalize(), name).replace(TEMPLATE.upper(), name.upper())
+        )
         if after != before:
             path.write_text(after)
     git("mv", f"src/{TEMPLATE}", f"src/{name}", root=root)
@@ -94,7 +105,9 @@ def _allow_longer_lines(pyproject: Path, more: int) -> None:
     if more > 0:
         text = pyproject.read_text()
         limit = f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {120 + 4 * more}\n\n"
-        pyproject.write_text(text.replace("[tool.ruff.lint.per-file-ignores]", limit + "[tool.ruff.lint.per-file-ignores]"))
+        pyproject.write_text(
+            text.replace("[tool.ruff.lint.per-file-ignores]", limit + "[tool.ruff.lint.per-file-ignores]")
+        )
 
 
 def begin(name: str) -> None:
