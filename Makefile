@@ -147,7 +147,7 @@ bench-setup: ## Install the libraries of `make bench` into .venv-bench
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 sbx-rl==0.28.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18' ale-py opencv-python-headless
 
-new: .venv/.dev ## NAME=my_lab makes this copy of the template a project of your own; BASE=upstream/main merges a later template
+new: .venv/.dev ## NAME=my_lab makes this copy your own project; BASE=upstream/main merges a later template
 	$(BIN)/python scripts/new.py $(if $(value BASE),--base $(call typed,BASE),--name $(call typed,NAME))
 
 lock: ## Write requirements.lock and uv.toml: the newest versions that pyproject.toml allows, with torch 2.13.0

@@ -66,7 +66,7 @@ def check_name(name: str) -> None:
 
 
 def rename(root: Path, name: str) -> None:
-    """Rename the template's package in a checkout: its folder, its name in all texts, and checksums of changed configs."""
+    """Rename the package in a checkout of the template: its folder, its name in all texts, and checksums of configs."""
     for file in git("ls-files", root=root).splitlines():
         path = root / file
         if file in KEEPS_NAME or path.is_symlink() or not path.is_file():
