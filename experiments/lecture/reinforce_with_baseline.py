@@ -59,5 +59,10 @@ def draw() -> None:
     with (EXPERIMENTS / "variance" / "gradient.csv").open() as file:
         variance = {row["form"]: float(row["variance"]) for row in csv.DictReader(file)}
     middle.bar(["simple", "reward-to-go", "value baseline"], [variance[form] for form in FORMS], color=COLORS[:3])
-    middle.set(yscale="log", ylim=(1e3, 3e5), ylabel="Var[g] of one trajectory", title="variance, a fixed policy on CartPole-v1")
+    middle.set(
+        yscale="log",
+        ylim=(1e3, 3e5),
+        ylabel="Var[g] of one trajectory",
+        title="variance, a fixed policy on CartPole-v1",
+    )
     save(figure, NAME)
