@@ -124,13 +124,11 @@ def make_layers(network: VectorNetwork, sizes: Sequence[int], activation: str, n
     """Build the layers of a network for vectors: `[..., sizes[0]] -> [..., sizes[-1]]`.
 
     Args:
-        network: Kind of the hidden layers, whose sizes are those between the first and the last:
-            mlp: linear layer, activation.
-            layer_norm: linear layer, layer normalisation, activation.
-            simba: a linear layer, then for each size a residual block of four times its width, normalised before;
-                a last normalisation. Source: Lee et al. 2024 (arXiv:2410.09754), section 4.
-            resnet: a linear layer, normalised, then for each size a residual block of two linear layers, each
-                normalised after. Source: Nauman et al. 2024 (arXiv:2405.16158), BroNet.
+        network: Kind of the hidden layers, whose sizes are those between the first and the last. `mlp`: linear layer,
+            activation. `layer_norm`: linear layer, layer normalisation, activation. `simba`: a linear layer, then for
+            each size a residual block of four times its width, normalised before; a last normalisation (Lee et al.
+            2024, arXiv:2410.09754, section 4). `resnet`: a linear layer, normalised, then for each size a residual
+            block of two linear layers, each normalised after (BroNet: Nauman et al. 2024, arXiv:2405.16158).
         sizes: Sizes of the input, the hidden layers and the output.
         activation: Activation in the hidden layers.
         num: Number of members of an ensemble, whose inputs are `[num, B, sizes[0]]`; None: a single network.
