@@ -17,14 +17,8 @@ warnings.filterwarnings("ignore", message=".*out of date.*")
 
 # Tests of `make test-quick`: mathematics, networks, spaces, configs, envs and rollouts, without whole runs.
 QUICK = (
-    *(
-        "core",
-        "data",
-        "bench",
-        "scripts/test_proof.py",
-        "collectors/test_collectors.py",
-        "collectors/test_reported_numbers.py",
-    ),
+    *("core", "data", "bench", "scripts/test_proof.py"),
+    *("collectors/test_collectors.py", "collectors/test_reported_numbers.py"),
     *("config/test_config.py", "envs/test_envs.py", "envs/test_ids.py", "runs/test_checkpoint.py"),
     *("estimators/test_estimators.py", "estimators/test_graph.py"),
     *("estimators/test_other_distributions.py", "algorithms/test_on_policy.py", "algorithms/test_dreamer_v3.py"),
