@@ -1,4 +1,4 @@
-"""Write an issue about tests that fail with the newest versions: `broken_versions.py <pip freeze> <output of .ci/run>`."""
+"""Write an issue about tests that fail with the newest versions: `broken_versions.py <pip freeze> <output of CI>`."""
 
 import re
 import subprocess
@@ -23,11 +23,8 @@ def describe(locked: str, installed: str, output: str) -> str:
         output: Output of `.ci/run`.
     """
     before, now = read_pins(locked), read_pins(installed)
-    changed = [
-        f"| {name} | {before[name]} | {now[name]} |"
-        for name in sorted(before.keys() & now.keys())
-        if before[name] != now[name]
-    ]
+    names = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+    changed = [f"| {name} | {before[name]} | {now[name]} |" for name in names]
     failed = list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)))
     shown = failed[:MAX_LINES] or output.splitlines()[-MAX_LINES:]
     more = [f"and {len(failed) - MAX_LINES} more"] if len(failed) > MAX_LINES else []

@@ -1,4 +1,4 @@
-"""Ways into the project say the same: the container, the editor's container, uv and pip, the citation, the changelog."""
+"""Ways into the project say the same: containers, uv and pip, the citation, the changelog."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def pages():
 
 def test_the_containers_type_the_commands_of_the_documentation():
     dockerfile = (ROOT / "Dockerfile").read_text()
-    makes = re.findall(r"RUN (make .*)", dockerfile) + [" ".join(json.loads(re.findall(r"CMD (.*)", dockerfile)[0]))]
+    makes = [*re.findall(r"RUN (make .*)", dockerfile), " ".join(json.loads(re.findall(r"CMD (.*)", dockerfile)[0]))]
     editor = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
     assert (ROOT / ".devcontainer" / editor["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
     assert len(makes) == 2
@@ -31,7 +31,8 @@ def test_the_container_has_a_python_that_the_package_supports():
 
 
 def test_uv_and_pip_read_the_same_versions():
-    pip = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pip = [line for line in lines if line and not line.startswith("#")]
     assert tomllib.loads((ROOT / "uv.toml").read_text())["constraint-dependencies"] == pip
 
 
