@@ -1,4 +1,4 @@
-"""Show the project's docstrings, which are plain text, in Sphinx: code in single backticks, formulas as indented blocks."""
+"""Show the project's docstrings in Sphinx: plain text with code in single backticks and formulas as indented blocks."""
 
 import re
 from typing import Any
@@ -39,15 +39,14 @@ def _is_list(before: list[str], line: str) -> bool:
 
 def _escape(line: str) -> str:
     """Return a line with its backticks doubled and the characters escaped that reStructuredText reads as markup."""
+    markup = re.compile(r"([*|]|(?<=\w)_(?=\W|$))")
     parts = re.split(r"(`[^`]+`)", line)
-    return "".join(
-        f"`{part}`" if part.startswith("`") else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts
-    )
+    return "".join(f"`{part}`" if part.startswith("`") else markup.sub(r"\\\1", part) for part in parts)
 
 
-def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Convert the docstring of an object of this project in place."""
-    lines[:] = convert(lines)
+def process(*event: Any) -> None:
+    """Convert a docstring in place: the list of its lines is the last argument of Sphinx's event."""
+    event[-1][:] = convert(event[-1])
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

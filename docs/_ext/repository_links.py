@@ -49,7 +49,7 @@ def rewrite(text: str, page: str, source: str) -> str:
     def replace(match: re.Match[str]) -> str:
         label, path, anchor = match[1], match[2], match[3] or ""
         absolute = (ROOT / source).parent.joinpath(path).resolve()
-        if not absolute.is_relative_to(ROOT) or absolute.is_relative_to(ROOT / "docs") and source.startswith("docs/"):
+        if not absolute.is_relative_to(ROOT) or (absolute.is_relative_to(ROOT / "docs") and source.startswith("docs/")):
             return match[0]
         target = absolute.relative_to(ROOT).as_posix()
         if target.startswith("docs/") and target.endswith(".md"):
