@@ -32,13 +32,8 @@ QUICK_CHECKS = (  # of tests/checks.py, for every row
 LONG = (
     *("collectors/test_torchrl.py", "commands/test_start.py", "commands/test_tune.py", "estimators/test_unbiased.py"),
     *("results/test_reproduce.py", "runs/test_damage.py", "training/test_data_parallel.py"),
-    *(
-        "training/test_hogwild.py",
-        "training/test_interruption.py",
-        "tuning/test_study.py",
-        "test_results_explorer.py",
-        "test_toy.py",
-    ),
+    *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py", "test_toy.py"),
+    "test_results_explorer.py",
 )
 LONG_FUNCTIONS = {
     "algorithms/test_action_masks.py": (
