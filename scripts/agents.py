@@ -13,7 +13,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -31,7 +31,8 @@ SEED = 1
 EPISODES = {"world_models_dodge": 6}  # number of the episode, else 0; the dream of this one does not end early
 SECONDS, FRAMES_PER_SECOND = 6, 10  # of an animation, at most
 HOLD_MS = 600  # how long the last frame is shown before the animation starts again
-WIDTH, MAX_BYTES = 200, 120_000  # of policy.webp: pixels, and size of the file
+WIDTHS, MAX_BYTES = (200, 150), 120_000  # of policy.webp: pixels, and size of the file
+QUALITIES = (70, 60, 50, 40, 30)
 PICTURE = "policy.webp"
 
 STRIP = paths.ROOT / "docs" / "agents.webp"
@@ -50,7 +51,7 @@ def play_frames(folder: Path) -> tuple[list[Image.Image], int]:
     policy, env = video.load_policy_and_env(str(folder), SEED)
     every = max(1, round(video.frames_per_second(env) / FRAMES_PER_SECOND))
     duration, observations = round(1000 * every / video.frames_per_second(env)), []
-    played = video.play(policy, env, EPISODES.get(folder.name, 0), sys.maxsize, observations, every)
+    played = video.play(policy, env, EPISODES.get(folder.name, 0), sys.maxsize, observations, every=every)
     frames = list(islice(played, SECONDS * 1000 // duration))
     if (beside := video.dream_beside(policy, env, observations)) is not None:
         frames = beside[::every]
@@ -58,22 +59,19 @@ def play_frames(folder: Path) -> tuple[list[Image.Image], int]:
     return [Image.fromarray(frame) for frame in frames], duration
 
 
-def fit_width(frames: Iterable[Image.Image], width: int) -> list[Image.Image]:
-    """Return the frames scaled down to this width."""
-    return [frame.resize((width, round(frame.height * width / frame.width)), Image.Resampling.BOX) for frame in frames]
-
-
-def encode(frames: list[Image.Image], duration: int, max_bytes: int) -> bytes:
-    """Return the frames as a looping animated WebP, in the best quality that fits.
+def encode(frames: list[Image.Image], duration: int, max_bytes: int, widths: Iterable[int]) -> bytes:
+    """Return the frames as a looping animated WebP: the largest of the widths and best quality that fit.
 
     Raises:
-        ConfigError: No quality fits.
+        ConfigError: None fits.
     """
     durations = [duration] * (len(frames) - 1) + [HOLD_MS]
-    for quality in range(70, 0, -10):
+    for width, quality in product(widths, QUALITIES):
+        height = round(frames[0].height * width / frames[0].width)
+        first, *rest = (frame.resize((width, height), Image.Resampling.BOX) for frame in frames)
         packed = io.BytesIO()
         options = {"duration": durations, "loop": 0, "quality": quality, "method": 6}
-        frames[0].save(packed, "WEBP", save_all=True, append_images=frames[1:], **options)
+        first.save(packed, "WEBP", save_all=True, append_images=rest, **options)
         if packed.tell() <= max_bytes:
             return packed.getvalue()
     raise ConfigError(f"{len(frames)} frames of {frames[0].size} pixels do not fit into {max_bytes:,} bytes")
@@ -137,9 +135,10 @@ def main() -> None:
         if folder.name in STRIP_AGENTS:
             agents[folder.name] = frames, duration
         if folder.name in wanted:
-            write(folder / PICTURE, encode(fit_width(frames, WIDTH), duration, MAX_BYTES))
+            write(folder / PICTURE, encode(frames, duration, MAX_BYTES, WIDTHS))
     if strip:
-        write(STRIP, encode(*make_strip(agents), STRIP_MAX_BYTES))
+        frames, duration = make_strip(agents)
+        write(STRIP, encode(frames, duration, STRIP_MAX_BYTES, (frames[0].width,)))
 
 
 if __name__ == "__main__":

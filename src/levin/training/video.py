@@ -81,7 +81,7 @@ def load_policy_and_env(run: str, seed: int, trust: bool = False) -> tuple["Poli
 
 
 def play(
-    policy: "Policy", env: "SeededVectorEnv", episode: int, steps: int, observations: list[Any], every: int = 1
+    policy: "Policy", env: "SeededVectorEnv", episode: int, steps: int, observations: list[Any], *, every: int = 1
 ) -> Iterator[np.ndarray]:
     """Play an episode, add its observations `[1, *S]` to a list, and yield frames `[H, W, 3]`.
 
