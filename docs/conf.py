@@ -21,6 +21,7 @@ extensions = [
     "docstrings",
     "repository_links",
     "algorithm_pages",
+    "results_explorer",
 ]
 exclude_patterns = ["_build", "_ext", "api/modules.rst"]
 

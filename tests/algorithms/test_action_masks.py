@@ -374,8 +374,9 @@ def test_videos_are_played_with_masks(tmp_path, monkeypatch):
     train(compose(["algo=dqn", *TINY_REPLAY, *INFO, *ONCE, "total_env_steps=40"]), tmp_path / "run")
     monkeypatch.setattr(video, "_render_frame", lambda env: env.env.envs[0].unwrapped.step_number)
     env = make_env(EnvConfig(id="toy_envs:Forbidding-v0", action_mask="info"), seed=0, num_envs=1)
-    frames = video._play(levin.load(tmp_path / "run"), env, 0, 100, [])
-    assert list(frames) == [1, 2, 3, 4, 5, 6, 7, 8]
+    policy = levin.load(tmp_path / "run")
+    assert list(video.play(policy, env, 0, 100, [])) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert list(video.play(policy, env, 0, 100, [], every=3)) == [1, 4, 7]
 
 
 @pytest.mark.parametrize("choices", [False, True])

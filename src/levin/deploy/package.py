@@ -160,7 +160,7 @@ def load_onnx(path: Path) -> Function:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
-    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+    return lambda inputs: list(map(np.asarray, session.run(None, dict(zip(names, inputs, strict=True)))))
 
 
 def load_torch(path: Path) -> Function:

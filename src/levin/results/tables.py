@@ -170,16 +170,26 @@ def table_row(result: Result, summary: dict[str, Any], published: int | None = N
 
 
 def _citation(published: Published) -> str:
+    label, address = source_label(published), source_address(published)
+    if address is None:
+        return f"{published.number} ({label}: {published.source})"
+    return f"{published.number} ([{label}]({address}))"
+
+
+def source_label(published: Published) -> str:
+    """Return who published a number, on which env, and over how many seeds."""
     runs = "one run" if published.seeds == 1 else f"{published.seeds} seeds"
+    return f"{published.family}, {published.env}, {runs}"
+
+
+def source_address(published: Published) -> str | None:
+    """Return the web address of a published number's source; None if the source is a paper."""
+    if published.source.startswith("https://"):
+        return published.source
     repository, at, rest = published.source.partition("@")
     commit, _, path = rest.partition(":")
     path = re.sub(r":(\d+).*$", r"#L\1", path.split(" ")[0])
-    name = f"{published.family}, {published.env}, {runs}"
-    if published.source.startswith("https://"):
-        return f"{published.number} ([{name}]({published.source}))"
-    if at and "/" in repository:
-        return f"{published.number} ([{name}](https://github.com/{repository}/blob/{commit}/{path}))"
-    return f"{published.number} ({name}: {published.source})"
+    return f"https://github.com/{repository}/blob/{commit}/{path}" if at and "/" in repository else None
 
 
 def markdown_table(rows: list[dict[str, str]], columns: tuple[str, ...]) -> str:

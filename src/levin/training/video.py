@@ -49,33 +49,50 @@ def record_video(
     Raises:
         ConfigError: The env can't be rendered here.
     """
-    check_has_policy(run)
-    from levin.core.spaces import to_tensors  # late: a command that is mistyped is refused before torch is imported
-    from levin.envs.factory import load_env, make_env
-    from levin.runs.policy import Policy
-
-    silence_libraries()
-    run_folder = checkpoint.run_of(Path(run))
-    folder = paths.output_folder(run_folder)
-    with trusted(trust):
-        policy = Policy.load(Path(run))
-        env = make_env(load_env(run_folder), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
+    policy, env = load_policy_and_env(run, seed, trust)
+    folder = paths.output_folder(checkpoint.run_of(Path(run)))
     videos: list[Path] = []
     for episode in range(episodes):
         name, observations = f"{policy.algorithm.clock}_{episode}", []
-        videos.append(_write(folder, f"{name}.mp4", env, _play(policy, env, episode, steps, observations)))
-        first = to_tensors(env.observation, observations[0])
-        if (dreamt := policy.algorithm.imagine_pictures(first, len(observations))) is not None:
-            frames = _side_by_side(np.concatenate(observations), dreamt.numpy())
+        videos.append(_write(folder, f"{name}.mp4", env, play(policy, env, episode, steps, observations)))
+        if (frames := dream_beside(policy, env, observations)) is not None:
             videos.append(_write(folder, f"{name}_dream.mp4", env, frames))
     env.close()
     return videos
 
 
-def _play(
-    policy: "Policy", env: "SeededVectorEnv", episode: int, steps: int, observations: list[Any]
+def load_policy_and_env(run: str, seed: int, trust: bool = False) -> tuple["Policy", "SeededVectorEnv"]:
+    """Load the policy of a run, and make one env that renders it.
+
+    Args:
+        run: Run folder, folder of a result, or one of its checkpoints.
+        seed: Seed of the env.
+        trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
+    """
+    check_has_policy(run)
+    from levin.envs.factory import load_env, make_env  # late: torch is imported after a mistyped command is refused
+    from levin.runs.policy import Policy
+
+    silence_libraries()
+    with trusted(trust):
+        policy = Policy.load(Path(run))
+        env = make_env(load_env(checkpoint.run_of(Path(run))), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
+    return policy, env
+
+
+def play(
+    policy: "Policy", env: "SeededVectorEnv", episode: int, steps: int, observations: list[Any], *, every: int = 1
 ) -> Iterator[np.ndarray]:
-    """Play an episode, add its observations `[1, *S]` to a list, and yield a frame `[H, W, 3]` for each step."""
+    """Play an episode, add its observations `[1, *S]` to a list, and yield frames `[H, W, 3]`.
+
+    Args:
+        policy: Policy that acts.
+        env: Env that is rendered.
+        episode: Number of the episode, which decides its first state.
+        steps: Maximum number of steps of the episode.
+        observations: List that grows by the observation of each step.
+        every: A frame is rendered after the first step and after each further `every` steps.
+    """
     import torch
 
     from levin.core.spaces import to_tensors
@@ -96,7 +113,24 @@ def _play(
             action = act(policy.policy, to_tensors(env.observation, observation), first).numpy()
         observation, _, terminated, truncated, _ = env.step(action)
         first, done = np.zeros(1, dtype=bool), terminated | truncated
-        yield _render_frame(env)
+        if (len(observations) - 1) % every == 0:
+            yield _render_frame(env)
+
+
+def dream_beside(policy: "Policy", env: "SeededVectorEnv", observations: list[Any]) -> list[np.ndarray] | None:
+    """Return frames with the observations `[1, C, H, W]` of an episode beside those of a dream of the same length.
+
+    The dream starts from the first observation. None if the algorithm dreams no pictures.
+    """
+    from levin.core.spaces import to_tensors
+
+    dreamt = policy.algorithm.imagine_pictures(to_tensors(env.observation, observations[0]), len(observations))
+    return None if dreamt is None else _side_by_side(np.concatenate(observations), dreamt.numpy())
+
+
+def frames_per_second(env: "SeededVectorEnv") -> int:
+    """Return the number of env steps in a second of the env's own time; 30 if it does not say."""
+    return env.metadata.get("render_fps", 30)
 
 
 def _write(run: Path, name: str, env: "SeededVectorEnv", frames: Iterable[np.ndarray]) -> Path:
@@ -105,7 +139,7 @@ def _write(run: Path, name: str, env: "SeededVectorEnv", frames: Iterable[np.nda
 
     options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-loglevel", "error"]}
     with files.replace(run, f"videos/{name}") as path:
-        writer, shown = imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), **options), perf_counter()
+        writer, shown = imageio.get_writer(path, fps=frames_per_second(env), **options), perf_counter()
         with writer:
             for number, frame in enumerate(frames, start=1):
                 writer.append_data(frame)  # type: ignore[attr-defined]
