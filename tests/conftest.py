@@ -35,7 +35,6 @@ LONG = (
     *("collectors/test_torchrl.py", "commands/test_start.py", "commands/test_tune.py", "estimators/test_unbiased.py"),
     *("deploy/test_export.py", "results/test_reproduce.py", "runs/test_damage.py", "training/test_data_parallel.py"),
     *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py"),
-    *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py"),
     *("scripts/test_new.py", "test_notebook.py", "test_results_explorer.py", "test_toy.py"),
 )
 LONG_FUNCTIONS = {
