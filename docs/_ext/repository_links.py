@@ -70,10 +70,11 @@ def _source_read(app: Sphinx, page: str, content: list[str]) -> None:
         content[0] = rewrite(content[0], page, f"docs/{page}.md")
 
 
-def _include_read(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+def _include_read(app: Sphinx, path: Path, _: str, content: list[str]) -> None:
+    """Rewrite an included file. MyST passes only the last part of the page's name, so Sphinx is asked for it."""
     absolute = (Path(app.srcdir) / path).resolve()
     if absolute.suffix == ".md":
-        content[0] = rewrite(content[0], page, absolute.relative_to(ROOT).as_posix())
+        content[0] = rewrite(content[0], app.env.docname, absolute.relative_to(ROOT).as_posix())
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
