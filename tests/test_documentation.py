@@ -16,19 +16,19 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if not set(FOLDERS) & set(path.relative_to(ROOT).parts) and read_blocks(path.read_text())
 )
-NOT_RUN = {  # beginning of a command -> why only the names and values in it are checked
-    "make bench": "needs the libraries of `make bench-setup`, and minutes",
-    "make docs": "CI builds the site",
-    "make drill": "minutes; tests/drill.py has tests of its own",
-    "make lint": "CI runs it",
-    "make lock": "asks the package index",
-    "make study": "up to two hours",
-    "make test": "runs the tests, this one among them",
-    "make train ALGO=ppo ENV=cartpole ARGS=\"-m launcher=slurm": "needs SLURM",
-    "apt-get": "installs packages",
-    ".venv/bin/pip": "installs packages",
-    "git clone": "needs a network",
-    "cd ": "the checkout is the working directory",
+NOT_RUN = {  # pattern of the beginning of a command, or of code -> why only the names and values in it are checked
+    r"make bench": "needs the libraries of `make bench-setup`, and minutes",
+    r"make (docs|lint)": "CI runs them",
+    r"make drill": "minutes; tests/drill.py has tests of its own",
+    r"make lock": "asks the package index",
+    r"make proof": "minutes; test_proof.py tests it",
+    r"make study": "up to two hours",
+    r"make test": "runs the tests, these among them",
+    r".*launcher=slurm": "needs SLURM; test_slurm_jobs.py tests it",
+    r".*trainer.devices=": "several processes; test_data_parallel.py tests them",
+    r"(\.venv/bin/)?pip |apt-get ": "installs packages",
+    r"git clone|cd ": "the checkout is there, and is the working directory",
+    r"def training_step\(": "an excerpt; test_the_readme_shows_code_of_sac_as_it_is compares it with the file",
 }
 
 
@@ -43,13 +43,83 @@ def test_every_block_of_a_page_works(page, checkout):
     Session(str(page), checkout, NOT_RUN).run((ROOT / page).read_text())
 
 
+TRAIN = "make train ALGO=ppo ENV=cartpole STEPS=1000"
 BROKEN = {
-    "```sh\nmake train ALGO=sac ENV=pendulum ARGS='algo.gama=0.9'\n```": "page.md:2: make train .*\n.*algo.gama is unknown",
+    "an unknown key": (
+        f"```sh\n{TRAIN} ARGS='algo.gama=0.9'\n```",
+        r"page.md:2: make train .*\n.*\n.*algo.gama is unknown",
+    ),
+    "a value that a test would replace": (f"```sh\n{TRAIN} ARGS='algo.batch_size=0'\n```", "algo.batch_size"),
+    "a value of a command that is not run": (
+        f"```sh\n{TRAIN} ARGS='-m launcher=slurm algo.gama=1'\n```",
+        "algo.gama is unknown",
+    ),
+    "an unknown variable of make": ("Text\n\n```sh\nmake train ALG=ppo\n```", "page.md:4: .*\n.*\n.*ALG is unknown"),
+    "an unknown command of make": ("```sh\nmake  # help\nmake trian\n```", "page.md:3: make trian"),
+    "a run that does not exist": ("```sh\nmake evaluate RUN=runs/none\n```", "runs/none holds no checkpoint"),
+    "a program that fails": ("```sh\nls runs/none && ls\n```", "page.md:2: ls runs/none\nexit code 2"),
+    "Python that fails": (
+        "```python\nx = 1\n```\n\n```python\nassert x == 1\nprint('seen')\nx.y\n```",
+        r"page.md:6: Python\nseen\n(.*\n)+.*line 8(.*\n)+AttributeError",
+    ),
+    "a diff that does not apply": (
+        "```diff\n--- a/README.md\n+++ b/README.md\n@@ -1 +1 @@\n-# Levi\n+# Leviathan\n```",
+        "page.md:2: git apply\n.*\n.*README.md",
+    ),
 }
 
 
-@pytest.mark.parametrize("text", BROKEN)
-def test_a_broken_block_is_named_with_its_output(text, checkout):
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_block_that_does_not_work_is_named_with_its_output(case, checkout):
+    text, message = BROKEN[case]
     checkout.reset()
-    with pytest.raises(PageError, match=BROKEN[text]):
+    with pytest.raises(PageError, match=message):
         Session("page.md", checkout, NOT_RUN).run(text)
+
+
+PAGE = """
+Save this as `my_module.py`:
+
+```python
+def double(x):
+    return 2 * x
+```
+
+1. A list, and a command in two lines:
+
+   ```sh
+   # a comment
+   mkdir \\
+     folder && touch folder/file  # another
+   ```
+
+```python
+from pathlib import Path
+
+from my_module import double
+
+assert Path("folder/file").exists()
+Path("written").write_text(str(double(4)))
+```
+
+```diff
+--- a/written
++++ b/written
+@@ -1 +1 @@
+-8
+\\ No newline at end of file
++9
+```
+
+```text
+make nothing
+```
+"""
+
+
+def test_blocks_run_in_order_in_the_checkout(checkout):
+    checkout.reset()
+    Session("page.md", checkout, NOT_RUN).run(PAGE)
+    assert (checkout.folder / "written").read_text() == "9\n"
+    checkout.reset()
+    assert not (checkout.folder / "written").exists()

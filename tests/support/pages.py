@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from python_blocks import DONE
 ROOT = Path(__file__).parents[2]
 SHELLS = ("sh", "bash", "shell")
 KINDS = (*SHELLS, "python", "diff")
-EXTRAS = ("core", "dev", "report", "tune", "docs", "mujoco", "box2d", "dmc", "atari", "scale")
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PRELOADED = ("levin.training.session", "levin.sweep", "levin.resume", "levin.plot", "rliable.library")
 PYTHON = (".venv/bin/python", "python")
-SAVE = re.compile(r"[Ss]ave (?:it |this |them )?(?:as|in|to) `([\w/.-]+)`")
+SAVE = re.compile(r"[Ss]ave\s(?:it|this|them|this\sexample)\sas `([\w/.-]+)`")
 PARTS = ("Makefile", "pyproject.toml", "requirements.lock", "README.md", ".gitignore", "src", "configs", "experiments")
 
 
@@ -79,7 +80,7 @@ class Checkout:
             options = {"ignore": shutil.ignore_patterns("__pycache__")} if copy is shutil.copytree else {}
             copy(ROOT / name, folder / name, **options)
         (folder / ".venv" / "bin").mkdir(parents=True)
-        for name in ("bin/python", *(f".{extra}" for extra in EXTRAS)):
+        for name in ("bin/python", ".core", *(f".{extra}" for extra in EXTRAS)):
             (folder / ".venv" / name).touch(0o755)
         self.run("git", "init", "--quiet", "--initial-branch=main")
         self.run("git", "add", "--all")
@@ -115,7 +116,7 @@ class Session:
     Args:
         name: Name of the page, for messages.
         checkout: Checkout in which they run.
-        not_run: Commands that are only checked, by the beginning of their text -> the reason.
+        not_run: Pattern of the beginning of commands, or of code, that is only checked -> the reason.
     """
 
     def __init__(self, name: str, checkout: Checkout, not_run: dict[str, str]) -> None:
@@ -147,7 +148,13 @@ class Session:
                 self.interpreter.kill()
                 self.interpreter.communicate()
 
-    def check(self, answer: subprocess.CompletedProcess, line: int, command: str, codes: tuple[int, ...] = (0,)) -> None:
+    def is_not_run(self, text: str) -> bool:
+        """Return whether a command, or the code of a block, is only checked."""
+        return any(re.match(pattern, text) for pattern in self.not_run)
+
+    def check(
+        self, answer: subprocess.CompletedProcess, line: int, command: str, codes: tuple[int, ...] = (0,)
+    ) -> None:
         """Raise a PageError if a command has ended with another exit code."""
         if answer.returncode not in codes:
             output = f"{answer.stdout}{answer.stderr or ''}"[-4000:]
@@ -155,6 +162,8 @@ class Session:
 
     def run_python(self, block: Block) -> None:
         """Execute a block of Python in the namespace of the page."""
+        if self.is_not_run(block.code):
+            return
         script = str(Path(__file__).with_name("python_blocks.py"))
         if self.interpreter is None:
             options = {"cwd": self.checkout.folder, "env": self.checkout.environment, "preloaded": PRELOADED}
@@ -175,12 +184,14 @@ class Session:
         """Run the parts of a command between `&&`, or check those that are not run."""
         for part in re.split(r"\s&&\s", command):
             words = shlex.split(part, comments=True)
-            reason = next((why for start, why in self.not_run.items() if part.startswith(start)), None)
+            check_only = self.is_not_run(part)
             if words[0] == "make":
-                self.run_make(line, part, words[1:], check_only=reason is not None)
-            elif reason is None and words[0] in PYTHON:
+                self.run_make(line, part, words[1:], check_only=check_only)
+            elif named := [at for at in range(1, len(words)) if words[at] == "-m" and words[at + 1 :]]:
+                self.run_levin(line, part, words[named[0] :], check_only=check_only)  # also after torchrun or srun
+            elif words[0] in PYTHON and not check_only:
                 self.run_levin(line, part, words[1:])
-            elif reason is None:
+            elif not check_only:
                 # `git diff --no-index` ends with 1 if the files differ
                 codes = (0, 1) if part.startswith("git diff --no-index") else (0,)
                 self.check(self.checkout.run("bash", "-c", part), line, part, codes)
@@ -204,6 +215,8 @@ class Session:
         if words[0] == "-m" and words[1].startswith("levin."):
             script = str(Path(__file__).with_name("shortened.py"))
             words = [script, *(["--check"] if check_only else []), *words[1:]]
+        elif check_only:
+            return
         begun = sum(os.times()[:4])
         self.check(self.checkout.python(*words), line, command)
         print(f"{self.name}:{line}: {sum(os.times()[:4]) - begun:.1f} s of CPU time: {command}")
