@@ -55,7 +55,7 @@ BROKEN = {
         "algo.gama is unknown",
     ),
     "an unknown variable of make": ("Text\n\n```sh\nmake train ALG=ppo\n```", "page.md:4: .*\n.*\n.*ALG is unknown"),
-    "an unknown command of make": ("```sh\nmake  # help\nmake trian\n```", "page.md:3: make trian"),
+    "an unknown command of make": ("```sh\nmake  # help\nmake nothing\n```", "page.md:3: make nothing"),
     "a run that does not exist": ("```sh\nmake evaluate RUN=runs/none\n```", "runs/none holds no checkpoint"),
     "a program that fails": ("```sh\nls runs/none && ls\n```", "page.md:2: ls runs/none\nexit code 2"),
     "Python that fails": (

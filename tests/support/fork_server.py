@@ -3,8 +3,8 @@
 Importing them takes 3 to 4 s of CPU time, more than most runs of the tests. `processes.start_python` is the client. A
 program gets its own arguments, folder, environment, module path and descriptors, a newly seeded NumPy and no module of
 Levin. It becomes a child of the client. Unlike in a new interpreter, libraries are imported already, so they have read
-their settings (OpenMP, MuJoCo), and all copies share the seed of Python's hashes. `forked=False` starts a new one. `preloaded`
-names more modules that the server imports, with the module path of the first program that asks for them.
+their settings (OpenMP, MuJoCo), and all copies share the seed of Python's hashes. `forked=False` starts a new one.
+`preloaded` names more modules that the server imports, with the module path of the first program that asks for them.
 """
 
 import gc

@@ -88,8 +88,8 @@ class Checkout:
 
     def run(self, *words: str, stdin: str | None = None) -> subprocess.CompletedProcess:
         """Run a program in the checkout, and return what it wrote as `stdout`."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False}
-        return subprocess.run(words, cwd=self.folder, input=stdin, **options)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.run(words, cwd=self.folder, input=stdin, text=True, check=False, **pipes)
 
     def python(self, *words: str) -> subprocess.CompletedProcess:
         """Run Levin's Python with these words."""

@@ -1,7 +1,7 @@
 """Run a command of Levin as a page of the documentation has it, but short: `shortened.py levin.train algo=sac ...`.
 
-The words are checked as they are typed. Then the lengths among them, and the sizes of networks and batches, are replaced
-by small ones. With `--check` the command is not run.
+The words are checked as they are typed. Then lengths, and sizes of networks and batches, are replaced by small ones.
+With `--check` the command is not run.
 """
 
 import runpy
