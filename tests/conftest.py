@@ -21,7 +21,8 @@ QUICK = (
     *("config/test_config.py", "envs/test_envs.py", "envs/test_ids.py", "runs/test_checkpoint.py"),
     *("estimators/test_estimators.py", "estimators/test_graph.py"),
     *("estimators/test_other_distributions.py", "algorithms/test_on_policy.py", "algorithms/test_dreamer_v3.py"),
-    *("algorithms/test_dreamer_v3_world_model.py", "algorithms/test_dreamer_v3_numbers.py", "test_lecture.py"),
+    *("algorithms/test_dreamer_v3_world_model.py", "algorithms/test_dreamer_v3_numbers.py"),
+    *("test_algorithm_pages.py", "test_lecture.py"),
 )
 QUICK_CHECKS = (  # of tests/checks.py, for every row
     *("optimizers_step_and_parameters_move", "targets_follow_their_source", "losses_equal_the_oracle"),

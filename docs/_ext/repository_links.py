@@ -58,7 +58,7 @@ def rewrite(text: str, page: str, source: str) -> str:
         if found is None:
             return label
         if found.startswith("_modules/"):  # written after all pages, so it is no target that Sphinx knows
-            code = re.sub("`([^`]*)`", r"<code>\1</code>", label)
+            code = re.sub("`([^`]*)`", r'<code class="literal">\1</code>', label)
             return f'<a href="{up}{found}.html">{code}</a>'
         return f"[{label}](/{found}{anchor})"
 
