@@ -19,6 +19,7 @@ SHORT = {  # key of the config -> its value in a test, whatever the page or the 
     "algo.steps_per_iteration": "16",
     "algo.batch_size": "16",
     "algo.learning_starts": "100",
+    "algo.replay_ratio": "0.25",
     "algo.hidden_sizes": "[16,16]",
     "algo.critic_hidden_sizes": "[16,16]",
     "algo.epochs": "2",
