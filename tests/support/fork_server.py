@@ -4,6 +4,7 @@ Importing them takes 3 to 4 s of CPU time, more than most runs of the tests. `pr
 program gets its own arguments, folder, environment, module path and descriptors, a newly seeded NumPy and no module of
 Levin. It becomes a child of the client. Unlike in a new interpreter, libraries are imported already, so they have read
 their settings (OpenMP, MuJoCo), and all copies share the seed of Python's hashes. `forked=False` starts a new one.
+`preloaded` names more modules that the server imports, with the module path of the first program that asks for them.
 """
 
 import gc
@@ -71,7 +72,7 @@ def run_program(words: list[str], cwd: str, env: dict[str, str], new_session: bo
 
 
 if __name__ == "__main__":
-    for name in PRELOADED:
+    for name in (*PRELOADED, *sys.argv[2:]):
         importlib.import_module(name)
     gc.freeze()  # or the garbage collector writes into the pages that copies share
     own = {sys.path[0], *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
