@@ -1,6 +1,6 @@
 # `make` prints the help. The variables below are read from the command line only, never from the environment. Their
 # values reach the commands as typed and are not expanded by the shell, except for an ARGS that contains quotes.
-VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME NOTE STORE JOBS CHECK BASE TRUST TRIALS SEEDS_PER_TRIAL RETRAIN SHOW
+VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME NOTE STORE JOBS CHECK BASE TRUST TRIALS SEEDS_PER_TRIAL RETRAIN SHOW FORMAT
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
 
@@ -29,7 +29,7 @@ env_name := $(or $(value ENV),$(firstword $(shell sed -n 's|.*override /env: *\(
 env_yaml := $(or $(wildcard experiments/$(value EXP)/config.yaml),configs/env/$(env_name).yaml)
 extra := $(firstword $(filter mujoco box2d dmc atari,$(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$(env_yaml)) 2>/dev/null)))
 # Extras for the tests of all env families and for pyright.
-suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report tune docs)
+suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report tune export docs)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
 run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
 # Without SEED and SEEDS, the seed is that of ARGS or of configs/train.yaml.
@@ -44,7 +44,7 @@ study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studie
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play plot tune compare pin reproduce report study fork docs bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
+.PHONY: help setup train resume config evaluate play export plot tune compare pin reproduce report study fork docs bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -76,6 +76,9 @@ evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evalu
 
 play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records videos/*.mp4
 	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
+
+export: $(needs) $(if $(filter torch,$(value FORMAT)),,.venv/.export) ## RUN=path or EXP=sac_pendulum [FORMAT=torch] writes policy.onnx (or policy.pt2) and policy.md
+	$(BIN)/python -m levin.export $(run) $(if $(value FORMAT),format=$(call typed,FORMAT)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=episode/return out=x.png"] draws learning curves
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)

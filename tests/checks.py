@@ -21,6 +21,8 @@ from levin import resume
 from levin.algorithms.base import Algorithm
 from levin.config.compose import compose
 from levin.core.omega import to_plain
+from levin.deploy import package
+from levin.deploy.graph import PolicyGraph
 from levin.envs.config import EnvConfig
 from levin.nn import cuda_graphs
 from levin.runs.checkpoint_io import FolderCheckpointIO
@@ -322,6 +324,19 @@ def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
     assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML must list every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
     assert EnvConfig(**to_plain(cfg.env)).id
+
+
+@check
+def exported_files_act_alike(row: Row, tmp_path: Path) -> None:
+    """Check that the policy as ONNX and as `torch.export` acts like the run over an episode, for any batch size."""
+    run = tmp_path / "run"
+    shutil.copytree(plain_run(row), run)
+    for kind, load in (("onnx", package.load_onnx), ("torch", package.load_torch)):
+        path, checked = package.package(run, kind, seed=1, steps=100)
+        assert checked["largest_difference"] <= package.TOLERANCE
+        graph = PolicyGraph(Policy.load(run))
+        inputs = [each.numpy() for each in graph.example(3)]
+        assert all(len(output) == 3 for output in load(path)(inputs))
 
 
 @check

@@ -21,7 +21,7 @@ QUICK = (
     *("config/test_config.py", "envs/test_envs.py", "envs/test_ids.py", "runs/test_checkpoint.py"),
     *("estimators/test_estimators.py", "estimators/test_graph.py"),
     *("estimators/test_other_distributions.py", "algorithms/test_on_policy.py", "algorithms/test_dreamer_v3.py"),
-    *("algorithms/test_dreamer_v3_world_model.py", "algorithms/test_dreamer_v3_numbers.py"),
+    *("algorithms/test_dreamer_v3_world_model.py", "algorithms/test_dreamer_v3_numbers.py", "test_lecture.py"),
 )
 QUICK_CHECKS = (  # of tests/checks.py, for every row
     *("optimizers_step_and_parameters_move", "targets_follow_their_source", "losses_equal_the_oracle"),
@@ -31,8 +31,9 @@ QUICK_CHECKS = (  # of tests/checks.py, for every row
 # Tests of `make test-long`: half of the time of all. CI runs them too; `make test` leaves them out.
 LONG = (
     *("collectors/test_torchrl.py", "commands/test_start.py", "commands/test_tune.py", "estimators/test_unbiased.py"),
-    *("results/test_reproduce.py", "runs/test_damage.py", "training/test_data_parallel.py"),
-    *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py", "test_toy.py"),
+    *("deploy/test_export.py", "results/test_reproduce.py", "runs/test_damage.py", "training/test_data_parallel.py"),
+    *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py"),
+    *("test_notebook.py", "test_toy.py"),
 )
 LONG_FUNCTIONS = {
     "algorithms/test_action_masks.py": (
@@ -97,7 +98,10 @@ LONG_FUNCTIONS = {
         "test_memory_does_not_grow",
     ),
 }
-LONG_CHECKS = ("captured_and_eager_are_the_same", "compiled_and_eager_are_the_same", "learns_a_small_env")
+LONG_CHECKS = (
+    *("captured_and_eager_are_the_same", "compiled_and_eager_are_the_same", "exported_files_act_alike"),
+    "learns_a_small_env",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

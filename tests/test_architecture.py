@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "levin"
 LAYERS = (
     *("core", "estimators", "nn", "data", "model_based", "algorithms", "runs", "envs", "collectors", "training"),
-    *("config", "results", "scheduler", "tuning", "lab", "bench"),
+    *("config", "results", "deploy", "scheduler", "tuning", "lab", "bench"),
 )
 ALLOWED = {"core": set(), "estimators": {"core"}, "results": {"core", "runs"}}  # packages restricted to these layers
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
     "resume",
     "sweep",
     "evaluate",
+    "export",
     "play",
     "plot",
     "pin",

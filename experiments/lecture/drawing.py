@@ -1,5 +1,6 @@
 """Look of the lecture's figures: transparent, and readable on a light and on a dark page."""
 
+import csv
 from pathlib import Path
 
 import matplotlib as mpl
@@ -32,3 +33,9 @@ def save(figure: Figure, name: str) -> None:
                 text.set_color(INK)
     figure.savefig(HERE / f"{name}.png", dpi=150, transparent=True, metadata={"Software": None})
     plt.close(figure)
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """Return the rows of `<name>.csv` beside this file."""
+    with (HERE / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))

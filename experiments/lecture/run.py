@@ -11,17 +11,11 @@ import sys
 from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.process import silence_libraries
 
-# In the order of the pages. Sorted groups: returns to value functions, actor-critic to PPO, estimators to Dreamer.
+# In the order of the pages.
 PARTS: tuple[str, ...] = (
-    "q_critic",
-    "max_q",
-    "advantage",
-    "online",
-    "parallel",
-    "staleness",
-    "kl",
-    "trpo_steps",
-    "ppo_ratios",
+    *("trajectory", "expected_return", "score_function", "simple_reinforce", "credit_assignment"),
+    *("gradient_variance", "constant_baseline", "value_targets", "reinforce_with_baseline"),
+    *("q_critic", "max_q", "advantage", "online", "parallel", "staleness", "kl", "trpo_steps", "ppo_ratios"),
 )
 
 

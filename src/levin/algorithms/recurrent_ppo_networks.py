@@ -67,8 +67,8 @@ class Carry(nn.Module):
 
     def begin(self, is_first: Tensor) -> Tensor:
         """Return the state before a step `[N, D]`: zero where an episode begins, and everywhere if N has changed."""
-        if len(self.state) != len(is_first):
-            return self.state.new_zeros(len(is_first), self.state.shape[1], device=is_first.device)
+        if self.state.shape[0] != is_first.shape[0]:  # `len` would fix the batch size in an exported policy
+            return self.state.new_zeros(is_first.shape[0], self.state.shape[1], device=is_first.device)
         return self.state * ~is_first
 
 

@@ -320,7 +320,7 @@ class Player(nn.Module):
             carry.deter = torch.cat(self.model.step_memory(before, carry.action), -1) * ~is_first
             carry.stoch, _ = self.model.vision.encode(observation)
         if self.trials is None:
-            action = self.controller_action(self.controllers.best.expand(len(is_first), -1))
+            action = self.controller_action(self.controllers.best.expand(is_first.shape[0], -1))
         else:
             self.trials.assign_next(is_first.squeeze(-1))
             at_random = self.trials.weights is None

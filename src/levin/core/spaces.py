@@ -155,7 +155,7 @@ def guess_channels(shape: list[int]) -> Literal["first", "last"]:
 
 def unusual_channels(space: Space) -> list[tuple[list[int], int]]:
     """Return shape and number of channels of the images in a space that have others than 1, 3 or 4."""
-    images = [leaf for _, leaf in _leaves(space) if leaf["dtype"] == "uint8"]
+    images = [leaf for _, leaf in leaves(space) if leaf["dtype"] == "uint8"]
     counts = [(each["shape"], _channel_first(each)["shape"][0]) for each in images]
     return [(shape, count) for shape, count in counts if count not in CHANNELS]
 
@@ -247,21 +247,21 @@ class NetworkInput:
 
     def __init__(self, space: Space) -> None:
         self.space: Space = space
-        leaves = list(_leaves(space))
-        masks = {path: leaf for path, leaf in leaves if leaf["type"] == "mask"}  # one, or none
+        parts_read = list(leaves(space))
+        masks = {path: leaf for path, leaf in parts_read if leaf["type"] == "mask"}  # one, or none
         self.mask = next(iter(masks), None)
         self.is_identity = space["type"] == "box" and bool(space["shape"])
         self.is_identity &= space["dtype"] != "uint8" or _channel_first(space)["shape"] == space["shape"]
         if self.is_identity:
             self.space = _channel_first(space) if space["dtype"] == "uint8" else space
             return
-        leaves = [(path, leaf) for path, leaf in leaves if path not in masks]
-        self._images = {_key_name(path): (path, leaf) for path, leaf in leaves if leaf["dtype"] == "uint8"}
-        self._numbers = [(path, leaf) for path, leaf in leaves if leaf["dtype"] != "uint8"]
+        parts_read = [(path, leaf) for path, leaf in parts_read if path not in masks]
+        self._images = {_key_name(path): (path, leaf) for path, leaf in parts_read if leaf["dtype"] == "uint8"}
+        self._numbers = [(path, leaf) for path, leaf in parts_read if leaf["dtype"] != "uint8"]
         parts = {name: _channel_first(leaf) for name, (_, leaf) in self._images.items()}
         if self._numbers:
             parts[VECTOR] = {**EMPTY, "shape": [sum(_flat_size(leaf) for _, leaf in self._numbers)]}
-        if len(parts) < len(leaves) - len(self._numbers) + bool(self._numbers):
+        if len(parts) < len(parts_read) - len(self._numbers) + bool(self._numbers):
             raise ConfigError(
                 f"two parts of the env's observation have the same name (all parts but images are joined as {VECTOR}); "
                 "rename one of them in the env"
@@ -308,12 +308,12 @@ def _key_name(path: tuple[str, ...]) -> str:
     return f"{name}_pixels" if name in RESERVED or hasattr(torch.nn.ModuleDict(), name) else name
 
 
-def _leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Space]]:
+def leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Space]]:
     """Yield the path and the space of each part that is not a dict."""
     if "spaces" not in space:
         yield path, space
     for name, part in space.get("spaces", {}).items():
-        yield from _leaves(part, (*path, name))
+        yield from leaves(part, (*path, name))
 
 
 def _select_part(observation: Any, path: tuple[str, ...]) -> np.ndarray:
@@ -374,7 +374,7 @@ def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
 
 def _flatten_tensor(observation: Tensor, space: Space) -> Tensor:
     """Flatten a batch of numbers as `_flatten` does, without its check: `[N, *S] -> [N, D]`."""
-    flat = observation.reshape(len(observation), -1)
+    flat = observation.flatten(1) if observation.ndim > 1 else observation.unsqueeze(1)
     if space["type"] == "box":
         return flat
     sizes, starts = space.get("nvec", [space["n"]]), space.get("starts", [space["start"]])
@@ -422,7 +422,7 @@ def to_tensors(space: Space, observation: Any, device: torch.device | None = Non
 
 def is_unbatched(space: Space, observation: Any) -> bool:
     """Return whether this is a single observation of an observation space, not a batch."""
-    path, leaf = next(_leaves(space))
+    path, leaf = next(leaves(space))
     return _select_part(observation, path).ndim == len(leaf["shape"])
 
 

@@ -74,7 +74,7 @@ class SeededVectorEnv(VectorWrapper):
         self._reset_at = [-1] * self.num_envs  # `_vector_steps` at the last reset of each env; -1: not reset yet
         self._actions: np.ndarray | None = None  # of the current step, in the env's units
         self.action = describe_action(env.single_action_space)
-        self._to_env = action_converter(self.action, config.action)
+        self.to_env = action_converter(self.action, config.action)
         if config.action == "rescale" and isinstance(env.single_action_space, Box):
             # The action space that the policy sees.
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
@@ -150,7 +150,7 @@ class SeededVectorEnv(VectorWrapper):
         `receive`, because they would overwrite that observation.
         """
         self._vector_steps += 1
-        self._actions = self._to_env(actions)
+        self._actions = self.to_env(actions)
         if self.config.family == "atari":
             self.env.send(self._actions)  # type: ignore[attr-defined]
 

@@ -117,8 +117,8 @@ class Carry(nn.Module):
         """Set the memory to zero where an episode begins, `is_first` `[N, 1]`, and everywhere if N has changed."""
         for name in ("deter", "stoch", "action"):
             value = getattr(self, name)
-            if len(value) != len(is_first):
-                value = value.new_zeros(len(is_first), value.shape[1], device=is_first.device)
+            if value.shape[0] != is_first.shape[0]:  # `len` would fix the batch size in an exported policy
+                value = value.new_zeros(is_first.shape[0], value.shape[1], device=is_first.device)
             setattr(self, name, value * ~is_first)
 
 

@@ -40,7 +40,7 @@ class Policy:
         self.module = self.policy.module
         self._called = False
         self.shown = self.env.get("shown", self.env["observation"])
-        self._read = NetworkInput(self.shown)
+        self.network_input = NetworkInput(self.shown)
         self._to_env = action_converter(self.env["action"], self.env["action_units"])
 
     @classmethod
@@ -54,12 +54,14 @@ class Policy:
     ) -> np.ndarray:
         if action_mask is not None:
             observation = add_mask(observation, action_mask)
-        if self._read.mask and not (isinstance(observation, dict) and self._read.mask[0] in observation):
+        if self.network_input.mask and not (
+            isinstance(observation, dict) and self.network_input.mask[0] in observation
+        ):
             raise ValueError("this policy was trained with action masks: call policy(observation, action_mask=mask)")
         single = is_unbatched(self.shown, observation)
         batch = unsqueeze(observation) if single else observation
-        batch = to_tensors(self.env["observation"], self._read(batch))
-        if self._read.mask and leaves_nothing(batch[ACTION_MASK].numpy(), self.env["action"]).any():
+        batch = to_tensors(self.env["observation"], self.network_input(batch))
+        if self.network_input.mask and leaves_nothing(batch[ACTION_MASK].numpy(), self.env["action"]).any():
             raise ValueError("the action mask allows no action")
         first = np.asarray(not self._called if is_first is None else is_first)
         num = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)

@@ -1,0 +1,121 @@
+"""Card of an exported policy: what it is, how it was trained, what it scores, and how to call it."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from levin.core import files
+from levin.core.omega import to_plain
+from levin.runs.load import load_config
+
+CARD = "policy.md"
+ONNX = """```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("policy.onnx")
+inputs = {{{inputs}}}
+action, *memory = session.run(None, inputs)
+```"""
+TORCH = """```python
+import torch
+
+policy = torch.export.load("policy.pt2").module()
+action, *memory = policy({inputs})
+```"""
+
+
+def write_card(folder: Path, name: str, run: Path, metadata: dict[str, Any], checked: dict[str, float]) -> None:
+    """Write `policy.md` beside an exported policy.
+
+    Args:
+        folder: Folder of the policy.
+        name: Name of its file.
+        run: Run folder or result that it comes from.
+        metadata: Contents of `levin.deploy.package.describe`.
+        checked: Outcome of `levin.deploy.package.compare`.
+    """
+    inputs = [
+        f"| `{each}` | [N{''.join(f', {size}' for size in shape)}] | {metadata['dtypes'][each]} |"
+        for each, shape in metadata["inputs"].items()
+    ]
+    frames = metadata["frame_stack"]
+    stacked = f" Observations are stacks of the last {frames} frames." if frames > 1 else ""
+    memory = ""
+    if metadata["memory"]:
+        memory = (
+            "The policy has a memory: pass zeros before the first step, then the outputs "
+            f"{', '.join(f'`{each}`' for each in metadata['outputs'][1:])} of the step before. "
+            "`is_first` is true where an episode begins.\n\n"
+        )
+    lines = [
+        f"# {metadata['algorithm']} in {metadata['env']}",
+        "",
+        f"Deterministic policy after {metadata['env_steps']:,} env steps of training, at commit "
+        f"{metadata['commit'] or 'unknown'}. {read_score(run)}",
+        "",
+        f"`{name}` takes observations as the env gives them and returns actions in the env's units; normalisation is "
+        f"inside.{stacked} Over {checked['steps']:,.0f} steps of an episode, its actions differed from those of "
+        f"`levin.load` by at most {checked['largest_difference']:.1g}.",
+        "",
+        "| input | shape | dtype |",
+        "| --- | --- | --- |",
+        *inputs,
+        "",
+        f"N is the number of envs, of any size. Outputs: {', '.join(f'`{each}`' for each in metadata['outputs'])}.",
+        "",
+        memory + _example(name, metadata),
+        "",
+        "Action space, observation space and the rest are in the file's metadata.",
+        "",
+        "## Config",
+        "",
+        "```yaml",
+        (run / "config.yaml").read_text().rstrip(),
+        "```",
+        "",
+    ]
+    files.write_text(folder, CARD, "\n".join(lines))
+
+
+def _example(name: str, metadata: dict[str, Any]) -> str:
+    """Return code that calls the policy for one env at the beginning of an episode."""
+    dtypes = metadata["dtypes"]
+    if name.endswith(".onnx"):
+        arrays = [f'"{each}": np.zeros({[1, *shape]}, np.{dtypes[each]})' for each, shape in metadata["inputs"].items()]
+        return ONNX.format(inputs=", ".join(arrays))
+    tensors = [f"torch.zeros({[1, *shape]}, dtype=torch.{dtypes[each]})" for each, shape in metadata["inputs"].items()]
+    return TORCH.format(inputs=", ".join(tensors))
+
+
+def read_score(run: Path) -> str:
+    """Return a sentence with the score of a run or a result, and its 95% interval; empty if there is none."""
+    summary, evaluation, metrics = run / "summary.json", run / "evaluation.json", run / "metrics.csv"
+    if summary.is_file():
+        result = json.loads(summary.read_text())
+        score = result["as_the_source_measures"]
+        low, high = score["interval"]
+        return (
+            f"Mean return of {len(result['seeds'])} seeds, of which this is one: {score['mean']:,.1f}, 95% interval "
+            f"{low:,.1f} to {high:,.1f}."
+        )
+    if evaluation.is_file():
+        score = json.loads(evaluation.read_text())
+        return _sentence(score["return_mean"], score["return_std"], score["episodes"])
+    if metrics.is_file():
+        with metrics.open() as file:
+            rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
+        if rows:
+            episodes = to_plain(load_config(run, runs=()).eval)["episodes"]
+            return _sentence(float(rows[-1]["eval/return_mean"]), float(rows[-1]["eval/return_std"]), episodes)
+    return ""
+
+
+def _sentence(mean: float, std: float, episodes: int) -> str:
+    error = 1.96 * std / math.sqrt(episodes)
+    return (
+        f"Mean return over {episodes} episodes: {mean:,.1f}, 95% interval {mean - error:,.1f} to {mean + error:,.1f} "
+        "(of this run alone; other seeds differ)."
+    )

@@ -1,0 +1,210 @@
+"""Write a run's policy as one file, check it over an episode, and write a card beside it."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from levin.core import files, paths
+from levin.core.errors import ConfigError, RunError
+from levin.core.spaces import NetworkInput
+from levin.deploy.card import write_card
+from levin.deploy.graph import PolicyGraph
+from levin.envs.config import EVALUATION
+from levin.envs.factory import load_env, make_env
+from levin.results.result import REFERENCE
+from levin.results.result import read_provenance as read_result
+from levin.runs import checkpoint
+from levin.runs.folder import read_provenance as read_run
+from levin.runs.load import load_config
+from levin.runs.policy import Policy
+
+Format = Literal["onnx", "torch"]
+NAMES = {"onnx": "policy.onnx", "torch": "policy.pt2"}
+TOLERANCE = 1e-5  # largest difference of an action from that of `levin.load`
+METADATA = "metadata.json"
+
+Function = Callable[[Sequence[NDArray]], list[NDArray]]
+
+
+class Recorder(NetworkInput):
+    """Converter of observations that keeps the last batch of the env's own observations."""
+
+    raw: Any = None
+
+    def __call__(self, observation: Any) -> Any:
+        self.raw = deepcopy(observation)
+        return super().__call__(observation)
+
+
+def package(run: Path, format: Format, *, seed: int, steps: int) -> tuple[Path, dict[str, float]]:  # noqa: A002
+    """Write the policy of a run and its card, check it over an episode, and return its path and `compare`'s outcome.
+
+    Raises:
+        ConfigError: A package is missing, or the policy can't be exported.
+        RunError: The actions differ by more than `TOLERANCE`; then no file is written.
+    """
+    source = checkpoint.run_of(run)
+    folder = paths.output_folder(source)
+    reference, graph = Policy.load(run), PolicyGraph(Policy.load(run))
+    metadata = describe(graph, reference, source)
+    write, load = (write_onnx, load_onnx) if format == "onnx" else (write_torch, load_torch)
+    with files.replace(folder, NAMES[format]) as path:
+        write(graph, metadata, path)
+        env = make_env(load_env(source), seed=seed, purpose=EVALUATION, num_envs=1)
+        checked = compare(load(path), graph, reference, env, steps)
+        env.close()
+        if not checked["largest_difference"] <= TOLERANCE:
+            raise RunError(
+                f"the exported policy differs from levin.load by {checked['largest_difference']:.2g} within "
+                f"{checked['steps']} steps, which is more than {TOLERANCE:g}: {NAMES[format]} was not written"
+            )
+    write_card(folder, NAMES[format], source, metadata, checked)
+    return folder / NAMES[format], checked
+
+
+def describe(graph: PolicyGraph, policy: Policy, run: Path) -> dict[str, Any]:
+    """Return what a caller needs to know of the file: inputs, outputs, spaces, env, algorithm, commit."""
+    config = load_config(run, runs=())
+    inputs = dict(zip(graph.input_names, graph.example(1), strict=True))
+    return {
+        "inputs": {name: [*each.shape[1:]] for name, each in inputs.items()},
+        "dtypes": {name: str(each.dtype).removeprefix("torch.") for name, each in inputs.items()},
+        "outputs": graph.output_names,
+        "memory": {name: list(shape) for name, shape in graph.memory.items()},
+        "observation_space": policy.shown,
+        "action_space": policy.env["action"],
+        "env": str(config.env.get("target") or config.env.id),
+        "frame_stack": config.env.get("frame_stack", 1),
+        "algorithm": type(policy.algorithm).__name__,
+        "env_steps": policy.algorithm.env_steps,
+        "commit": (read_result if (run / REFERENCE).is_file() else read_run)(run).get("git_sha"),
+    }
+
+
+def export_graph(graph: PolicyGraph) -> torch.export.ExportedProgram:
+    """Trace a policy with a batch dimension of any size.
+
+    Raises:
+        ConfigError: An operation of the policy can't be traced.
+    """
+    num = torch.export.Dim("num", min=1)
+    inputs = graph.example(2)
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(graph, inputs, dynamic_shapes=((*({0: num} for _ in inputs),),), strict=False)
+    except Exception as error:  # the code of a user's networks may fail in any way
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"the policy can't be exported: {type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out warnings about libraries that are not installed."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def write_torch(graph: PolicyGraph, metadata: dict[str, Any], path: Path) -> None:
+    """Write a policy for `torch.export.load`, with the metadata as an extra file `metadata.json`."""
+    torch.export.save(export_graph(graph), path, extra_files={METADATA: json.dumps(metadata)})
+
+
+def write_onnx(graph: PolicyGraph, metadata: dict[str, Any], path: Path) -> None:
+    """Write a policy as ONNX, with the metadata as properties of the model.
+
+    Raises:
+        ConfigError: The extra `export` is not installed, or an operation has no form in ONNX.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed: `make export` installs it, or pip install '.[export]'"
+        ) from error
+    program = export_graph(graph)
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.onnx.export(
+                program, input_names=graph.input_names, output_names=graph.output_names, dynamo=True, verbose=False
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"the policy can't be written as ONNX, try format=torch: {reason}") from error
+    assert exported is not None
+    model = exported.model_proto
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata.items()})
+    onnx.save(model, path)
+
+
+def load_onnx(path: Path) -> Function:
+    """Return a policy file as a function of the arrays of its inputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+
+
+def load_torch(path: Path) -> Function:
+    """Return a policy file as a function of the arrays of its inputs."""
+    module = torch.export.load(path).module()
+
+    def call(inputs: Sequence[NDArray]) -> list[NDArray]:
+        with torch.no_grad():
+            return [each.numpy() for each in module(*map(torch.from_numpy, inputs))]
+
+    return call
+
+
+def compare(function: Function, graph: PolicyGraph, reference: Policy, env: Any, steps: int) -> dict[str, float]:
+    """Play an episode with `levin.load`, and compare the actions of the exported policy on the same observations.
+
+    The exported policy carries its own memory. Times are medians of single actions.
+
+    Returns:
+        `largest_difference` of an action, `steps`, and `microseconds` and `reference_microseconds` per action.
+    """
+    env.read = recorder = Recorder(env.shown)
+    env.to_env = np.asarray  # `levin.load` returns actions in the env's units
+    first = np.ones(1, dtype=bool)
+    env.begin([0], first)
+    memory = [np.zeros((1, *shape), np.float32) for shape in graph.memory.values()]
+    differences, times, reference_times = [], [], []
+    done = False
+    while not done and len(differences) < steps:
+        begun = perf_counter()
+        expected = reference(recorder.raw, first)
+        reference_times.append(perf_counter() - begun)
+        begun = perf_counter()
+        actual, *memory = function(
+            [*graph.split(recorder.raw), *([first[:, None]] if graph.has_memory else []), *memory]
+        )
+        times.append(perf_counter() - begun)
+        differences.append(float(np.abs(actual - expected).max()))
+        first = np.zeros(1, dtype=bool)
+        _, _, terminated, truncated, _ = env.step(expected)
+        done = bool((terminated | truncated).any())
+    return {
+        "largest_difference": max(differences),
+        "steps": len(differences),
+        "microseconds": 1e6 * float(np.median(times)),
+        "reference_microseconds": 1e6 * float(np.median(reference_times)),
+    }

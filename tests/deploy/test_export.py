@@ -1,0 +1,129 @@
+"""Exported policies: all kinds of observations and actions, without torch or Levin, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import levin
+from commands import exit_code_and_errors
+from levin.config.compose import compose
+from levin.core.errors import ConfigError, RunError
+from levin.core.paths import ROOT
+from levin.deploy import package
+from levin.deploy.graph import PolicyGraph
+from levin.export import export_run, main
+from levin.runs.policy import Policy
+from levin.training.session import train
+
+SMALL = ("total_env_steps=64", "algo.hidden_sizes=[8]", "eval.episodes=2", "logger=csv", "trainer.threads=1")
+PPO = ("algo=ppo", "algo.steps_per_iteration=32", "algo.batch_size=32", "algo.epochs=1", "env.num_envs=1", *SMALL)
+WITHOUT = "import sys; sys.modules['torch'] = sys.modules['levin'] = None\n"
+
+
+def make_run(folder, *words):
+    train(compose([*PPO, *words]), folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("env=gym", "env.id=toy_envs:Robot-v0"),  # a Dict of numbers and images
+        ("env=gym", "env.id=toy_envs:Buttons-v0"),
+        ("env=gym", "env.id=toy_envs:Forbidding-v0", "env.action_mask=info"),
+        ("env=gym", "env.id=toy_envs:Colour-v0"),
+        ("env=pendulum", "env.normalize_observation=true", "env.action=clip"),
+    ],
+    ids=lambda words: words[1],
+)
+def test_observations_and_actions_of_all_kinds(words, kind, tmp_path):
+    run = make_run(tmp_path / "run", *words)
+    _, checked = package.package(run, kind, seed=1, steps=50)
+    assert checked["largest_difference"] <= package.TOLERANCE
+    assert checked["steps"] > 1
+
+
+def test_onnx_runs_without_torch_and_levin(tmp_path):
+    run = make_run(tmp_path / "run", "env=pendulum")
+    export_run(run=str(run))
+    code = (run / "policy.md").read_text().split("```python\n")[1].split("```")[0]
+    asked = "inputs['observation'][:] = [[0.6, 0.8, -1.5]]\nprint(session.run(None, inputs)[0].tolist())"
+    answer = subprocess.run(
+        [sys.executable, "-c", WITHOUT + code + asked], cwd=run, capture_output=True, text=True, check=True
+    )
+    expected = levin.load(run)(np.array([0.6, 0.8, -1.5], np.float32))
+    np.testing.assert_allclose(json.loads(answer.stdout)[0], expected, atol=1e-5)
+
+
+def test_torch_export_runs_without_levin(tmp_path):
+    run = make_run(tmp_path / "run", "env=pendulum")
+    export_run(run=str(run), format="torch")
+    code = (run / "policy.md").read_text().split("```python\n")[1].split("```")[0] + "print(action.tolist())"
+    without = "import sys; sys.modules['levin'] = None\n"
+    answer = subprocess.run([sys.executable, "-c", without + code], cwd=run, capture_output=True, text=True, check=True)
+    np.testing.assert_allclose(json.loads(answer.stdout)[0], levin.load(run)(np.zeros(3, np.float32)), atol=1e-5)
+
+
+def test_metadata_says_what_a_caller_needs(tmp_path):
+    run = make_run(tmp_path / "run", "env=gym", "env.id=toy_envs:Robot-v0")
+    export_run(run=str(run))
+    facts = onnxruntime.InferenceSession(run / "policy.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(facts["env"]) == "toy_envs:Robot-v0"
+    assert json.loads(facts["env_steps"]) == 64
+    assert json.loads(facts["action_space"])["type"] == "box"
+    assert set(json.loads(facts["inputs"])) == set(PolicyGraph(Policy.load(run)).input_names)
+
+
+def test_a_result_is_exported_beside_runs_and_its_card_has_its_score(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = export_run(run=str(ROOT / "experiments/ppo_pendulum"), steps=20)
+    summary = json.loads((ROOT / "experiments/ppo_pendulum/summary.json").read_text())
+    assert path.parent.resolve() == tmp_path / "runs/results/ppo_pendulum"
+    assert f"{summary['as_the_source_measures']['mean']:,.1f}" in (path.parent / "policy.md").read_text()
+
+
+def test_a_policy_that_acts_differently_is_not_written(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", "env=pendulum")
+    load = package.load_onnx
+    monkeypatch.setattr(package, "load_onnx", lambda path: lambda inputs: [load(path)(inputs)[0] + 1e-3])
+    with pytest.raises(RunError, match="exported policy differs"):
+        export_run(run=str(run))
+    assert not (run / "policy.onnx").exists()
+
+
+def test_memory_outside_buffers_is_refused(tmp_path):
+    run = make_run(
+        tmp_path / "run", "algo=recurrent_ppo", "algo.memory_size=4", "algo.sequence_length=8", "env=cartpole_novel"
+    )
+    policy = Policy.load(run)
+    policy.module.carry.begin = lambda is_first: torch.zeros(len(is_first), 8)
+    policy.module.carry = nn.Module()
+    policy.module.carry.begin = lambda is_first: torch.zeros(len(is_first), sum(policy.module.sizes))
+    with pytest.raises(ConfigError, match="memory of its policy"):
+        PolicyGraph(policy)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run=nowhere"], "nowhere"),
+        (["run="], "run is missing"),
+        (["run=experiments/ppo_pendulum", "format=tflite"], "onnx"),
+        (["run=experiments/ppo_pendulum", "steps=0"], "steps"),
+    ],
+)
+def test_bad_input_is_a_sentence(words, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["export", *words])
+    code, errors = exit_code_and_errors(main, capsys)
+    assert code == 2
+    assert message in errors
+    assert errors.startswith("levin: ")
+    assert errors.count("\n") == 1
