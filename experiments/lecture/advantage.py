@@ -39,7 +39,9 @@ def measure() -> None:
             "true_advantage": true.flatten(),
         }
         for step in range(len(batch)):
-            rows.append({"episode": episode, "step": step} | {name: each[step].item() for name, each in columns.items()})
+            rows.append(
+                {"episode": episode, "step": step} | {name: each[step].item() for name, each in columns.items()}
+            )
     write("advantage", rows, digits=4)
 
 
@@ -72,8 +74,14 @@ def draw() -> None:
         variance, bias = by_updates.variance.median(), by_updates.bias.median()
         right.plot(bias, variance, color=color, marker="o", markersize=4, label=form)
         for updates in variance.index:
-            right.annotate(f"{updates:,}", (bias[updates], variance[updates]), (4, 4), textcoords="offset points",
-                           fontsize=7, color=INK)
+            right.annotate(
+                f"{updates:,}",
+                (bias[updates], variance[updates]),
+                (4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=INK,
+            )
     baseline = critics[critics.form == REFERENCE].iloc[0]
     right.axhline(baseline.variance, color=INK, linewidth=0.9, linestyle=":")
     right.text(0, baseline.variance * 1.2, "value baseline, without bias", fontsize=8, color=INK)

@@ -9,7 +9,7 @@ from experiments.lecture.online import gradients
 
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 LAYOUTS = ((1, 16), (4, 4), (16, 1))  # agents, steps: 16 samples for each update
-STEPS, EVERY = 30_000, 2000
+STEPS, EVERY = 24_000, 2000
 
 
 def measure() -> None:
@@ -50,7 +50,9 @@ def draw() -> None:
             relative = relative / relative.loc[1]
             label = "M steps of one agent" if layout == "one agent" else "one step of M agents"
             panel.plot(relative.index, relative.median(axis=1), color=color, marker="o", markersize=4, label=label)
-            panel.fill_between(relative.index, relative.min(axis=1), relative.max(axis=1), color=color, alpha=0.2, linewidth=0)
+            panel.fill_between(
+                relative.index, relative.min(axis=1), relative.max(axis=1), color=color, alpha=0.2, linewidth=0
+            )
         panel.plot(SAMPLES, 1 / np.array(SAMPLES), color=INK, linewidth=0.9, linestyle=":", label="independent: 1/M")
         panel.set(xscale="log", yscale="log", xlabel="samples M in the minibatch", title=f"Gradient of the {kind}")
         panel.set_xticks(SAMPLES, map(str, SAMPLES))

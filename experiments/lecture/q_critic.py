@@ -11,7 +11,7 @@ from experiments.variance.run import EXACT, FORMS, actor_loss, build, collect_ep
 from torch import Tensor
 
 UPDATES = (0, 30, 100, 300, 1000, 2000)
-FIT_EPISODES, TRAJECTORIES = 30, 250
+FIT_EPISODES, TRAJECTORIES = 30, 200
 STATES, RETURNS = 128, 64
 CRITICS = {"Q critic": "q", "advantage": "advantage"}
 REFERENCE = "value baseline"  # unbiased if the baseline depends on the state only
@@ -23,7 +23,9 @@ def measure() -> None:
     policy = half_trained_policy()
     critics = {(form, seed): fitted(form, seed, policy) for form in CRITICS for seed in SEEDS}
     reference = with_policy(REFERENCE, policy)[0]
-    reference.critic.load_state_dict(critics["advantage", 0][1][max(UPDATES)])  # any V: it does not change the expectation
+    reference.critic.load_state_dict(
+        critics["advantage", 0][1][max(UPDATES)]
+    )  # any V: it does not change the expectation
     loader = with_policy(REFERENCE, policy, "seed=1")[1]
     trajectories = [collect_episodes(loader, 1) for _ in range(TRAJECTORIES)]
     expected = np.stack([gradient(reference, each) for each in trajectories])
@@ -103,7 +105,11 @@ def draw() -> None:
     x = [max(updates, 10) for updates in rows.rmse.median().index]
     for panel, columns in ((axes[1], ("rmse",)), (axes[2], ("variance", "bias"))):
         for column, color in zip(columns, (COLORS[3], COLORS[0]), strict=False):
-            squared = rows[column] if column != "bias" else (table.assign(bias=table.bias**2))[table.form == "Q critic"].groupby("updates").bias
+            squared = (
+                rows[column]
+                if column != "bias"
+                else (table.assign(bias=table.bias**2))[table.form == "Q critic"].groupby("updates").bias
+            )
             label = {"rmse": "", "variance": "variance", "bias": "squared bias"}[column]
             panel.plot(x, squared.median(), color=color, marker="o", markersize=4, label=label)
             panel.fill_between(x, squared.min(), squared.max(), color=color, alpha=0.2, linewidth=0)

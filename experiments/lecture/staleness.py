@@ -14,13 +14,13 @@ from levin.training.session import train
 
 WORDS = ["env=cartpole", "env.num_envs=1", "algo=a3c", "algo.lr_schedule=constant"]
 WORKERS = (1, 8, 32)
-STEPS, EVERY = 20_000, 2000
+STEPS, EVERY = 16_000, 2000
 REAL_WORKERS, REAL_STEPS = (2, 4), 4_000
 RUNS = HERE.parent.parent / "runs" / "lecture"
 
 
 class InTurn(A3C):
-    """A3C whose workers are in one process and take turns, so that the staleness of each push is their number less 1."""
+    """A3C whose workers take turns in one process, so that the staleness of each push is their number less 1."""
 
     trainer = SimpleNamespace(global_rank=0)  # type: ignore[assignment]
 
@@ -30,7 +30,9 @@ def measure() -> None:
     rows: list[dict[str, Any]] = []
     for workers in WORKERS:
         for seed in SEEDS:
-            rows += [{"part": "in turn", "workers": workers, "seed": seed} | row for row in train_in_turn(workers, seed)]
+            rows += [
+                {"part": "in turn", "workers": workers, "seed": seed} | row for row in train_in_turn(workers, seed)
+            ]
     for workers in REAL_WORKERS:
         for seed in SEEDS:
             rows.append({"part": "lock-free", "workers": workers, "seed": seed} | train_lock_free(workers, seed))
@@ -65,7 +67,13 @@ def train_lock_free(workers: int, seed: int) -> dict[str, float]:
     run = RUNS / f"a3c_w{workers}_s{seed}"
     if not (run / "checkpoints").exists():
         words = [f"trainer.workers={workers}", "trainer.strategy=hogwild", "trainer.threads=1", f"seed={seed}"]
-        settings = [f"total_env_steps={REAL_STEPS}", f"eval.every={REAL_STEPS}", "eval.episodes=1", "logger=csv", f"log_every={REAL_STEPS}"]
+        settings = [
+            f"total_env_steps={REAL_STEPS}",
+            f"eval.every={REAL_STEPS}",
+            "eval.episodes=1",
+            "logger=csv",
+            f"log_every={REAL_STEPS}",
+        ]
         train(compose([*WORDS, *words, *settings]), run)
     with (run / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
