@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from experiments.lecture.agents import SEEDS, build, iterate, read, write
 from experiments.lecture.drawing import COLORS, INK, panels, save
@@ -42,9 +41,9 @@ def measure() -> None:
             algorithm.__class__ = Measured
             for iteration in range(1, ITERATIONS + 1):
                 algorithm.measured = []
-                loader.returns.clear()
                 iterate(algorithm, loader)
-                at = {"form": form, "seed": seed, "iteration": iteration, "return_mean": np.mean(loader.returns)}
+                episode_return = loader.pop_metrics()["episode/return"]
+                at = {"form": form, "seed": seed, "iteration": iteration, "return_mean": episode_return}
                 rows += [at | row for row in algorithm.measured[0 if iteration == SHOWN else -1 :]]
     write("ppo_ratios", rows, digits=4)
 
