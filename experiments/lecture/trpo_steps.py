@@ -83,7 +83,13 @@ def draw() -> None:
         left.scatter((rows.iteration + 1) * 1.024, rows.value, s=9, color=color, alpha=0.75, label=label)
     left.axhline(0.01, color=INK, linewidth=0.9, linestyle=":")
     left.text(1, 0.0103, r"predicted: $\delta = 0.01$", fontsize=8, color=INK)
-    left.set(yscale="log", xlabel="thousands of env steps", ylabel="KL, nats", title="KL of each step, 3 seeds")
+    left.set(
+        yscale="log",
+        xlabel="thousands of env steps",
+        ylabel="KL, nats",
+        ylim=(2e-4, 0.2),
+        title="KL of each step, 3 seeds",
+    )
     left.legend(fontsize=8, loc="lower left")
 
     by_step = table[table.cg_iterations.isna()].pivot(index=["seed", "iteration"], columns="kind", values="value")
@@ -112,6 +118,6 @@ def draw() -> None:
                 by_count.median().index, by_count.min(), by_count.max(), color=color, alpha=0.15, linewidth=0
             )
     right.set(yscale="log", xlabel="iterations of conjugate gradient", ylabel=r"$|F x - g| \, / \, |g|$")
-    right.set(title="Residual")
+    right.set(ylim=(1e-6, 2), title="Residual")
     right.legend(fontsize=8)
     save(figure, "trpo_steps")
