@@ -73,6 +73,7 @@ def draw() -> None:
         panel.set(yscale="log", ylim=(0.05, 20), xlabel=f"epoch of update {SHOWN}", title=rf"$\rho$: {form}")
         panel.set_yticks([0.1, 0.3, 0.7, 1, 1.3, 3, 10], ["0.1", "0.3", "0.7", "1", "1.3", "3", "10"])
         panel.minorticks_off()
+        panel.set_xticks([1, 5, 10, 14])
     last = table.sort_values("epoch").groupby(["form", "seed", "iteration"]).last().reset_index()
     for form, color in colors.items():
         for panel, column in ((third, "kl"), (fourth, "return_mean")):
@@ -82,5 +83,5 @@ def draw() -> None:
             panel.fill_between(x, by_iteration.min(), by_iteration.max(), color=color, alpha=0.2, linewidth=0)
     third.set(yscale="log", xlabel="thousands of env steps", title=r"KL$(\pi_k \| \pi)$ after the last epoch, nats")
     fourth.set(xlabel="thousands of env steps", title="return of Pendulum")
-    fourth.legend(fontsize=9, loc="lower right")
+    third.legend(fontsize=9, loc=(0.45, 0.42))
     save(figure, "ppo_ratios")
