@@ -101,6 +101,8 @@ def draw() -> None:
         steps, returns = align_curves(list(read_curves(HERE.parent / name).values()))
         right.plot(steps / 1000, np.median(returns, 0), color=color, label=label)
         right.fill_between(steps / 1000, returns.min(0), returns.max(0), color=color, alpha=0.2, linewidth=0)
-    right.set(xlabel="thousands of env steps", ylabel="return", title="Actor-critic on CartPole, 3 seeds")
+    right.set(
+        xlim=(0, 100), xlabel="thousands of env steps", ylabel="return", title="Actor-critic on CartPole, 3 seeds"
+    )
     right.legend(loc="lower right")
     save(figure, "online")

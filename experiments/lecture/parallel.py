@@ -52,7 +52,7 @@ def draw() -> None:
             rows = table[(table.part == "variance") & (table.kind == kind) & (table.layout == layout)]
             rows = rows[rows.train_steps == train_steps]
             relative = rows.pivot(index="x", columns="seed", values="value")
-            relative = relative / relative.loc[1]
+            relative = relative.mul(relative.index, axis=0) / relative.loc[1]
             label = "M steps of one agent" if layout == "one agent" else "one step of M agents"
             label += ", early" if train_steps == TRAIN_STEPS[0] else ", half-trained"
             panel.plot(
@@ -61,12 +61,12 @@ def draw() -> None:
             panel.fill_between(
                 relative.index, relative.min(axis=1), relative.max(axis=1), color=color, alpha=0.2, linewidth=0
             )
-        panel.plot(SAMPLES, 1 / np.array(SAMPLES), color=INK, linewidth=0.9, linestyle=":", label="independent: 1/M")
-        panel.set(xscale="log", yscale="log", xlabel="samples M in the minibatch", title=f"Gradient of the {kind}")
+        panel.axhline(1, color=INK, linewidth=0.9, linestyle=":")
+        panel.set(xscale="log", ylim=(0, 4), xlabel="samples M in the minibatch", title=f"Gradient of the {kind}")
         panel.set_xticks(SAMPLES, map(str, SAMPLES))
         panel.minorticks_off()
-    axes[0].set(ylabel="variance, relative to M = 1")
-    axes[1].legend(loc="lower left", fontsize=8)
+    axes[0].set(ylabel="variance, relative to M independent samples")
+    axes[0].legend(loc="upper left", fontsize=8.5)
     for (agents, steps), color in zip(LAYOUTS, (COLORS[3], COLORS[1], COLORS[2]), strict=True):
         rows = table[(table.part == "learning") & (table.layout == f"{agents} x {steps}")]
         by_step = rows.groupby("x").value
