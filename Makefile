@@ -12,7 +12,8 @@ endif
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+# `uv sync` makes a .venv without pip. Both read requirements.lock (uv through uv.toml).
+PIP = $(if $(wildcard $(BIN)/pip),$(BIN)/python -m pip --disable-pip-version-check install,uv pip install --python $(BIN)/python) --quiet --constraint requirements.lock
 
 # quote: a text as one single-quoted shell word. typed: the same for the value of a variable. Neither is expanded.
 quote = '$(subst ','\'',$1)'
@@ -44,7 +45,7 @@ study = $(and $(filter 1,$(words $(value NAME))),$(filter $(value NAME),$(studie
 studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume config evaluate play export plot tune compare pin reproduce report study fork docs bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
+.PHONY: help setup train resume config evaluate play export plot tune compare pin reproduce report study fork docs new bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -146,7 +147,10 @@ bench-setup: ## Install the libraries of `make bench` into .venv-bench
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 sbx-rl==0.28.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18' ale-py opencv-python-headless
 
-lock: ## Write requirements.lock: the newest versions that pyproject.toml allows, with torch 2.13.0
+new: .venv/.dev ## NAME=my_lab makes this copy your own project; BASE=upstream/main merges a later template
+	$(BIN)/python scripts/new.py $(if $(value BASE),--base $(call typed,BASE),--name $(call typed,NAME))
+
+lock: ## Write requirements.lock and uv.toml: the newest versions that pyproject.toml allows, with torch 2.13.0
 	$(PYTHON) scripts/lock.py
 
 clean: ## Remove caches; keeps runs/

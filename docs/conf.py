@@ -22,7 +22,7 @@ extensions = [
     "repository_links",
     "algorithm_pages",
 ]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "api/modules.rst"]
 
 html_theme = "furo"
 html_static_path = ["_static"]

@@ -17,11 +17,13 @@ warnings.filterwarnings("ignore", message=".*out of date.*")
 
 # Tests of `make test-quick`: mathematics, networks, spaces, configs, envs and rollouts, without whole runs.
 QUICK = (
-    *("core", "data", "bench", "scripts", "collectors/test_collectors.py", "collectors/test_reported_numbers.py"),
+    *("core", "data", "bench", "scripts/test_proof.py"),
+    *("collectors/test_collectors.py", "collectors/test_reported_numbers.py"),
     *("config/test_config.py", "envs/test_envs.py", "envs/test_ids.py", "runs/test_checkpoint.py"),
     *("estimators/test_estimators.py", "estimators/test_graph.py"),
     *("estimators/test_other_distributions.py", "algorithms/test_on_policy.py", "algorithms/test_dreamer_v3.py"),
-    *("algorithms/test_dreamer_v3_world_model.py", "algorithms/test_dreamer_v3_numbers.py", "test_lecture.py"),
+    *("algorithms/test_dreamer_v3_world_model.py", "algorithms/test_dreamer_v3_numbers.py"),
+    *("test_algorithm_pages.py", "test_lecture.py"),
 )
 QUICK_CHECKS = (  # of tests/checks.py, for every row
     *("optimizers_step_and_parameters_move", "targets_follow_their_source", "losses_equal_the_oracle"),
@@ -33,7 +35,7 @@ LONG = (
     *("collectors/test_torchrl.py", "commands/test_start.py", "commands/test_tune.py", "estimators/test_unbiased.py"),
     *("deploy/test_export.py", "results/test_reproduce.py", "runs/test_damage.py", "training/test_data_parallel.py"),
     *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py"),
-    *("test_notebook.py", "test_toy.py"),
+    *("scripts/test_new.py", "test_notebook.py", "test_toy.py"),
 )
 LONG_FUNCTIONS = {
     "algorithms/test_action_masks.py": (

@@ -58,7 +58,7 @@ def rewrite(text: str, page: str, source: str) -> str:
         if found is None:
             return label
         if found.startswith("_modules/"):  # written after all pages, so it is no target that Sphinx knows
-            code = re.sub("`([^`]*)`", r"<code>\1</code>", label)
+            code = re.sub("`([^`]*)`", r'<code class="literal">\1</code>', label)
             return f'<a href="{up}{found}.html">{code}</a>'
         return f"[{label}](/{found}{anchor})"
 
@@ -70,10 +70,11 @@ def _source_read(app: Sphinx, page: str, content: list[str]) -> None:
         content[0] = rewrite(content[0], page, f"docs/{page}.md")
 
 
-def _include_read(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+def _include_read(app: Sphinx, path: Path, _: str, content: list[str]) -> None:
+    """Rewrite an included file. MyST passes only the last part of the page's name, so Sphinx is asked for it."""
     absolute = (Path(app.srcdir) / path).resolve()
     if absolute.suffix == ".md":
-        content[0] = rewrite(content[0], page, absolute.relative_to(ROOT).as_posix())
+        content[0] = rewrite(content[0], app.env.docname, absolute.relative_to(ROOT).as_posix())
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -13,12 +13,16 @@ INK = "#808488"  # of text and axes: enough contrast with white and with black
 COLORS = ("#2f7ed8", "#e8833a", "#2fa36b", "#d04a63", "#8d6cc9", "#a7862f")
 
 
-def panels(columns: int = 1, *, width: float = 9.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a row of axes. Sizes are in inches."""
+def panels(
+    columns: int = 1, *, width: float = 9.0, height: float = 3.6, ratios: tuple[float, ...] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a row of axes. Sizes are in inches; `ratios` are the widths of the axes (None: equal)."""
     style = {"axes.prop_cycle": mpl.cycler(color=COLORS), "font.size": 10, "axes.titlesize": 10.5}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with mpl.rc_context(style):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            1, columns, figsize=(width, height), layout="constrained", squeeze=False, width_ratios=ratios
+        )
     for each in axes[0]:
         each.spines[["top", "right"]].set_visible(False)
     return figure, list(axes[0])

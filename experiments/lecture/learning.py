@@ -53,4 +53,5 @@ def draw_curves(axes: Axes, curves: Curves) -> None:
         returns = np.array([[each[step] for step in steps] for each in by_seed.values()])  # [seeds, steps]
         (line,) = axes.plot(steps, returns.mean(0), label=name, linewidth=2)
         axes.plot(steps, returns.T, color=line.get_color(), alpha=0.3, linewidth=0.8)
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     axes.set(xlabel="env steps", ylabel="return")

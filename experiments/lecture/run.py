@@ -16,6 +16,8 @@ PARTS: tuple[str, ...] = (
     *("trajectory", "expected_return", "score_function", "simple_reinforce", "credit_assignment"),
     *("gradient_variance", "constant_baseline", "value_targets", "reinforce_with_baseline"),
     *("q_critic", "max_q", "advantage", "online", "parallel", "staleness", "kl", "trpo_steps", "ppo_ratios"),
+    *("gradient_estimation", "pathwise", "reparameterisation", "gumbel_softmax", "storchastic"),
+    *("sac", "world_models", "dreaming", "world_models_vmc", "dreamer"),
 )
 
 

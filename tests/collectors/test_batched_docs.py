@@ -25,9 +25,9 @@ def words(tmp_path, monkeypatch) -> tuple[str, ...]:
     (tmp_path / "my_module.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
-    (arguments,) = re.findall(r'ALGO=ppo ENV=torchrl ARGS="(.*?)"', DOC)
-    assert "env.num_envs=4096" in arguments
-    return ("env=torchrl", *arguments.replace("4096", "8").split())
+    (arguments,) = re.findall(r'ALGO=ppo ENV=torchrl STEPS=\d+ ARGS="(.*?)"', DOC)
+    assert "env.num_envs=256" in arguments
+    return ("env=torchrl", *arguments.replace("env.num_envs=256", "env.num_envs=8").split())
 
 
 def test_the_documented_env_trains_and_resumes_exactly(words, tmp_path):

@@ -87,7 +87,7 @@ TASKS = [
 ]
 
 
-class LevinSide:
+class OwnSide:
     """Repeated estimates by one of Levin's estimators.
 
     Args:
@@ -198,9 +198,9 @@ def estimators(*, rounds: int, threads: int, number: int = 100) -> None:
     for task in TASKS:
         count = number // 5 if task.kind == "autoencoder" else number
         with ExitStack() as stack:
-            sides: dict[str, LevinSide | Worker] = {
-                "levin": LevinSide(task, count),
-                "floor": LevinSide(task, count, floor=True),
+            sides: dict[str, OwnSide | Worker] = {
+                "levin": OwnSide(task, count),
+                "floor": OwnSide(task, count, floor=True),
             }
             if task.peer:
                 arguments = [task.kind, task.peer, str(threads), str(count), json.dumps(task.sizes)]

@@ -108,7 +108,7 @@ class PolicyGraph(nn.Module):
                 "[N, *] that every step replaces"
             )
         owners = {name: name.rpartition(".") for name in changed}
-        return {key: (policy.module.get_submodule(owner), key) for owner, _, key in owners.values()}
+        return {f"memory_{key}": (policy.module.get_submodule(owner), key) for owner, _, key in owners.values()}
 
     def _network_input(self, given: dict[str, Tensor]) -> Any:
         """Return the input of the networks, from the parts of an observation by their names."""

@@ -1,0 +1,52 @@
+"""Ways into the project say the same: the container, the editor's container, uv and pip, the citation, the changelog."""
+
+import json
+import re
+import tomllib
+
+import yaml
+
+from levin.core.paths import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pages():
+    return "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_containers_type_the_commands_of_the_documentation():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    makes = re.findall(r"RUN (make .*)", dockerfile) + [" ".join(json.loads(re.findall(r"CMD (.*)", dockerfile)[0]))]
+    editor = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert (ROOT / ".devcontainer" / editor["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert len(makes) == 2
+    for command in (*makes, editor["postCreateCommand"]):
+        assert command in pages(), command
+
+
+def test_the_container_has_a_python_that_the_package_supports():
+    (version,) = re.findall(r"FROM python:3\.(\d+)", (ROOT / "Dockerfile").read_text())
+    assert PROJECT["requires-python"] == f">=3.{version}"
+
+
+def test_uv_and_pip_read_the_same_versions():
+    pip = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert tomllib.loads((ROOT / "uv.toml").read_text())["constraint-dependencies"] == pip
+
+
+def test_the_citation_and_the_changelog_name_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+    assert f"| {PROJECT['version']} |" in (ROOT / "docs/versions.md").read_text()
+
+
+def test_the_forms_are_valid():
+    forms = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        assert all(each["type"] in ("textarea", "input") and each["attributes"]["label"] for each in form["body"])
