@@ -1,5 +1,7 @@
 """Weights of the actions of one episode: return, Q and advantage; and variance against bias of the gradients."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from experiments.lecture.agents import read, write
@@ -19,7 +21,7 @@ def measure() -> None:
     loader = with_policy(REFERENCE, policy, "seed=2")[1]
     rows = []
     for episode in range(EPISODES):
-        batch = collect_episodes(loader, 1).flatten(0, 1)
+        batch: Any = collect_episodes(loader, 1).flatten(0, 1)
         q_form, advantage_form = (fits[form][0] for form in ("Q critic", "advantage"))
         observation, action = batch["observation"], batch["action"]
         true_q = measure_q(advantage_form, observation)

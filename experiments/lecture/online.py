@@ -49,7 +49,7 @@ def step_samples(seed: int, train_steps: int) -> dict[str, Tensor]:
     algorithm.load_state_dict(trained.state_dict())
     for _ in range(SKIPPED // STEPS):
         next(loader)
-    rollout = next(loader).flatten(0, 1)  # [N T]
+    rollout: Any = next(loader).flatten(0, 1)  # [N T]
     observation, action = rollout["observation"], rollout["action"]
     with torch.no_grad():
         value, after = algorithm.critic(observation), algorithm.critic(rollout["next", "observation"])

@@ -43,7 +43,7 @@ def measure() -> None:
 
 def draw() -> None:
     """Draw the variance relative to independent samples, and the learning curves."""
-    table = read("parallel")
+    table: Any = read("parallel")
     figure, axes = panels(3, width=12, height=3.8)
     for panel, kind in zip(axes, ("actor", "critic"), strict=False):
         for (layout, color), (train_steps, style) in product(
