@@ -1,5 +1,7 @@
 """Weights of the actions of one episode: return, Q and advantage; and variance against bias of the gradients."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from experiments.lecture.agents import read, write
@@ -19,7 +21,7 @@ def measure() -> None:
     loader = with_policy(REFERENCE, policy, "seed=2")[1]
     rows = []
     for episode in range(EPISODES):
-        batch = collect_episodes(loader, 1).flatten(0, 1)
+        batch: Any = collect_episodes(loader, 1).flatten(0, 1)
         q_form, advantage_form = (fits[form][0] for form in ("Q critic", "advantage"))
         observation, action = batch["observation"], batch["action"]
         true_q = measure_q(advantage_form, observation)
@@ -39,7 +41,9 @@ def measure() -> None:
             "true_advantage": true.flatten(),
         }
         for step in range(len(batch)):
-            rows.append({"episode": episode, "step": step} | {name: each[step].item() for name, each in columns.items()})
+            rows.append(
+                {"episode": episode, "step": step} | {name: each[step].item() for name, each in columns.items()}
+            )
     write("advantage", rows, digits=4)
 
 
@@ -72,8 +76,14 @@ def draw() -> None:
         variance, bias = by_updates.variance.median(), by_updates.bias.median()
         right.plot(bias, variance, color=color, marker="o", markersize=4, label=form)
         for updates in variance.index:
-            right.annotate(f"{updates:,}", (bias[updates], variance[updates]), (4, 4), textcoords="offset points",
-                           fontsize=7, color=INK)
+            right.annotate(
+                f"{updates:,}",
+                (bias[updates], variance[updates]),
+                (4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=INK,
+            )
     baseline = critics[critics.form == REFERENCE].iloc[0]
     right.axhline(baseline.variance, color=INK, linewidth=0.9, linestyle=":")
     right.text(0, baseline.variance * 1.2, "value baseline, without bias", fontsize=8, color=INK)

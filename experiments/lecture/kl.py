@@ -52,7 +52,7 @@ def directions(algorithm: Any, rollout: TensorDict) -> list[dict[str, Any]]:
     for kind, direction in (("A2C", gradient), ("natural gradient", natural)):
         for length in LENGTHS:
             assign_parameters(algorithm.actor_parameters, start + length * direction / direction.norm())
-            rows.append(step_row(kind, length, algorithm, batch, old, start))
+            rows.append({"kind": kind, "size": length} | effect(algorithm, batch, old, start))
     assign_parameters(algorithm.actor_parameters, start)
     return rows
 
@@ -66,7 +66,7 @@ def trpo_steps(algorithm: Any, rollout: TensorDict) -> list[dict[str, Any]]:
     for delta in DELTAS:
         algorithm.target_kl = delta
         algorithm.update(batch)
-        rows.append(step_row("TRPO", delta, algorithm, batch, old, start))
+        rows.append({"kind": "TRPO", "size": delta} | effect(algorithm, batch, old, start))
         assign_parameters(algorithm.actor_parameters, start)
     algorithm.target_kl = target_kl
     return rows
@@ -83,20 +83,19 @@ def ppo_steps(algorithm: Any, rollout: TensorDict) -> list[dict[str, Any]]:
         ppo, _ = build([*ENV, "algo=ppo", *PPO, f"algo.lr={lr}"])
         ppo.load_state_dict(copy.deepcopy(algorithm.state_dict()))
         ppo.training_step(rollout, 0)
-        rows.append(step_row("PPO", lr, ppo, batch, old, start))
+        rows.append({"kind": "PPO", "size": lr} | effect(ppo, batch, old, start))
     torch.set_rng_state(random_state)
     return rows
 
 
 @torch.no_grad()
-def step_row(kind: str, size: float, algorithm: Any, batch: TensorDict, old: Any, start: Tensor) -> dict[str, Any]:
-    """Parameter distance, KL(pi_k || pi) and gain E[(rho - 1) A] of the actor's present parameters."""
+def effect(algorithm: Any, batch: TensorDict, old: Any, start: Tensor) -> dict[str, float]:
+    """Return the parameter distance, KL(pi_k || pi) and gain E[(rho - 1) A] of the actor's present parameters."""
     new = algorithm.actor(algorithm.trunk(batch["observation"]))
     ratio = (new.log_prob(batch["action"]) - old.log_prob(batch["action"])).exp()
     distance = (parameters_to_vector(algorithm.actor.parameters()) - start).norm()
     gain = ((ratio - 1) * batch["advantage"]).mean()
-    values = {"distance": distance.item(), "kl": old.kl(new).mean().item(), "gain": gain.item()}
-    return {"kind": kind, "size": size} | values
+    return {"distance": distance.item(), "kl": old.kl(new).mean().item(), "gain": gain.item()}
 
 
 def draw() -> None:

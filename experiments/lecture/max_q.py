@@ -31,13 +31,15 @@ def measure() -> None:
 
 
 def noise() -> list[dict[str, Any]]:
-    """Mean value of the best of n actions whose true values are 0, from estimates with noise of standard deviation 1."""
+    """Mean value of the best of n actions that are worth 0, from estimates with noise of standard deviation 1."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for number in ACTIONS:
         q, other = torch.randn(2, TRIALS, number, generator=generator)
         values = {"max": q.amax(1), "double Q": q.gather(1, other.argmax(1, keepdim=True))}  # independent estimates
-        rows += [{"part": "noise", "form": form, "x": number, "estimate": v.mean().item()} for form, v in values.items()]
+        rows += [
+            {"part": "noise", "form": form, "x": number, "estimate": v.mean().item()} for form, v in values.items()
+        ]
     return rows
 
 
@@ -72,7 +74,9 @@ def draw() -> None:
             panel.fill_between(x, by_step.min(), by_step.max(), color=color, alpha=0.2, linewidth=0)
         steps = np.arange(LEARNING_STARTS, STEPS + 1)
         copies = (steps - LEARNING_STARTS) * REPLAY_RATIO / TARGET_UPDATE_EVERY
-        panel.plot(steps / 1000, (1 - GAMMA**copies) / (1 - GAMMA), color=INK, linewidth=0.9, linestyle=":", label=LIMIT)
+        panel.plot(
+            steps / 1000, (1 - GAMMA**copies) / (1 - GAMMA), color=INK, linewidth=0.9, linestyle=":", label=LIMIT
+        )
         panel.set(ylim=(0, 85), xlabel="thousands of env steps", title=f"DQN on CartPole: {form}")
         panel.legend(loc="lower right", fontsize=8.5)
     axes[1].set(ylabel="discounted return")

@@ -2,10 +2,12 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from experiments.lecture.agents import SEEDS, build, iterate, read, write
 from experiments.lecture.drawing import COLORS, INK, panels, save
+from torch import Tensor
+
+from levin.algorithms.ppo import PPO
 
 WORDS = ["env=pendulum_batched", "algo=ppo", "algo.clip_value=false"]
 EPSILON = 0.3  # of the tuned config
@@ -18,31 +20,36 @@ ITERATIONS, SHOWN = 12, 5  # 12,800 env steps each
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
 
+class Measured(PPO):
+    """PPO that measures its ratios after each epoch."""
+
+    measured: list[dict[str, float]]
+
+    def epoch(self, data: Any, old: Any, clip_epsilon: Tensor) -> Tensor:
+        """Train on one pass over the rollout, and add a row to `measured`."""
+        kl = super().epoch(data, old, clip_epsilon)
+        self.measured.append({"epoch": len(self.measured) + 1} | ratios(self, data, old))
+        return kl
+
+
 def measure() -> None:
     """Train all forms on Pendulum and measure their policies after each epoch."""
     rows: list[dict[str, Any]] = []
     for form, words in FORMS.items():
         for seed in SEEDS:
             algorithm, loader = build([*WORDS, *words, f"seed={seed}"])
-            epoch, here = algorithm.epoch, []
-
-            def measured(data: Any, old: Any, epsilon: Any, algorithm=algorithm, epoch=epoch, here=here) -> Any:
-                result = epoch(data, old, epsilon)
-                here.append({"epoch": len(here) + 1} | ratios(algorithm, data, old))
-                return result
-
-            algorithm.epoch = measured
+            algorithm.__class__ = Measured
             for iteration in range(1, ITERATIONS + 1):
-                here.clear()
-                loader.returns.clear()
+                algorithm.measured = []
                 iterate(algorithm, loader)
-                at = {"form": form, "seed": seed, "iteration": iteration, "return_mean": np.mean(loader.returns)}
-                rows += [at | row for row in (here if iteration == SHOWN else here[-1:])]
+                episode_return = loader.pop_metrics()["episode/return"]
+                at = {"form": form, "seed": seed, "iteration": iteration, "return_mean": episode_return}
+                rows += [at | row for row in algorithm.measured[0 if iteration == SHOWN else -1 :]]
     write("ppo_ratios", rows, digits=4)
 
 
 @torch.no_grad()
-def ratios(algorithm: Any, data: Any, old: Any) -> dict[str, float]:
+def ratios(algorithm: PPO, data: Any, old: Any) -> dict[str, float]:
     """Return quantiles of rho over a whole rollout, the fraction outside the clip range, and KL(pi_k || pi)."""
     new = algorithm.actor(algorithm.trunk(data["observation"]))
     ratio = (new.log_prob(data["action"]) - data["log_prob"]).exp()
@@ -66,6 +73,7 @@ def draw() -> None:
         panel.set(yscale="log", ylim=(0.05, 20), xlabel=f"epoch of update {SHOWN}", title=rf"$\rho$: {form}")
         panel.set_yticks([0.1, 0.3, 0.7, 1, 1.3, 3, 10], ["0.1", "0.3", "0.7", "1", "1.3", "3", "10"])
         panel.minorticks_off()
+        panel.set_xticks([1, 5, 10, 14])
     last = table.sort_values("epoch").groupby(["form", "seed", "iteration"]).last().reset_index()
     for form, color in colors.items():
         for panel, column in ((third, "kl"), (fourth, "return_mean")):
@@ -75,5 +83,5 @@ def draw() -> None:
             panel.fill_between(x, by_iteration.min(), by_iteration.max(), color=color, alpha=0.2, linewidth=0)
     third.set(yscale="log", xlabel="thousands of env steps", title=r"KL$(\pi_k \| \pi)$ after the last epoch, nats")
     fourth.set(xlabel="thousands of env steps", title="return of Pendulum")
-    fourth.legend(fontsize=9, loc="lower right")
+    third.legend(fontsize=9, loc=(0.45, 0.42))
     save(figure, "ppo_ratios")

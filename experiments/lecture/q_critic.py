@@ -11,7 +11,7 @@ from experiments.variance.run import EXACT, FORMS, actor_loss, build, collect_ep
 from torch import Tensor
 
 UPDATES = (0, 30, 100, 300, 1000, 2000)
-FIT_EPISODES, TRAJECTORIES = 30, 250
+FIT_EPISODES, TRAJECTORIES = 30, 200
 STATES, RETURNS = 128, 64
 CRITICS = {"Q critic": "q", "advantage": "advantage"}
 REFERENCE = "value baseline"  # unbiased if the baseline depends on the state only
@@ -23,7 +23,9 @@ def measure() -> None:
     policy = half_trained_policy()
     critics = {(form, seed): fitted(form, seed, policy) for form in CRITICS for seed in SEEDS}
     reference = with_policy(REFERENCE, policy)[0]
-    reference.critic.load_state_dict(critics["advantage", 0][1][max(UPDATES)])  # any V: it does not change the expectation
+    reference.critic.load_state_dict(
+        critics["advantage", 0][1][max(UPDATES)]
+    )  # any V: it does not change the expectation
     loader = with_policy(REFERENCE, policy, "seed=1")[1]
     trajectories = [collect_episodes(loader, 1) for _ in range(TRAJECTORIES)]
     expected = np.stack([gradient(reference, each) for each in trajectories])
@@ -77,7 +79,7 @@ def measure_q(algorithm: Any, observation: Tensor) -> Tensor:
 
 @torch.no_grad()
 def value_error(algorithm: Any, observation: Tensor, true_q: Tensor) -> dict[str, float]:
-    """Return the root mean squared error of the critic, Q or V, and the same of its constant part removed."""
+    """Return the root mean squared error of the critic, Q or V, and its mean error."""
     value = algorithm.critic(observation)
     probability = algorithm.actor(algorithm.trunk(observation)).log_probs.exp()
     true = true_q if value.shape[1] == 2 else (probability * true_q).sum(1, keepdim=True)
@@ -95,27 +97,23 @@ def row(samples: np.ndarray, expected: np.ndarray) -> dict[str, float]:
 
 
 def draw() -> None:
-    """Draw the variances of experiments/variance, and error, variance and bias of the Q critic as it is fitted."""
+    """Draw the variances of experiments/variance, and bias and variance of the Q critic as it is fitted."""
     table = read("q_critic")
     figure, axes = panels(3, width=12, height=3.8)
     draw_forms(axes[0])
-    rows = table[table.form == "Q critic"].groupby("updates")
-    x = [max(updates, 10) for updates in rows.rmse.median().index]
-    for panel, columns in ((axes[1], ("rmse",)), (axes[2], ("variance", "bias"))):
-        for column, color in zip(columns, (COLORS[3], COLORS[0]), strict=False):
-            squared = rows[column] if column != "bias" else (table.assign(bias=table.bias**2))[table.form == "Q critic"].groupby("updates").bias
-            label = {"rmse": "", "variance": "variance", "bias": "squared bias"}[column]
-            panel.plot(x, squared.median(), color=color, marker="o", markersize=4, label=label)
-            panel.fill_between(x, squared.min(), squared.max(), color=color, alpha=0.2, linewidth=0)
+    baseline = table[table.form == REFERENCE].iloc[0]
+    rows = table[table.form == "Q critic"].assign(bias=lambda each: each.bias / each.norm).groupby("updates")
+    x = [max(updates, 10) for updates in UPDATES]
+    for panel, column, color in ((axes[1], "bias", COLORS[3]), (axes[2], "variance", COLORS[0])):
+        panel.plot(x, rows[column].median(), color=color, marker="o", markersize=4)
+        panel.fill_between(x, rows[column].min(), rows[column].max(), color=color, alpha=0.2, linewidth=0)
         panel.set(xscale="log", xlabel="updates of the critic")
-        panel.set_xticks(x, map(str, UPDATES))
+        panel.set_xticks(x, ["0", "30", "100", "300", "1k", "2k"])
         panel.minorticks_off()
-    baseline = table[table.form == "value baseline"].iloc[0]
+    axes[1].set(ylim=(0, 1.1), title="Q critic: bias, relative to the gradient")
     axes[2].axhline(baseline.variance, color=INK, linestyle=":", linewidth=0.9)
-    axes[2].text(10, baseline.variance * 1.15, "variance of the value baseline", fontsize=8, color=INK)
-    axes[1].set(ylabel="root mean squared error", title=r"Error of $Q_\phi$ against true returns", ylim=(0, None))
-    axes[2].set(yscale="log", title="Gradient with the Q critic, one trajectory")
-    axes[2].legend(loc="lower right", fontsize=9)
+    axes[2].text(10, baseline.variance * 1.15, "value baseline", fontsize=8, color=INK)
+    axes[2].set(yscale="log", title="Q critic: variance")
     save(figure, "q_critic")
 
 

@@ -6,21 +6,22 @@ from typing import Any
 
 import numpy as np
 from experiments.lecture.agents import HERE, SEEDS, build, read, write
-from experiments.lecture.drawing import COLORS, panels, save
+from experiments.lecture.drawing import COLORS, INK, panels, save
 
 from levin.algorithms.a3c import A3C
 from levin.config.compose import compose
+from levin.results.curves import align_curves, read_curves
 from levin.training.session import train
 
 WORDS = ["env=cartpole", "env.num_envs=1", "algo=a3c", "algo.lr_schedule=constant"]
 WORKERS = (1, 8, 32)
-STEPS, EVERY = 20_000, 2000
+STEPS, EVERY = 16_000, 2000
 REAL_WORKERS, REAL_STEPS = (2, 4), 4_000
 RUNS = HERE.parent.parent / "runs" / "lecture"
 
 
 class InTurn(A3C):
-    """A3C whose workers are in one process and take turns, so that the staleness of each push is their number less 1."""
+    """A3C whose workers take turns in one process, so that the staleness of each push is their number less 1."""
 
     trainer = SimpleNamespace(global_rank=0)  # type: ignore[assignment]
 
@@ -30,7 +31,9 @@ def measure() -> None:
     rows: list[dict[str, Any]] = []
     for workers in WORKERS:
         for seed in SEEDS:
-            rows += [{"part": "in turn", "workers": workers, "seed": seed} | row for row in train_in_turn(workers, seed)]
+            rows += [
+                {"part": "in turn", "workers": workers, "seed": seed} | row for row in train_in_turn(workers, seed)
+            ]
     for workers in REAL_WORKERS:
         for seed in SEEDS:
             rows.append({"part": "lock-free", "workers": workers, "seed": seed} | train_lock_free(workers, seed))
@@ -65,7 +68,13 @@ def train_lock_free(workers: int, seed: int) -> dict[str, float]:
     run = RUNS / f"a3c_w{workers}_s{seed}"
     if not (run / "checkpoints").exists():
         words = [f"trainer.workers={workers}", "trainer.strategy=hogwild", "trainer.threads=1", f"seed={seed}"]
-        settings = [f"total_env_steps={REAL_STEPS}", f"eval.every={REAL_STEPS}", "eval.episodes=1", "logger=csv", f"log_every={REAL_STEPS}"]
+        settings = [
+            f"total_env_steps={REAL_STEPS}",
+            f"eval.every={REAL_STEPS}",
+            "eval.episodes=1",
+            "logger=csv",
+            f"log_every={REAL_STEPS}",
+        ]
         train(compose([*WORDS, *words, *settings]), run)
     with (run / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
@@ -73,9 +82,9 @@ def train_lock_free(workers: int, seed: int) -> dict[str, float]:
 
 
 def draw() -> None:
-    """Draw the learning curves by exact staleness, and the staleness of real workers."""
+    """Draw learning curves by exact staleness and of stored results, and the staleness of real workers."""
     table = read("staleness")
-    figure, (left, right) = panels(2, width=10, height=3.8)
+    figure, (left, middle, right) = panels(3, width=12, height=3.8)
     for workers, color in zip(WORKERS, (COLORS[0], COLORS[1], COLORS[3]), strict=True):
         rows = table[(table.part == "in turn") & (table.workers == workers)]
         by_step = rows.groupby("env_steps").return_mean
@@ -84,14 +93,21 @@ def draw() -> None:
         left.fill_between(x, by_step.min(), by_step.max(), color=color, alpha=0.2, linewidth=0)
     left.set(xlabel="thousands of env steps of all workers", ylabel="return in training", title="Staleness set exactly")
     left.legend(loc="upper left")
-    real = table[table.part == "lock-free"]
-    positions = {workers: index for index, workers in enumerate(REAL_WORKERS)}
-    for offset, column, color, label in (
-        (-0.1, "stale_pushes", COLORS[4], "fraction of pushes that are stale"),
-        (0.1, "staleness", COLORS[2], "updates behind, mean"),
+    for name, color, label in (
+        ("a2c_cartpole", COLORS[2], "A2C, 8 envs"),
+        ("a3c_cartpole", COLORS[4], "A3C, 2 workers"),
     ):
-        right.scatter(real.workers.map(positions) + offset, real[column], color=color, s=30, label=label)
-    right.set_xticks(range(len(REAL_WORKERS)), map(str, REAL_WORKERS))
-    right.set(xlabel="workers", title="Lock-free workers on two cores", ylim=(0, None))
-    right.legend()
+        steps, returns = align_curves(list(read_curves(HERE.parent / name).values()))
+        middle.plot(steps / 1000, np.median(returns, 0), color=color, label=label)
+        middle.fill_between(steps / 1000, returns.min(0), returns.max(0), color=color, alpha=0.2, linewidth=0)
+    middle.set(xlim=(0, 200), xlabel="thousands of env steps", ylabel="return", title="Stored results, 5 seeds")
+    middle.legend(loc="lower right")
+    by_workers = table[table.part == "lock-free"].groupby("workers")
+    labels = [str(workers) for workers in REAL_WORKERS]
+    right.bar(labels, by_workers.staleness.mean(), color=COLORS[4], width=0.5)
+    right.plot(labels, [workers - 1 for workers in REAL_WORKERS], "_", color=INK, markersize=60, label="workers - 1")
+    for index, fraction in enumerate(by_workers.stale_pushes.mean()):
+        right.text(index, 0.1, f"{fraction:.0%} of\npushes stale", ha="center", color="white", fontsize=9)
+    right.set(xlabel="lock-free workers", ylabel="updates behind, mean", title="Staleness on two cores", ylim=(0, 3.6))
+    right.legend(loc="upper left", handletextpad=1.5, markerscale=0.3)
     save(figure, "staleness")

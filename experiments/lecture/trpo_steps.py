@@ -1,4 +1,4 @@
-"""TRPO's steps during training: predicted and true KL, gain of the surrogate, and the residual of conjugate gradient."""
+"""TRPO's steps during training: predicted and true KL, gain of the surrogate, residual of conjugate gradient."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ from levin.algorithms.trpo import conjugate_gradient
 from levin.nn.parameters import assign_parameters
 
 WORDS = ["env=cartpole", "algo=trpo"]
-ITERATIONS, EARLY, LATE = 50, 2, 49
+ITERATIONS, EARLY, LATE = 40, 2, 39
 CG_ITERATIONS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 25)
 DAMPINGS = (1e-3, 1e-1)
 
@@ -73,13 +73,23 @@ def draw() -> None:
     """Draw the KL of the steps, predicted and true gain, and the residuals."""
     table = read("trpo_steps")
     figure, (left, middle, right) = panels(3, width=12, height=4)
-    kinds = {"kl_of_full_step": "full step", "kl": "step taken", "kl_of_new_states": "step taken, states of the new policy"}
+    kinds = {
+        "kl_of_full_step": "full step",
+        "kl": "step taken",
+        "kl_of_new_states": "step taken, states of the new policy",
+    }
     for (kind, label), color in zip(kinds.items(), (COLORS[1], COLORS[0], COLORS[2]), strict=True):
         rows = table[table.kind == kind]
         left.scatter((rows.iteration + 1) * 1.024, rows.value, s=9, color=color, alpha=0.75, label=label)
     left.axhline(0.01, color=INK, linewidth=0.9, linestyle=":")
     left.text(1, 0.0103, r"predicted: $\delta = 0.01$", fontsize=8, color=INK)
-    left.set(yscale="log", xlabel="thousands of env steps", ylabel="KL, nats", title="KL of each step, 3 seeds")
+    left.set(
+        yscale="log",
+        xlabel="thousands of env steps",
+        ylabel="KL, nats",
+        ylim=(2e-4, 0.2),
+        title="KL of each step, 3 seeds",
+    )
     left.legend(fontsize=8, loc="lower left")
 
     by_step = table[table.cg_iterations.isna()].pivot(index=["seed", "iteration"], columns="kind", values="value")
@@ -89,7 +99,9 @@ def draw() -> None:
         ((tried > 1) & (tried <= 10), COLORS[1], "shrunk by the line search"),
     ):
         some = by_step[condition]
-        middle.scatter(some.predicted_gain, some.surrogate, s=12, color=color, alpha=0.8, label=f"{label} ({len(some)})")
+        middle.scatter(
+            some.predicted_gain, some.surrogate, s=12, color=color, alpha=0.8, label=f"{label} ({len(some)})"
+        )
     limits = np.array([by_step.predicted_gain.min(), by_step.predicted_gain.max()])
     middle.plot(limits, limits, color=INK, linewidth=0.9, linestyle=":")
     middle.set(xlabel="gain predicted for the full step, $g^T s$", ylabel=r"gain of the step taken, $E[(\rho - 1) A]$")
@@ -102,8 +114,10 @@ def draw() -> None:
             by_count = rows.groupby("cg_iterations").value
             label = f"{'early' if iteration == EARLY else 'late'}, damping {damping:g}"
             right.plot(by_count.median().index, by_count.median(), style, color=color, label=label)
-            right.fill_between(by_count.median().index, by_count.min(), by_count.max(), color=color, alpha=0.15, linewidth=0)
+            right.fill_between(
+                by_count.median().index, by_count.min(), by_count.max(), color=color, alpha=0.15, linewidth=0
+            )
     right.set(yscale="log", xlabel="iterations of conjugate gradient", ylabel=r"$|F x - g| \, / \, |g|$")
-    right.set(title="Residual")
+    right.set(ylim=(1e-6, 2), title="Residual")
     right.legend(fontsize=8)
     save(figure, "trpo_steps")
