@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE, BRANCH = "levin", "template"
-KEEPS_NAME = ("LICENSE", "CITATION.cff", "scripts/new.py", "tests/scripts/test_new.py")  # say where it comes from
+KEEPS_NAME = ("LICENSE", "scripts/new.py", "tests/scripts/test_new.py")  # say where it comes from
 RUFF = (sys.executable, "-m", "ruff", "--quiet")
 
 
