@@ -12,8 +12,8 @@ endif
 
 PYTHON ?= python3
 BIN := .venv/bin
-# `uv sync` makes a .venv without pip. Both read requirements.lock (uv through uv.toml).
-PIP = $(if $(wildcard $(BIN)/pip),$(BIN)/python -m pip --disable-pip-version-check install,uv pip install --python $(BIN)/python) --quiet --constraint requirements.lock
+# `uv sync` makes a .venv without pip. Both read the same versions (uv also from uv.toml).
+pip_or_uv := if test -x $(BIN)/pip; then set -- $(BIN)/python -m pip --disable-pip-version-check install; else set -- uv pip install --python $(BIN)/python; fi; "$$@" --quiet --constraint requirements.lock --editable
 
 # quote: a text as one single-quoted shell word. typed: the same for the value of a variable. Neither is expanded.
 quote = '$(subst ','\'',$1)'
@@ -56,11 +56,11 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 .venv/.core: pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (some minutes, once)"
-	$(PIP) --editable .
+	$(pip_or_uv) .
 	@touch $@
 
 .venv/.%: .venv/.core
-	$(PIP) --editable '.[$*]'
+	$(pip_or_uv) '.[$*]'
 	@touch $@
 
 train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [NAME=wide] [ARGS="algo.gamma=0.98"]
