@@ -56,11 +56,12 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 .venv/.core: pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (some minutes, once)"
-	$(pip_or_uv) .
+	@$(pip_or_uv) .
 	@touch $@
 
 .venv/.%: .venv/.core
-	$(pip_or_uv) '.[$*]'
+	@echo "installing the extra $*"
+	@$(pip_or_uv) '.[$*]'
 	@touch $@
 
 train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [NAME=wide] [ARGS="algo.gamma=0.98"]
