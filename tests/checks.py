@@ -334,6 +334,7 @@ def exported_files_act_alike(row: Row, tmp_path: Path) -> None:
     for kind, load in (("onnx", package.load_onnx), ("torch", package.load_torch)):
         path, checked = package.package(run, kind, seed=1, steps=100)
         assert checked["largest_difference"] <= package.TOLERANCE
+        assert checked["own_memory_difference"] <= package.TOLERANCE
         graph = PolicyGraph(Policy.load(run))
         inputs = [each.numpy() for each in graph.example(3)]
         assert all(len(output) == 3 for output in load(path)(inputs))

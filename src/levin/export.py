@@ -39,15 +39,19 @@ def export_run(
         RunError: The actions differ.
     """
     check_has_policy(run)
-    from levin.deploy.package import package  # late: a command that is mistyped is refused before torch is imported
+    from levin.deploy.package import (
+        TOLERANCE,
+        package,
+    )  # late: a command that is mistyped is refused before torch is imported
 
     silence_libraries()
     with trusted(trust):
         path, checked = package(Path(run), format, seed=seed, steps=steps)
+    own = checked["own_memory_difference"]
     print(
         f"{path}: {path.stat().st_size / 1000:,.0f} kB, {checked['microseconds']:.0f} us per action (levin.load: "
         f"{checked['reference_microseconds']:.0f}), largest difference {checked['largest_difference']:.1g} in "
-        f"{checked['steps']:,.0f} steps"
+        f"{checked['steps']:,.0f} steps" + (f", {own:.1g} with its own memory" if own > TOLERANCE else "")
     )
     return path
 

@@ -28,6 +28,7 @@ class PolicyGraph(nn.Module):
     Attributes:
         observations: Name -> space of each part of an observation.
         memory: Name -> shape of each tensor of the memory, without N; all zeros before the first step.
+        memory_paths: Name -> path of each tensor of the memory in the policy's module.
 
     Raises:
         ConfigError: The policy has a memory that is not in buffers `[N, *]` of its modules.
@@ -41,7 +42,8 @@ class PolicyGraph(nn.Module):
         self.paths = dict(zip(self.observations, paths, strict=True))
         self.space, self.read = policy.env["observation"], policy.network_input
         self.has_memory = IS_FIRST in policy.policy.in_keys
-        self.slots = self._find_memory(policy) if self.has_memory else {}
+        self.memory_paths = self._find_memory(policy) if self.has_memory else {}
+        self.slots = {name: _owner(policy.module, path) for name, path in self.memory_paths.items()}
         self.memory = {name: tuple(module.get_buffer(key).shape[1:]) for name, (module, key) in self.slots.items()}
         for module, key in self.slots.values():
             # Export refuses to assign to buffers, while a plain attribute is only a value between two operations.
@@ -96,8 +98,8 @@ class PolicyGraph(nn.Module):
         return [make(num, *each["shape"], dtype=DTYPES[each["dtype"]]) for make, each in zip(fill, spaces, strict=True)]
 
     @torch.no_grad()
-    def _find_memory(self, policy: Policy) -> dict[str, tuple[nn.Module, str]]:
-        """Return the buffers that a step of two envs changes: name -> (module, name in the module)."""
+    def _find_memory(self, policy: Policy) -> dict[str, str]:
+        """Return the buffers that a step of two envs changes: name -> path in the policy's module."""
         given = dict(zip(self.observations, self._empty_observation(2), strict=True))
         before = dict(policy.module.named_buffers())
         act(policy.policy, self._network_input(given), np.ones(2, dtype=bool))
@@ -107,8 +109,7 @@ class PolicyGraph(nn.Module):
                 f"{type(policy.algorithm).__name__} can't be exported: the memory of its policy must be in buffers "
                 "[N, *] that every step replaces"
             )
-        owners = {name: name.rpartition(".") for name in changed}
-        return {f"memory_{key}": (policy.module.get_submodule(owner), key) for owner, _, key in owners.values()}
+        return {f"memory_{path.rpartition('.')[2]}": path for path in changed}
 
     def _network_input(self, given: dict[str, Tensor]) -> Any:
         """Return the input of the networks, from the parts of an observation by their names."""
@@ -125,6 +126,12 @@ class PolicyGraph(nn.Module):
                 inner = inner.setdefault(step, {})
             inner[path[-1]] = given[name]
         return nested
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the module that a buffer belongs to, and the buffer's name in it."""
+    owner, _, key = path.rpartition(".")
+    return module.get_submodule(owner), key
 
 
 def _to_dtypes(space: Space, batch: Any) -> Any:

@@ -177,34 +177,43 @@ def load_torch(path: Path) -> Function:
 def compare(function: Function, graph: PolicyGraph, reference: Policy, env: Any, steps: int) -> dict[str, float]:
     """Play an episode with `levin.load`, and compare the actions of the exported policy on the same observations.
 
-    The exported policy carries its own memory. Times are medians of single actions.
+    With a memory, each step is compared twice: after the memory of `levin.load`, and after the exported policy's own,
+    in which differences by rounding may grow from step to step.
 
     Returns:
-        `largest_difference` of an action, `steps`, and `microseconds` and `reference_microseconds` per action.
+        `largest_difference` of the action of one step; `own_memory_difference`, the same with its own memory; `steps`;
+        and `microseconds` and `reference_microseconds`, the median times of an action.
     """
     env.read = recorder = Recorder(env.shown)
     env.to_env = np.asarray  # `levin.load` returns actions in the env's units
-    first = np.ones(1, dtype=bool)
+    first, done = np.ones(1, dtype=bool), False
     env.begin([0], first)
-    memory = [np.zeros((1, *shape), np.float32) for shape in graph.memory.values()]
-    differences, times, reference_times = [], [], []
-    done = False
+    own = given = [np.zeros((1, *shape), np.float32) for shape in graph.memory.values()]
+    differences, own_differences, times, reference_times = [], [], [], []
     while not done and len(differences) < steps:
+        inputs = [*graph.split(recorder.raw), *([first[:, None]] if graph.has_memory else [])]
         begun = perf_counter()
         expected = reference(recorder.raw, first)
         reference_times.append(perf_counter() - begun)
         begun = perf_counter()
-        actual, *memory = function(
-            [*graph.split(recorder.raw), *([first[:, None]] if graph.has_memory else []), *memory]
-        )
+        actual, *own = function([*inputs, *own])
         times.append(perf_counter() - begun)
-        differences.append(float(np.abs(actual - expected).max()))
+        own_differences.append(_difference(actual, expected))
+        if graph.has_memory:
+            actual, *_ = function([*inputs, *given])
+            given = [reference.module.get_buffer(path).numpy().copy() for path in graph.memory_paths.values()]
+        differences.append(_difference(actual, expected))
         first = np.zeros(1, dtype=bool)
         _, _, terminated, truncated, _ = env.step(expected)
         done = bool((terminated | truncated).any())
     return {
         "largest_difference": max(differences),
+        "own_memory_difference": max(own_differences),
         "steps": len(differences),
         "microseconds": 1e6 * float(np.median(times)),
         "reference_microseconds": 1e6 * float(np.median(reference_times)),
     }
+
+
+def _difference(actual: NDArray, expected: NDArray) -> float:
+    return float(np.abs(actual.astype(float) - expected).max())
