@@ -54,6 +54,7 @@ help: ## Print this help
 setup: .venv/.dev ## Create .venv with the development tools; every other command installs what it needs
 
 .venv/.core: pyproject.toml requirements.lock
+	@if test -L .venv; then echo "levin: .venv is a link, and installing here would point it to this folder: remove the link" >&2; exit 2; fi
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (some minutes, once)"
 	@$(pip_or_uv) .

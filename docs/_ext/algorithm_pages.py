@@ -166,7 +166,7 @@ def configs(page: Page) -> Iterator[str]:
     yield f"The file also sets {', '.join(f'`{pair}`' for pair in [f'env={default_env}', *pairs])}."
     if page.tuned:
         envs = ", ".join(file.stem.removeprefix(f"{page.name}_") for file in page.tuned)
-        yield f"<details><summary>Values tuned for {len(page.tuned)} envs: {envs}</summary>"
+        yield f"<details><summary>Values for {len(page.tuned)} envs and families: {envs}</summary>"
         for file in page.tuned:
             yield f"`{file.relative_to(ROOT)}`\n\n```yaml\n{file.read_text().partition('global_')[2].strip()}\n```"
         yield "</details>"

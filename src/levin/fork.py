@@ -32,7 +32,7 @@ These commands train three seeds, plot them beside the runs of `{algo}`, which t
 
 - `algorithm.py`: the algorithm.
 - `algo/{name}.yaml`: its hyper-parameters. To add one, add a keyword argument to `__init__` and a line to this file.
-- `tuned/`: hyper-parameters for single envs, if `{algo}` has any.
+- `tuned/`: hyper-parameters for single envs and families of envs, if `{algo}` has any.
 - `tune/`: search spaces of `make tune ALGO={name}`.
 
 To report a result, start with `make pin EXP={name}_pendulum ALGO={name} ENV=pendulum`.
@@ -79,7 +79,8 @@ def fork(*, algo: str, name: str) -> Path:
         for file in (yamls[algo].parents[1] / group).glob(f"{algo}*.yaml"):
             env = file.stem.removeprefix(algo)
             # For sac, skips sac_discrete.yaml and sac_discrete_cartpole.yaml.
-            if not env or (paths.CONFIGS / "env" / f"{env.removeprefix('_')}.yaml").exists():
+            name_of = env.removeprefix("_")
+            if not env or any((paths.CONFIGS / kind / f"{name_of}.yaml").exists() for kind in ("env", "family")):
                 texts[f"{group}/{name}{env}.yaml"] = file.read_text()
     folder.mkdir()
     for path, content in texts.items():

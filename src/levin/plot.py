@@ -20,6 +20,7 @@ from levin.runs.load import load_config
 
 RETURN = "eval/return_mean"
 # Config keys and sections that the seeds of one curve need not have in common.
+MAX_VALUES = 4  # in a label
 NOT_COMPARED = (
     *("seed", "run", "name", "note", "logger", "log_every", "wandb_project", "upload", "checkpoint", "total_env_steps"),
     *("eval.every", "eval.at_start", "trainer.accelerator", "trainer.threads", "trainer.max_time", "collector_workers"),
@@ -157,7 +158,7 @@ def _config(run: Path) -> tuple[dict[str, str], str]:
 
 
 def _labelled(groups: list[Runs]) -> dict[str, Runs]:
-    """Return the groups by label: the name of their folder, and the values in which those of one name differ."""
+    """Return the groups by label: the name of their folder, and the values or runs by which those of it differ."""
     labels: dict[str, Runs] = {}
     for group in groups:
         label = group.folder.name
@@ -167,7 +168,10 @@ def _labelled(groups: list[Runs]) -> dict[str, Runs]:
         siblings = [each for each in groups if each.folder == group.folder]
         keys = sorted({key for each in siblings for key in each.config})
         differing = [key for key in keys if len({each.config.get(key) for each in siblings}) > 1]
-        label = ", ".join([label, *(f"{key.rpartition('.')[2]}={group.config.get(key)}" for key in differing)])
+        if len(differing) > MAX_VALUES:  # runs that have little in common but their folder
+            label = f"{label}/{', '.join(sorted(run.name for run in group.sources.values()))}"
+        else:
+            label = ", ".join([label, *(f"{key.rpartition('.')[2]}={group.config.get(key)}" for key in differing)])
         labels[label] = group
     return labels
 

@@ -141,9 +141,11 @@ class Tuning:
         keys = [*(word.lstrip("+").partition("=")[0] for word in self.words), *self.space]
         config = next(iter(configs[winner.name].values()))
         text = tuned.winner_text(config, keys, self.folder / BASE / TUNED, self._comments(winner, present))
-        print_line(tuned.write_winner(text, self.folder, tuned.tuned_path(*chosen_algo_and_env(self.words))))
+        path = tuned.tuned_path(*chosen_algo_and_env(self.words))
         if present is not None and present.result > winner.result:
-            print_line("levin: the values from before are better on the fresh seeds: keep those")
+            print_line("levin: the present values are better on the fresh seeds, and stay")
+            path = None
+        print_line(tuned.write_winner(text, self.folder, path))
         return True
 
     def _comments(self, winner: Any, present: Any) -> list[str]:

@@ -131,6 +131,15 @@ def test_a_fork_has_its_own_tuned_values(forks):
     assert compose(["algo=sac", "env=pendulum"]).algo.tau == 0.005
 
 
+def test_a_fork_copies_the_values_of_families_and_of_envs(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
+    names = {file.name for file in (fork(algo="ppo", name="mine") / "tuned").iterdir()}
+    assert {"mine_batched.yaml", "mine_atari.yaml", "mine_cartpole.yaml", "mine_cartpole_batched.yaml"} <= names
+    names = {file.name for file in (fork(algo="sac", name="other") / "tuned").iterdir()}
+    assert "other_batched.yaml" in names
+    assert not [name for name in names if "discrete" in name]
+
+
 @pytest.mark.parametrize("place", ["tuned/sac_hopper.yaml", "env/hopper.yaml", "debug_algo/smoke_mine.yaml"])
 def test_a_fork_with_other_configs_is_refused_and_changes_no_other_algorithm(forks, place):
     before = compose(["algo=sac", "env=hopper"])

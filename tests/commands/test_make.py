@@ -204,3 +204,15 @@ def test_the_help_fits_on_one_screen(checkout):
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 120
     assert [line for line in lines if line in ("Use", "Results", "Develop")] == ["Use", "Results", "Develop"]
+
+
+def test_nothing_is_installed_through_a_link(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "requirements.lock"):
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".venv").symlink_to("elsewhere")
+    answer = subprocess.run(["make", ".venv/.core"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert "levin: .venv is a link" in answer.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -115,6 +115,17 @@ def test_runs_of_two_configs_are_two_curves_that_name_the_difference(tmp_path):
     assert list(collect_runs(f"{tmp_path}/ppo/s0")) == ["ppo"]
 
 
+def test_runs_that_differ_in_most_values_have_their_own_names(tmp_path):
+    for number, name in enumerate(("first", "parking")):
+        write_run(tmp_path / name, [float(number)])
+        values = ", ".join(f"v{i}: {number}" for i in range(10))
+        (tmp_path / name / "config.yaml").write_text(
+            f"algo: {{_target_: levin.algorithms.ppo.PPO, {values}}}\nenv: {{id: x}}\nseed: 0\n"
+        )
+    labels = list(collect_runs(f"{tmp_path}/first {tmp_path}/parking"))
+    assert labels == [f"{tmp_path.name}/first", f"{tmp_path.name}/parking"]
+
+
 def test_a_seed_counts_once_and_its_longest_run_is_drawn(tmp_path, capsys):
     write_configured(tmp_path / "ppo" / "s0_early", [1.0, 2.0], 0)
     write_configured(tmp_path / "ppo" / "s0_late", [3.0, 4.0, 5.0], 0)

@@ -16,6 +16,7 @@ from levin.config.compose import compose
 from levin.core.errors import ConfigError, RunError
 from levin.core.paths import ROOT
 from levin.deploy import package
+from levin.deploy.card import read_score
 from levin.deploy.graph import PolicyGraph
 from levin.export import export_run, main
 from levin.runs.policy import Policy
@@ -108,6 +109,17 @@ def test_memory_outside_buffers_is_refused(tmp_path):
     policy.module.carry.begin = lambda is_first: torch.zeros(len(is_first), sum(policy.module.sizes))
     with pytest.raises(ConfigError, match="memory of its policy"):
         PolicyGraph(policy)
+
+
+def test_the_card_has_the_score_of_its_own_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", "env=pendulum")
+    assert "Mean return over 2 episodes" in read_score(run, 64)
+    assert read_score(run, 128) == ""
+    score = {"return_mean": -1.0, "return_std": 2.0, "episodes": 100, "env_steps": 32}
+    (run / "evaluation.json").write_text(json.dumps(score))
+    assert "2 episodes" in read_score(run, 64), "an evaluation of an older checkpoint is left out"
+    (run / "evaluation.json").write_text(json.dumps({**score, "env_steps": 64}))
+    assert "100 episodes: -1.0, 95% interval -1.4 to -0.6" in read_score(run, 64)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def write_card(folder: Path, name: str, run: Path, metadata: dict[str, Any], che
         f"# {metadata['algorithm']} in {metadata['env']}",
         "",
         f"Deterministic policy after {metadata['env_steps']:,} env steps of training, at commit "
-        f"{metadata['commit'] or 'unknown'}. {read_score(run)}",
+        f"{metadata['commit'] or 'unknown'}. {read_score(run, metadata['env_steps'])}",
         "",
         f"`{name}` takes observations as the env gives them and returns actions in the env's units; normalisation is "
         f"inside.{stacked} Over {checked['steps']:,.0f} steps of an episode, its actions differed from those of "
@@ -91,8 +91,8 @@ def _example(name: str, metadata: dict[str, Any]) -> str:
     return TORCH.format(inputs=", ".join(tensors))
 
 
-def read_score(run: Path) -> str:
-    """Return a sentence with the score of a run or a result, and its 95% interval; empty if there is none."""
+def read_score(run: Path, env_steps: int) -> str:
+    """Return a sentence with the score after these env steps and its 95% interval; empty if there is none."""
     summary, evaluation, metrics = run / "summary.json", run / "evaluation.json", run / "metrics.csv"
     if summary.is_file():
         result = json.loads(summary.read_text())
@@ -104,11 +104,12 @@ def read_score(run: Path) -> str:
         )
     if evaluation.is_file():
         score = json.loads(evaluation.read_text())
-        return _sentence(score["return_mean"], score["return_std"], score["episodes"])
+        if score["env_steps"] == env_steps:
+            return _sentence(score["return_mean"], score["return_std"], score["episodes"])
     if metrics.is_file():
         with metrics.open() as file:
             rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
-        if rows:
+        if rows and int(rows[-1]["env_steps"]) == env_steps:
             episodes = to_plain(load_config(run, runs=()).eval)["episodes"]
             return _sentence(float(rows[-1]["eval/return_mean"]), float(rows[-1]["eval/return_std"]), episodes)
     return ""

@@ -160,10 +160,15 @@ def _side_by_side(real: np.ndarray, dreamt: np.ndarray) -> list[np.ndarray]:
 def _render_frame(env: "SeededVectorEnv") -> np.ndarray:
     try:
         frame = env.render()[0]  # type: ignore[index]
-    except Exception as error:  # each rendering backend raises its own errors
-        backend = os.environ.get("MUJOCO_GL", "its default")
+    except NotImplementedError as error:
         raise ConfigError(
-            f"{env.config.id} can't be rendered with MUJOCO_GL={backend} ({str(error).splitlines()[0]}); "
+            f"{env.config.id} has no render method: to be recorded, it needs one that returns an array [H, W, 3] "
+            "(render_mode rgb_array)"
+        ) from error
+    except Exception as error:  # each rendering backend raises its own errors
+        backend, reason = os.environ.get("MUJOCO_GL", "its default"), str(error) or type(error).__name__
+        raise ConfigError(
+            f"{env.config.id} can't be rendered with MUJOCO_GL={backend} ({reason.splitlines()[0]}); "
             "without a display, install libegl1 and unset MUJOCO_GL"
         ) from error
     if not isinstance(frame, np.ndarray):
