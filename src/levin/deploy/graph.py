@@ -128,7 +128,7 @@ class PolicyGraph(nn.Module):
         return nested
 
 
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+def _owner(module: Any, path: str) -> tuple[nn.Module, str]:
     """Return the module that a buffer belongs to, and the buffer's name in it."""
     owner, _, key = path.rpartition(".")
     return module.get_submodule(owner), key
