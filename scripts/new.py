@@ -22,7 +22,7 @@ RUFF = (sys.executable, "-m", "ruff", "--quiet")
 
 
 class UsageError(Exception):
-    """What the user typed can't be done, and why."""
+    """Error in what the user typed: a sentence with the reason."""
 
 
 def git(*arguments: str, root: Path = ROOT) -> str:

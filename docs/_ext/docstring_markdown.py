@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 HEADER = re.compile(r"(Pseudocode|Deviations|Other deviations|Metrics|Args)\b.*:$")
 VERBATIM = re.compile(r"(`[^`]+`|\*\*[^*]+\*\*|https?://[^\s,)]*[\w/]|(?:arXiv|doi):[\w./-]*\w)")
@@ -66,8 +67,7 @@ def blocks(text: str) -> Iterator[str]:
             yield markdown(block)
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     """Return a Markdown table."""
-    rows = [list(row) for row in rows]
     head = list(header)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))

@@ -7,7 +7,6 @@ the page also works when it is opened as a file.
 
 import json
 import shutil
-from collections.abc import Iterable
 from functools import cache
 from html import escape
 from importlib import resources
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from docstring_markdown import table
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.builders import Builder
@@ -109,15 +109,13 @@ def page_text(result: Result) -> str:
         seconds = summary["wall_seconds"]
         rows = zip(summary["seeds"], scores, seconds, strict=True)
         parts.append(
-            markdown_table(
-                ("seed", "score", "minutes"), ((seed, f"{score:.1f}", f"{s / 60:.0f}") for seed, score, s in rows)
-            )
+            table(("seed", "score", "minutes"), ((seed, f"{score:.1f}", f"{s / 60:.0f}") for seed, score, s in rows))
         )
     parts.append(f"Required: {reference.gate:g} ({reference.gate_from}). Uniform actions: {reference.random_return:g}.")
     parts.append("## Published numbers")
     rows = ((each.number, link_source(each), each.metric) for each in reference.published)
     parts.append(
-        markdown_table(("return", "source", "measured by"), rows)
+        table(("return", "source", "measured by"), rows)
         if reference.published
         else "There is no published number for this algorithm, env and number of env steps."
     )
@@ -143,13 +141,6 @@ def link_source(published: Published) -> str:
     """Return the source of a published number, as a Markdown link where it has an address."""
     label, address = source_label(published), source_address(published)
     return f"{label}: {published.source}" if address is None else f"[{label}]({address})"
-
-
-def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Return a Markdown table."""
-    headings = list(headings)
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def write_pages(app: Sphinx) -> None:

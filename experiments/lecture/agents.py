@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from levin.collectors.loader import CollectorLoader
@@ -30,6 +31,21 @@ def iterate(algorithm: Any, loader: CollectorLoader) -> None:
     rollout = next(loader)
     algorithm.on_train_batch_start(rollout, 0)
     algorithm.training_step(rollout, 0)
+
+
+def policy_gradient(algorithm: Any, rollout: TensorDict) -> tuple[Any, ...]:
+    """Return what a step of TRPO begins with, at the policy that has collected a rollout.
+
+    Returns:
+        The batch, its features, the distribution of the actions without gradients, the gradient of the surrogate, and
+        the product of the Fisher matrix with a vector.
+    """
+    batch = algorithm.advantages(rollout)
+    features = algorithm.trunk(batch["observation"])
+    new = algorithm.actor(features)
+    old = new.detach()
+    gradient = algorithm.flat_gradient(algorithm.surrogate(batch, new, old))
+    return batch, features, old, gradient, algorithm.fisher_vector_product(old.kl(new).mean())
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """Look of the lecture's figures: transparent, and readable on a light and on a dark page."""
 
-import csv
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from levin.lab.pictures import read_csv
 
 HERE = Path(__file__).parent
 INK = "#808488"  # of text and axes: enough contrast with white and with black
@@ -41,5 +42,4 @@ def save(figure: Figure, name: str) -> None:
 
 def read(name: str) -> list[dict[str, str]]:
     """Return the rows of `<name>.csv` beside this file."""
-    with (HERE / f"{name}.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read_csv(HERE / f"{name}.csv")

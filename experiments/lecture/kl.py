@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiments.lecture.agents import SEEDS, build, iterate, read, write
+from experiments.lecture.agents import SEEDS, build, iterate, policy_gradient, read, write
 from experiments.lecture.drawing import COLORS, INK, panels, save
 from tensordict import TensorDict
 from torch import Tensor
@@ -40,12 +40,7 @@ def measure() -> None:
 
 def directions(algorithm: Any, rollout: TensorDict) -> list[dict[str, Any]]:
     """Steps of several lengths along the policy gradient, and along the natural gradient."""
-    batch = algorithm.advantages(rollout)
-    features = algorithm.trunk(batch["observation"])
-    new = algorithm.actor(features)
-    old = new.detach()
-    gradient = algorithm.flat_gradient(algorithm.surrogate(batch, new, old))
-    product = algorithm.fisher_vector_product(old.kl(new).mean())
+    batch, _, old, gradient, product = policy_gradient(algorithm, rollout)
     natural = conjugate_gradient(product, gradient, algorithm.cg_iterations)[0]
     start = parameters_to_vector(algorithm.actor_parameters).detach()
     rows = []

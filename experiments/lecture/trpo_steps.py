@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiments.lecture.agents import SEEDS, build, read, write
+from experiments.lecture.agents import SEEDS, build, policy_gradient, read, write
 from experiments.lecture.drawing import COLORS, INK, panels, save
 from torch.nn.utils import parameters_to_vector
 
@@ -43,12 +43,7 @@ def measure() -> None:
 
 def measure_step(algorithm: Any, rollout: Any, *, residuals: bool) -> list[dict[str, Any]]:
     """Measure the step before the line search: its KL, its gain to first order, and residuals of conjugate gradient."""
-    batch = algorithm.advantages(rollout)
-    features = algorithm.trunk(batch["observation"])
-    new = algorithm.actor(features)
-    old = new.detach()
-    gradient = algorithm.flat_gradient(algorithm.surrogate(batch, new, old))
-    product = algorithm.fisher_vector_product(old.kl(new).mean())
+    _, features, old, gradient, product = policy_gradient(algorithm, rollout)
     direction, _ = conjugate_gradient(product, gradient, algorithm.cg_iterations)
     rows: list[dict[str, Any]] = []
     damping = algorithm.cg_damping

@@ -1,12 +1,11 @@
 """Write the policy of a run as a file that needs no Levin: `python -m levin.export run=... format=onnx`."""
 
 from pathlib import Path
-from typing import Literal
 
 from levin.config import cli
 from levin.core.errors import exit_on_user_error
 from levin.core.process import share_cores, silence_libraries
-from levin.core.types import NonNegativeInt, PositiveInt
+from levin.core.types import NonNegativeInt, PolicyFormat, PositiveInt
 from levin.runs.load import check_has_policy
 from levin.runs.trust import trusted
 
@@ -14,7 +13,7 @@ from levin.runs.trust import trusted
 def export_run(
     *,
     run: str,
-    format: Literal["onnx", "torch"] = "onnx",  # noqa: A002
+    format: PolicyFormat = "onnx",  # noqa: A002
     seed: NonNegativeInt = 1,
     steps: PositiveInt = 1000,
     trust: bool = False,

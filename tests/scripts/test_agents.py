@@ -1,8 +1,6 @@
 """scripts/agents.py: animations of stored policies."""
 
-import importlib.util
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +8,13 @@ from PIL import Image
 
 from levin.core import paths
 from levin.core.errors import ConfigError
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "agents.py"
+from script_modules import load_script
 
 
 @pytest.fixture(scope="module")
 def agents():
     """Load scripts/agents.py as a module."""
-    spec = importlib.util.spec_from_file_location("agents", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("agents")
 
 
 def noise(count):

@@ -1,13 +1,8 @@
 """The issue that the weekly job opens says which versions changed and which tests failed."""
 
-from importlib.util import module_from_spec, spec_from_file_location
+from script_modules import load_script
 
-from levin.core.paths import ROOT
-
-spec = spec_from_file_location("broken_versions", ROOT / "scripts/broken_versions.py")
-assert spec is not None and spec.loader is not None  # noqa: PT018
-broken_versions = module_from_spec(spec)
-spec.loader.exec_module(broken_versions)
+broken_versions = load_script("broken_versions")
 LOCKED = "# comment\ntorch==2.13.0\nPyYAML==6.0.3\nshimmy==2.0.0\nsame_one==1.0\n"
 INSTALLED = "torch==2.14.1+cpu\npyyaml==6.0.4\nsame-one==1.0\nnew==1.0\n"
 

@@ -1,22 +1,17 @@
 """scripts/proof.py: comparison of values, measurement of speed, and the stored results that it names."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "proof.py"
+from script_modules import load_script
 
 
 @pytest.fixture(scope="module")
 def proof():
     """Load scripts/proof.py as a module."""
-    spec = importlib.util.spec_from_file_location("proof", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("proof")
 
 
 ONE = torch.ones(2, 3)

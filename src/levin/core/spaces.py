@@ -275,14 +275,13 @@ class NetworkInput:
         if self.is_identity:
             return observation
         converted = {
-            name: _to_channel_first(_select_part(observation, path), leaf)
-            for name, (path, leaf) in self._images.items()
+            name: _to_channel_first(select_part(observation, path), leaf) for name, (path, leaf) in self._images.items()
         }
         if self._numbers:
-            flat = [_flatten(_select_part(observation, path), leaf) for path, leaf in self._numbers]
+            flat = [_flatten(select_part(observation, path), leaf) for path, leaf in self._numbers]
             converted[VECTOR] = np.concatenate(flat, axis=-1, dtype=np.float32, casting="unsafe")
         if self.mask:
-            converted[ACTION_MASK] = _to_mask(_select_part(observation, self.mask))
+            converted[ACTION_MASK] = _to_mask(select_part(observation, self.mask))
         return converted if len(converted) > 1 else next(iter(converted.values()))
 
     def tensors(self, observation: Any) -> Any:
@@ -316,7 +315,7 @@ def leaves(space: Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
         yield from leaves(part, (*path, name))
 
 
-def _select_part(observation: Any, path: tuple[str, ...]) -> np.ndarray:
+def select_part(observation: Any, path: tuple[str, ...]) -> np.ndarray:
     """Return the part of an observation at a path."""
     for name in path:
         observation = observation[int(name)] if isinstance(observation, tuple) else observation[name]
@@ -423,7 +422,7 @@ def to_tensors(space: Space, observation: Any, device: torch.device | None = Non
 def is_unbatched(space: Space, observation: Any) -> bool:
     """Return whether this is a single observation of an observation space, not a batch."""
     path, leaf = next(leaves(space))
-    return _select_part(observation, path).ndim == len(leaf["shape"])
+    return select_part(observation, path).ndim == len(leaf["shape"])
 
 
 def unsqueeze(observation: Any) -> Any:
@@ -464,9 +463,10 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
 
 
 def tensor_action_converter(space: Space, units: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return `action_converter` for tensors on a device; the first value of discrete actions must be 0."""
+    """Return `action_converter` for tensors on a device."""
     if space["type"] != "box":
-        return lambda actions: actions
+        first = torch.tensor(space.get("starts", space["start"]), device=device)
+        return (lambda actions: actions + first) if first.any() else (lambda actions: actions)
     dtype = getattr(torch, space["dtype"])
     low, high = (
         torch.tensor(space[bound], dtype=dtype, device=device).reshape(space["shape"])  # type: ignore[literal-required]

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "linear"]
+PolicyFormat = Literal["onnx", "torch"]
 OptimizerName = Literal["adam", "rmsprop", "sgd"]
 Activation = Literal["relu", "tanh", "elu", "silu"]
 VectorNetwork = Literal["mlp", "layer_norm", "simba", "resnet"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from levin.core.errors import ConfigError
-from levin.core.spaces import IS_FIRST, Space, leaves, tensor_action_converter
+from levin.core.spaces import IS_FIRST, Space, leaves, select_part, tensor_action_converter
 from levin.data.rollout import act
 from levin.runs.policy import Policy
 
@@ -49,10 +49,7 @@ class PolicyGraph(nn.Module):
             # Export refuses to assign to buffers, while a plain attribute is only a value between two operations.
             delattr(module, key)
         self.module = policy.module
-        action = policy.env["action"]
-        self.to_env = tensor_action_converter(action, policy.env["action_units"], torch.device("cpu"))
-        first = torch.tensor(action.get("starts", action["start"]) if action["type"] != "box" else 0)
-        self.first_action = first if first.any() else None
+        self.to_env = tensor_action_converter(policy.env["action"], policy.env["action_units"], torch.device("cpu"))
 
     @property
     def input_names(self) -> list[str]:
@@ -65,12 +62,10 @@ class PolicyGraph(nn.Module):
         return [ACTION, *(f"next_{name}" for name in self.memory)]
 
     def example(self, num: int) -> tuple[Tensor, ...]:
-        """Return inputs with zeros for N = `num`, at the beginning of an episode."""
-        observation = [
-            torch.zeros(num, *each["shape"], dtype=DTYPES[each["dtype"]]) for each in self.observations.values()
-        ]
+        """Return inputs for N = `num` at the beginning of an episode: zeros, with masks that allow all actions."""
         is_first = [torch.ones(num, 1, dtype=torch.bool)] if self.has_memory else []
-        return (*observation, *is_first, *(torch.zeros(num, *shape) for shape in self.memory.values()))
+        memory = [torch.zeros(num, *shape) for shape in self.memory.values()]
+        return (*self._empty_observation(num), *is_first, *memory)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.input_names, inputs, strict=True))
@@ -78,18 +73,14 @@ class PolicyGraph(nn.Module):
             setattr(module, key, given[name])
         batch = self._network_input(given)
         action = self.module(batch, given[IS_FIRST]) if self.has_memory else self.module(batch)
-        action = self.to_env(action) if self.first_action is None else action + self.first_action
-        return action, *(getattr(module, key) for module, key in self.slots.values())
+        return self.to_env(action), *(getattr(module, key) for module, key in self.slots.values())
 
     def split(self, observation: Any) -> list[np.ndarray]:
         """Return the parts `[N, *S]` of a batch of the env's observations, in the order of the inputs."""
-        parts = []
-        for name, path in self.paths.items():
-            part = observation
-            for step in path:
-                part = part[int(step)] if isinstance(part, tuple) else part[step]
-            parts.append(np.ascontiguousarray(part, dtype=self.observations[name]["dtype"]))
-        return parts
+        return [
+            np.ascontiguousarray(select_part(observation, path), dtype=self.observations[name]["dtype"])
+            for name, path in self.paths.items()
+        ]
 
     def _empty_observation(self, num: int) -> list[Tensor]:
         """Return the parts of N observations of zeros, with masks that allow all actions."""

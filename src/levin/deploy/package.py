@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from levin.core import files, paths
 from levin.core.errors import ConfigError, RunError
 from levin.core.spaces import NetworkInput
+from levin.core.types import PolicyFormat
 from levin.deploy.card import write_card
 from levin.deploy.graph import PolicyGraph
 from levin.envs.config import EVALUATION
@@ -28,7 +29,6 @@ from levin.runs.folder import read_provenance as read_run
 from levin.runs.load import load_config
 from levin.runs.policy import Policy
 
-Format = Literal["onnx", "torch"]
 NAMES = {"onnx": "policy.onnx", "torch": "policy.pt2"}
 TOLERANCE = 1e-5  # largest difference of an action from that of `levin.load`
 METADATA = "metadata.json"
@@ -46,7 +46,7 @@ class Recorder(NetworkInput):
         return super().__call__(observation)
 
 
-def package(run: Path, format: Format, *, seed: int, steps: int) -> tuple[Path, dict[str, float]]:  # noqa: A002
+def package(run: Path, format: PolicyFormat, *, seed: int, steps: int) -> tuple[Path, dict[str, float]]:  # noqa: A002
     """Write the policy of a run and its card, check it over an episode, and return its path and `compare`'s outcome.
 
     Raises:
