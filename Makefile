@@ -3,6 +3,8 @@
 VARIABLES := ALGO ENV SEED SEEDS STEPS RUN RUNS ARGS EPISODES WHAT EXP NAME NOTE STORE JOBS CHECK BASE TRUST TRIALS SEEDS_PER_TRIAL RETRAIN SHOW FORMAT
 $(foreach v,$(VARIABLES),$(if $(filter environment%,$(origin $(v))),$(eval override $(v) :=)))
 unexport $(VARIABLES)
+# make would also hand them to the make of a script or a test, in MAKEFLAGS.
+MAKEOVERRIDES :=
 
 # A variable that is misspelt on the command line would be ignored.
 unknown := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$(filter-out $(VARIABLES) PYTHON,$v))))

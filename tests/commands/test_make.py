@@ -172,6 +172,14 @@ def test_seeds_are_passed_on_as_typed(given, expected, checkout):
     assert recorded_arguments(checkout) == [["-m", "levin.train", "algo=sac", *expected]]
 
 
+def test_another_make_started_by_a_command_gets_no_variables(checkout):
+    (checkout / ".venv" / "bin" / "python").write_text('#!/bin/sh\necho "flags: $MAKEFLAGS"\n')
+    answer = run_make(checkout, "train", "ARGS=algo.tau=.1", "SEED=3")  # as the tests do in `make test ARGS=...`
+    (flags,) = (line for line in answer.stdout.splitlines() if line.startswith("flags:"))
+    assert "tau" not in flags
+    assert "SEED" not in flags
+
+
 def test_make_tune_passes_its_words_on(checkout):
     for extra in ("report", "tune"):
         (checkout / ".venv" / f".{extra}").touch()

@@ -394,4 +394,4 @@ def test_two_algorithms_on_one_task_are_compared(repository):
     assert (names, tasks, probability) == (["SAC", "MyIdea"], 1, 1.0)
     assert interval.tolist() == [1, 1]
     figures.draw_aggregate([first, second])
-    assert imageio.v3.imread(repository / "experiments" / "aggregate.png").shape[1] == 3 * 750
+    assert imageio.v3.imread(repository / "experiments" / "aggregate.png").shape[1] == 1500

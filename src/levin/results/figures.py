@@ -2,8 +2,8 @@
 
 import hashlib
 import textwrap
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,22 @@ from levin.results.curves import CURVES, TRAINING, Curve, align_curves
 from levin.results.result import PICTURE, Result, file_fingerprints
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 AGGREGATE = "aggregate.png"
-DRAWING = "3"  # version of the drawing code: change it to have all figures redrawn
+DRAWING = "4"  # version of the drawing code: change it to have all figures redrawn
+
+# Number of each algorithm's colour in matplotlib's tab20: related algorithms have two shades of one colour.
+COLOR_NUMBERS = {
+    "A2C": 0, "A3C": 1, "DDPG": 2, "WorldModels": 3, "DQN": 4, "SACDiscrete": 5, "PPO": 6, "RecurrentPPO": 7,
+    "TRPO": 8, "REINFORCE": 10, "ActorCritic": 11, "TQC": 12, "CrossQ": 13, "Dreamer": 14, "DreamerV3": 15,
+    "TD3": 16, "SAC": 18,
+}  # fmt: skip
+
+Color = tuple[float, float, float]
 
 
 def expected_figures(results: list[Result]) -> Iterator[tuple[Path, str, Callable[[], None]]]:
@@ -61,12 +72,12 @@ def draw_result(result: Result) -> None:
     """Draw the learning curve of a result with the published numbers."""
     figure, axes = new_figure()
     curves = result.evaluations if result.reference.metric == "evaluations" else result.training
-    draw_line(
-        axes, f"{result.algorithm}: IQM, 95% interval, each of {len(curves)} seeds", list(curves.values()), single=True
-    )
+    label = f"{result.algorithm}: IQM, 95% interval, each of {len(curves)} seeds"
+    (color,) = algorithm_colors([result.algorithm]).values()
+    draw_line(axes, label, list(curves.values()), single=True, color=color)
     if result.source:
         own = f"{result.reference.source_run.family}, run here: {len(result.source)} seeds"  # type: ignore[union-attr]
-        draw_line(axes, plain(own), list(result.source.values()), single=True)
+        draw_line(axes, plain(own), list(result.source.values()), single=True, color="dimgray")
     if result.reference.metric != "evaluations":
         axes.set_ylabel("training return")
     for published, color in zip(
@@ -92,43 +103,71 @@ def draw_aggregate(results: list[Result]) -> None:
         if result.evaluations and result.reference.published:  # the normalised return needs a published number
             by_algorithm.setdefault(result.algorithm, []).append(result)
     compared = list(algorithm_pairs(by_algorithm))
-    figure, axes = new_figure(3 if compared else 2, height=5.5)
-    colors = dict(zip(by_algorithm, algorithm_colors(), strict=False))
-    efficiency, end, *improvement = axes  # type: ignore[misc]
+    colors = algorithm_colors(by_algorithm)
+    figure, axes = _new_aggregate(improvement=bool(compared))
+    efficiency, end = axes["efficiency"], axes["end"]
     for i, (name, own) in enumerate(by_algorithm.items()):
         _draw_efficiency(efficiency, name, own, colors[name])
         _draw_end(end, i, own, colors[name])
-    efficiency.set(xlabel="share of the env steps", ylabel="normalised return", title="IQM of the results")
-    efficiency.legend(frameon=False, fontsize=7, ncols=2)
-    end.axvline(1, color="gray", linestyle=":", label="published mean, of each result's own source")
-    end.set(xlabel="0: uniform actions, 1: published", title="At the end (number of results)")
+    efficiency.axhline(1, color="gray", linestyle=":")
+    efficiency.set(
+        xlabel="share of the env steps",
+        ylabel="normalised return",
+        title="Interquartile mean (IQM) over all results of an algorithm",
+    )
+    lines = {line.get_label(): line for line in efficiency.get_lines()}
+    legend = {str(name): lines[name] for name in sorted(by_algorithm, key=lambda name: -lines[name].get_ydata()[-1])}
+    efficiency.legend(
+        legend.values(), legend, frameon=False, fontsize=11, loc="center left", bbox_to_anchor=(1, 0.5),
+        title="by their end",
+    )  # fmt: skip
+    end.axvline(1, color="gray", linestyle=":")
+    end.set(xlabel="normalised: 0 is uniform actions, 1 published", title="At the end (number of results)")
     end.margins(x=0.05)
     end.set_xlim(left=min(0, end.get_xlim()[0]))
     end.set_yticks(range(len(by_algorithm)), [f"{name} ({len(own)})" for name, own in by_algorithm.items()])
     end.set_ylim(-0.6, len(by_algorithm) - 0.4)
     handles = dict(zip(*reversed(end.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
-    for axis in improvement:
-        for i, (first, _, _, probability, interval) in enumerate(compared):
-            axis.barh(i, interval[1] - interval[0], left=interval[0], color=colors[first], alpha=0.4, height=0.5)
-            axis.plot([probability] * 2, [i - 0.25, i + 0.25], color=colors[first], linewidth=3)
-        labels = [f"{first} > {second} ({count})" for first, second, count, *_ in compared]
-        axis.set_yticks(range(len(labels)), labels)
-        axis.axvline(0.5, color="gray", linestyle=":")
-        axis.set(xlim=(0, 1), title="P(the first is better) on one task (tasks)", xlabel="colour: the first")
-    figure.suptitle(plain(textwrap.fill(describe_missing(results), 180)), fontsize=8, color="gray")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+    if compared:
+        _draw_improvement(axes["improvement"], compared, colors)
+    figure.suptitle(plain(textwrap.fill(describe_missing(results), 110)), fontsize=10, color="gray")
     save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
 
 
-def _draw_efficiency(axes: "Axes", name: str, own: list[Result], color: str) -> None:
+def _new_aggregate(*, improvement: bool) -> "tuple[Figure, dict[str, Axes]]":
+    """Return a figure that can be read at the width of a page, and its axes by name."""
+    rows = [["efficiency", "efficiency"], ["end", "improvement" if improvement else "end"]]
+    figure, axes = _pyplot().subplot_mosaic(rows, figsize=(10, 9.5), height_ratios=[4, 5], layout="constrained")
+    for each in axes.values():
+        _plain_frame(each)
+    return figure, axes
+
+
+def _draw_improvement(axes: "Axes", compared: list[tuple], colors: dict[str, Color]) -> None:
+    """Draw for each two algorithms with shared tasks the probability that the first has the better final return."""
+    for i, (first, _, _, probability, interval) in enumerate(compared):
+        axes.barh(i, interval[1] - interval[0], left=interval[0], color=colors[first], alpha=0.4, height=0.5)
+        axes.plot([probability] * 2, [i - 0.25, i + 0.25], color=colors[first], linewidth=3)
+    labels = [f"{first} > {second} ({count})" for first, second, count, *_ in compared]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.axvline(0.5, color="gray", linestyle=":")
+    axes.set(xlim=(0, 1), title="P(first is better) on one task (tasks)", xlabel="in the colour of the first")
+
+
+def _draw_efficiency(axes: "Axes", name: str, own: list[Result], color: Color) -> None:
     shares = np.linspace(0.05, 1, 20)
     iqm, interval = aggregates.iqm_with_interval(_stack_tasks([_normalised_curves(result, shares) for result in own]))
     axes.plot(shares, iqm, linewidth=2, color=color, label=name)
     axes.fill_between(shares, *interval, color=color, alpha=0.2, linewidth=0)
 
 
-def _draw_end(axes: "Axes", i: int, own: list[Result], color: str) -> None:
-    """Draw the IQM of the normalised scores with its interval, their mean, and the worst seed of all results."""
+def _draw_end(axes: "Axes", i: int, own: list[Result], color: Color) -> None:
+    """Draw one algorithm's normalised scores: IQM with interval, mean, worst seed, and the published deviation."""
+    spreads = [each.reference.normalised_std for each in own if each.reference.normalised_std is not None]
+    if spreads:
+        spread = float(np.mean(spreads))
+        axes.barh(i, 2 * spread, left=1 - spread, color="black", alpha=0.15, height=0.8, label="published deviation")
     scores = [result.reference.normalise(result.scores) for result in own]
     iqm, interval = aggregates.iqm_with_interval(_stack_tasks([each[:, None] for each in scores]))
     axes.barh(i, interval[1] - interval[0], left=interval[0], color=color, alpha=0.4, height=0.5, label="95% interval")
@@ -138,11 +177,16 @@ def _draw_end(axes: "Axes", i: int, own: list[Result], color: str) -> None:
     axes.plot(worst, i, "x", color="black", markersize=6, label="worst seed")
 
 
-def algorithm_colors() -> list[str]:
-    """Return distinct colours, one per algorithm."""
+def algorithm_colors(names: Iterable[str]) -> dict[str, Color]:
+    """Return the colour of each algorithm: the same in all figures. Algorithms of forks get the colours left over."""
     from matplotlib import colormaps
 
-    return [*map(tuple, colormaps["tab20"].colors[::2]), *map(tuple, colormaps["tab20"].colors[1::2])]  # type: ignore[attr-defined]
+    palette = list(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    names = list(names)
+    others = [name for name in names if name not in COLOR_NUMBERS]
+    left_over = [number for number in range(len(palette)) if number not in COLOR_NUMBERS.values()]
+    numbers = COLOR_NUMBERS | dict(zip(others, cycle(left_over)))
+    return {name: palette[numbers[name]] for name in names}
 
 
 def describe_missing(results: list[Result]) -> str:
@@ -194,39 +238,41 @@ def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str
                 yield first, second, len(shared), *aggregates.probability_of_improvement(left, right)
 
 
-def draw_line(axes: "Axes", label: str, seeds: list[Curve], *, single: bool = False) -> None:
+def draw_line(
+    axes: "Axes", label: str, seeds: list[Curve], *, single: bool = False, color: "Color | str | None" = None
+) -> None:
     """Draw the interquartile mean of the seeds' curves, its 95% interval as a band, and with `single` each seed."""
     grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
     marker = "o" if len(grid) == 1 else ""  # a line of one point can't be seen
-    (line,) = axes.plot(grid, iqm, label=plain(label), linewidth=2, marker=marker)
+    (line,) = axes.plot(grid, iqm, label=plain(label), linewidth=2, marker=marker, color=color)
     for values in returns if single and len(seeds) > 1 else []:
-        axes.plot(grid, values, color=line.get_color(), linewidth=0.6, alpha=0.5, marker=marker, markersize=3)
+        axes.plot(grid, values, color=line.get_color(), linewidth=0.7, alpha=0.8, marker=marker, markersize=3)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def new_figure(columns: int = 1, height: float = 4) -> "tuple[Figure, Axes]":
-    """Return a figure and its axes, without needing a display. With several columns, the axes are an array.
+def new_figure() -> "tuple[Figure, Axes]":
+    """Return a figure and its axes, for returns over env steps, without needing a display."""
+    figure, axes = _pyplot().subplots(figsize=(7, 4), layout="constrained")
+    _plain_frame(axes)
+    axes.set(xlabel="env steps", ylabel="evaluation return")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    return figure, axes
 
-    Args:
-        columns: Number of axes, side by side.
-        height: Height in inches.
-    """
+
+def _pyplot() -> "ModuleType":
+    """Return matplotlib's pyplot, which draws into files."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(
-        ncols=columns, figsize=(7 if columns == 1 else 5 * columns, height), layout="constrained"
-    )
-    for each in np.atleast_1d(axes):
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.3)
-    if columns == 1:
-        axes.set(xlabel="env steps", ylabel="evaluation return")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    return figure, axes
+    return plt
+
+
+def _plain_frame(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
 
 
 def plain(text: str) -> str:

@@ -100,6 +100,12 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
         """Return normalised returns: 0 is the return of uniform actions, 1 the published number."""
         return (returns - self.random_return) / (self.published[0].mean - self.random_return)
 
+    @property
+    def normalised_std(self) -> float | None:
+        """Published standard deviation on the scale of normalised returns; None if the source reports none."""
+        published = self.published[0]
+        return None if published.std is None else published.std / abs(published.mean - self.random_return)
+
 
 class StoredSeed(pydantic.BaseModel):
     """Facts of provenance.json about one seed."""

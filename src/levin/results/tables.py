@@ -106,8 +106,9 @@ def config_header(result: Result, summary: dict[str, Any]) -> str:
     """Return the comment lines at the top of a pinned config, the frozen config of a reported result."""
     lines = [f"make reproduce EXP={result.name}"]
     if summary:
-        minutes, facts = max(summary["wall_seconds"]) / 60, result.provenance
-        lines = [facts["command"], f"{_hardware(facts)}: {minutes:.0f} minutes a seed"]
+        seconds, facts = max(summary["wall_seconds"]), result.provenance
+        duration = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+        lines = [facts["command"], f"{_hardware(facts)}: {duration} a seed"]
         score = summary["as_the_source_measures"]
         lines.append(
             f"expected: {score['mean']:.1f} at {summary['env_steps']:,} env steps, {_describe_measure(result)}"
