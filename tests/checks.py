@@ -319,7 +319,7 @@ def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
     """Check that the YAML has exactly the keyword-only parameters of the algorithm's `__init__`."""
     cfg = compose([f"algo={row.algo}"])
     signature_only = {"env"}
-    algorithm, _ = build_run(cfg)
+    algorithm, _ = build_run(compose([f"algo={row.algo}", f"env={row.env}"]))
     parameters = set(inspect.signature(type(algorithm)).parameters)
     assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML must list every hyper-parameter"
     assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())

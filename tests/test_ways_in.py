@@ -7,6 +7,7 @@ import tomllib
 import yaml
 
 from levin.core.paths import ROOT
+from levin.envs.factory import NEWEST_PYTHON
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -28,6 +29,15 @@ def test_the_containers_type_the_commands_of_the_documentation():
 def test_the_container_has_a_python_that_the_package_supports():
     (version,) = re.findall(r"FROM python:3\.(\d+)", (ROOT / "Dockerfile").read_text())
     assert PROJECT["requires-python"] == f">=3.{version}"
+
+
+def test_an_extra_without_packages_for_a_newer_python_is_empty_there_and_an_env_says_why():
+    markers = {
+        extra: {int(minor) for line in lines for minor in re.findall(r"; python_version < '3\.(\d+)'", line)}
+        for extra, lines in PROJECT["optional-dependencies"].items()
+    }
+    newest = {extra: (3, *(minor - 1 for minor in minors)) for extra, minors in markers.items() if minors}
+    assert newest == NEWEST_PYTHON
 
 
 def test_uv_and_pip_read_the_same_versions():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import toy_envs
+from extras import skip_without_packages
 from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
@@ -99,12 +100,11 @@ def test_time_limit_truncates():
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "env").glob("*.yaml")))
 def test_every_env_file_can_be_made_and_stepped(name):
+    skip_without_packages(name)
     needed = {"gym": "env.id=toy_envs:Point-v0", "atari": "env.id=pong", "torchrl": "env.target=toy_torchrl:line"}
     needed["dream"] = f"env.run={paths.EXPERIMENTS / 'dreamer_pendulum'}"
     overrides = [f"env={name}", *([needed[name]] if name in needed else [])]
     cfg = compose(overrides)
-    if cfg.env.family == "atari":
-        pytest.importorskip("ale_py", reason="the extra `atari` plays")
     if name.removesuffix("_batched") in ("cartpole", "acrobot") or cfg.env.family == "atari":
         cfg = compose([*overrides, "env.action=none"])
     env = make_env(EnvConfig(**to_plain(cfg.env)), seed=0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import AddRenderObservation
 
+from extras import skip_without_packages
 from levin.config.compose import compose
 from levin.core import paths
 from levin.core.omega import to_plain
@@ -70,15 +71,9 @@ def test_envs_step_as_those_of_gymnasium_make(name):
         pytest.skip("not an env of Gymnasium; see test_world_models.py")
     if cfg.family == "torchrl":
         pytest.skip("draws other initial states; compared from the same states in test_batched_envs.py")
+    skip_without_packages(name)
     if ":" in cfg.id:
-        if name == "racing":
-            pytest.importorskip("Box2D")
         importlib.import_module(cfg.id.partition(":")[0])
-    needed = {"dm_control": "shimmy", "mujoco": "mujoco", "box2d": "Box2D"}
-    where = cfg.family if cfg.family == "dm_control" else str(gym.spec(cfg.id.rpartition(":")[2]).entry_point)
-    for word, package in needed.items():
-        if word in where:
-            pytest.importorskip(package)
     if cfg.observation_entries:
         pytest.skip("shows a part of the observations; see test_envs.py")
     ended = check_steps(cfg, unwrapped(cfg), STEPS)

@@ -9,7 +9,7 @@ from gymnasium.spaces import Box
 
 from levin.core.errors import ConfigError
 from levin.envs.config import EnvConfig
-from levin.envs.factory import make_env
+from levin.envs.factory import NEWEST_PYTHON, make_env
 from toy_envs import Point
 
 
@@ -32,6 +32,8 @@ def test_a_missing_module_is_named_and_an_extra_only_if_it_has_it(tmp_path, monk
     refuses("needs_other:Env-v0", "install the package that has the module other_package")
     (tmp_path / "needs_ale.py").write_text("raise ModuleNotFoundError('no ale', name='ale_py')")
     refuses("needs_ale:Env-v0", r"pip install -e '.\[atari\]'")
+    monkeypatch.setitem(NEWEST_PYTHON, "atari", (3, 10))
+    refuses("needs_ale:Env-v0", r"no ale.*, which exists for Python up to 3.10: make .venv with that one")
     (tmp_path / "needs_unknown.py").write_text("raise ImportError('pip install this[that]')")
     refuses("needs_unknown:Env-v0", r"can't be made: ImportError: pip install this\[that\] .needs_unknown.py, line 1.$")
 

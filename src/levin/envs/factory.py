@@ -47,6 +47,8 @@ EXTRAS = {
     "atari": {"ale_py", "ale-py"},
     "dmc": {"dm_control", "shimmy"},
 }
+# Newest Python that packages of an extra exist for, as in pyproject.toml: labmaze of DM Control, and Box2D.
+NEWEST_PYTHON = {"dmc": (3, 12), "box2d": (3, 13)}
 
 
 def make_env(
@@ -127,6 +129,9 @@ def _explain_missing_package(config: EnvConfig, error: ModuleNotFoundError | gym
     what = f"env.id={config.id} needs a package that is missing ({error})"
     for extra, names in EXTRAS.items():
         if names & words:
+            newest = NEWEST_PYTHON.get(extra, sys.version_info[:2])
+            if sys.version_info[:2] > newest:
+                return f"{what}, which exists for Python up to {newest[0]}.{newest[1]}: make .venv with that one"
             return f"{what}: pip install -e '.[{extra}]'"
     named = config.id.partition(":")[0].partition(".")[0]  # the package of the module before the colon
     if missing and missing == named:
