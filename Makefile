@@ -107,7 +107,7 @@ pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] starts a ne
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds (or checks) all summaries, figures and tables from the stored curves
 	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)
 
-study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2d) ## NAME=variance (batched, dreaming, estimators, lab, lecture, racing, worlds) repeats a study; up to 2 h
+study: .venv/.core .venv/.report $(if $(filter racing,$(value NAME)),.venv/.box2d) $(if $(filter networks,$(value NAME)),.venv/.mujoco) ## NAME=variance (batched, dreaming, estimators, lab, lecture, networks, racing, worlds) repeats a study
 	@$(if $(study),,printf 'levin: NAME=%s is not a study; valid: %s\n' $(call typed,NAME) $(call quote,$(studies)) >&2; exit 2)
 	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab,$(call quote,experiments.$(study).run)) $(args)
 

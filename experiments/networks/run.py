@@ -19,11 +19,12 @@ from levin.training.session import build_run
 HERE = Path(__file__).parent
 RESULTS = {"mlp": "sac_halfcheetah", "layer_norm": "sac_halfcheetah_layer_norm", "simba": "sac_halfcheetah_simba"}
 ENV_STEPS = (25_000, 50_000, 100_000)
-COLUMNS = ("network", "parameters of actor, critics", *(f"{steps:,} env steps" for steps in ENV_STEPS), "seeds")
+COLUMNS = ("network", "parameters of actor + critics", *(f"{steps:,} env steps" for steps in ENV_STEPS), "seeds")
 REPORT = """# Networks of SAC
 
-SAC on HalfCheetah-v4 with three values of `algo.network`, all else equal: the evaluation return, as interquartile mean
-over the seeds with its 95% interval. `make study NAME=networks` writes this page from the stored results.
+SAC on HalfCheetah-v4 with three values of `algo.network`, all else equal. The table has the interquartile mean of the
+evaluation return over the seeds, with its 95% interval, at the evaluation nearest to these env steps. `make study
+NAME=networks` writes this page from the stored results.
 
 {table}
 {missing}With three seeds the intervals are wide, so that only large differences show.
@@ -37,10 +38,10 @@ def table_row(network: str, result: Result) -> dict[str, str]:
     algorithm, _ = build_run(result.config)
     grid, returns = align_curves(list(result.evaluations.values()))  # [evaluations], [seeds, evaluations]
     row = {"network": f"`{network}`", "seeds": str(len(returns))}
-    row[COLUMNS[1]] = f"{count_parameters(algorithm.actor):,}, {count_parameters(algorithm.critic):,}"
+    row[COLUMNS[1]] = f"{count_parameters(algorithm.actor):,} + {count_parameters(algorithm.critic):,}"
     for env_steps in ENV_STEPS:
-        last = np.searchsorted(grid, env_steps, side="right") - 1
-        iqm, (low, high) = iqm_with_interval(returns[:, None, [last]])
+        nearest = np.abs(grid - env_steps).argmin()
+        iqm, (low, high) = iqm_with_interval(returns[:, None, [nearest]])
         row[f"{env_steps:,} env steps"] = f"{iqm[0]:,.0f} ({low[0]:,.0f} to {high[0]:,.0f})"
     return row
 
