@@ -7,7 +7,6 @@
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from levin.results.aggregates import iqm_with_interval
 from levin.results.curves import align_curves
@@ -36,19 +35,15 @@ NAME=networks` writes this page from the stored results.
 def table_row(network: str, result: Result) -> dict[str, str]:
     """Return a network's row of the table: its size, and its return after some numbers of env steps."""
     algorithm, _ = build_run(result.config)
+    sizes = [sum(each.numel() for each in getattr(algorithm, part).parameters()) for part in ("actor", "critic")]
     grid, returns = align_curves(list(result.evaluations.values()))  # [evaluations], [seeds, evaluations]
     row = {"network": f"`{network}`", "seeds": str(len(returns))}
-    row[COLUMNS[1]] = f"{count_parameters(algorithm.actor):,} + {count_parameters(algorithm.critic):,}"
+    row[COLUMNS[1]] = f"{sizes[0]:,} + {sizes[1]:,}"
     for env_steps in ENV_STEPS:
         nearest = np.abs(grid - env_steps).argmin()
         iqm, (low, high) = iqm_with_interval(returns[:, None, [nearest]])
         row[f"{env_steps:,} env steps"] = f"{iqm[0]:,.0f} ({low[0]:,.0f} to {high[0]:,.0f})"
     return row
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters of a network."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def main() -> None:

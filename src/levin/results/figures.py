@@ -116,7 +116,10 @@ def draw_aggregate(results: list[Result]) -> None:
         title="Interquartile mean (IQM) over all results of an algorithm",
     )
     lines = {line.get_label(): line for line in efficiency.get_lines()}
-    legend = {str(name): lines[name] for name in sorted(by_algorithm, key=lambda name: -lines[name].get_ydata()[-1])}
+    legend = {
+        str(name): lines[name]
+        for name in sorted(by_algorithm, key=lambda name: -np.asarray(lines[name].get_ydata())[-1])
+    }
     efficiency.legend(
         legend.values(), legend, frameon=False, fontsize=11, loc="center left", bbox_to_anchor=(1, 0.5),
         title="by their end",
