@@ -101,12 +101,13 @@ def _update_checksum(provenance: Path) -> None:
 
 
 def _allow_longer_lines(pyproject: Path, more: int) -> None:
-    """Let lines that contain the name be longer, by as much as the new name is, so that they are not wrapped."""
+    """Let docstrings that contain the name several times be longer, by as much as the new name is."""
     if more > 0:
         text = pyproject.read_text()
-        limit = f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {120 + 4 * more}\n\n"  # docstrings: several names
-        text = text.replace("[tool.ruff.lint.per-file-ignores]", limit + "[tool.ruff.lint.per-file-ignores]")
-        pyproject.write_text(text.replace("line-length = 120\n", f"line-length = {120 + more}\n", 1))
+        limit = f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {120 + 4 * more}\n\n"
+        pyproject.write_text(
+            text.replace("[tool.ruff.lint.per-file-ignores]", limit + "[tool.ruff.lint.per-file-ignores]")
+        )
 
 
 def begin(name: str) -> None:
