@@ -3,6 +3,7 @@
 `make study NAME=networks` writes networks.png and README.md beside this file from the results stored in
 `experiments/`. It trains nothing: `make reproduce EXP=sac_halfcheetah_layer_norm SEEDS="0 1 2" STORE=1` trains one.
 """
+# needs the extra: mujoco
 
 from pathlib import Path
 

@@ -3,6 +3,7 @@
 `make study NAME=racing` writes returns.csv, a picture and README.md beside this file. Complete runs are kept, and
 interrupted ones continue.
 """
+# needs the extra: box2d
 
 from pathlib import Path
 from typing import Any

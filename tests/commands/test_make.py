@@ -140,6 +140,14 @@ def test_a_config_names_an_extra_and_nothing_else(checkout):
     assert "[dev]" not in run_make(checkout, "--dry-run", "evaluate", "EXP=theirs").stdout
 
 
+def test_the_script_of_a_study_names_its_extra(checkout):
+    (checkout / "experiments" / "worlds" / "run.py").write_text('"""Study."""\n# needs the extra: box2d\n')
+    (checkout / ".venv" / ".box2d").unlink()
+    assert "[box2d]" in run_make(checkout, "--dry-run", "study", "NAME=worlds").stdout
+    assert "[box2d]" not in run_make(checkout, "--dry-run", "study", "NAME=lab").stdout
+    assert "[box2d]" not in run_make(checkout, "--dry-run", "train", "NAME=worlds").stdout
+
+
 def test_a_fork_does_not_choose_the_env_of_another_algorithm(checkout):
     folder = checkout / "experiments" / "theirs" / "algo"
     folder.mkdir(parents=True)
