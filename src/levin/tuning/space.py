@@ -9,12 +9,15 @@ Each line is a config key and what it may be, checked against the type hints tha
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pydantic
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from yaml import YAMLError
@@ -34,11 +37,21 @@ class Range(pydantic.BaseModel, extra="forbid"):
     log: bool = False
     step: int | float | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        """Return both ends as on the command line."""
+        return [as_word(self.low), as_word(self.high)]
+
 
 class Choices(pydantic.BaseModel, extra="forbid"):
     """One of several values of any type."""
 
     choices: list[Any] = pydantic.Field(min_length=2)
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the values as on the command line."""
+        return [as_word(value) for value in self.choices]
 
 
 def read_space(words: list[str]) -> dict[str, BaseDistribution]:
@@ -60,16 +73,29 @@ def read_space(words: list[str]) -> dict[str, BaseDistribution]:
     lines: dict[str, tuple[Path, Any]] = {}
     for file in files:
         lines |= {str(key): (file, content) for key, content in _read(file).items()}
-    space = {}
+    parts: dict[str, Range | Choices] = {}
     for key, (file, content) in lines.items():
         if content is not None:
-            try:
-                space[key] = _distribution(key, content, words)
-            except ConfigError as error:
-                raise ConfigError(f"{file.relative_to(paths.ROOT)}: {error}") from error
-    if not space:
+            with _named(file):
+                parts[key] = _read_part(key, content)
+    if not parts:
         raise ConfigError(f"{files[-1].relative_to(paths.ROOT)} leaves nothing to search")
+    together = _compose_together({key: part.texts for key, part in parts.items()}, words)
+    space = {}
+    for key, part in parts.items():
+        with _named(lines[key][0]):
+            values = together[key] if together else [_compose_value(key, text, words) for text in part.texts]
+            space[key] = _distribution(key, part, values)
     return space
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Put the name of a file before the sentence of an error."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file.relative_to(paths.ROOT)}: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -82,37 +108,58 @@ def _read(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _distribution(key: str, content: Any, words: list[str]) -> BaseDistribution:
-    """Return the distribution of a key."""
+def _read_part(key: str, content: Any) -> Range | Choices:
+    """Return what a line says that a key may be."""
     if not isinstance(content, dict) or not ({"choices"} == content.keys() or {"low", "high"} <= content.keys()):
         raise ConfigError(f"{key} must be {{low: ..., high: ...}}, with log or step, or {{choices: [...]}}")
     try:
-        if "choices" in content:
-            texts = [as_word(value) for value in Choices(**content).choices]
-            if len(set(texts)) < len(texts):
-                raise ConfigError(f"{key} has equal choices")
-            for text in texts:
-                _compose(key, text, words)
-            return CategoricalDistribution(texts)
-        given = Range(**content)
+        part = Choices(**content) if "choices" in content else Range(**content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{key}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
-    if given.low >= given.high:
-        raise ConfigError(f"{key}: low={given.low} is not below high={given.high}")
-    if given.log and (given.low <= 0 or given.step is not None):
+    if isinstance(part, Choices):
+        if len(set(part.texts)) < len(part.texts):
+            raise ConfigError(f"{key} has equal choices")
+        return part
+    if part.low >= part.high:
+        raise ConfigError(f"{key}: low={part.low} is not below high={part.high}")
+    if part.log and (part.low <= 0 or part.step is not None):
         raise ConfigError(f"{key}: log: true needs low above 0, and no step")
-    ends = [OmegaConf.select(_compose(key, as_word(end), words), key) for end in (given.low, given.high)]
+    return part
+
+
+def _compose_together(texts: dict[str, list[str]], words: list[str]) -> dict[str, list[Any]]:
+    """Return the values that configs have for the texts of all keys, composing few configs.
+
+    The first config has the first text of every key, and so on. Empty if one of these configs is not valid, because of
+    one text or because of texts that exclude each other.
+    """
+    values: dict[str, list[Any]] = {key: [] for key in texts}
     try:
-        if all(type(end) is int for end in ends):
-            return IntDistribution(*ends, log=given.log, step=int(given.step or 1))
-        return FloatDistribution(*map(float, ends), log=given.log, step=given.step)
+        for turn in zip_longest(*texts.values()):
+            chosen = {key: text for key, text in zip(texts, turn, strict=True) if text is not None}
+            config = compose([*words, *(f"{key}={text}" for key, text in chosen.items())])
+            for key in chosen:
+                values[key].append(OmegaConf.select(config, key))
+    except ConfigError:
+        return {}
+    return values
+
+
+def _compose_value(key: str, text: str, words: list[str]) -> Any:
+    return OmegaConf.select(compose([*words, f"{key}={text}"]), key)
+
+
+def _distribution(key: str, part: Range | Choices, values: list[Any]) -> BaseDistribution:
+    """Return the distribution of a key, given the values that configs have for the texts of its line."""
+    if isinstance(part, Choices):
+        return CategoricalDistribution(part.texts)
+    try:
+        if all(type(end) is int for end in values):
+            return IntDistribution(*values, log=part.log, step=int(part.step or 1))
+        return FloatDistribution(*map(float, values), log=part.log, step=part.step)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {error}") from error
-
-
-def _compose(key: str, text: str, words: list[str]) -> DictConfig:
-    return compose([*words, f"{key}={text}"])
 
 
 def as_word(value: Any) -> str:
