@@ -395,3 +395,16 @@ def test_two_algorithms_on_one_task_are_compared(repository):
     assert interval.tolist() == [1, 1]
     figures.draw_aggregate([first, second])
     assert imageio.v3.imread(repository / "experiments" / "aggregate.png").shape[1] == 1500
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 4), (5, 2, 3), (10, 7, 20)])
+def test_statistics_equal_those_of_the_libraries(shape):
+    from rliable import metrics
+    from scipy import stats
+
+    dice = np.random.default_rng(0)
+    scores, others = dice.normal(size=shape).round(1), dice.normal(size=(4, *shape[1:])).round(1)  # rounded: draws
+    flat = scores.reshape(-1, shape[-1])
+    assert aggregates.iqm(scores).tolist() == stats.trim_mean(flat, proportiontocut=0.25, axis=0).tolist()
+    ours, _ = aggregates.probability_of_improvement(scores[..., 0], others[..., 0])
+    assert ours == pytest.approx(metrics.probability_of_improvement(scores[..., 0], others[..., 0]), abs=1e-12)
