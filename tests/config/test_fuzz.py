@@ -52,6 +52,7 @@ VALID = {
 NUMBER_KEYS = [
     key for key, values in VALID.items() if values[-1].replace(".", "").replace("e", "").replace("-", "").isdigit()
 ]
+VALID_KEYS = set(flat_keys(to_plain(compose([]))))
 TEXT_KEYS = [key for key in VALID if key not in NUMBER_KEYS and key != "env"]
 
 
@@ -69,9 +70,8 @@ def broken(dice: random.Random) -> list[str]:
     good = [f"{key}={dice.choice(VALID[key])}" for key in dice.sample(sorted(VALID), 3)]
     key = dice.choice(sorted(VALID))
     number, word = dice.choice(NUMBER_KEYS), dice.choice(TEXT_KEYS)
-    valid_keys = set(flat_keys(to_plain(compose([]))))
     wrong = key
-    while wrong in valid_keys or wrong in ("env", ""):
+    while wrong in VALID_KEYS or wrong in ("env", ""):
         wrong = misspell(key, dice)
     bad = dice.choice(
         (
