@@ -13,6 +13,7 @@ from levin.algorithms.ppo import PPO
 from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
+from levin.runs.load import algorithm_class
 from levin.training import hooks
 from levin.training.session import train
 
@@ -141,6 +142,33 @@ class Refused(Callback):
 
     def on_validation_batch_end(self, *_):
         pass
+
+
+class Misspelt(Callback):
+    """Callback with a misspelt hook, and a method of its own."""
+
+    def on_train_batch_ends(self, *_):
+        pass
+
+    def gradient_norm(self):
+        pass
+
+
+def test_a_misspelt_hook_is_named(capsys):
+    algorithm = _algorithm()
+    algorithm.__class__ = type("Idea", (PPO,), {"training_steps": lambda *_: None})
+    hooks.check_hooks(algorithm, [Misspelt(), Counts()])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "Idea.training_steps is no hook, so a run does not call it; hooks: training_step"
+    assert second.startswith(
+        "Misspelt.on_train_batch_ends is no hook, so a run does not call it; hooks: on_train_batch_end, "
+    )
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "algo").glob("*.yaml")))
+def test_no_method_that_a_fork_copies_looks_like_a_misspelt_hook(name):
+    methods = {key for key, value in vars(algorithm_class(compose([f"algo={name}"]))).items() if callable(value)}
+    assert not hooks.misspelt_hooks(methods, (*hooks.FIRES, *hooks.OF_ALGORITHMS))
 
 
 def test_a_refused_hook_leaves_nothing_behind(tmp_path):

@@ -1,5 +1,6 @@
 """Lightning's hooks in a run: those that fire, and those that can't, which are refused before the run begins."""
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -55,7 +56,7 @@ NEVER = {
 
 
 def check_hooks(algorithm: Algorithm, callbacks: list[Callback]) -> None:
-    """Check that every hook that the user has written can fire.
+    """Check that every hook that the user has written can fire, and name methods that look like a misspelt hook.
 
     Raises:
         ConfigError: It can't.
@@ -69,6 +70,9 @@ def check_hooks(algorithm: Algorithm, callbacks: list[Callback]) -> None:
                 "replay buffer"
             )
     for each in (algorithm, *callbacks):
+        hooks = (*FIRES, *(OF_CALLBACKS if isinstance(each, Callback) else OF_ALGORITHMS))
+        for name, nearest in misspelt_hooks(_own_methods(each), hooks).items():
+            print_line(f"{type(each).__name__}.{name} is no hook, so a run does not call it; hooks: {nearest}")
         for name, instead in NEVER.items():
             if _is_overridden(each, name) and not _defining_class(each, name).__module__.startswith("lightning."):
                 raise ConfigError(f"{type(each).__name__}.{name} would never be called here: {instead}")
@@ -116,6 +120,19 @@ def observes_start(callbacks: list[Callback], algorithm: Algorithm) -> bool:
     """Return whether a hook at the start of an evaluation is overridden: then a signal does not end the evaluation."""
     names = ("on_validation_start", "on_validation_epoch_start")
     return any(_is_overridden(each, name) for each in (*callbacks, algorithm) for name in names)
+
+
+def _own_methods(each: Callback | Algorithm) -> set[str]:
+    """Return the names of the methods that are neither Levin's nor Lightning's."""
+    kinds = [kind for kind in type(each).__mro__ if not kind.__module__.startswith(("levin.", "lightning.", "torch."))]
+    return {name for kind in kinds for name, value in vars(kind).items() if isinstance(value, FunctionType)}
+
+
+def misspelt_hooks(methods: set[str], hooks: tuple[str, ...]) -> dict[str, str]:
+    """Return the methods whose names are almost those of hooks, and the nearest hooks."""
+    others = sorted(methods - {*hooks, *NEVER})
+    nearest = {name: difflib.get_close_matches(name, hooks, cutoff=0.8) for name in others}
+    return {name: ", ".join(names) for name, names in nearest.items() if names}
 
 
 def _is_overridden(each: Callback | Algorithm, name: str) -> bool:
