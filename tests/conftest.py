@@ -10,7 +10,8 @@ import torch
 PLACES = (Path(__file__).parent, Path(__file__).parent / "support")
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, PLACES), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Runs that tests begin are not recorded in the user's home (levin.runs.trust).
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="levin-test-state-")
+STATE = tempfile.TemporaryDirectory(prefix="levin-test-state-")  # removed when the tests end
+os.environ["XDG_STATE_HOME"] = STATE.name
 # No test may send data to the server of a logger.
 os.environ["WANDB_MODE"] = "offline"
 warnings.filterwarnings("ignore", message=".*out of date.*")
