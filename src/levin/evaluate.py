@@ -10,6 +10,7 @@ from levin.core.process import share_cores, silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION
 from levin.runs import checkpoint
+from levin.runs import folder as run_folder
 from levin.runs.load import check_has_policy, load_algorithm
 from levin.runs.trust import trusted
 
@@ -47,6 +48,7 @@ def evaluate_run(
     with trusted(trust):
         algorithm = load_algorithm(Path(run))
         env = make_env(load_env(folder), seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
+        run_folder.report_changed_code(folder)
         returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)
         numbers = mean_numbers(env.ended)
         env.close()

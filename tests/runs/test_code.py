@@ -60,6 +60,12 @@ def test_a_users_modules_are_copied_and_compared(tmp_path):
     assert (tmp_path / "run/code/code_helper.py").read_text() == "SCALE = 1.0\n"
     assert (tmp_path / "run/code_resumed_2/code_helper.py").read_text() == "SCALE = 2.0\n"
 
+    assert "code_" not in levin("evaluate", "run=run", "episodes=1", cwd=tmp_path)
+    (tmp_path / "code_helper.py").write_text("SCALE = 3.0\n")
+    for command, words in (("evaluate", ("episodes=1",)), ("export", ("format=torch",))):
+        said = levin(command, "run=run", *words, cwd=tmp_path)
+        assert "code_helper.py has changed: numbers may differ from those of the run" in said
+
 
 @pytest.fixture
 def checkout(tmp_path):

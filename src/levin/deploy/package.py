@@ -26,6 +26,7 @@ from levin.results.result import REFERENCE
 from levin.results.result import read_provenance as read_result
 from levin.runs import checkpoint
 from levin.runs.folder import read_provenance as read_run
+from levin.runs.folder import report_changed_code
 from levin.runs.load import load_config
 from levin.runs.policy import Policy
 
@@ -61,6 +62,7 @@ def package(run: Path, format: PolicyFormat, *, seed: int, steps: int) -> tuple[
     with files.replace(folder, NAMES[format]) as path:
         write(graph, metadata, path)
         env = make_env(load_env(source), seed=seed, purpose=EVALUATION, num_envs=1)
+        report_changed_code(source)
         checked = compare(load(path), graph, reference, env, steps)
         env.close()
         if not checked["largest_difference"] <= TOLERANCE:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import pydantic
 from omegaconf import DictConfig, OmegaConf
 
-from levin.core import files
+from levin.core import files, paths
 from levin.core.errors import CheckpointError, ConfigError, FolderError, LockedError, NotFiniteError, RunError
 from levin.core.validate import read_json
 from levin.runs import checkpoint, code, slurm, trust
@@ -112,7 +112,7 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         local = code.collect_code()
         provenance = {**provenance, "code": code.checksums(local)}
         if resumed and contents:
-            if _report_changed_code([contents, *contents["resumed"]][-1], local):
+            if _report_changed_code(contents, local, "of an uninterrupted run"):
                 code.copy_code(local, run, f"{code.FOLDER}_resumed_{len(contents['resumed']) + 1}")
             contents["resumed"].append(provenance)
         else:
@@ -123,13 +123,23 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         raise FolderError(f"run={run} can't be written: {error.strerror}") from error
 
 
-def _report_changed_code(before: dict[str, Any], local: dict[str, Path]) -> bool:
-    """Print a line for each file of the code that has changed since the session `before`; return whether any has."""
+def report_changed_code(run: Path) -> None:
+    """Print a line for each file of the code that has changed since a run was trained; a stored result has none.
+
+    Call this when everything that the run imports has been imported.
+    """
+    if not run.resolve().is_relative_to(paths.EXPERIMENTS):
+        _report_changed_code(read_provenance(run), code.collect_code(), "of the run")
+
+
+def _report_changed_code(provenance: dict[str, Any], local: dict[str, Path], what: str) -> bool:
+    """Print a line for each file of the code that has changed since the last session; return whether any has."""
+    before = [provenance, *provenance.get("resumed", [])][-1]
     if before.get("code") is None:
         return False
     lines = code.describe_changes(before["code"], local, before["git_sha"])
     for line in lines:
-        print(f"levin: {line}: numbers may differ from those of an uninterrupted run", file=sys.stderr)
+        print(f"levin: {line}: numbers may differ from those {what}", file=sys.stderr)
     return bool(lines)
 
 

@@ -15,6 +15,7 @@ from levin.core.process import silence_libraries
 from levin.core.types import NonNegativeInt, PositiveInt
 from levin.envs.config import EVALUATION
 from levin.runs import checkpoint
+from levin.runs import folder as run_folder
 from levin.runs.load import check_has_policy
 from levin.runs.trust import trusted
 
@@ -76,7 +77,9 @@ def load_policy_and_env(run: str, seed: int, trust: bool = False) -> tuple["Poli
     silence_libraries()
     with trusted(trust):
         policy = Policy.load(Path(run))
-        env = make_env(load_env(checkpoint.run_of(Path(run))), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
+        folder = checkpoint.run_of(Path(run))
+        env = make_env(load_env(folder), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
+        run_folder.report_changed_code(folder)
     return policy, env
 
 
