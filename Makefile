@@ -113,7 +113,7 @@ study: .venv/.core .venv/.report $(addprefix .venv/.,$(call extra_of,$(study:%=e
 	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab,$(call quote,experiments.$(study).run)) $(args)
 
 ##@ Develop
-test: $(suite) ## Run the tests; under five minutes on two cores
+test: $(suite) ## Run the tests; five to fifteen minutes on two cores
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not long' $(args)
 
 test-long: $(suite) ## Run the tests that `make test` leaves out because they take half of the time; CI runs both
