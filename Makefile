@@ -28,9 +28,9 @@ algo := $(or $(value ALGO),sac)
 algo_yaml := $(firstword $(wildcard configs/algo/$(algo).yaml) $(wildcard experiments/$(algo)/algo/$(algo).yaml))
 quoted = $(foreach file,$1,$(call quote,$(file)))
 env_name := $(or $(value ENV),$(firstword $(shell sed -n 's|.*override /env: *\([a-z0-9_]*\).*|\1|p' $(call quoted,$(algo_yaml)) /dev/null)))
-# The config of a stored result (EXP) names its extra, too.
+# The config of a stored result (EXP) names its extra, too, and so does the script of a study.
 env_yaml := $(or $(wildcard experiments/$(value EXP)/config.yaml),configs/env/$(env_name).yaml)
-extra_of = $(firstword $(filter mujoco box2d dmc atari,$(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$1) /dev/null 2>/dev/null)))
+extra_of = $(firstword $(filter mujoco box2d dmc atari,$(shell sed -n 's|^\# needs the extra: *\([a-z0-9]*\).*|\1|p' $(call quoted,$1) 2>/dev/null)))
 extra := $(call extra_of,$(env_yaml))
 # Extras for the tests of all env families and for pyright.
 suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report tune export docs)
@@ -108,7 +108,7 @@ pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] starts a ne
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds (or checks) all summaries, figures and tables from the stored curves
 	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)
 
-study: .venv/.core .venv/.report $(addprefix .venv/.,$(call extra_of,$(study:%=experiments/%/run.py))) ## NAME=variance (batched, dreaming, estimators, lab, lecture, networks, racing, worlds) repeats a study
+study: .venv/.core .venv/.report $(addprefix .venv/.,$(if $(study),$(call extra_of,experiments/$(study)/run.py))) ## NAME=variance (batched, dreaming, estimators, lab, lecture, networks, racing, worlds) repeats a study
 	@$(if $(study),,printf 'levin: NAME=%s is not a study; valid: %s\n' $(call typed,NAME) $(call quote,$(studies)) >&2; exit 2)
 	$(BIN)/python -m $(if $(filter lab,$(study)),levin.lab,$(call quote,experiments.$(study).run)) $(args)
 

@@ -1,5 +1,6 @@
 """Random overrides, with a fixed seed: valid ones train, invalid ones give a one-line error."""
 
+import functools
 import random
 import sys
 
@@ -52,8 +53,13 @@ VALID = {
 NUMBER_KEYS = [
     key for key, values in VALID.items() if values[-1].replace(".", "").replace("e", "").replace("-", "").isdigit()
 ]
-VALID_KEYS = set(flat_keys(to_plain(compose([]))))
 TEXT_KEYS = [key for key in VALID if key not in NUMBER_KEYS and key != "env"]
+
+
+@functools.cache
+def valid_keys() -> set[str]:
+    """Return the keys of the default config."""
+    return set(flat_keys(to_plain(compose([]))))
 
 
 def misspell(word: str, dice: random.Random) -> str:
@@ -71,7 +77,7 @@ def broken(dice: random.Random) -> list[str]:
     key = dice.choice(sorted(VALID))
     number, word = dice.choice(NUMBER_KEYS), dice.choice(TEXT_KEYS)
     wrong = key
-    while wrong in VALID_KEYS or wrong in ("env", ""):
+    while wrong in valid_keys() or wrong in ("env", ""):
         wrong = misspell(key, dice)
     bad = dice.choice(
         (
