@@ -1,7 +1,7 @@
 """Measurements behind the figures of docs/lecture: `make study NAME=lecture`.
 
 Each part of `PARTS` is a module beside this file with a function `measure`, which writes `<part>.csv`, and a function
-`draw`, which writes `<part>.png` from it. `ARGS="kl signals"` runs these parts only, and `ARGS=draw` draws all figures
+`draw`, which writes `<part>.png` from it. `ARGS="kl sac"` runs these parts only, and `ARGS=draw` draws all figures
 from the stored tables.
 """
 

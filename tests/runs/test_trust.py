@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 import levin
 from commands import exit_code_and_errors
-from levin import evaluate, fork, plot, report, reproduce, resume
+from levin import compare, evaluate, export, fork, plot, report, reproduce, resume
 from levin import play as play_command
 from levin import train as train_command
 from levin.config.compose import compose
@@ -113,7 +113,9 @@ COMMANDS = {
     "play": (play_command.main, ("run={run}",), ("algo", "env")),
     "resume": (resume.main, ("run={run}", "total_env_steps=96"), ("algo", "env", "callbacks")),
     "reproduce": (reproduce.main, ("exp=theirs", "seeds=0", "total_env_steps=64"), ("algo", "env", "callbacks")),
+    "export": (export.main, ("run={run}", "format=torch"), ("algo", "env")),
     "plot": (plot.main, ("runs={run}", "out={run}/plot.png"), ()),
+    "compare": (compare.main, ("runs={run}",), ()),
     "load": (load_policy, (), ("algo",)),
     "dream": (train_command.main, ("algo=sac", "env=dream", "env.run={run}", "total_env_steps=64"), ("env",)),
     "evaluate exp": (evaluate.main, ("run={experiments}/theirs", "episodes=1"), ("algo", "env")),
@@ -154,6 +156,8 @@ def stranger(plain_run, mark, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_command_runs_code_from_a_run_folder_or_a_result(command, payload, stranger, mark, call):
     pytest.importorskip("rliable", reason="needs the extra `report`")
+    if command == "export":
+        (stranger / "reference.yaml").unlink()  # a run, and no result
     values = PAYLOADS[payload](mark)
     edit_config(stranger, **values)
     code, message = call(command, stranger)
@@ -341,6 +345,7 @@ LINKS = {
         *("metrics.csv", "provenance.json", "config.yaml", ".lock", "checkpoints", "checkpoints/96", "pictures"),
         *("tensorboard", "tensorboard/hparams.yaml", "wandb", "videos", "traceback.txt", "checkpoints/.96.partial"),
     ),
+    "export": ("policy.pt2", "policy.md"),
     "plot": ("plot.png",),
 }
 

@@ -113,7 +113,7 @@ class DreamerV3(Algorithm):
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         compile: Compile the single steps of the world model and, on a GPU, capture the whole update as a CUDA graph;
-            same numbers, after a minute at the start.
+            other rounding, after a minute at the start.
     """
 
     actions: ClassVar = ("box", "discrete")

@@ -101,7 +101,7 @@ class WorldModels(Algorithm):
         buffer_size: Records kept in replay.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps per rollout.
-        compile: Compile the losses of V and M; same numbers, after minutes at the start.
+        compile: Compile the losses of V and M; other rounding, after minutes at the start.
     """
 
     not_saved: ClassVar = (*KEPT, "evolution", "candidates", "trials")  # as `on_save_checkpoint` saves them

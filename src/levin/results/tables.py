@@ -62,8 +62,8 @@ def count_verdicts(summaries: list[dict[str, Any]]) -> str:
     return (
         f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
         "Reproduced: our 95% interval lies at or above the required score, usually the published mean minus one\n"
-        "standard deviation. Exceeds: above the mean plus one. Passed: no published deviation. Matched: within the\n"
-        "spread of the source's own code here, which misses too. Inconclusive: the score lies inside.\n"
+        "standard deviation. Exceeds: above the mean plus one. Passed: no published deviation. Matched: missed,\n"
+        "as by the source's own code run here. Inconclusive: the interval contains the required score.\n"
     )
 
 
