@@ -367,7 +367,7 @@ def test_a_step_that_does_not_improve_is_not_taken():
     before = copy.deepcopy(algorithm.actor.state_dict())
     features, old = batch["observation"], algorithm.actor(batch["observation"]).detach()
     gradient = algorithm.flat_gradient(algorithm.surrogate(batch, algorithm.actor(features), old))
-    _, _, tried = algorithm.line_search(batch, features, old, -gradient)
+    _, _, tried = algorithm.line_search(batch, old, -gradient)
     assert tried == algorithm.line_search_steps + 1
     assert all(torch.equal(value, before[name]) for name, value in algorithm.actor.state_dict().items())
 

@@ -177,6 +177,19 @@ def test_the_head_after_a_cnn_is_chosen():
 # --- one's own
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.algo not in WITHOUT or row.algo == "trpo"], ids=lambda r: r.algo)
+def test_every_trunk_of_a_user_is_trained_but_for_what_is_frozen(row, tmp_path):
+    words = [f"algo={row.algo}", f"env={row.env}", *row.small, "eval.episodes=1", "logger=csv"]
+    words += [f"total_env_steps={row.env_steps}", "algo.network={_target_:own_networks.Pretrained}"]
+    fresh = build_algorithm(*words).state_dict()
+    train(compose(words), tmp_path / "run")
+    trained = saved_state(tmp_path / "run")["state_dict"]
+    for name in [name for name in fresh if name.endswith(("frozen.weight", "trained.weight"))]:
+        expected = torch.linspace(-1, 1, fresh[name].numel()).view_as(fresh[name])
+        assert torch.equal(fresh[name], expected), f"{name} was initialised anew"
+        assert torch.equal(trained[name], expected) == name.endswith("frozen.weight"), name
+
+
 def test_the_trunk_of_a_user_reads_a_dict():
     words = ("algo=ppo", "env=gym", "env.id=toy_envs:Robot-v0", "env.normalize_observation=false")
     algorithm = build_algorithm(*words, "algo.network={_target_:own_networks.Parts}")

@@ -29,6 +29,21 @@ class Parts(nn.Module):
         return torch.cat([part.flatten(1).float() for part in observation.values()], -1)
 
 
+class Pretrained(nn.Module):
+    """Features of a vector: a layer that must not change, as in a pretrained network, and one that must."""
+
+    def __init__(self, observation, width: int = 8):
+        super().__init__()
+        self.num_features = width
+        self.frozen = nn.Linear(math.prod(observation["shape"]), width, bias=False).requires_grad_(False)
+        self.trained = nn.Linear(width, width, bias=False)
+        for layer in (self.frozen, self.trained):
+            layer.weight.data = torch.linspace(-1, 1, layer.weight.numel()).view_as(layer.weight)
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.trained(self.frozen(observation.flatten(1)).sin()).sin()
+
+
 class NoSize(Features):
     """A trunk that does not say its size."""
 

@@ -169,7 +169,8 @@ class ActorCritic(Algorithm):
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.critic_optimizer = self.make_optimizer(self.optimizer_name, self.critic.parameters(), self.critic_lr)
-        self.actor_optimizer = self.make_optimizer(self.optimizer_name, self.actor.parameters(), self.actor_lr)
+        parameters = [*self.trunk.parameters(), *self.actor.parameters()]
+        self.actor_optimizer = self.make_optimizer(self.optimizer_name, parameters, self.actor_lr)
         return [self.critic_optimizer, self.actor_optimizer]
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
@@ -218,8 +219,8 @@ class ActorCritic(Algorithm):
         return (self.value(batch) - self.value_target(batch)).square().mean()
 
     def value(self, batch: Batch) -> Tensor:
-        """Return Q(s,a), or V(s): `[B, 1]`."""
-        features = self.trunk(batch["observation"])
+        """Return Q(s,a), or V(s): `[B, 1]`. The trunk learns from the actor loss alone."""
+        features = self.trunk(batch["observation"]).detach()
         return self.critic(features) if self.critic_form == "advantage" else self.q_value(features, batch["action"])
 
     @torch.no_grad()

@@ -168,7 +168,8 @@ class REINFORCE(Algorithm):
         return TensorDictModule(module, in_keys=["observation", IS_FIRST], out_keys=["action"])
 
     def configure_optimizers(self) -> list[Optimizer]:
-        self.optimizer = self.make_optimizer(self.optimizer_name, self.actor.parameters(), self.lr)
+        parameters = [*self.trunk.parameters(), *self.actor.parameters()]
+        self.optimizer = self.make_optimizer(self.optimizer_name, parameters, self.lr)
         if self.critic is None:
             return [self.optimizer]
         self.critic_optimizer = self.make_optimizer(self.optimizer_name, self.critic.parameters(), self.critic_lr)
@@ -275,9 +276,10 @@ class REINFORCE(Algorithm):
         return successors(zeros, rollout, lambda observation: critic(self.trunk(observation)))
 
     def value(self, observation: Tensor) -> Tensor:
-        """Return V(s): `[N, T, *S] -> [N, T, 1]`."""
+        """Return V(s): `[N, T, *S] -> [N, T, 1]`. The trunk learns from the actor loss alone."""
         assert self.critic is not None
-        return self.critic(self.trunk(observation.flatten(0, 1))).unflatten(0, observation.shape[:2])
+        features = self.trunk(observation.flatten(0, 1)).detach()
+        return self.critic(features).unflatten(0, observation.shape[:2])
 
     def actor_loss(self, rollout: Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the actor loss -E[weight_t log pi(a_t|s_t)], weight `[N, T, 1]`, and the mean entropy.

@@ -129,7 +129,7 @@ class SAC(Algorithm):
         architecture = Architecture(network, hidden_sizes, activation)
         self.actor = Actor(env, architecture)
         self.critic = ActionCritic(2, env, architecture)
-        orthogonal_(self.critic)  # as in jaxrl
+        orthogonal_(self.critic.ensemble)  # as in jaxrl
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # Listed once, because walking the modules in every update takes as long as updating the targets.
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())

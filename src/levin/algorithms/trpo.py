@@ -122,7 +122,8 @@ class TRPO(Algorithm):
         self.trunk, features = architecture.make_trunk(env)
         self.actor = Actor(features, env, architecture, initial_log_std)
         self.critic = Critic(features, architecture)
-        self.actor_parameters = list(self.actor.parameters())
+        parameters = *self.trunk.parameters(), *self.actor.parameters()
+        self.actor_parameters = [each for each in parameters if each.requires_grad]
         if compile:
             self.compile_losses("critic_loss")
 
@@ -171,14 +172,13 @@ class TRPO(Algorithm):
 
     def update(self, batch: TensorDictBase) -> None:
         """Take one natural gradient step of the policy on all transitions `[B]`."""
-        features = self.trunk(batch["observation"])
-        new = self.actor(features)
+        new = self.actor(self.trunk(batch["observation"]))
         old = new.detach()
         gradient = distributed.all_reduce_mean(self.flat_gradient(self.surrogate(batch, new, old)))
         product = self.fisher_vector_product(old.kl(new).mean())
         direction, residual = conjugate_gradient(product, gradient, self.cg_iterations)
         step = (2 * self.target_kl / (direction @ product(direction))).sqrt() * direction
-        improvement, kl, tried = self.line_search(batch, features, old, step)
+        improvement, kl, tried = self.line_search(batch, old, step)
         self.record(surrogate=improvement, kl=kl, line_search_steps=tried, entropy=old.entropy().mean())
         self.record(cg_residual=residual / gradient.norm().clamp(min=1e-8))
 
@@ -188,7 +188,7 @@ class TRPO(Algorithm):
         return (ratio * batch["advantage"]).mean()
 
     def flat_gradient(self, objective: Tensor, *, create_graph: bool = False) -> Tensor:
-        """Return the gradient of a scalar in all parameters of the actor, as one vector `[P]`."""
+        """Return the gradient of a scalar in all parameters of the trunk and the actor, as one vector `[P]`."""
         gradients = torch.autograd.grad(objective, self.actor_parameters, create_graph=create_graph, retain_graph=True)
         return torch.cat([each.flatten() for each in gradients])
 
@@ -203,7 +203,7 @@ class TRPO(Algorithm):
 
     @torch.no_grad()
     def line_search(
-        self, batch: TensorDictBase, features: Tensor, old: Categorical | Normal, step: Tensor
+        self, batch: TensorDictBase, old: Categorical | Normal, step: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take the longest of the shrinking steps that improves the surrogate within the trust region.
 
@@ -213,7 +213,7 @@ class TRPO(Algorithm):
         before = self.surrogate(batch, old, old)
         for tried in range(self.line_search_steps):
             assign_parameters(self.actor_parameters, start + self.line_search_shrink**tried * step)
-            new = self.actor(features)
+            new = self.actor(self.trunk(batch["observation"]))
             improvement = distributed.all_reduce_mean(self.surrogate(batch, new, old) - before)
             kl = distributed.all_reduce_mean(old.kl(new).mean())
             if improvement > 0 and kl <= self.target_kl:
@@ -222,8 +222,9 @@ class TRPO(Algorithm):
         return torch.zeros_like(before), torch.zeros_like(before), torch.tensor(self.line_search_steps + 1.0)
 
     def critic_loss(self, batch: Batch) -> Tensor:
-        """Return the critic loss E[(V(s) - target)^2]."""
-        return (self.critic(self.trunk(batch["observation"])) - batch["value_target"]).square().mean()
+        """Return the critic loss E[(V(s) - target)^2]. The trunk belongs to the actor's step."""
+        features = self.trunk(batch["observation"]).detach()
+        return (self.critic(features) - batch["value_target"]).square().mean()
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Write files safely: atomically, never through a link, forced onto the disk, with a checksum that readers verify."""
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from levin.core.errors import CheckpointError, ConfigError
+
+# What file systems answer that have no links, as on USB sticks and network drives.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def orthogonal_(network: nn.Module, gain: float = 2**0.5) -> None:
                 nn.init.orthogonal_(weight, gain)
         else:
             continue
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
 def as_float32(outputs: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def freeze(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let gradients flow through these parameters without computing any for them."""
-    parameters = list(parameters)
+    """Let gradients flow through these parameters without computing any for them. Those frozen before stay frozen."""
+    parameters = [each for each in parameters if each.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

@@ -11,6 +11,7 @@ hold tensors and plain values only: they load with `weights_only=True`, after a 
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,13 +52,19 @@ def discard(folder: Path) -> None:
 
 
 def relink(link: Path, target: str) -> None:
-    """Point a symbolic link at another target, in one atomic step."""
+    """Point a symbolic link at another target, in one atomic step; warn where the file system has no links."""
     if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
         shutil.rmtree(link)
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
-    partial.symlink_to(target)
-    partial.replace(link)
+    try:
+        partial.symlink_to(target)
+    except OSError as error:
+        if error.errno not in files.NO_LINKS:
+            raise
+        warnings.warn(f"{link.parent} can't hold links, so there is no {LAST} and no {BEST} in it", stacklevel=1)
+    else:
+        partial.replace(link)
 
 
 def remove_partial(folder: Path) -> None:
@@ -121,7 +128,7 @@ def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None 
         CheckpointError: The given checkpoint is damaged, or all checkpoints of the run are.
         ConfigError: There is no checkpoint, it has another format, or another algorithm wrote it.
     """
-    path = run / STATE if (run / MANIFEST).exists() or run.parent.name == "checkpoints" else run
+    path = run / STATE if (run / MANIFEST).exists() or _is_checkpoint(run) else run
     if path.name == STATE:
         if not path.parent.exists():
             names = [each.name for each in list_checkpoints(path.parents[1])]
@@ -144,7 +151,12 @@ def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None 
 def run_of(path: Path) -> Path:
     """Return the run folder of a path: the folder itself, or that of a checkpoint or its `state.ckpt`."""
     folder = path.parent if path.name == STATE else path
-    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    return folder.parents[1] if _is_checkpoint(folder) else folder
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint by its place; a run may be in a folder named `checkpoints`, too."""
+    return folder.parent.name == "checkpoints" and not (folder / "config.yaml").exists()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -128,7 +128,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
+        if error.errno not in (*files.NO_LINKS, errno.EMLINK, errno.EXDEV):
             raise
         shutil.copyfile(source, target)
         files.sync(target)

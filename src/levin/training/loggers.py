@@ -175,7 +175,7 @@ def upload(loggers: list[Logger], run: Path) -> None:
             for video in sorted((run / "videos").glob("*.mp4")):
                 logger.experiment.log({f"video/{video.stem}": wandb.Video(str(video))})
             artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
-            artifact.add_file(str(run / "checkpoints" / "last" / "state.ckpt"))
+            artifact.add_file(str(checkpoint.newest_checkpoint(run)))
             artifact.add_file(str(run / "config.yaml"))
             logger.experiment.log_artifact(artifact)
 
@@ -197,8 +197,7 @@ class CSVMetrics(Logger):
         self.columns: list[str] = []
         self.count = 0  # rows in the file
         if self.path.is_file():
-            header = self._read().partition("\n")[0]
-            self.columns = header.split(",") if header else []
+            self.columns = next(csv.reader([self._read().partition("\n")[0]]), [])
 
     @property
     def name(self) -> str:
