@@ -10,11 +10,12 @@ from experiments.lecture.online import TRAIN_STEPS, step_samples
 
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 LAYOUTS = ((1, 16), (4, 4), (16, 1))  # agents, steps: 16 samples for each update
-STEPS, EVERY = 24_000, 2000
+RATES = (1.75e-4, 3.5e-4, 7e-4, 1.4e-3)  # learning rates; 7e-4 is the default
+STEPS, EVERY, LAST = 24_000, 2000, 20_000
 
 
 def measure() -> None:
-    """Measure the variance of mean gradients, and train A2C with three layouts of 16 samples."""
+    """Measure the variance of mean gradients, and train A2C with three layouts of 16 samples and four learning rates."""
     rows: list[dict[str, Any]] = []
     for seed, train_steps in product(SEEDS, TRAIN_STEPS):
         samples_of = step_samples(seed, train_steps)
@@ -28,21 +29,20 @@ def measure() -> None:
                     variance = blocks.mean(-1).square().sum(-1).mean().item()
                     at = {"part": "variance", "seed": seed, "train_steps": train_steps, "kind": kind}
                     rows.append(at | {"layout": layout, "x": samples, "value": variance})
-    for agents, steps in LAYOUTS:
-        for seed in SEEDS:
-            words = [f"env.num_envs={agents}", f"algo.steps_per_iteration={steps}", "algo.gae_lambda=0", f"seed={seed}"]
-            algorithm, loader = build(["env=cartpole", "algo=a2c", *words])
-            for end in range(EVERY, STEPS + 1, EVERY):
-                loader.returns.clear()
-                while algorithm.env_steps < end:
-                    iterate(algorithm, loader)
-                at = {"part": "learning", "seed": seed, "layout": f"{agents} x {steps}", "x": end}
-                rows.append(at | {"value": np.mean(loader.returns) if loader.returns else np.nan})
+    for lr, (agents, steps), seed in product(RATES, LAYOUTS, SEEDS):
+        words = [f"env.num_envs={agents}", f"algo.steps_per_iteration={steps}", "algo.gae_lambda=0", f"seed={seed}"]
+        algorithm, loader = build(["env=cartpole", "algo=a2c", f"algo.lr={lr}", *words])
+        for end in range(EVERY, STEPS + 1, EVERY):
+            loader.returns.clear()
+            while algorithm.env_steps < end:
+                iterate(algorithm, loader)
+            at = {"part": "learning", "seed": seed, "layout": f"{agents} x {steps}", "lr": lr, "x": end}
+            rows.append(at | {"value": np.mean(loader.returns) if loader.returns else np.nan})
     write("parallel", rows)
 
 
 def draw() -> None:
-    """Draw the variance relative to independent samples, and the learning curves."""
+    """Draw the variance relative to independent samples, and the returns at the end of training."""
     table: Any = read("parallel")
     figure, axes = panels(3, width=12, height=3.8)
     for panel, kind in zip(axes, ("actor", "critic"), strict=False):
@@ -69,11 +69,12 @@ def draw() -> None:
     axes[0].legend(loc="upper left", fontsize=8.5)
     for (agents, steps), color in zip(LAYOUTS, (COLORS[3], COLORS[1], COLORS[2]), strict=True):
         rows = table[(table.part == "learning") & (table.layout == f"{agents} x {steps}")]
-        by_step = rows.groupby("x").value
-        x = by_step.median().index / 1000
+        end = rows[rows.x > LAST].groupby(["lr", "seed"]).value.mean().unstack()  # [learning rates, seeds]
         label = f"{agents} {'agents' if agents > 1 else 'agent'}, {steps} {'steps' if steps > 1 else 'step'}"
-        axes[2].plot(x, by_step.median(), color=color, label=label)
-        axes[2].fill_between(x, by_step.min(), by_step.max(), color=color, alpha=0.2, linewidth=0)
-    axes[2].set(xlabel="thousands of env steps", title="A2C on CartPole: return in training")
+        axes[2].plot(end.index, end.median(axis=1), color=color, marker="o", markersize=4, label=label)
+        axes[2].fill_between(end.index, end.min(axis=1), end.max(axis=1), color=color, alpha=0.2, linewidth=0)
+    axes[2].set(xscale="log", xlabel="learning rate", title="A2C on CartPole: return at the end")
+    axes[2].set_xticks(RATES, [f"{lr:g}" for lr in RATES])
+    axes[2].minorticks_off()
     axes[2].legend(loc="upper left", fontsize=9)
     save(figure, "parallel")

@@ -377,6 +377,14 @@ def test_collecting_after_an_evolution_in_the_env_starts_new_episodes():
     assert not algorithm.buffer.reward.any()
 
 
+@pytest.mark.parametrize(("round_", "stage", "ends"), [(0, "vision", False), (0, "controller", True), (1, "collect", True)])
+def test_a_run_in_the_env_ends_with_a_controller_that_fits_its_model(round_, stage, ends):
+    """When the env steps of a later round end, V and M are not trained anew: no steps are left to evolve C for them."""
+    algorithm = make_world_models("algo.controller_training=real", "algo.collect_env_steps=500", "total_env_steps=1000")
+    algorithm.round, algorithm.stage, algorithm.env_steps = round_, stage, 1000
+    assert algorithm.finished(1000) is ends
+
+
 def test_replay_stores_the_encoding_of_each_image():
     algorithm, loader = build_run(compose([*SMALL, "algo.collect_env_steps=400", "total_env_steps=400"]))
     algorithm.configure_optimizers()

@@ -228,6 +228,7 @@ REFUSED = [
     (["env.num_envs=2", "collector_workers=4"], "set env.num_envs=4"),
     (["env.num_envs=2", "env.vectorization=async"], "set env.vectorization=sync"),
     (["env.num_envs=2", "env.normalize_reward=true"], "set env.normalize_reward=false"),
+    (["algo.n_step=3", "env.num_envs=2"], "algo.n_step=3 needs the transitions of an env in their order"),
     (["algo=ddpg", "algo.noise=ornstein_uhlenbeck", "env.num_envs=2"], "set algo.noise=gaussian"),
     (["algo=dreamer", "env=pendulum", "env.num_envs=2"], "a policy with a memory can't be sent to the workers"),
     (["algo=ppo", "env.num_envs=2"], "PPO learns from rollouts of its current policy"),

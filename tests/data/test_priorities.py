@@ -86,6 +86,17 @@ def test_new_transitions_have_the_highest_priority():
     assert new.float().mean() == pytest.approx(3**ALPHA / (3**ALPHA + 0.1**ALPHA), abs=0.02)
 
 
+def test_frames_that_no_transition_ends_with_are_hardly_proposed():
+    """Their number is four per episode; with the priority of new transitions they would be proposed most of the time."""
+    camera, buffer = Camera(2, 4), make(replay.FrameReplay, 2000)
+    for _ in range(10):
+        buffer.extend(camera.rollout(10))
+        buffer.set_priorities(sample(buffer, 500), torch.full((500, 1), 1e-4))
+    raised, leads_on = buffer.priorities.state_dict()["raised"][: len(buffer)], buffer.data["leads_on"]
+    assert (~leads_on).sum() > 20
+    assert raised[~leads_on].sum() < 0.01 * raised[leads_on].sum()
+
+
 def test_the_priority_is_the_mean_over_critics():
     one, two = (make(replay.Replay, 300) for _ in range(2))
     for each, errors in ((one, [[2.0], [0.5]]), (two, [[[-3.0], [0.25]], [[1.0], [-0.75]]])):

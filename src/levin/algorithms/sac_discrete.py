@@ -25,6 +25,7 @@ With `n_step` above 1, r is the n-step return, s' the observation at its end, an
 With `replay=prioritized`, squared errors are weighted (`levin.data.priorities`).
 
 Deviations:
+    - With `n_step` above 1, y has the entropy of the last state alone, not that of the states between.
     - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
     - With `state_action` the value of s' is estimated from one a' ~ pi(.|s'); its entropy is still exact.
     - Default values are SLM-Lab's. The paper's are for Atari: batches of 64, a replay ratio of 0.25, 20000 random

@@ -302,6 +302,8 @@ class WorldModels(Algorithm):
     def finished(self, total_env_steps: int) -> bool:
         """Return whether all rounds are done or, if C is evolved in the env, `total_env_steps` have been taken.
 
+        In a later round the env steps may also end before V and M are trained anew, so that C still fits them.
+
         Raises:
             ConfigError: `total_env_steps` leaves no env steps for the evolution of C.
         """
@@ -311,7 +313,8 @@ class WorldModels(Algorithm):
                 f"total_env_steps={total_env_steps} leaves no env steps to evolve the controller: it must be more than "
                 f"algo.collect_env_steps={self.collect_env_steps}"
             )
-        out_of_steps = in_env and self.stage == "controller" and self.env_steps >= total_env_steps
+        evolved = self.round > 0 or self.stage == "controller"
+        out_of_steps = in_env and evolved and self.env_steps >= total_env_steps
         return self.round == self.rounds or out_of_steps
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:

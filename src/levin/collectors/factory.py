@@ -175,6 +175,11 @@ def _unsupported_options(
             "yields those of older ones: set collector=torchrl-process",
         ),
         (
+            asynchronous and bool(getattr(algorithm.buffer, "n_step", None)),
+            f"algo.n_step={algorithm.hparams.get('n_step')} needs the transitions of an env in their order, but "
+            "collector=torchrl-async yields the envs of one worker at a time: set collector=torchrl-process",
+        ),
+        (
             asynchronous and env.config.normalize_reward,
             "env.normalize_reward needs the rewards of all envs at each step, but collector=torchrl-async yields the "
             "envs of one worker at a time: set env.normalize_reward=false",

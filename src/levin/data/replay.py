@@ -333,6 +333,10 @@ class FrameReplay(Replay):
             "terminated": flat["next", "terminated"],
         }
         self.buffer.extend(TensorDict(entries, batch_size=[total]))
+        if self.priorities and begins.any():
+            # Nothing else lowers the priority of a first stack: each would be proposed again and again, in vain.
+            first_stacks = (first + (~leads_on).nonzero().squeeze(1).cpu()) % self.size
+            self.priorities.update_priority(first_stacks, torch.zeros(len(first_stacks)))
 
     @cached_property
     def transition_bytes(self) -> int:
