@@ -50,4 +50,4 @@ def describe(locked: str, installed: str, output: str) -> str:
 
 if __name__ == "__main__":
     lock = subprocess.run(["git", "show", "HEAD:requirements.lock"], check=True, capture_output=True, text=True).stdout
-    print(describe(lock, *(Path(name).read_text() for name in sys.argv[1:])))
+    print(describe(lock, *(Path(name).read_text(encoding="utf-8") for name in sys.argv[1:])))

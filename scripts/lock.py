@@ -17,11 +17,11 @@ HEADER = "# A pip constraints file, written by `make lock`. pip takes the build 
 def write_uv(pins: list[str], path: Path) -> None:
     """Write versions as constraints of uv, which resolves the project's extras under them."""
     lines = "".join(f'    "{pin}",\n' for pin in pins)
-    path.write_text(f"{UV_HEADER}constraint-dependencies = [\n{lines}]\n")
+    path.write_text(f"{UV_HEADER}constraint-dependencies = [\n{lines}]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     arguments = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", "torch==2.13.0"]
     output = subprocess.run(
         [sys.executable, "-m", "pip", *arguments, f"{ROOT}[{','.join(extras)}]"],

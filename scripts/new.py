@@ -72,14 +72,14 @@ def rename(root: Path, name: str) -> None:
         if file in KEEPS_NAME or path.is_symlink() or not path.is_file():
             continue
         try:
-            before = path.read_text()
+            before = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
         after = (
             before.replace(TEMPLATE, name).replace(TEMPLATE.capitalize(), name).replace(TEMPLATE.upper(), name.upper())
         )
         if after != before:
-            path.write_text(after)
+            path.write_text(after, encoding="utf-8")
     git("mv", f"src/{TEMPLATE}", f"src/{name}", root=root)
     for provenance in (root / "experiments").glob("*/provenance.json"):
         _update_checksum(provenance)
@@ -91,22 +91,23 @@ def rename(root: Path, name: str) -> None:
 def _update_checksum(provenance: Path) -> None:
     """Write the checksum of a result's config, whose targets have a new name, to its provenance.json."""
     config = provenance.with_name("config.yaml")
-    facts = json.loads(provenance.read_text())
+    facts = json.loads(provenance.read_text(encoding="utf-8"))
     if not config.exists() or config.name not in facts.get("files", {}):
         return
     lines = config.read_bytes().splitlines(keepends=True)
     content = b"".join(line for line in lines if not line.startswith(b"#"))
     facts["files"][config.name] = hashlib.sha256(content).hexdigest()
-    provenance.write_text(json.dumps(facts, indent=2) + "\n")
+    provenance.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _allow_longer_lines(pyproject: Path, more: int) -> None:
     """Let docstrings that contain the name several times be longer, by as much as the new name is."""
     if more > 0:
-        text = pyproject.read_text()
+        text = pyproject.read_text(encoding="utf-8")
         limit = f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {120 + 4 * more}\n\n"
         pyproject.write_text(
-            text.replace("[tool.ruff.lint.per-file-ignores]", limit + "[tool.ruff.lint.per-file-ignores]")
+            text.replace("[tool.ruff.lint.per-file-ignores]", limit + "[tool.ruff.lint.per-file-ignores]"),
+            encoding="utf-8",
         )
 
 

@@ -125,13 +125,13 @@ def identical(a: Any, b: Any) -> bool:
 
 def stored_results(algos: set[str]) -> list[str]:
     """Return the names of the stored results of these algorithms in experiments/."""
-    configs = {algo: yaml.safe_load((ROOT / f"configs/algo/{algo}.yaml").read_text()) for algo in algos}
+    configs = {algo: yaml.safe_load((ROOT / f"configs/algo/{algo}.yaml").read_text(encoding="utf-8")) for algo in algos}
     targets = {config["algo"]["_target_"] for config in configs.values()}
     folders = sorted(file.parent for file in ROOT.glob("experiments/*/curves.csv.gz"))
     return [
         folder.name
         for folder in folders
-        if yaml.safe_load((folder / "config.yaml").read_text())["algo"]["_target_"] in targets
+        if yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["algo"]["_target_"] in targets
     ]
 
 

@@ -224,3 +224,8 @@ def test_every_test_that_is_named_as_quick_or_long_exists():
         assert [each for each in functions if f"def {each}(" not in text] == []
     text = (folder / "checks.py").read_text()
     assert [each for each in (*conftest.QUICK_CHECKS, *conftest.LONG_CHECKS) if f"def {each}(" not in text] == []
+
+
+def test_texts_are_read_as_utf_8_whatever_the_locale():
+    for file in (*SOURCE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")):
+        assert not re.findall(r"(?<!def )read_text\((?!\s*encoding)", file.read_text(encoding="utf-8")), file

@@ -15,7 +15,7 @@ STEPS, EVERY, LAST = 24_000, 2000, 20_000
 
 
 def measure() -> None:
-    """Measure the variance of mean gradients, and train A2C with three layouts of 16 samples and four learning rates."""
+    """Measure the variance of mean gradients, and train A2C with three layouts of 16 samples and four rates."""
     rows: list[dict[str, Any]] = []
     for seed, train_steps in product(SEEDS, TRAIN_STEPS):
         samples_of = step_samples(seed, train_steps)

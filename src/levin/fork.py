@@ -61,7 +61,7 @@ def fork(*, algo: str, name: str) -> Path:
     if name in yamls or folder.exists() or folder.with_suffix(".py").exists():
         raise ConfigError(f"name={name} is taken; choose another name")
 
-    text = yamls[algo].read_text()
+    text = yamls[algo].read_text(encoding="utf-8")
     target = yaml.safe_load(text)["algo"]["_target_"]
     module, _, parent_class = target.rpartition(".")
     source = (
@@ -71,7 +71,7 @@ def fork(*, algo: str, name: str) -> Path:
     child_target = f"experiments.{name}.algorithm.{child_class}"
     commit = provenance.run_git("rev-parse", "--short", "HEAD") or "unknown"
     texts = {
-        "algorithm.py": _rename_class(source.read_text(), parent_class, child_class),
+        "algorithm.py": _rename_class(source.read_text(encoding="utf-8"), parent_class, child_class),
         f"algo/{name}.yaml": text.replace(target, child_target),
         "README.md": README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT)),
     }
@@ -81,7 +81,7 @@ def fork(*, algo: str, name: str) -> Path:
             # For sac, skips sac_discrete.yaml and sac_discrete_cartpole.yaml.
             name_of = env.removeprefix("_")
             if not env or any((paths.CONFIGS / kind / f"{name_of}.yaml").exists() for kind in ("env", "family")):
-                texts[f"{group}/{name}{env}.yaml"] = file.read_text()
+                texts[f"{group}/{name}{env}.yaml"] = file.read_text(encoding="utf-8")
     folder.mkdir()
     for path, content in texts.items():
         files.write_text(folder, path, content)

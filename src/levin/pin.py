@@ -43,9 +43,7 @@ def pin(exp: str, overrides: list[str]) -> Path:
     with _refuse_environment_variables():
         chosen = {word.partition("=")[0] for word in overrides}
         cfg = compose([*(word for word in DEFAULTS if word.partition("=")[0] not in chosen), *overrides])
-    folder.mkdir(exist_ok=True)
     trust.record(cfg)
-    files.write_text(folder, CONFIG, OmegaConf.to_yaml(cfg))
     if not (folder / REFERENCE).exists():
         from levin.collectors.uniform import random_return  # late: torch takes seconds to import
 
@@ -53,10 +51,12 @@ def pin(exp: str, overrides: list[str]) -> Path:
         reference = {"env_steps": cfg.total_env_steps, "metric": "evaluations", "last": 1, "gate": None}
         reference |= {
             "gate_from": None,
-            "random_return": random_return(EnvConfig(**to_plain(cfg.env)), cfg.eval.seed),
+            "random_return": random_return(EnvConfig(**to_plain(cfg.env)), cfg.eval.seed),  # 100 episodes, may fail
             "published": [published],
         }
+        folder.mkdir(exist_ok=True)
         files.write_text(folder, REFERENCE, yaml.safe_dump(reference, sort_keys=False))
+    files.write_text(folder, CONFIG, OmegaConf.to_yaml(cfg))  # last: with it, the result exists
     return folder
 
 

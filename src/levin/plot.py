@@ -182,7 +182,7 @@ def _columns(folders: list[Path]) -> str:
     for folder in folders:
         for file in [folder / METRICS, *sorted(folder.glob(f"*/{METRICS}"))]:
             if file.is_file():
-                with file.open(errors="replace") as text:
+                with file.open(encoding="utf-8", errors="replace") as text:
                     names |= dict.fromkeys(next(csv.reader(text), []))
     return valid_names("", names)
 

@@ -35,7 +35,7 @@ def report(*, check: bool = False) -> list[str]:
         raise ConfigError("; ".join(wrong))
     texts = dict(expected_texts([result for result in results if not faults[result.name]]))
     for path, text in texts.items():
-        if not path.is_file() or path.read_text() != text:
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             wrong.append(f"{path.relative_to(paths.ROOT)} does not match the stored data")
             if not check:
                 files.write_text(path.parent, path.name, text)

@@ -201,11 +201,14 @@ def print_end(runs: Collection[Path], *, ended: bool) -> None:
 
 
 def find_runs(words: str) -> list[Path]:
-    """Return the run folders that `runs=` names."""
+    """Return the run folders that `runs=` names. Raises ConfigError if a word names none: these runs are trained."""
     plans = [Path(word) for word in words.split() if word.endswith(".json") and Path(word).is_file()]
     folders = " ".join(word for word in words.split() if Path(word) not in plans)
     found = [run for plan in plans for run in planned_runs(plan)]
-    for folder in run_folder.find_folders(folders)[0] if folders or not plans else []:
+    matches, _, missing = run_folder.find_folders(folders) if folders or not plans else ([], set(), [])
+    if missing:
+        raise ConfigError(f"runs={words}: {'; '.join(missing)}")
+    for folder in matches:
         if (folder / PLAN).is_file():
             found += planned_runs(folder / PLAN)
         elif run_folder.has_begun(folder):

@@ -277,7 +277,9 @@ def run_job(cfg: DictConfig) -> float | None:
             cfg = finalize(cfg, hydra.runtime.choices)
             chosen = _chosen_values(cfg, list(hydra.overrides.task))
             later_rank = sharding.process_rank(cfg) > 0
-            if run_folder.has_begun(run):
+            if run_folder.has_ended(run, cfg.total_env_steps):  # by a callback, such as EarlyStopping
+                result = None
+            elif run_folder.has_begun(run):
                 result = resume.resume(run=str(run), **chosen)
             else:
                 result = train_rank(cfg, run) if later_rank else train(cfg, run)
@@ -288,7 +290,7 @@ def run_job(cfg: DictConfig) -> float | None:
         raise SystemExit(1) from None
     if later_rank:
         return None
-    if run_folder.read_provenance(run)["env_steps"] is None and "max_time" not in cfg.trainer:
+    if not run_folder.has_ended(run, cfg.total_env_steps) and "max_time" not in cfg.trainer:
         raise SystemExit(0)  # stopped by a signal, which ends the whole sweep
     return result
 

@@ -377,7 +377,9 @@ def test_collecting_after_an_evolution_in_the_env_starts_new_episodes():
     assert not algorithm.buffer.reward.any()
 
 
-@pytest.mark.parametrize(("round_", "stage", "ends"), [(0, "vision", False), (0, "controller", True), (1, "collect", True)])
+@pytest.mark.parametrize(
+    ("round_", "stage", "ends"), [(0, "vision", False), (0, "controller", True), (1, "collect", True)]
+)
 def test_a_run_in_the_env_ends_with_a_controller_that_fits_its_model(round_, stage, ends):
     """When the env steps of a later round end, V and M are not trained anew: no steps are left to evolve C for them."""
     algorithm = make_world_models("algo.controller_training=real", "algo.collect_env_steps=500", "total_env_steps=1000")

@@ -1,8 +1,10 @@
 """Sweeps: many runs of levin.train, by the scheduler or by Hydra's sweepers."""
 
 import csv
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -53,6 +55,33 @@ def test_every_combination_is_a_run_and_returns_its_last_evaluation(tmp_path):
     returns = [line.split()[1] for line in answer.stdout.splitlines() if line.startswith("eval/return_mean")]
     assert (tmp_path / "returned.txt").read_text().split() == returns
     assert len(set(returns)) == 4
+
+
+STOP = """
+from lightning import Callback
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = True
+"""
+
+
+def test_a_run_that_a_callback_ends_does_not_end_the_sweep(tmp_path):
+    (tmp_path / "stop.py").write_text(STOP)
+    sweeper = "hydra.sweeper._target_=hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    answer = train(tmp_path, "-m", "seed=0,1", sweeper, "callbacks.stop._target_=stop.Stop")
+    assert answer.returncode == 0, answer.stderr
+    ends = [json.loads(file.read_text()) for file in tmp_path.glob("runs/sweep_*/*/provenance.json")]
+    assert [each["ended_at"] for each in ends] == [64, 64]
+
+
+def test_runs_of_one_command_accept_its_code_where_the_home_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    answer = train(tmp_path, "seeds=0 1", "run=mine")
+    assert answer.returncode == 0, answer.stderr
+    assert "can't be written (Not a directory)" in answer.stderr
 
 
 def test_values_with_a_slash_are_one_folder_each_and_can_be_drawn(tmp_path):
@@ -118,6 +147,17 @@ def test_runs_are_continued_together_and_compared(tmp_path):
     )  # at 128 env steps
     with pytest.raises(ConfigError, match="holds no run"):
         find_runs(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"mine/s2 matches nothing"):  # a typo must not train the others alone
+        find_runs(f"{tmp_path}/mine/s0 {tmp_path}/mine/s2")
+
+
+def test_a_wildcard_after_a_space_is_one_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("my runs/a", "runs/b"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.yaml").touch()
+    monkeypatch.setattr("levin.runs.folder.has_begun", lambda run: (run / "config.yaml").exists())
+    assert find_runs("my runs/*") == [Path("my runs/a")]
 
 
 @pytest.mark.parametrize(

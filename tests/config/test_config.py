@@ -7,8 +7,9 @@ import warnings
 import pytest
 from omegaconf import OmegaConf
 
-from levin import evaluate, train
+from levin import evaluate, plot, train
 from levin.config import __main__ as print_config
+from levin.config import cli
 from levin.config.compose import compose
 from levin.core import paths
 from levin.core.errors import ConfigError
@@ -304,6 +305,26 @@ def test_suggestions_are_sorted_by_similarity():
 def test_paths_are_taken_as_typed(path):
     assert compose(["algo=sac", "env=pendulum", f"run={path}"]).run == path
     assert compose(["algo=ppo", "env=dream", f"env.run={path}"], check_values=False).env.run == path
+
+
+@pytest.mark.parametrize("name", ["größe", "größe_2.0", "5"])
+def test_names_are_taken_as_typed(name):
+    assert compose(["algo=ppo", "env=cartpole", f"name={name}"]).name == name
+    assert compose([f"wandb_project={name}"]).wandb_project == name
+    assert compose(["algo=ppo", "name=x${seed}", "seed=3"]).name == "x3"
+
+
+@pytest.mark.parametrize("path", ["/home/jürgen/x.png", "fig(1).png", "a=b, c.png", None])
+def test_an_optional_path_of_a_command_is_taken_as_typed(path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plot", "runs=runs/*", f"out={path or 'null'}"])
+    assert cli.command_arguments(plot.plot)["out"] == path
+
+
+def test_a_value_that_needs_quotes_is_named_with_them():
+    with pytest.raises(
+        ConfigError, match=r"""^algo.gamma=ö\(1 is not of the form key=value; .*: "algo.gamma='ö\(1'"$"""
+    ):
+        compose(["algo=ppo", "env=cartpole", "algo.gamma=ö(1", "seed=3"])
 
 
 def test_a_run_of_any_env_is_named_by_its_id():

@@ -87,7 +87,7 @@ def test_new_transitions_have_the_highest_priority():
 
 
 def test_frames_that_no_transition_ends_with_are_hardly_proposed():
-    """Their number is four per episode; with the priority of new transitions they would be proposed most of the time."""
+    """There are four per episode; with the priority of new transitions they would be proposed most of the time."""
     camera, buffer = Camera(2, 4), make(replay.FrameReplay, 2000)
     for _ in range(10):
         buffer.extend(camera.rollout(10))

@@ -177,7 +177,9 @@ def test_the_head_after_a_cnn_is_chosen():
 # --- one's own
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.algo not in WITHOUT or row.algo == "trpo"], ids=lambda r: r.algo)
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.algo not in WITHOUT or row.algo == "trpo"], ids=lambda r: r.algo
+)
 def test_every_trunk_of_a_user_is_trained_but_for_what_is_frozen(row, tmp_path):
     words = [f"algo={row.algo}", f"env={row.env}", *row.small, "eval.episodes=1", "logger=csv"]
     words += [f"total_env_steps={row.env_steps}", "algo.network={_target_:own_networks.Pretrained}"]

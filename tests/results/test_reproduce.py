@@ -15,7 +15,7 @@ pytest.importorskip("rliable", reason="the extra `report` computes the intervals
 
 from levin.config.compose import compose
 from levin.core import paths
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, RunError
 from levin.pin import pin
 from levin.report import report
 from levin.reproduce import reproduce
@@ -326,6 +326,19 @@ def test_pin_writes_a_complete_config_and_does_not_overwrite_it(tmp_path, monkey
     assert -100 < written["random_return"] < 0
     with pytest.raises(ConfigError, match=r"toy/reference\.yaml"):  # the published numbers are still missing
         read_reference(result_folder)
+
+
+def test_an_env_that_fails_leaves_no_half_pinned_result(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RunError("the env failed")
+
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("levin.collectors.uniform.random_return", fail)
+        with pytest.raises(RunError):
+            pin("toy", list(OVERRIDES))
+    assert not list(tmp_path.iterdir())
+    assert pin("toy", list(OVERRIDES)) == tmp_path / "toy"
 
 
 def test_pin_refuses_environment_variables(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Checkpoint files: complete or absent after a kill, only new transitions written, synced to disk."""
 
+import errno
 import json
 import os
 import shutil
@@ -147,6 +148,29 @@ def test_a_file_system_without_hard_links_copies(tmp_path, monkeypatch):
     checkpoint.discard(tmp_path / "10")
     checkpoint.verify(tmp_path / "20", buffer=True)
     assert len(list((tmp_path / "20" / checkpoint.BUFFER).iterdir())) == 2
+
+
+def test_a_file_system_without_symbolic_links_has_no_last_and_no_best(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="can't hold links, so there is no last and no best"):
+        train(compose([*TINY, "total_env_steps=64", "checkpoint.every=32"]), run)
+    assert sorted(each.name for each in (run / "checkpoints").iterdir()) == ["32", "64"]
+    resume.resume(run=str(run), total_env_steps=96)
+    assert checkpoint.newest_checkpoint(run).parent.name == "96"
+
+
+def test_a_run_may_be_in_a_folder_named_checkpoints(tmp_path):
+    run = tmp_path / "checkpoints" / "exp1"
+    train(compose([*TINY, "total_env_steps=64", "checkpoint.every=32"]), run)
+    resume.resume(run=str(run), total_env_steps=96)
+    assert checkpoint.run_of(run) == run
+    assert checkpoint.run_of(run / "checkpoints" / "64") == run
+    assert levin.load(str(run)).algorithm.env_steps == 96
+    assert levin.load(str(run / "checkpoints" / "64")).algorithm.env_steps == 64
 
 
 def test_files_of_a_run_are_synced_to_disk(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from levin import resume
 from levin.algorithms.sac import SAC
 from levin.config.compose import compose
 from levin.core import files
+from levin.core.errors import ConfigError, RunError
 from levin.envs.config import TRAINING
 from levin.envs.vector import episode_seed
 from levin.runs import folder as run_folder
-from levin.training.session import train
+from levin.training import trainer as trainers
+from levin.training.session import build_run, train
 from short_runs import SMALL
 
 OVERRIDES = (*SMALL, "checkpoint.every=64", "total_env_steps=640")
@@ -165,6 +168,31 @@ def test_a_read_only_run_folder_ends_the_run(tmp_path, monkeypatch, capsys):
     assert "can't be written: Permission denied; continue from checkpoint 128" in message
 
 
+class ReadMissingFile(Callback):
+    """Callback that opens a file that does not exist."""
+
+    def on_train_batch_end(self, trainer, algorithm, *_) -> None:
+        if algorithm.env_steps == 160:
+            Path("/nowhere/labels.csv").read_text()
+
+
+def test_a_file_that_a_callback_misses_is_not_taken_for_the_run_folder(tmp_path, monkeypatch, capsys):
+    overrides = (*OVERRIDES, "+callbacks.read={_target_:test_guards.ReadMissingFile}")
+    message = run_and_fail(overrides, tmp_path / "run", monkeypatch, capsys)
+    assert "raised FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/labels.csv'" in message
+    assert f"(see {tmp_path / 'run'}/traceback.txt); continue from checkpoint 128" in message
+    assert "labels.csv" in (tmp_path / "run" / "traceback.txt").read_text()
+
+
+def test_a_full_disk_does_not_hide_why_an_env_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "write_text", lambda folder, name, text: full() if "traceback" in name else None)
+    with (
+        pytest.raises(RunError, match="env failed; the run has no checkpoint yet"),
+        run_folder.report_failure(tmp_path),
+    ):
+        raise RunError("env failed") from ValueError("x")
+
+
 class Delete(Callback):
     """Callback that deletes the run folder during the run."""
 
@@ -198,3 +226,23 @@ def test_a_run_killed_at_its_start_does_not_block_a_new_run(tmp_path, monkeypatc
     cfg = compose([*OVERRIDES, f"run={tmp_path / 'run'}", "total_env_steps=64"])
     train(cfg, run_folder.new_run_path(cfg))
     assert complete_checkpoints(tmp_path / "run") == [64]
+
+
+def test_a_metric_with_more_than_one_number_is_named():
+    algorithm, _ = build_run(compose(list(SMALL)))
+    algorithm.record(good=torch.ones(1), better=1.0)
+    with pytest.raises(
+        ValueError, match=r"record\(q_value=...\) takes one number, got a tensor \[256\]: take its mean"
+    ):
+        algorithm.record(q_value=torch.ones(256))
+
+
+def test_an_apple_gpu_is_not_chosen_automatically_and_refused_where_it_lacks_a_dtype(monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.accelerators.MPSAccelerator.is_available", lambda: True)
+    cfg = compose(["algo=ppo", "env=cartpole", "logger=csv", "trainer.accelerator=auto"])
+    algorithm, rollouts = build_run(cfg)
+    trainer, _, _ = trainers.build_trainer(cfg, Path("run"), rollouts.env.config, None)
+    assert trainer.strategy.root_device.type == "cpu"
+    apple = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")))
+    with pytest.raises(ConfigError, match=r"mps has no float64.* of PPO need: set trainer.accelerator=cpu"):
+        trainers.check_dtypes(apple, algorithm)

@@ -108,6 +108,14 @@ def test_csv_grows_a_column_without_losing_a_row(tmp_path):
     assert [row["env_steps"] for row in logger.rows()] == ["1", "2"]
 
 
+def test_the_name_of_a_metric_may_hold_a_comma(tmp_path):
+    CSVMetrics(tmp_path).log_metrics({"Q(s,a)": 0.5}, step=1)
+    logger = CSVMetrics(tmp_path)
+    logger.truncate(1)
+    logger.log_metrics({"Q(s,a)": 0.25}, step=2)
+    assert [row["Q(s,a)"] for row in logger.rows()] == ["0.5", "0.25"]
+
+
 @pytest.mark.parametrize("env", ["pendulum", "inverted_pendulum"])
 def test_the_video_has_a_frame_per_step_and_is_not_black(env, tmp_path):
     overrides = [*SMALL, f"env={env}", "total_env_steps=64"]

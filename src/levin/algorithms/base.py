@@ -285,10 +285,18 @@ class Algorithm(LightningModule):
         return torch.autocast(self.device.type, enabled=False)
 
     def record(self, **metrics: Tensor | float) -> None:
-        """Add values to the means `train/<name>` of the next row of metrics, without waiting for the device."""
+        """Add values to the means `train/<name>` of the next row of metrics, without waiting for the device.
+
+        Raises:
+            ValueError: A tensor holds more than one number.
+        """
         for name, value in metrics.items():
             total, count = self.recorded.get(name, (0, 0))
             number = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            if number.numel() != 1:
+                raise ValueError(
+                    f"record({name}=...) takes one number, got a tensor {list(number.shape)}: take its mean"
+                )
             self.recorded[name] = (total + number, count + 1)
 
     def log(self, name: str, value: Any, *_: Any, **__: Any) -> None:

@@ -103,8 +103,8 @@ class Dreamer(Algorithm):
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         activation: Activation between the layers: elu.
-        compile: Compile the losses and, on a GPU, capture the whole update as a CUDA graph; other rounding, after minutes
-            at the start.
+        compile: Compile the losses and, on a GPU, capture the whole update as a CUDA graph; other rounding, after
+            minutes at the start.
     """
 
     actions: ClassVar = ("box", "discrete")

@@ -35,7 +35,7 @@ def frame_transitions(num: int) -> TensorDict:
 
 def resident_megabytes() -> float:
     """Return the resident memory of this process, in MB."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 

@@ -241,7 +241,7 @@ class WorkersCollector(BaseCollector):
                 reason = timed_out if code == -signal.SIGALRM else f"ended with exit code {code}"
         for report in sorted(self.reports.glob("*")) if self.reports else []:
             name = f"worker {report.name}"
-            reason, trace = json.loads(report.read_text())
+            reason, trace = json.loads(report.read_text(encoding="utf-8"))
             error.add_note(trace)
         return RunError(f"{name} of {self.workers} (collector={self.name}, {self.env.config.id}): {reason}")
 

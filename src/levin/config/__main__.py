@@ -31,7 +31,7 @@ def value_origins(overrides: list[str]) -> dict[str, str]:
     for file in files:
         candidates = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *EXPERIMENTS.glob("*"))]
         for path in filter(Path.exists, candidates):
-            values = yaml.safe_load(path.read_text()) or {}
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             values.pop("defaults", None)
             prefix = f"{file.package}." if file.package and file.package != "_global_" else ""
             origin |= dict.fromkeys(flat_keys(values, prefix), str(path.relative_to(ROOT)))

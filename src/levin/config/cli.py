@@ -20,7 +20,9 @@ def command_arguments(command: Callable[..., Any]) -> dict[str, Any]:
         ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
     """
     hints = get_type_hints(command)
-    values = parse_overrides(sys.argv[1:], as_typed=[key for key, hint in hints.items() if hint is str])
+    texts = [key for key, hint in hints.items() if hint in (str, str | None)]
+    values = parse_overrides(sys.argv[1:], as_typed=texts)
+    values |= {key: None for key in texts if values.get(key) == "null" and hints[key] is not str}
     check_section(command, "", values)
     return values
 
@@ -119,4 +121,10 @@ def parse_hydra_overrides(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise ConfigError(f"{' '.join(overrides)} is not of the form key=value") from error
+        if len(overrides) > 1:  # name the one that is wrong
+            for override in overrides:
+                parse_hydra_overrides([override])
+        text = " ".join(overrides)
+        key, _, value = text.partition("=")
+        advice = f"; quotes protect special letters and signs: \"{key}='{value}'\"" if value else ""
+        raise ConfigError(f"{text} is not of the form key=value{advice}") from error

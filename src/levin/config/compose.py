@@ -26,6 +26,7 @@ SEARCH_PATH = "hydra.searchpath"
 GROUPS = ("algo", "env", "debug", "launcher", "tuned")
 ANY_ENV = ("gym", "torchrl", "atari")  # env configs for any id: their runs are named by the id
 PATHS = ("run", "env.run", "note")  # keys whose values are taken as typed: paths and texts
+NAMES = ("name", "wandb_project")  # the same, but for references to other keys, such as ${seed}
 OPEN_SECTIONS = ("env.kwargs", "callbacks", "trainer")  # sections that take keys that no YAML file lists
 NULL_DEFAULTS = ("debug=null", "launcher=null")  # valid defaults, which Hydra refuses as overrides
 
@@ -133,11 +134,11 @@ def take_paths(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
     others, typed = [], {}
     for override in overrides:
         key, _, path = override.partition("=")
-        if key not in PATHS or path == "null":
+        if path == "null" or not (key in PATHS or (key in NAMES and "${" not in path)):
             others.append(override)
             typed.pop(key, None)  # the last word counts
         elif "${" in path or path == "???":
-            instead = "write another text" if key == "note" else "name another folder"
+            instead = "name another folder" if key in ("run", "env.run") else "write another text"
             raise ConfigError(
                 f"{override} has a special meaning in a config (a reference or a missing value); {instead}"
             )

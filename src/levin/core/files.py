@@ -48,7 +48,7 @@ def replace(folder: Path, name: str) -> Iterator[Path]:
 def write_text(folder: Path, name: str, text: str) -> None:
     """Replace the file `name` in `folder` by a text file, as described at `replace`."""
     with replace(folder, name) as path:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def subfolder(folder: Path, name: str) -> Path:

@@ -84,7 +84,7 @@ def read_json(path: Path, hint: Any) -> Any:
     if not path.is_file():
         raise ValueError("it is missing")
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
         pydantic.TypeAdapter(hint).validate_python(value, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]

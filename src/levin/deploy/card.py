@@ -74,7 +74,7 @@ def write_card(folder: Path, name: str, run: Path, metadata: dict[str, Any], che
         "## Config",
         "",
         "```yaml",
-        (run / "config.yaml").read_text().rstrip(),
+        (run / "config.yaml").read_text(encoding="utf-8").rstrip(),
         "```",
         "",
     ]
@@ -95,7 +95,7 @@ def read_score(run: Path, env_steps: int) -> str:
     """Return a sentence with the score after these env steps and its 95% interval; empty if there is none."""
     summary, evaluation, metrics = run / "summary.json", run / "evaluation.json", run / "metrics.csv"
     if summary.is_file():
-        result = json.loads(summary.read_text())
+        result = json.loads(summary.read_text(encoding="utf-8"))
         score = result["as_the_source_measures"]
         low, high = score["interval"]
         return (
@@ -103,11 +103,11 @@ def read_score(run: Path, env_steps: int) -> str:
             f"{low:,.1f} to {high:,.1f}."
         )
     if evaluation.is_file():
-        score = json.loads(evaluation.read_text())
+        score = json.loads(evaluation.read_text(encoding="utf-8"))
         if score["env_steps"] == env_steps:
             return _sentence(score["return_mean"], score["return_std"], score["episodes"])
     if metrics.is_file():
-        with metrics.open() as file:
+        with metrics.open(encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
         if rows and int(rows[-1]["env_steps"]) == env_steps:
             episodes = to_plain(load_config(run, runs=()).eval)["episodes"]

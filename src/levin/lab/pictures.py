@@ -11,7 +11,7 @@ UNBIASED, BIASED = "#2b6cb0", "#c05621"
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file."""
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

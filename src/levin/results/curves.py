@@ -57,7 +57,7 @@ def read_curves(folder: Path, kind: str = CURVES) -> Curves:
     """Return the stored curves of a result by seed; empty before its first run."""
     if not (folder / kind).is_file():
         return {}
-    with _explain_damage(folder / kind), gzip.open(folder / kind, "rt") as file:
+    with _explain_damage(folder / kind), gzip.open(folder / kind, "rt", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
         return {
             seed: _curve_from_rows([row for row in rows if int(row["seed"]) == seed], "env_steps", *COLUMNS[kind])
@@ -72,7 +72,7 @@ def read_run(run: Path, kind: str = CURVES) -> Curve:
         ConfigError: The file is missing or damaged.
     """
     columns = {CURVES: ("eval/return_mean", "eval/return_std"), TRAINING: ("episode/return", "episode/count")}[kind]
-    with _explain_damage(run / METRICS), (run / METRICS).open() as file:
+    with _explain_damage(run / METRICS), (run / METRICS).open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get(columns[0])]
         return _curve_from_rows(rows, "env_steps", *columns)
 
@@ -83,7 +83,7 @@ def read_metric(run: Path, metric: str) -> Curve:
     Raises:
         ConfigError: The file is missing or damaged.
     """
-    with _explain_damage(run / METRICS), (run / METRICS).open() as file:
+    with _explain_damage(run / METRICS), (run / METRICS).open(encoding="utf-8") as file:
         rows = [{**row, "": "0"} for row in csv.DictReader(file) if row.get(metric)]
         return _curve_from_rows(rows, "env_steps", metric, "")
 

@@ -195,7 +195,7 @@ def algorithm_colors(names: Iterable[str]) -> dict[str, Color]:
 def describe_missing(results: list[Result]) -> str:
     """Return which algorithms of Levin the aggregate leaves out, and why, as one line."""
     classes = {
-        yaml.safe_load(file.read_text())["algo"]["_target_"].rpartition(".")[2]
+        yaml.safe_load(file.read_text(encoding="utf-8"))["algo"]["_target_"].rpartition(".")[2]
         for file in paths.CONFIGS.glob("algo/*.yaml")
     }
     shown = {result.algorithm for result in results if result.evaluations and result.reference.published}

@@ -170,7 +170,7 @@ def read_reference(folder: Path) -> Reference:
     """
     file = folder / REFERENCE
     try:
-        return Reference(**yaml.safe_load(file.read_text()))
+        return Reference(**yaml.safe_load(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{folder.name} has no {REFERENCE}, which must name the published numbers and their sources"

@@ -141,7 +141,7 @@ def _required_extra(result: Result) -> str | None:
     """Return the extra that the env's YAML says must be installed, if any."""
     mark = "# needs the extra:"
     for file in sorted((paths.CONFIGS / "env").glob("*.yaml")):
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         if (yaml.safe_load(text) or {}).get("id") == result.config.env.id and mark in text:
             return text.split(mark)[1].splitlines()[0].strip()
     return None
@@ -207,7 +207,7 @@ def _replace_between_marks(path: Path, text: str) -> str:
     Raises:
         ConfigError: The page lacks the marks around its generated part.
     """
-    before, begin, rest = path.read_text().partition(BEGIN)
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(

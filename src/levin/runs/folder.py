@@ -24,6 +24,7 @@ from levin.runs import checkpoint, code, slurm, trust
 from levin.runs.provenance import command_line
 
 CONFIG, PROVENANCE, LOCK = "config.yaml", "provenance.json", ".lock"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.ENOTCONN)
 
 
 class Session(pydantic.BaseModel):
@@ -199,7 +200,7 @@ def lock_file(path: Path, taken: str) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", opener=files.no_link)  # noqa: SIM115
+        file = open(path, "a", encoding="utf-8", opener=files.no_link)  # noqa: SIM115
     except OSError as error:
         raise FolderError(f"run={path.parent} can't be written: {error.strerror}") from error
     with file:
@@ -239,7 +240,7 @@ def _lock(file: TextIO) -> None:
 def is_locked(run: Path) -> bool:
     """Return whether another process trains a run. This process must not hold the lock: it would lose it."""
     try:
-        with open(run / LOCK, "r+", opener=files.no_link) as file:
+        with open(run / LOCK, "r+", encoding="utf-8", opener=files.no_link) as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
@@ -287,7 +288,8 @@ def find_folders(runs: str) -> tuple[list[Path], set[Path], list[str]]:
     """
     if not runs:
         raise ConfigError("runs is missing: set runs=<run folders> (with make: RUNS=<run folders>)")
-    patterns = [runs] if Path(runs).exists() else runs.split()  # a folder may have a space or a bracket in its name
+    whole = Path(runs).exists() or glob.glob(runs)  # a folder may have a space or a bracket in its name
+    patterns = [runs] if whole else runs.split()
     named = {Path(each) for each in patterns if Path(each).exists()}
     found = {each: [each] if Path(each) in named else glob.glob(each) for each in patterns}
     folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
@@ -301,7 +303,8 @@ def report_failure(run: Path) -> Iterator[None]:
     """Turn an error that ends a run into one sentence that also says how to continue the run.
 
     Raises:
-        RunError: An env failed, a number was not finite, or the run folder can't be written any more.
+        RunError: An env failed, a number was not finite, the run folder can't be written any more, or other code
+            raised an OSError.
         CheckpointError: The checkpoint can't be restored.
     """
     try:
@@ -309,15 +312,16 @@ def report_failure(run: Path) -> Iterator[None]:
     except CheckpointError as error:
         if error.__cause__ is None:
             raise
-        files.write_text(run, "traceback.txt", traceback.format_exc())
-        raise CheckpointError(f"{error} (see {run}/traceback.txt)") from error
+        raise CheckpointError(f"{error}{_write_traceback(run)}") from error
     except (RunError, OSError) as error:
-        message = (
-            str(error) if isinstance(error, RunError) else f"run={run} can't be written: {error.strerror or error}"
-        )
-        if error.__cause__ is not None:  # raised inside an env or another rank: its traceback is needed
-            files.write_text(run, "traceback.txt", traceback.format_exc())
-            message += f" (see {run}/traceback.txt)"
+        elsewhere = isinstance(error, OSError) and not _is_about(run, error)
+        message = str(error)
+        if elsewhere:
+            message = f"a callback, an env or the algorithm raised {type(error).__name__}: {error}"
+        elif isinstance(error, OSError):
+            message = f"run={run} can't be written: {error.strerror or error}"
+        if elsewhere or error.__cause__ is not None:  # inside code of the user or another rank: its traceback is needed
+            message += _write_traceback(run)
         checkpoints = checkpoint.list_checkpoints(run / "checkpoints")
         advice = (
             f"continue from checkpoint {checkpoints[-1].name} with make resume RUN={run}"
@@ -326,3 +330,19 @@ def report_failure(run: Path) -> Iterator[None]:
         )
         kind = NotFiniteError if isinstance(error, NotFiniteError) else RunError
         raise kind(f"{message}; {advice}") from error
+
+
+def _is_about(run: Path, error: OSError) -> bool:
+    """Return whether an error is that of a file in the run folder, or of a disk, which names no file."""
+    if isinstance(error.filename, str | os.PathLike):
+        return Path(os.path.realpath(error.filename)).is_relative_to(os.path.realpath(run))
+    return error.errno in DISK_ERRORS
+
+
+def _write_traceback(run: Path) -> str:
+    """Write the traceback of the current error into the run folder, and return where it is, for the message."""
+    try:
+        files.write_text(run, "traceback.txt", traceback.format_exc())
+    except OSError:  # a full disk must not hide the error
+        return ""
+    return f" (see {run}/traceback.txt)"

@@ -37,7 +37,7 @@ def load_config(run: Path, *, runs: tuple[str, ...] = trust.SECTIONS) -> DictCon
     if not path.is_file():
         raise ConfigError(f"run={run} is not a run folder: it has no config.yaml")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ConfigError(f"{path} is damaged: the config of a run holds no YAML aliases")  # few bytes, huge values
         config = OmegaConf.create(text)

@@ -58,14 +58,18 @@ def run_git(*arguments: str) -> str:
     """Run git in the repository and return its output; an empty string outside a repository or without git."""
     if shutil.which("git") is None:
         return ""
-    answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", *arguments]
+    # A file name may hold any bytes, and its encoding does not depend on the locale of this process.
+    answer = subprocess.run(
+        command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
+    )
     return answer.stdout.strip()
 
 
 def processor_name() -> str:
     """Return the name of the processor, as the system reports it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )

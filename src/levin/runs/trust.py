@@ -34,6 +34,7 @@ ALGORITHM = re.compile(r"levin\.algorithms\.\w+\.\w+")
 FORK = re.compile(r"experiments\.(\w+)\.algorithm\.\w+")
 ENV_MODULES = ("levin.dodge", "levin.racing")  # modules named in ids of Levin's own envs
 ENV_PACKAGES = ("gymnasium", "levin", "ale_py")  # packages whose registered gymnasium ids are accepted
+UNRECORDED: set[Path] = set()  # entries of this command that could not be written; the processes it forks have them too
 VARIABLE = "LEVIN_TRUST"  # set while `trust=true` holds, so that the processes of a run inherit it
 
 
@@ -91,7 +92,8 @@ def check(config: DictConfig, sections: tuple[str, ...], where: Path) -> None:
 
 def is_accepted(code: Code) -> bool:
     """Return whether the code may run: a run begun here has used it in the same way, or the user trusts it."""
-    return os.environ.get(VARIABLE) == "1" or _record_path(code).is_file()
+    path = _record_path(code)
+    return os.environ.get(VARIABLE) == "1" or path in UNRECORDED or os.path.isfile(path)  # false if it can't be read
 
 
 def record(config: DictConfig) -> None:
@@ -107,6 +109,7 @@ def record_code(code: Code) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         files.save_json({**asdict(code), "imported_from": _origin(code.module)}, path.parent, path.name)
     except OSError as error:
+        UNRECORDED.add(path)
         print(
             f"levin: {path} can't be written ({error.strerror}): "
             f"later commands on this run need trust=true for {code.key}={code.name}",

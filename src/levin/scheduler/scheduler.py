@@ -51,7 +51,7 @@ class Ended:
     @property
     def last_line(self) -> str:
         """Last line of the run's output."""
-        lines = (self.run / OUTPUT).read_text(errors="replace").strip().splitlines()
+        lines = (self.run / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1].removeprefix("levin: ") if lines else "no output"
 
     @property
@@ -196,7 +196,7 @@ def _redirect_output(descriptor: int) -> None:
         os.dup2(descriptor, standard)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # New streams: those of the first process may have been replaced, as pytest and notebooks do.
-    sys.stdout, sys.stderr = (open(each, "w", buffering=1, closefd=False) for each in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(each, "w", encoding="utf-8", buffering=1, closefd=False) for each in (1, 2))  # noqa: SIM115
 
 
 def _end_with_parent(parent: int) -> None:

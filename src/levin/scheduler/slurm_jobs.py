@@ -122,7 +122,11 @@ def last_line(logs: Path) -> tuple[str, Path]:
     """Return the last line of a failed job, and its file: of several ranks, that of the first to report an error."""
     found = []
     for file in sorted(logs.glob("*.err"), key=lambda file: file.stat().st_mtime):
-        lines = [line for line in file.read_text(errors="replace").splitlines() if not AFTERWARDS.match(line)]
+        lines = [
+            line
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if not AFTERWARDS.match(line)
+        ]
         found += [(line, file) for line in lines if line.strip()][-1:]
     reported = [(line.removeprefix("levin: "), file) for line, file in found if line.startswith("levin: ")]
     return (reported or found or [("it has written nothing", logs)])[0]

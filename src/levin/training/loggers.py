@@ -219,7 +219,7 @@ class CSVMetrics(Logger):
             rows = self.rows()
             self.columns += new
             self._rewrite(rows)
-        with open(self.path, "a", newline="", opener=files.no_link) as file:
+        with open(self.path, "a", encoding="utf-8", newline="", opener=files.no_link) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         self.count += 1
 
@@ -230,7 +230,8 @@ class CSVMetrics(Logger):
         return list(csv.DictReader(io.StringIO(self._read(), newline="")))
 
     def _read(self) -> str:
-        return self.path.read_text(errors="replace")  # a crash may leave garbage after the last complete row
+        # A crash may leave garbage after the last complete row.
+        return self.path.read_text(encoding="utf-8", errors="replace")
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` rows: those written before the checkpoint from which the run is continued."""
@@ -247,7 +248,10 @@ class CSVMetrics(Logger):
             files.sync(self.path)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        with files.replace(self.path.parent, self.path.name) as partial, partial.open("w", newline="") as file:
+        with (
+            files.replace(self.path.parent, self.path.name) as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -64,6 +64,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     trainer, budget, evaluation = lightning_trainer.build_trainer(
         cfg, run, rollouts.env.config, worker_rollouts, ckpt_path
     )
+    lightning_trainer.check_dtypes(trainer, algorithm)
     hooks.check_hooks(algorithm, evaluation.others)
     hooks.connect_update_hooks(trainer, algorithm, evaluation.others)
     facts = provenance.collect_provenance()

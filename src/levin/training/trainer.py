@@ -5,12 +5,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig
 
+from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
 from levin.core.errors import ConfigError
 from levin.core.omega import to_plain
@@ -71,6 +73,8 @@ def build_trainer(
     if not sharding.process_rank(cfg):
         callbacks.append(ProgressBar(cfg.total_env_steps, metrics))
     options = {key: value for key, value in to_plain(cfg.trainer).items() if key not in ("threads", "workers")}
+    if cfg.trainer.accelerator == "auto":  # Lightning would also take Apple's GPUs, which have no float64
+        options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
     if hogwild:
         options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, make_rollouts)), "accelerator": "cpu"}
         callbacks.insert(callbacks.index(evaluation), Workers(strategy))
@@ -94,11 +98,26 @@ def build_trainer(
         raise
     except Exception as error:  # Lightning and the callbacks raise errors of many types
         raise ConfigError(f"the Trainer or a callback can't be built: {' '.join(str(error).split())}") from error
-    if cfg.collector not in ("vector", "batched") and trainer.strategy.root_device.type != "cpu":
+    device = trainer.strategy.root_device.type
+    on_gpu = ("vector",) if device == "mps" else ("vector", "batched")  # batched envs may hold float64
+    if device != "cpu" and cfg.collector not in on_gpu:
         raise ConfigError(
             f"collector={cfg.collector} runs only on the CPU: set trainer.accelerator=cpu or collector=vector"
         )
     return trainer, budget, evaluation
+
+
+def check_dtypes(trainer: Trainer, algorithm: Algorithm) -> None:
+    """Check that the device has the dtypes of the algorithm.
+
+    Raises:
+        ConfigError: The running statistics are in float64, which Apple's GPUs do not have.
+    """
+    if trainer.strategy.root_device.type == "mps" and any(each.dtype == torch.float64 for each in algorithm.buffers()):
+        raise ConfigError(
+            f"trainer.accelerator=mps has no float64, which the running statistics of {type(algorithm).__name__} need: "
+            "set trainer.accelerator=cpu"
+        )
 
 
 def _prepare_callback(callback: Callback) -> None:

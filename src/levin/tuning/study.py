@@ -105,7 +105,7 @@ def open_study(
         if not run_folder.has_begun(folder / BASE):
             if (tuned := tuned_path(*chosen_algo_and_env(words))) is not None and tuned.is_file():
                 (folder / BASE).mkdir(exist_ok=True)
-                files.write_text(folder / BASE, TUNED, tuned.read_text())
+                files.write_text(folder / BASE, TUNED, tuned.read_text(encoding="utf-8"))
             run_folder.begin(folder / BASE, compose_one_of_many(words))
         config = load_config(folder / BASE)
         study = optuna.create_study(

@@ -102,7 +102,7 @@ def winner_text(config: DictConfig, keys: Iterable[str], before: Path | None, co
     """
     content, lines = OmegaConf.create(), [HEADER, *(f"# {line}\n" for line in comments)]
     if before is not None and before.is_file():
-        text = before.read_text()
+        text = before.read_text(encoding="utf-8")
         content = OmegaConf.create(text)
         old = [line for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
         if OLD in old:  # comments of an earlier study
@@ -119,13 +119,13 @@ def write_winner(text: str, folder: Path, path: Path | None) -> str:
 
     A tuned config that git could not give back is left alone, unless this study has written it.
     """
-    previous = (folder / WINNER).read_text() if (folder / WINNER).is_file() else None
+    previous = (folder / WINNER).read_text(encoding="utf-8") if (folder / WINNER).is_file() else None
     files.write_text(folder, WINNER, text)
     if path is None:
         return f"the values are in {folder / WINNER}"
     shown = path.relative_to(paths.ROOT)
     known = path.exists() and _is_committed(path)
-    if path.exists() and not known and path.read_text() != previous:
+    if path.exists() and not known and path.read_text(encoding="utf-8") != previous:
         return f"{shown} has changes that git does not have, and is left alone; the values are in {folder / WINNER}"
     path.parent.mkdir(exist_ok=True)
     files.write_text(path.parent, path.name, text)

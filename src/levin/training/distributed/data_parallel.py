@@ -142,7 +142,7 @@ class RanksLauncher(_Launcher):
                 break
             sleep(0.05)
         for report in sorted(self.reports.glob("*")):
-            message, trace = json.loads(report.read_text())
+            message, trace = json.loads(report.read_text(encoding="utf-8"))
             error = RunError(f"rank {report.name} of {len(self.processes) + 1} {message}")
             error.__cause__ = RuntimeError(trace)
             return error
