@@ -239,7 +239,7 @@ def test_a_metric_with_more_than_one_number_is_named():
 
 def test_an_apple_gpu_is_not_chosen_automatically_and_refused_where_it_lacks_a_dtype(monkeypatch):
     monkeypatch.setattr("lightning.pytorch.accelerators.MPSAccelerator.is_available", lambda: True)
-    cfg = compose(["algo=ppo", "env=cartpole", "logger=csv", "trainer.accelerator=auto"])
+    cfg = compose(["algo=ppo", "env=pendulum", "env.normalize_observation=true", "trainer.accelerator=auto"])
     algorithm, rollouts = build_run(cfg)
     trainer, _, _ = trainers.build_trainer(cfg, Path("run"), rollouts.env.config, None)
     assert trainer.strategy.root_device.type == "cpu"
