@@ -73,8 +73,8 @@ def draw() -> None:
         label = f"{agents} {'agents' if agents > 1 else 'agent'}, {steps} {'steps' if steps > 1 else 'step'}"
         axes[2].plot(end.index, end.median(axis=1), color=color, marker="o", markersize=4, label=label)
         axes[2].fill_between(end.index, end.min(axis=1), end.max(axis=1), color=color, alpha=0.2, linewidth=0)
-    axes[2].set(xscale="log", xlabel="learning rate", title="A2C on CartPole: return at the end")
-    axes[2].set_xticks(RATES, [f"{lr:g}" for lr in RATES])
+    axes[2].set(xscale="log", xlabel="learning rate, in units of 0.0001", title="A2C on CartPole: return at the end")
+    axes[2].set_xticks(RATES, [f"{lr * 1e4:g}" for lr in RATES])
     axes[2].minorticks_off()
     axes[2].legend(loc="upper left", fontsize=9)
     save(figure, "parallel")
