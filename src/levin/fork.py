@@ -70,8 +70,13 @@ def fork(*, algo: str, name: str) -> Path:
     child_class = "".join(word.capitalize() for word in name.split("_"))
     child_target = f"experiments.{name}.algorithm.{child_class}"
     commit = provenance.run_git("rev-parse", "--short", "HEAD") or "unknown"
+    code = source.read_text(encoding="utf-8")
+    if child_class in {token.string for token in tokenize.generate_tokens(io.StringIO(code).readline)}:
+        raise ConfigError(
+            f"name={name} would name its class {child_class}, which {algo} uses already; choose another name"
+        )
     texts = {
-        "algorithm.py": _rename_class(source.read_text(encoding="utf-8"), parent_class, child_class),
+        "algorithm.py": _rename_class(code, parent_class, child_class),
         f"algo/{name}.yaml": text.replace(target, child_target),
         "README.md": README.format(name=name, algo=algo, commit=commit, source=source.relative_to(paths.ROOT)),
     }
@@ -82,6 +87,11 @@ def fork(*, algo: str, name: str) -> Path:
             name_of = env.removeprefix("_")
             if not env or any((paths.CONFIGS / kind / f"{name_of}.yaml").exists() for kind in ("env", "family")):
                 texts[f"{group}/{name}{env}.yaml"] = file.read_text(encoding="utf-8")
+    if module.startswith("experiments."):  # a fork of a fork: its other modules are copied too
+        parent = module.removesuffix("algorithm")
+        for file in source.parent.glob("*.py"):
+            texts.setdefault(file.name, file.read_text(encoding="utf-8"))
+        texts = {path: content.replace(parent, f"experiments.{name}.") for path, content in texts.items()}
     folder.mkdir()
     for path, content in texts.items():
         files.write_text(folder, path, content)

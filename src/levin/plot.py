@@ -171,7 +171,8 @@ def _labelled(groups: list[Runs]) -> dict[str, Runs]:
         if len(differing) > MAX_VALUES:  # runs that have little in common but their folder
             label = f"{label}/{', '.join(sorted(run.name for run in group.sources.values()))}"
         else:
-            label = ", ".join([label, *(f"{key.rpartition('.')[2]}={group.config.get(key)}" for key in differing)])
+            values = (f"{key.rpartition('.')[2]}={group.config.get(key, 'unset')}" for key in differing)
+            label = ", ".join([label, *values])
         labels[label] = group
     return labels
 

@@ -181,3 +181,23 @@ def test_a_new_keyword_of_a_fork_is_in_the_config_of_its_runs(clone):
     answer = run_python("-m", "levin.train", "algo=my_idea", "env=pendulum", "algo.bonus=1", cwd=clone)
     assert answer.returncode == 2
     assert "a new one is a keyword of __init__ and a line in experiments/my_idea/algo/my_idea.yaml" in answer.stderr
+
+
+def test_a_fork_of_a_fork_has_modules_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path.parent)
+    monkeypatch.setattr(paths, "fork_files", lambda: list(tmp_path.glob("*/algo/*.yaml")))
+    (tmp_path / "one/algo").mkdir(parents=True)
+    (tmp_path / "one/algo/one.yaml").write_text("algo: {_target_: experiments.one.algorithm.One}\n")
+    (tmp_path / "one/algorithm.py").write_text("from experiments.one.network import Net\n\n\nclass One(Net): ...\n")
+    (tmp_path / "one/network.py").write_text("class Net: ...\n")
+    monkeypatch.setattr("levin.runs.trust.record_code", lambda _: None)
+    source = paths.ROOT / "experiments"
+    if source != tmp_path:
+        source.mkdir(exist_ok=True)
+        (source / "one").symlink_to(tmp_path / "one")
+    folder = fork(algo="one", name="two")
+    assert (folder / "algorithm.py").read_text() == "from experiments.two.network import Net\n\n\nclass Two(Net): ...\n"
+    assert (folder / "network.py").read_text() == "class Net: ...\n"
+    with pytest.raises(ConfigError, match="name=net would name its class Net, which one uses already"):
+        fork(algo="one", name="net")

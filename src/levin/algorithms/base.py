@@ -153,11 +153,19 @@ class Algorithm(LightningModule):
         # The Trainer sets an attribute before and after every hook, and nn.Module's version takes longer than a hook.
         if name in self.__dict__ and (value is None or isinstance(value, str | int | float)):
             self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
+            return
+        if isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ()) and self.iterations_here:
+            raise RuntimeError(
+                f"self.{name} is replaced in training, but the acting policy and the optimisers keep the old module: "
+                f"copy into it, as with self.{name}.load_state_dict(...)"
+            )
+        super().__setattr__(name, value)
 
     def policy(self, *, deterministic: bool = False) -> TensorDictModule:
         """Build the policy `observation -> action` for raw observations; it shares the parameters of this module.
+
+        The policy that collects is built once per process. A value that changes in training, such as the epsilon of
+        DQN, must therefore be a buffer of a module: a Python number would stay as it was.
 
         This default uses `trunk` and a stochastic `actor`. Algorithms with other networks override it.
         """
@@ -268,10 +276,11 @@ class Algorithm(LightningModule):
         for hook in self.before_zero_grad:
             hook(optimizer)
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        if isinstance(parameters[0], FlatParameter):
-            parameters[0].zero()
-        else:
-            optimizer.zero_grad()
+        for each in parameters:
+            if isinstance(each, FlatParameter):
+                each.zero()
+            else:
+                each.grad = None
         self.manual_backward(loss)
         distributed.average_gradients(parameters)
         for hook in self.before_optimizer_step:

@@ -194,7 +194,8 @@ class BatchedCollector(BaseCollector):
         parts = [now[key] for key in self.source.keys]
         parts = [part if part.dtype == torch.uint8 else part.float() for part in parts]
         names = [".".join(key) for key in self.source.keys]
-        return self.vector_env.read.tensors(dict(zip(names, parts, strict=True)) if len(parts) > 1 else parts[0])
+        inputs = self.vector_env.read.tensors(dict(zip(names, parts, strict=True)) if len(parts) > 1 else parts[0])
+        return inputs.to(getattr(torch, self.vector_env.observation["dtype"])) if isinstance(inputs, Tensor) else inputs
 
     def _act(self, observation: Any, is_first: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the policy's actions `[N, *A]`, and its second output (None: it has none)."""

@@ -3,7 +3,7 @@
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import (
-    DoubleToFloat,
+    DTypeCastTransform,
     EnvBase,
     GymWrapper,
     InitTracker,
@@ -36,6 +36,8 @@ def to_torchrl(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
     if parts := list(env.observation.get("spaces", {})):
         nested: list[NestedKey] = [("observation", part) for part in parts]
         wrapped = TransformedEnv(wrapped, RenameTransform(in_keys=parts, out_keys=nested))
-    elif wrapped.observation_spec["observation"].dtype == torch.float64:
-        wrapped = TransformedEnv(wrapped, DoubleToFloat(in_keys=["observation"]))
+    else:
+        given, needed = wrapped.observation_spec["observation"].dtype, getattr(torch, env.observation["dtype"])
+        if given != needed:
+            wrapped = TransformedEnv(wrapped, DTypeCastTransform(given, needed, in_keys=["observation"]))
     return TransformedEnv(wrapped, InitTracker(init_key=IS_FIRST)) if is_first else wrapped

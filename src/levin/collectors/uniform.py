@@ -39,4 +39,5 @@ class Uniform(nn.Module):
     def forward(self, observation: Any) -> Tensor:
         if isinstance(observation, dict) and ACTION_MASK in observation:
             return random_allowed_actions(self.space, observation[ACTION_MASK], self.generator)
-        return torch.as_tensor(np.stack([self.space.sample() for _ in range(self.num_envs)]))
+        actions = np.stack([self.space.sample() for _ in range(self.num_envs)])
+        return torch.as_tensor(actions - getattr(self.space, "start", 0))  # policies count from 0

@@ -36,6 +36,8 @@ REPLACED_TRAINER_KEYS = {
     "use_distributed_sampler": "trainer.devices",
 }
 
+PLAIN_TYPES = (type(None), bool, int, float, str, tuple, list, dict)  # of the values in a config
+
 
 def check(config: DictConfig) -> None:
     """Check every value against the type hints of the code that takes it; convert whole floats such as 1e5 to int.
@@ -72,11 +74,20 @@ def add_defaults(config: DictConfig) -> None:
     """Add hyper-parameters that the config does not list, such as a new one of a fork, with their default values.
 
     Then config.yaml has every value of a run.
+
+    Raises:
+        ConfigError: A default value can't be written into config.yaml, or is not valid when it is read from there.
     """
     for name, parameter in inspect.signature(algorithm_class(config)).parameters.items():
         default = parameter.default
         if name not in config.algo and default is not inspect.Parameter.empty:
+            if type(default) not in PLAIN_TYPES:
+                raise ConfigError(
+                    f"algo.{name} has the default {default!r}, which config.yaml can't hold: use a number, a text, a "
+                    "list or None; instead of an Enum, a text with the type hint Literal[...]"
+                )
             config.algo[name] = list(default) if isinstance(default, tuple) else default
+    check_section(algorithm_class(config), "algo.", config.algo, skip=("_target_",), given=("env",))
 
 
 def top_level(

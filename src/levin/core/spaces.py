@@ -18,7 +18,10 @@ CHANNELS = (1, 3, 4)  # numbers of channels by which an image is recognised
 ACTION_MASK = "action_mask"  # in a network input, the name of the part that says which actions are allowed
 IS_FIRST = "is_first"  # [N, 1], input of policies with a memory: whether an observation begins an episode
 # Keys of a rollout, which parts of an observation can't have as names.
-RESERVED = {"observation", "action", "reward", "terminated", "truncated", "done", "next", IS_FIRST, ACTION_MASK}
+# "state" is renamed by TorchRL's GymWrapper.
+RESERVED = {
+    *("observation", "action", "reward", "terminated", "truncated", "done", "next", "state", IS_FIRST, ACTION_MASK)
+}
 
 
 class Space(TypedDict):

@@ -42,6 +42,8 @@ def check_section(
     valid = [name for name in parameters if name not in given]
     for name, value in values.items():
         if name in valid:
+            if name not in hints:
+                raise ConfigError(f"{prefix}{name} has no type hint in {target.__qualname__}: write {name}: <type>")
             converted = _validate(f"{prefix}{name}", hints[name], value)
             if converted is not value:
                 section[name] = converted
@@ -60,7 +62,8 @@ def _validate(key: str, hint: Any, value: Any) -> Any:
         if isinstance(value, float) and value.is_integer():  # such as 1e5
             return _validate(key, hint, int(value))
         first = error.errors()[0]
-        raise ConfigError(f"{key}={value}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+        advice = " (YAML has no tuples: write the type hint Sequence[...])" if first["type"] == "tuple_type" else ""
+        raise ConfigError(f"{key}={value}: {first['msg'][0].lower()}{first['msg'][1:]}{advice}") from error
     return valid if isinstance(valid, float) else value  # 1 becomes 1.0 where a float belongs
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from levin.core import files
 from levin.core.omega import to_plain
+from levin.core.spaces import ACTION_MASK, IS_FIRST
 from levin.runs.load import load_config
 
 CARD = "policy.md"
@@ -41,8 +42,11 @@ def write_card(folder: Path, name: str, run: Path, metadata: dict[str, Any], che
         f"| `{each}` | [N{''.join(f', {size}' for size in shape)}] | {metadata['dtypes'][each]} |"
         for each, shape in metadata["inputs"].items()
     ]
-    frames = metadata["frame_stack"]
+    frames, repeat, entries = (metadata[key] for key in ("frame_stack", "action_repeat", "observation_entries"))
     stacked = f" Observations are stacks of the last {frames} frames." if frames > 1 else ""
+    stacked += f" An action is repeated for {repeat} steps of the env." if repeat > 1 else ""
+    stacked += f" It sees only the entries {list(entries)} of the env's observations." if entries else ""
+    stacked += f" Observations are the env's images, {metadata['pixels']}." if metadata["pixels"] else ""
     memory = ""
     if metadata["memory"]:
         memory = (
@@ -85,10 +89,19 @@ def _example(name: str, metadata: dict[str, Any]) -> str:
     """Return code that calls the policy for one env at the beginning of an episode."""
     dtypes = metadata["dtypes"]
     if name.endswith(".onnx"):
-        arrays = [f'"{each}": np.zeros({[1, *shape]}, np.{dtypes[each]})' for each, shape in metadata["inputs"].items()]
+        arrays = [
+            f'"{each}": np.{_fill(each)}({[1, *shape]}, "{dtypes[each]}")' for each, shape in metadata["inputs"].items()
+        ]
         return ONNX.format(inputs=", ".join(arrays))
-    tensors = [f"torch.zeros({[1, *shape]}, dtype=torch.{dtypes[each]})" for each, shape in metadata["inputs"].items()]
+    tensors = [
+        f"torch.{_fill(each)}({[1, *shape]}, dtype=torch.{dtypes[each]})" for each, shape in metadata["inputs"].items()
+    ]
     return TORCH.format(inputs=", ".join(tensors))
+
+
+def _fill(name: str) -> str:
+    """Return the function that fills an example input: an episode begins, and every action is allowed."""
+    return "ones" if name == IS_FIRST or name.rpartition(".")[2] == ACTION_MASK else "zeros"
 
 
 def read_score(run: Path, env_steps: int) -> str:

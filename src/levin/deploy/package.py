@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from levin.core import files, paths
 from levin.core.errors import ConfigError, RunError
+from levin.core.omega import to_plain
 from levin.core.spaces import NetworkInput
 from levin.core.types import PolicyFormat
 from levin.deploy.card import write_card
@@ -33,6 +34,8 @@ from levin.runs.policy import Policy
 NAMES = {"onnx": "policy.onnx", "torch": "policy.pt2"}
 TOLERANCE = 1e-5  # largest difference of an action from that of `levin.load`
 METADATA = "metadata.json"
+# Keys of the env's config that a caller must follow, and their values in configs of older runs.
+PREPROCESSING = {"frame_stack": 1, "action_repeat": 1, "observation_entries": None, "pixels": None}
 
 Function = Callable[[Sequence[NDArray]], list[NDArray]]
 
@@ -77,6 +80,7 @@ def package(run: Path, format: PolicyFormat, *, seed: int, steps: int) -> tuple[
 def describe(graph: PolicyGraph, policy: Policy, run: Path) -> dict[str, Any]:
     """Return what a caller needs to know of the file: inputs, outputs, spaces, env, algorithm, commit."""
     config = load_config(run, runs=())
+    plain = to_plain(config.env)
     inputs = dict(zip(graph.input_names, graph.example(1), strict=True))
     return {
         "inputs": {name: [*each.shape[1:]] for name, each in inputs.items()},
@@ -86,7 +90,7 @@ def describe(graph: PolicyGraph, policy: Policy, run: Path) -> dict[str, Any]:
         "observation_space": policy.shown,
         "action_space": policy.env["action"],
         "env": str(config.env.get("target") or config.env.id),
-        "frame_stack": config.env.get("frame_stack", 1),
+        **{key: plain.get(key, default) for key, default in PREPROCESSING.items()},
         "algorithm": type(policy.algorithm).__name__,
         "env_steps": policy.algorithm.env_steps,
         "commit": (read_result if (run / REFERENCE).is_file() else read_run)(run).get("git_sha"),

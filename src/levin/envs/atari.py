@@ -135,7 +135,7 @@ def make_atari_games(config: EnvConfig, num_envs: int, *, training: bool, view: 
         raise ConfigError(f"env.id={config.id} is not a game of ale-py; {valid}")
     for key, value, reason in (
         ("vectorization", "async", "ale-py steps games in threads of its own"),
-        ("action", "rescale", "its actions are discrete and have no bounds"),
+        ("action", "" if config.kwargs.get("continuous") else "rescale", "its actions are discrete and have no bounds"),
         ("normalize_observation", True, "networks scale pixels themselves"),
         ("pixels", config.pixels or 0, "it always shows pixels; env.kwargs.img_height and img_width set their size"),
     ):

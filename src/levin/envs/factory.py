@@ -251,12 +251,14 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
     module, _, name = config.id.rpartition(":")
     if module:
         importlib.import_module(module)
+    # The constructor of LQR samples the system itself: without a seed every env and session would have another one.
+    system = {"task_kwargs": {"random": 0}} if config.id.startswith("dm_control/lqr") else {}
     env = gym.make(
         config.id,
         max_episode_steps=config.time_limit,
         disable_env_checker=True,  # it costs a Python call per step
         **_render_options(config, name, render),
-        **config.kwargs,
+        **{**system, **config.kwargs},
     )
     rewards = getattr(env.unwrapped, "reward_space", None)
     if isinstance(rewards, Box) and np.prod(rewards.shape) > 1:
@@ -385,6 +387,11 @@ def wrap_latent(env: VectorEnv, config: EnvConfig) -> LatentEnv:
     """
     if config.run is None:
         raise ConfigError("env.wrappers=[latent] needs the run of a world model: set env.run=runs/...")
+    if config.family == "atari" or config.vectorization == "async":
+        raise ConfigError(
+            "env.wrappers=[latent] needs envs that this process steps, not Atari's, which have threads of their own: "
+            "set env.vectorization=sync"
+        )
     algorithm, model = load_world_model(config.run)
     return LatentEnv(env, model, config.action, algorithm.env["observation"])
 

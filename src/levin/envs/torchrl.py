@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, OneHot, TensorSpec
 from torchrl.envs import (
     Compose,
     EnvBase,
@@ -80,6 +80,11 @@ class TorchRLVectorEnv(VectorEnv):
             raise ConfigError(f"env.target makes a {type(first).__name__}, not a torchrl.envs.EnvBase")
         if len(first.batch_size) > 1:
             raise ConfigError(f"the envs of env.target have the batch size {list(first.batch_size)}; valid: [], [N]")
+        if nested := [key for key in first.done_keys if not isinstance(key, str)]:
+            raise ConfigError(
+                f"env.target makes an env whose end flags are nested, {nested}; valid: done, terminated and truncated "
+                "beside each other, one of each per env"
+            )
         self.size = math.prod(first.batch_size)  # B
         self.batched = bool(first.batch_size)
         if num_envs % self.size and not round_up:
@@ -212,8 +217,12 @@ def list_transforms(env: EnvBase) -> list[Transform]:
 
 def observation_space(spec: TensorSpec) -> gym.Space:
     """Return the space of one observation tensor of one env. Pixels stay uint8, other numbers become float32."""
-    if isinstance(spec, Categorical) and spec.dtype != torch.bool:
-        return Discrete(int(spec.n))
+    if isinstance(spec, MultiCategorical):
+        return MultiDiscrete(spec.nvec.reshape(-1).tolist())
+    # A Binary is a Categorical with n=2, but its entries are flags; those of a bool Categorical are, too.
+    if isinstance(spec, Categorical) and not isinstance(spec, Binary) and spec.dtype != torch.bool:
+        entries = math.prod(spec.shape)
+        return Discrete(int(spec.n)) if entries == 1 else MultiDiscrete(np.full(tuple(spec.shape), int(spec.n)))
     if spec.dtype == torch.uint8:
         return Box(0, 255, tuple(spec.shape), np.uint8)
     return Box(-np.inf, np.inf, tuple(spec.shape), np.float32)

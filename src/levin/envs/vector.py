@@ -28,6 +28,7 @@ from levin.core.spaces import (
 from levin.envs.config import EnvConfig
 from levin.envs.sync import ENDED, SyncEnvs
 from levin.envs.torchrl import TorchRLVectorEnv
+from levin.model_based.dream_env import LatentEnv
 
 
 def episode_seed(seed: int, purpose: int, rank: int, env: int, episode: int) -> int:
@@ -66,7 +67,8 @@ class SeededVectorEnv(VectorWrapper):
         self._seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
         # Env and numbers of the episodes that have ended, of envs that report any. The reader clears it.
-        self.ended: list[tuple[int, dict[str, float]]] = getattr(env, "ended", [])
+        self.base = env.env if isinstance(env, LatentEnv) else env
+        self.ended: list[tuple[int, dict[str, float]]] = getattr(self.base, "ended", [])
         # Scores and lengths of finished games, if an episode may be less than a game; else None. The reader clears it.
         self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
         self._no_envs = np.zeros(self.num_envs, dtype=bool)
@@ -242,6 +244,6 @@ class SeededVectorEnv(VectorWrapper):
         for i in np.flatnonzero(mask):
             self.episodes[i], self._reset_at[i] = episodes[i], self._vector_steps
         self.continues_without_seed[mask] = False
-        if isinstance(self.env, TorchRLVectorEnv):
-            self.env.restart()
+        if isinstance(self.base, TorchRLVectorEnv):
+            self.base.restart()
         return self.reset(options={"reset_mask": mask})[0]

@@ -23,7 +23,9 @@ class ActionRepeat(gym.Wrapper):
 
     def __init__(self, env: gym.Env, times: int) -> None:
         super().__init__(env)
-        self.times, self.lazy = times, hasattr(env.unwrapped, "draws")
+        self.times = times
+        # An env of the user may have an attribute of the same name.
+        self.lazy = isinstance(getattr(env.unwrapped, "draws", None), bool) and hasattr(env.unwrapped, "show")
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         total = 0.0

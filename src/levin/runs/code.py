@@ -10,7 +10,7 @@ import hashlib
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from levin.core import files, paths
@@ -34,6 +34,16 @@ def collect_code() -> dict[str, Path]:
 def checksums(code: dict[str, Path]) -> dict[str, str]:
     """Return the SHA-256 of each file."""
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code.items()}
+
+
+def checksum_of(targets: Collection[str]) -> str:
+    """Return a checksum of the code of algorithms: of Levin's own modules, and of the forks that `_target_` names."""
+    package = Path(__file__).parents[1]
+    found = list(package.rglob("*.py"))
+    for name in {target.split(".")[1] for target in targets if target.startswith("experiments.")}:
+        found += [file for pattern in FORK_FILES for file in (paths.EXPERIMENTS / name).glob(pattern)]
+    contents = [file.name.encode() + file.read_bytes() for file in sorted(found)]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
 
 
 def copy_code(code: dict[str, Path], run: Path, folder: str) -> None:

@@ -17,8 +17,8 @@ from levin.core import files
 from levin.core.errors import ConfigError, LockedError
 from levin.core.process import print_line
 from levin.core.validate import read_json
+from levin.runs import code, slurm
 from levin.runs import folder as run_folder
-from levin.runs import slurm
 from levin.runs.provenance import command_line, run_git
 
 PLAN = "sweep.json"
@@ -30,6 +30,7 @@ class Plan(pydantic.BaseModel):
     command: str
     git_sha: str
     runs: dict[str, str]  # run folder, relative to that of the plan -> checksum of its config
+    code: str | None = None  # checksum of the code that trains them; older plans have none
 
 
 def checksum(config: DictConfig) -> str:
@@ -74,7 +75,8 @@ def open_sweep(
                 locked.enter_context(_lock(path))
             else:
                 names = list(configs)
-            plan = Plan(command=command_line(), git_sha=_commit(), runs=dict(zip(names, sums, strict=True)))
+            named_sums = dict(zip(names, sums, strict=True))
+            plan = Plan(command=command_line(), git_sha=_commit(), runs=named_sums, code=_code(configs))
             files.save_json(plan.model_dump(), path.parent, path.name)
         # Those of a plan without a folder have other names than the configs, but the same order.
         named = dict(zip(plan.runs, configs.values(), strict=True)) if folder is None else dict(configs)
@@ -117,9 +119,12 @@ def _read_or_refuse(path: Path, configs: Mapping[str, DictConfig], sums: list[st
             raise ConfigError(f"run={folder} exists already, and is not a sweep: name another folder")
         return None
     plan = _read(path)
-    if plan.runs == dict(zip(configs, sums, strict=True)):
+    same_code = plan.code in (None, _code(configs)) or slurm.was_requeued()
+    if plan.runs == dict(zip(configs, sums, strict=True)) and same_code:
         return plan
     how = f"name another folder, or continue it with make resume RUNS={folder}"
+    if plan.runs == dict(zip(configs, sums, strict=True)):
+        raise ConfigError(f"run={folder} holds a sweep with other code: the algorithm has changed since: {how}")
     if set(plan.runs) == set(configs):
         raise ConfigError(
             f"run={folder} holds a sweep with other values; it was started by: {plan.command}; the files in configs/ "
@@ -141,7 +146,7 @@ def _find(
         except ConfigError:
             continue
         runs = [path.parent / name for name in plan.runs]
-        same_code = plan.git_sha == commit or slurm.was_requeued()
+        same_code = (plan.git_sha == commit and plan.code in (None, _code(configs))) or slurm.was_requeued()
         if list(plan.runs.values()) != sums or not same_code:
             continue
         complete = [run_folder.has_ended(run, total) for run, total in zip(runs, totals, strict=True)]
@@ -168,6 +173,11 @@ def _new_place(configs: Mapping[str, DictConfig], beside_others: bool) -> tuple[
 def _lock(path: Path) -> AbstractContextManager[None]:
     """Lock a sweep against other processes."""
     return run_folder.lock_file(path.with_name(f".{path.stem}.lock"), f"the sweep {path} is being trained")
+
+
+def _code(configs: Mapping[str, DictConfig]) -> str:
+    """Return a checksum of the code that trains these configs: of Levin's, and of their forks."""
+    return code.checksum_of({str(config.algo._target_) for config in configs.values()})
 
 
 def _commit() -> str:

@@ -128,6 +128,8 @@ class Evaluation(Callback):
         """Play the episodes, and return the row of metrics; None if a signal has ended the evaluation."""
         assert self.vector_env is not None
         start, policy, generators = perf_counter(), algorithm.policy(deterministic=True), Generators()
+        training = [each for each in policy.modules() if each.training]
+        policy.eval()  # no dropout, and no change of batch statistics
         try:
             # A callback that has seen the beginning, such as one that swaps the weights, must see the end.
             stop = (lambda: False) if observes_start(self.others, algorithm) else self.stop
@@ -135,6 +137,9 @@ class Evaluation(Callback):
         except Interrupted:
             generators.restore()
             return None
+        finally:
+            for module in training:
+                module.training = True
         row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
         row |= {f"eval/{name}": value for name, value in mean_numbers(self.vector_env.ended).items()}
         row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}

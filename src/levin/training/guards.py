@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import Timer
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed
-from levin.core.errors import NotFiniteError
+from levin.core.errors import NotFiniteError, RunError
 from levin.core.process import SIGNALS, close_terminal, handle_signals, restore_signals
+from levin.nn.parameters import FlatParameter
+from levin.training.hooks import check_schedulers
 
 
 class Preemption(Callback):
@@ -104,11 +106,18 @@ class FiniteGuard(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_schedulers(trainer, cast(Algorithm, pl_module))
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.stepped = [parameter for group in groups for parameter in group["params"]]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
+        if any(isinstance(each, FlatParameter) and each.grad is None for each in self.stepped):
+            raise RunError(
+                "optimizer.zero_grad() has removed the gradient vector of an optimiser that steps on one vector of all "
+                "parameters, so nothing is trained: use self.step(optimizer, loss), or zero it with "
+                "optimizer.zero_grad(set_to_none=False)"
+            )
         gradients = [each.grad for each in self.stepped if each.grad is not None]
         values = {f"train/{name}": total for name, (total, _) in algorithm.recorded.items()}
         if not gradients and not values:

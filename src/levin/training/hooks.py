@@ -84,6 +84,20 @@ def check_hooks(algorithm: Algorithm, callbacks: list[Callback]) -> None:
                 )
 
 
+def check_schedulers(trainer: Trainer, algorithm: Algorithm) -> None:
+    """Check that the algorithm steps the schedulers that its `configure_optimizers` returns: Lightning does not.
+
+    Raises:
+        ConfigError: Nothing steps them.
+    """
+    methods = [getattr(type(algorithm), name) for name in _own_methods(algorithm)]
+    if trainer.lr_scheduler_configs and not any(_calls(each, ("lr_schedulers",)) for each in methods):
+        raise ConfigError(
+            f"{type(algorithm).__name__}.configure_optimizers returns a scheduler that nothing steps: return the "
+            "optimisers alone and set the learning rate in training_step, or call self.lr_schedulers().step() there"
+        )
+
+
 def connect_update_hooks(trainer: Trainer, algorithm: Algorithm, callbacks: list[Callback]) -> None:
     """Let `Algorithm.step` call the hooks around an update that Lightning calls only in automatic optimisation.
 

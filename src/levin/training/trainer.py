@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig
 
@@ -131,6 +131,11 @@ def _prepare_callback(callback: Callback) -> None:
             "ModelCheckpoint counts Lightning's steps and epochs, which do not pass here: set checkpoint.every and "
             "checkpoint.keep (the checkpoint with the best evaluation is always kept), or call "
             "trainer.save_checkpoint(path) in a callback of your own"
+        )
+    if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        raise ConfigError(
+            f"{type(callback).__name__} counts Lightning's steps and epochs, which do not pass here, so it would "
+            "average nothing: average in a callback of your own, in on_train_batch_end"
         )
     if isinstance(callback, EarlyStopping):
         callback._check_on_train_epoch_end = False  # but after every evaluation: `Evaluation` calls on_validation_end

@@ -131,9 +131,15 @@ def dream_beside(policy: "Policy", env: "SeededVectorEnv", observations: list[An
     return None if dreamt is None else _side_by_side(np.concatenate(observations), dreamt.numpy())
 
 
-def frames_per_second(env: "SeededVectorEnv") -> int:
-    """Return the number of env steps in a second of the env's own time; 30 if it does not say."""
-    return env.metadata.get("render_fps", 30)
+def frames_per_second(env: "SeededVectorEnv") -> float:
+    """Return the number of env steps, each of `env.action_repeat` steps, in a second of the env's own time.
+
+    An env that does not say how long a step is has 30 in a second.
+    """
+    steps = env.metadata.get("render_fps", 30)
+    if env.config.family == "dm_control":  # Shimmy's value is not that of the env
+        steps = 1 / env.env.envs[0].unwrapped.dt  # type: ignore[attr-defined]
+    return steps if env.config.family == "atari" else steps / env.config.action_repeat  # Atari's value has it already
 
 
 def _write(run: Path, name: str, env: "SeededVectorEnv", frames: Iterable[np.ndarray]) -> Path:

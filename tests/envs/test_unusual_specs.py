@@ -1,0 +1,108 @@
+"""Specs and spaces that are allowed and rare: every entry is observed, and every action lies in its space."""
+
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+from torchrl.data import Binary, Categorical, MultiCategorical, Unbounded
+
+from levin.collectors.torchrl import to_torchrl
+from levin.collectors.uniform import Uniform
+from levin.core.errors import ConfigError
+from levin.envs.config import TRAINING, EnvConfig
+from levin.envs.factory import make_env
+from levin.envs.torchrl import observation_space
+from levin.envs.wrappers import ActionRepeat
+from levin.training.video import frames_per_second
+from toy_envs import Point
+
+
+@pytest.mark.parametrize(
+    ("spec", "space"),
+    [
+        (Categorical(3), Discrete(3)),
+        (Categorical(3, shape=(1,)), Discrete(3)),
+        (Categorical(3, shape=(9,)), MultiDiscrete([3] * 9)),
+        (MultiCategorical([2, 4]), MultiDiscrete([2, 4])),
+        (Binary(5), Box(-np.inf, np.inf, (5,), np.float32)),
+        (Unbounded((2,)), Box(-np.inf, np.inf, (2,), np.float32)),
+    ],
+)
+def test_every_entry_of_a_spec_is_observed(spec, space):
+    assert observation_space(spec) == space
+
+
+class Whole(Point):
+    """Env whose observation is not float32."""
+
+    def __init__(self, kind: str) -> None:
+        spaces = {"int64": Box(0, 9, (3,), np.int64), "binary": MultiBinary(3), "bytes": Box(0, 255, (3,), np.uint8)}
+        self.observation_space, self.action_space = spaces[kind], Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        return np.ones(3, self.observation_space.dtype), {}
+
+    def step(self, action):
+        return np.ones(3, self.observation_space.dtype), 1.0, False, False, {}
+
+
+gym.register("Whole-v0", Whole, max_episode_steps=5)
+
+
+@pytest.mark.parametrize("kind", ["int64", "binary", "bytes"])
+def test_observations_of_torchrls_collectors_have_the_dtype_of_the_rollout(kind):
+    env = make_env(EnvConfig(id="Whole-v0", kwargs={"kind": kind}, action="none"), seed=0, purpose=TRAINING, num_envs=2)
+    observation = to_torchrl(env, is_first=False).reset()["observation"]
+    assert observation.dtype == getattr(torch, env.observation["dtype"]) == torch.float32
+
+
+@pytest.mark.parametrize("space", [Discrete(3, start=-1), MultiDiscrete([2, 3], start=[4, -2])])
+def test_uniform_actions_count_from_zero(space):
+    policy = Uniform(SimpleNamespace(single_action_space=space, num_envs=200))
+    action = policy(None).reshape(200, -1)
+    sizes = [3] if isinstance(space, Discrete) else [2, 3]
+    assert action.min(0).values.tolist() == [0] * len(sizes)
+    assert (action.max(0).values + 1).tolist() == sizes
+
+
+def test_an_env_may_have_an_attribute_named_draws():
+    env = Point()
+    env.draws = 7
+    repeated = ActionRepeat(env, 2)
+    repeated.reset(seed=0)
+    repeated.step(np.zeros(1, np.float32))
+    assert env.draws == 7
+
+
+def test_a_video_of_repeated_actions_has_the_speed_of_the_env():
+    env = make_env(EnvConfig(id="Pendulum-v1", action_repeat=2), seed=0, purpose=TRAINING, num_envs=1)
+    assert frames_per_second(env) == env.metadata["render_fps"] / 2
+
+
+@pytest.mark.parametrize("name", ["cartpole-swingup", "walker-walk"])
+def test_a_video_of_dm_control_has_the_speed_of_the_env(name):
+    pytest.importorskip("shimmy", reason="needs the extra `dmc`")
+    config = EnvConfig(family="dm_control", id=f"dm_control/{name}-v0", action_repeat=2)
+    env = make_env(config, seed=0, purpose=TRAINING, num_envs=1)
+    assert frames_per_second(env) == pytest.approx({"cartpole-swingup": 50, "walker-walk": 20}[name])
+
+
+def test_the_system_of_lqr_is_the_same_in_every_env():
+    pytest.importorskip("shimmy", reason="needs the extra `dmc`")
+    config = EnvConfig(family="dm_control", id="dm_control/lqr-lqr_2_1-v0")
+    stiffness = [
+        make_env(config, seed=seed, purpose=TRAINING, num_envs=1).env.envs[0].unwrapped._env.physics.model.jnt_stiffness
+        for seed in (0, 1)
+    ]
+    assert stiffness[0].tolist() == stiffness[1].tolist()
+
+
+def test_a_latent_state_of_atari_is_refused():
+    from levin.envs.factory import wrap_latent
+
+    with pytest.raises(ConfigError, match=r"wrappers=\[latent\] needs envs that this process steps"):
+        wrap_latent(None, EnvConfig(family="atari", id="pong", run="runs/x"))
