@@ -2,7 +2,8 @@
 
     grad E f = c (E_{p+} f - E_{p-} f)
 
-p+ and p- replace one component of z at a time; the other components keep their sampled values.
+p+ and p- replace one component of z at a time; the other components keep their sampled values. Of a finite variable all
+values are taken in turn, without sampling: the local expectation gradient (Titsias and Lázaro-Gredilla 2015).
 
 Source: Pflug 1996; Mohamed et al. 2020, section 6 and Table 1.
 """

@@ -111,7 +111,8 @@ class DecoupledStraightThrough(Relaxation):
 class GumbelSoftmax(Relaxation):
     """Gumbel-softmax: y = softmax((l + G) / tau); hard: D + y - sg(y), with D the one-hot argmax of y.
 
-    As tau goes to 0 the bias goes to 0 and the variance to infinity. Source: Jang et al. 2017; Maddison et al. 2017.
+    As tau goes to 0 the bias goes to 0 and the variance to infinity; with `hard` the bias only vanishes if f is at most
+    quadratic in each variable. Source: Jang et al. 2017; Maddison et al. 2017.
 
     Args:
         tau: Temperature.

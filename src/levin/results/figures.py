@@ -3,7 +3,7 @@
 import hashlib
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,8 +213,9 @@ def describe_missing(results: list[Result]) -> str:
 
 
 def _normalised_curves(result: Result, shares: np.ndarray) -> np.ndarray:
-    """Return the normalised evaluation curves at these shares of the env steps: `[seeds, shares]`."""
-    grid, returns = align_curves(list(result.evaluations.values()))
+    """Return the normalised curves, of the published number's kind, at shares of the env steps: `[seeds, shares]`."""
+    curves = result.evaluations if result.reference.metric == "evaluations" else result.training
+    grid, returns = align_curves(list(curves.values()))
     env_steps = shares * result.config.total_env_steps
     return result.reference.normalise(np.stack([np.interp(env_steps, grid, curve) for curve in returns]))
 
@@ -229,16 +230,25 @@ def algorithm_pairs(by_algorithm: dict[str, list[Result]]) -> Iterator[tuple[str
     """Yield each two algorithms that share tasks.
 
     Yields:
-        Names of the two, number of tasks, P(the first has the better final return), and its 95% interval.
+        Names of the two, number of tasks, P(the first has the better return at the end), and its 95% interval.
     """
     names = list(by_algorithm)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            both = product(by_algorithm[first], by_algorithm[second])
-            shared = [pair for pair in both if pair[0].task == pair[1].task]
+            both = [one_per_task(by_algorithm[name]) for name in (first, second)]
+            shared = [[each[task] for each in both] for task in both[0] if task in both[1]]
             if shared:
-                left, right = (_stack_tasks([pair[k].finals[:, None] for pair in shared])[..., 0] for k in (0, 1))
+                left, right = (_stack_tasks([pair[k].last_tenth[:, None] for pair in shared])[..., 0] for k in (0, 1))
                 yield first, second, len(shared), *aggregates.probability_of_improvement(left, right)
+
+
+def one_per_task(results: list[Result]) -> dict[tuple[str, ...], Result]:
+    """Return one result of an algorithm for each task, with several seeds: the plainest of several variants."""
+    chosen: dict[tuple[str, ...], Result] = {}
+    for result in sorted(results, key=lambda each: len(each.variant)):
+        if len(result.evaluations) > 1:
+            chosen.setdefault(result.task, result)
+    return chosen
 
 
 def draw_line(

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from levin.core import paths
 from levin.core.errors import ConfigError, valid_names
+from levin.core.omega import to_plain
 from levin.core.validate import read_json
 from levin.results.curves import CURVES, SOURCE_CURVES, SOURCE_TRAINING, TRAINING, Curve, Curves, read_curves
 from levin.runs.load import POLICY, load_config
@@ -29,6 +30,7 @@ CONFIG = "config.yaml"
 MAX_POLICY_BYTES = 1 << 20
 PROVENANCE, REFERENCE, SUMMARY, PICTURE = "provenance.json", "reference.yaml", "summary.json", "curve.png"
 SEEDS_OF_A_REPRODUCTION = 3
+TASK_KEYS = ("observation_entries", "wrappers", "kwargs", "pixels", "action_repeat", "time_limit")
 FINAL = 10  # number of last evaluations whose mean is the final return of a run
 
 Verdict = Literal["exceeds", "reproduced", "passed", "matched", "inconclusive", "partial", "not run"]
@@ -72,8 +74,9 @@ class Reference(pydantic.BaseModel, extra="forbid", frozen=True):
     `gate` is the required score, and `gate_from` says how it was chosen. The first published number is the one that
     `gate` comes from. It has normalised score 1, and decides whether a result can be "reproduced" or only "passed".
 
-    `metric` and `last` say how the source measures: the mean of the `last` evaluations (deterministic episodes), of the
-    `last` training episodes, or of the training episodes in the `last` env steps.
+    `metric` and `last` say what our score is: the mean of the `last` evaluations (deterministic episodes), of the
+    `last` training episodes, or of the training episodes in the `last` env steps. The kind is that of the source, which
+    may average another number of them (`published.metric`).
     """
 
     env_steps: Count
@@ -351,9 +354,12 @@ class Result:
         return f" ({' '.join(extra)})" if extra else ""
 
     @property
-    def task(self) -> tuple[str, int]:
-        """Env id and number of env steps; results of two algorithms are compared if both are equal."""
-        return self.config.env.id, self.config.total_env_steps
+    def task(self) -> tuple[str, ...]:
+        """Env, what the agent sees of it, and number of env steps: results are compared if these are equal."""
+        env = to_plain(self.config.env)
+        seen = [env.get(key) for key in TASK_KEYS]  # older configs lack some of them
+        changed = [str(value) if value not in (None, [], {}, 1) else "" for value in seen]
+        return self.config.env.id, *changed, str(self.config.total_env_steps)
 
     @property
     def scores(self) -> np.ndarray:
@@ -374,6 +380,17 @@ class Result:
     def finals(self) -> np.ndarray:
         """Final return of each seed, `[seeds]`: the mean of its last evaluations."""
         return np.array([curve.return_mean[-FINAL:].mean() for curve in self.evaluations.values()])
+
+    @property
+    def last_tenth(self) -> np.ndarray:
+        """Mean evaluation return of each seed in the last tenth of its run, `[seeds]`."""
+        start = 0.9 * self.config.total_env_steps
+        return np.array(
+            [
+                curve.return_mean[np.append(curve.env_steps[:-1] > start, True)].mean()
+                for curve in self.evaluations.values()
+            ]
+        )
 
 
 def find_broken(result: Result) -> Iterator[str]:
