@@ -60,6 +60,23 @@ def test_observations_of_torchrls_collectors_have_the_dtype_of_the_rollout(kind)
     assert observation.dtype == getattr(torch, env.observation["dtype"]) == torch.float32
 
 
+class OneSided(Point):
+    """Env whose actions have no upper bound."""
+
+    action_space = Box(0, np.inf, (2,), np.float32)
+
+
+gym.register("OneSided-v0", OneSided, max_episode_steps=5)
+
+
+def test_random_actions_of_torchrls_collector_are_finite():
+    env = make_env(EnvConfig(id="OneSided-v0", action="clip"), seed=0, purpose=TRAINING, num_envs=2)
+    wrapped = to_torchrl(env, is_first=False)
+    actions = torch.stack([wrapped.rand_action(wrapped.reset())["action"] for _ in range(50)])
+    assert actions.shape == (50, 2, 2)
+    assert ((actions >= 0) & (actions <= 1)).all()
+
+
 @pytest.mark.parametrize("space", [Discrete(3, start=-1), MultiDiscrete([2, 3], start=[4, -2])])
 def test_uniform_actions_count_from_zero(space):
     policy = Uniform(SimpleNamespace(single_action_space=space, num_envs=200))

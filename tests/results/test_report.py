@@ -408,3 +408,25 @@ def test_statistics_equal_those_of_the_libraries(shape):
     assert aggregates.iqm(scores).tolist() == stats.trim_mean(flat, proportiontocut=0.25, axis=0).tolist()
     ours, _ = aggregates.probability_of_improvement(scores[..., 0], others[..., 0])
     assert ours == pytest.approx(metrics.probability_of_improvement(scores[..., 0], others[..., 0]), abs=1e-12)
+
+
+def test_an_env_that_shows_less_is_another_task():
+    results = {name: Result.read(paths.EXPERIMENTS / name) for name in ("ppo_cartpole", "recurrent_ppo_cartpole_novel")}
+    assert len({each.task[0] for each in results.values()}) == 1
+    assert len({each.task for each in results.values()}) == 2
+
+
+@pytest.mark.parametrize("every", [1000, 5000, 30_000])
+def test_the_end_of_a_run_is_its_last_tenth_however_often_it_is_evaluated(every, repository):
+    result = Result.read(repository / "experiments" / "sac_pendulum")
+    total = result.config.total_env_steps
+    env_steps = np.array([*range(every, total, every), total])
+    curve = Curve(env_steps, (env_steps > 0.9 * total).astype(float), np.zeros(len(env_steps)))
+    only = Result(result.folder, result.config, result.reference, result.provenance, {0: curve}, result.training, {})
+    assert only.last_tenth.tolist() == [1]
+
+
+def test_one_result_of_an_algorithm_stands_for_a_task():
+    names = ("sac_halfcheetah_layer_norm", "sac_halfcheetah", "sac_halfcheetah_1m")
+    results = [Result.read(paths.EXPERIMENTS / name) for name in names]
+    assert [each.name for each in figures.one_per_task(results).values()] == ["sac_halfcheetah"]  # 1M has one seed

@@ -103,6 +103,18 @@ def test_a_wrong_space_is_a_sentence(text, sentence, spaces):
         spaces(text)
 
 
+def test_a_key_that_refers_to_a_searched_one_is_refused(spaces, monkeypatch):
+    real = compose
+
+    def refer(words):
+        rate = next((word.partition("=")[2] for word in words if word.startswith("algo.actor_lr=")), "3e-4")
+        return real([*words, f"algo.critic_lr={rate}"])
+
+    monkeypatch.setattr("levin.tuning.space.compose", refer)
+    with pytest.raises(ConfigError, match=r"algo\.critic_lr refers to a key that is searched"):
+        spaces("algo.actor_lr: {low: 1e-4, high: 1e-2, log: true}")
+
+
 def test_an_algorithm_without_a_space_says_where_to_write_one(spaces):
     with pytest.raises(ConfigError, match=r"algo=sac has no search space: write .*sac\.yaml"):
         read_space(["algo=sac", "env=pendulum"])

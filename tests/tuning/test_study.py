@@ -187,6 +187,19 @@ def test_another_failure_ends_the_command_and_the_trial_is_continued(tmp_path):
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
 
 
+def test_a_trial_that_fails_twice_does_not_block_the_study(tmp_path):
+    def fail(run):
+        if "trial_0000" in str(run) or run.parent.name.endswith("0"):
+            raise RunError("out of memory")
+        learn(run)
+
+    with pytest.raises(RunError, match=r"trial 0: .* failed: out of memory"):
+        work(tmp_path / "study", fail, number=3)
+    study, ended = work(tmp_path / "study", fail, number=3)
+    assert ended
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+
+
 def test_a_run_that_is_killed_is_started_again(tmp_path):
     def die_once(run):
         if not (run / "died").exists():

@@ -1,6 +1,7 @@
 """Wrap the vector env for TorchRL's own collectors."""
 
 import torch
+from gymnasium.spaces import Box
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import (
     DTypeCastTransform,
@@ -11,7 +12,7 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from levin.core.spaces import ACTION_MASK, IS_FIRST, random_allowed_actions
+from levin.core.spaces import ACTION_MASK, IS_FIRST, has_bound, random_actions, random_allowed_actions
 from levin.envs.vector import SeededVectorEnv
 
 
@@ -24,6 +25,15 @@ class MaskedGymWrapper(GymWrapper):
         return tensordict.set("action", random_allowed_actions(self._env.single_action_space, mask))
 
 
+class OpenGymWrapper(GymWrapper):
+    """`GymWrapper` with random actions for boxes that lack a bound, where TorchRL's own would be infinite."""
+
+    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        assert tensordict is not None
+        actions = random_actions(self._env.single_action_space, self._env.num_envs)
+        return tensordict.set("action", torch.from_numpy(actions))
+
+
 def to_torchrl(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
     """Wrap the vector env as a TorchRL `EnvBase` with the keys of Levin's rollouts.
 
@@ -31,7 +41,9 @@ def to_torchrl(env: SeededVectorEnv, *, is_first: bool) -> EnvBase:
         env: Vector env.
         is_first: Whether the policy reads `is_first`, the flag of an episode's first step.
     """
-    wrapper = MaskedGymWrapper if env.read.mask else GymWrapper
+    space, wrapper = env.single_action_space, MaskedGymWrapper if env.read.mask else GymWrapper
+    if isinstance(space, Box) and not (has_bound(space.low) & has_bound(space.high)).all():
+        wrapper = OpenGymWrapper
     wrapped = wrapper(env, categorical_action_encoding=True)
     if parts := list(env.observation.get("spaces", {})):
         nested: list[NestedKey] = [("observation", part) for part in parts]

@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 import pydantic
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from yaml import YAMLError
@@ -25,6 +25,7 @@ from yaml import YAMLError
 from levin.config.compose import chosen_algo_and_env, compose
 from levin.core import paths
 from levin.core.errors import ConfigError
+from levin.core.omega import flat_keys, to_plain
 
 FOLDER = "tune"  # in configs/, or in the folder of a fork
 
@@ -60,7 +61,8 @@ def read_space(words: list[str]) -> dict[str, BaseDistribution]:
     Values of categorical distributions are texts, as on the command line.
 
     Raises:
-        ConfigError: There is no space, a key is unknown, a range is empty, or a value is not one of its key.
+        ConfigError: There is no space, a key is unknown, a range is empty, a value is not one of its key, or a key that
+            is not searched refers to one that is.
     """
     algo, env = chosen_algo_and_env(words)
     folders = [paths.CONFIGS / FOLDER, *(file.parents[1] / FOLDER for file in paths.fork_files() if file.stem == algo)]
@@ -135,15 +137,30 @@ def _compose_together(texts: dict[str, list[str]], words: list[str]) -> dict[str
     one text or because of texts that exclude each other.
     """
     values: dict[str, list[Any]] = {key: [] for key in texts}
+    configs = []
     try:
         for turn in zip_longest(*texts.values()):
             chosen = {key: text for key, text in zip(texts, turn, strict=True) if text is not None}
             config = compose([*words, *(f"{key}={text}" for key, text in chosen.items())])
+            configs.append(config)
             for key in chosen:
                 values[key].append(OmegaConf.select(config, key))
     except ConfigError:
         return {}
+    _refuse_references(configs[0], configs[1], set(texts))
     return values
+
+
+def _refuse_references(first: DictConfig, second: DictConfig, searched: set[str]) -> None:
+    """Check that two configs differ in the searched keys alone.
+
+    Raises:
+        ConfigError: Another key refers to one of them. A trial changes single values of a config without references.
+    """
+    for key in flat_keys(to_plain(first)):
+        inside = any(f"{key}.".startswith(f"{each}.") for each in searched)
+        if not inside and OmegaConf.select(first, key) != OmegaConf.select(second, key):
+            raise ConfigError(f"{key} refers to a key that is searched: give it a value of its own in the YAML")
 
 
 def _compose_value(key: str, text: str, words: list[str]) -> Any:

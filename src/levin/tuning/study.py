@@ -41,10 +41,12 @@ from levin.config import cli, schema
 from levin.config.compose import chosen_algo_and_env, compose_one_of_many
 from levin.core import files
 from levin.core.errors import ConfigError, LockedError, RunError
+from levin.core.process import print_line
 from levin.core.validate import read_json
 from levin.results.aggregates import iqm
 from levin.results.curves import METRICS, Curve, read_run
 from levin.runs import folder as run_folder
+from levin.runs.code import checksum_of
 from levin.runs.load import load_config
 from levin.runs.provenance import command_line, run_git
 from levin.scheduler.scheduler import NOT_FINITE, NOT_VALID, SECONDS, Ended, Scheduler
@@ -56,6 +58,7 @@ from levin.tuning.winner import tuned_path
 PLAN, JOURNAL, TRIALS, TABLE = "study.json", "study.log", "trials", "trials.csv"
 BASE, TUNED = "base", "tuned.yaml"
 RESTARTS = 3  # of the runs of a trial that were killed, by one command
+FAILED_BEFORE = "failed_before"  # attribute of a trial of which a run has ended with an error
 
 
 class Plan(pydantic.BaseModel):
@@ -66,6 +69,7 @@ class Plan(pydantic.BaseModel):
     words: list[str]  # overrides of the command, in alphabetical order
     space: dict[str, str]
     seeds_per_trial: pydantic.PositiveInt
+    code: str | None = None  # checksum of the code that trains the trials; older studies have none
 
 
 def open_study(
@@ -94,6 +98,7 @@ def open_study(
         words=sorted(words),
         space={key: distribution_to_json(each) for key, each in space.items()},
         seeds_per_trial=seeds_per_trial,
+        code=checksum_of({str(compose_one_of_many(words).algo._target_)}),
     )
     with _lock_until(folder / ".study.lock"):
         if (folder / PLAN).exists():
@@ -198,6 +203,10 @@ def _refuse_other(folder: Path, plan: Plan) -> None:
         )
         if here != there
     ]
+    if existing.code not in (None, plan.code):
+        print_line(
+            f"{folder}: the code has changed since the study began, so its trials do not compare with later ones"
+        )
     if differ:
         raise ConfigError(
             f"run={folder} holds a study with another {' and '.join(differ)}; it was started by: {existing.command}; "
@@ -384,7 +393,11 @@ class Trials:
             trial.restarts += 1
             trial.waiting.append(ended.run)
             self._set_state(trial, ended.run, "waiting")
-        else:
+        elif FAILED_BEFORE in trial.trial.user_attrs:
+            self._set_state(trial, ended.run, "failed")
+            self._finish(trial, None, TrialState.FAIL, f"failed twice: {ended.last_line}")
+        else:  # perhaps a full disk, and the trial is continued; a failure of its values comes again
+            trial.trial.set_user_attr(FAILED_BEFORE, True)
             raise RunError(f"trial {trial.trial.number}: {ended.failure}; the same command continues the study")
 
     def _follow(self, trial: OpenTrial) -> None:
