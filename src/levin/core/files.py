@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from levin.core.errors import CheckpointError, ConfigError
 
-# What file systems answer that have no links, as on USB sticks and network drives.
+# Errors of file systems without links, such as those of USB sticks and of network drives.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 

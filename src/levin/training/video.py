@@ -138,7 +138,7 @@ def frames_per_second(env: "SeededVectorEnv") -> float:
     """
     steps = env.metadata.get("render_fps", 30)
     if env.config.family == "dm_control":  # Shimmy's value is not that of the env
-        steps = 1 / env.env.envs[0].unwrapped.dt  # type: ignore[attr-defined]
+        steps = 1 / env.base.envs[0].unwrapped.dt  # type: ignore[attr-defined]
     return steps if env.config.family == "atari" else steps / env.config.action_repeat  # Atari's value has it already
 
 
