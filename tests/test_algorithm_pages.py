@@ -107,7 +107,7 @@ def test_the_page_of_sac():
     assert "    a ~ pi(.|s)" in pseudocode
     assert len(rest) == 1
     (deviations,) = docstring_markdown.blocks(page.docstring["Deviations:"])
-    assert [line[:2] for line in deviations.splitlines()] == ["- ", "- "]
+    assert [line[:2] for line in deviations.splitlines()] == ["- "] * 3
     assert "configs/tuned/sac_pendulum.yaml" in "".join(algorithm_pages.configs(page))
     names = [folder.name for folder in page.results]
     assert {"sac_halfcheetah", "sac_pendulum"} <= set(names)
