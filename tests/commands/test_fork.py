@@ -184,18 +184,14 @@ def test_a_new_keyword_of_a_fork_is_in_the_config_of_its_runs(clone):
 
 
 def test_a_fork_of_a_fork_has_modules_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "EXPERIMENTS", tmp_path)
-    monkeypatch.setattr(paths, "ROOT", tmp_path.parent)
-    monkeypatch.setattr(paths, "fork_files", lambda: list(tmp_path.glob("*/algo/*.yaml")))
-    (tmp_path / "one/algo").mkdir(parents=True)
-    (tmp_path / "one/algo/one.yaml").write_text("algo: {_target_: experiments.one.algorithm.One}\n")
-    (tmp_path / "one/algorithm.py").write_text("from experiments.one.network import Net\n\n\nclass One(Net): ...\n")
-    (tmp_path / "one/network.py").write_text("class Net: ...\n")
+    experiments = tmp_path / "experiments"
+    monkeypatch.setattr(paths, "EXPERIMENTS", experiments)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (experiments / "one/algo").mkdir(parents=True)
+    (experiments / "one/algo/one.yaml").write_text("algo: {_target_: experiments.one.algorithm.One}\n")
+    (experiments / "one/algorithm.py").write_text("from experiments.one.network import Net\n\n\nclass One(Net): ...\n")
+    (experiments / "one/network.py").write_text("class Net: ...\n")
     monkeypatch.setattr("levin.runs.trust.record_code", lambda _: None)
-    source = paths.ROOT / "experiments"
-    if source != tmp_path:
-        source.mkdir(exist_ok=True)
-        (source / "one").symlink_to(tmp_path / "one")
     folder = fork(algo="one", name="two")
     assert (folder / "algorithm.py").read_text() == "from experiments.two.network import Net\n\n\nclass Two(Net): ...\n"
     assert (folder / "network.py").read_text() == "class Net: ...\n"

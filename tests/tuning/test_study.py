@@ -189,7 +189,7 @@ def test_another_failure_ends_the_command_and_the_trial_is_continued(tmp_path):
 
 def test_a_trial_that_fails_twice_does_not_block_the_study(tmp_path):
     def fail(run):
-        if "trial_0000" in str(run) or run.parent.name.endswith("0"):
+        if run.parent.name == "0000":
             raise RunError("out of memory")
         learn(run)
 

@@ -119,11 +119,10 @@ def _read_or_refuse(path: Path, configs: Mapping[str, DictConfig], sums: list[st
             raise ConfigError(f"run={folder} exists already, and is not a sweep: name another folder")
         return None
     plan = _read(path)
-    same_code = plan.code in (None, _code(configs)) or slurm.was_requeued()
-    if plan.runs == dict(zip(configs, sums, strict=True)) and same_code:
-        return plan
     how = f"name another folder, or continue it with make resume RUNS={folder}"
     if plan.runs == dict(zip(configs, sums, strict=True)):
+        if plan.code in (None, _code(configs)) or slurm.was_requeued():
+            return plan
         raise ConfigError(f"run={folder} holds a sweep with other code: the algorithm has changed since: {how}")
     if set(plan.runs) == set(configs):
         raise ConfigError(

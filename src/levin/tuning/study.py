@@ -92,13 +92,14 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    base = compose_one_of_many(words)
     plan = Plan(
         command=command_line(),
         git_sha=run_git("rev-parse", "HEAD"),
         words=sorted(words),
         space={key: distribution_to_json(each) for key, each in space.items()},
         seeds_per_trial=seeds_per_trial,
-        code=checksum_of({str(compose_one_of_many(words).algo._target_)}),
+        code=checksum_of({str(base.algo._target_)}),
     )
     with _lock_until(folder / ".study.lock"):
         if (folder / PLAN).exists():
@@ -111,7 +112,7 @@ def open_study(
             if (tuned := tuned_path(*chosen_algo_and_env(words))) is not None and tuned.is_file():
                 (folder / BASE).mkdir(exist_ok=True)
                 files.write_text(folder / BASE, TUNED, tuned.read_text(encoding="utf-8"))
-            run_folder.begin(folder / BASE, compose_one_of_many(words))
+            run_folder.begin(folder / BASE, base)
         config = load_config(folder / BASE)
         study = optuna.create_study(
             storage=_open_journal(folder / JOURNAL),
