@@ -35,6 +35,10 @@ extra := $(call extra_of,$(env_yaml))
 # Extras for the tests of all env families and for pyright.
 suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report tune export docs)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
+# A run (RUN) has the id or the family of its env in its config; a file in configs/env/ with the same line names its extra.
+run_yaml = $(firstword $(foreach key,id family,$(shell sed -n 's|^  \($(key): .*\)|\1|p' $(call quote,$(value RUN)/config.yaml) 2>/dev/null | grep -lxFf - configs/env/*.yaml)))
+run_extra := $(if $(value RUN),$(if $(value EXP)$(value ENV),$(extra),$(call extra_of,$(run_yaml))),$(extra))
+needs_of_run := .venv/.core $(if $(run_extra),.venv/.$(run_extra))
 run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
 # Without SEED and SEEDS, the seed is that of ARGS or of configs/train.yaml.
 seeds = $(if $(value SEED),seed=$(call typed,SEED)) $(if $(value SEEDS),seeds=$(call typed,SEEDS))
@@ -71,19 +75,19 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [NAME=wide] [ARGS="algo.gamma=0.98"]
 	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs)
 
-resume: .venv/.core ## RUN=path or RUNS="runs/sweep_x" [JOBS=2] [STEPS=n] continues runs exactly; STEPS: new total
+resume: $(if $(value RUN),$(needs_of_run),.venv/.core) ## RUN=path or RUNS="runs/sweep_x" [JOBS=2] [STEPS=n] continues runs exactly; STEPS: new total
 	$(BIN)/python -m levin.resume $(if $(value RUN)$(value EXP),$(run)) $(if $(value RUNS),runs=$(call typed,RUNS)) $(jobs) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
 
 config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value and the file that set it
 	@$(BIN)/python -m levin.config $(choices)
 
-evaluate: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evaluates a policy; writes evaluation.json
+evaluate: $(needs_of_run) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evaluates a policy; writes evaluation.json
 	$(BIN)/python -m levin.evaluate $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
 
-play: $(needs) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records videos/*.mp4
+play: $(needs_of_run) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records videos/*.mp4
 	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
 
-export: $(needs) $(if $(filter torch,$(value FORMAT)),,.venv/.export) ## RUN=path or EXP=sac_pendulum [FORMAT=torch] writes policy.onnx (or policy.pt2) and policy.md
+export: $(needs_of_run) $(if $(filter torch,$(value FORMAT)),,.venv/.export) ## RUN=path or EXP=sac_pendulum [FORMAT=torch] writes policy.onnx (or policy.pt2) and policy.md
 	$(BIN)/python -m levin.export $(run) $(if $(value FORMAT),format=$(call typed,FORMAT)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=episode/return out=x.png"] draws learning curves

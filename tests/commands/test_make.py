@@ -140,6 +140,27 @@ def test_a_config_names_an_extra_and_nothing_else(checkout):
     assert "[dev]" not in run_make(checkout, "--dry-run", "evaluate", "EXP=theirs").stdout
 
 
+@pytest.mark.parametrize("command", ["evaluate", "play", "resume"])
+def test_the_config_of_a_run_names_the_extra_of_its_env(command, checkout):
+    extras = ("mujoco", "box2d", "dmc", "atari")
+    for extra in extras:
+        (checkout / ".venv" / f".{extra}").unlink()
+    run = checkout / "it's a $(touch pwned) run"
+    run.mkdir()
+    cases = {
+        "  family: gymnasium\n  id: Pendulum-v1\n": None,
+        "  family: gymnasium\n  id: HalfCheetah-v4\n": "mujoco",
+        "  family: atari\n  id: a_game_without_a_file\n": "atari",
+        "  family: dm_control\n  id: dm_control/walker-run-v0\n": "dmc",
+        "  family: gymnasium\n  id: my.envs:Own-v0'$(touch pwned)`touch pwned`\n": None,
+    }
+    for text, needed in cases.items():
+        (run / "config.yaml").write_text(f"env:\n{text}")
+        output = run_make(checkout, "--dry-run", command, f"RUN={run}").stdout
+        assert [each for each in extras if f"[{each}]" in output] == ([needed] if needed else [])
+    assert not (checkout / "pwned").exists()
+
+
 def test_the_script_of_a_study_names_its_extra(checkout):
     (checkout / "experiments" / "worlds" / "run.py").write_text('"""Study."""\n# needs the extra: box2d\n')
     (checkout / ".venv" / ".box2d").unlink()
