@@ -72,7 +72,7 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 	@$(pip_or_uv) '.[$*]'
 	@touch $@
 
-train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [NAME=wide] [ARGS="algo.gamma=0.98"]
+train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [RUN=path] [ARGS="algo.gamma=0.98"]
 	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs)
 
 resume: $(if $(value RUN),$(needs_of_run),.venv/.core) ## RUN=path or RUNS="runs/sweep_x" [JOBS=2] [STEPS=n] continues runs exactly; STEPS: new total

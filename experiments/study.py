@@ -1,24 +1,24 @@
 """Helpers of the studies in this folder: train runs in several processes, read their evaluations, write tables.
 
 A study is a folder with a `run.py` that trains, measures and writes a report: `make study NAME=worlds`. A complete run
-is kept as it is, and an interrupted one continues from its last checkpoint.
+is kept as it is, and an interrupted one continues from its last checkpoint. No run is ever deleted: one with another
+config is renamed, and trained again.
 """
 
 import csv
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from itertools import count, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from levin.config.compose import compose
-from levin.core.errors import RunError, exit_on_user_error
-from levin.core.omega import to_plain
+from levin.config.compose import GROUPS, compose
+from levin.core.errors import LockedError, RunError, exit_on_user_error
+from levin.core.omega import flat_keys, to_plain
 from levin.core.process import silence_libraries
 from levin.resume import STOPPED, resume_side_by_side
 from levin.runs import folder as run_folder
@@ -36,11 +36,15 @@ def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
 
 
 def train_runs(runs: Mapping[Path, list[str]]) -> None:
-    """Train runs with these overrides, some at the same time. One with another config is deleted and begun again."""
+    """Train runs with these overrides, some at the same time. One with another config is set aside and begun again.
+
+    Raises:
+        LockedError: Another process trains a run with another config.
+    """
     configs = {run: compose(words) for run, words in runs.items()}
     for run, config in configs.items():
-        if run_folder.has_begun(run) and not _has_config(run, config):
-            shutil.rmtree(run)
+        if run_folder.has_begun(run) and not _has_config(run, config, runs[run]):
+            set_aside(run)
         if not run_folder.has_begun(run):
             run_folder.begin(run, config)
     continue_runs(configs)
@@ -53,12 +57,46 @@ def continue_runs(configs: Mapping[Path, DictConfig]) -> None:
             raise RunError(STOPPED)
 
 
-def _has_config(run: Path, cfg: DictConfig) -> bool:
-    """Return whether a run was started with this config. Threads are ignored: a run saves how many it really used."""
-    saved, expected = to_plain(load_config(run, runs=())), to_plain(cfg)
-    for config in (saved, expected):
-        config["trainer"].pop("threads")
+def set_aside(run: Path) -> None:
+    """Rename a run to `<run>.old`, `<run>.old2` and so on.
+
+    Raises:
+        LockedError: Another process trains the run.
+    """
+    if run_folder.is_locked(run):
+        raise LockedError(f"run={run} is out of date, and another process trains it: stop that process first")
+    names = (run.with_name(f"{run.name}.old{number if number > 1 else ''}") for number in count(1))
+    old = next(name for name in names if not name.exists())
+    run.rename(old)
+    print(f"levin: {run} is out of date: renamed to {old}")
+
+
+def _has_config(run: Path, config: DictConfig, words: list[str]) -> bool:
+    """Return whether a run was started with the config of these overrides.
+
+    A key that did not exist at that time had its default value. Threads are ignored: a run saves how many it used.
+    """
+    saved, expected = _flat_values(load_config(run, runs=())), _flat_values(config)
+    new = expected.keys() - saved.keys()
+    if new:
+        others = [word for word in words if _chooses_file(word) or not any(_sets(word, key) for key in new)]
+        saved = {key: value for key, value in _flat_values(compose(others)).items() if key in new} | saved
     return saved == expected
+
+
+def _flat_values(config: DictConfig) -> dict[str, Any]:
+    """Return the values of a config by dotted key, without the number of threads."""
+    return {key: OmegaConf.select(config, key) for key in flat_keys(to_plain(config)) if key != "trainer.threads"}
+
+
+def _chooses_file(word: str) -> bool:
+    """Return whether an override chooses a YAML file, as `algo=sac` does."""
+    return word.partition("=")[0] in GROUPS
+
+
+def _sets(word: str, key: str) -> bool:
+    """Return whether an override sets a key, or the section that holds it."""
+    return f"{key}.".startswith(f"{word.partition('=')[0].lstrip('+')}.")
 
 
 def read_evaluations(run: Path) -> list[dict[str, str]]:

@@ -47,6 +47,10 @@ class Row:
 
 POINT = "env=gym", "env.id=toy_envs:Point-v0"
 LATE = ("eval.every=100_000", "eval.episodes=5", "checkpoint.every=100_000", "logger=csv")
+SMALL = (
+    *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "algo.replay_ratio=0.25"),
+    "log_every=30",
+)
 OFF_POLICY = (
     *(*POINT, "env.action=rescale", "total_env_steps=1200"),
     *("algo.learning_starts=100", "algo.batch_size=64", "algo.hidden_sizes=[64,64]"),
@@ -61,7 +65,7 @@ ROWS = [
     Row(
         algo="sac",
         env="pendulum",
-        small=("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+        small=SMALL,
         env_steps=256,
         optimizers={"critic_optimizer": 1, "actor_optimizer": 1},
         targets={"target_critic": ("critic", 0.005, 1)},
@@ -74,10 +78,7 @@ ROWS = [
     Row(
         algo="crossq",
         env="pendulum",
-        small=(
-            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
-            *("algo.critic_hidden_sizes=[16,16]", "algo.norm_warm_up=50"),
-        ),
+        small=(*SMALL, "algo.critic_hidden_sizes=[16,16]", "algo.norm_warm_up=12"),
         env_steps=256,
         optimizers={"critic_optimizer": 1, "actor_optimizer": 1 / 3},
         losses=oracles.crossq_losses,
@@ -89,10 +90,7 @@ ROWS = [
     Row(
         algo="tqc",
         env="pendulum",
-        small=(
-            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
-            *("algo.critic_hidden_sizes=[16,16]", "algo.num_critics=3", "algo.num_atoms=5"),
-        ),
+        small=(*SMALL, "algo.critic_hidden_sizes=[16,16]", "algo.num_critics=3", "algo.num_atoms=5"),
         env_steps=256,
         optimizers={"critic_optimizer": 1, "actor_optimizer": 1},
         targets={"target_critic": ("critic", 0.005, 1)},
@@ -111,7 +109,7 @@ ROWS = [
     Row(
         algo="td3",
         env="pendulum",
-        small=("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+        small=SMALL,
         env_steps=256,
         optimizers={"critic_optimizer": 1, "actor_optimizer": 0.5},
         targets={"target_critic": ("critic", 0.005, 2), "target_actor": ("actor", 0.005, 2)},
@@ -124,10 +122,7 @@ ROWS = [
     Row(
         algo="ddpg",
         env="pendulum",
-        small=(
-            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
-            *("algo.noise=ornstein_uhlenbeck", "env.num_envs=2"),
-        ),
+        small=(*SMALL, "algo.noise=ornstein_uhlenbeck", "env.num_envs=2"),
         env_steps=256,
         optimizers={"critic_optimizer": 1, "actor_optimizer": 1},
         targets={"target_critic": ("critic", 0.005, 1), "target_actor": ("actor", 0.005, 1)},
@@ -140,10 +135,7 @@ ROWS = [
     Row(
         algo="dqn",
         env="acrobot",
-        small=(
-            *("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
-            *("algo.replay_ratio=0.25", "algo.target_update_every=3", "algo.double_q=true", "algo.huber=true"),
-        ),
+        small=(*SMALL, "algo.target_update_every=3", "algo.double_q=true", "algo.huber=true", "env.time_limit=100"),
         env_steps=256,
         optimizers={"optimizer": 1},
         targets={"target_critic": ("critic", 1.0, 3)},
@@ -159,7 +151,7 @@ ROWS = [
     Row(
         algo="sac_discrete",
         env="acrobot",
-        small=("algo.learning_starts=40", "algo.batch_size=16", "algo.hidden_sizes=[16,16]", "log_every=30"),
+        small=(*SMALL, "env.time_limit=100"),
         env_steps=256,
         optimizers={"critic_optimizer": 1, "actor_optimizer": 1, "alpha_optimizer": 1},
         targets={"target_critic": ("critic", 0.005, 1)},
@@ -238,7 +230,7 @@ ROWS = [
     Row(
         algo="ppo",
         env="mountaincar_continuous",
-        small=("algo.steps_per_iteration=16", "algo.batch_size=8", "algo.epochs=2"),
+        small=("algo.steps_per_iteration=16", "algo.batch_size=8", "algo.epochs=2", "env.time_limit=100"),
         env_steps=64,
         optimizers={"optimizer": 1},
         losses=oracles.ppo_losses,
@@ -280,6 +272,7 @@ ROWS = [
         small=(
             *("algo.size=micro", "algo.batch_size=4", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"),
             *("algo.learning_starts=40", "algo.free_nats=0", "algo.continue_scale=1", "log_every=30"),
+            "env.time_limit=60",
         ),
         env_steps=256,
         optimizers={"model_optimizer": 1, "actor_optimizer": 1, "critic_optimizer": 1},
@@ -301,7 +294,7 @@ ROWS = [
         small=(
             *("algo.size=micro", "algo.batch_size=4", "algo.batch_length=4", "algo.horizon=3", "algo.replay_ratio=0.1"),
             *("algo.learning_starts=40", "algo.free_nats=0", "algo.warm_up=2", "log_every=30", "env.num_envs=1"),
-            *("algo.steps_per_iteration=32", "algo.lr=1e-3"),
+            *("algo.steps_per_iteration=32", "algo.lr=1e-3", "env.time_limit=60"),
         ),
         env_steps=256,
         optimizers={"optimizer": 1},

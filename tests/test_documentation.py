@@ -6,7 +6,11 @@ typed. A block after "Save as `my_module.py`" is saved there. Blocks of other la
 """
 
 import pytest
+import yaml
 
+from levin.config.compose import compose
+from levin.core.paths import CONFIGS
+from levin.training.session import build_run
 from pages import ROOT, Checkout, PageError, Session, read_blocks
 
 FOLDERS = ("_build", "api", "_ext")
@@ -41,6 +45,30 @@ def checkout(tmp_path_factory):
 def test_every_block_of_a_page_works(page, checkout):
     checkout.reset()
     Session(str(page), checkout, NOT_RUN).run((ROOT / page).read_text())
+
+
+@pytest.mark.parametrize("preset", ["smoke", "profile"])
+def test_a_short_preset_is_long_enough_for_updates_of_every_algorithm(preset):
+    total = yaml.safe_load((CONFIGS / f"debug/{preset}.yaml").read_text())["total_env_steps"]
+    late = {}
+    for file in (CONFIGS / "algo").glob("*.yaml"):
+        own = CONFIGS / f"debug_algo/{preset}_{file.name}"
+        algo = {}
+        for each in (file, *([own] if own.exists() else [])):
+            algo |= yaml.safe_load(each.read_text())["algo"]
+        first = algo.get("learning_starts", algo.get("collect_env_steps", 0))
+        if first >= total:
+            late[file.stem] = first
+    assert not late
+
+
+@pytest.mark.parametrize(
+    "words", ["algo=dreamer env=pendulum", "algo=dreamer_v3 env=pendulum", "algo=world_models env=dodge"]
+)
+def test_a_smoke_run_of_a_world_model_can_be_built(words):
+    """Its `learning_starts` and its replay have room for a sequence of each env."""
+    _, rollouts = build_run(compose([*words.split(), "debug=smoke", "trainer.accelerator=cpu"]))
+    rollouts.collector.shutdown()
 
 
 TRAIN = "make train ALGO=ppo ENV=cartpole STEPS=1000"

@@ -1,4 +1,4 @@
-"""Adding an algorithm takes three edits: a test adds one in a temporary folder and runs all checks on it."""
+"""A new algorithm: a test adds one in a temporary folder and runs all checks on it."""
 
 import sys
 from pathlib import Path

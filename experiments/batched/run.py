@@ -208,7 +208,7 @@ def seconds_to_score(env: str, score: float, every: int, seed: int, run: Path) -
 
 def final_return(run: Path, env: str) -> tuple[float, float]:
     """Return the mean and the smallest return of ten episodes in gymnasium's own env, with other seeds."""
-    algorithm = load_algorithm(run)
+    algorithm = load_algorithm(run).eval()
     ids = {"cartpole": "CartPole-v1", "pendulum": "Pendulum-v1"}
     own = make_env(
         EnvConfig(id=ids[env], action=algorithm.env["action_units"]), seed=1, purpose=EVALUATION, num_envs=EPISODES

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from experiments.lecture.agents import HERE, SEEDS, build, read, write
 from experiments.lecture.drawing import COLORS, INK, panels, save
+from experiments.study import train_runs
 
 from levin.algorithms.a3c import A3C
-from levin.config.compose import compose
 from levin.results.curves import align_curves, read_curves
-from levin.training.session import train
 
 WORDS = ["env=cartpole", "env.num_envs=1", "algo=a3c", "algo.lr_schedule=constant"]
 WORKERS = (1, 8, 32)
@@ -66,16 +65,9 @@ def train_in_turn(workers: int, seed: int) -> list[dict[str, float]]:
 def train_lock_free(workers: int, seed: int) -> dict[str, float]:
     """Train with real workers in processes of their own; return the mean staleness and the fraction of stale pushes."""
     run = RUNS / f"a3c_w{workers}_s{seed}"
-    if not (run / "checkpoints").exists():
-        words = [f"trainer.workers={workers}", "trainer.strategy=hogwild", "trainer.threads=1", f"seed={seed}"]
-        settings = [
-            f"total_env_steps={REAL_STEPS}",
-            f"eval.every={REAL_STEPS}",
-            "eval.episodes=1",
-            "logger=csv",
-            f"log_every={REAL_STEPS}",
-        ]
-        train(compose([*WORDS, *words, *settings]), run)
+    words = [f"trainer.workers={workers}", "trainer.strategy=hogwild", "trainer.threads=1", f"seed={seed}"]
+    settings = [f"{key}={REAL_STEPS}" for key in ("total_env_steps", "eval.every", "log_every")]
+    train_runs({run: [*WORDS, *words, *settings, "eval.episodes=1", "logger=csv"]})  # alone: other runs add staleness
     with (run / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     return {name: float(last[f"train/{name}"]) for name in ("staleness", "stale_pushes")}

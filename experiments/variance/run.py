@@ -23,7 +23,7 @@ from levin.core.process import silence_libraries
 from levin.data.rollout import WholeEpisodes
 from levin.results.aggregates import iqm_with_interval
 from levin.runs.load import load_algorithm
-from levin.training.session import build_run, train
+from levin.training.session import build_run
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs" / "variance"
@@ -80,8 +80,7 @@ def fit_critic(algorithm: Any, rollout: TensorDict) -> None:
 def half_trained_policy() -> dict[str, Tensor]:
     """Return the parameters of a half-trained policy: reward-to-go after 20,000 env steps."""
     run = RUNS / "policy"
-    if not (run / "checkpoints").exists():
-        train(compose([*COMMON, *FORMS["reward-to-go"], "total_env_steps=20_000"]), run)
+    train_runs({run: [*COMMON, *FORMS["reward-to-go"], "total_env_steps=20_000"]})
     return load_algorithm(run).actor.state_dict()  # type: ignore[union-attr]
 
 

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
-from experiments.study import continue_runs, read_evaluations, train_runs, write_table
+from experiments.study import continue_runs, read_evaluations, set_aside, train_runs, write_table
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -56,8 +56,13 @@ class StopBeforeController(Callback):
 
 
 def train_base() -> None:
-    """Train V and M of every seed, but no controller."""
+    """Train V and M of every seed, but no controller. Runs that used an earlier V and M are set aside."""
     train_runs({RUNS / f"base_s{seed}": [*DODGE, f"seed={seed}", STOP] for seed in SEEDS})
+    for seed, name in product(SEEDS, [*(f"tau{temperature}" for temperature in TEMPERATURES), "ppo"]):
+        run, base = RUNS / f"{name}_s{seed}", read_provenance(RUNS / f"base_s{seed}")
+        # A copy has the date of the base run that it was copied from.
+        if base and read_provenance(run).get("date", base["date"]) < base["date"]:
+            set_aside(run)
 
 
 def prepare_controller(seed: int, temperature: float) -> tuple[Path, DictConfig]:

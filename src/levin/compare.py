@@ -12,7 +12,7 @@ from levin.config import cli
 from levin.core.errors import exit_on_user_error
 from levin.plot import RETURN, Runs, collect_runs
 from levin.results.aggregates import iqm_with_interval
-from levin.results.curves import read_metric
+from levin.results.curves import align_curves, read_metric
 from levin.results.tables import plain_table
 from levin.runs import folder as run_folder
 from levin.runs.load import load_config
@@ -32,14 +32,19 @@ def compare(*, runs: str, metric: str = RETURN) -> str:
     """
     rows = []
     for label, group in collect_runs(runs, metric).items():
-        env_steps = min(int(curve.env_steps[-1]) for curve in group.seeds.values())
-        last = np.array([curve.until(env_steps).return_mean[-1] for curve in group.seeds.values()])
-        value, interval = iqm_with_interval(last[:, None, None])
-        ends = f"{interval[0, 0]:.1f} to {interval[1, 0]:.1f}" if len(last) > 1 else ""
-        row = (label, str(len(last)), f"{env_steps:,}", f"{value[0]:.1f}", ends, _speed(group), _state(group))
-        rows.append((float(value[0]), row))
-    rows.sort(key=lambda row: -row[0])
+        env_steps, values = align_curves(list(group.seeds.values()))
+        last = values[:, -1]  # where the shortest run ends
+        (value,), interval = iqm_with_interval(last[:, None, None])
+        ends = " to ".join(map(_short, interval[:, 0])) if len(last) > 1 else ""
+        row = (label, str(len(last)), f"{env_steps[-1]:,.0f}", _short(value), ends, _speed(group), _state(group))
+        rows.append((value, row))
+    rows.sort(key=lambda row: (np.isnan(row[0]), -row[0]))
     return plain_table(COLUMNS, [row for _, row in rows])
+
+
+def _short(value: float) -> str:
+    """Return a number with one decimal, or with four significant digits if it is small, such as a success rate."""
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def _speed(group: Runs) -> str:

@@ -46,7 +46,7 @@ def evaluate_run(
     silence_libraries()
     folder = checkpoint.run_of(Path(run))
     with trusted(trust):
-        algorithm = load_algorithm(Path(run))
+        algorithm = load_algorithm(Path(run)).eval()
         env = make_env(load_env(folder), seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
         run_folder.report_changed_code(folder)
         returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)

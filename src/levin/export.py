@@ -38,10 +38,8 @@ def export_run(
         RunError: The actions differ.
     """
     check_has_policy(run)
-    from levin.deploy.package import (
-        TOLERANCE,
-        package,
-    )  # late: a command that is mistyped is refused before torch is imported
+    # Late: a command that is mistyped is refused before torch is imported.
+    from levin.deploy.package import TOLERANCE, package
 
     silence_libraries()
     with trusted(trust):

@@ -71,7 +71,8 @@ def fork(*, algo: str, name: str) -> Path:
     child_target = f"experiments.{name}.algorithm.{child_class}"
     commit = provenance.run_git("rev-parse", "--short", "HEAD") or "unknown"
     code = source.read_text(encoding="utf-8")
-    if child_class in {token.string for token in tokenize.generate_tokens(io.StringIO(code).readline)}:
+    used = {token.string for token in tokenize.generate_tokens(io.StringIO(code).readline)}
+    if child_class in {*used, *keyword.kwlist}:
         raise ConfigError(
             f"name={name} would name its class {child_class}, which {algo} uses already; choose another name"
         )

@@ -65,7 +65,7 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
     folder = result_folder(exp)
     cfg, reference = load_config(folder), read_reference(folder)
     prepare_cores(cfg.trainer.threads, jobs)
-    chosen = _parse_seeds(seeds) or sorted(read_curves(folder)) or [0, 1, 2]
+    chosen = sorted(cli.parse_seeds(seeds) if seeds else read_curves(folder)) or [0, 1, 2]
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true stores complete runs only: leave out total_env_steps")
     kept = kept_seeds(folder, chosen) if store else []
@@ -96,12 +96,6 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
     return outcome
 
 
-def _parse_seeds(words: str) -> list[int]:
-    if not all(word.isdigit() for word in words.split()):
-        raise ConfigError(f"seeds={words} must be whole numbers separated by spaces")
-    return sorted(map(int, words.split()))
-
-
 def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
     """Return the run folder of each seed: from an interrupted reproduction of this commit and config, or a new one."""
     commit = provenance.run_git("rev-parse", "HEAD")
@@ -110,9 +104,7 @@ def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[in
         existing = sorted(run.name for run in batch.glob("s*"))
         if not (batch / DONE).exists() and existing == sorted(run.name for run in folders.values()):
             commits = {run_folder.read_provenance(run).get("git_sha", commit) for run in folders.values()}
-            if commits == {commit} and all(
-                load_config(run, runs=()) == _config_of_seed(cfg, seed, run) for seed, run in folders.items()
-            ):
+            if commits == {commit} and all(_is_run_of(cfg, seed, run) for seed, run in folders.items()):
                 print(f"{batch}: continuing", flush=True)
                 return folders
     batch = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}" / exp
@@ -121,6 +113,14 @@ def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[in
         run_folder.begin(run, _config_of_seed(cfg, seed, run))
     print(f"{batch}: starting", flush=True)
     return folders
+
+
+def _is_run_of(cfg: DictConfig, seed: int, run: Path) -> bool:
+    """Return whether a folder holds the run of a config and seed. Without `trainer.threads`, any number is right."""
+    saved, expected = load_config(run, runs=()), _config_of_seed(cfg, seed, run)
+    if expected.trainer.threads is None:  # a run that has begun has saved the number that it uses
+        expected.trainer.threads = saved.trainer.threads
+    return saved == expected
 
 
 def _config_of_seed(cfg: DictConfig, seed: int, run: Path) -> DictConfig:

@@ -18,7 +18,7 @@ from levin.core.process import print_line, share_cores
 from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
-from levin.runs.trust import trusted
+from levin.runs.trust import SECTIONS, trusted
 from levin.scheduler.plan import PLAN, planned_runs
 from levin.scheduler.resources import Resources, prepare_cores
 from levin.scheduler.scheduler import train_all
@@ -165,11 +165,14 @@ def resume_all(*, runs: str, jobs: int | None = None, trust: bool = False, **cha
         ConfigError: There is no such run, or a change is not allowed.
         RunError: A run has failed.
     """
-    configs = {run: load_config(run, runs=()) for run in find_runs(runs)}  # each run checks the code that it names
-    for config in configs.values():
-        apply_changes(config, changes)
-    prepare_cores(max(config.trainer.threads or 1 for config in configs.values()), jobs)
     with trusted(trust):
+        sections = SECTIONS if changes else ()  # without changes, each run checks itself the code that it names
+        configs = {run: load_config(run, runs=sections) for run in find_runs(runs)}
+        for config in configs.values():
+            apply_changes(config, changes)
+        prepare_cores(max(config.trainer.threads or 1 for config in configs.values()), jobs)
+        for config in configs.values() if changes else ():  # last, because it imports torch and the code
+            schema.check(config)
         print_end(configs, ended=resume_side_by_side(configs, jobs, **changes))
 
 
@@ -208,16 +211,28 @@ def find_runs(words: str) -> list[Path]:
     matches, _, missing = run_folder.find_folders(folders) if folders or not plans else ([], set(), [])
     if missing:
         raise ConfigError(f"runs={words}: {'; '.join(missing)}")
+    studies = [folder for folder in matches if _is_in_study(folder)]
     for folder in matches:
+        if folder in studies:
+            continue
         if (folder / PLAN).is_file():
             found += planned_runs(folder / PLAN)
         elif run_folder.has_begun(folder):
             found.append(folder)
         else:
             found += sorted(config.parent for config in folder.glob(f"*/{run_folder.CONFIG}"))
+    if studies and not found:
+        raise ConfigError(f"runs={words} holds no run but those of a study: continue it with make tune")
     if not found:
         raise ConfigError(f"runs={words} holds no run: no folder has a {run_folder.CONFIG}")
+    for folder in studies:
+        print_line(f"{folder} is left alone: it belongs to a study, which make tune continues")
     return list(dict.fromkeys(found))
+
+
+def _is_in_study(folder: Path) -> bool:
+    """Return whether a folder is that of a study or below it: other env steps would change the study."""
+    return any((each / run_folder.STUDY).is_file() for each in (folder, *folder.parents))
 
 
 def main() -> None:

@@ -190,10 +190,9 @@ def tune(words: list[str]) -> None:
         key = word.partition("=")[0]
         if key.isidentifier() and key not in (*GROUPS, *inspect.signature(schema.top_level).parameters):
             raise ConfigError(f"{key} is unknown; {valid_names(key, OWN)}")
-    named = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    words = [word for word in words if not word.startswith("run=")]
+    words, named = cli.take(words, "run")
     first = compose(words, check_values=False)
-    folder = Path(named[-1] if named else f"runs/tune_{first.name}")
+    folder = Path(named or f"runs/tune_{first.name}")
     if shows:
         print_line(show(folder))
         return

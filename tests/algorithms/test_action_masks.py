@@ -11,6 +11,7 @@ from tensordict import TensorDict
 import levin
 from checks import build_algorithm, compiled_and_eager_are_the_same, mixed_precision_keeps_parameters_whole
 from levin.collectors.factory import make_collector
+from levin.collectors.torchrl import to_torchrl
 from levin.collectors.uniform import random_return
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, RunError
@@ -306,6 +307,18 @@ def test_other_collectors_obey_masks(collector, tmp_path):
     train(compose([*words, "total_env_steps=256"]), tmp_path / "run")
 
 
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_masks_of_two_actions_pass_through_torchrl(num_envs):
+    """TorchRL takes two masks of two actions for one mask of pairs of choices."""
+    config = EnvConfig(id="toy_envs:TwoActions-v0", action_mask="info")
+    env = to_torchrl(make_env(config, seed=0, num_envs=num_envs), is_first=True)
+    now = env.reset()
+    for _ in range(10):
+        _, now = env.step_and_maybe_reset(env.rand_action(now))
+        assert now["observation", ACTION_MASK].shape == (num_envs, 2)
+    env.close()
+
+
 @pytest.mark.parametrize("batch", ["null", "2"])
 @pytest.mark.parametrize("algo", ["dqn", "a2c"])
 def test_masks_of_torchrl_envs_are_obeyed(algo, batch, tmp_path):
@@ -321,6 +334,7 @@ RESUMED = {
     "sac_discrete": (*TINY_REPLAY, *CHOICES, "algo.critic=state_action", "env.normalize_observation=true"),
     "ppo": (*TINY, *INFO, "algo.steps_per_iteration=32", "algo.batch_size=32", "algo.schedule_env_steps=448"),
     "a2c": (*TINY, *PART),
+    "a2c, uneven episodes": (*TINY, *INFO, "+env.kwargs.uneven=true", "env.num_envs=3"),
 }
 
 

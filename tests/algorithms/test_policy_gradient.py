@@ -134,6 +134,11 @@ def exact_values(algorithm) -> tuple[Tensor, Tensor]:
 
 def rollout(i: int) -> TensorDict:
     """Return trajectory i as a rollout `[1, STEPS]`."""
+    return _cached_rollout(i).clone(False)
+
+
+@cache
+def _cached_rollout(i: int) -> TensorDict:
     states, actions = (each[i : i + 1] for each in trajectories())
     time = torch.arange(STEPS).unsqueeze(0)
     done = (time == STEPS - 1).unsqueeze(-1)

@@ -25,6 +25,7 @@ from levin.config.compose import compose
 from levin.core.errors import ConfigError
 from levin.core.spaces import EMPTY
 from levin.data.sequences import LATENT
+from levin.deploy.package import package
 from levin.envs import dodge
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import load_env, make_env, make_single_env
@@ -538,6 +539,15 @@ def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straigh
     train(compose([*overrides, "total_env_steps=128"]), tmp_path / "halves")
     resume.resume(run=str(tmp_path / "halves"), total_env_steps=256)
     assert same(saved_state(tmp_path / "run")["state_dict"], saved_state(tmp_path / "halves")["state_dict"])
+    with pytest.raises(ConfigError, match="has learned from the latent state of the world model"):
+        package(tmp_path / "run", "torch", seed=0, steps=1)
+
+
+@pytest.mark.parametrize("option", ["pixels=64", "frame_stack=2", "action_repeat=2", "vectorization=async"])
+def test_options_that_a_dream_does_not_have_are_refused(option, straight, tmp_path):
+    words = ["algo=ppo", "env=dream", f"env.run={straight}", f"env.{option}", "logger=csv"]
+    with pytest.raises(ConfigError, match=f"env.{option.partition('=')[0]} is not for env.family=dream"):
+        train(compose(words), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -581,6 +591,11 @@ def test_dream_envs_of_dreamer(algo, env, overrides, tmp_path):
     torch.testing.assert_close(mean, expected.to(mean), rtol=0, atol=0.2)
     real = make_env(vector.config, seed=1, purpose=EVALUATION, num_envs=2)
     assert real.reset()[0].shape == (2, model.features)
+    if (algo, env) == ("dreamer", "pendulum"):  # the model was trained with env.action=rescale, A2C's default is clip
+        config = EnvConfig(id="Pendulum-v1", action="clip", wrappers=["latent"], run=str(tmp_path / "run"))
+        latent = make_env(config, seed=1, num_envs=1).env
+        assert isinstance(latent, LatentEnv)
+        assert latent.to_env(np.array([[0.5]], np.float32)).item() == 1.0
 
 
 def test_invalid_settings_are_config_errors(straight, tmp_path):
@@ -617,6 +632,8 @@ def test_invalid_settings_are_config_errors(straight, tmp_path):
             make_world_models(word)
     with pytest.raises(ConfigError, match="leaves no env steps to evolve the controller"):
         train(compose([*SMALL, "algo.controller_training=real"]), tmp_path / "real")
+    with pytest.raises(ConfigError, match="total_env_steps=10 is less than"):
+        train(compose([*SMALL, "total_env_steps=10", "algo.collect_env_steps=80"]), tmp_path / "short")
     with pytest.raises(ConfigError, match="reads pixels, but the observations of CartPole-v1 contain vectors"):
         build_run(compose(["algo=world_models", "env=cartpole"]))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from levin.collectors.factory import make_collector
 from levin.collectors.loader import CollectorLoader
 from levin.collectors.workers import AFTER, WorkersCollector
 from levin.config.compose import compose
-from levin.core import files
+from levin.core import distributed, files
 from levin.core.errors import ConfigError
 from levin.core.spaces import IS_FIRST
 from levin.data.rollout import ENV_INDEX, POLICY_VERSION
@@ -550,3 +551,17 @@ def test_an_unbatched_torchrl_env_resumes_exactly(tmp_path):
     resume.resume(run=str(tmp_path / "run"), total_env_steps=140)
     states = [files.load(tmp_path / name / "checkpoints" / "last" / "state.ckpt") for name in ("straight", "run")]
     assert same(states[0]["state_dict"], states[1]["state_dict"])
+
+
+def test_the_workers_of_every_rank_have_envs_and_streams_of_their_own(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        env = make_env(EnvConfig(id="Pendulum-v1"), seed=0, num_envs=4, rank=rank)
+        policy = SimpleNamespace(in_keys=["observation"])
+        collector = WorkersCollector(
+            "torchrl-process", env, policy, steps=4, random_env_steps=0, seed=0, version=int, workers=2
+        )
+        shares += [collector._worker_share(worker) for worker in range(2)]
+    assert [share.rank for share in shares] == [0, 0, 1, 1]
+    assert sorted(share.stream for share in shares) == [2, 3, 4, 5]  # 0 and 1 are the streams of the ranks

@@ -195,5 +195,6 @@ def test_a_fork_of_a_fork_has_modules_of_its_own(tmp_path, monkeypatch):
     folder = fork(algo="one", name="two")
     assert (folder / "algorithm.py").read_text() == "from experiments.two.network import Net\n\n\nclass Two(Net): ...\n"
     assert (folder / "network.py").read_text() == "class Net: ...\n"
-    with pytest.raises(ConfigError, match="name=net would name its class Net, which one uses already"):
-        fork(algo="one", name="net")
+    for name in ("net", "none"):
+        with pytest.raises(ConfigError, match=f"name={name} would name its class {name.title()}, which one uses"):
+            fork(algo="one", name=name)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 
 import imageio.v3
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 pytest.importorskip("rliable", reason="the extra `report` draws")
 
+from levin.compare import compare
 from levin.core.errors import ConfigError
 from levin.plot import collect_runs, plot
+from levin.runs import provenance
 
 
 def write_run(folder, returns):
@@ -177,3 +180,114 @@ def test_a_wildcard_may_match_folders_that_are_no_runs(two_algorithms, capsys):
     assert "results is neither a run nor a result" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="results is neither a run nor a result"):
         collect_runs(f"{two_algorithms}/results")
+
+
+@pytest.fixture
+def commits(tmp_path, monkeypatch):
+    """Return the commits of a repository: a fork, its documentation, its code, and an algorithm of Levin change."""
+    root = tmp_path / "repository"
+    monkeypatch.setattr(provenance, "ROOT", root)
+    root.mkdir()
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    subprocess.run([*git, "init", "-q"], cwd=root, check=True)
+    shas = []
+    names = ("src/levin/sac.py", "experiments/idea/algorithm.py", "experiments/idea/README.md", "docs/start.md")
+    for changed in (names, names[2:], names[1:2], names[:1]):
+        for name in changed:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"{len(shas)}\n")
+        subprocess.run([*git, "add", "-A"], cwd=root, check=True)
+        subprocess.run([*git, "commit", "-qm", "x"], cwd=root, check=True)
+        shas.append(provenance.run_git("rev-parse", "HEAD"))
+    return shas
+
+
+def write_trained(run, returns, seed, *shas, target="experiments.idea.algorithm.Idea", code=({},)):
+    """Write a run of the fork whose sessions had these commits, and this code that was not committed."""
+    write_run(run, returns)
+    text = f"algo: {{_target_: {target}}}\nenv: {{id: x}}\nseed: {seed}\ntotal_env_steps: 9\n"
+    (run / "config.yaml").write_text(text)
+    codes = [*code, *[code[-1]] * len(shas)]
+    first, *resumed = (
+        {"git_sha": sha, "git_dirty": False, "versions": {}, "code": each}
+        for sha, each in zip(shas, codes, strict=False)
+    )
+    facts = {**first, "env_steps": None, "wall_seconds": 0.0, "resumed": resumed}
+    (run / "provenance.json").write_text(json.dumps(facts))
+
+
+def seeds_by_label(runs):
+    return {label: sorted(group.seeds) for label, group in collect_runs(str(runs)).items()}
+
+
+def test_runs_of_different_code_are_different_curves(commits, tmp_path, capsys):
+    before, documented, changed, _ = commits
+    runs = tmp_path / "idea"
+    for seed in range(5):
+        write_trained(runs / f"a{seed}", [1.0, 2.0, 3.0], seed, before if seed % 2 else documented)
+    assert seeds_by_label(runs) == {"idea": [*"01234"]}
+    assert not capsys.readouterr().err
+    for seed in range(3):  # a longer run of the earlier code does not replace these
+        write_trained(runs / f"b{seed}", [4.0, 5.0], seed, changed)
+    old, new = f"idea, commit={documented[:7]}", f"idea, commit={changed[:7]}"
+    assert seeds_by_label(runs) == {old: [*"01234"], new: [*"012"]}
+    assert capsys.readouterr().err == f"levin: runs of different code were kept apart: {runs}\n"
+    write_trained(runs / "c7", [6.0, 7.0], 7, documented, changed)
+    write_trained(runs / "d8", [6.0, 7.0], 8, "0" * 40)
+    assert seeds_by_label(runs) == {
+        old: [*"01234"],
+        new: [*"012"],
+        f"idea, commit={documented[:7]}+{changed[:7]}": ["7"],
+        "idea, commit=0000000": ["8"],
+    }
+    assert [line.split()[:2] for line in compare(runs=str(runs)).splitlines()[1:3]] == [
+        ["idea,", f"commit={documented[:7]}+{changed[:7]}"],
+        ["idea,", "commit=0000000"],
+    ]
+
+
+def test_code_that_does_not_train_a_run_splits_no_curve(commits, tmp_path, capsys):
+    before, documented, changed, upstream = commits
+    for seed, sha in enumerate((before, documented, changed)):
+        write_trained(tmp_path / "sac" / f"s{seed}", [1.0], seed, sha, target="levin.algorithms.sac.SAC")
+    script = {"__main__/mine.py": "a"}
+    write_trained(tmp_path / "idea" / "s0", [1.0], 0, before, before, code=(script, {}))  # a command continued it
+    write_trained(tmp_path / "idea" / "s1", [1.0], 1, before, code=(script,))
+    assert seeds_by_label(f"{tmp_path}/sac {tmp_path}/idea") == {"sac": [*"012"], "idea": [*"01"]}
+    assert not capsys.readouterr().err
+    write_trained(tmp_path / "sac" / "s3", [1.0], 3, upstream, target="levin.algorithms.sac.SAC")
+    write_trained(tmp_path / "idea" / "s2", [1.0], 2, before, before, code=({}, {"mine.py": "a"}))
+    labels = seeds_by_label(f"{tmp_path}/sac {tmp_path}/idea")
+    assert labels[f"sac, commit={upstream[:7]}"] == ["3"]
+    assert [len(seeds) for label, seeds in labels.items() if label.startswith("idea, code=")] == [2, 1]
+
+
+def write_values(run, seed, values):
+    """Write a run with these values of a metric by env steps."""
+    run.mkdir(parents=True)
+    rows = "".join(f"{step},{value}\n" for step, value in values.items())
+    (run / "metrics.csv").write_text(f"env_steps,eval/return_mean\n{rows}")
+    text = f"algo: {{_target_: x}}\nenv: {{id: y}}\nseed: {seed}\ntotal_env_steps: 100\n"
+    (run / "config.yaml").write_text(text)
+
+
+def test_seeds_are_compared_at_the_same_env_steps(tmp_path, capsys):
+    write_values(tmp_path / "ppo" / "s0", 0, {100: 0, 200: 100})
+    write_values(tmp_path / "ppo" / "s1", 1, {150: 0, 250: 100, 350: 1000})
+    cells = compare(runs=str(tmp_path / "ppo")).splitlines()[1].split()
+    assert cells[:4] == ["ppo", "2", "200", "75"]
+    capsys.readouterr()
+    write_values(tmp_path / "ppo" / "s2", 2, {90: 5})  # has just begun
+    assert compare(runs=str(tmp_path / "ppo")).splitlines()[1].split()[:4] == cells[:4]
+    line = capsys.readouterr().err.splitlines()[0]
+    run = tmp_path / "ppo" / "s2"
+    assert line == f"levin: not drawn: {run}, which ends after 90 env steps: another has no value before 150"
+
+
+def test_small_numbers_are_told_apart_and_a_run_with_nan_comes_last(tmp_path):
+    for name, value in (("a", 0.95), ("b", float("nan")), ("c", 0.96), ("d", 5794.12)):
+        for seed in range(4):
+            write_values(tmp_path / name / f"s{seed}", seed, {100: value})
+    lines = [line.split() for line in compare(runs=f"{tmp_path}/*").splitlines()[1:]]
+    assert [line[0] for line in lines] == ["d", "c", "a", "b"]
+    assert [line[3] for line in lines] == ["5794.1", "0.96", "0.95", "nan"]

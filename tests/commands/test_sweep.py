@@ -160,6 +160,19 @@ def test_a_wildcard_after_a_space_is_one_word(tmp_path, monkeypatch):
     assert find_runs("my runs/*") == [Path("my runs/a")]
 
 
+def test_a_study_is_left_to_make_tune(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for run in ("tune_x/base", "tune_x/trials/0000/s0", "b"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "config.yaml").touch()
+    (tmp_path / "runs/tune_x/study.json").touch()
+    assert find_runs("runs/*") == [Path("runs/b")]
+    assert "runs/tune_x is left alone: it belongs to a study, which make tune continues" in capsys.readouterr().out
+    for words in ("runs/tune_x", "runs/tune_x/*", "runs/tune_x/trials/0000"):
+        with pytest.raises(ConfigError, match="holds no run but those of a study: continue it with make tune"):
+            find_runs(words)
+
+
 @pytest.mark.parametrize(
     ("words", "seeds"),
     [

@@ -204,6 +204,13 @@ def test_special_characters_in_a_path_reach_the_command(word, monkeypatch, capsy
     assert f"{word} holds no checkpoint" in capsys.readouterr().err
 
 
+def test_a_list_of_seeds_has_whole_numbers_once():
+    assert cli.parse_seeds("0,2 1") == [0, 2, 1]
+    for text in ("", "x", "-1", "\u00b2", "0 0", "1 01"):
+        with pytest.raises(ConfigError, match=f"seeds={text} "):
+            cli.parse_seeds(text)
+
+
 def test_seed_0_is_valid():
     assert compose(["seed=0"]).seed == 0
 

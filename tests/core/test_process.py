@@ -1,4 +1,4 @@
-"""Processes of Levin on the same cores do not starve each other: only one of them lets idle threads spin."""
+"""Output that is discarded, and processes on the same cores: only one of them lets idle threads spin."""
 
 import os
 import subprocess
@@ -8,11 +8,9 @@ from uuid import uuid4
 import pytest
 
 from levin.core import paths
-from levin.core.process import WAIT_SETTINGS
+from levin.core.process import WAIT_SETTINGS, discard_output
+from processes import has_exited, wait_until
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
-)
 CLAIM = """
 import os, sys
 from levin.core import process
@@ -51,6 +49,8 @@ def name() -> str:
 @pytest.fixture
 def claim(name):
     """Start a process that claims its cores and lives until its stdin is closed; return it and its setting."""
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs Linux and two cores")
     processes = []
 
     def start(**changes: str) -> tuple[subprocess.Popen, str]:
@@ -126,3 +126,40 @@ def test_a_command_shares_the_cores_before_it_imports_torch(module, claim, name,
         check=False,
     )
     assert answer.stdout.strip() == "PASSIVE", answer.stderr
+
+
+def test_discarding_output_leaves_no_file_open():
+    reader, writer = os.pipe()
+    before = os.listdir("/dev/fd")
+    discard_output(writer)
+    assert os.listdir("/dev/fd") == before
+    os.write(writer, b"lost")
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        assert pipe.read() == b""
+
+
+PARENT = """
+import os, signal, sys
+from levin.core.process import signal_at_parents_end
+parent = os.getpid()
+if not (child := os.fork()):
+    signal_at_parents_end(signal.SIGKILL, parent if sys.argv[1] == "lives" else 0)
+    os.write(1, f"{os.getpid()}".encode())
+    signal.pause()
+if sys.argv[1] != "lives":
+    os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}".encode())
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize("state", ["lives", "has ended before"])
+def test_a_process_ends_with_its_parent(state):
+    with subprocess.Popen([sys.executable, "-c", PARENT, state], stdout=subprocess.PIPE) as parent:
+        output = os.read(parent.stdout.fileno(), 100).decode()
+        parent.kill()
+    if state == "lives":
+        wait_until(lambda: has_exited(int(output)))
+    else:
+        assert output == "-9"

@@ -52,12 +52,13 @@ def expected_windows(recorded: list[TensorDict], n: int, restarts: tuple[tuple[i
 
 
 def as_windows(batch: TensorDict) -> dict:
+    batch = batch.reshape(-1)
+    keys = ("action", ("next", "reward"), "discount", ("next", "terminated"))
+    columns = [batch[key].flatten().tolist() for key in keys]
+    names, following = map(name_of, batch["observation"]), map(name_of, batch["next", "observation"])
     return {
-        name_of(each["observation"]): (
-            *(int(each["action"]), float(each["next", "reward"]), float(each["discount"])),
-            *(bool(each["next", "terminated"]), name_of(each["next", "observation"])),
-        )
-        for each in batch.reshape(-1)
+        name: (int(action), reward, discount, bool(terminated), end)
+        for name, action, reward, discount, terminated, end in zip(names, *columns, following, strict=True)
     }
 
 

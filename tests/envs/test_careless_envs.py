@@ -23,6 +23,7 @@ from short_runs import assert_identical_runs
 SAC = (
     *("algo=sac", "env=gym", "env.action=rescale", "algo.steps_per_iteration=8", "algo.learning_starts=64"),
     *("algo.batch_size=16", "algo.hidden_sizes=[16]", "total_env_steps=256", "eval.episodes=2", "logger=csv"),
+    "algo.replay_ratio=0.25",
 )
 
 
@@ -30,8 +31,10 @@ def careless(how: str, *more: str) -> list[str]:
     return [*SAC, "env.id=careless_envs:Careless-v0", f"+env.kwargs.how={how}", *more]
 
 
-def weights(run):
-    return saved_state(run)["state_dict"]
+def learned(run):
+    """Return the parameters of a run, and all its transitions."""
+    state = saved_state(run)
+    return {**state["state_dict"], **state["buffer"]["data"]}
 
 
 @pytest.mark.parametrize("how", ["seeds", "draws"])
@@ -39,7 +42,7 @@ def weights(run):
 def test_an_env_that_uses_the_global_generators_is_independent_of_evaluations(how, num_envs, tmp_path):
     for every in (40, 100_000):
         train(compose(careless(how, f"eval.every={every}", f"env.num_envs={num_envs}")), tmp_path / str(every))
-    assert same(weights(tmp_path / "40"), weights(tmp_path / "100000"))
+    assert same(learned(tmp_path / "40"), learned(tmp_path / "100000"))
 
 
 @pytest.mark.parametrize("how", ["seeds", "draws"])
@@ -84,7 +87,7 @@ def test_an_env_that_writes_into_its_action_changes_nothing(units, repeat, tmp_p
     words = (f"env.action={units}", f"env.action_repeat={repeat}")
     for how in ("''", "writes"):
         train(compose(careless(how, *words)), tmp_path / how)
-    assert same(weights(tmp_path / "''"), weights(tmp_path / "writes"))
+    assert same(learned(tmp_path / "''"), learned(tmp_path / "writes"))
 
 
 def test_stacked_frames_of_an_env_that_draws_into_one_array_are_those_of_their_steps():
@@ -102,7 +105,7 @@ def test_arrays_of_one_number_are_numbers(vectorization, repeat, tmp_path):
     words = ("env.num_envs=2", f"env.vectorization={vectorization}", f"env.action_repeat={repeat}")
     for how in ("''", "arrays"):
         train(compose(careless(how, *words)), tmp_path / how)
-    assert same(weights(tmp_path / "''"), weights(tmp_path / "arrays"))
+    assert same(learned(tmp_path / "''"), learned(tmp_path / "arrays"))
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -222,4 +225,4 @@ def test_a_picture_may_have_the_name_of_a_methods_of_a_module(name, tmp_path):
     words += ["algo.hidden_sizes=[8]", "total_env_steps=64", "eval.episodes=1", "algo.learning_starts=32"]
     train(compose([*words, "algo.batch_size=4", "algo.buffer_size=100"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=150)
-    assert torch.isfinite(torch.cat([each.flatten() for each in weights(tmp_path / "run").values()])).all()
+    assert torch.isfinite(torch.cat([each.flatten() for each in learned(tmp_path / "run").values()])).all()

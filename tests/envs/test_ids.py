@@ -31,7 +31,7 @@ def test_a_missing_module_is_named_and_an_extra_only_if_it_has_it(tmp_path, monk
     (tmp_path / "needs_other.py").write_text("import other_package.part")
     refuses("needs_other:Env-v0", "install the package that has the module other_package")
     (tmp_path / "needs_ale.py").write_text("raise ModuleNotFoundError('no ale', name='ale_py')")
-    refuses("needs_ale:Env-v0", r"pip install -e '.\[atari\]'")
+    refuses("needs_ale:Env-v0", r"type make \.venv/\.atari$")
     monkeypatch.setitem(NEWEST_PYTHON, "atari", (3, 10))
     refuses("needs_ale:Env-v0", r"no ale.*, which exists for Python up to 3.10: make .venv with that one")
     (tmp_path / "needs_unknown.py").write_text("raise ImportError('pip install this[that]')")

@@ -1,5 +1,6 @@
 """Specs and spaces that are allowed and rare: every entry is observed, and every action lies in its space."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
-from torchrl.data import Binary, Categorical, MultiCategorical, Unbounded
+from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
 
 from levin.collectors.torchrl import to_torchrl
 from levin.collectors.uniform import Uniform
 from levin.core.errors import ConfigError
+from levin.core.spaces import NetworkInput, describe_action, describe_space, tensor_action_converter
 from levin.envs.config import TRAINING, EnvConfig
 from levin.envs.factory import make_env
-from levin.envs.torchrl import observation_space
+from levin.envs.sync import WATCH_EVERY, SyncEnvs, episode_numbers
+from levin.envs.torchrl import action_converter, observation_space
 from levin.envs.wrappers import ActionRepeat
 from levin.training.video import frames_per_second
 from toy_envs import Point
@@ -33,6 +36,50 @@ from toy_envs import Point
 )
 def test_every_entry_of_a_spec_is_observed(spec, space):
     assert observation_space(spec) == space
+
+
+@pytest.mark.parametrize(
+    ("spec", "space"),
+    [
+        (Categorical(4), Discrete(4)),
+        (Categorical(4, shape=(3,)), MultiDiscrete([4] * 3)),
+        (MultiCategorical([2, 4]), MultiDiscrete([2, 4])),
+        (OneHot(3), Discrete(3)),
+    ],
+)
+def test_every_entry_of_an_action_is_chosen(spec, space):
+    env = SimpleNamespace(action_keys=["action"], action_spec_unbatched=spec)
+    convert, found = action_converter(env)
+    assert found == space
+    actions = torch.from_numpy(np.stack([found.sample() for _ in range(5)]))
+    assert all(spec.is_in(action) for action in convert(actions))
+
+
+@pytest.mark.parametrize("spec", [Binary(5), MultiOneHot([2, 3])])
+def test_actions_that_no_algorithm_takes_are_refused(spec):
+    with pytest.raises(ConfigError, match=f"actions of {type(spec).__name__}; valid: continuous or categorical"):
+        action_converter(SimpleNamespace(action_keys=["action"], action_spec_unbatched=spec))
+
+
+def test_random_numbers_of_an_env_on_a_gpu_do_not_change_those_of_the_run(monkeypatch):
+    generator = torch.Generator()  # in place of that of a GPU
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [generator.get_state()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: generator.set_state(states[0]))
+    env = make_env(EnvConfig(id="line", family="torchrl", target="toy_torchrl:line"), seed=0, num_envs=1)
+    seen, with_own_rng = [], env.env._with_own_rng
+
+    def draw(call):
+        seen.append(torch.rand(1, generator=generator).item())
+        return call()
+
+    monkeypatch.setattr(env.env, "_with_own_rng", lambda k, call: with_own_rng(k, partial(draw, call)))
+    generator.manual_seed(7)
+    before = generator.get_state()
+    env.begin([0], np.ones(1, bool))
+    env.step(np.zeros((1, 1), np.float32))
+    assert torch.equal(generator.get_state(), before)
+    assert len(set(seen)) == len(seen) == 2
 
 
 class Whole(Point):
@@ -123,3 +170,60 @@ def test_a_latent_state_of_atari_is_refused():
 
     with pytest.raises(ConfigError, match=r"wrappers=\[latent\] needs envs that this process steps"):
         wrap_latent(None, EnvConfig(family="atari", id="pong", run="runs/x"))
+
+
+def test_numbers_that_are_not_finite_are_not_reported():
+    info = {"is_success": True, "episode_metrics": {"score": np.nan, "speed": np.array([np.inf]), "hits": 3}}
+    assert episode_numbers(info) == {"is_success": 1.0, "hits": 3.0}
+
+
+def test_envs_noticed_late_draw_different_random_numbers():
+    class Late(Point):
+        def step(self, action):
+            self.drawn = np.random.random()
+            return super().step(action)
+
+    envs = SyncEnvs([Late, Late], copy=True)
+    envs.reset(seed=[0, 1])
+    envs.envs, envs.separated, envs.calls = [env.env for env in envs.envs], False, WATCH_EVERY - 1
+    for _ in range(2):
+        envs.step(np.zeros((2, 1), np.float32))
+    drawn = [env.env.drawn for env in envs.envs]
+    assert envs.separated
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("space", [Discrete(3), MultiDiscrete([3, 3]), Box(-1, 1, (2,), np.float32)])
+@pytest.mark.parametrize("units", ["none", "clip"])
+def test_actions_for_tensor_envs_are_new_tensors(space, units):
+    convert = tensor_action_converter(describe_action(space), units, torch.device("cpu"))
+    actions = torch.from_numpy(np.stack([space.sample() for _ in range(4)]))
+    before = actions.clone()
+    convert(actions).mul_(2)
+    assert torch.equal(actions, before)
+
+
+@pytest.mark.parametrize("value", [-1, 3])
+def test_a_discrete_value_outside_its_space_is_nan_among_tensors(value):
+    read = NetworkInput(describe_space(Discrete(3)))
+    converted = read.tensors(torch.tensor([value, 0, 2]))
+    assert converted[0].isnan().all()
+    assert converted[1:].tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_close_of_a_torchrl_env_that_raises_is_a_warning(monkeypatch):
+    env = make_env(EnvConfig(id="line", family="torchrl", target="toy_torchrl:line"), seed=0, num_envs=1)
+    env.begin([0], np.ones(1, bool))
+
+    def fail(**_):
+        raise ValueError("the port is gone")
+
+    monkeypatch.setattr(env.env.envs[0], "close", fail)
+    with pytest.warns(UserWarning, match="raised ValueError: the port is gone"):
+        env.close()
+
+
+def test_an_atari_game_has_no_entries_to_select():
+    pytest.importorskip("ale_py")
+    with pytest.raises(ConfigError, match=r"env.observation_entries=\[0\] is not for env.family=atari"):
+        make_env(EnvConfig(id="pong", family="atari", observation_entries=[0]), seed=0, num_envs=1)

@@ -268,6 +268,18 @@ def test_a_curve_with_repeated_env_steps_is_scored_at_its_end():
     assert returns.tolist() == 2 * [[1, 2, 3, 4]]
 
 
+def test_seeds_with_different_env_steps_are_interpolated_where_all_have_values():
+    first = Curve(np.array([100, 200, 300]), np.array([0.0, 10.0, 20.0]), np.zeros(3))
+    second = Curve(np.array([150, 250, 350]), np.array([5.0, 7.0, 9.0]), np.zeros(3))
+    for seeds in ([first, second], [second, first]):
+        grid, returns = align_curves(seeds)
+        assert grid.tolist() == [150, 200, 250, 300]
+        by_seed = dict(zip([each.env_steps[0] for each in seeds], returns.tolist(), strict=True))
+        assert by_seed == {100: [5, 10, 15, 20], 150: [5, 6, 7, 8]}
+    with pytest.raises(ConfigError, match="a seed ends after 300 env steps, before another begins, after 301"):
+        align_curves([first, Curve(second.env_steps + 151, second.return_mean, second.second)])
+
+
 def test_scores_use_the_metric_of_the_published_source():
     evaluations = {0: curve([1, 2, 3, 4, 50]), 1: curve([5, 6, 7, 8, 90])}
     training = {0: curve([10, 20, 30, 40, 99], [4, 4, 2, 4, 9]), 1: curve([0, 0, 10, 40, 99], [1, 1, 1, 3, 9])}
@@ -307,6 +319,7 @@ def test_verdicts(changes, scores, verdict):
     published = reference().published[0].model_copy(update=changes)
     actual, explanation = judge_scores(reference(published=[published]), np.array(scores))
     assert actual == verdict
+    assert "required score" in explanation
     assert "85" in explanation
 
 
@@ -380,6 +393,17 @@ def test_iqm_and_its_interval():
     assert alone.tolist() == interval_of_one[0].tolist() == interval_of_one[1].tolist()
     _, same_interval = aggregates.iqm_with_interval(scores)
     assert np.array_equal(interval, same_interval)  # the bootstrap has a fixed seed
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 4, 8])
+def test_a_score_that_is_not_a_number_is_not_the_best(seeds):
+    scores = np.arange(2.0 * seeds).reshape(seeds, 1, 2)
+    scores[-1, 0, 0] = np.nan
+    iqm, interval = aggregates.iqm_with_interval(scores)
+    assert np.isnan([iqm[0], *interval[:, 0]]).all()
+    assert np.isfinite([iqm[1], *interval[:, 1]]).all()
+    wins, _ = aggregates.probability_of_improvement(scores[..., 0], scores[..., 1])
+    assert np.isnan(wins)
 
 
 def test_two_algorithms_on_one_task_are_compared(repository):

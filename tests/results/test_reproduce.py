@@ -296,6 +296,24 @@ reproduce.main()
     assert "verdict: partial" in second.stdout
 
 
+def test_a_result_without_a_number_of_threads_is_continued(tmp_path, monkeypatch, capsys):
+    result_folder = pin_toy_result(tmp_path, monkeypatch)
+    text = (result_folder / CONFIG).read_text()
+
+    def begin_and_stop(configs, _):
+        for run in configs:  # as `folder.create` does
+            config = load_config(run, runs=())
+            config.trainer.threads = 3
+            run_folder.begin(run, config)
+
+    monkeypatch.setattr("levin.reproduce.resume_side_by_side", begin_and_stop)
+    for threads, done in (("null", "starting"), ("null", "continuing"), ("2", "starting")):
+        (result_folder / CONFIG).write_text(text.replace("threads: 1", f"threads: {threads}"))
+        with pytest.raises(RunError, match="stopped"):
+            reproduce(exp="toy", seeds="0")
+        assert capsys.readouterr().out.endswith(f": {done}\n")
+
+
 def new_batches(folder, before):
     return set(folder.glob("runs/reproduce/*/toy")) - before
 
@@ -305,6 +323,8 @@ def new_batches(folder, before):
     [
         ({"exp": "toyy"}, "exp=toyy is not a result in experiments/; valid: toy"),
         ({"exp": "toy", "seeds": "0 x"}, "seeds=0 x must be whole numbers"),
+        ({"exp": "toy", "seeds": "0 \u00b2"}, "seeds=0 \u00b2 must be whole numbers"),
+        ({"exp": "toy", "seeds": "0 0"}, "seeds=0 0 holds 0 twice"),
         ({"exp": "toy", "store": True, "total_env_steps": 64}, "stores complete runs only"),
     ],
 )

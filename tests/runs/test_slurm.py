@@ -92,6 +92,17 @@ def test_a_requeued_job_continues_only_its_own_run(slurm, tmp_path):
     assert run_folder.read_provenance(tmp_path / "run")["env_steps"] == 320
 
 
+def test_a_requeued_job_continues_its_run_that_has_only_a_config(slurm):
+    """Its first start was killed before provenance.json was written."""
+    config = compose([*OVERRIDES, "run=run"])
+    slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_folder.find_requeued_run(config) is None
+    run_folder.begin(Path("run"), config)
+    assert run_folder.find_requeued_run(config) == Path("run")
+    slurm.patch.setenv("SLURM_RESTART_COUNT", "0")
+    assert run_folder.find_requeued_run(config) is None
+
+
 @pytest.mark.parametrize(
     ("name", "environment", "told"),
     [
@@ -172,7 +183,7 @@ def test_a_wrong_launcher_key_gives_a_one_line_error(tmp_path):
 def test_a_missing_launcher_names_its_extra(monkeypatch):
     compose([])  # Hydra looks for its plugins once
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "submitit_slurm.yaml", raising=False)
-    with pytest.raises(ConfigError, match=r"a package that is missing: pip install -e '.\[scale\]'"):
+    with pytest.raises(ConfigError, match=r"a package that is missing: type make \.venv/\.scale"):
         compose(["launcher=slurm"])
 
 

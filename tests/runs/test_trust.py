@@ -526,4 +526,4 @@ def test_settings_of_wandb_in_a_run_are_refused(plain_run, tmp_path):
 
 def test_a_pipe_among_the_pictures_is_skipped(tmp_path):
     os.mkfifo(tmp_path / "96_x.png")
-    loggers.log_pictures([TensorBoardLogger(tmp_path)], tmp_path, 96)
+    loggers.log_pictures([TensorBoardLogger(tmp_path)], tmp_path, clock=96, env_steps=96)

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from levin.core.errors import ConfigError, NotFiniteError, RunError
+from levin.core.errors import ConfigError, FolderError, LockedError, NotFiniteError, RunError
 from levin.runs import folder as run_folder
 from levin.scheduler.progress import read_progress
 from levin.scheduler.resources import Resources
-from levin.scheduler.scheduler import NOT_FINITE, Scheduler, train_all
+from levin.scheduler.scheduler import LOCKED, NOT_FINITE, Scheduler, train_all
 from processes import children, has_exited, run_python, start_python, wait_until
 
 TWO = Resources(at_once=2, threads=1)
@@ -82,6 +82,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(folders, capsys):
         (ConfigError("x"), 2),
         (RunError("x"), 1),
         (NotFiniteError("x"), NOT_FINITE),
+        (FolderError("x"), 1),
+        (LockedError("x"), LOCKED),
         (KeyError("x"), 1),
         (SystemExit(5), 5),
     ],
@@ -110,6 +112,17 @@ def test_a_run_that_another_process_trains_is_waited_for(folders):
     assert other.wait() == 0
     begun = {run.name: float((run / "begin").read_text()) for run in folders}
     assert max(begun, key=begun.__getitem__) == "s0"
+
+
+def test_a_run_that_another_process_starts_at_the_same_moment_is_waited_for(folders, capsys):
+    def start_second(run):
+        if run.name == "s0" and not (run / "tried").exists():
+            (run / "tried").touch()
+            raise LockedError("run=s0 is being trained by another process")
+        end(run)
+
+    assert train(folders, start_second)
+    assert "failed" not in capsys.readouterr().out
 
 
 def test_a_signal_stops_all_runs_and_starts_no_other(folders):
@@ -170,7 +183,16 @@ def test_ctrl_c_before_a_run_trains_is_no_failure(folders):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_no_run_outlives_its_command(number, tmp_path):
-    words = ("-m", "levin.train", *RUN, "total_env_steps=10_000_000", "seeds=0 1 2", "jobs=2", "run=sweep")
+    words = (
+        "-m",
+        "levin.train",
+        *RUN,
+        "total_env_steps=10_000_000",
+        "log_every=32",
+        "seeds=0 1 2",
+        "jobs=2",
+        "run=sweep",
+    )
     process = start_python(*words, cwd=tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("sweep/*/metrics.csv"))) == 2)
     own = children(process.pid)

@@ -18,7 +18,7 @@ SMALL = (
 
 # No multiples of the 32 steps of an iteration, so that a run is interrupted between two events of every schedule.
 INTERVALS = ("eval.every=70", "checkpoint.every=90", "log_every=50")
-TINY = (*SMALL, *INTERVALS)
+TINY = (*SMALL, *INTERVALS, "algo.replay_ratio=0.25")
 
 
 def last_words(words: tuple[str, ...]) -> tuple[str, ...]:

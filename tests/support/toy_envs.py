@@ -340,10 +340,13 @@ class Forbidding(gym.Env):
         choices: Whether an action is a choice of two values and one of four; each has 1 or 2 allowed ones.
         fault: What is wrong with the third mask: `missing`, `short`, `empty`, `two` (it holds a 2); or `cut`: an
             episode is truncated after two steps, with an empty mask.
+        uneven: Whether episodes terminate after 3 to 7 steps instead.
     """
 
-    def __init__(self, where: str = "info", choices: bool = False, fault: str | None = None) -> None:
-        self.where, self.choices, self.fault = where, choices, fault
+    def __init__(
+        self, where: str = "info", choices: bool = False, fault: str | None = None, uneven: bool = False
+    ) -> None:
+        self.where, self.choices, self.fault, self.uneven = where, choices, fault, uneven
         self.action_space = MultiDiscrete([2, 4]) if choices else Discrete(6)
         self.observation_space = Box(0, 2, (6,), np.float32)
         if where == "legal":
@@ -351,7 +354,8 @@ class Forbidding(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.terminates, self.step_number = self.np_random.random() < 0.5, 0
+        self.terminates, self.step_number = self.uneven or self.np_random.random() < 0.5, 0
+        self.last = int(self.np_random.integers(3, 8)) if self.uneven else 8
         return self._show()
 
     def step(self, action):
@@ -359,7 +363,7 @@ class Forbidding(gym.Env):
         assert self.legal[chosen].all(), f"action {action} is forbidden by {self.legal}"
         reward = float(self.values[chosen].sum())
         self.step_number += 1
-        terminated = bool(self.step_number == 8 and self.terminates and self.fault is None)
+        terminated = bool(self.step_number == self.last and self.terminates and self.fault is None)
         truncated = self.step_number == 2 and self.fault == "cut"
         observation, info = self._show(terminated)
         return observation, reward, terminated, truncated, info
@@ -385,4 +389,24 @@ class Forbidding(gym.Env):
         return self.values, {} if missing else {"action_mask": mask}
 
 
+class TwoActions(Point):
+    """Point with two actions, of which one random one is forbidden in each step; to take it raises an error."""
+
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        observation, _ = super().reset(seed=seed)
+        return observation, self._forbid()
+
+    def step(self, action):
+        assert self.allowed[action]
+        observation, reward, terminated, truncated, _ = super().step(action)
+        return observation, reward, terminated, truncated, self._forbid()
+
+    def _forbid(self):
+        self.allowed = self.np_random.permutation(np.array([0, 1], np.int8))
+        return {"action_mask": self.allowed}
+
+
+gym.register("TwoActions-v0", TwoActions, max_episode_steps=4)
 gym.register("Forbidding-v0", Forbidding, max_episode_steps=8)

@@ -1,11 +1,13 @@
 """Data-parallel runs: two ranks compute what one process computes, and end together."""
 
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from levin.config.compose import compose
 from levin.core import distributed
 from levin.core.errors import ConfigError, RunError
 from levin.runs import checkpoint
-from levin.training.distributed import sharding
+from levin.training.distributed import data_parallel, sharding
+from levin.training.distributed import rank as rank_script
 from levin.training.distributed.data_parallel import DataParallel
 from levin.training.session import build_run, train
 from processes import children, has_exited, start_python, wait_until
@@ -100,6 +103,39 @@ def test_a_resumed_run_on_two_ranks_is_identical(name, two_ranks):
     buffers = [sorted((run / "checkpoints/320/rank1").glob("buffer/*")) for run in (straight, halves)]
     assert [file.read_bytes() for file in buffers[0]] == [file.read_bytes() for file in buffers[1]]
     assert bool(buffers[0]) == (name == "sac")
+
+
+def test_a_metric_that_one_rank_records_is_averaged_under_its_name(monkeypatch):
+    algorithm, _ = build_run(compose(SMALL))
+    algorithm.recorded = {"loss": (torch.tensor(2.0), 2), "mine": (torch.tensor(5.0), 1)}
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, {"train/other": 7.0, "train/loss": 2.0}])
+    metrics = algorithm.pop_metrics()
+    assert metrics == {"train/loss": 1.5, "train/mine": 5.0, "train/other": 7.0, "time/sample": 0.0}
+
+
+def test_a_rank_does_not_outlive_rank_0(monkeypatch):
+    calls = []
+    monkeypatch.setattr(rank_script, "signal_at_parents_end", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(rank_script, "train_rank", lambda *_: calls.append("train"))
+    started = SimpleNamespace(stdin=io.StringIO())
+    monkeypatch.setattr(started.stdin, "close", lambda: None)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: started)
+    launcher = data_parallel.RanksLauncher(DataParallel(compose(PAIR), Path("run"), None))
+    launcher.strategy.cluster_environment = SimpleNamespace(main_address="127.0.0.1", main_port=1)
+    launcher.reports = Path("reports")
+    launcher._start(1)
+    monkeypatch.setattr("sys.stdin", io.StringIO(started.stdin.getvalue()))
+    rank_script.main()
+    assert calls == [(signal.SIGKILL, os.getpid()), "train"]
+
+
+def test_a_rank_that_does_not_end_after_the_run_is_killed(monkeypatch):
+    monkeypatch.setattr(data_parallel, "GRACE", 0.1)
+    launcher = data_parallel.RanksLauncher(SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(launcher, "_start", lambda _: subprocess.Popen(["sleep", "60"]))
+    assert launcher.launch(lambda: "result", trainer=None) == "result"
+    assert launcher.processes[0].returncode == -signal.SIGKILL
 
 
 @pytest.fixture
@@ -240,3 +276,13 @@ def test_envs_batch_and_buffer_are_divided_among_ranks(monkeypatch):
     assert rollouts.env.num_envs == 3
     assert (algorithm.batch_size, algorithm.random_env_steps) == (5, 26)
     assert algorithm.buffer.size == 50
+
+
+def test_the_cores_of_a_node_are_divided_among_its_own_ranks(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    overrides = ["trainer.devices=4", "trainer.num_nodes=2", "trainer.threads=null", "env.num_envs=8"]
+    build_run(compose([*SMALL, "trainer.accelerator=cpu", *overrides]))
+    assert threads == [16]

@@ -24,7 +24,7 @@ OVERRIDES = [
     "trainer.workers=2",
     "env.num_envs=1",
 ]
-LONG = [*OVERRIDES, "total_env_steps=100_000_000", "checkpoint.every=2000", "log_every=500"]
+LONG = [*OVERRIDES, "total_env_steps=100_000_000", "checkpoint.every=200", "log_every=500"]
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ import sys
 import time
 from ctypes.util import find_library
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checks import metrics
@@ -92,6 +94,19 @@ def test_tensorboard_is_indexed_by_env_steps(tmp_path):
     train(compose([*SMALL, "logger=tensorboard", "total_env_steps=320"]), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("eval/return_mean")] == [224, 320]
+
+
+def test_pictures_are_logged_on_the_axis_of_the_metrics(tmp_path):
+    imageio.v3.imwrite(tmp_path / "96_x.png", np.zeros((8, 8), dtype=np.uint8))
+    imageio.v3.imwrite(tmp_path / "64_x.png", np.zeros((8, 8), dtype=np.uint8))
+    rows = []
+    wandb_run = SimpleNamespace(id="a", project="b", name="c", log=rows.append)
+    both = [TensorBoardLogger(tmp_path, name="tensorboard", version=""), WandbLogger(experiment=wandb_run)]
+    loggers.log_pictures(both, tmp_path, clock=96, env_steps=64)
+    both[0].finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("pictures/x")] == [96]
+    assert [(row["env_steps"], "pictures/x" in row) for row in rows] == [(64, True)]
 
 
 def test_csv_grows_a_column_without_losing_a_row(tmp_path):

@@ -16,6 +16,7 @@ from levin.config import schema
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, RunError
 from levin.core.omega import to_plain
+from levin.evaluate import evaluate_run
 from levin.nn.parameters import flatten_parameters
 from levin.scheduler import plan
 from levin.training import hooks
@@ -127,6 +128,11 @@ def test_an_evaluation_has_no_dropout_and_leaves_the_modes_alone(tmp_path, monke
     assert seen == [True]
     assert True in modes[:32], "training"
     assert not any(modes[-9:]), "the evaluation at the end"
+    modes.clear()
+    monkeypatch.setattr("levin.evaluate.load_algorithm", lambda _: algorithm.train())
+    evaluate_run(run=str(tmp_path / "run"), episodes=1)
+    assert modes, "make evaluate"
+    assert not any(modes)
 
 
 class Unhinted(SAC):

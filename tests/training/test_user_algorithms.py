@@ -18,7 +18,7 @@ from levin.core import files
 from levin.core.errors import RunError
 from levin.runs import checkpoint, extra_state
 from levin.runs.load import load_algorithm
-from levin.training.session import train
+from levin.training.session import build_run, train
 from short_runs import INTERVALS, check_resumed_run_is_identical
 
 DQN = (
@@ -143,3 +143,21 @@ def test_a_checkpoint_makes_no_object_of_a_class_that_is_not_the_users(tmp_path,
     extra_state.ExtraState(algorithm).restore(extra)
     kept = algorithm.holders[list(kept_states.STATES).index("new objects")].kept
     assert [type(each) for each in kept] == [kept_states.Episode] * 2
+
+
+def test_values_on_a_gpu_are_restored_on_the_device_of_the_resumed_run():
+    algorithm, _ = build_run(compose(list(PPO)))
+    state = extra_state.ExtraState(algorithm)
+    algorithm.late = [torch.arange(3.0), torch.Generator().manual_seed(5), torch.device("cpu")]
+    saved = state.save()
+    data = saved["data"].numpy().tobytes()
+    assert data.count(b"\x03cpu") == 4  # also that of the state of the generator
+    # As if saved on a device that this machine does not have.
+    saved["data"] = torch.frombuffer(bytearray(data.replace(b"\x03cpu", b"\x03xpu")), dtype=torch.uint8)
+    resumed, _ = build_run(compose(list(PPO)))
+    extra_state.ExtraState(resumed).restore(saved)
+    tensor, generator, device = resumed.late
+    assert tensor.tolist() == [0, 1, 2]
+    assert torch.equal(generator.get_state(), algorithm.late[1].get_state())
+    assert {tensor.device, generator.device, device} == {torch.device("cpu")}
+    extra_state._set_generator_state(generator, torch.zeros(16, dtype=torch.uint8))  # the size on a GPU

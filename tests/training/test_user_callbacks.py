@@ -216,3 +216,19 @@ def test_two_states_of_one_name_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="more than one stateful callback of type `Keeps`"):
         train(compose([*SMALL, "total_env_steps=192", *words]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class TimerStats(Callback):
+    """Callback with a state, whose name begins as that of Lightning's Timer."""
+
+    def state_dict(self):
+        return {"value": 1}
+
+
+def test_the_time_limit_of_a_session_is_not_saved_and_a_callback_of_a_similar_name_is(tmp_path):
+    words = ["total_env_steps=32", "+trainer.max_time=01:00:00:00"]
+    words.append("+callbacks.stats={_target_:test_user_callbacks.TimerStats}")
+    train(compose([*SMALL, *words]), tmp_path / "run")
+    callbacks = saved_state(tmp_path / "run")["callbacks"]
+    assert callbacks["TimerStats"] == {"value": 1}
+    assert "Timer" not in callbacks

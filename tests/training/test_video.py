@@ -1,11 +1,14 @@
 """Videos of policies: what is said when an env can't be drawn."""
 
+from contextlib import nullcontext
+
 import gymnasium as gym
 import pytest
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
+from levin.training import loggers
 from levin.training.session import train
 from levin.training.video import record_video
 
@@ -34,3 +37,18 @@ def test_an_env_that_cannot_be_drawn_is_a_sentence(render, sentence, tmp_path, m
     monkeypatch.setattr(CartPoleEnv, "render", render)
     with pytest.raises(ConfigError, match=sentence):
         record_video(run=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("error", [ConfigError("no display"), RuntimeError("no codec")])
+def test_the_checkpoint_is_uploaded_even_without_a_video(error, tmp_path, monkeypatch, capsys):
+    def record(**_):
+        raise error
+
+    done = []
+    monkeypatch.setattr(loggers, "upload_checkpoint", lambda *_: done.append("checkpoint"))
+    monkeypatch.setattr(loggers, "close", lambda *_: done.append("close"))
+    monkeypatch.setattr("levin.training.video.record_video", record)
+    with nullcontext() if isinstance(error, ConfigError) else pytest.raises(RuntimeError, match="no codec"):
+        train(compose([*WORDS, "upload=true"]), tmp_path / "run")
+    assert done == ["checkpoint", "close"]
+    assert ("no video is uploaded: no display" in capsys.readouterr().out) == isinstance(error, ConfigError)

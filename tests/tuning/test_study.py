@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -22,12 +23,21 @@ from levin.scheduler.scheduler import Scheduler
 from levin.scheduler.table import Table
 from levin.tuning.pictures import draw_history, importance_table, trials_table
 from levin.tuning.sampler import TrialSampler
-from levin.tuning.study import Trials, best_trials, load_study, open_study, with_values
-from processes import run_python
+from levin.tuning.study import Trials, best_trials, load_study, open_study, trial_folder, with_values
+from processes import run_python, start_python
 
 SPACE = {"algo.gamma": FloatDistribution(0.1, 0.9), "algo.tau": FloatDistribution(0.1, 0.9)}
 WORDS = ("env=pendulum", "trainer.threads=1", "total_env_steps=400", "eval.every=100")
 BASE = compose([*WORDS])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_polls():
+    """Look at the processes every 10 ms, since runs take milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("levin.scheduler.scheduler", "levin.tuning.study"):
+            patch.setattr(f"{module}.SECONDS", 0.01)
+        yield
 
 
 def configs(values):
@@ -200,6 +210,66 @@ def test_a_trial_that_fails_twice_does_not_block_the_study(tmp_path):
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
 
 
+def test_a_machine_that_cannot_train_does_not_use_up_the_trials(tmp_path):
+    def fail(_):
+        raise ConfigError("No supported gpu backend found!")
+
+    with pytest.raises(RunError, match=r"trial 1: .* No supported gpu backend found! .*; the same command"):
+        work(tmp_path / "study", fail, number=4)
+    assert [trial.state for trial in load_study(tmp_path / "study").trials] == [TrialState.FAIL, TrialState.RUNNING]
+    study, ended = work(tmp_path / "study", number=4)
+    assert ended
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, *[TrialState.COMPLETE] * 3]
+
+
+def test_the_pruner_is_asked_once_per_evaluation_and_once_when_a_trial_is_reopened(tmp_path, monkeypatch):
+    asked, parent, folder = [], os.getpid(), tmp_path / "study"
+    should_prune = optuna.Trial.should_prune
+
+    def ask(trial):
+        asked.append(trial.number)
+        return should_prune(trial)
+
+    def learn_and_stop(run):
+        learn(run)
+        time.sleep(0.4)  # some turns of the study
+        if run.name == "s1":
+            os.kill(parent, signal.SIGTERM)
+            time.sleep(60)
+
+    monkeypatch.setattr(optuna.Trial, "should_prune", ask)
+    assert not work(folder, learn_and_stop, number=1)[1]
+    assert asked == [0] * 8  # four evaluations of each seed
+    assert work(folder, number=1)[1]
+    assert asked == [0] * 9
+
+
+def test_a_trial_of_another_command_is_not_waited_for(tmp_path, monkeypatch):
+    folder = tmp_path / "study"
+    study, _ = open_study(folder, list(WORDS), SPACE, 2)
+    lock = trial_folder(folder, study.ask().number) / ".lock"
+    script = "from levin.runs.folder import lock_file, Path\n"
+    script += f"with lock_file(Path({str(lock)!r}), ''):\n    print('ready', flush=True); input()"
+    other = start_python("-c", script, stdin=subprocess.PIPE)
+    assert "ready" in other.stdout.readline()
+    waits = []
+    with Scheduler(learn, Resources(1, 1)) as scheduler, monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", waits.append)
+        trials = Trials(
+            study=study,
+            folder=folder,
+            space=SPACE,
+            make_configs=configs,
+            number=1,
+            scheduler=scheduler,
+            table=Table({}, folder),
+        )
+        assert trials._continue_trial() is None
+    assert not waits
+    other.communicate("\n")
+    assert trials._continue_trial().trial.number == 0
+
+
 def test_a_run_that_is_killed_is_started_again(tmp_path):
     def die_once(run):
         if not (run / "died").exists():
@@ -247,6 +317,12 @@ def test_a_lock_that_a_killed_command_has_left_in_the_journal_is_removed(tmp_pat
     study, ended = work(Path("study"), number=2)
     assert ended
     assert len(study.trials) == 2
+
+
+def test_a_study_of_runs_that_stop_before_their_end_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.max_time=00:00:00:01 stops runs before their end"):
+        open_study(tmp_path / "study", [*WORDS, "+trainer.max_time=00:00:00:01"], SPACE, 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_study_in_the_same_folder_is_refused(straight, tmp_path):

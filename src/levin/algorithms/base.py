@@ -329,8 +329,10 @@ class Algorithm(LightningModule):
         """Return the means and the sampling seconds since the last call, and reset them. This waits for the device."""
         metrics = {f"train/{name}": float(total) / count for name, (total, count) in self.recorded.items()}
         if distributed.world_size() > 1:
-            means = distributed.all_reduce_mean(torch.tensor(list(metrics.values()), device=self.device))
-            metrics = dict(zip(metrics, means.tolist(), strict=True))
+            ranks = distributed.gather_objects(metrics)  # some metrics may be recorded on a few ranks only
+            names = dict.fromkeys(name for each in ranks for name in each)
+            values = {name: torch.tensor([each[name] for each in ranks if name in each]) for name in names}
+            metrics = {name: float(each.mean()) for name, each in values.items()}
         metrics["time/sample"] = self.sample_seconds
         self.recorded, self.sample_seconds = {}, 0.0
         return metrics

@@ -45,8 +45,7 @@ from levin.algorithms.base import Algorithm, Batch
 from levin.algorithms.crossq_networks import Actor, Critic, average_statistics
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.data import replay
-from levin.data.replay import Replay
+from levin.data.replay import Replay, make_replay
 from levin.nn.networks import StochasticPolicy
 from levin.nn.parameters import freeze
 
@@ -124,7 +123,7 @@ class CrossQ(Algorithm):
         # Listed once, because walking the modules in every update takes as long as a small layer.
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
+        self.buffer = make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update_critic", "update_actor")

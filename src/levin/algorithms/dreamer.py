@@ -26,6 +26,10 @@ Deviations:
       runs in the updated world model, but starts from states computed before that update.
     - There are no extra updates when learning begins; the published code makes 100 first.
     - Deterministic actions are the mode of pi at the mean of q; the published code takes the best of 100 samples.
+    - Sequences begin at any record and may contain several episodes; the published code samples an episode, then a
+      window of it. The action before a sequence is zero; there it is the stored one.
+    - Initial weights are PyTorch's, with about a third of the variance of Keras' in the published code, which trains in
+      float16.
 
 Metrics:
     train/model_loss: total loss of the world model.

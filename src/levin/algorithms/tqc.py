@@ -46,8 +46,7 @@ from levin.algorithms.base import Algorithm, Batch
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
 from levin.core.types import Activation, Fraction, Network, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from levin.data import replay
-from levin.data.replay import Replay
+from levin.data.replay import Replay, make_replay
 from levin.nn.distributions import SquashedNormal
 from levin.nn.layers import as_float32
 from levin.nn.networks import Architecture, StochasticPolicy
@@ -147,7 +146,7 @@ class TQC(Algorithm):
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.target_parameters: list[Tensor] = list(self.target_critic.parameters())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial_alpha)))
-        self.buffer = replay.make_replay(env, buffer_size, buffer_storage)
+        self.buffer = make_replay(env, buffer_size, buffer_storage)
         if compile:
             self.compile_losses("critic_loss", "actor_loss")
             self.capture("update")

@@ -305,10 +305,15 @@ class WorldModels(Algorithm):
         In a later round the env steps may also end before V and M are trained anew, so that C still fits them.
 
         Raises:
-            ConfigError: `total_env_steps` leaves no env steps for the evolution of C.
+            ConfigError: `total_env_steps` is too small for the data collection, or for the evolution of C after it.
         """
         in_env = self.controller_training == "real"
-        if in_env and total_env_steps <= self.collect_env_steps:
+        if total_env_steps < self.collect_env_steps:
+            raise ConfigError(
+                f"total_env_steps={total_env_steps} is less than algo.collect_env_steps={self.collect_env_steps}, the "
+                "env steps of data collection: lower those, too"
+            )
+        if in_env and total_env_steps == self.collect_env_steps:
             raise ConfigError(
                 f"total_env_steps={total_env_steps} leaves no env steps to evolve the controller: it must be more than "
                 f"algo.collect_env_steps={self.collect_env_steps}"
@@ -484,7 +489,7 @@ class WorldModels(Algorithm):
         """
         self.controllers.best.copy_(self.evolution.tell(candidates, fitness))
         self.spent += 1
-        self.record(fitness=fitness.mean(), fitness_best=fitness.max(), generations=torch.tensor(float(self.spent)))
+        self.record(fitness=fitness.mean(), fitness_best=fitness.max(), generations=self.spent)
         if self.spent >= self.generations:
             self.round += 1
             self.evolution.round_info["env_steps"] = self.env_steps
@@ -496,5 +501,12 @@ class WorldModels(Algorithm):
     def evaluate_in_dreams(self, weights: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
         """Play controllers of weights `[P, n]` in dreams of these seeds `[R]`; return returns and lengths, `[P, R]`."""
         actions, weights = policy_space(self.env["action"]), weights.to(self.device)
-        settings = {"temperature": self.temperature, "time_limit": self.dream_length}
-        return dream_returns(self.model, self.controllers, weights, seeds, actions, **settings)
+        return dream_returns(
+            self.model,
+            self.controllers,
+            weights,
+            seeds,
+            actions,
+            temperature=self.temperature,
+            time_limit=self.dream_length,
+        )

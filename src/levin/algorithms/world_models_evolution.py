@@ -72,7 +72,14 @@ class Evolution:
 
 
 def dream_returns(
-    model: WorldModel, controllers: Controllers, weights: Tensor, seeds: list[int], actions: gym.Space, **dream: Any
+    model: WorldModel,
+    controllers: Controllers,
+    weights: Tensor,
+    seeds: list[int],
+    actions: gym.Space,
+    *,
+    temperature: float,
+    time_limit: int,
 ) -> tuple[Tensor, Tensor]:
     """Play every candidate in dreams of the same seeds; return the returns and lengths of the dreams, both `[P, R]`.
 
@@ -82,10 +89,11 @@ def dream_returns(
         weights: Weights of the candidates, `[P, n]`.
         seeds: Seeds of the R dreams of each candidate.
         actions: Action space of the policy.
-        dream: Arguments `temperature` and `time_limit` of `DreamEnv`.
+        temperature: Sampling temperature of the dreams.
+        time_limit: Steps after which a dream is truncated.
     """
     shape, num = (len(weights), len(seeds)), len(weights) * len(seeds)
-    env = DreamEnv(model, model.starts, actions, num_envs=num, **dream)
+    env = DreamEnv(model, model.starts, actions, num_envs=num, temperature=temperature, time_limit=time_limit)
     env.reset(seed=seeds * len(weights))
     feature, continues = env.latent.feature, np.ones(num, dtype=bool)
     total, length = np.zeros(num), np.zeros(num)

@@ -24,8 +24,8 @@ from levin.collectors.loader import CollectorLoader
 from levin.core import distributed, rng
 from levin.core.errors import ConfigError, NotFiniteError
 from levin.core.spaces import ACTION_MASK, IS_FIRST, random_actions, random_allowed_actions, tensor_action_converter
-from levin.data.rollout import POLICY_VERSION
-from levin.envs.torchrl import TorchRLVectorEnv, as_path, bare_env
+from levin.data.rollout import POLICY_VERSION, policy_device, random_steps_left
+from levin.envs.torchrl import TorchRLVectorEnv, as_path, bare_env, end_flags
 from levin.envs.vector import SeededVectorEnv
 from levin.nn.exploration import EpsilonGreedy
 
@@ -105,7 +105,7 @@ class BatchedCollector(BaseCollector):
 
     def begin(self) -> None:
         """Move the env to the device of the policy, and reset it or restore its state."""
-        self.device = next(iter(self.policy.parameters()), torch.empty(0)).device
+        self.device = policy_device(self.policy)
         self.env = move(self.env, self.device)
         on_cpu = self.device.type == "cpu"
         # On the CPU, epsilon-greedy policies draw random numbers only where they are needed, which can't be compiled.
@@ -164,7 +164,7 @@ class BatchedCollector(BaseCollector):
         before.set(self._action_key, self.source.to_action(self._to_env(action)))
         after = env._step(before)
         reward = after.get(self._reward_key).reshape(num).float()
-        terminated, truncated = self._ended(after)
+        terminated, truncated = (flag.reshape(-1) for flag in end_flags(after))
         length = opened["length"] + 1
         if self.time_limit is not None:
             truncated = truncated | (length >= self.time_limit)
@@ -203,14 +203,6 @@ class BatchedCollector(BaseCollector):
         chosen = self.policy.module(*inputs)
         return chosen if isinstance(chosen, tuple) else (chosen, None)
 
-    def _ended(self, after: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Return `[N]` whether episodes have terminated and been truncated; an env may give only one of its flags."""
-        done, terminated, truncated = (after.get(key, None) for key in ("done", "terminated", "truncated"))
-        terminated = done if terminated is None else terminated
-        if truncated is None:
-            truncated = torch.zeros_like(terminated) if done is None else done & ~terminated
-        return terminated.reshape(-1), truncated.reshape(-1)
-
     def _reset(self, now: dict[Path, Tensor], done: Tensor) -> dict[Path, Tensor]:
         """Begin a new episode in the envs of the mask `[N]`; the entries of the others stay as they are."""
         flags = done.unsqueeze(-1)  # [N, 1]
@@ -225,8 +217,8 @@ class BatchedCollector(BaseCollector):
     @property
     def num_random(self) -> int:
         """Number of steps of the next rollout with random actions."""
-        remaining = self.random_env_steps - self.vector_steps * self.vector_env.num_envs
-        return max(0, min(self.steps, -(-remaining // self.vector_env.num_envs)))
+        left = random_steps_left(self.random_env_steps, self.vector_env.num_envs, self.vector_steps)
+        return min(self.steps, left)
 
     def _random_actions(self, steps: int) -> Tensor | None:
         """Return random actions `[N, steps, *A]`; None if action masks decide in each step which are allowed."""
@@ -266,8 +258,8 @@ class BatchedCollector(BaseCollector):
         if self._open and not bool((finite := self._open["finite"]).all()):
             env = int((~finite).nonzero()[0, 0])
             raise NotFiniteError(
-                f"{self.vector_env.config.id} gave an observation or a reward that is not finite: env {env}, at most "
-                f"{self.vector_steps} vector steps after the start"
+                f"{self.vector_env.config.id} gave an observation or a reward that is not finite, or a discrete value "
+                f"outside its space: env {env}, at most {self.vector_steps} vector steps after the start"
             )
 
     @property

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule
 
 from levin.core.errors import Interrupted, NotFiniteError, RunError
 from levin.core.spaces import to_tensors
-from levin.data.rollout import act
+from levin.data.rollout import act, policy_device
 from levin.envs.config import EnvConfig
 from levin.envs.vector import SeededVectorEnv
 
@@ -116,7 +116,7 @@ def evaluate(
         RunError: An episode has no end.
     """
     num_envs = env.num_envs
-    device = next(iter(policy.parameters()), torch.empty(0)).device
+    device = policy_device(policy)
     quota = [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]

@@ -186,6 +186,6 @@ def _unsupported_options(
         ),
         (
             name == "ray" and find_spec("ray") is None,
-            "collector=ray needs a package that is missing: pip install -e '.[scale]'",
+            "collector=ray needs a package that is missing: type make .venv/.scale",
         ),
     ]

@@ -23,20 +23,13 @@ from levin.collectors.episodes import EpisodeEnd
 from levin.core.errors import Interrupted
 from levin.core.rng import Generators
 from levin.core.spaces import ACTION_MASK, IS_FIRST, random_actions, random_allowed_actions, to_tensors
-from levin.data.rollout import WholeEpisodes
+from levin.data.rollout import WholeEpisodes, policy_device, random_steps_left
 from levin.envs.vector import SeededVectorEnv
 
 CHUNK = 256  # vector steps to allocate at a time, when the length of a rollout is not known in advance
 SLOW = 1.0  # seconds; a rollout that takes longer is abandoned on a signal, a shorter one is finished
 STATE = ("vector_steps", "_observation", "_first", "_seeded_at", "_history", "_history_start")  # that a rollout changes
 MAX_REPLAY = 1_000_000  # vector steps; a longer open episode is not replayed when a run resumes
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a policy input to a device: a tensor, or a dict of tensors, one for each part of an observation."""
-    if isinstance(inputs, dict):
-        return {name: part.to(device) for name, part in inputs.items()}
-    return inputs.to(device)
 
 
 @dataclass(kw_only=True)
@@ -190,8 +183,8 @@ class VectorCollector(BaseCollector):
         env, observation, following, action = self.env, arrays.observation, arrays.following, arrays.action
         rewards, terminations, truncations = arrays.reward, arrays.terminated, arrays.truncated
         steps = taken = action.shape[1]
-        device = next(iter(self.policy.parameters()), torch.empty(0)).device
-        num_random = self._num_random(steps)
+        device = policy_device(self.policy)
+        num_random = min(steps, random_steps_left(self.random_env_steps, env.num_envs, self.vector_steps))
         if num_random and not env.read.mask:
             action[:, :num_random] = random_actions(env.single_action_space, env.num_envs, num_random)
         current: list[Any] = now
@@ -265,11 +258,9 @@ class VectorCollector(BaseCollector):
 
     def _act(self, current: Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return the policy's actions `[N, *A]`, and its second output (None: it has none)."""
-        inputs = [to_tensors(self.env.observation, self._join_parts(current))]
+        inputs = [to_tensors(self.env.observation, self._join_parts(current), device)]
         if self.takes_is_first:
-            inputs.append(torch.from_numpy(self._first).unsqueeze(-1))  # [N] -> [N, 1]
-        if device.type != "cpu":
-            inputs = [to_device(each, device) for each in inputs]
+            inputs.append(torch.from_numpy(self._first).unsqueeze(-1).to(device))  # [N] -> [N, 1]
         chosen = self.policy.module(*inputs)
         return (chosen[0].cpu(), chosen[1]) if isinstance(chosen, tuple) else (chosen.cpu(), None)
 
@@ -292,11 +283,6 @@ class VectorCollector(BaseCollector):
         space = self.env.single_action_space
         dtype = np.float32 if isinstance(space, Box) else np.int64
         return np.empty((self.env.num_envs, num, *(space.shape or ())), dtype)
-
-    def _num_random(self, steps: int) -> int:
-        """Return how many of the next `steps` vector steps have random actions."""
-        remaining = self.random_env_steps - self.vector_steps * self.env.num_envs
-        return max(0, min(steps, -(-remaining // self.env.num_envs)))
 
     def _append_history(self, action: np.ndarray) -> None:
         """Append actions `[N, T, *A]` to the history, and drop those that no open episode needs for its replay."""
@@ -381,7 +367,13 @@ class VectorCollector(BaseCollector):
             begins = lengths == longest - t
             if begins.any():
                 current = self.env.begin(episodes, begins)
-            current, _, terminated, truncated, _ = self.env.step(actions[:, t])
+            given, waits = actions[:, t], lengths < longest - t
+            if self.env.read.mask and waits.any():  # their episode has not begun, so another mask holds
+                mask = torch.from_numpy(current[ACTION_MASK][waits])
+                allowed = random_allowed_actions(self.env.single_action_space, mask, torch.Generator())
+                given = given.copy()
+                given[waits] = allowed.numpy()
+            current, _, terminated, truncated, _ = self.env.step(given)
             first, continues_without_seed = terminated | truncated, self.env.continues_without_seed
             # These envs wait for the start of their episode, or do not replay.
             if (first & ~continues_without_seed).any():

@@ -1,10 +1,8 @@
 """Code inside a worker process of `levin.collectors.workers`: build the envs, act in them, report errors."""
 
-import ctypes
 import json
 import os
 import signal
-import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +20,12 @@ from torchrl.envs import EnvBase
 from levin.collectors.torchrl import to_torchrl
 from levin.core import rng
 from levin.core.errors import RunError
-from levin.core.process import ignore_signals
+from levin.core.process import ignore_signals, signal_at_parents_end
 from levin.core.spaces import ACTION_MASK, random_actions, random_allowed_actions
 from levin.data.rollout import POLICY_VERSION
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 
-PR_SET_PDEATHSIG = 1  # from prctl.h
 START_SECONDS = 60.0  # time for a worker to make its envs
 
 
@@ -37,9 +34,10 @@ class WorkerShare:
     """Share of one worker in a run: the envs `first` to `first + num_envs - 1`, and how to seed them.
 
     Args:
-        worker: Number of the worker.
+        stream: Number of the worker's random stream; the ranks of the run have the first ones.
         config: Options of the envs.
         seed: Root of all random streams.
+        rank: Rank that the worker collects for.
         env_steps: Env steps of the run so far; they are part of the seed, so a resumed run samples new numbers.
         first: Number of the first env.
         num_envs: Number of envs of this worker.
@@ -47,9 +45,10 @@ class WorkerShare:
         is_first: Whether the policy reads `is_first`.
     """
 
-    worker: int
+    stream: int
     config: EnvConfig
     seed: int
+    rank: int
     env_steps: int
     first: int
     num_envs: int
@@ -60,19 +59,14 @@ class WorkerShare:
 def make_worker_env(share: WorkerShare) -> EnvBase:
     """Seed the worker process, and build its envs."""
     ignore_signals()
-    if sys.platform == "linux" and multiprocessing.parent_process() is not None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent, however that ends
+    if (parent := multiprocessing.parent_process()) is not None:
+        signal_at_parents_end(signal.SIGKILL, parent.pid)
     signal.setitimer(signal.ITIMER_REAL, START_SECONDS + share.config.timeout)  # `Worker` stops this alarm
     torch.set_num_threads(1)
-    rng.seed_everything(share.seed, rank=1 + share.worker, env_steps=share.env_steps)
-    env = make_env(share.config, seed=share.seed, num_envs=share.num_envs, first=share.first)
+    rng.seed_everything(share.seed, rank=share.stream, env_steps=share.env_steps)
+    env = make_env(share.config, seed=share.seed, rank=share.rank, num_envs=share.num_envs, first=share.first)
     env.begin(share.episodes, np.ones(share.num_envs, dtype=bool))
     return to_torchrl(env, is_first=share.is_first)
-
-
-def make_policy(policy: TensorDictModule, space: Space, timeout: float) -> "WorkerPolicy":
-    """Build the worker's policy. It is called inside the worker process, where `policy` is a copy."""
-    return WorkerPolicy(policy, space, timeout)
 
 
 class WorkerPolicy(TensorDictModuleBase):

@@ -29,11 +29,12 @@ from torchrl.collectors import BaseCollector, MultiAsyncCollector, MultiSyncColl
 from torchrl.collectors.distributed import RayCollector
 from torchrl.envs import EnvBase
 
-from levin.collectors.worker import Worker, WorkerShare, make_policy, make_worker_env, policy_weights, summarize_error
+from levin.collectors.worker import Worker, WorkerPolicy, WorkerShare, make_worker_env, policy_weights, summarize_error
+from levin.core import distributed
 from levin.core.errors import RunError
 from levin.core.process import SIGNALS
 from levin.core.spaces import IS_FIRST
-from levin.data.rollout import ENV_INDEX, POLICY_VERSION
+from levin.data.rollout import ENV_INDEX, POLICY_VERSION, random_steps_left
 from levin.envs.vector import SeededVectorEnv
 
 NAMES = ("torchrl-process", "torchrl-async", "ray")
@@ -124,7 +125,7 @@ class WorkersCollector(BaseCollector):
         self.env.reset()  # count the episodes that begin in the workers
         self.reports = Path(tempfile.mkdtemp(prefix="levin-workers-"))
         policy = copy.deepcopy(self.policy).requires_grad_(False).cpu()
-        factory = partial(make_policy, policy, self.env.single_action_space, self.env.config.timeout)
+        factory = partial(WorkerPolicy, policy, self.env.single_action_space, self.env.config.timeout)
         shares = [self._worker_share(worker) for worker in range(self.workers)]
         make_envs: list[Callable[[], EnvBase]] = [partial(make_worker_env, share) for share in shares]
         num_envs = self.num_envs if self.name == "torchrl-async" else self.env.num_envs
@@ -192,9 +193,10 @@ class WorkersCollector(BaseCollector):
         """Return the share of a worker in the run."""
         first = worker * self.num_envs
         return WorkerShare(
-            worker=worker,
+            stream=distributed.world_size() + self.env.rank * self.workers + worker,
             config=self.env.config,
             seed=self.seed,
+            rank=self.env.rank,
             env_steps=sum(self.vector_steps) * self.num_envs,
             first=first,
             num_envs=self.num_envs,
@@ -208,7 +210,7 @@ class WorkersCollector(BaseCollector):
         return (
             policy_weights(self.policy),
             self.version(),
-            max(0, -(-self.random_env_steps // self.env.num_envs) - taken),
+            random_steps_left(self.random_env_steps, self.env.num_envs, taken),
         )
 
     def _finish_rollout(self, rollout: Any) -> TensorDict:

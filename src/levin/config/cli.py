@@ -52,7 +52,7 @@ def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, A
 
 
 def refuse_repeated(arguments: list[str]) -> None:
-    """Say that a key is given twice, since only its last value is used. A seed or several values are never dropped.
+    """Warn of a key that is given twice, whose last value is used. A seed, or a key of a sweep, is refused.
 
     Raises:
         ConfigError: The seed, or a key with several values for a sweep, is given twice.
@@ -69,47 +69,64 @@ def refuse_repeated(arguments: list[str]) -> None:
         given[key] = value
 
 
+def take(arguments: list[str], name: str) -> tuple[list[str], str | None]:
+    """Remove `name=value` from arguments that Hydra composes a config of.
+
+    Returns:
+        The other arguments, and the last value; None if it is not given.
+    """
+    values = [argument.removeprefix(f"{name}=") for argument in arguments if argument.startswith(f"{name}=")]
+    rest = [argument for argument in arguments if not argument.startswith(f"{name}=")]
+    return rest, values[-1] if values else None
+
+
 def take_flag(arguments: list[str], name: str) -> tuple[list[str], bool]:
-    """Remove `name=true` or `name=false` from arguments that Hydra composes a config of; return the rest and the flag.
+    """Remove `name=true` or `name=false` from arguments, as `take` does; return the rest and the flag.
 
     Raises:
         ConfigError: The flag has another value.
     """
-    given = [argument for argument in arguments if argument.startswith(f"{name}=")]
-    value = given[-1].removeprefix(f"{name}=") if given else "false"
-    if value not in ("true", "false"):
+    rest, value = take(arguments, name)
+    if value not in (None, "true", "false"):
         raise ConfigError(f"{name}={value} must be true or false")
-    return [argument for argument in arguments if argument not in given], value == "true"
+    return rest, value == "true"
 
 
 def take_count(arguments: list[str], name: str, least: int = 1) -> tuple[list[str], int | None]:
-    """Remove `name=n` from arguments, as `take_flag` does; return the rest and the number, None if it is not given.
+    """Remove `name=n` from arguments, as `take` does; return the rest and the number, None if it is not given.
 
     Raises:
         ConfigError: The value is not a whole number of `least` or more.
     """
-    given = [argument for argument in arguments if argument.startswith(f"{name}=")]
-    value = given[-1].removeprefix(f"{name}=") if given else None
+    rest, value = take(arguments, name)
     if value is not None and not (re.fullmatch("[0-9]+", value) and int(value) >= least):
         raise ConfigError(f"{name}={value} must be a whole number of {least} or more")
-    return [argument for argument in arguments if argument not in given], None if value is None else int(value)
+    return rest, None if value is None else int(value)
 
 
 def take_seeds(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Remove `seeds="0 1 2"` from arguments, as `take_flag` does; return the rest and the seeds.
+    """Remove `seeds="0 1 2"` from arguments, as `take` does; return the rest and the seeds.
 
     Raises:
         ConfigError: They are not whole numbers, or one is given twice.
     """
-    given = [argument for argument in arguments if argument.startswith("seeds=")]
-    text = given[-1].removeprefix("seeds=") if given else ""
-    seeds = text.replace(",", " ").split()
-    if given and not (seeds and all(re.fullmatch("[0-9]+", seed) for seed in seeds)):
+    rest, text = take(arguments, "seeds")
+    return rest, [] if text is None else [str(seed) for seed in parse_seeds(text)]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds in a text such as `0 1 2` or `0,1,2`.
+
+    Raises:
+        ConfigError: They are not whole numbers, or one is given twice.
+    """
+    words = text.replace(",", " ").split()
+    if not (words and all(re.fullmatch("[0-9]+", word) for word in words)):
         raise ConfigError(f"seeds={text} must be whole numbers separated by spaces")
-    seeds = [str(int(seed)) for seed in seeds]
+    seeds = [int(word) for word in words]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise ConfigError(f"seeds={text} holds {twice[0]} twice")
-    return [argument for argument in arguments if argument not in given], seeds
+    return seeds
 
 
 def parse_hydra_overrides(overrides: list[str]) -> list[Override]:

@@ -94,12 +94,10 @@ def finalize(config: DictConfig, choices: Mapping[str, str], *, check_values: bo
     if env in ANY_ENV and not OmegaConf.is_missing(config.env, "id"):
         env = re.sub(r"[^\w.-]+", "_", str(config.env.id))
     config.name = _checked_name(config.get("name")) or f"{choices['algo']}_{env}"
-    OmegaConf.set_struct(config, True)
     if check_values:
         schema.check(config)
-        OmegaConf.set_struct(config, False)
         schema.add_defaults(config)
-        OmegaConf.set_struct(config, True)
+    OmegaConf.set_struct(config, True)
     OmegaConf.set_readonly(config, True)
     return config
 
@@ -110,9 +108,11 @@ def _checked_name(name: object) -> str | None:
     Raises:
         ConfigError: It is not the name of a folder.
     """
-    if name is None or re.fullmatch(r"\w[\w.-]*", str(name)):
-        return None if name is None else str(name)
-    raise ConfigError(f"name={name} must hold only letters, digits and the signs _ - . : it names a folder in runs/")
+    if name is None:
+        return None
+    if not re.fullmatch(r"\w[\w.-]*", str(name)):
+        raise ConfigError(f"name={name} names a folder in runs/: it must hold only letters, digits and the signs _ - .")
+    return str(name)
 
 
 def add_pluses(overrides: list[str]) -> list[str]:
@@ -247,7 +247,7 @@ def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:
             return cause
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("hydra/launcher/"):
-        return ConfigError("launcher=... needs a package that is missing: pip install -e '.[scale]'")
+        return ConfigError("launcher=... needs a package that is missing: type make .venv/.scale")
     parsed = parse_hydra_overrides(overrides)
     groups = [str(each.input_line) for each in parsed if each.key_or_group in (*GROUPS, SEARCH_PATH)]
     for override in parsed:

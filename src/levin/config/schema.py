@@ -37,6 +37,7 @@ REPLACED_TRAINER_KEYS = {
 }
 
 PLAIN_TYPES = (type(None), bool, int, float, str, tuple, list, dict)  # of the values in a config
+SECTIONS = ("env", "algo", "eval", "checkpoint", "trainer", "callbacks")
 
 
 def check(config: DictConfig) -> None:
@@ -47,13 +48,13 @@ def check(config: DictConfig) -> None:
     """
     for key in sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{key} has no value: set {key}=...")
-    for key in ("env", "algo", "eval", "checkpoint", "trainer", "callbacks"):
+    for key in SECTIONS:
         if not isinstance(config.get(key), DictConfig):
             raise ConfigError(f"{key} is a section, not a value: set {key}.<key>=...")
     for key, callback in config.callbacks.items():
         if not isinstance(callback, DictConfig) or "_target_" not in callback:
             raise ConfigError(f"callbacks.{key} must be a section with a _target_: {{_target_: my_module.MyCallback}}")
-    check_section(top_level, "", config, skip=("env", "algo", "eval", "checkpoint", "trainer", "callbacks"))
+    check_section(top_level, "", config, skip=SECTIONS)
     # Late, because torch and Lightning take seconds to import: a command that is mistyped is refused before.
     from levin.training.checkpointing import Checkpointing
     from levin.training.evaluation import Evaluation

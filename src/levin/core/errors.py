@@ -1,10 +1,11 @@
 """Errors that a user can cause or fix; the commands print each as one line, without a traceback."""
 
 import difflib
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+from levin.core.process import discard_output
 
 
 class ConfigError(ValueError):
@@ -50,6 +51,11 @@ def valid_names(wrong: str, valid: Iterable[str]) -> str:
     return "valid: " + ", ".join(nearest + [name for name in names if name not in nearest])
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks, at most 300 characters of it."""
+    return " ".join(str(error).split())[:300]
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print a ConfigError, a RunError or an error of a file as one line on stderr, and exit with code 2 or 1.
@@ -59,7 +65,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output(sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

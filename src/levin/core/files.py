@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import secrets
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +34,9 @@ def replace(folder: Path, name: str) -> Iterator[Path]:
         OSError: The disk is full, or the folder is gone or read-only.
     """
     path = subfolder(folder, str(Path(name).parent)) / Path(name).name
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    # Not named by the process: two containers may have the same process id and share a disk.
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
-        partial.unlink(missing_ok=True)
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield partial
         sync(partial)

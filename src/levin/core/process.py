@@ -20,6 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 CLAIM = "levin-core"  # name of a claim, followed by user and core
 CLAIMS: list[socket.socket] = []  # sockets that claim the cores of this process
+PR_SET_PDEATHSIG = 1  # as in linux/prctl.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # as in glibc's malloc.h
 
 
@@ -43,6 +44,19 @@ def restore_signals(handlers: dict[int, Any]) -> None:
     """Set the handlers that `handle_signals` returned."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def signal_at_parents_end(number: signal.Signals, parent: int | None) -> None:
+    """Let this process receive a signal when its parent ends, however that ends (on Linux).
+
+    Args:
+        number: The signal.
+        parent: Process id of the parent, which may have ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
 
 
 def shield_resource_tracker() -> None:
@@ -78,14 +92,20 @@ def print_line(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output(sys.stdout.fileno())
 
 
 def close_terminal() -> None:
     """Discard what else goes to a terminal that was closed: writing to it would raise an error."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            discard_output(descriptor)
+
+
+def discard_output(descriptor: int) -> None:
+    """Discard what this process writes to a file descriptor from now on."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 def keep_freed_memory() -> None:

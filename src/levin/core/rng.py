@@ -81,6 +81,21 @@ class Generators:
     __hash__ = None  # type: ignore[assignment]
 
 
+def torch_states() -> list[torch.Tensor]:
+    """Return the states of PyTorch's generators: that of the CPU, then those of the GPUs in use.
+
+    Unlike `Generators` it is fast enough for every step of an env.
+    """
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def set_torch_states(states: list[torch.Tensor]) -> None:
+    """Restore the states that `torch_states` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
 @contextmanager
 def kept() -> Iterator[None]:
     """Restore the global generators when the context ends."""

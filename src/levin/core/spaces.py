@@ -288,7 +288,7 @@ class NetworkInput:
         return converted if len(converted) > 1 else next(iter(converted.values()))
 
     def tensors(self, observation: Any) -> Any:
-        """Convert a batch of observations as a call does, but from and to tensors, and without checks."""
+        """Convert a batch of observations as a call does, but from and to tensors, and without errors."""
         if self.is_identity:
             return observation
         converted: dict[str, Tensor] = {}
@@ -375,13 +375,14 @@ def _flatten(observation: np.ndarray, space: Space) -> np.ndarray:
 
 
 def _flatten_tensor(observation: Tensor, space: Space) -> Tensor:
-    """Flatten a batch of numbers as `_flatten` does, without its check: `[N, *S] -> [N, D]`."""
+    """Flatten a batch of numbers as `_flatten` does, `[N, *S] -> [N, D]`, with NaN for values outside their space."""
     flat = observation.flatten(1) if observation.ndim > 1 else observation.unsqueeze(1)
     if space["type"] == "box":
         return flat
     sizes, starts = space.get("nvec", [space["n"]]), space.get("starts", [space["start"]])
     one_hot = [flat[:, i, None] - starts[i] == torch.arange(size, device=flat.device) for i, size in enumerate(sizes)]
-    return torch.cat(one_hot, -1)
+    joined = torch.cat(one_hot, -1).float()
+    return joined.masked_fill(joined.sum(-1, keepdim=True) < len(sizes), math.nan)
 
 
 def _to_mask(mask: np.ndarray) -> np.ndarray:
@@ -466,17 +467,17 @@ def action_converter(space: Space, units: str) -> Callable[[np.ndarray], np.ndar
 
 
 def tensor_action_converter(space: Space, units: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return `action_converter` for tensors on a device."""
+    """Return `action_converter` for tensors on a device. Its functions, too, return new tensors."""
     if space["type"] != "box":
         first = torch.tensor(space.get("starts", space["start"]), device=device)
-        return (lambda actions: actions + first) if first.any() else (lambda actions: actions)
+        return (lambda actions: actions + first) if first.any() else torch.clone
     dtype = getattr(torch, space["dtype"])
     low, high = (
         torch.tensor(space[bound], dtype=dtype, device=device).reshape(space["shape"])  # type: ignore[literal-required]
         for bound in ("low", "high")
     )
     if units == "none":
-        return lambda actions: actions.to(dtype)
+        return lambda actions: actions.to(dtype, copy=True)
     if units == "clip" or bool((low == -1).all() and (high == 1).all()):
         return lambda actions: actions.to(dtype).clamp(low, high)
     scale, middle = (high - low) / 2, (high + low) / 2

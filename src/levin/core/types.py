@@ -12,7 +12,7 @@ Activation = Literal["relu", "tanh", "elu", "silu"]
 VectorNetwork = Literal["mlp", "layer_norm", "simba", "resnet"]
 PixelNetwork = Literal["nature", "impala", "small"]
 # Network for vectors, CNN for pixels, or a class of the user's own: {_target_: my_module.MyTrunk, <its values>}.
-Network = Literal["mlp", "layer_norm", "simba", "resnet", "nature", "impala", "small"] | dict[str, Any]
+Network = Literal[VectorNetwork, PixelNetwork] | dict[str, Any]
 
 __all__ = [
     "Activation",
@@ -22,6 +22,7 @@ __all__ = [
     "NonNegativeInt",
     "OptimizerName",
     "PixelNetwork",
+    "PolicyFormat",
     "PositiveFloat",
     "PositiveInt",
     "Schedule",

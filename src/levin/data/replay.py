@@ -96,7 +96,7 @@ class Replay:
     @property
     def written(self) -> int:
         """Number of entries stored so far, overwritten ones included; entry k lies at index k modulo `size`."""
-        return self.buffer.writer.state_dict()["_write_count"]
+        return self.buffer.write_count
 
     @property
     def ready(self) -> bool:

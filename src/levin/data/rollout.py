@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from levin.core.spaces import IS_FIRST
 
@@ -83,5 +83,14 @@ def act(policy: TensorDictModule, batch: Any, is_first: np.ndarray) -> Tensor:
     """
     if IS_FIRST not in policy.in_keys:
         return policy.module(batch)
-    device = next(policy.parameters()).device
-    return policy.module(batch, torch.from_numpy(is_first).unsqueeze(-1).to(device))
+    return policy.module(batch, torch.from_numpy(is_first).unsqueeze(-1).to(policy_device(policy)))
+
+
+def policy_device(policy: nn.Module) -> torch.device:
+    """Return the device of a policy's parameters; the CPU if it has none."""
+    return next(iter(policy.parameters()), torch.empty(0)).device
+
+
+def random_steps_left(random_env_steps: int, num_envs: int, vector_steps: int) -> int:
+    """Return how many more vector steps of `num_envs` envs have random actions, after `vector_steps`."""
+    return max(0, -(-random_env_steps // num_envs) - vector_steps)

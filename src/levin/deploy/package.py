@@ -58,13 +58,19 @@ def package(run: Path, format: PolicyFormat, *, seed: int, steps: int) -> tuple[
         RunError: The actions differ by more than `TOLERANCE`; then no file is written.
     """
     source = checkpoint.run_of(run)
+    config = load_env(source)
+    if config.family == "dream" or config.wrappers:
+        raise ConfigError(
+            f"{run} has learned from the latent state of the world model in env.run={config.run}, which is not part of "
+            "an exported file: act with levin.load instead"
+        )
     folder = paths.output_folder(source)
     reference, graph = Policy.load(run), PolicyGraph(Policy.load(run))
     metadata = describe(graph, reference, source)
     write, load = (write_onnx, load_onnx) if format == "onnx" else (write_torch, load_torch)
     with files.replace(folder, NAMES[format]) as path:
         write(graph, metadata, path)
-        env = make_env(load_env(source), seed=seed, purpose=EVALUATION, num_envs=1)
+        env = make_env(config, seed=seed, purpose=EVALUATION, num_envs=1)
         report_changed_code(source)
         checked = compare(load(path), graph, reference, env, steps)
         env.close()
@@ -141,7 +147,7 @@ def write_onnx(graph: PolicyGraph, metadata: dict[str, Any], path: Path) -> None
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{error.name} is not installed: `make export` installs it, or pip install '.[export]'"
+            f"{error.name} is not installed: `make export` installs it, or type make .venv/.export"
         ) from error
     program = export_graph(graph)
     try:

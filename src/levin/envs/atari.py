@@ -137,6 +137,7 @@ def make_atari_games(config: EnvConfig, num_envs: int, *, training: bool, view: 
         ("vectorization", "async", "ale-py steps games in threads of its own"),
         ("action", "" if config.kwargs.get("continuous") else "rescale", "its actions are discrete and have no bounds"),
         ("normalize_observation", True, "networks scale pixels themselves"),
+        ("observation_entries", config.observation_entries or [], "it always shows pixels"),
         ("pixels", config.pixels or 0, "it always shows pixels; env.kwargs.img_height and img_width set their size"),
     ):
         if getattr(config, key) == value:

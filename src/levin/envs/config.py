@@ -71,3 +71,8 @@ class EnvConfig:
     temperature: PositiveFloat = 1.0
     wrappers: list[Literal["latent"]] = field(default_factory=list)
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def channels_of(config: EnvConfig) -> Literal["first", "last"] | None:
+    """Return the axis of the channels of the images that an algorithm receives; None: guess it."""
+    return "first" if config.frame_stack > 1 else config.channels  # stacked: [K * C, H, W]

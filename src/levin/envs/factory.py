@@ -32,7 +32,7 @@ from levin.core.omega import to_plain
 from levin.core.process import ignore_signals
 from levin.core.spaces import EnvSpec, observation_dtypes, to_tensors
 from levin.core.validate import check_section
-from levin.envs.config import TRAINING, EnvConfig
+from levin.envs.config import TRAINING, EnvConfig, channels_of
 from levin.envs.sync import ProcessEnv, SyncEnvs, close_env
 from levin.envs.torchrl import TorchRLVectorEnv, import_target
 from levin.envs.vector import SeededVectorEnv
@@ -105,19 +105,27 @@ def make_env(
 def _check_mask_options(config: EnvConfig) -> None:
     """Raise a ConfigError if an option does not go with action masks."""
     mask = f"env.action_mask={config.action_mask}"
-    unsupported = {
-        f"{mask} is not for env.family={config.family}, whose envs give no masks: set env.action_mask=null": (
-            config.family in ("atari", "dream")
+    unsupported = [
+        (
+            config.family in ("atari", "dream"),
+            f"{mask} is not for env.family={config.family}, whose envs give no masks: set env.action_mask=null",
         ),
-        f"{mask} needs infos, which TorchRL's envs do not have: name the mask's key in the observation, such as "
-        "env.action_mask=action_mask": config.family == "torchrl" and config.action_mask == "info",
-        f"{mask} does not go with env.wrappers, which replace the observation: set env.wrappers=[]": (
-            bool(config.wrappers)
+        (
+            config.family == "torchrl" and config.action_mask == "info",
+            f"{mask} needs infos, which TorchRL's envs do not have: name the mask's key in the observation, such as "
+            "env.action_mask=action_mask",
         ),
-        f"{mask} does not go with env.action_repeat={config.action_repeat}, because a mask may forbid the action "
-        "before its last repeat: set env.action_repeat=1": config.action_repeat > 1,
-    }
-    for message, is_set in unsupported.items():
+        (
+            bool(config.wrappers),
+            f"{mask} does not go with env.wrappers, which replace the observation: set env.wrappers=[]",
+        ),
+        (
+            config.action_repeat > 1,
+            f"{mask} does not go with env.action_repeat={config.action_repeat}, because a mask may forbid the action "
+            "before its last repeat: set env.action_repeat=1",
+        ),
+    ]
+    for is_set, message in unsupported:
         if is_set:
             raise ConfigError(message)
 
@@ -132,7 +140,7 @@ def _explain_missing_package(config: EnvConfig, error: ModuleNotFoundError | gym
             newest = NEWEST_PYTHON.get(extra, sys.version_info[:2])
             if sys.version_info[:2] > newest:
                 return f"{what}, which exists for Python up to {newest[0]}.{newest[1]}: make .venv with that one"
-            return f"{what}: pip install -e '.[{extra}]'"
+            return f"{what}: type make .venv/.{extra}"
     named = config.id.partition(":")[0].partition(".")[0]  # the package of the module before the colon
     if missing and missing == named:
         return f"{what}: install the package that has the module, or set PYTHONPATH to the folder that holds it"
@@ -364,11 +372,16 @@ def make_dream(config: EnvConfig, num_envs: int | None, *, training: bool, rende
         raise ConfigError(
             "env.family=dream needs the run of a world model: set env.run=runs/... (world_models, dreamer, dreamer_v3)"
         )
+    defaults = EnvConfig(id=config.id)
+    for key in ("vectorization", "action_repeat", "frame_stack", "observation_entries", "pixels", "channels"):
+        if getattr(config, key) != getattr(defaults, key):
+            raise ConfigError(f"env.{key} is not for env.family=dream: the value of the run env.run={config.run} holds")
     source, num_envs = load_env(Path(config.run)), num_envs or config.num_envs
     algorithm, model = load_world_model(config.run)
     if not training:
-        env = make_vector(replace(source, time_limit=config.time_limit or source.time_limit), num_envs, render=render)
-        return LatentEnv(env, model, source.action, algorithm.env["observation"])
+        limit = config.time_limit or source.time_limit
+        env = make_vector(replace(source, time_limit=limit, vectorization="sync"), num_envs, render=render)
+        return LatentEnv(env, model, source.action, algorithm.env["observation"], channels_of(source))
     limit = config.time_limit or source.time_limit or registered_limit(source)
     if limit is None:
         raise ConfigError(f"{source.id} has no time limit, and a dream needs one: set env.time_limit=...")
@@ -393,7 +406,8 @@ def wrap_latent(env: VectorEnv, config: EnvConfig) -> LatentEnv:
             "set env.vectorization=sync"
         )
     algorithm, model = load_world_model(config.run)
-    return LatentEnv(env, model, config.action, algorithm.env["observation"])
+    units = load_env(Path(config.run)).action  # the model has seen actions in the units of its own run
+    return LatentEnv(env, model, units, algorithm.env["observation"], channels_of(config))
 
 
 def first_observations(source: EnvConfig) -> Any:

@@ -4,6 +4,7 @@ Users' envs are not always careful. They return rewards as arrays of one number,
 random generators of Python, NumPy and PyTorch, which belong to the run.
 """
 
+import math
 import random
 import warnings
 from collections.abc import Callable
@@ -43,12 +44,11 @@ class SyncEnvs(SyncVectorEnv):
 
     def __init__(self, make: list[Callable[[], gym.Env]], *, copy: bool) -> None:
         super().__init__(make, copy=copy, observation_mode="different", autoreset_mode=AutoresetMode.DISABLED)
-        self.ended: list[
-            tuple[int, dict[str, float]]
-        ] = []  # env and numbers of episodes that end; the reader clears it
+        # Env and numbers of episodes that end; the reader clears it.
+        self.ended: list[tuple[int, dict[str, float]]] = []
         self.calls = 0
         self.separated = True  # whether each env has random streams of its own
-        self.envs = [OwnGenerators(env) for env in self.envs]
+        self.envs = [OwnGenerators(env, i) for i, env in enumerate(self.envs)]
         shape = self.single_observation_space.shape if isinstance(self.single_observation_space, Box) else None
         # View of `_observations` `[N, S, *]` as `[N S, *]`, if they are one array
         self._rows = self._observations.reshape(-1, *shape[1:]) if shape else None  # type: ignore[union-attr]
@@ -114,7 +114,7 @@ class SyncEnvs(SyncVectorEnv):
             finally:
                 if rng.Generators() != before:
                     before.restore()
-                    self.envs = [OwnGenerators(env) for env in self.envs]
+                    self.envs = [OwnGenerators(env, i) for i, env in enumerate(self.envs)]
                     self.separated = True
 
     def render(self) -> tuple[Any, ...]:
@@ -131,11 +131,17 @@ class OwnGenerators(gym.Wrapper):
     """Wrapper of an env that puts random streams of its own in place of the global generators during every call.
 
     The streams are seeded with every episode, so a resumed run can replay the episode.
+
+    Args:
+        env: Env to wrap.
+        number: Seed of the streams until the next reset; envs that are stepped together have different ones.
     """
 
-    def __init__(self, env: gym.Env) -> None:
+    def __init__(self, env: gym.Env, number: int) -> None:
         super().__init__(env)
-        self.streams = rng.Generators()
+        with rng.kept():
+            seed_generators(number)
+            self.streams = rng.Generators()
         self.used = False  # whether the env has used the streams
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -182,7 +188,7 @@ class ProcessEnv(gym.Wrapper):
 def episode_numbers(info: dict[str, Any]) -> dict[str, float]:
     """Return what an env reports of an episode in its last info: `is_success`, and the numbers in `episode_metrics`.
 
-    Names that Levin uses itself, such as `return`, begin with `env_`.
+    Names that Levin uses itself, such as `return`, begin with `env_`. A number that is not finite is left out.
     """
     values = {"is_success": info.get("is_success")}
     if isinstance(metrics := info.get("episode_metrics"), dict):
@@ -194,7 +200,7 @@ def episode_numbers(info: dict[str, Any]) -> dict[str, float]:
     return {
         f"env_{name}" if name in OWN_NAMES else name: float(value)
         for name, value in numbers.items()
-        if isinstance(value, NUMBERS)
+        if isinstance(value, NUMBERS) and math.isfinite(value)
     }
 
 
@@ -218,9 +224,9 @@ def as_number(name: str, value: Any) -> Any:
     return value.item()
 
 
-def close_env(env: gym.Env) -> None:
-    """Close an env; an error in it is a warning, because nothing is lost by it."""
+def close_env(env: Any, close: Callable[[], Any] | None = None) -> None:
+    """Close an env, by default with its `close()`; an error in it is a warning, because nothing is lost by it."""
     try:
-        env.close()
+        (close or env.close)()
     except Exception as error:  # of any type: it is the user's code
         warnings.warn(f"close() of {env} raised {type(error).__name__}: {error}", stacklevel=1)

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, OneHot, TensorSpec
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.envs import (
     Compose,
     EnvBase,
@@ -28,7 +28,9 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from levin.core import rng
 from levin.core.errors import ConfigError
+from levin.envs.sync import close_env
 
 LIMIT = "time_limit_steps"  # key of the step counter for `time_limit`; an env may have a counter of its own
 
@@ -105,7 +107,7 @@ class TorchRLVectorEnv(VectorEnv):
         self.single_observation_space = Dict(spaces) if len(spaces) > 1 else next(iter(spaces.values()))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self._now: list[TensorDictBase] = [TensorDict()] * count  # current TensorDict of each `EnvBase`
-        self._rng = [torch.get_rng_state()] * count  # random state of each `EnvBase`
+        self._rng = [rng.torch_states()] * count  # random states of each `EnvBase`
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
@@ -145,24 +147,21 @@ class TorchRLVectorEnv(VectorEnv):
             now.set(env.action_key, action if self.batched else action[0])
             after = self._with_own_rng(k, partial(env.step, now))
             now = after.get("next")
-            done, ended, cut_off = (now.get(key, None) for key in ("done", "terminated", "truncated"))
-            ended = done if ended is None else ended
             reward[part] = now.get(env.reward_key).reshape(self.size).cpu()
-            terminated[part] = ended.reshape(self.size).cpu()
-            truncated[part] = (done & ~ended if cut_off is None else cut_off).reshape(self.size).cpu()
+            terminated[part], truncated[part] = (flag.reshape(self.size).cpu() for flag in end_flags(now))
             self._now[k] = env.step_mdp(after)
         return self._observation(), reward, terminated, truncated, {}
 
     def _with_own_rng(self, k: int, call: Callable[[], TensorDictBase]) -> TensorDictBase:
-        """Call a function with the random stream of the `k`-th `EnvBase` as torch's global one."""
-        run_state = torch.get_rng_state()
-        torch.set_rng_state(self._rng[k])
+        """Call a function with the random streams of the `k`-th `EnvBase` as torch's global ones."""
+        states_of_run = rng.torch_states()
+        rng.set_torch_states(self._rng[k])
         try:
             with torch.no_grad():
                 return call()
         finally:
-            self._rng[k] = torch.get_rng_state()
-            torch.set_rng_state(run_state)
+            self._rng[k] = rng.torch_states()
+            rng.set_torch_states(states_of_run)
 
     def _observation(self) -> Any:
         """Return the observations of all envs, `[N, *S]` or a dict of such arrays."""
@@ -177,7 +176,16 @@ class TorchRLVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         for env in self.envs:
-            env.close(raise_if_closed=False)
+            close_env(env, partial(env.close, raise_if_closed=False))
+
+
+def end_flags(after: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Return whether episodes have terminated and been truncated; an env may give only one of its flags."""
+    done, terminated, truncated = (after.get(key, None) for key in ("done", "terminated", "truncated"))
+    terminated = done if terminated is None else terminated
+    if truncated is None:
+        truncated = torch.zeros_like(terminated) if done is None else done & ~terminated
+    return terminated, truncated
 
 
 def observation_keys(env: EnvBase) -> list[tuple[str, ...]]:
@@ -239,12 +247,18 @@ def action_converter(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Spac
             f"env.target makes an env with several actions, {env.action_keys}; valid: an env with one action"
         )
     spec = env.action_spec_unbatched
+    if isinstance(spec, Binary | MultiOneHot):  # a Binary is a Categorical with n=2, and a MultiOneHot a OneHot
+        raise ConfigError(
+            f"env.target makes an env with actions of {type(spec).__name__}; valid: continuous or categorical actions"
+        )
     if isinstance(spec, OneHot):
         return lambda action: torch.nn.functional.one_hot(action, spec.space.n).to(spec.dtype), Discrete(spec.space.n)
     if isinstance(spec, MultiCategorical):
         return lambda action: action.to(spec.dtype), MultiDiscrete(np.asarray(spec.nvec))
     if isinstance(spec, Categorical):
-        return lambda action: action.reshape(-1, *spec.shape).to(spec.dtype), Discrete(int(spec.n))
+        num, entries = int(spec.n), spec.shape.numel()
+        space = Discrete(num) if entries == 1 else MultiDiscrete([num] * entries)
+        return lambda action: action.reshape(-1, *spec.shape).to(spec.dtype), space
     if not spec.dtype.is_floating_point:
         raise ConfigError(
             f"env.target makes an env with actions of {type(spec).__name__}; valid: continuous or categorical actions"

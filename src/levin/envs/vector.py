@@ -25,7 +25,7 @@ from levin.core.spaces import (
     to_gym,
     unusual_channels,
 )
-from levin.envs.config import EnvConfig
+from levin.envs.config import EnvConfig, channels_of
 from levin.envs.sync import ENDED, SyncEnvs
 from levin.envs.torchrl import TorchRLVectorEnv
 from levin.model_based.dream_env import LatentEnv
@@ -62,12 +62,12 @@ class SeededVectorEnv(VectorWrapper):
         self, env: VectorEnv, config: EnvConfig, *, seed: int, purpose: int, rank: int, first: int = 0
     ) -> None:
         super().__init__(env)
-        self.config, self.first = config, first
+        self.config, self.rank, self.first = config, rank, first
         self.paired_episodes = False  # whether episodes 2k and 2k + 1 have the same seed
         self._seed_of = partial(episode_seed, seed, purpose, rank)
         self.episodes = [-1] * self.num_envs
-        # Env and numbers of the episodes that have ended, of envs that report any. The reader clears it.
         self.base = env.env if isinstance(env, LatentEnv) else env
+        # Env and numbers of the episodes that have ended, of envs that report any. The reader clears it.
         self.ended: list[tuple[int, dict[str, float]]] = getattr(self.base, "ended", [])
         # Scores and lengths of finished games, if an episode may be less than a game; else None. The reader clears it.
         self.games: list[tuple[float, int]] | None = getattr(env, "games", None)
@@ -87,7 +87,7 @@ class SeededVectorEnv(VectorWrapper):
                 "env.action=clip always gives the bound, and env.action=none passes on actions outside of it",
                 stacklevel=1,
             )
-        channels = "first" if config.frame_stack > 1 else config.channels  # stacked: [K * C, H, W]
+        channels = channels_of(config)
         self.shown = describe_space(env.single_observation_space, channels)
         for shape, count in unusual_channels(self.shown) if channels is None else []:
             warnings.warn(

@@ -35,7 +35,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ConfigError(
-            "the digits are a data set of scikit-learn, which is not installed: pip install -e '.[report]'"
+            "the digits are a data set of scikit-learn, which is not installed: type make .venv/.report"
         ) from None
     data = torch.from_numpy(np.asarray(load_digits(return_X_y=True)[0]) / 16 > 0.5).float()
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]

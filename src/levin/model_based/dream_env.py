@@ -5,7 +5,7 @@ same features in the real env: the model updates its latent state with each obse
 dream can therefore act in the real env and be evaluated there.
 """
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -152,22 +152,30 @@ class LatentEnv(VectorWrapper):
     Args:
         env: Vector env to wrap.
         model: World model that observes the env; its parameters are only read.
-        units: Value of `env.action`, see `levin.core.spaces.action_converter`.
+        units: Value of `env.action` in the run of the model, see `levin.core.spaces.action_converter`.
         expected: Space of the network input that the model was trained with.
+        channels: Axis of the channels of all images; None: guess it.
 
     Raises:
         ConfigError: The env has other observations than `expected`.
     """
 
-    def __init__(self, env: VectorEnv, model: Model, units: str, expected: Space) -> None:
+    def __init__(
+        self,
+        env: VectorEnv,
+        model: Model,
+        units: str,
+        expected: Space,
+        channels: Literal["first", "last"] | None = None,
+    ) -> None:
         super().__init__(env)
         self.model = model
-        self.read = NetworkInput(describe_space(env.single_observation_space))
+        self.read = NetworkInput(describe_space(env.single_observation_space, channels))
         self.space = self.read.space
         if self.space != expected:
             raise ConfigError(
-                f"the model of env.run needs the observations {_describe_space(expected)}, but the env has "
-                f"{_describe_space(self.space)}"
+                f"the model of env.run needs the observations {_space_text(expected)}, but the env has "
+                f"{_space_text(self.space)}"
             )
         action = describe_action(env.single_action_space)
         self.to_env = action_converter(action, units)
@@ -195,8 +203,8 @@ class LatentEnv(VectorWrapper):
         return self.latent.feature.numpy(), *rest  # type: ignore[return-value]
 
 
-def _describe_space(space: Space) -> str:
+def _space_text(space: Space) -> str:
     """Return a short description of a space for an error message."""
     if "spaces" in space:
-        return ", ".join(f"{name}: {_describe_space(part)}" for name, part in space["spaces"].items())
+        return ", ".join(f"{name}: {_space_text(part)}" for name, part in space["spaces"].items())
     return f"{space['dtype']} {space['shape']}"

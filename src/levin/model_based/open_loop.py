@@ -3,7 +3,7 @@
 The model observes the first `CONTEXT` records of a stored sequence, and after that reads only the actions. Every
 evaluation adds two metrics. `eval/open_loop_<h>` is the mean squared error of the observation predicted h steps ahead.
 `eval/repeat_last_<h>` is the error of a baseline that predicts the last observed one. The evaluation also writes
-`pictures/<env_steps>.png`: pixels as a strip, numbers as curves. If an observation has several parts, each has metrics
+`pictures/<clock>.png`: pixels as a strip, numbers as curves. If an observation has several parts, each has metrics
 of its own: `eval/open_loop_<h>_<part>`.
 """
 

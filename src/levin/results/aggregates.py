@@ -10,12 +10,13 @@ REPETITIONS = 2000  # bootstrap resamples; with this many, the ends of an interv
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Return the interquartile mean (IQM) over seeds and tasks: `[seeds, tasks, frames] -> [frames]`.
 
-    It leaves out a quarter of the scores at each end, rounded down. Equal to `scipy.stats.trim_mean`, whose checks of
-    its arguments take most of the time of a bootstrap.
+    It leaves out a quarter of the scores at each end, rounded down, and is NaN if a score is. Without NaN, equal to
+    `scipy.stats.trim_mean`, whose checks of its arguments take most of the time of a bootstrap.
     """
     flat = scores.reshape(-1, scores.shape[-1])
     cut = len(flat) // 4
-    return np.partition(flat, (cut, len(flat) - cut - 1), axis=0)[cut : len(flat) - cut].mean(0)
+    middle = np.partition(flat, (cut, len(flat) - cut - 1), axis=0)[cut : len(flat) - cut].mean(0)
+    return np.where(np.isnan(flat).any(0), np.nan, middle)  # a partition puts NaN last, as if it were the best score
 
 
 def iqm_with_interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,12 +42,12 @@ def probability_of_improvement(first: np.ndarray, second: np.ndarray) -> tuple[f
 
 
 def _share_of_wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the share `[1]` of pairs of runs that the first wins; a draw is half a win.
+    """Return the share `[1]` of pairs of runs that the first wins; a draw is half a win. It is NaN if a score is.
 
     Equal to rliable's, which makes a statistical test of scipy for each task.
     """
     margin = first[:, None] - second[None]  # [seeds, other seeds, tasks]
-    return np.array([((margin > 0) + 0.5 * (margin == 0)).mean()])
+    return np.array([((np.sign(margin) + 1) / 2).mean()])
 
 
 def _bootstrap(

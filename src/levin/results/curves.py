@@ -91,13 +91,11 @@ def read_metric(run: Path, metric: str) -> Curve:
 @contextmanager
 def _explain_damage(path: Path) -> Iterator[None]:
     """Turn an error in reading a CSV file into a ConfigError that names the file."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing")
     try:
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing")
         yield
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, KeyError, TypeError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -127,12 +125,18 @@ def write_curves(folder: Path, curves: Curves, kind: str = CURVES) -> None:
 def align_curves(seeds: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
     """Return the env steps `[evaluations]` that all seeds have reached, and their returns `[seeds, evaluations]`.
 
-    The env steps are those of the first seed. Returns of seeds that were evaluated at others are interpolated.
+    If the seeds were evaluated at different env steps, these are the env steps of all seeds from the last beginning to
+    the first end, and the returns are interpolated.
+
+    Raises:
+        ConfigError: A seed ends before another begins.
     """
     grid = seeds[0].env_steps
     if all(np.array_equal(curve.env_steps, grid) for curve in seeds):  # not interpolated: steps may repeat
         return grid, np.stack([curve.return_mean for curve in seeds])
-    grid = grid[grid <= min(curve.env_steps[-1] for curve in seeds)]
-    if not len(grid):
-        raise ConfigError("the seeds have no evaluation at the same env steps")
+    start, end = max(curve.env_steps[0] for curve in seeds), min(curve.env_steps[-1] for curve in seeds)
+    if start > end:
+        raise ConfigError(f"a seed ends after {end:,.0f} env steps, before another begins, after {start:,.0f}")
+    steps = np.unique(np.concatenate([curve.env_steps for curve in seeds]))
+    grid = steps[(steps >= start) & (steps <= end)]
     return grid, np.stack([np.interp(grid, curve.env_steps, curve.return_mean) for curve in seeds])

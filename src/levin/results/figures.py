@@ -39,19 +39,19 @@ def expected_figures(results: list[Result]) -> Iterator[tuple[Path, str, Callabl
     """Yield each figure that experiments/ should have: path, fingerprint of its data, and a function that draws it."""
     done = [result for result in results if result.evaluations]
     for result in done:
-        yield result.folder / PICTURE, _source(result), lambda result=result: draw_result(result)
+        yield result.folder / PICTURE, _fingerprint(result), lambda result=result: draw_result(result)
     if any(result.reference.published for result in done):
-        yield paths.EXPERIMENTS / AGGREGATE, _source(*results), lambda: draw_aggregate(results)
+        yield paths.EXPERIMENTS / AGGREGATE, _fingerprint(*results), lambda: draw_aggregate(results)
 
 
-def _source(*results: Result) -> str:
+def _fingerprint(*results: Result) -> str:
     """Return a fingerprint of all data that a figure of these results shows."""
     digest = hashlib.sha256(DRAWING.encode())
     for result in results:
         digest.update(result.name.encode())
-        files = file_fingerprints(result.folder)
-        digest.update(files[CURVES].encode())
-        digest.update(files[TRAINING].encode())
+        fingerprints = file_fingerprints(result.folder)
+        digest.update(fingerprints[CURVES].encode())
+        digest.update(fingerprints[TRAINING].encode())
         if result.source:
             digest.update((result.folder / result.reference.source_file).read_bytes())
         digest.update(result.reference.model_dump_json(exclude_defaults=True).encode())
@@ -77,7 +77,7 @@ def draw_result(result: Result) -> None:
     draw_line(axes, label, list(curves.values()), single=True, color=color)
     if result.source:
         own = f"{result.reference.source_run.family}, run here: {len(result.source)} seeds"  # type: ignore[union-attr]
-        draw_line(axes, plain(own), list(result.source.values()), single=True, color="dimgray")
+        draw_line(axes, escape_dollars(own), list(result.source.values()), single=True, color="dimgray")
     if result.reference.metric != "evaluations":
         axes.set_ylabel("training return")
     for published, color in zip(
@@ -85,15 +85,15 @@ def draw_result(result: Result) -> None:
     ):
         axes.errorbar(
             *([result.reference.env_steps], [published.mean], [published.std or 0]),
-            label=plain(f"{published.family}: {published.number}"),
+            label=escape_dollars(f"{published.family}: {published.number}"),
             fmt="o", color=color, capsize=4, clip_on=False, zorder=3,
         )  # fmt: skip
     axes.axhline(
         result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"required: {result.reference.gate:g}"
     )
-    axes.set_title(plain(f"{result.env}: {result.verdict[0]}"))
+    axes.set_title(escape_dollars(f"{result.env}: {result.verdict[0]}"))
     axes.legend(frameon=False, loc="lower right")
-    save_figure(figure, result.folder / PICTURE, _source(result))
+    save_figure(figure, result.folder / PICTURE, _fingerprint(result))
 
 
 def draw_aggregate(results: list[Result]) -> None:
@@ -134,8 +134,8 @@ def draw_aggregate(results: list[Result]) -> None:
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
     if compared:
         _draw_improvement(axes["improvement"], compared, colors)
-    figure.suptitle(plain(textwrap.fill(describe_missing(results), 110)), fontsize=10, color="gray")
-    save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _source(*results))
+    figure.suptitle(escape_dollars(textwrap.fill(describe_missing(results), 110)), fontsize=10, color="gray")
+    save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _fingerprint(*results))
 
 
 def _new_aggregate(*, improvement: bool) -> "tuple[Figure, dict[str, Axes]]":
@@ -258,7 +258,7 @@ def draw_line(
     grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
     marker = "o" if len(grid) == 1 else ""  # a line of one point can't be seen
-    (line,) = axes.plot(grid, iqm, label=plain(label), linewidth=2, marker=marker, color=color)
+    (line,) = axes.plot(grid, iqm, label=escape_dollars(label), linewidth=2, marker=marker, color=color)
     for values in returns if single and len(seeds) > 1 else []:
         axes.plot(grid, values, color=line.get_color(), linewidth=0.7, alpha=0.8, marker=marker, markersize=3)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -288,7 +288,7 @@ def _plain_frame(axes: "Axes") -> None:
     axes.grid(alpha=0.3)
 
 
-def plain(text: str) -> str:
+def escape_dollars(text: str) -> str:
     """Return text for a figure in which `$` is a dollar sign, not the start of a formula."""
     return text.replace("$", r"\$")
 

@@ -292,13 +292,13 @@ def _judge_by_gate(reference: Reference, scores: np.ndarray) -> tuple[Verdict, s
     _, ends = aggregates.iqm_with_interval(scores[:, None, None])
     low, high = float(ends[0, 0]), float(ends[1, 0])
     message = f"mean of {n} seed{'s' if n > 1 else ''} {mean:.1f}, 95% interval {low:.1f} to {high:.1f}"
-    message += f", gate {gate:g} ({reference.gate_from})"
+    message += f", required score {gate:g} ({reference.gate_from})"
     if not high >= gate:  # also if a score is not a number
         return "partial", f"{message}: the interval ends {gate - high:.1f} below"
     if reference.has_spread and n < SEEDS_OF_A_REPRODUCTION:
         return "partial", f"{message}: {SEEDS_OF_A_REPRODUCTION} seeds are needed"
     if low < gate:
-        return "inconclusive", f"{message}: the gate lies inside the interval"
+        return "inconclusive", f"{message}: the required score lies inside the interval"
     if not reference.has_spread:
         return "passed", message
     first = reference.published[0]

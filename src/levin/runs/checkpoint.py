@@ -51,10 +51,16 @@ def discard(folder: Path) -> None:
     shutil.rmtree(removed)
 
 
-def relink(link: Path, target: str) -> None:
-    """Point a symbolic link at another target, in one atomic step; warn where the file system has no links."""
+def relink(link: Path, target: str | None) -> None:
+    """Point a symbolic link at another target, in one atomic step; warn where the file system has no links.
+
+    None removes the link.
+    """
     if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
         shutil.rmtree(link)
+    if target is None:
+        link.unlink(missing_ok=True)
+        return
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -68,10 +74,10 @@ def relink(link: Path, target: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete the half-written and half-deleted folders that a killed run left in `checkpoints/`."""
+    """Delete the half-written and half-deleted folders and files that a killed run left in `checkpoints/`."""
     for pattern in (".*.partial", ".*.removed"):
         for left in folder.glob(pattern):
-            left.unlink() if left.is_symlink() else shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from levin.algorithms.base import Algorithm
-from levin.core.errors import CheckpointError, ConfigError, RunError
+from levin.core.errors import CheckpointError, ConfigError, RunError, one_line
 from levin.runs import code
 
 # Values that stay as they are: a resumed run takes those that its algorithm begins with.
@@ -174,7 +174,7 @@ class ExtraState:
         holder = type(self.algorithm).__name__ + (f".{where}" if where else "")
         return (
             f"{holder} keeps something in the attribute {name} that a resumed run could not restore "
-            f"({' '.join(str(error).split())}): keep numbers, texts, tensors, arrays, lists, dicts, deques, random "
+            f"({one_line(error)}): keep numbers, texts, tensors, arrays, lists, dicts, deques, random "
             "generators or objects of your own classes; or, if a resumed run does not need it, write "
             f'not_saved = ("{name}",) in the class'
         )
@@ -228,7 +228,7 @@ class Writer(pickle.Pickler):
         elif isinstance(obj, np.generic):
             reduced = _make_scalar, (_describe_dtype(obj.dtype), obj.tobytes())
         elif isinstance(obj, GENERATORS):
-            reduced = _make_generator, (type(obj).__name__, _generator_state(obj))
+            reduced = _make_generator, (type(obj).__name__, _generator_state(obj), getattr(obj, "device", None))
         elif isinstance(obj, TensorDict):
             reduced = _make_tensordict, (dict(obj.items()), tuple(obj.batch_size))
         elif isinstance(obj, types.MethodType):
@@ -243,7 +243,7 @@ class Writer(pickle.Pickler):
         if base is not None:
             return _make_view, (base, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        kind = type(tensor) is nn.Parameter, tensor.requires_grad and tensor.is_leaf, tensor.device.type
+        kind = type(tensor) is nn.Parameter, tensor.requires_grad and tensor.is_leaf, tensor.device
         return _make_tensor, (self.reduce_bytes(content), tensor.dtype, tuple(tensor.shape), kind)
 
     def reduce_bytes(self, array: np.ndarray) -> bytes:
@@ -310,7 +310,13 @@ class Loader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         return self.parts[pid] if isinstance(pid, str) else self.state.originals[pid]
 
+    def make_device(self, kind: str, *_: int) -> torch.device:
+        """Return the CPU, or the algorithm's device in place of a GPU: a run may be resumed where there is no other."""
+        return torch.device("cpu") if kind == "cpu" else self.state.algorithm.device
+
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("torch", "device"):
+            return self.make_device
         if (module_name, global_name) in NAMES:
             return NAMES[module_name, global_name]
         if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
@@ -449,7 +455,10 @@ def _fill_object(value: Any, state: Any, items: list[Any] | None, pairs: dict[An
 
 
 def _set_generator_state(value: Any, state: Any) -> None:
-    if isinstance(value, torch.Generator | np.random.RandomState):
+    if isinstance(value, torch.Generator):
+        if value.get_state().shape == state.shape:  # else from a GPU to the CPU or back, where no stream can continue
+            value.set_state(state)
+    elif isinstance(value, np.random.RandomState):
         value.set_state(state)
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = state
@@ -457,9 +466,9 @@ def _set_generator_state(value: Any, state: Any) -> None:
         value.setstate(state)
 
 
-def _make_generator(kind: str, state: Any) -> Any:
+def _make_generator(kind: str, state: Any, device: torch.device | None = None) -> Any:
     if isinstance(state, Tensor):
-        generator: Any = torch.Generator()
+        generator: Any = torch.Generator(device or "cpu")
     elif kind == "Generator":
         if state["bit_generator"] not in BIT_GENERATORS:
             raise ValueError(f"{state['bit_generator']} is no bit generator of NumPy")
@@ -470,7 +479,9 @@ def _make_generator(kind: str, state: Any) -> Any:
     return generator
 
 
-def _make_tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...], kind: tuple[bool, bool, str]) -> Tensor:
+def _make_tensor(
+    content: bytes, dtype: torch.dtype, shape: tuple[int, ...], kind: tuple[bool, bool, torch.device | str]
+) -> Tensor:
     is_parameter, needs_grad, device = kind
     flat = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
     tensor = flat.view(dtype).reshape(shape).to(device)

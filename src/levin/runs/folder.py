@@ -24,6 +24,7 @@ from levin.runs import checkpoint, code, slurm, trust
 from levin.runs.provenance import command_line
 
 CONFIG, PROVENANCE, LOCK = "config.yaml", "provenance.json", ".lock"
+STUDY = "study.json"  # in the folder of a study, whose runs `levin.tune` trains
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.ENOTCONN)
 
 
@@ -78,6 +79,8 @@ def find_requeued_run(config: DictConfig) -> Path | None:
         provenance = read_provenance(folder)
         if (provenance.get("slurm_job"), provenance.get("command")) == (slurm.job_id(), command_line()):
             return folder
+        if config.run and not provenance and has_begun(folder):  # killed before it could write its provenance
+            return folder
     return None
 
 
@@ -115,6 +118,7 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         if resumed and contents:
             if _report_changed_code(contents, local, "of an uninterrupted run"):
                 code.copy_code(local, run, f"{code.FOLDER}_resumed_{len(contents['resumed']) + 1}")
+            contents |= {"env_steps": None, "ended_at": None}  # until it ends again
             contents["resumed"].append(provenance)
         else:
             code.copy_code(local, run, code.FOLDER)

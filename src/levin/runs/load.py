@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from levin.core import files, paths
-from levin.core.errors import CheckpointError, ConfigError
+from levin.core.errors import CheckpointError, ConfigError, one_line
 from levin.core.omega import to_plain
 from levin.core.validate import as_count, check_section
 from levin.runs import checkpoint, trust
@@ -51,7 +51,7 @@ def load_config(run: Path, *, runs: tuple[str, ...] = trust.SECTIONS) -> DictCon
     except ConfigError:
         raise
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is damaged: {one_line(error)}") from error
     trust.check(config, runs, path)
     return config
 
@@ -71,7 +71,7 @@ def algorithm_class(config: DictConfig) -> "type[Algorithm]":
     try:
         algorithm = get_class(target)
     except (ImportError, ValueError, TypeError) as error:
-        raise ConfigError(f"algo._target_={target} can't be imported: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"algo._target_={target} can't be imported: {one_line(error)}") from error
     if not issubclass(algorithm, Algorithm):
         raise ConfigError(f"algo._target_={target} is not a subclass of levin.algorithms.base.Algorithm")
     return algorithm
@@ -118,8 +118,9 @@ def load_algorithm(run: Path) -> "Algorithm":
             if extra := saved.get("extra"):
                 _restore_attributes(algorithm, extra)
     except Exception as error:  # values of the wrong type or size raise errors of many types
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path} does not fit {kind.__name__}: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(
+            f"{path} does not fit {kind.__name__}: {type(error).__name__}: {one_line(error)}"
+        ) from error
     return algorithm
 
 

@@ -6,7 +6,6 @@ or left alone by the same call: `levin.resume.resume`.
 """
 
 import atexit
-import ctypes
 import multiprocessing.util
 import os
 import signal
@@ -22,23 +21,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from levin.core.errors import CheckpointError, FolderError, NotFiniteError, RunError, exit_on_user_error
+from levin.core.errors import CheckpointError, FolderError, LockedError, NotFiniteError, RunError, exit_on_user_error
 from levin.core.process import (
     SIGNALS,
     close_terminal,
     handle_signals,
     release_cores,
     restore_signals,
+    signal_at_parents_end,
 )
 from levin.runs import folder as run_folder
 from levin.scheduler.resources import Resources
 from levin.scheduler.table import State, Table
 
 OUTPUT = "output.txt"
-PR_SET_PDEATHSIG = 1  # as in linux/prctl.h
 SECONDS = 0.1  # between two looks at the processes
-# Exit codes of the process of a run: its values are not valid, a number was not finite, Ctrl-C before it trained.
-NOT_VALID, NOT_FINITE, INTERRUPTED = 2, 3, 130
+# Exit codes of the process of a run: its values are not valid, a number was not finite, another process trains it,
+# Ctrl-C before it trained.
+NOT_VALID, NOT_FINITE, LOCKED, INTERRUPTED = 2, 3, 4, 130
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Scheduler:
             _redirect_output(output)
             if self.resources.gpus is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.resources.gpus[place]
-            _end_with_parent(self._owner)
+            signal_at_parents_end(signal.SIGTERM, self._owner)
             restore_signals(self._handlers)
             signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # that of a SLURM job is for the first process alone
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -187,6 +187,8 @@ def _exit_code(ending: SystemExit) -> Any:
     reason = ending.__context__
     if isinstance(reason, NotFiniteError):
         return NOT_FINITE
+    if isinstance(reason, LockedError):
+        return LOCKED
     return 1 if isinstance(reason, FolderError | CheckpointError) else ending.code
 
 
@@ -197,14 +199,6 @@ def _redirect_output(descriptor: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # New streams: those of the first process may have been replaced, as pytest and notebooks do.
     sys.stdout, sys.stderr = (open(each, "w", encoding="utf-8", buffering=1, closefd=False) for each in (1, 2))  # noqa: SIM115
-
-
-def _end_with_parent(parent: int) -> None:
-    """Let this process receive SIGTERM when its parent ends, even if that is killed (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train_all(
@@ -243,7 +237,9 @@ def train_all(
             for ended in scheduler.poll():
                 # A run that has not begun to train when a signal arrives ends at once.
                 stopped = scheduler.received is not None and (ended.code < 0 or ended.code == INTERRUPTED)
-                if ended.code and not stopped:
+                if ended.code == LOCKED:  # another process has started it at the same moment
+                    states[ended.run] = "elsewhere"
+                elif ended.code and not stopped:
                     states[ended.run] = "failed"
                     if ended.code not in tolerated:
                         failures.append(ended.failure)

@@ -86,6 +86,15 @@ class Checkpointing(Checkpoint):
         if self.clock.is_due(algorithm.clock) or trainer.should_stop:
             self.save(trainer, algorithm)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Link the best checkpoint again: a complete run is evaluated once more after its last checkpoint.
+
+        Nothing is deleted: a resumed run drops this evaluation, and then the best is again the one before.
+        """
+        self._rank(cast(Algorithm, pl_module))
+        if trainer.is_global_zero:
+            self._link_best()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state before a rollout that a signal has ended."""
         algorithm = cast(Algorithm, pl_module)
@@ -108,16 +117,20 @@ class Checkpointing(Checkpoint):
         if self.evaluation.evaluated_at == algorithm.clock and self.evaluation.return_mean is not None:
             self.returns[str(algorithm.clock)] = self.evaluation.return_mean
 
-    def _prune(self) -> None:
-        folders = {folder.name: folder for folder in checkpoint.list_checkpoints(self.folder)}
-        self.returns = {name: self.returns[name] for name in folders if name in self.returns}
+    def _link_best(self) -> str | None:
+        """Point the link `best` at the checkpoint with the best evaluation, and return its name (None: no such)."""
+        names = [folder.name for folder in checkpoint.list_checkpoints(self.folder)]
+        self.returns = {name: self.returns[name] for name in names if name in self.returns}
         finite = {name: value for name, value in self.returns.items() if math.isfinite(value)}
         best = max(finite, key=lambda name: finite[name], default=None)
-        if best is not None:
-            checkpoint.relink(self.folder / checkpoint.BEST, best)
-        for name in list(folders)[: -self.keep]:
-            if name != best:
-                checkpoint.discard(folders[name])
+        checkpoint.relink(self.folder / checkpoint.BEST, best)
+        return best
+
+    def _prune(self) -> None:
+        best = self._link_best()
+        for folder in checkpoint.list_checkpoints(self.folder)[: -self.keep]:
+            if folder.name != best:
+                checkpoint.discard(folder)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check_state(checkpoint)
@@ -125,8 +138,9 @@ class Checkpointing(Checkpoint):
             checkpoint["extra"] = extra
         checkpoint["rng"] = rng_state()
         checkpoint["ranks"] = distributed.world_size()
-        for key in [key for key in checkpoint["callbacks"] if key.startswith(Timer.__name__)]:
-            del checkpoint["callbacks"][key]  # `max_time` limits one session, not the run: resuming starts it anew
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if type(callback) is Timer:  # `max_time` limits one session, not the run: resuming starts it anew
+                checkpoint["callbacks"].pop(callback.state_key, None)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 checkpoint["wandb_id"] = logger.experiment.id

@@ -143,7 +143,7 @@ class Evaluation(Callback):
         row = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
         row |= {f"eval/{name}": value for name, value in mean_numbers(self.vector_env.ended).items()}
         row |= {"eval/length_mean": float(np.mean(lengths)), **algorithm.on_evaluation(self.pictures)}
-        loggers.log_pictures(trainer.loggers, self.pictures, algorithm.clock)
+        loggers.log_pictures(trainer.loggers, self.pictures, clock=algorithm.clock, env_steps=algorithm.env_steps)
         row["time/evaluate"] = perf_counter() - start
         return row
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from levin.algorithms.base import Algorithm
 from levin.core import files
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, one_line
 from levin.core.process import print_line
 from levin.runs import checkpoint, trust
 
@@ -44,8 +44,7 @@ def make_loggers(
     except Exception as error:  # each logger raises its own errors
         if isinstance(error, ConfigError):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"logger={name} can't be started: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"logger={name} can't be started: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _make_loggers(
@@ -87,8 +86,7 @@ def check_login(name: str | None) -> None:
         try:
             _wandb_login()
         except Exception as error:  # wandb raises errors of several types
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"logger=wandb can't be started: {reason}") from error
+            raise ConfigError(f"logger=wandb can't be started: {one_line(error)}") from error
 
 
 def _wandb_logger(run: Path, config: dict[str, Any], wandb_id: str | None) -> WandbLogger:
@@ -141,17 +139,18 @@ def _log_at_clock(
     log({**plain, "env_steps": algorithm.env_steps}, step=algorithm.clock)
 
 
-def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
-    """Send the pictures `<env_steps>.png` and `<env_steps>_<part>.png` to Weights & Biases or TensorBoard.
+def log_pictures(loggers: list[Logger], folder: Path, *, clock: int, env_steps: int) -> None:
+    """Send the pictures `<clock>.png` and `<clock>_<part>.png` to Weights & Biases or TensorBoard.
 
     Args:
         loggers: Loggers of the run.
         folder: Folder of the pictures.
-        env_steps: Clock of the evaluation (`Algorithm.clock`), which is the number of env steps in most algorithms.
+        clock: `Algorithm.clock` at the evaluation, the x-axis of TensorBoard.
+        env_steps: Env steps at the evaluation, the x-axis of Weights & Biases.
     """
     for picture in sorted(folder.glob("*.png")):
-        steps, _, part = picture.stem.partition("_")
-        if steps != str(env_steps) or not picture.is_file():
+        at, _, part = picture.stem.partition("_")
+        if at != str(clock) or not picture.is_file():
             continue
         name = f"pictures/{part or 'open_loop'}"
         for logger in loggers:
@@ -163,21 +162,29 @@ def log_pictures(loggers: list[Logger], folder: Path, env_steps: int) -> None:
                 import imageio
 
                 pixels = np.atleast_3d(imageio.imread(picture))
-                logger.experiment.add_image(name, pixels, env_steps, dataformats="HWC")
+                logger.experiment.add_image(name, pixels, clock, dataformats="HWC")
 
 
-def upload(loggers: list[Logger], run: Path) -> None:
-    """Send the run's videos, its config and its last checkpoint without the replay buffer to Weights & Biases."""
+def upload_checkpoint(loggers: list[Logger], run: Path) -> None:
+    """Send the run's config and its last checkpoint without the replay buffer to Weights & Biases."""
+    import wandb
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
+            artifact.add_file(str(checkpoint.newest_checkpoint(run)))
+            artifact.add_file(str(run / "config.yaml"))
+            logger.experiment.log_artifact(artifact)
+
+
+def upload_videos(loggers: list[Logger], run: Path) -> None:
+    """Send the run's videos to Weights & Biases."""
     import wandb
 
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for video in sorted((run / "videos").glob("*.mp4")):
                 logger.experiment.log({f"video/{video.stem}": wandb.Video(str(video))})
-            artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
-            artifact.add_file(str(checkpoint.newest_checkpoint(run)))
-            artifact.add_file(str(run / "config.yaml"))
-            logger.experiment.log_artifact(artifact)
 
 
 def close(loggers: list[Logger]) -> None:

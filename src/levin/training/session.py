@@ -25,13 +25,14 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.factory import make_loader
 from levin.collectors.loader import CollectorLoader
 from levin.core import rng
-from levin.core.errors import CheckpointError, ConfigError, Interrupted, RunError
+from levin.core.errors import CheckpointError, ConfigError, Interrupted, RunError, one_line
 from levin.core.omega import to_plain
 from levin.core.process import keep_freed_memory, print_line, release_cores, silence_libraries
 from levin.envs.config import EnvConfig
@@ -99,15 +100,26 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             algorithm.env_steps if budget.complete else None,
             cfg.total_env_steps if budget.complete or not guards.is_interrupted(trainer) else None,
         )
-        if cfg.upload and budget.complete:
-            video.record_video(run=str(run))
-            loggers.upload(trainer.loggers, run)
-        loggers.close(trainer.loggers)
+        try:
+            if cfg.upload and budget.complete:
+                loggers.upload_checkpoint(trainer.loggers, run)
+                _upload_video(trainer.loggers, run)
+        finally:
+            loggers.close(trainer.loggers)
     if evaluation.return_mean is not None:
         print_line(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
     if not budget.complete:
         guards.forward_sigusr1(trainer)
     return evaluation.return_mean
+
+
+def _upload_video(run_loggers: list[Logger], run: Path) -> None:
+    """Record a video of the run and upload it; print why there is none if the env can't be rendered here."""
+    try:
+        video.record_video(run=str(run))
+    except ConfigError as error:
+        print_line(f"no video is uploaded: {error}")
+    loggers.upload_videos(run_loggers, run)
 
 
 @contextmanager
@@ -120,15 +132,15 @@ def _explain_restore(algorithm: Algorithm, ckpt_path: Path | None) -> Iterator[N
     except Exception as error:  # values of the wrong type or size raise errors of many types
         if ckpt_path is None or algorithm.iterations_here > 1:
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{ckpt_path} can't be restored: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(f"{ckpt_path} can't be restored: {type(error).__name__}: {one_line(error)}") from error
 
 
 def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:
     """Seed this process, and build its algorithm and its rollout loader, with this rank's share of the envs."""
     world_size, rank, cfg = sharding.configured_world_size(cfg), sharding.process_rank(cfg), sharding.shard_config(cfg)
     if cfg.trainer.threads or world_size > 1:
-        torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // world_size))
+        # The cores of a node are shared by its ranks alone.
+        torch.set_num_threads(cfg.trainer.threads or max(1, torch.get_num_threads() // cfg.trainer.devices))
     if world_size == 1:
         release_cores(torch.get_num_threads())
     with sharding.explain_shares(world_size):

@@ -62,7 +62,8 @@ def build_trainer(
     budget = Budget(cfg.total_env_steps)
     metrics = Metrics(cfg.log_every, budget)
     hogwild = cfg.trainer.strategy == "hogwild"
-    preemption = Preemption(alone=not hogwild and sharding.configured_world_size(cfg) == 1)
+    ranks = sharding.configured_world_size(cfg)
+    preemption = Preemption(alone=not hogwild and ranks == 1)
     # Workers of Hogwild must have ended before the last checkpoint, so an evaluation is not abandoned.
     stop = (lambda: False) if hogwild else (lambda: preemption.received is not None)
     evaluation = Evaluation(**cfg.eval, env=env, metrics=metrics, budget=budget, run=run, stop=stop)
@@ -78,12 +79,19 @@ def build_trainer(
     if hogwild:
         options |= {"strategy": (strategy := Hogwild(cfg.trainer.workers, make_rollouts)), "accelerator": "cpu"}
         callbacks.insert(callbacks.index(evaluation), Workers(strategy))
-    if cfg.trainer.strategy == "ddp" or sharding.configured_world_size(cfg) > 1:
-        options |= {
-            "strategy": DataParallel(cfg, run, ckpt_path) if sharding.configured_world_size(cfg) > 1 else "auto"
-        }
-    fixed = {"max_epochs": -1, "enable_progress_bar": False, "logger": False}
-    disabled = {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    if ranks > 1:
+        options["strategy"] = DataParallel(cfg, run, ckpt_path)
+    elif cfg.trainer.strategy == "ddp":
+        options["strategy"] = "auto"
+    defaults = {
+        "max_epochs": -1,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "profiler": NoProfiler(),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
     plugins = FolderCheckpointIO(run / "checkpoints")
     try:
         added = [instantiate(section) for section in cfg.callbacks.values()]
@@ -92,8 +100,7 @@ def build_trainer(
         evaluation.others = added
         at = callbacks.index(metrics)  # the row of metrics has what they log
         callbacks[at:at] = added
-        options = {**fixed, **disabled, "profiler": NoProfiler(), **options}
-        trainer = Trainer(**options, plugins=plugins, callbacks=callbacks)  # type: ignore[arg-type]
+        trainer = Trainer(**(defaults | options), plugins=plugins, callbacks=callbacks)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except Exception as error:  # Lightning and the callbacks raise errors of many types

@@ -55,7 +55,7 @@ from levin.tuning.sampler import TrialSampler
 from levin.tuning.space import as_word, suggest
 from levin.tuning.winner import tuned_path
 
-PLAN, JOURNAL, TRIALS, TABLE = "study.json", "study.log", "trials", "trials.csv"
+PLAN, JOURNAL, TRIALS, TABLE = run_folder.STUDY, "study.log", "trials", "trials.csv"
 BASE, TUNED = "base", "tuned.yaml"
 RESTARTS = 3  # of the runs of a trial that were killed, by one command
 FAILED_BEFORE = "failed_before"  # attribute of a trial of which a run has ended with an error
@@ -101,6 +101,11 @@ def open_study(
         seeds_per_trial=seeds_per_trial,
         code=checksum_of({str(base.algo._target_)}),
     )
+    if base.trainer.get("max_time") is not None:
+        raise ConfigError(
+            f"trainer.max_time={base.trainer.max_time} stops runs before their end, so no trial would be complete: "
+            "leave it out"
+        )
     with _lock_until(folder / ".study.lock"):
         if (folder / PLAN).exists():
             _refuse_other(folder, plan)
@@ -239,6 +244,7 @@ class OpenTrial:
     lock: ExitStack
     waiting: list[Path]  # runs that are not started yet
     last_step: int = -1  # of the values reported
+    judged_step: int = -1  # of the value after which the pruner was asked
     told: bool = False  # whether its state is final; its processes may still be saving
     restarts: int = 0
     ended: set[Path] = field(default_factory=set)
@@ -273,6 +279,8 @@ class Trials:
         self.open: list[OpenTrial] = []
         self.states: dict[Path, State] = {}
         self.finished = 0  # trials of all processes, when trials.csv was last written
+        self.trains = False  # whether a run has been evaluated here, so that this machine can train the study
+        self.refusal = ""  # last line of the run whose values were last refused
         self._curves: dict[Path, tuple[int, Curve]] = {}  # by run: size of its metrics.csv when it was read, and curve
 
     def run(self) -> bool:
@@ -323,7 +331,9 @@ class Trials:
         """Return a trial whose command was killed or stopped."""
         own = [each.trial.number for each in self.open]
         for each in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if each.number not in own and (lock := self._lock(each.number)) is not None:
+            if each.number in own or run_folder.is_locked(trial_folder(self.folder, each.number)):
+                continue
+            if (lock := self._lock(each.number)) is not None:
                 frozen = self.study.get_trials(deepcopy=False)[each.number]
                 if frozen.state != TrialState.RUNNING:  # finished just now by the process that had the lock
                     lock.close()
@@ -347,7 +357,7 @@ class Trials:
         folder = trial_folder(self.folder, number)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            held.enter_context(run_folder.lock_file(folder / ".lock", f"{folder} is locked"))
+            held.enter_context(run_folder.lock_file(folder / run_folder.LOCK, f"{folder} is locked"))
         except LockedError:
             return None
         return held
@@ -387,7 +397,11 @@ class Trials:
         elif ended.code == 0 and run_folder.has_ended(ended.run, trial.configs[ended.run].total_env_steps):
             trial.ended.add(ended.run)
             self._set_state(trial, ended.run, "complete")
+        elif ended.code == NOT_VALID and not self.trains and ended.last_line == self.refusal:
+            # Other values, the same message: perhaps this machine has no GPU or lacks a package.
+            raise RunError(f"trial {trial.trial.number}: {ended.failure}; the same command continues the study")
         elif ended.code in (NOT_VALID, NOT_FINITE):
+            self.refusal = ended.last_line
             self._set_state(trial, ended.run, "failed")
             self._finish(trial, None, TrialState.FAIL, ended.last_line)
         elif ended.code <= 0 and trial.restarts < RESTARTS:
@@ -408,9 +422,12 @@ class Trials:
                 if step > trial.last_step:
                     trial.trial.report(value, step)
                     trial.last_step = step
-                if step == trial.last_step and trial.trial.should_prune():
-                    self._finish(trial, None, TrialState.PRUNED, f"pruned, {value:.1f} so far")
-                    break
+                    self.trains = True
+                if step == trial.last_step > trial.judged_step:  # also the last step before the trial was reopened
+                    trial.judged_step = step
+                    if trial.trial.should_prune():
+                        self._finish(trial, None, TrialState.PRUNED, f"pruned, {value:.1f} so far")
+                        break
             if not trial.told and len(trial.ended) == len(trial.configs):
                 last = np.array([last_return(run) for run in trial.configs])
                 self._finish(trial, float(iqm(last[:, None, None])[0]), TrialState.COMPLETE, "complete")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -99,7 +100,8 @@ class RanksLauncher(_Launcher):
             Thread(target=self._watch, args=(finished,), daemon=True).start()
             result = function(*args, **kwargs)
             for process in self.processes:
-                process.wait(GRACE)
+                with suppress(subprocess.TimeoutExpired):  # it is killed below
+                    process.wait(GRACE)
             return result
         except distributed.RankLostError as error:
             raise self._find_failure() or error from error
@@ -128,7 +130,7 @@ class RanksLauncher(_Launcher):
         strategy = self.strategy
         ckpt_path = str(strategy.ckpt_path) if strategy.ckpt_path else ""
         arguments = {"config": OmegaConf.to_yaml(strategy.config), "run": str(strategy.run), "ckpt_path": ckpt_path}
-        arguments["reports"] = str(self.reports)
+        arguments |= {"reports": str(self.reports), "rank_0": str(os.getpid())}
         assert process.stdin is not None
         process.stdin.write(json.dumps(arguments))
         process.stdin.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -10,12 +11,14 @@ from omegaconf import OmegaConf
 
 from levin.core import distributed
 from levin.core.errors import ConfigError, RunError
+from levin.core.process import signal_at_parents_end
 from levin.training.session import train_rank
 
 
 def main() -> None:
     """Train as one rank with the arguments from stdin. On an error, write a report for `RanksLauncher`, and exit 1."""
     arguments = json.load(sys.stdin)
+    signal_at_parents_end(signal.SIGKILL, int(arguments["rank_0"]))
     config = OmegaConf.create(arguments["config"])
     OmegaConf.set_readonly(config, True)
     ckpt_path = Path(arguments["ckpt_path"]) if arguments["ckpt_path"] else None
