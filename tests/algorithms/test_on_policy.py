@@ -477,7 +477,7 @@ def test_schedules_reach_zero(tmp_path):
     fractions = []
     for env_steps in (0, 50, 150, 200, 400):
         algorithm.iteration_begun = env_steps
-        fractions.append(algorithm.remaining(algorithm.schedule_env_steps))
+        fractions.append(algorithm.remaining)
     assert fractions == [1.0, 0.75, 0.25, 0.0, 0.0]
     rates = {}
     for schedule in ("constant", "linear"):

@@ -131,7 +131,7 @@ class A2C(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         if self.lr_schedule == "linear":
-            self.optimizer.param_groups[0]["lr"] = self.lr * self.remaining(self.schedule_env_steps)
+            self.optimizer.param_groups[0]["lr"] = self.lr * self.remaining
         rollout = self.normalize(rollout)
         self.update(rollout, self.last_value(rollout))
         self.updates += 1

@@ -215,7 +215,7 @@ class A3C(Algorithm):
         assert gradient is not None
         if not gradient.sum().isfinite():  # before it reaches the shared parameters
             raise NotFiniteError(f"the gradient is not finite after {self.env_steps} env steps")
-        lr = self.lr * self.remaining(self.schedule_env_steps) if self.lr_schedule == "linear" else self.lr
+        lr = self.scheduled(self.lr, self.lr_schedule)
         pushes = int(self.pushes.sum())
         decay = self.rmsprop_decay if self.optimizer_name == "rmsprop" else 0.999
         self.mean_square.mul_(decay).addcmul_(gradient, gradient, value=1 - decay)

@@ -87,6 +87,7 @@ class Algorithm(LightningModule):
     )
     actions: ClassVar[tuple[str, ...]]  # supported action spaces: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # supported observation dtypes; "uint8": pixels
+    normalization: ClassVar[bool] = True  # whether the env may normalise observations and rewards
     action_masks: ClassVar[bool] = False  # whether the policy and the targets obey action masks
     lock_free: ClassVar[bool] = False  # whether Hogwild workers may train it (levin.training.distributed.hogwild)
     trunk: nn.Module  # observation -> features; part of the default `policy`
@@ -124,6 +125,11 @@ class Algorithm(LightningModule):
             raise ConfigError(
                 f"{type(self).__name__} does not obey action masks: set env.action_mask=null, or choose another algo, "
                 "such as dqn, ppo, a2c or sac_discrete"
+            )
+        if not self.normalization and (env["observation_clip"] is not None or env["reward_clip"] is not None):
+            raise ConfigError(
+                f"{type(self).__name__} needs unnormalized observations and rewards: set "
+                "env.normalize_observation=false and env.normalize_reward=false"
             )
         self.automatic_optimization = False
         self.save_hyperparameters(logger=False)  # the loggers receive the whole config instead
@@ -219,9 +225,14 @@ class Algorithm(LightningModule):
         """
         super().zero_grad(set_to_none)
 
-    def remaining(self, schedule_env_steps: int | None) -> float:
-        """Return the factor of a linear schedule: 1 in the first iteration, 0 from `schedule_env_steps` on; None: 1."""
-        return max(0.0, 1 - self.iteration_begun / schedule_env_steps) if schedule_env_steps else 1.0
+    @property
+    def remaining(self) -> float:
+        """Part of `schedule_env_steps` that is left: 1 in the first iteration, later 0; always 1 if it is None."""
+        return max(0.0, 1 - self.iteration_begun / self.schedule_env_steps) if self.schedule_env_steps else 1.0
+
+    def scheduled(self, value: float, schedule: str) -> float:
+        """Return the value in this iteration; the schedule `linear` lowers it to 0 at `schedule_env_steps`."""
+        return value * self.remaining if schedule == "linear" else value
 
     def on_evaluation(self, folder: Path) -> dict[str, float]:
         """Write pictures to `folder` and return additional metrics of an evaluation.
@@ -353,7 +364,7 @@ class Algorithm(LightningModule):
         Due updates are counted from the start of the run, so fractions carry over to later iterations and resumed runs.
         """
         assert self.buffer is not None
-        self.buffer.anneal(self.remaining(self.schedule_env_steps))
+        self.buffer.anneal(self.remaining)
         due = int(self.replay_ratio * max(0, self.env_steps - self.learning_starts)) - self.updates
         while due > 0 and self.buffer.ready:
             num = min(due, self.buffer.batches_per_draw(self.batch_size))

@@ -114,6 +114,7 @@ class Dreamer(Algorithm):
     actions: ClassVar = ("box", "discrete")
     actor: Policy  # takes features of the world model
     observations: ClassVar = ("float32", "uint8")
+    normalization: ClassVar = False
     buffer: SequenceReplay
 
     def __init__(
@@ -148,11 +149,6 @@ class Dreamer(Algorithm):
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__(env, gamma)
-        if env["observation_clip"] is not None or env["reward_clip"] is not None:
-            raise ConfigError(
-                "Dreamer needs unnormalized observations and rewards: set env.normalize_observation=false and "
-                "env.normalize_reward=false"
-            )
         if buffer_size // env["num_envs"] < batch_length:
             raise ConfigError(
                 f"algo.buffer_size={buffer_size} is too small for one sequence of each env: it must be at least "

@@ -163,11 +163,9 @@ class PPO(Algorithm):
         return self.optimizer
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
-        remaining = self.remaining(self.schedule_env_steps)
-        lr = self.lr * remaining if self.lr_schedule == "linear" else self.lr
+        lr = self.scheduled(self.lr, self.lr_schedule)
         # A tensor, because a loss compiled for a Python number is compiled again for every other number.
-        epsilon = self.clip_epsilon * remaining if self.clip_schedule == "linear" else self.clip_epsilon
-        clip_epsilon = torch.tensor(epsilon, device=self.device)
+        clip_epsilon = torch.tensor(self.scheduled(self.clip_epsilon, self.clip_schedule), device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rollout = self.normalize(rollout)

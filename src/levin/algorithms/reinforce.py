@@ -177,7 +177,7 @@ class REINFORCE(Algorithm):
 
     def training_step(self, rollout: TensorDictBase, _: int) -> None:
         if self.lr_schedule == "linear":
-            self.optimizer.param_groups[0]["lr"] = self.lr * self.remaining(self.schedule_env_steps)
+            self.optimizer.param_groups[0]["lr"] = self.lr * self.remaining
         self.update(self.normalize(rollout))
         self.updates += 1
 
@@ -195,8 +195,7 @@ class REINFORCE(Algorithm):
         if self.normalize_advantage:
             weight = standardize(weight)
         actor_loss, entropy = self.actor_loss(rollout, weight)
-        linear = self.entropy_schedule == "linear"
-        entropy_coef = self.entropy_coef * (self.remaining(self.schedule_env_steps) if linear else 1.0)
+        entropy_coef = self.scheduled(self.entropy_coef, self.entropy_schedule)
         actor_rank_weight = (
             distributed.rank_weight(rollout["next", "done"].sum()) if self.average_over == "episodes" else rank_weight
         )

@@ -107,6 +107,7 @@ class WorldModels(Algorithm):
     not_saved: ClassVar = (*KEPT, "evolution", "candidates", "trials")  # as `on_save_checkpoint` saves them
     actions: ClassVar = ("box", "discrete")
     observations: ClassVar = ("uint8",)
+    normalization: ClassVar = False
     buffer: SequenceReplay
 
     def __init__(
@@ -143,11 +144,6 @@ class WorldModels(Algorithm):
     ) -> None:
         super().__init__(env, gamma=1.0)
         del self.hparams["gamma"]  # not a parameter here: returns are not discounted
-        if env["observation_clip"] is not None or env["reward_clip"] is not None:
-            raise ConfigError(
-                "WorldModels needs unnormalized observations and rewards: set env.normalize_observation=false and "
-                "env.normalize_reward=false"
-            )
         least = (memory_batch_length + 1) * env["num_envs"]
         if collect_env_steps // rounds < least:
             raise ConfigError(
