@@ -18,10 +18,7 @@ ROOT = Path(__file__).parents[2]
 SHELLS = ("sh", "bash", "shell")
 KINDS = (*SHELLS, "python", "diff")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-PRELOADED = (
-    *("levin.training.session", "levin.sweep", "levin.resume", "levin.plot", "rliable.library"),
-    *("levin.results.figures", "matplotlib.pyplot", "onnxscript", "onnxruntime"),
-)
+PRELOADED = ("levin.training.session", "levin.sweep", "levin.resume", "levin.plot", "rliable.library")
 PYTHON = (".venv/bin/python", "python")
 SAVE = re.compile(r"[Ss]ave\s(?:it|this|them|this\sexample)\sas `([\w/.-]+)`")
 PARTS = ("Makefile", "pyproject.toml", "requirements.lock", "README.md", ".gitignore", "src", "configs", "experiments")
