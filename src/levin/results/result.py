@@ -27,7 +27,7 @@ from levin.results.curves import CURVES, SOURCE_CURVES, SOURCE_TRAINING, TRAININ
 from levin.runs.load import POLICY, load_config
 
 CONFIG = "config.yaml"
-MAX_POLICY_BYTES = 1 << 20
+MAX_POLICY_BYTES = 5 << 20  # in the repository: that of SimBa, the largest network, has 4 MB
 PROVENANCE, REFERENCE, SUMMARY, PICTURE = "provenance.json", "reference.yaml", "summary.json", "curve.png"
 SEEDS_OF_A_REPRODUCTION = 3
 TASK_KEYS = ("observation_entries", "wrappers", "kwargs", "pixels", "action_repeat", "time_limit")
