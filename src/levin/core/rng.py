@@ -48,39 +48,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-class Generators:
-    """State of the global generators of Python, NumPy and PyTorch at the time when this object is made.
-
-    It is made and compared faster than `rng_state`, which is for checkpoints.
-    """
-
-    def __init__(self) -> None:
-        self.python = random.getstate()
-        self.numpy: tuple = np.random.get_state()  # type: ignore[assignment]
-        self.pytorch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore(self) -> None:
-        """Set the generators to this state."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.pytorch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Generators)
-            and self.python == other.python
-            and self.numpy[2:] == other.numpy[2:]
-            and np.array_equal(self.numpy[1], other.numpy[1])
-            and torch.equal(self.pytorch, other.pytorch)
-            and all(torch.equal(one, two) for one, two in zip(self.cuda, other.cuda, strict=False))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 def torch_states() -> list[torch.Tensor]:
     """Return the states of PyTorch's generators: that of the CPU, then those of the GPUs in use.
 
@@ -94,6 +61,35 @@ def set_torch_states(states: list[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state_all(states[1:])
+
+
+class Generators:
+    """State of the global generators of Python, NumPy and PyTorch at the time when this object is made.
+
+    It is made and compared faster than `rng_state`, which is for checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.python = random.getstate()
+        self.numpy: tuple = np.random.get_state()  # type: ignore[assignment]
+        self.pytorch = torch_states()
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        set_torch_states(self.pytorch)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Generators)
+            and self.python == other.python
+            and self.numpy[2:] == other.numpy[2:]
+            and np.array_equal(self.numpy[1], other.numpy[1])
+            and all(torch.equal(one, two) for one, two in zip(self.pytorch, other.pytorch, strict=False))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @contextmanager

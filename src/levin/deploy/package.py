@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from levin.core import files, paths
-from levin.core.errors import ConfigError, RunError
+from levin.core.errors import ConfigError, RunError, one_line
 from levin.core.omega import to_plain
 from levin.core.spaces import NetworkInput
 from levin.core.types import PolicyFormat
@@ -115,8 +115,7 @@ def export_graph(graph: PolicyGraph) -> torch.export.ExportedProgram:
         with torch.no_grad(), _quiet():
             return torch.export.export(graph, inputs, dynamic_shapes=((*({0: num} for _ in inputs),),), strict=False)
     except Exception as error:  # the code of a user's networks may fail in any way
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"the policy can't be exported: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"the policy can't be exported: {type(error).__name__}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -156,8 +155,7 @@ def write_onnx(graph: PolicyGraph, metadata: dict[str, Any], path: Path) -> None
                 program, input_names=graph.input_names, output_names=graph.output_names, dynamo=True, verbose=False
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"the policy can't be written as ONNX, try format=torch: {reason}") from error
+        raise ConfigError(f"the policy can't be written as ONNX, try format=torch: {one_line(error)}") from error
     assert exported is not None
     model = exported.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata.items()})

@@ -247,7 +247,9 @@ def action_converter(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Spac
             f"env.target makes an env with several actions, {env.action_keys}; valid: an env with one action"
         )
     spec = env.action_spec_unbatched
-    if isinstance(spec, Binary | MultiOneHot):  # a Binary is a Categorical with n=2, and a MultiOneHot a OneHot
+    discrete = isinstance(spec, OneHot | MultiCategorical | Categorical)
+    # A Binary is a Categorical with n=2, and a MultiOneHot a OneHot.
+    if isinstance(spec, Binary | MultiOneHot) or not (discrete or spec.dtype.is_floating_point):
         raise ConfigError(
             f"env.target makes an env with actions of {type(spec).__name__}; valid: continuous or categorical actions"
         )
@@ -259,10 +261,6 @@ def action_converter(env: EnvBase) -> tuple[Callable[[Tensor], Tensor], gym.Spac
         num, entries = int(spec.n), spec.shape.numel()
         space = Discrete(num) if entries == 1 else MultiDiscrete([num] * entries)
         return lambda action: action.reshape(-1, *spec.shape).to(spec.dtype), space
-    if not spec.dtype.is_floating_point:
-        raise ConfigError(
-            f"env.target makes an env with actions of {type(spec).__name__}; valid: continuous or categorical actions"
-        )
     shape = tuple(spec.shape) or (1,)
     low, high = -math.inf, math.inf
     if isinstance(spec, Bounded):

@@ -93,7 +93,7 @@ class Checkpointing(Checkpoint):
         """
         self._rank(cast(Algorithm, pl_module))
         if trainer.is_global_zero:
-            self._link_best()
+            self._link_best(checkpoint.list_checkpoints(self.folder))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state before a rollout that a signal has ended."""
@@ -117,9 +117,9 @@ class Checkpointing(Checkpoint):
         if self.evaluation.evaluated_at == algorithm.clock and self.evaluation.return_mean is not None:
             self.returns[str(algorithm.clock)] = self.evaluation.return_mean
 
-    def _link_best(self) -> str | None:
+    def _link_best(self, folders: list[Path]) -> str | None:
         """Point the link `best` at the checkpoint with the best evaluation, and return its name (None: no such)."""
-        names = [folder.name for folder in checkpoint.list_checkpoints(self.folder)]
+        names = [folder.name for folder in folders]
         self.returns = {name: self.returns[name] for name in names if name in self.returns}
         finite = {name: value for name, value in self.returns.items() if math.isfinite(value)}
         best = max(finite, key=lambda name: finite[name], default=None)
@@ -127,8 +127,9 @@ class Checkpointing(Checkpoint):
         return best
 
     def _prune(self) -> None:
-        best = self._link_best()
-        for folder in checkpoint.list_checkpoints(self.folder)[: -self.keep]:
+        folders = checkpoint.list_checkpoints(self.folder)
+        best = self._link_best(folders)
+        for folder in folders[: -self.keep]:
             if folder.name != best:
                 checkpoint.discard(folder)
 
