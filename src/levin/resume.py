@@ -222,11 +222,11 @@ def find_runs(words: str) -> list[Path]:
         else:
             found += sorted(config.parent for config in folder.glob(f"*/{run_folder.CONFIG}"))
     if studies and not found:
-        raise ConfigError(f"runs={words} holds no run but those of a study: continue it with make tune")
+        raise ConfigError(f"runs={words} holds no run but those of a search: continue it with make tune")
     if not found:
         raise ConfigError(f"runs={words} holds no run: no folder has a {run_folder.CONFIG}")
     for folder in studies:
-        print_line(f"{folder} is left alone: it belongs to a study, which make tune continues")
+        print_line(f"{folder} is left alone: it belongs to a search, which make tune continues")
     return list(dict.fromkeys(found))
 
 

@@ -165,7 +165,7 @@ def show(folder: Path) -> str:
     """Draw the history of a study; return the tables of its trials and of the importance of its parameters.
 
     Raises:
-        ConfigError: The folder holds no study.
+        ConfigError: The folder holds no search.
     """
     from levin.tuning.pictures import draw_history, importance_table, trials_table
     from levin.tuning.study import load_study
@@ -228,7 +228,7 @@ def main() -> None:
         cli.refuse_repeated(sys.argv[1:])
         words, given = cli.take_flag(sys.argv[1:], "trust")
         if slurm.is_later_rank():
-            raise ConfigError("a study is several processes of one command: start it once, not as ranks of one run")
+            raise ConfigError("a search is several processes of one command: start it once, not as ranks of one run")
         slurm.requeue_on_signal()
         with trusted(given):
             tune(words)

@@ -167,9 +167,9 @@ def test_a_study_is_left_to_make_tune(tmp_path, monkeypatch, capsys):
         (tmp_path / "runs" / run / "config.yaml").touch()
     (tmp_path / "runs/tune_x/study.json").touch()
     assert find_runs("runs/*") == [Path("runs/b")]
-    assert "runs/tune_x is left alone: it belongs to a study, which make tune continues" in capsys.readouterr().out
+    assert "runs/tune_x is left alone: it belongs to a search, which make tune continues" in capsys.readouterr().out
     for words in ("runs/tune_x", "runs/tune_x/*", "runs/tune_x/trials/0000"):
-        with pytest.raises(ConfigError, match="holds no run but those of a study: continue it with make tune"):
+        with pytest.raises(ConfigError, match="holds no run but those of a search: continue it with make tune"):
             find_runs(words)
 
 

@@ -52,7 +52,7 @@ def test_a_study_ends_with_a_config_and_can_be_shown_and_continued(tmp_path):
         (["trials=0"], "trials=0 must be a whole number of 1 or more"),
         (["algo=sacc"], "algo=sacc is unknown; valid: sac,"),
         (["algo.gama=1"], "algo.gama is unknown; valid: algo.gamma,"),
-        (["show=true"], "run=runs/tune_sac_halfcheetah holds no study"),
+        (["show=true"], "run=runs/tune_sac_halfcheetah holds no search"),
         (["trial=3"], "trial is unknown; valid: trials,"),
         (["seed=0,1"], "seed=0,1 has several values"),
     ],

@@ -51,6 +51,12 @@ def test_observations_and_actions_of_all_kinds(words, kind, tmp_path):
     assert checked["steps"] > 1
 
 
+def test_an_env_that_exists_only_in_a_batch_is_exported(tmp_path):
+    words = ("env=torchrl", "env.target=toy_torchrl:line", "env.num_envs=4", "+env.kwargs.batch=4")
+    _, checked = package.package(make_run(tmp_path / "run", *words), "torch", seed=1, steps=50)
+    assert checked["largest_difference"] <= package.TOLERANCE
+
+
 def test_onnx_runs_without_torch_and_levin(tmp_path):
     run = make_run(tmp_path / "run", "env=pendulum")
     export_run(run=str(run))
@@ -61,6 +67,20 @@ def test_onnx_runs_without_torch_and_levin(tmp_path):
     )
     expected = levin.load(run)(np.array([0.6, 0.8, -1.5], np.float32))
     np.testing.assert_allclose(json.loads(answer.stdout)[0], expected, atol=1e-5)
+
+
+def test_the_card_allows_all_actions_and_metadata_is_json(tmp_path):
+    words = ("env=gym", "env.id=toy_envs:Forbidding-v0", "env.action_mask=legal", "+env.kwargs.where=legal")
+    run = make_run(tmp_path / "run", *words)
+    export_run(run=str(run))
+    card = (run / "policy.md").read_text()
+    assert '"legal": np.ones([1, 6], "int8")' in card
+
+    policy = Policy.load(run)
+    policy.env["action"] = {"type": "box", "low": [-np.inf], "high": [1.0]}
+    metadata = package.describe(PolicyGraph(Policy.load(run)), policy, run)
+    assert metadata["action_space"] == {"type": "box", "low": [None], "high": [1.0]}
+    json.dumps(metadata, allow_nan=False)
 
 
 def test_torch_export_runs_without_levin(tmp_path):
@@ -115,6 +135,9 @@ def test_the_card_has_the_score_of_its_own_checkpoint(tmp_path):
     run = make_run(tmp_path / "run", "env=pendulum")
     assert "Mean return over 2 episodes" in read_score(run, 64)
     assert read_score(run, 128) == ""
+    with (run / "metrics.csv").open("a") as file:  # a row that belongs to a later checkpoint
+        file.write((run / "metrics.csv").read_text().splitlines()[-1].replace("64", "96", 1) + "\n")
+    assert "Mean return over 2 episodes" in read_score(run, 64)
     score = {"return_mean": -1.0, "return_std": 2.0, "episodes": 100, "env_steps": 32}
     (run / "evaluation.json").write_text(json.dumps(score))
     assert "2 episodes" in read_score(run, 64), "an evaluation of an older checkpoint is left out"

@@ -4,12 +4,14 @@ import sys
 import types
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from gymnasium.spaces import Box
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 
 from levin.core.errors import ConfigError
 from levin.envs.config import EnvConfig
-from levin.envs.factory import NEWEST_PYTHON, make_env
+from levin.envs.factory import NEWEST_PYTHON, make_env, make_single_env
 from toy_envs import Point
 
 
@@ -42,6 +44,9 @@ def test_an_id_that_nobody_has_registered_is_explained(monkeypatch):
     for name in [each for each in gym.registry if each.startswith("ALE/")]:  # ale-py registers them when it is imported
         monkeypatch.delitem(gym.registry, name)
     refuses("ALE/Pong-v5", "Atari games are ENV=atari")
+    for name in [each for each in gym.registry if each.startswith("dm_control/")]:
+        monkeypatch.delitem(gym.registry, name)
+    refuses("dm_control/finger-spin-v0", "tasks of DM Control also need env.family=dm_control$")
     refuses("Nobodys-v0", "name the package first: env.id=the_package:TheId-v0")
     module(monkeypatch, "registers_later", "def register_envs(): pass")
     refuses("registers_later:Nobodys-v0", r"registers its ids in register_envs\(\): call it in a module of your own")
@@ -71,3 +76,19 @@ def test_several_rewards_are_refused_before_anything_is_written(monkeypatch):
 
     monkeypatch.setitem(gym.registry, "Several-v0", gym.envs.registration.EnvSpec("Several-v0", entry_point=Several))
     refuses("Several-v0", r"has several rewards, \(2,\), .*: wrap the env in a module of your own")
+
+    class Summed(gym.RewardWrapper):
+        def reward(self, reward):
+            return float(np.sum(reward))
+
+    spec = gym.envs.registration.EnvSpec("Summed-v0", entry_point=lambda **_: Summed(Several()))
+    monkeypatch.setitem(gym.registry, "Summed-v0", spec)
+    make_single_env(EnvConfig(id="Summed-v0")).close()
+
+
+@pytest.mark.parametrize("wrapper", [NormalizeObservation, NormalizeReward])
+def test_statistics_that_evaluations_do_not_see_are_refused(monkeypatch, wrapper):
+    spec = gym.envs.registration.EnvSpec("Normal-v0", entry_point=lambda **_: gym.Wrapper(wrapper(Point())))
+    monkeypatch.setitem(gym.registry, "Normal-v0", spec)
+    key = wrapper.__name__.removeprefix("Normalize").lower()
+    refuses("Normal-v0", f"has the wrapper {wrapper.__name__}, .*: remove it, and set env.normalize_{key}=true$")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
-from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
+from tensordict import TensorDict
+from torchrl.data import Binary, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, Unbounded
 
 from levin.collectors.torchrl import to_torchrl
 from levin.collectors.uniform import Uniform
@@ -17,10 +18,11 @@ from levin.core.spaces import NetworkInput, describe_action, describe_space, ten
 from levin.envs.config import TRAINING, EnvConfig
 from levin.envs.factory import make_env
 from levin.envs.sync import WATCH_EVERY, SyncEnvs, episode_numbers
-from levin.envs.torchrl import action_converter, observation_space
+from levin.envs.torchrl import TorchRLVectorEnv, action_converter, end_flags, observation_space
 from levin.envs.wrappers import ActionRepeat
 from levin.training.video import frames_per_second
 from toy_envs import Point
+from toy_torchrl import Line
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,32 @@ def test_an_env_may_have_an_attribute_named_draws():
     repeated.reset(seed=0)
     repeated.step(np.zeros(1, np.float32))
     assert env.draws == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"done": 1}, (1, 0)),
+        ({"terminated": 1}, (1, 0)),
+        ({"done": 1, "truncated": 1}, (0, 1)),
+        ({"done": 1, "truncated": 0}, (1, 0)),
+        ({"done": 1, "terminated": 0}, (0, 1)),
+        ({"done": 1, "terminated": 1, "truncated": 1}, (1, 1)),
+    ],
+)
+def test_a_missing_end_flag_follows_from_the_others(flags, expected):
+    after = TensorDict({name: torch.tensor([bool(flag)]) for name, flag in flags.items()})
+    assert tuple(int(flag) for flag in end_flags(after)) == expected
+
+
+def test_an_env_without_the_usual_end_flags_is_refused():
+    def make():
+        env = Line()
+        env.full_done_spec = Composite(game_over=Categorical(2, shape=(1,), dtype=torch.bool))
+        return env
+
+    with pytest.raises(ConfigError, match="whose end flags are game_over; it needs done or terminated"):
+        TorchRLVectorEnv(make, 1)
 
 
 def test_a_video_of_repeated_actions_has_the_speed_of_the_env():

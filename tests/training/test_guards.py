@@ -6,22 +6,24 @@ import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from lightning import Callback
 
-from checks import metrics
+from checks import build_algorithm, metrics
 from failures import FAILING, complete_checkpoints, run_and_fail
 from levin import resume
 from levin.algorithms.sac import SAC
 from levin.config.compose import compose
 from levin.core import files
-from levin.core.errors import ConfigError, RunError
+from levin.core.errors import ConfigError, NotFiniteError, RunError
 from levin.envs.config import TRAINING
 from levin.envs.vector import episode_seed
 from levin.runs import folder as run_folder
 from levin.training import trainer as trainers
+from levin.training.guards import FiniteGuard
 from levin.training.session import build_run, train
 from short_runs import SMALL
 
@@ -47,6 +49,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
     assert "not finite after 256 env steps and 216 updates" in message
     assert f"continue from checkpoint 192 with make resume RUN={tmp_path / 'run'}" in message
     assert complete_checkpoints(tmp_path / "run") == [128, 192]
+
+
+def test_a_count_that_is_recorded_first_does_not_hide_a_loss_that_is_not_finite():
+    algorithm = build_algorithm("algo=sac", "env=pendulum", "algo.hidden_sizes=[4]")
+    algorithm.record(zeros=torch.tensor(3))
+    algorithm.record(loss=torch.tensor(torch.nan))
+    guard = FiniteGuard()
+    guard.stepped = []
+    with pytest.raises(NotFiniteError, match="train/loss"):
+        guard.on_train_batch_end(MagicMock(), algorithm)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):

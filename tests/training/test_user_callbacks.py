@@ -111,6 +111,12 @@ def test_a_callback_that_cannot_work_is_refused_at_the_start(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("target", ["pytorch_lightning.callbacks.Callback", "pathlib.Path"])
+def test_a_callback_of_another_package_is_refused_at_the_start(target, tmp_path):
+    with pytest.raises(ConfigError, match=r"callbacks.mine is a .*, not a lightning.Callback"):
+        train(compose([*SMALL, f"+callbacks.mine={{_target_:{target}}}"]), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

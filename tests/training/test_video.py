@@ -10,7 +10,7 @@ from levin.config.compose import compose
 from levin.core.errors import ConfigError
 from levin.training import loggers
 from levin.training.session import train
-from levin.training.video import record_video
+from levin.training.video import load_policy_and_env, record_video
 
 WORDS = (
     *(
@@ -27,6 +27,13 @@ WORDS = (
 
 def fail(self):
     raise RuntimeError
+
+
+def test_one_env_is_recorded_without_a_process(tmp_path):
+    train(compose([*WORDS, "env.vectorization=async"]), tmp_path / "run")
+    _, env = load_policy_and_env(str(tmp_path / "run"), seed=1)
+    assert env.config.vectorization == "sync"
+    env.close()
 
 
 @pytest.mark.parametrize(

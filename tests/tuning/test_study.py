@@ -176,7 +176,7 @@ def test_a_folder_that_fails_does_not_fail_its_trial(error, tmp_path):
     def fail(_):
         raise error
 
-    with pytest.raises(RunError, match="the same command continues the study"):
+    with pytest.raises(RunError, match="the same command continues the search"):
         work(tmp_path / "study", fail, number=3)
     assert [trial.state for trial in load_study(tmp_path / "study").trials] == [TrialState.RUNNING]
 
@@ -331,15 +331,15 @@ def test_another_study_in_the_same_folder_is_refused(straight, tmp_path):
     open_study(folder, list(WORDS)[::-1], SPACE, 2)
     other_space = {**SPACE, "algo.tau": FloatDistribution(0, 1)}
     for space, seeds, sentence in ((other_space, 2, "search space"), (SPACE, 3, "number of seeds")):
-        with pytest.raises(ConfigError, match=f"holds a study with another {sentence}.*; it was started by"):
+        with pytest.raises(ConfigError, match=f"holds a search with another {sentence}.*; it was started by"):
             open_study(folder, list(WORDS), space, seeds)
-    with pytest.raises(ConfigError, match="holds a study with another config"):
+    with pytest.raises(ConfigError, match="holds a search with another config"):
         open_study(folder, [*WORDS, "algo.batch_size=8"], SPACE, 2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(ConfigError, match="exists already, and is not a study"):
+    with pytest.raises(ConfigError, match="exists already, and is not a search"):
         open_study(tmp_path / "mine", list(WORDS), SPACE, 2)
-    with pytest.raises(ConfigError, match="holds no study"):
+    with pytest.raises(ConfigError, match="holds no search"):
         load_study(tmp_path / "mine")
 
 

@@ -77,8 +77,8 @@ class A2C(Algorithm):
         activation: Activation between the layers: tanh.
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
-        compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph. Same numbers, faster
-            after tens of seconds at the start.
+        compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph. Other rounding,
+            faster after tens of seconds at the start.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")

@@ -70,7 +70,7 @@ class A3C(Algorithm):
         activation: Activation between the layers.
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start.
-        compile: Whether each worker compiles its loss. Same numbers, faster after tens of seconds at the start.
+        compile: Whether each worker compiles its loss. Other rounding, faster after tens of seconds at the start.
     """
 
     not_saved: ClassVar = ("local", "local_parameters", "pushes", "staleness")  # copies, and counts saved as totals

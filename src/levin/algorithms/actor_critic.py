@@ -92,7 +92,7 @@ class ActorCritic(Algorithm):
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start.
         compile: Whether to compile the losses of critic and actor, and on a GPU to run the whole update as a CUDA
-            graph. Same numbers, no faster on a CPU.
+            graph. Other rounding, no faster on a CPU.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")

@@ -313,6 +313,7 @@ class Algorithm(LightningModule):
         for name, value in metrics.items():
             total, count = self.recorded.get(name, (0, 0))
             number = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            number = number if number.is_floating_point() else number.float()  # a count, too, can be NaN in the means
             if number.numel() != 1:
                 raise ValueError(
                     f"record({name}=...) takes one number, got a tensor {list(number.shape)}: take its mean"

@@ -76,7 +76,7 @@ class CrossQ(Algorithm):
         critic_hidden_sizes: Widths of the hidden layers of the critics: 2048, 2048.
         activation: Activation between the layers: relu.
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
-            graph. Same numbers, no faster on a CPU.
+            graph. Other rounding, no faster on a CPU.
     """
 
     actions: ClassVar = ("box",)

@@ -22,9 +22,9 @@ Deviations, all as in the authors' code (Huang et al. 2022, "The 37 implementati
     - Advantages are normalised in each minibatch. The change of V is clipped like that of the policy. The gradient norm
       is clipped.
     - The critic loss has a factor of 1/2.
-    - With `penalty: clip`, no further epoch begins once KL exceeds `target_kl`.
 
 Other deviations from the authors' code, and from CleanRL:
+    - With `penalty: clip` and a `target_kl`, no further epoch begins once KL exceeds it, as in Spinning Up.
     - An episode cut by a time limit bootstraps from V(s') of its last observation; there it counts as ended.
     - Statistics of observations and rewards are updated once per rollout (`levin.nn.normalizers`), there in every step.
 
@@ -70,8 +70,8 @@ class PPO(Algorithm):
         clip_schedule: Schedule of `clip_epsilon`; `linear` lowers it to 0.
         clip_value: Whether to clip the change of V as well; the authors' code: true.
         target_kl: KL divergence in nats. `clip`: the epochs end above it, null: never. `kl`: the penalty steers to it
-            (section 4: 0.01).
-        initial_beta: Weight of the KL penalty at the start, section 4: 1.
+            (section 6.1: 0.003, 0.01, 0.03).
+        initial_beta: Weight of the KL penalty at the start, section 6.1: 1.
         lr: Learning rate of Adam: 3e-4. Its epsilon is 1e-5, as in the authors' code.
         lr_schedule: Schedule of the learning rate; `linear` lowers it to 0. The authors' code: linear.
         schedule_env_steps: Env steps after which a linear schedule is at 0.

@@ -103,7 +103,7 @@ class RecurrentPPO(Algorithm):
         activation: Activation between the layers: tanh.
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
-        compile: Whether to compile the loss, without the memory. Same numbers, faster after tens of seconds at the
+        compile: Whether to compile the loss, without the memory. Other rounding, faster after tens of seconds at the
             start.
     """
 

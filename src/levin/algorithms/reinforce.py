@@ -100,7 +100,7 @@ class REINFORCE(Algorithm):
         activation: Activation between the layers: tanh.
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
-        compile: Whether to compile the losses of policy and baseline. Same numbers, no faster on a CPU.
+        compile: Whether to compile the losses of policy and baseline. Other rounding, no faster on a CPU.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")

@@ -84,7 +84,7 @@ class SAC(Algorithm):
         activation: Activation between the layers. Table 1: relu.
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
-            graph. Same numbers, no faster on a CPU.
+            graph. Other rounding, no faster on a CPU.
     """
 
     actions: ClassVar = ("box",)

@@ -78,7 +78,7 @@ class TD3(Algorithm):
         activation: Activation between the layers. Paper: relu.
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
-            graph. Same numbers, no faster on a CPU.
+            graph. Other rounding, no faster on a CPU.
     """
 
     actions: ClassVar = ("box",)

@@ -76,7 +76,7 @@ class TRPO(Algorithm):
         activation: Activation between the layers: tanh.
         network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
-        compile: Whether to compile the critic loss. Same numbers, no faster on a CPU. The policy's step stays eager,
+        compile: Whether to compile the critic loss. Other rounding, no faster on a CPU. The policy's step stays eager,
             because products with F differentiate twice, which compiled code can't do.
     """
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from levin.core import files
 from levin.core.omega import to_plain
-from levin.core.spaces import ACTION_MASK, IS_FIRST
 from levin.runs.load import load_config
 
 CARD = "policy.md"
@@ -90,18 +89,20 @@ def _example(name: str, metadata: dict[str, Any]) -> str:
     dtypes = metadata["dtypes"]
     if name.endswith(".onnx"):
         arrays = [
-            f'"{each}": np.{_fill(each)}({[1, *shape]}, "{dtypes[each]}")' for each, shape in metadata["inputs"].items()
+            f'"{each}": np.{_fill(dtypes[each])}({[1, *shape]}, "{dtypes[each]}")'
+            for each, shape in metadata["inputs"].items()
         ]
         return ONNX.format(inputs=", ".join(arrays))
     tensors = [
-        f"torch.{_fill(each)}({[1, *shape]}, dtype=torch.{dtypes[each]})" for each, shape in metadata["inputs"].items()
+        f"torch.{_fill(dtypes[each])}({[1, *shape]}, dtype=torch.{dtypes[each]})"
+        for each, shape in metadata["inputs"].items()
     ]
     return TORCH.format(inputs=", ".join(tensors))
 
 
-def _fill(name: str) -> str:
-    """Return the function that fills an example input: an episode begins, and every action is allowed."""
-    return "ones" if name == IS_FIRST or name.rpartition(".")[2] == ACTION_MASK else "zeros"
+def _fill(dtype: str) -> str:
+    """Return the function that fills an example input: an episode begins (bool), and all actions are allowed (int8)."""
+    return "ones" if dtype in ("bool", "int8") else "zeros"
 
 
 def read_score(run: Path, env_steps: int) -> str:
@@ -121,8 +122,8 @@ def read_score(run: Path, env_steps: int) -> str:
             return _sentence(score["return_mean"], score["return_std"], score["episodes"])
     if metrics.is_file():
         with metrics.open(encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
-        if rows and int(rows[-1]["env_steps"]) == env_steps:
+            rows = [row for row in csv.DictReader(file) if int(row["env_steps"]) == env_steps]
+        if rows and rows[-1].get("eval/return_mean"):
             episodes = to_plain(load_config(run, runs=()).eval)["episodes"]
             return _sentence(float(rows[-1]["eval/return_mean"]), float(rows[-1]["eval/return_std"]), episodes)
     return ""

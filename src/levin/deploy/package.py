@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -93,14 +94,23 @@ def describe(graph: PolicyGraph, policy: Policy, run: Path) -> dict[str, Any]:
         "dtypes": {name: str(each.dtype).removeprefix("torch.") for name, each in inputs.items()},
         "outputs": graph.output_names,
         "memory": {name: list(shape) for name, shape in graph.memory.items()},
-        "observation_space": policy.shown,
-        "action_space": policy.env["action"],
+        "observation_space": _null_for_infinity(policy.shown),
+        "action_space": _null_for_infinity(policy.env["action"]),
         "env": str(config.env.get("target") or config.env.id),
         **{key: plain.get(key, default) for key, default in PREPROCESSING.items()},
         "algorithm": type(policy.algorithm).__name__,
         "env_steps": policy.algorithm.env_steps,
         "commit": (read_result if (run / REFERENCE).is_file() else read_run)(run).get("git_sha"),
     }
+
+
+def _null_for_infinity(value: Any) -> Any:
+    """Return a space with None in place of infinite bounds, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _null_for_infinity(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_null_for_infinity(each) for each in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def export_graph(graph: PolicyGraph) -> torch.export.ExportedProgram:
@@ -196,9 +206,9 @@ def compare(function: Function, graph: PolicyGraph, reference: Policy, env: Any,
     """
     env.read = recorder = Recorder(env.shown)
     env.to_env = np.asarray  # `levin.load` returns actions in the env's units
-    first, done = np.ones(1, dtype=bool), False
-    env.begin([0], first)
-    own = given = [np.zeros((1, *shape), np.float32) for shape in graph.memory.values()]
+    first, done = np.ones(env.num_envs, dtype=bool), False  # several, if an `env.target` makes no single env
+    env.begin([*range(env.num_envs)], first)
+    own = given = [np.zeros((env.num_envs, *shape), np.float32) for shape in graph.memory.values()]
     differences, own_differences, times, reference_times = [], [], [], []
     while not done and len(differences) < steps:
         inputs = [*graph.split(recorder.raw), *([first[:, None]] if graph.has_memory else [])]
@@ -213,7 +223,7 @@ def compare(function: Function, graph: PolicyGraph, reference: Policy, env: Any,
             actual, *_ = function([*inputs, *given])
             given = [reference.module.get_buffer(path).numpy().copy() for path in graph.memory_paths.values()]
         differences.append(_difference(actual, expected))
-        first = np.zeros(1, dtype=bool)
+        first = np.zeros(env.num_envs, dtype=bool)
         _, _, terminated, truncated, _ = env.step(expected)
         done = bool((terminated | truncated).any())
     return {

@@ -23,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
-from gymnasium.wrappers import AddRenderObservation
+from gymnasium.wrappers import AddRenderObservation, NormalizeObservation, NormalizeReward
 
 from levin.algorithms.base import Algorithm
 from levin.core import rng
@@ -152,6 +152,8 @@ def _explain_unregistered(config: EnvConfig) -> str:
     module, _, wanted = config.id.rpartition(":")
     if wanted.startswith("ALE/"):
         return "; Atari games are ENV=atari (env=atari) with env.id=pong"
+    if wanted.startswith("dm_control/"):
+        return "; tasks of DM Control also need env.family=dm_control"
     if not module:
         return "; if a package registers the id, name the package first: env.id=the_package:TheId-v0"
     package = module.partition(".")[0]
@@ -241,8 +243,9 @@ def _make_torchrl(config: EnvConfig, num_envs: int | None, *, training: bool, re
         "observation_entries": (config.observation_entries is not None, "let env.target select them"),
         "frame_stack": (config.frame_stack > 1, "let env.target add a CatFrames"),
         "pixels": (config.pixels is not None, "let env.target return pixel observations"),
-        "render": (render, "let env.target render its own images"),
     }
+    if render:
+        raise ConfigError("runs with env.family=torchrl can't be recorded: TorchRL's envs have no common way to draw")
     for name, (is_set, instead) in unsupported.items():
         if is_set:
             raise ConfigError(f"env.{name} is not for env.family=torchrl: {instead}")
@@ -268,12 +271,7 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
         **_render_options(config, name, render),
         **{**system, **config.kwargs},
     )
-    rewards = getattr(env.unwrapped, "reward_space", None)
-    if isinstance(rewards, Box) and np.prod(rewards.shape) > 1:
-        raise ConfigError(
-            f"env.id={config.id} has several rewards, {rewards.shape}, and algorithms here learn from one: wrap the "
-            "env in a module of your own so that it returns their weighted sum"
-        )
+    _check_wrappers(env, config.id)
     if config.action_repeat > 1:
         env = ActionRepeat(env, config.action_repeat)
     if config.pixels:  # after the repeated steps, of which only the last is drawn
@@ -284,6 +282,30 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
     if config.frame_stack > 1:
         env = stack_frames(env, config.frame_stack, config.channels)
     return InfoMask(env) if config.action_mask == "info" else env
+
+
+def _check_wrappers(env: gym.Env, name: str) -> None:
+    """Check that no wrapper of the env keeps running statistics, and that it gives one reward.
+
+    Raises:
+        ConfigError: The env can't be used as it is.
+    """
+    rewards = getattr(env.unwrapped, "reward_space", None)
+    sums_rewards = False
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, NormalizeObservation | NormalizeReward):
+            key = "observation" if isinstance(env, NormalizeObservation) else "reward"
+            raise ConfigError(
+                f"env.id={name} has the wrapper {type(env).__name__}, whose statistics evaluations, checkpoints and "
+                f"exports do not see: remove it, and set env.normalize_{key}=true"
+            )
+        sums_rewards |= not type(env).__module__.startswith("gymnasium.")
+        env = env.env
+    if isinstance(rewards, Box) and np.prod(rewards.shape) > 1 and not sums_rewards:
+        raise ConfigError(
+            f"env.id={name} has several rewards, {rewards.shape}, and algorithms here learn from one: wrap the "
+            "env in a module of your own so that it returns their weighted sum"
+        )
 
 
 def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any]:

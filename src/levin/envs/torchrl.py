@@ -87,6 +87,11 @@ class TorchRLVectorEnv(VectorEnv):
                 f"env.target makes an env whose end flags are nested, {nested}; valid: done, terminated and truncated "
                 "beside each other, one of each per env"
             )
+        if not {"done", "terminated"} & set(first.done_keys):
+            raise ConfigError(
+                f"env.target makes an env whose end flags are {', '.join(map(str, first.done_keys))}; it needs done or "
+                "terminated, [..., 1]"
+            )
         self.size = math.prod(first.batch_size)  # B
         self.batched = bool(first.batch_size)
         if num_envs % self.size and not round_up:
@@ -182,7 +187,8 @@ class TorchRLVectorEnv(VectorEnv):
 def end_flags(after: TensorDictBase) -> tuple[Tensor, Tensor]:
     """Return whether episodes have terminated and been truncated; an env may give only one of its flags."""
     done, terminated, truncated = (after.get(key, None) for key in ("done", "terminated", "truncated"))
-    terminated = done if terminated is None else terminated
+    if terminated is None:
+        terminated = done if truncated is None else done & ~truncated
     if truncated is None:
         truncated = torch.zeros_like(terminated) if done is None else done & ~terminated
     return terminated, truncated

@@ -95,8 +95,8 @@ def build_trainer(
     plugins = FolderCheckpointIO(run / "checkpoints")
     try:
         added = [instantiate(section) for section in cfg.callbacks.values()]
-        for callback in added:
-            _prepare_callback(callback)
+        for name, callback in zip(cfg.callbacks, added, strict=True):
+            _prepare_callback(str(name), callback)
         evaluation.others = added
         at = callbacks.index(metrics)  # the row of metrics has what they log
         callbacks[at:at] = added
@@ -127,12 +127,18 @@ def check_dtypes(trainer: Trainer, algorithm: Algorithm) -> None:
         )
 
 
-def _prepare_callback(callback: Callback) -> None:
+def _prepare_callback(name: str, callback: Any) -> None:
     """Let a callback of Lightning work at evaluations, which take the place of epochs here.
 
     Raises:
-        ConfigError: It can't work here.
+        ConfigError: It is no callback, or can't work here.
     """
+    if not isinstance(callback, Callback):
+        kind = f"{type(callback).__module__}.{type(callback).__name__}"
+        raise ConfigError(
+            f"callbacks.{name} is a {kind}, not a lightning.Callback (the package pytorch_lightning is another one): "
+            "derive it from that of `from lightning import Callback`"
+        )
     if isinstance(callback, ModelCheckpoint):
         raise ConfigError(
             "ModelCheckpoint counts Lightning's steps and epochs, which do not pass here: set checkpoint.every and "

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,8 @@ def load_policy_and_env(run: str, seed: int, trust: bool = False) -> tuple["Poli
     with trusted(trust):
         policy = Policy.load(Path(run))
         folder = checkpoint.run_of(Path(run))
-        env = make_env(load_env(folder), seed=seed, purpose=EVALUATION, num_envs=1, render=True)
+        config = replace(load_env(folder), vectorization="sync")  # one env needs no process
+        env = make_env(config, seed=seed, purpose=EVALUATION, num_envs=1, render=True)
         run_folder.report_changed_code(folder)
     return policy, env
 

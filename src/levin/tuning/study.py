@@ -110,7 +110,7 @@ def open_study(
         if (folder / PLAN).exists():
             _refuse_other(folder, plan)
         elif not run_folder.is_empty(folder):
-            raise ConfigError(f"run={folder} exists already, and is not a study: name another folder")
+            raise ConfigError(f"run={folder} exists already, and is not a search: name another folder")
         else:
             files.save_json(plan.model_dump(), folder, PLAN)
         if not run_folder.has_begun(folder / BASE):
@@ -153,7 +153,7 @@ def load_study(folder: Path) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not (folder / PLAN).is_file() or not (folder / JOURNAL).is_file():
-        raise ConfigError(f"run={folder} holds no study")
+        raise ConfigError(f"run={folder} holds no search")
     return optuna.load_study(study_name="levin", storage=_open_journal(folder / JOURNAL))
 
 
@@ -211,11 +211,11 @@ def _refuse_other(folder: Path, plan: Plan) -> None:
     ]
     if existing.code not in (None, plan.code):
         print_line(
-            f"{folder}: the code has changed since the study began, so its trials do not compare with later ones"
+            f"{folder}: the code has changed since the search began, so its trials do not compare with later ones"
         )
     if differ:
         raise ConfigError(
-            f"run={folder} holds a study with another {' and '.join(differ)}; it was started by: {existing.command}; "
+            f"run={folder} holds a search with another {' and '.join(differ)}; it was started by: {existing.command}; "
             "name another folder with run= (with make: RUN=)"
         )
 
@@ -399,7 +399,7 @@ class Trials:
             self._set_state(trial, ended.run, "complete")
         elif ended.code == NOT_VALID and not self.trains and ended.last_line == self.refusal:
             # Other values, the same message: perhaps this machine has no GPU or lacks a package.
-            raise RunError(f"trial {trial.trial.number}: {ended.failure}; the same command continues the study")
+            raise RunError(f"trial {trial.trial.number}: {ended.failure}; the same command continues the search")
         elif ended.code in (NOT_VALID, NOT_FINITE):
             self.refusal = ended.last_line
             self._set_state(trial, ended.run, "failed")
@@ -413,7 +413,7 @@ class Trials:
             self._finish(trial, None, TrialState.FAIL, f"failed twice: {ended.last_line}")
         else:  # perhaps a full disk, and the trial is continued; a failure of its values comes again
             trial.trial.set_user_attr(FAILED_BEFORE, True)
-            raise RunError(f"trial {trial.trial.number}: {ended.failure}; the same command continues the study")
+            raise RunError(f"trial {trial.trial.number}: {ended.failure}; the same command continues the search")
 
     def _follow(self, trial: OpenTrial) -> None:
         """Report new evaluations of a trial, prune it or finish it, and close it when its processes have ended."""

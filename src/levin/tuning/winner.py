@@ -78,7 +78,7 @@ def describe_candidates(candidates: list[Candidate]) -> str:
                 f"{each.interval[1]:.1f} to {each.interval[2]:.1f}",
             )
         )
-    columns = ("", "IQM in study", "predicted mean", "fresh mean", "inside", "fresh IQM", "95% interval")
+    columns = ("", "IQM in search", "predicted mean", "fresh mean", "inside", "fresh IQM", "95% interval")
     return plain_table(columns, rows)
 
 
