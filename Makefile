@@ -43,7 +43,9 @@ run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
 # Without SEED and SEEDS, the seed is that of ARGS or of configs/train.yaml.
 seeds = $(if $(value SEED),seed=$(call typed,SEED)) $(if $(value SEEDS),seeds=$(call typed,SEEDS))
 jobs = $(if $(value JOBS),jobs=$(call typed,JOBS))
-trust = $(if $(value TRUST),trust=true)
+# flag: name=true if the variable is 1; another value is passed on as typed, and the command takes only true and false.
+flag = $(if $(value $1),$(call quote,$2=$(if $(filter-out 1,$(value $1)),$(value $1),true)))
+trust = $(call flag,TRUST,trust)
 choices = $(call quote,algo=$(algo)) $(if $(value ENV),env=$(call typed,ENV)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args)
 labels = $(if $(value NAME),name=$(call typed,NAME)) $(if $(value NOTE),$(call quote,note=$(value NOTE)))
 in_run = $(if $(value RUN),$(call quote,run=$(value RUN)))
@@ -54,6 +56,11 @@ studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) l
 .DEFAULT_GOAL := help
 .PHONY: help setup train resume config evaluate play export plot tune compare pin reproduce report study fork docs new bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
 
+# These commands can't use ARGS, which they would ignore.
+ifneq ($(and $(value ARGS),$(filter setup docs lint format lock clean bench-setup,$(MAKECMDGOALS))),)
+$(error make $(MAKECMDGOALS): ARGS has no effect here: leave it out)
+endif
+
 help: ## Print this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
@@ -62,7 +69,8 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 
 .venv/.core: pyproject.toml requirements.lock
 	@if test -L .venv; then echo "levin: .venv is a link, and installing here would point it to this folder: remove the link" >&2; exit 2; fi
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { test $$? -ne 1 || echo "levin: $(PYTHON) is older than Python 3.11: type make setup PYTHON=python3.12 (any newer one)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -f $(BIN)/python; exit 2; }
 	@echo "installing into .venv (some minutes, once)"
 	@$(pip_or_uv) .
 	@touch $@
@@ -76,41 +84,41 @@ train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] 
 	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs)
 
 resume: $(if $(value RUN),$(needs_of_run),.venv/.core) ## RUN=path or RUNS="runs/sweep_x" [JOBS=2] [STEPS=n] continues runs exactly; STEPS: new total
-	$(BIN)/python -m levin.resume $(if $(value RUN)$(value EXP),$(run)) $(if $(value RUNS),runs=$(call typed,RUNS)) $(jobs) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
+	$(BIN)/python -m levin.resume $(in_run) $(if $(value RUNS),runs=$(call typed,RUNS)) $(jobs) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
 
 config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value and the file that set it
 	@$(BIN)/python -m levin.config $(choices)
 
 evaluate: $(needs_of_run) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evaluates a policy; writes evaluation.json
-	$(BIN)/python -m levin.evaluate $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
+	$(BIN)/python -m levin.evaluate $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(args) $(trust)
 
-play: $(needs_of_run) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] records videos/*.mp4
-	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
+play: $(needs_of_run) ## RUN=path or EXP=sac_pendulum [EPISODES=1] [SEED=1] [ARGS="steps=20000"] records videos/*.mp4
+	$(BIN)/python -m levin.play $(run) $(if $(value EPISODES),episodes=$(call typed,EPISODES)) $(if $(value SEED),seed=$(call typed,SEED)) $(args) $(trust)
 
 export: $(needs_of_run) $(if $(filter torch,$(value FORMAT)),,.venv/.export) ## RUN=path or EXP=sac_pendulum [FORMAT=torch] writes policy.onnx (or policy.pt2) and policy.md
-	$(BIN)/python -m levin.export $(run) $(if $(value FORMAT),format=$(call typed,FORMAT)) $(if $(value SEED),seed=$(call typed,SEED)) $(trust)
+	$(BIN)/python -m levin.export $(run) $(if $(value FORMAT),format=$(call typed,FORMAT)) $(if $(value SEED),seed=$(call typed,SEED)) $(args) $(trust)
 
 plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=episode/return out=x.png"] draws learning curves
 	$(BIN)/python -m levin.plot runs=$(call typed,RUNS) $(args)
 
 tune: $(needs) .venv/.report .venv/.tune ## ALGO=ppo ENV=pendulum [TRIALS=40] [SEEDS_PER_TRIAL=3] [JOBS=2] [SHOW=1] searches hyper-parameters
-	$(BIN)/python -m levin.tune $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs) $(if $(value TRIALS),trials=$(call typed,TRIALS)) $(if $(value SEEDS_PER_TRIAL),seeds_per_trial=$(call typed,SEEDS_PER_TRIAL)) $(if $(value RETRAIN),retrain=$(call typed,RETRAIN)) $(if $(value SHOW),show=true)
+	$(BIN)/python -m levin.tune $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs) $(if $(value TRIALS),trials=$(call typed,TRIALS)) $(if $(value SEEDS_PER_TRIAL),seeds_per_trial=$(call typed,SEEDS_PER_TRIAL)) $(if $(value RETRAIN),retrain=$(call typed,RETRAIN)) $(call flag,SHOW,show)
 
 compare: .venv/.core .venv/.report ## RUNS="runs/sweep_x/*" [ARGS="metric=episode/return"] prints a table of runs, the best first
 	$(BIN)/python -m levin.compare runs=$(call typed,RUNS) $(args)
 
 fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/my_idea/
-	$(BIN)/python -m levin.fork $(call quote,algo=$(algo)) name=$(call typed,NAME)
+	$(BIN)/python -m levin.fork $(call quote,algo=$(algo)) name=$(call typed,NAME) $(args)
 
 ##@ Results
 reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] retrains and compares a result
-	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(jobs) $(if $(value STORE),store=true) $(trust)
+	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(jobs) $(call flag,STORE,store) $(args) $(trust)
 
 pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] starts a new result in experiments/
 	$(BIN)/python -m levin.pin exp=$(call typed,EXP) $(choices) $(trust)
 
 report: .venv/.core .venv/.report ## [CHECK=1] rebuilds (or checks) all summaries, figures and tables from the stored curves
-	$(BIN)/python -m levin.report $(if $(value CHECK),check=true)
+	$(BIN)/python -m levin.report $(call flag,CHECK,check) $(args)
 
 study: .venv/.core .venv/.report $(addprefix .venv/.,$(if $(study),$(call extra_of,experiments/$(study)/run.py))) ## NAME=variance (batched, dreaming, estimators, lab, lecture, networks, racing, worlds) repeats a study
 	@$(if $(study),,printf 'levin: NAME=%s is not a study; valid: %s\n' $(call typed,NAME) $(call quote,$(studies)) >&2; exit 2)
@@ -157,7 +165,7 @@ bench-setup: ## Install the libraries of `make bench` into .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 sbx-rl==0.28.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18' ale-py opencv-python-headless
 
 new: .venv/.dev ## NAME=my_lab makes this copy your own project; BASE=upstream/main merges a later template
-	$(BIN)/python scripts/new.py $(if $(value BASE),--base $(call typed,BASE),--name $(call typed,NAME))
+	$(BIN)/python scripts/new.py $(if $(value BASE),--base $(call typed,BASE),--name $(call typed,NAME)) $(args)
 
 lock: ## Write requirements.lock and uv.toml: the newest versions that pyproject.toml allows, with torch 2.13.0
 	$(PYTHON) scripts/lock.py

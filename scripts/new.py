@@ -7,6 +7,7 @@ in the same way, commits it to that branch, and merges it: conflicts arise only 
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import keyword
 import re
@@ -51,17 +52,9 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UsageError(f"NAME={name} can't be a package: use small letters, digits and _, as in my_lab")
-    taken = {
-        *sys.stdlib_module_names,
-        "torch",
-        "torchrl",
-        "tensordict",
-        "lightning",
-        "gymnasium",
-        "tests",
-        "experiments",
-    }
-    if name in taken:
+    locked = (ROOT / "requirements.lock").read_text(encoding="utf-8").lower().replace("-", "_").splitlines()
+    packages = (line.partition("==")[0] for line in locked)  # the packages of an extra may be missing
+    if name in {*sys.stdlib_module_names, "tests", "experiments", *packages} or importlib.util.find_spec(name):
         raise UsageError(f"NAME={name} is the name of another package")
 
 
@@ -116,8 +109,10 @@ def begin(name: str) -> None:
     check_name(name)
     if (current := package_name(ROOT)) != TEMPLATE:
         raise UsageError(f"this project is called {current} already; make new BASE=<commit> merges a later template")
-    if git("status", "--porcelain", "--untracked-files=no"):
-        raise UsageError("there are changes that are not committed: commit or stash them first")
+    if changed := git("status", "--porcelain", "--untracked-files=normal"):
+        raise UsageError(
+            f"there are changes that are not committed: commit or stash them first, new files too:\n{changed}"
+        )
     rename(ROOT, name)
     git("add", "--all", "src", "experiments")
     git("commit", "--quiet", "--all", "--message", f"Make {name} from the template {TEMPLATE}")

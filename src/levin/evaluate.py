@@ -71,7 +71,8 @@ def evaluate_run(
     try:
         files.save_json(result, path.parent, path.name)
     except OSError as error:
-        raise RunError(f"{path} can't be written: {error.strerror}; set out=<another path>") from error
+        advice = 'set out=<another path> (with make: ARGS="out=<another path>")'
+        raise RunError(f"{path} can't be written: {error.strerror}; {advice}") from error
     return result
 
 

@@ -27,7 +27,9 @@ def main() -> None:
         with trusted(given):
             if sweep.needs_hydra(words):
                 if jobs is not None:
-                    raise ConfigError("jobs= is for runs on this machine; set hydra.launcher.array_parallelism=")
+                    slurm_limit = f"write hydra.launcher.array_parallelism={jobs} instead"
+                    advice = slurm_limit if "launcher=slurm" in words else "leave it out"
+                    raise ConfigError(f"jobs={jobs} has no effect on runs that Hydra starts: {advice}")
                 if not any(word.startswith("launcher=") for word in words):  # else the jobs do
                     share_cores()
                 sweep.submit(words, seeds)

@@ -1,6 +1,7 @@
 """Makefile: variables reach the commands unchanged, and only quotes in ARGS are read by the shell."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def checkout(tmp_path):
         f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open('arguments.jsonl', 'a'))\n"
     )
     python.chmod(0o755)
-    for name in ("core", "dev", "report", "mujoco", "box2d", "dmc", "atari"):
+    for name in ("core", "dev", "report", "mujoco", "box2d", "dmc", "atari", "tune", "export", "docs", "scale"):
         (tmp_path / ".venv" / f".{name}").touch()
     return tmp_path
 
@@ -75,16 +76,18 @@ PAYLOADS = (
     "x>pwned|y",
 )
 TYPED = {  # command -> variables that it passes to python
-    "train": ("ALGO", "ENV", "EXP", "STEPS", "SEED", "SEEDS", "ARGS", "RUN"),
+    "train": ("ALGO", "ENV", "EXP", "STEPS", "SEED", "SEEDS", "ARGS", "RUN", "TRUST"),
     "resume": ("RUN", "STEPS", "ARGS"),
     "config": ("ALGO", "ENV", "STEPS", "ARGS"),
-    "evaluate": ("RUN", "EXP", "EPISODES", "SEED"),
-    "play": ("RUN", "EXP", "EPISODES", "SEED"),
+    "evaluate": ("RUN", "EXP", "EPISODES", "SEED", "ARGS", "TRUST"),
+    "play": ("RUN", "EXP", "EPISODES", "SEED", "ARGS"),
+    "export": ("RUN", "EXP", "FORMAT", "SEED", "ARGS"),
     "plot": ("RUNS", "ARGS"),
-    "fork": ("ALGO", "NAME"),
-    "reproduce": ("EXP", "SEEDS", "STEPS", "JOBS", "STORE"),
+    "tune": ("SHOW", "ARGS"),
+    "fork": ("ALGO", "NAME", "ARGS"),
+    "reproduce": ("EXP", "SEEDS", "STEPS", "JOBS", "STORE", "ARGS"),
     "pin": ("EXP", "ALGO", "ENV", "STEPS", "ARGS"),
-    "report": ("CHECK",),
+    "report": ("CHECK", "ARGS"),
     "study": ("NAME",),
     "bench": ("WHAT", "ARGS"),
     "drill": ("ARGS",),
@@ -110,6 +113,44 @@ def test_special_characters_in_a_variable_reach_the_command(name, word, checkout
     text = "[1,2]*$HOME\\größe"
     assert run_make(checkout, "train", f"{name}={text}").returncode == 0
     assert word.format(text) in recorded_arguments(checkout)[0]
+
+
+@pytest.mark.parametrize("command", [command for command, names in TYPED.items() if "ARGS" in names])
+def test_args_reach_the_command(command, checkout):
+    assert run_make(checkout, command, "ARGS=steps=20000 a.b=[1,2]").returncode == 0
+    assert {"steps=20000", "a.b=[1,2]"} <= set(recorded_arguments(checkout)[0])
+
+
+def test_every_other_command_refuses_args(checkout):
+    (names,) = re.findall(r"^\.PHONY: (.*)", (checkout / "Makefile").read_text(), re.MULTILINE)
+    refusing = set()
+    for name in set(names.split()) - {"help"}:
+        answer = run_make(checkout, "--dry-run", name, "NAME=worlds", "ARGS=a.b=1")
+        if answer.returncode:
+            assert f"make {name}: ARGS has no effect here: leave it out" in answer.stderr
+            refusing.add(name)
+        else:
+            assert "'a.b=1'" in answer.stdout, name
+    assert refusing == {"setup", "docs", "lint", "format", "lock", "clean", "bench-setup"}
+
+
+@pytest.mark.parametrize(("typed", "passed"), [("1", "true"), ("true", "true"), ("0", "0"), ("false", "false")])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *((command, "TRUST") for command in ("train", "resume", "evaluate", "play", "export", "tune", "pin")),
+        *(("reproduce", "TRUST"), ("reproduce", "STORE"), ("report", "CHECK"), ("tune", "SHOW")),
+    ],
+)
+def test_only_1_and_true_say_yes(command, name, typed, passed, checkout):
+    assert run_make(checkout, command, "RUN=theirs", f"{name}={typed}").returncode == 0
+    assert f"{name.lower()}={passed}" in recorded_arguments(checkout)[0]
+
+
+def test_a_result_is_not_resumed(checkout):
+    assert run_make(checkout, "resume", "EXP=theirs").returncode == 0
+    assert run_make(checkout, "resume", "EXP=theirs", "RUN=mine").returncode == 0
+    assert recorded_arguments(checkout) == [["-m", "levin.resume"], ["-m", "levin.resume", "run=mine"]]
 
 
 @pytest.mark.parametrize("text", ["- override /env: pendulum$(touch pwned)", "- override /env: a;touch${IFS}pwned"])
@@ -210,8 +251,6 @@ def test_another_make_started_by_a_command_gets_no_variables(checkout):
 
 
 def test_make_tune_passes_its_words_on(checkout):
-    for extra in ("report", "tune"):
-        (checkout / ".venv" / f".{extra}").touch()
     answer = run_make(
         checkout, "tune", "ALGO=sac", "TRIALS=4", "SEEDS_PER_TRIAL=2", "RETRAIN=0", "RUN=my run", "SHOW=1"
     )
@@ -243,13 +282,46 @@ def test_the_help_fits_on_one_screen(checkout):
     assert [line for line in lines if line in ("Use", "Results", "Develop")] == ["Use", "Results", "Develop"]
 
 
-def test_nothing_is_installed_through_a_link(tmp_path):
+@pytest.fixture
+def fresh(tmp_path):
+    """Create a checkout without `.venv`."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "requirements.lock"):
         (tmp_path / name).touch()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / ".venv").symlink_to("elsewhere")
-    answer = subprocess.run(["make", ".venv/.core"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    return tmp_path
+
+
+def test_nothing_is_installed_through_a_link(fresh):
+    (fresh / "elsewhere").mkdir()
+    (fresh / ".venv").symlink_to("elsewhere")
+    answer = run_make(fresh, ".venv/.core")
     assert answer.returncode == 2
     assert "levin: .venv is a link" in answer.stderr
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert not list((fresh / "elsewhere").iterdir())
+
+
+def test_an_old_python_is_refused_before_a_venv_is_made_of_it(fresh):
+    (least,) = re.findall(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())
+    old = fresh / "python3.10"
+    old.write_text(
+        f"#!{sys.executable}\nimport os, sys\nsys.version_info = (3, 10, 12)\n"
+        "exec(sys.argv[2]) if sys.argv[1] == '-c' else os.mkdir('.venv')\n"
+    )
+    old.chmod(0o755)
+    answer = run_make(fresh, ".venv/.core", f"PYTHON={old}")
+    assert answer.returncode == 2
+    assert f"levin: {old} is older than Python {least}: type make setup PYTHON=python3.12" in answer.stderr
+    assert not (fresh / ".venv").exists()
+    assert "is older" not in run_make(fresh, ".venv/.core", f"PYTHON={fresh}/missing").stderr
+
+
+def test_a_venv_that_could_not_be_made_is_made_again(fresh):
+    python = fresh / "python"  # as Debian's without the package python3-venv
+    python.write_text(
+        '#!/bin/sh\ntest "$1" = -c && exit 0\nmkdir -p .venv/bin && cp "$0" .venv/bin/python\necho "$@" >&2\nexit 1\n'
+    )
+    python.chmod(0o755)
+    for _ in range(2):
+        answer = run_make(fresh, ".venv/.core", f"PYTHON={python}")
+        assert answer.returncode == 2
+        assert "-m venv .venv" in answer.stderr

@@ -199,7 +199,14 @@ def test_seeds_can_be_named_in_every_way(words, seeds, tmp_path):
         (["seed=0,1"], "seed=0,1 has several values: add -m"),
         (["-m", "seed=0,0"], "two runs of the sweep have the same name, s0"),
         (["seeds=0 1", "jobs=0"], "jobs=0 must be a whole number of 1 or more"),
-        (["-m", "launcher=local", "seed=0,1", "jobs=2"], "jobs= is for runs on this machine"),
+        (
+            ["-m", "launcher=local", "seed=0,1", "jobs=2"],
+            "jobs=2 has no effect on runs that Hydra starts: leave it out\n",
+        ),
+        (
+            ["-m", "launcher=slurm", "seed=0,1", "jobs=2"],
+            "jobs=2 has no effect on runs that Hydra starts: write hydra.launcher.array_parallelism=2 instead\n",
+        ),
         (
             ["-m", "algo.tau=interval(0,1)"],
             "algo.tau=interval(0,1): only lists, such as algo.tau=1,2, and range() work",

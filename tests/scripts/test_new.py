@@ -109,6 +109,9 @@ def test_a_later_template_merges(project, template):
     [
         (("--name", "My-Lab"), "small letters"),
         (("--name", "torch"), "another package"),
+        (("--name", "numpy"), "another package"),
+        (("--name", "hydra"), "another package"),  # its package on PyPI is hydra-core
+        (("--name", "ray"), "another package"),  # of an extra that may not be installed
         (("--name", "other"), "called my_lab already"),
         (("--base", "nowhere"), "nowhere"),
         (("--name", ""), "small letters"),
@@ -128,4 +131,12 @@ def test_changes_that_are_not_committed_are_kept(template, tmp_path):
     answer = run(folder, sys.executable, "scripts/new.py", "--name", "my_lab", ok=False)
     assert "not committed" in answer.stderr
     assert (folder / "README.md").read_text() == "# Mine\n"
+    assert (folder / "src/levin").exists()
+    run(folder, "git", "checkout", "--quiet", "README.md")
+    (folder / "experiments/my_idea").mkdir()
+    fork = folder / "experiments/my_idea/algorithm.py"  # as `make fork` writes it
+    fork.write_text("from levin.algorithms.base import Algorithm\n")
+    answer = run(folder, sys.executable, "scripts/new.py", "--name", "my_lab", ok=False)
+    assert "not committed" in answer.stderr
+    assert "?? experiments/my_idea/" in answer.stderr
     assert (folder / "src/levin").exists()

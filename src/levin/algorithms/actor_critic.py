@@ -1,4 +1,4 @@
-"""Actor-critic (Sutton and Barto 2018, chapter 13; Degris et al. 2012, arXiv:1205.4839).
+"""Actor-critic (Sutton and Barto 2018, chapter 13; Konda and Tsitsiklis 2003, doi:10.1137/S0363012901385691).
 
 A learned critic takes the place of the sampled return as the weight of an action. This lowers the variance of the
 gradient and adds some bias.

@@ -109,7 +109,8 @@ def play(
         if len(observations) == steps:
             print(
                 f"levin: an episode of {env.config.id} has not ended after {steps:,} steps, and its video ends here; "
-                "steps=<number> records more, and a run with env.time_limit=<steps> ends its episodes",
+                'steps=<number> (with make: ARGS="steps=<number>") records more, and a run with env.time_limit=<steps> '
+                "ends its episodes",
                 file=sys.stderr,
             )
             return
