@@ -4,7 +4,6 @@
 of an hour, with nothing else running. The peer is measured if `make bench-setup` has installed it.
 """
 
-import csv
 import json
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.study import write_table
+from experiments.study import read_evaluations, write_table
 from tensordict.nn import TensorDictModule
 
 from levin.bench import peers
@@ -185,8 +184,7 @@ def measure_score() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     run = Path(folder) / "run"
                     seconds = seconds_to_score(name, score, every, seed, run)
-                    with (run / "metrics.csv").open() as file:
-                        last = [row for row in csv.DictReader(file) if row.get("eval/return_mean")][-1]
+                    last = read_evaluations(run)[-1]
                     mean, worst = final_return(run, env)
                 reached = float(last["eval/return_mean"]) >= score
                 rows.append([env, how, seed, round(seconds, 1), reached, last["env_steps"], round(mean, 1), worst])

@@ -53,7 +53,7 @@ def main() -> None:
     done = {network: result for network, result in results.items() if result.evaluations}
     figure, axes = new_figure()
     for network, result in done.items():
-        draw_line(axes, f"algo.network={network}", list(result.evaluations.values()), single=True)
+        draw_line(axes, f"algo.network={network}", list(result.evaluations.values()))
     axes.legend(frameon=False, loc="lower right")
     save_figure(figure, HERE / "networks.png")
     rows = [table_row(network, result) for network, result in done.items()]

@@ -4,8 +4,6 @@
 CartPole-v1), curves.csv (learning curves, five seeds each), variance.png and README.md beside this file.
 """
 
-import csv
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from levin.collectors.vector import VectorCollector
 from levin.config.compose import compose
 from levin.core.process import silence_libraries
 from levin.data.rollout import WholeEpisodes
+from levin.lab.pictures import read_csv
 from levin.results.aggregates import iqm_with_interval
 from levin.runs.load import load_algorithm
 from levin.training.session import build_run
@@ -127,19 +126,13 @@ def measure_learning() -> None:
     write_table(HERE / "curves.csv", ["form", "seed", "env_steps", "return_mean"], rows)
 
 
-def read(name: str, convert: Callable[[dict[str, str]], Any]) -> list[Any]:
-    """Return the rows of a CSV file in this folder, each converted by `convert`."""
-    with (HERE / name).open() as file:
-        return [convert(row) for row in csv.DictReader(file)]
-
-
 def report() -> None:
     """Draw variance.png and write README.md from gradient.csv and curves.csv."""
-    by_form = {row["form"]: row for row in read("gradient.csv", dict)}
+    by_form = {row["form"]: row for row in read_csv(HERE / "gradient.csv")}
     variance = {name: float(row["variance"]) for name, row in by_form.items()}
     curves: dict[str, dict[int, list[float]]] = {name: {} for name in FORMS}
-    for name, step, value in read("curves.csv", lambda row: (row["form"], int(row["env_steps"]), row["return_mean"])):
-        curves[name].setdefault(step, []).append(float(value))
+    for row in read_csv(HERE / "curves.csv"):
+        curves[row["form"]].setdefault(int(row["env_steps"]), []).append(float(row["return_mean"]))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     colors = dict(zip(FORMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))

@@ -68,7 +68,7 @@ def plot(*, runs: str, metric: str = RETURN, out: str | None = None) -> Path:
     figure, axes = new_figure()
     for label, group in groups.items():
         curves = list(group.seeds.values())
-        draw_line(axes, f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})", curves, single=True)
+        draw_line(axes, f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})", curves)
     envs = sorted({group.config["env.id"] for group in groups.values() if group.config})
     axes.set_title(escape_dollars(", ".join(envs)))
     axes.set_ylabel("evaluation return" if metric == RETURN else metric)

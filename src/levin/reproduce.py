@@ -6,7 +6,6 @@ the stored ones or the required score is missed.
 """
 
 import os
-from datetime import datetime
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -23,14 +22,14 @@ from levin.results.result import (
     result_folder,
 )
 from levin.resume import STOPPED, resume_side_by_side
+from levin.runs import code, provenance
 from levin.runs import folder as run_folder
-from levin.runs import provenance
 from levin.runs.load import load_config
 from levin.runs.trust import trusted
 from levin.scheduler.resources import prepare_cores
 
 RUNS = Path("runs/reproduce")
-DONE = "verdict.json"
+CODE, DONE = "code_checksum.txt", "verdict.json"  # files in the folder of a batch, beside its runs
 
 
 def reproduce(
@@ -69,7 +68,7 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true stores complete runs only: leave out total_env_steps")
     kept = kept_seeds(folder, chosen) if store else []
-    if store and provenance.collect_provenance()["git_dirty"]:
+    if store and provenance.collect_code_facts()["git_dirty"]:
         raise ConfigError(
             "store=true needs runs of committed files, but files of src, configs or experiments have changed or are "
             "not in git: commit them first"
@@ -97,22 +96,37 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
 
 
 def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
-    """Return the run folder of each seed: from an interrupted reproduction of this commit and config, or a new one."""
-    commit = provenance.run_git("rev-parse", "HEAD")
+    """Return the run folder of each seed: of an interrupted reproduction of this config and code, or of a new one."""
+    commit, checksum = provenance.run_git("rev-parse", "HEAD"), code.checksum_of({str(cfg.algo._target_)})
     for batch in sorted(RUNS.glob(f"*/{exp}"), reverse=True):
         folders = {seed: batch / f"s{seed}" for seed in seeds}
         existing = sorted(run.name for run in batch.glob("s*"))
         if not (batch / DONE).exists() and existing == sorted(run.name for run in folders.values()):
-            commits = {run_folder.read_provenance(run).get("git_sha", commit) for run in folders.values()}
-            if commits == {commit} and all(_is_run_of(cfg, seed, run) for seed, run in folders.items()):
+            same_code = _is_batch_of(batch, list(folders.values()), commit, checksum)
+            if same_code and all(_is_run_of(cfg, seed, run) for seed, run in folders.items()):
                 print(f"{batch}: continuing", flush=True)
                 return folders
-    batch = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}" / exp
+    batch = RUNS / run_folder.time_stamp() / exp
     folders = {seed: batch / f"s{seed}" for seed in seeds}
+    batch.mkdir(parents=True, exist_ok=True)
+    files.write_text(batch, CODE, checksum)
     for seed, run in folders.items():
         run_folder.begin(run, _config_of_seed(cfg, seed, run))
     print(f"{batch}: starting", flush=True)
     return folders
+
+
+def _is_batch_of(batch: Path, runs: list[Path], commit: str, checksum: str) -> bool:
+    """Return whether the code of a batch has this commit and checksum.
+
+    An older batch has no checksum: its runs must be of a clean commit.
+    """
+    facts = [own for run in runs if (own := run_folder.read_provenance(run))]
+    if any(own["git_sha"] != commit for own in facts):
+        return False
+    if (batch / CODE).exists():
+        return (batch / CODE).read_text(encoding="utf-8") == checksum
+    return not any(session["git_dirty"] for own in facts for session in (own, *own["resumed"]))
 
 
 def _is_run_of(cfg: DictConfig, seed: int, run: Path) -> bool:

@@ -15,6 +15,7 @@ from levin.config import cli, schema
 from levin.core.errors import ConfigError, exit_on_user_error, valid_names
 from levin.core.omega import flat_keys, to_plain
 from levin.core.process import print_line, share_cores
+from levin.results.result import REFERENCE
 from levin.runs import checkpoint, provenance, slurm
 from levin.runs import folder as run_folder
 from levin.runs.load import algorithm_class, load_config
@@ -55,6 +56,7 @@ def resume(*, run: str, trust: bool = False, **changes: Any) -> float | None:
 
 
 def _resume(folder: Path, changes: dict[str, Any]) -> float | None:
+    _refuse_result(folder)
     cfg = load_config(folder)
     total = cfg.total_env_steps
     lines = apply_changes(cfg, changes)
@@ -204,7 +206,11 @@ def print_end(runs: Collection[Path], *, ended: bool) -> None:
 
 
 def find_runs(words: str) -> list[Path]:
-    """Return the run folders that `runs=` names. Raises ConfigError if a word names none: these runs are trained."""
+    """Return the run folders that `runs=` names; these runs are trained.
+
+    Raises:
+        ConfigError: A word names no run, or a stored result.
+    """
     plans = [Path(word) for word in words.split() if word.endswith(".json") and Path(word).is_file()]
     folders = " ".join(word for word in words.split() if Path(word) not in plans)
     found = [run for plan in plans for run in planned_runs(plan)]
@@ -225,9 +231,17 @@ def find_runs(words: str) -> list[Path]:
         raise ConfigError(f"runs={words} holds no run but those of a search: continue it with make tune")
     if not found:
         raise ConfigError(f"runs={words} holds no run: no folder has a {run_folder.CONFIG}")
+    for run in found:
+        _refuse_result(run)
     for folder in studies:
         print_line(f"{folder} is left alone: it belongs to a search, which make tune continues")
     return list(dict.fromkeys(found))
+
+
+def _refuse_result(folder: Path) -> None:
+    """Raise a ConfigError if a folder is that of a stored result, in which nothing is trained."""
+    if (folder / REFERENCE).is_file():
+        raise ConfigError(f"{folder} is a result: make reproduce EXP={folder.resolve().name} trains it")
 
 
 def _is_in_study(folder: Path) -> bool:

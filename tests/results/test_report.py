@@ -177,6 +177,15 @@ def test_report_rebuilds_missing_files(repository):
     assert imageio.v3.imread(folder / "curve.png").std() > 10
 
 
+def test_a_new_algorithm_makes_the_aggregate_out_of_date(repository, monkeypatch):
+    shutil.copytree(paths.CONFIGS, repository / "configs")
+    monkeypatch.setattr(paths, "CONFIGS", repository / "configs")
+    assert report(check=True) == []
+    (repository / "configs/algo/idea.yaml").write_text("algo: {_target_: levin.algorithms.idea.Idea}\n")
+    (fault,) = report(check=True)  # the picture names the algorithms that it does not show
+    assert "aggregate.png" in fault
+
+
 def test_the_readme_shows_the_headline_results_and_counts_all(repository):
     readme, page = (repository / name for name in ("README.md", "experiments/README.md"))
     (row,) = (line for line in readme.read_text().splitlines() if line.startswith("| [") and "](experiments/s" in line)

@@ -21,7 +21,7 @@ from levin.report import report
 from levin.reproduce import reproduce
 from levin.results import reproduction, result
 from levin.results.curves import CURVES, TRAINING, Curve, read_curves, read_run, write_curves
-from levin.results.reproduction import judge_runs, kept_seeds, store_runs
+from levin.results.reproduction import is_identical, judge_runs, kept_seeds, store_runs
 from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
 from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
@@ -109,7 +109,7 @@ def test_without_stored_curves_a_run_is_judged_by_the_published_number(first_run
     result_folder, batch, outcome = first_run
     assert (outcome.verdict, outcome.good) == ("exceeds", True)
     assert outcome.stored == "there are no stored curves yet"
-    assert sorted(each.name for each in batch.iterdir()) == ["s0", "s1", "s2", "verdict.json"]
+    assert sorted(each.name for each in batch.iterdir()) == ["code_checksum.txt", "s0", "s1", "s2", "verdict.json"]
     assert json.loads((batch / "verdict.json").read_text())["verdict"] == "exceeds"
     assert not (result_folder / CURVES).exists()  # only STORE=1 writes
     assert run_folder.read_provenance(batch / "s0")["threads"] == 1
@@ -146,6 +146,31 @@ def test_a_changed_value_in_a_curve_fails(stored_copy):
     assert not outcome.good
 
 
+def test_curves_of_iterations_that_end_with_an_episode_are_compared_in_every_row():
+    """A run that leaves the stored curve has rows at other env steps from there on."""
+    stored = read_curves(paths.EXPERIMENTS / "reinforce_inverted_pendulum")
+
+    def first_rows(curve, rows):
+        return Curve(curve.env_steps[:rows], curve.return_mean[:rows], curve.second[:rows])
+
+    def continued(curve, rows, other):
+        """Return the curve, continued after these rows by the rows of another seed."""
+        later = other.env_steps > curve.env_steps[rows - 1]
+        return Curve(*(np.append(getattr(curve, key)[:rows], getattr(other, key)[later]) for key in vars(curve)))
+
+    for curve, other in ((stored[a], stored[b]) for a in stored for b in stored if a != b):
+        assert is_identical(curve, curve, 100, 100)
+        assert is_identical(first_rows(curve, 3), curve, 50, 100)
+        assert is_identical(curve, first_rows(curve, 3), 100, 50)
+        assert not is_identical(first_rows(curve, 3), curve, 100, 100)
+        for rows in range(1, len(curve.env_steps)):
+            hybrid = continued(curve, rows, other)
+            assert not is_identical(hybrid, curve, 100, 100)
+            left_out = curve.env_steps[rows] < hybrid.env_steps[rows]  # a row of the stored curve before the last one
+            assert is_identical(first_rows(hybrid, rows + 1), curve, 50, 100) == (not left_out)
+            assert not is_identical(first_rows(hybrid, rows + 2), curve, 50, 100) or rows + 1 == len(hybrid.env_steps)
+
+
 def test_a_missed_required_score_fails(stored_copy):
     result_folder, folders = stored_copy
     (result_folder / result.REFERENCE).write_text(yaml.safe_dump({**REFERENCE, "gate": 0.0}))
@@ -164,10 +189,11 @@ def test_a_missed_required_score_fails(stored_copy):
         ({"gpus": ["H200"]}, "different GPU"),
     ],
 )
-def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(facts, why, stored_copy):
+@pytest.mark.parametrize("session", ["first", "later"])
+def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(session, facts, why, stored_copy):
     result_folder, folders = stored_copy
     for run in folders.values():
-        set_provenance(run, **facts)
+        change_session(run, session, facts)
     outcome = judge(result_folder, folders)
     assert outcome.good
     assert outcome.stored.endswith(f"of the stored seeds ({why})")
@@ -180,16 +206,30 @@ def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(facts, 
     assert "outside" in outcome.stored
 
 
+def change_session(run, session, facts):
+    """Change facts of the first training process of a run, or add a later one with these facts."""
+    later = {"resumed": [{**run_folder.read_provenance(run), **facts}]}
+    set_provenance(run, **(facts if session == "first" else later))
+
+
 def evaluations(result_folder):
     return read_curves(result_folder).items()
 
 
-@pytest.mark.parametrize("facts", [{"git_dirty": True}, {"git_sha": "another"}])
-def test_runs_with_local_changes_or_of_two_commits_are_not_stored(facts, stored_copy):
+@pytest.mark.parametrize("session", ["first", "later"])
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"git_dirty": True}, "needs runs of one commit"),
+        ({"git_sha": "another"}, "needs runs of one commit"),
+        ({"processor": "Other 9000", "versions": {}}, "needs runs on one machine .* differ in versions, processor"),
+    ],
+)
+def test_runs_with_local_changes_or_of_two_commits_or_machines_are_not_stored(session, facts, sentence, stored_copy):
     result_folder, folders = stored_copy
     before = {path: path.read_bytes() for path in result_folder.iterdir()}
-    set_provenance(folders[1], **facts)
-    with pytest.raises(ConfigError, match="needs runs of one commit"):
+    change_session(folders[1], session, facts)
+    with pytest.raises(ConfigError, match=sentence):
         store_runs(result_folder, folders)
     assert before == {path: path.read_bytes() for path in result_folder.iterdir()}
 
@@ -252,8 +292,8 @@ def test_a_signal_does_not_come_between_the_files_of_a_result(stored_copy, monke
 def test_changed_files_are_refused_before_the_runs_begin(stored_copy, monkeypatch):
     result_folder, _ = stored_copy
     batches = set(result_folder.parents[1].glob("runs/reproduce/*"))
-    clean = provenance.collect_provenance()
-    monkeypatch.setattr(provenance, "collect_provenance", lambda: {**clean, "git_dirty": True})
+    clean = provenance.collect_code_facts()
+    monkeypatch.setattr(provenance, "collect_code_facts", lambda: {**clean, "git_dirty": True})
     with pytest.raises(ConfigError, match="store=true needs runs of committed files"):
         reproduce(exp="toy", seeds="0 1 2", store=True)
     assert set(result_folder.parents[1].glob("runs/reproduce/*")) == batches
@@ -294,6 +334,35 @@ reproduce.main()
     assert f"{batch.relative_to(folder)}: continuing" in second.stdout
     assert "1 of 1 curves are identical to the stored ones" in second.stdout
     assert "verdict: partial" in second.stdout
+
+
+def test_only_a_reproduction_with_the_same_code_is_continued(tmp_path, monkeypatch, capsys):
+    pin_toy_result(tmp_path, monkeypatch)
+    facts = {"git_sha": provenance.run_git("rev-parse", "HEAD"), "versions": {}, "env_steps": None, "wall_seconds": 1.0}
+
+    def reproduce_and_stop(code, *, git_dirty=True):
+        def begin_and_stop(configs, _):
+            for run in configs:
+                text = json.dumps({**facts, "git_dirty": git_dirty, "resumed": []})
+                (run / "provenance.json").write_text(text)
+
+        monkeypatch.setattr("levin.reproduce.resume_side_by_side", begin_and_stop)
+        monkeypatch.setattr("levin.runs.code.checksum_of", lambda _: code)
+        with pytest.raises(RunError, match="stopped"):
+            reproduce(exp="toy", seeds="0 1")
+        batch, done = capsys.readouterr().out.strip().split(": ")
+        return tmp_path / batch, done
+
+    first, done = reproduce_and_stop("edited")
+    assert done == "starting"
+    assert reproduce_and_stop("edited") == (first, "continuing")
+    second, done = reproduce_and_stop("corrected", git_dirty=False)
+    assert (second != first, done) == (True, "starting")
+    (second / "code_checksum.txt").unlink()  # older reproductions have none
+    assert reproduce_and_stop("unknown", git_dirty=False) == (second, "continuing")
+    assert reproduce_and_stop("unknown", git_dirty=True) == (second, "continuing")
+    third, done = reproduce_and_stop("unknown")  # the last command has trained with changed files
+    assert (third != second, done) == (True, "starting")
 
 
 def test_a_result_without_a_number_of_threads_is_continued(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,9 @@ import subprocess
 
 import pytest
 
+from levin.config.compose import compose
 from levin.core import paths
+from levin.runs import folder as run_folder
 from processes import run_python
 
 ENV = """
@@ -65,6 +67,15 @@ def test_a_users_modules_are_copied_and_compared(tmp_path):
     for command, words in (("evaluate", ("episodes=1",)), ("export", ("format=torch",))):
         said = levin(command, "run=run", *words, cwd=tmp_path)
         assert "code_helper.py has changed: numbers may differ from those of the run" in said
+
+
+@pytest.mark.parametrize("name", ["levin/envs/new.py", "experiments/idea/algorithm.py", "my_env.py"])
+def test_a_module_that_changed_after_the_commit_was_read_counts_as_dirty(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("levin.runs.code.collect_code", lambda: {name: b"pass"})
+    facts = {"git_sha": "0" * 40, "git_dirty": False, "versions": {}}
+    run_folder.create(tmp_path, compose(["algo=ppo", "env=cartpole"]), facts, resumed=False)
+    assert run_folder.read_provenance(tmp_path)["git_dirty"] == (name != "my_env.py")
+    assert (tmp_path / "code" / name).read_text() == "pass"
 
 
 @pytest.fixture

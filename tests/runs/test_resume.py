@@ -446,3 +446,14 @@ def test_a_run_that_a_callback_has_ended_is_to_be_continued_once_it_is_resumed(t
     assert run_folder.has_ended(tmp_path, 320)
     run_folder.create(tmp_path, config, facts, resumed=True)  # and then it is killed
     assert not run_folder.has_ended(tmp_path, 320)
+
+
+@pytest.mark.parametrize("runs", ["experiments/toy", "experiments", "experiments/*"])
+def test_a_stored_result_is_not_trained(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_folder.begin(Path("experiments/toy"), compose([*TINY]))
+    Path("experiments/toy/reference.yaml").touch()
+    for function, words in ((resume.resume, {"run": "experiments/toy"}), (resume.resume_all, {"runs": runs})):
+        with pytest.raises(ConfigError, match="toy is a result: make reproduce EXP=toy trains it"):
+            function(**words)
+    assert len(list(Path("experiments/toy").iterdir())) == 2

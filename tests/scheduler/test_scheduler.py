@@ -1,13 +1,17 @@
 """The scheduler: processes side by side, failures, signals, and the end of its own process."""
 
+import hashlib
+import importlib
 import os
 import signal
 import time
 
 import pytest
 
+from levin.config.compose import compose
 from levin.core.errors import ConfigError, FolderError, LockedError, NotFiniteError, RunError
 from levin.runs import folder as run_folder
+from levin.runs import provenance
 from levin.scheduler.progress import read_progress
 from levin.scheduler.resources import Resources
 from levin.scheduler.scheduler import LOCKED, NOT_FINITE, Scheduler, train_all
@@ -62,6 +66,31 @@ def test_as_many_runs_as_allowed_train_at_the_same_time(folders, tmp_path):
     assert max(together) == 2
     assert (folders[0] / "output.txt").read_text() == "my last line\n"
     assert train(folders, None)  # complete runs are not started again
+
+
+def test_runs_record_the_code_and_the_commit_that_they_run(folders, tmp_path, monkeypatch):
+    """Files and commit may change while other runs train, and each process runs the modules of the first one."""
+    (tmp_path / "code_early.py").write_text("VALUE = 'before'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("code_early")
+    config, facts = compose(list(RUN)), provenance.collect_code_facts()
+
+    def record(run):
+        importlib.import_module("code_late")
+        run_folder.create(run, config, provenance.collect_provenance(), resumed=False)
+
+    with Scheduler(record, TWO) as scheduler:
+        for name in ("early", "late"):
+            (tmp_path / f"code_{name}.py").write_text("VALUE = 'after'\n")
+        monkeypatch.setattr(provenance, "run_git", lambda *_: "0" * 40)
+        scheduler.start(folders[0])
+        wait_until(scheduler.poll)
+    recorded = run_folder.read_provenance(folders[0])
+    assert {key: recorded[key] for key in facts} == facts
+    copies = {name: (folders[0] / f"code/code_{name}.py").read_text() for name in ("early", "late")}
+    assert copies == {"early": "VALUE = 'before'\n", "late": "VALUE = 'after'\n"}
+    for name, text in copies.items():
+        assert recorded["code"][f"code_{name}.py"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_trained(folders, capsys):
@@ -208,7 +237,6 @@ def test_no_run_outlives_its_command(number, tmp_path):
 
 
 def test_threads_and_gpus_are_divided(monkeypatch):
-    from levin.config.compose import compose
     from levin.scheduler import resources
 
     cpu = [compose(["env=pendulum", "trainer.accelerator=cpu", f"trainer.threads={threads}"]) for threads in (1, 2)]

@@ -41,7 +41,7 @@ def expected_figures(results: list[Result]) -> Iterator[tuple[Path, str, Callabl
     for result in done:
         yield result.folder / PICTURE, _fingerprint(result), lambda result=result: draw_result(result)
     if any(result.reference.published for result in done):
-        yield paths.EXPERIMENTS / AGGREGATE, _fingerprint(*results), lambda: draw_aggregate(results)
+        yield paths.EXPERIMENTS / AGGREGATE, _aggregate_fingerprint(results), lambda: draw_aggregate(results)
 
 
 def _fingerprint(*results: Result) -> str:
@@ -56,6 +56,11 @@ def _fingerprint(*results: Result) -> str:
             digest.update((result.folder / result.reference.source_file).read_bytes())
         digest.update(result.reference.model_dump_json(exclude_defaults=True).encode())
     return digest.hexdigest()
+
+
+def _aggregate_fingerprint(results: list[Result]) -> str:
+    """Return a fingerprint of all that the aggregate shows, also of the algorithms that it names as missing."""
+    return hashlib.sha256(f"{_fingerprint(*results)} {describe_missing(results)}".encode()).hexdigest()
 
 
 def read_fingerprint(path: Path) -> str | None:
@@ -74,10 +79,10 @@ def draw_result(result: Result) -> None:
     curves = result.evaluations if result.reference.metric == "evaluations" else result.training
     label = f"{result.algorithm}: IQM, 95% interval, each of {len(curves)} seeds"
     (color,) = algorithm_colors([result.algorithm]).values()
-    draw_line(axes, label, list(curves.values()), single=True, color=color)
+    draw_line(axes, label, list(curves.values()), color)
     if result.source:
         own = f"{result.reference.source_run.family}, run here: {len(result.source)} seeds"  # type: ignore[union-attr]
-        draw_line(axes, escape_dollars(own), list(result.source.values()), single=True, color="dimgray")
+        draw_line(axes, escape_dollars(own), list(result.source.values()), "dimgray")
     if result.reference.metric != "evaluations":
         axes.set_ylabel("training return")
     for published, color in zip(
@@ -135,7 +140,7 @@ def draw_aggregate(results: list[Result]) -> None:
     if compared:
         _draw_improvement(axes["improvement"], compared, colors)
     figure.suptitle(escape_dollars(textwrap.fill(describe_missing(results), 110)), fontsize=10, color="gray")
-    save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _fingerprint(*results))
+    save_figure(figure, paths.EXPERIMENTS / AGGREGATE, _aggregate_fingerprint(results))
 
 
 def _new_aggregate(*, improvement: bool) -> "tuple[Figure, dict[str, Axes]]":
@@ -251,15 +256,13 @@ def one_per_task(results: list[Result]) -> dict[tuple[str, ...], Result]:
     return chosen
 
 
-def draw_line(
-    axes: "Axes", label: str, seeds: list[Curve], *, single: bool = False, color: "Color | str | None" = None
-) -> None:
-    """Draw the interquartile mean of the seeds' curves, its 95% interval as a band, and with `single` each seed."""
+def draw_line(axes: "Axes", label: str, seeds: list[Curve], color: "Color | str | None" = None) -> None:
+    """Draw the interquartile mean of the seeds' curves, its 95% interval as a band, and each seed."""
     grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
     marker = "o" if len(grid) == 1 else ""  # a line of one point can't be seen
     (line,) = axes.plot(grid, iqm, label=escape_dollars(label), linewidth=2, marker=marker, color=color)
-    for values in returns if single and len(seeds) > 1 else []:
+    for values in returns if len(seeds) > 1 else []:
         axes.plot(grid, values, color=line.get_color(), linewidth=0.7, alpha=0.8, marker=marker, markersize=3)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
 

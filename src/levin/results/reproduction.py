@@ -1,6 +1,6 @@
 """Compare the runs of a reproduction with the stored curves and the published number, and store them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,17 +87,18 @@ def _compare_curves(
         return True, "there are no stored curves yet"
     stored_evaluations, stored_training = read_curves(folder), read_curves(folder, TRAINING)
     common = sorted(set(stored_evaluations) & set(evaluations))
-    differences = [
-        key for run in runs.values() for key in _provenance_differences(before, run_folder.read_provenance(run))
-    ]
-    if load_config(folder, runs=()).trainer.get("workers", 1) > 1:
+    facts = [run_folder.read_provenance(run) for run in runs.values()]
+    differences = [key for session in _all_sessions(facts) for key in _provenance_differences(before, session)]
+    config = load_config(folder, runs=())
+    if config.trainer.get("workers", 1) > 1:
         differences.append("order of the workers' updates")  # not deterministic
     if common and not differences:
+        totals = {seed: load_config(runs[seed], runs=()).total_env_steps for seed in common}
         identical = [
             seed
             for seed in common
-            if _is_prefix(evaluations[seed], stored_evaluations[seed])
-            and _is_prefix(training[seed], stored_training[seed])
+            if is_identical(evaluations[seed], stored_evaluations[seed], totals[seed], config.total_env_steps)
+            and is_identical(training[seed], stored_training[seed], totals[seed], config.total_env_steps)
         ]
         message = f"{len(identical)} of {len(common)} curves are identical to the stored ones"
         return len(identical) == len(common), message
@@ -130,16 +131,32 @@ def _compare_early(evaluations: Curves, stored: Curves) -> str:
     return f"return at {step:,}: {describe(evaluations, step)}, stored {describe(later, step)}"
 
 
-def _is_prefix(curve: Curve, stored: Curve) -> bool:
-    """Return whether the stored curve begins with this one.
+def is_identical(curve: Curve, stored: Curve, total_env_steps: int, stored_total: int) -> bool:
+    """Return whether the curves of two runs with these `total_env_steps` are identical, as far as the shorter run goes.
 
-    The last row of a shorter run may be left out: its final evaluation and row are not in a longer run.
+    The last row of the shorter run may be left out: its final evaluation and row are not in a longer run.
     """
-    shared = np.isin(curve.env_steps, stored.env_steps)
-    if len(curve.env_steps) < len(stored.env_steps):
-        shared[-1:] &= curve.equals(stored.until(int(curve.env_steps[-1])))
-    curve = Curve(curve.env_steps[shared], curve.return_mean[shared], curve.second[shared])
-    return len(curve.env_steps) > 0 and curve.equals(stored.until(int(curve.env_steps[-1])))
+    if total_env_steps == stored_total:
+        return curve.equals(stored)
+    shorter, longer = (curve, stored) if total_env_steps < stored_total else (stored, curve)
+    rows = len(shorter.env_steps)
+    if shorter.equals(_first_rows(longer, rows)):
+        return True
+    next_step = longer.env_steps[rows - 1 : rows]
+    return (
+        rows > 1
+        and _first_rows(shorter, rows - 1).equals(_first_rows(longer, rows - 1))
+        and bool((next_step >= shorter.env_steps[-1]).all())
+    )
+
+
+def _first_rows(curve: Curve, rows: int) -> Curve:
+    return Curve(curve.env_steps[:rows], curve.return_mean[:rows], curve.second[:rows])
+
+
+def _all_sessions(facts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the provenance of every training process of these runs, also of those that continued a run."""
+    return [session for own in facts for session in (own, *own["resumed"])]
 
 
 def _provenance_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -181,14 +198,20 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
         kept: Stored seeds that stay in the result.
 
     Raises:
-        ConfigError: The runs are not all of one commit, or are of uncommitted files.
+        ConfigError: The runs are of uncommitted files, or not all of one commit, on one machine, with one version of
+            each package.
     """
     facts = {seed: run_folder.read_provenance(run) for seed, run in runs.items()}
-    sessions = [session for own in facts.values() for session in (own, *own["resumed"])]
+    sessions, batch = _all_sessions(facts.values()), next(iter(runs.values())).parent
     if any(session["git_dirty"] for session in sessions) or len({session["git_sha"] for session in sessions}) > 1:
         raise ConfigError(
             "store=true needs runs of one commit, but these are of uncommitted files or of several commits; "
-            f"commit, remove {next(iter(runs.values())).parent} and run again"
+            f"commit, remove {batch} and run again"
+        )
+    if differences := [key for key in SHARED_FACTS if any(each[key] != sessions[0][key] for each in sessions)]:
+        raise ConfigError(
+            "store=true needs runs on one machine with the same packages, but these differ in "
+            f"{', '.join(differences)}; remove {batch} and run again"
         )
     with signals_handled(lambda *_: None):  # the files of a result belong together
         _write_result(folder, runs, kept, facts)

@@ -3,6 +3,9 @@
 These are a fork that is not committed, changed files of Levin, and the user's own modules, such as an environment: of
 every imported module outside the installed packages, those that differ from the commit `git_sha`. The run folder keeps
 a copy of each, and provenance.json the checksums. A resumed run is compared with them.
+
+A process that is forked runs the modules that the first process has imported, whatever their files hold by then: it
+inherits a `Snapshot` of them.
 """
 
 import functools
@@ -11,9 +14,12 @@ import sys
 import sysconfig
 import types
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from levin.core import files, paths
+from levin.runs import provenance
 from levin.runs.provenance import run_git
 
 FOLDER = "code"  # in the run folder; the copies of a resumed run that found changes are in code_resumed_1, ...
@@ -22,18 +28,47 @@ MAX_BYTES = 1 << 20  # of a file that is copied; of a larger one only the checks
 FORK_FILES = ("*.py", "algo/*.yaml", "tuned/*.yaml")
 
 
-def collect_code() -> dict[str, Path]:
+@dataclass(frozen=True)
+class Snapshot:
+    """Code that a process has imported.
+
+    Args:
+        facts: Commit and versions of packages, from `levin.runs.provenance.collect_code_facts`.
+        local: Contents of all files that belong to no installed package, by their name in the run folder.
+        changed: Contents of those that differ from the commit.
+    """
+
+    facts: dict[str, Any]
+    local: dict[str, bytes]
+    changed: dict[str, bytes]
+
+
+_inherited = Snapshot(provenance.inherited_facts, {}, {})  # of the process that has forked this one
+
+
+def take_snapshot() -> Snapshot:
+    """Read the code that this process has imported."""
+    return Snapshot(provenance.collect_code_facts(), *_read_code())
+
+
+def inherit(snapshot: Snapshot) -> None:
+    """Take over the snapshot of the process that has forked this one."""
+    _inherited.facts.update(snapshot.facts)
+    _inherited.local.update(snapshot.local)
+    _inherited.changed.update(snapshot.changed)
+
+
+def collect_code() -> dict[str, bytes]:
     """Return the files that neither the commit nor an installed package gives back, by their name in the run folder.
 
     Call this when everything that the run imports has been imported.
     """
-    committed = _committed_files()
-    return {name: path for name, path in sorted(_local_files()) if str(path) not in committed}
+    return _read_code()[1]
 
 
-def checksums(code: dict[str, Path]) -> dict[str, str]:
+def checksums(code: dict[str, bytes]) -> dict[str, str]:
     """Return the SHA-256 of each file."""
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code.items()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in code.items()}
 
 
 def checksum_of(targets: Collection[str]) -> str:
@@ -46,15 +81,20 @@ def checksum_of(targets: Collection[str]) -> str:
     return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
 
 
-def copy_code(code: dict[str, Path], run: Path, folder: str) -> None:
+def is_of_checkout(code: dict[str, bytes]) -> bool:
+    """Return whether a file is one of Levin, of a fork or of a study."""
+    return any(name.startswith(("levin/", f"{paths.EXPERIMENTS.name}/")) for name in code)
+
+
+def copy_code(code: dict[str, bytes], run: Path, folder: str) -> None:
     """Copy the files into a folder of the run folder."""
-    for name, path in code.items():
-        if path.stat().st_size <= MAX_BYTES:
+    for name, content in code.items():
+        if len(content) <= MAX_BYTES:
             with files.replace(run, f"{folder}/{name}") as copy:
-                copy.write_bytes(path.read_bytes())
+                copy.write_bytes(content)
 
 
-def describe_changes(before: dict[str, str], code: dict[str, Path], commit: str) -> list[str]:
+def describe_changes(before: dict[str, str], code: dict[str, bytes], commit: str) -> list[str]:
     """Return a text for each file that differs between an earlier session and this one, such as `x.py has changed`.
 
     Args:
@@ -62,17 +102,29 @@ def describe_changes(before: dict[str, str], code: dict[str, Path], commit: str)
         code: Files of this session, from `collect_code`.
         commit: Commit of the earlier session.
     """
-    local = dict(_local_files())
+    local, _ = _read_code()
     # Not imported now may be imported later: such a file is looked for where Python would find it.
     places = [paths.ROOT / "src", paths.ROOT, *map(Path, sys.path)]
     for name in before:
         if name not in local and (found := [place / name for place in places if (place / name).is_file()]):
-            local[name] = found[0]
-    now = checksums({name: path for name, path in local.items() if name in before})
+            local[name] = found[0].read_bytes()
+    now = checksums({name: content for name, content in local.items() if name in before})
     lines = [f"{name} has changed" for name in now if now[name] != before[name]]
     lines += [f"{name} is gone" for name in before if name not in local and not name.startswith(SCRIPT)]
     others = [name for name in code if name not in before]
     return lines + [f"{name} is new, or has changed since commit {commit[:8] or 'unknown'}" for name in others]
+
+
+def _read_code() -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Return the files of all imported modules that are not installed, and those that differ from the commit.
+
+    Only files that were not inherited are read from the disk.
+    """
+    committed = _committed_files()
+    found = {name: path for name, path in sorted(_local_files()) if name not in _inherited.local}
+    local = {name: path.read_bytes() for name, path in found.items()}
+    changed = {name: local[name] for name, path in found.items() if str(path) not in committed}
+    return _inherited.local | local, _inherited.changed | changed
 
 
 def _local_files() -> Iterator[tuple[str, Path]]:
@@ -112,7 +164,8 @@ def _is_installed(file: str) -> bool:
 
 
 def _committed_files() -> set[str]:
-    """Return the paths of the files of this checkout that are equal to the commit."""
+    """Return the paths of the files of this checkout that are equal to the commit of this process."""
+    commit = provenance.inherited_facts.get("git_sha") or "HEAD"
     tracked = set(run_git("ls-files", "-z").split("\0"))
-    changed = set(run_git("diff", "--name-only", "--relative", "-z", "HEAD").split("\0"))
+    changed = set(run_git("diff", "--name-only", "--relative", "-z", commit).split("\0"))
     return {f"{paths.ROOT}/{name}" for name in tracked - changed}

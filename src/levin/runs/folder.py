@@ -114,7 +114,9 @@ def create(run: Path, config: DictConfig, provenance: dict[str, Any], *, resumed
         files.write_text(run, CONFIG, OmegaConf.to_yaml(config))
         contents = read_provenance(run)
         local = code.collect_code()
-        provenance = {**provenance, "code": code.checksums(local)}
+        # Modules that a forked process has imported itself may have changed since the first process read the commit.
+        late = bool(provenance["git_sha"]) and code.is_of_checkout(local)
+        provenance = {**provenance, "git_dirty": provenance["git_dirty"] or late, "code": code.checksums(local)}
         if resumed and contents:
             if _report_changed_code(contents, local, "of an uninterrupted run"):
                 code.copy_code(local, run, f"{code.FOLDER}_resumed_{len(contents['resumed']) + 1}")
@@ -137,7 +139,7 @@ def report_changed_code(run: Path) -> None:
         _report_changed_code(read_provenance(run), code.collect_code(), "of the run")
 
 
-def _report_changed_code(provenance: dict[str, Any], local: dict[str, Path], what: str) -> bool:
+def _report_changed_code(provenance: dict[str, Any], local: dict[str, bytes], what: str) -> bool:
     """Print a line for each file of the code that has changed since the last session; return whether any has."""
     before = [provenance, *provenance.get("resumed", [])][-1]
     if before.get("code") is None:

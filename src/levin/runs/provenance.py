@@ -22,30 +22,40 @@ CODE = (
     *("src", "configs", "requirements.lock"),
     *("experiments/*.py", "experiments/*/*.py", "experiments/*/algo", "experiments/*/tuned"),
 )
+# Facts of the process that has forked this one, from `collect_code_facts`: `levin.runs.code.inherit` sets them.
+inherited_facts: dict[str, Any] = {}
 
 
 def collect_provenance() -> dict[str, Any]:
-    """Collect the contents of `provenance.json` as plain values.
-
-    `git_dirty` is True if files under `CODE` differ from the commit `git_sha`, or git does not track them.
-    """
+    """Collect the contents of `provenance.json` as plain values."""
     import torch
 
-    lock = ROOT / "requirements.lock"
     return {
         "command": command_line(),
         "slurm_job": slurm.job_id(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_sha": run_git("rev-parse", "HEAD"),
-        "git_dirty": bool(run_git("status", "--porcelain", "--untracked-files=all", "--", *CODE)),
-        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
+        **collect_code_facts(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
         "processor": processor_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def collect_code_facts() -> dict[str, Any]:
+    """Collect the commit, the checksum of the lock file and the versions of packages as plain values.
+
+    `git_dirty` is True if files under `CODE` differ from the commit `git_sha`, or git does not track them. A process
+    that the scheduler has forked has the facts of the first process, whose modules it runs.
+    """
+    lock = ROOT / "requirements.lock"
+    return inherited_facts or {
+        "git_sha": run_git("rev-parse", "HEAD"),
+        "git_dirty": bool(run_git("status", "--porcelain", "--untracked-files=all", "--", *CODE)),
+        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
+        "versions": {package: _version(package) for package in PACKAGES},
     }
 
 

@@ -31,6 +31,7 @@ from levin.core.process import (
     signal_at_parents_end,
 )
 from levin.runs import folder as run_folder
+from levin.runs.code import inherit, take_snapshot
 from levin.scheduler.resources import Resources
 from levin.scheduler.table import State, Table
 
@@ -85,6 +86,7 @@ class Scheduler:
         release_cores(self.resources.threads)
         import levin.training.session  # noqa: F401  # once, for all processes
 
+        self._code = take_snapshot()  # of what all processes run, whatever happens to the files and the commit
         self._handlers = handle_signals(self._receive)
         return self
 
@@ -140,6 +142,7 @@ class Scheduler:
             restore_signals(self._handlers)
             signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # that of a SLURM job is for the first process alone
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            inherit(self._code)
             with exit_on_user_error():
                 self.train(run)
             code = 0

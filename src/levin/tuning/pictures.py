@@ -10,15 +10,16 @@ from levin.results.tables import plain_table
 from levin.tuning.study import best_trials
 
 PICTURE = "history.png"
+ROWS = 15  # of the table
 
 
-def trials_table(study: optuna.Study, number: int = 15) -> str:
+def trials_table(study: optuna.Study) -> str:
     """Return the best trials of a study as a table, and how many others there are in each state."""
     trials = study.get_trials(deepcopy=False)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     rows = [
         [str(trial.number), f"{trial.value:.1f}", *(_text(trial.params.get(key, "")) for key in keys)]
-        for trial in best_trials(study, number)
+        for trial in best_trials(study, ROWS)
     ]
     counts = [f"{sum(trial.state == state for trial in trials)} {state.name.lower()}" for state in TrialState]
     table = plain_table(["trial", "IQM", *(key.removeprefix("algo.") for key in keys)], rows)

@@ -9,6 +9,8 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+RANDOM_TRIALS = 10  # trials with random values at the beginning
+
 
 class TrialSampler(BaseSampler):
     """Tree-structured Parzen estimator (TPE; Bergstra et al. 2011), multivariate, after random trials.
@@ -18,16 +20,15 @@ class TrialSampler(BaseSampler):
 
     Args:
         seed: Seed of the study.
-        random_trials: Number of trials with random values at the beginning.
     """
 
-    def __init__(self, seed: int, random_trials: int = 10) -> None:
-        self.seed, self.random_trials = seed, random_trials
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
 
     def _sampler(self, trial: FrozenTrial, name: str = "") -> TPESampler:
         entropy = [self.seed, trial.number, zlib.crc32(name.encode())]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        return TPESampler(seed=seed, n_startup_trials=self.random_trials, multivariate=True)
+        return TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._sampler(trial).infer_relative_search_space(study, trial)
