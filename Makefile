@@ -126,13 +126,13 @@ study: .venv/.core .venv/.report $(addprefix .venv/.,$(if $(study),$(call extra_
 
 ##@ Develop
 test: $(suite) ## Run the tests; five to fifteen minutes on two cores
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not long' $(args)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not long' $(args)
 
 test-long: $(suite) ## Run the tests that `make test` leaves out because they take half of the time; CI runs both
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'long and not slow' $(args)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'long and not slow' $(args)
 
 test-quick: $(suite) ## Run the tests that need no whole runs, while you edit; under a minute
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'quick and not slow' $(args)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'quick and not slow' $(args)
 
 test-slow: $(suite) .venv/.scale ## Run the tests that train agents; each takes minutes
 	$(BIN)/python -m pytest -m slow $(args)

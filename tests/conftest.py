@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 import warnings
@@ -5,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import fast_composing
 
 # Processes started by tests must find the toy envs and algorithms as well.
 PLACES = (Path(__file__).parent, Path(__file__).parent / "support")
@@ -15,6 +18,9 @@ os.environ["XDG_STATE_HOME"] = STATE.name
 # No test may send data to the server of a logger.
 os.environ["WANDB_MODE"] = "offline"
 warnings.filterwarnings("ignore", message=".*out of date.*")
+# No test cuts the power, so no file must reach the disk. Tests that count the calls wrap this function.
+os.fsync = lambda _: None
+fast_composing.parse_once()
 
 # Tests of `make test-quick`: mathematics, networks, spaces, configs, envs and rollouts, without whole runs.
 QUICK = (
@@ -38,6 +44,7 @@ LONG = (
     *("training/test_hogwild.py", "training/test_interruption.py", "tuning/test_study.py"),
     *("scripts/test_new.py", "test_notebook.py", "test_results_explorer.py", "test_toy.py"),
 )
+LONGEST = (*LONG, "test_documentation.py", "algorithms/test_algorithms.py")
 LONG_FUNCTIONS = {
     "algorithms/test_action_masks.py": (
         "test_the_best_allowed_action_is_learned",
@@ -118,6 +125,14 @@ def pytest_collection_modifyitems(items):
         names = LONG_FUNCTIONS.get(str(path), ())
         if check in LONG_CHECKS or str(path) in LONG or getattr(item, "originalname", "") in names:
             item.add_marker("long")
+    # Longest files first, so that no worker is left with one of them at the end.
+    items.sort(key=lambda item: str(item.path.relative_to(Path(__file__).parent)) not in LONGEST)
+
+
+def pytest_collection_finish():
+    # What was imported and collected stays, so the garbage collector need not visit it in each of its passes.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["extension", "stand-in"])

@@ -1,6 +1,7 @@
 """A new algorithm: a test adds one in a temporary folder and runs all checks on it."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,20 +21,26 @@ ROW = replace(rows.ROWS[[row.algo for row in rows.ROWS].index("sac")], algo="toy
 """
 
 
-@pytest.fixture
-def toy(tmp_path, monkeypatch) -> rows.Row:
+def add_toy(folder: Path, patch: pytest.MonkeyPatch) -> rows.Row:
     """Write a copy of SAC as the new algorithm `toy_sac`, with its YAML and its row; return the row."""
     source = Path(sac.__file__).read_text().replace("class SAC(", "class ToySAC(")
-    (tmp_path / "toy_sac.py").write_text(source)
-    (tmp_path / "algo").mkdir()
+    (folder / "toy_sac.py").write_text(source)
+    (folder / "algo").mkdir()
     yaml = (paths.CONFIGS / "algo" / "sac.yaml").read_text().replace("levin.algorithms.sac.SAC", "toy_sac.ToySAC")
-    (tmp_path / "algo" / "toy_sac.yaml").write_text(yaml)
-    (tmp_path / "toy_row.py").write_text(ROW)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "toy_sac", raising=False)
-    monkeypatch.delitem(sys.modules, "toy_row", raising=False)
-    monkeypatch.setattr(checks, "compose", lambda overrides: compose([*overrides, f"hydra.searchpath=[{tmp_path}]"]))
+    (folder / "algo" / "toy_sac.yaml").write_text(yaml)
+    (folder / "toy_row.py").write_text(ROW)
+    patch.syspath_prepend(folder)
+    patch.delitem(sys.modules, "toy_sac", raising=False)
+    patch.delitem(sys.modules, "toy_row", raising=False)
+    patch.setattr(checks, "compose", lambda overrides: compose([*overrides, f"hydra.searchpath=[{folder}]"]))
     return __import__("toy_row").ROW
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Iterator[rows.Row]:
+    """Add the new algorithm once, so that its checks share `checks.plain_run`."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield add_toy(tmp_path_factory.mktemp("toy"), patch)
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
@@ -41,8 +48,9 @@ def test_a_new_algorithm_passes_every_check(check, toy, tmp_path):
     check(toy, tmp_path)
 
 
-def test_the_checks_fail_for_a_broken_algorithm(toy, tmp_path):
+def test_the_checks_fail_for_a_broken_algorithm(tmp_path, monkeypatch):
     """Break the algorithm in one place per check: targets, use of `done`, optimizer steps, critic loss."""
+    toy = add_toy(tmp_path, monkeypatch)
     file = tmp_path / "toy_sac.py"
     correct = file.read_text()
     broken = {

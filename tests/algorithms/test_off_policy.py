@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -16,8 +17,10 @@ from checks import (
     compiled_and_eager_are_the_same,
     make_batch,
     metrics,
+    run_without_trainer,
     same,
     saved_state,
+    with_value,
 )
 from levin import resume
 from levin.collectors.factory import make_collector
@@ -338,7 +341,6 @@ OWN = {
     | {"alpha_lr": 1e-2, "initial_alpha": 0.1, "target_entropy": 0.1, "huber": "true", "max_grad_norm": 0.01}
     | {"critic": "state", "actor_estimator": "exact", "actor_draws": 3, "actor_tau": 0.1},
 }
-PRIORITIZED = "algo.replay=prioritized"
 OF_REPLAY = ["n_step", "replay", "priority_alpha", "priority_beta", "schedule_env_steps"]
 MISSING = {  # of `CHANGES`
     "dqn": ["random_env_steps"],  # it has epsilon instead
@@ -363,17 +365,22 @@ def test_every_hyper_parameter_has_an_effect(algo, tmp_path):
     changes = {**CHANGES, **OWN[algo]}
     for name in MISSING.get(algo, []):
         del changes[name]
-    assert changes.keys() == set(compose(overrides).algo) - {"_target_", "buffer_storage", "compile"}
+    uniform = compose(overrides)
+    assert changes.keys() == set(uniform.algo) - {"_target_", "buffer_storage", "compile"}
 
-    def result(name: str, *change: str) -> dict[str, torch.Tensor]:
-        train(compose([*overrides, *change]), tmp_path / name)
-        state = saved_state(tmp_path / name)["state_dict"]
+    def result(config: DictConfig) -> dict[str, torch.Tensor]:
+        state = run_without_trainer(config)
         return {key: value for key, value in state.items() if not key.startswith(("noise.", "exploration."))}
 
-    base, prioritized = result("base"), result("prioritized", PRIORITIZED) if "replay" in changes else {}
+    train(uniform, tmp_path / "run")
+    assert same(saved_state(tmp_path / "run")["state_dict"], run_without_trainer(uniform))
+    prioritized = with_value(uniform, "algo.replay", "prioritized") if "replay" in changes else uniform
+    of_uniform, of_prioritized = result(uniform), result(prioritized)
     for name, value in changes.items():
-        more = [PRIORITIZED] if name.startswith(("priority", "schedule")) else []
-        assert not same(prioritized if more else base, result(name, *more, f"algo.{name}={value}")), name
+        base, expected = uniform, of_uniform
+        if name.startswith(("priority", "schedule")):
+            base, expected = prioritized, of_prioritized
+        assert not same(expected, result(with_value(base, f"algo.{name}", value))), name
 
 
 # --- exploration

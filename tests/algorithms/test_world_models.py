@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrl.envs import GymWrapper, check_env_specs
 
 import toy_envs  # noqa: F401
-from checks import build_algorithm, metrics, same, saved_state
+from checks import build_algorithm, metrics, run_without_trainer, same, saved_state, with_value
 from levin import resume
 from levin.algorithms.world_models import WorldModels
 from levin.algorithms.world_models_evolution import Evolution
@@ -669,15 +669,13 @@ def test_every_hyper_parameter_has_an_effect(tmp_path):
     }
     overrides = [*SMALL, "algo.controller_training=dream", "algo.kl_tolerance=0", "eval.episodes=1"]
     overrides += ["algo.collect_env_steps=120", "total_env_steps=200"]
-    assert changes.keys() == set(compose(overrides).algo) - {"_target_", "buffer_storage", "compile"}
-
-    def result(name: str, *change: str) -> dict[str, Tensor]:
-        train(compose([*overrides, *change]), tmp_path / name)
-        return saved_state(tmp_path / name)["state_dict"]
-
-    base = result("base")
+    config = compose(overrides)
+    assert changes.keys() == set(config.algo) - {"_target_", "buffer_storage", "compile"}
+    base = run_without_trainer(config)
+    train(config, tmp_path / "run")
+    assert same(saved_state(tmp_path / "run")["state_dict"], base)
     for name, value in changes.items():
-        assert not same(base, result(name, f"algo.{name}={value}")), name
+        assert not same(base, run_without_trainer(with_value(config, f"algo.{name}", value))), name
 
 
 def test_dodge():

@@ -21,7 +21,7 @@ from levin.report import report
 from levin.reproduce import reproduce
 from levin.results import reproduction, result
 from levin.results.curves import CURVES, TRAINING, Curve, read_curves, read_run, write_curves
-from levin.results.reproduction import is_identical, judge_runs, kept_seeds, store_runs
+from levin.results.reproduction import SHARED_FACTS, is_identical, judge_runs, kept_seeds, store_runs
 from levin.results.result import CONFIG, PROVENANCE, read_provenance, read_reference
 from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
@@ -222,16 +222,25 @@ def evaluations(result_folder):
     [
         ({"git_dirty": True}, "needs runs of one commit"),
         ({"git_sha": "another"}, "needs runs of one commit"),
-        ({"processor": "Other 9000", "versions": {}}, "needs runs on one machine .* differ in versions, processor"),
     ],
 )
-def test_runs_with_local_changes_or_of_two_commits_or_machines_are_not_stored(session, facts, sentence, stored_copy):
+def test_runs_with_local_changes_or_of_two_commits_are_not_stored(session, facts, sentence, stored_copy):
     result_folder, folders = stored_copy
     before = {path: path.read_bytes() for path in result_folder.iterdir()}
     change_session(folders[1], session, facts)
     with pytest.raises(ConfigError, match=sentence):
         store_runs(result_folder, folders)
     assert before == {path: path.read_bytes() for path in result_folder.iterdir()}
+
+
+@pytest.mark.parametrize("session", ["first", "later"])
+def test_a_result_of_several_machines_says_so_and_is_compared_by_its_mean(session, stored_copy):
+    result_folder, folders = stored_copy
+    change_session(folders[1], session, {"processor": "Other 9000", "versions": {"torch": "1.0"}})
+    store_runs(result_folder, folders)
+    assert read_provenance(result_folder)["mixed"] == ["processor", "versions"]
+    set_provenance(folders[1], resumed=[], **{key: run_folder.read_provenance(folders[0])[key] for key in SHARED_FACTS})
+    assert "processor of the stored sessions, versions of the stored sessions" in judge(result_folder, folders).stored
 
 
 def test_seeds_can_be_added_to_a_stored_result(stored_copy):

@@ -20,6 +20,20 @@ from levin.training.session import train
 from short_runs import TINY, assert_identical_runs
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """Train without an interruption to 384 env steps, which `finished` has not reached."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    train(compose([*TINY, "total_env_steps=384"]), folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """Return a copy of a run of 320 env steps."""
+    return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
 def damage(path: Path, kind: str) -> None:
     """Truncate a file, empty it, flip one of its bits, or delete it."""
     data = path.read_bytes()
@@ -36,9 +50,7 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["truncated", "bit-flipped", "empty", "missing"])
 @pytest.mark.parametrize("part", ["state.ckpt", "manifest.json", "buffer"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(kind, part, finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(kind, part, run, straight, capsys):
     for folder in checkpoint.list_checkpoints(run / "checkpoints"):
         for file in (folder / "buffer").iterdir():  # copying has lost the hard links between checkpoints
             first = next(run.glob(f"checkpoints/*/buffer/{file.name}"))
@@ -69,14 +81,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(kind, part, 
     assert "trying the checkpoint before it" in message
     assert str(newest) in message
     assert (newest.parent / f"{newest.name}.damaged").exists()
-    train(compose([*TINY, "total_env_steps=384"]), tmp_path / "straight")
     assert before.name in {"288", "256"}
-    assert_identical_runs(tmp_path / "straight", run)
+    assert_identical_runs(straight, run)
 
 
-def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
+def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(run):
     newest = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     shutil.copytree(newest, newest.with_name(f"{newest.name}.damaged"))
     damage(newest / "state.ckpt", "empty")
@@ -92,17 +101,13 @@ def test_a_second_damaged_checkpoint_of_the_same_name_replaces_the_first(finishe
         ("config.yaml", b"", "config.yaml is damaged: it holds no keys"),
     ],
 )
-def test_a_damaged_file_of_the_run_is_a_config_error(name, content, sentence, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
+def test_a_damaged_file_of_the_run_is_a_config_error(name, content, sentence, run):
     (run / name).write_bytes(content)
     with pytest.raises(ConfigError, match=sentence):
         resume.resume(run=str(run), total_env_steps=384)
 
 
-def test_damaged_metrics_are_a_warning(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
+def test_damaged_metrics_are_a_warning(run):
     (run / "metrics.csv").write_bytes(b"")
     with pytest.warns(UserWarning, match="has lost"):
         resume.resume(run=str(run), total_env_steps=384)
@@ -115,9 +120,7 @@ def test_the_name_of_a_run_folder_may_be_a_number(finished, tmp_path):
     assert saved_state(tmp_path / "7")["levin"]["env_steps"] == 352
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_restarted(finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_restarted(run, capsys):
     for folder in checkpoint.list_checkpoints(run / "checkpoints"):
         damage(folder / "state.ckpt", "empty")
     with pytest.raises(CheckpointError, match="has no undamaged checkpoint"):
@@ -131,10 +134,8 @@ class Evil:
         return (Path.touch, (Path(os.environ["LEVIN_TEST_EVIL"]),))
 
 
-def test_a_malicious_pickle_is_not_executed(finished, tmp_path, monkeypatch):
+def test_a_malicious_pickle_is_not_executed(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LEVIN_TEST_EVIL", str(tmp_path / "executed"))
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
     for folder in checkpoint.list_checkpoints(run / "checkpoints"):
         for file in (folder / "state.ckpt", sorted((folder / "buffer").iterdir())[-1]):
             torch.save({"evil": Evil()}, file)
@@ -162,9 +163,7 @@ def _crc32(file: Path) -> int:
 @pytest.mark.parametrize(
     ("key", "value", "sentence"), [("format", 99, "has format 99"), ("algorithm", "PPO", "was written by PPO")]
 )
-def test_a_checkpoint_of_another_format_or_algorithm_is_refused_and_kept(key, value, sentence, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
+def test_a_checkpoint_of_another_format_or_algorithm_is_refused_and_kept(key, value, sentence, run):
     newest = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps({**manifest, key: value}))
@@ -174,9 +173,7 @@ def test_a_checkpoint_of_another_format_or_algorithm_is_refused_and_kept(key, va
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "${seed}", "${${name}:HOME}"])
-def test_a_config_with_a_reference_is_refused(value, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, symlinks=True)
+def test_a_config_with_a_reference_is_refused(value, run):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("wandb_project: levin", f"wandb_project: {value}"))
     with pytest.raises(ConfigError, match="holds the reference"):

@@ -21,15 +21,15 @@ from rows import LATE, ROWS, Row
 from short_runs import SMALL
 
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.threads=1")
-ITERATIONS = 20
+ITERATIONS = 5
 OWN = {
-    "reinforce": ("algo.episodes_per_update=2", "total_env_steps=1600"),
-    "ppo": ("env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=640"),
-    "trpo": ("total_env_steps=320",),
-    "a2c": ("total_env_steps=200",),
-    "actor_critic": ("total_env_steps=160",),
+    "reinforce": ("algo.episodes_per_update=2", "total_env_steps=400"),
+    "ppo": ("env.normalize_observation=true", "env.normalize_reward=true", "total_env_steps=160"),
+    "trpo": ("total_env_steps=80",),
+    "a2c": ("total_env_steps=50",),
+    "actor_critic": ("total_env_steps=40",),
 }
-OFF_POLICY = ("algo.steps_per_iteration=8", "total_env_steps=320")
+OFF_POLICY = ("algo.steps_per_iteration=8", "total_env_steps=80")
 PARALLEL = [row for row in ROWS if row.algo not in ("a3c", "world_models")]
 HALVES = {
     "sac": (*SMALL, "env.num_envs=2"),
@@ -47,7 +47,7 @@ GRADIENTS = (
 def overrides(row: Row) -> list[str]:
     """Return the overrides of a short run of a row on two ranks."""
     own = OWN.get(row.algo, OFF_POLICY)
-    return [f"algo={row.algo}", f"env={row.env}", *LATE, *row.small, "env.num_envs=2", *own, *TWO]
+    return [f"algo={row.algo}", f"env={row.env}", *LATE, "eval.episodes=1", *row.small, "env.num_envs=2", *own, *TWO]
 
 
 def transitions(env, num: int, length: int) -> TensorDict:

@@ -60,6 +60,7 @@ def test_ranks_share_parameters_and_differ_in_their_data(row, two_ranks):
     # State of each env.
     own = ("running_return", "noise.state", "carry.deter", "carry.stoch", "carry.action", "carry.state")
     assert first["levin"]["iterations"] >= ranks_script.ITERATIONS
+    assert first["levin"]["updates"] > 0
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]) != name.endswith(own), name
     assert same(first["optimizer_states"], second["optimizer_states"])

@@ -16,7 +16,7 @@ import torch
 from lightning import Callback
 
 import levin
-from checks import metrics, same
+from checks import metrics, run_without_trainer, same, with_value
 from levin import evaluate, resume
 from levin.algorithms.sac import SAC
 from levin.config.compose import compose
@@ -163,17 +163,27 @@ def test_sampled_batches_are_normalized(tmp_path):
     assert float(batch["next", "reward"].std()) < float(raw["next", "reward"].std())
 
 
-def test_a_checkpoint_loads_in_a_bare_interpreter(tmp_path):
+def test_loading_in_a_bare_interpreter_and_training_need_no_optional_package(tmp_path):
     run(tmp_path / "run", "total_env_steps=96")
     path = tmp_path / "run" / "checkpoints" / "last" / "state.ckpt"
-    code = (
-        "from levin.algorithms.sac import SAC\n"
-        f"a = SAC.load_from_checkpoint({str(path)!r})\n"
-        "assert (a.env_steps, a.updates) == (96, 56), (a.env_steps, a.updates)\n"
-        "import levin, numpy\n"
-        f"print(levin.load({str(tmp_path / 'run')!r})(numpy.zeros(3)))\n"
-    )
-    answer = run_python("-c", code, forked=False)
+    code = """
+import sys
+for name in ("mujoco", "Box2D", "ale_py", "dm_control", "shimmy", "rliable", "ray"):
+    sys.modules[name] = None
+from levin.algorithms.sac import SAC
+loaded = SAC.load_from_checkpoint(sys.argv[2])
+assert (loaded.env_steps, loaded.updates) == (96, 56), (loaded.env_steps, loaded.updates)
+import levin, numpy
+print(levin.load(sys.argv[1] + "/run")(numpy.zeros(3)))
+from levin import train
+sys.argv = ["train", "env=pendulum", "debug=smoke", "total_env_steps=128", "run=" + sys.argv[1] + "/new"]
+train.main()
+from levin.envs.config import EnvConfig
+from levin.envs.factory import make_env
+env = make_env(EnvConfig(id="CartPole-v1", num_envs=2), seed=0)
+env.reset()
+"""
+    answer = run_python("-c", code, str(tmp_path), str(path), forked=False)  # new: nothing is imported yet
     assert answer.returncode == 0, answer.stderr
     torch.load(path, weights_only=True)
 
@@ -262,11 +272,10 @@ def test_any_trainer_argument_can_be_set(tmp_path, caplog):
 
 @pytest.mark.usefixtures("some_trees")
 def test_every_sac_hyper_parameter_has_an_effect(tmp_path):
-    prioritized = "algo.replay=prioritized"
-    base, weighted = (
-        dict(run(tmp_path / name, "total_env_steps=96", f"algo.replay={name}").algorithm.state_dict())
-        for name in ("uniform", "prioritized")
-    )
+    uniform = compose([*SMALL, "total_env_steps=96"])
+    prioritized = with_value(uniform, "algo.replay", "prioritized")
+    of_uniform, of_prioritized = run_without_trainer(uniform), run_without_trainer(prioritized)
+    assert same(dict(run(tmp_path / "run", "total_env_steps=96").algorithm.state_dict()), of_uniform)
     changes = {
         "gamma": 0.5,
         "tau": 0.5,
@@ -290,14 +299,13 @@ def test_every_sac_hyper_parameter_has_an_effect(tmp_path):
         "activation": "tanh",
         "network": "layer_norm",
     }
-    cfg = compose(SMALL[:2])
     # The storage of the buffer and compiling do not change results.
-    assert changes.keys() == set(cfg.algo) - {"_target_", "buffer_storage", "compile"}
+    assert changes.keys() == set(uniform.algo) - {"_target_", "buffer_storage", "compile"}
     for name, value in changes.items():
-        more = [prioritized] if name.startswith(("priority", "schedule")) else []
-        words = ("total_env_steps=96", *more, f"algo.{name}={value}")
-        other = dict(run(tmp_path / name, *words).algorithm.state_dict())
-        assert not same(weighted if more else base, other), name
+        base, expected = uniform, of_uniform
+        if name.startswith(("priority", "schedule")):
+            base, expected = prioritized, of_prioritized
+        assert not same(expected, run_without_trainer(with_value(base, f"algo.{name}", value))), name
 
 
 def test_evaluate_writes_its_file(tmp_path):
@@ -365,20 +373,3 @@ def test_checkpoints_hold_only_tensors_and_plain_values(tmp_path):
     torch.save({"env": build_run}, tmp_path / "evil.ckpt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "evil.ckpt", weights_only=True)
-
-
-def test_training_needs_no_optional_package(tmp_path):
-    code = """
-import sys
-for name in ("mujoco", "Box2D", "ale_py", "dm_control", "shimmy", "rliable", "ray"):
-    sys.modules[name] = None
-from levin import train
-sys.argv = ["train", "env=pendulum", "debug=smoke", "total_env_steps=128", "run=" + sys.argv[1]]
-train.main()
-from levin.envs.config import EnvConfig
-from levin.envs.factory import make_env
-env = make_env(EnvConfig(id="CartPole-v1", num_envs=2), seed=0)
-env.reset()
-"""
-    answer = run_python("-c", code, str(tmp_path / "run"), forked=False)
-    assert answer.returncode == 0, answer.stderr

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,7 +36,8 @@ def check_section(
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
     """
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = _hints(function)
     parameters = inspect.signature(target).parameters
     content = to_plain(section) if isinstance(section, DictConfig) else section
     values = {str(key): value for key, value in content.items() if key not in skip}
@@ -44,7 +46,7 @@ def check_section(
         if name in valid:
             if name not in hints:
                 raise ConfigError(f"{prefix}{name} has no type hint in {target.__qualname__}: write {name}: <type>")
-            converted = _validate(f"{prefix}{name}", hints[name], value)
+            converted = _validate(f"{prefix}{name}", _adapter(function, name), value)
             if converted is not value:
                 section[name] = converted
         elif not ignore_unknown:
@@ -54,13 +56,22 @@ def check_section(
             raise ConfigError(f"{prefix}{name} is missing")
 
 
-def _validate(key: str, hint: Any, value: Any) -> Any:
-    adapter = pydantic.TypeAdapter(hint)
+@cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(function, include_extras=True)
+
+
+@cache  # by function and name: a hint may be unhashable, and int | str equals str | int but has other messages
+def _adapter(function: Callable[..., Any], name: str) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(_hints(function)[name])
+
+
+def _validate(key: str, adapter: pydantic.TypeAdapter[Any], value: Any) -> Any:
     try:
         valid = adapter.validate_python(value, strict=True)
     except pydantic.ValidationError as error:
         if isinstance(value, float) and value.is_integer():  # such as 1e5
-            return _validate(key, hint, int(value))
+            return _validate(key, adapter, int(value))
         first = error.errors()[0]
         advice = " (YAML has no tuples: write the type hint Sequence[...])" if first["type"] == "tuple_type" else ""
         raise ConfigError(f"{key}={value}: {first['msg'][0].lower()}{first['msg'][1:]}{advice}") from error
@@ -78,6 +89,9 @@ def as_count(name: str, value: Any) -> int:
     return value
 
 
+_file_adapter = cache(pydantic.TypeAdapter)  # by type
+
+
 def read_json(path: Path, hint: Any) -> Any:
     """Read a JSON file and check its contents against a type hint, such as a pydantic model.
 
@@ -88,7 +102,7 @@ def read_json(path: Path, hint: Any) -> Any:
         raise ValueError("it is missing")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        pydantic.TypeAdapter(hint).validate_python(value, strict=True)
+        _file_adapter(hint).validate_python(value, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

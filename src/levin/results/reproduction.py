@@ -30,6 +30,7 @@ from levin.runs.load import export_policy, load_config
 # those of the packages that compute; `lock_sha256` would also change with development tools.
 COMPARED_FACTS = ("versions", "cpu_capability", "threads")
 # Facts that provenance.json stores once for all seeds of a result, so seeds that are added must have the same ones.
+# They are those of the first session: if a run was continued on another machine, `mixed` names the facts that differ.
 SHARED_FACTS = ("python", "versions", "processor", "cpu_capability", "cores", "gpus")
 
 
@@ -164,6 +165,7 @@ def _provenance_differences(before: dict[str, Any], now: dict[str, Any]) -> list
     differences = ["CPU vendor"] if len(set(vendors)) > 1 else []
     if before["gpus"] or now["gpus"]:
         differences.append("GPU")  # even the same GPU: its sums have no fixed order
+    differences += [f"{key} of the stored sessions" for key in before.get("mixed", ())]
     return differences + [key for key in COMPARED_FACTS if before[key] != now[key]]
 
 
@@ -198,20 +200,14 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
         kept: Stored seeds that stay in the result.
 
     Raises:
-        ConfigError: The runs are of uncommitted files, or not all of one commit, on one machine, with one version of
-            each package.
+        ConfigError: The runs are not all of one commit, or are of uncommitted files.
     """
     facts = {seed: run_folder.read_provenance(run) for seed, run in runs.items()}
-    sessions, batch = _all_sessions(facts.values()), next(iter(runs.values())).parent
+    sessions = _all_sessions(facts.values())
     if any(session["git_dirty"] for session in sessions) or len({session["git_sha"] for session in sessions}) > 1:
         raise ConfigError(
             "store=true needs runs of one commit, but these are of uncommitted files or of several commits; "
-            f"commit, remove {batch} and run again"
-        )
-    if differences := [key for key in SHARED_FACTS if any(each[key] != sessions[0][key] for each in sessions)]:
-        raise ConfigError(
-            "store=true needs runs on one machine with the same packages, but these differ in "
-            f"{', '.join(differences)}; remove {batch} and run again"
+            f"commit, remove {next(iter(runs.values())).parent} and run again"
         )
     with signals_handled(lambda *_: None):  # the files of a result belong together
         _write_result(folder, runs, kept, facts)
@@ -232,9 +228,12 @@ def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], fact
     if min(seeds) in runs:
         export_policy(runs[min(seeds)], folder)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty", "code")
+    first, sessions = next(iter(facts.values())), _all_sessions(facts.values())
+    mixed = {key for key in SHARED_FACTS if any(session[key] != first[key] for session in sessions)}
     origin = {
         "command": f'make reproduce EXP={folder.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
-        **{key: value for key, value in next(iter(facts.values())).items() if key not in dropped},
+        **{key: value for key, value in first.items() if key not in dropped},
+        "mixed": sorted(mixed | set(before.get("mixed", ()) if kept else ())),
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
         "files": file_fingerprints(folder),
     }

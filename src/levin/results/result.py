@@ -128,6 +128,7 @@ class StoredProvenance(pydantic.BaseModel):
     cores: pydantic.PositiveInt
     threads: pydantic.PositiveInt
     gpus: list[Line]
+    mixed: list[Line] = []  # facts that were not the same in all sessions
     seeds: dict[Annotated[str, pydantic.Field(pattern=r"^\d{1,18}$")], StoredSeed]
     files: dict[str, Line]
 
