@@ -57,7 +57,8 @@ studies := $(patsubst experiments/%/run.py,%,$(wildcard experiments/*/run.py)) l
 .PHONY: help setup train resume config evaluate play export plot tune compare pin reproduce report study fork docs new bench bench-setup test test-long test-quick test-slow drill proof lint format lock clean
 
 # These commands can't use ARGS, which they would ignore.
-ifneq ($(and $(value ARGS),$(filter setup docs lint format lock clean bench-setup,$(MAKECMDGOALS))),)
+without_args := $(filter setup docs lint format lock clean bench-setup,$(MAKECMDGOALS))
+ifneq ($(and $(value ARGS),$(without_args),$(filter $(words $(MAKECMDGOALS)),$(words $(without_args)))),)
 $(error make $(MAKECMDGOALS): ARGS has no effect here: leave it out)
 endif
 

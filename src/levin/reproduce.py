@@ -17,10 +17,7 @@ from levin.core.types import PositiveInt
 from levin.report import report
 from levin.results.curves import read_curves
 from levin.results.reproduction import Outcome, judge_runs, kept_seeds, store_runs
-from levin.results.result import (
-    read_reference,
-    result_folder,
-)
+from levin.results.result import read_reference, result_folder
 from levin.resume import STOPPED, resume_side_by_side
 from levin.runs import code, provenance
 from levin.runs import folder as run_folder
@@ -117,16 +114,11 @@ def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[in
 
 
 def _is_batch_of(batch: Path, runs: list[Path], commit: str, checksum: str) -> bool:
-    """Return whether the code of a batch has this commit and checksum.
-
-    An older batch has no checksum: its runs must be of a clean commit.
-    """
-    facts = [own for run in runs if (own := run_folder.read_provenance(run))]
-    if any(own["git_sha"] != commit for own in facts):
+    """Return whether the code of a batch has this commit and checksum."""
+    file = batch / CODE
+    if not file.exists() or file.read_text(encoding="utf-8") != checksum:
         return False
-    if (batch / CODE).exists():
-        return (batch / CODE).read_text(encoding="utf-8") == checksum
-    return not any(session["git_dirty"] for own in facts for session in (own, *own["resumed"]))
+    return {run_folder.read_provenance(run).get("git_sha", commit) for run in runs} == {commit}
 
 
 def _is_run_of(cfg: DictConfig, seed: int, run: Path) -> bool:

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
-from gymnasium.wrappers import NormalizeObservation, NormalizeReward
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward, TransformReward
 
 from levin.core.errors import ConfigError
 from levin.envs.config import EnvConfig
@@ -81,9 +81,28 @@ def test_several_rewards_are_refused_before_anything_is_written(monkeypatch):
         def reward(self, reward):
             return float(np.sum(reward))
 
-    spec = gym.envs.registration.EnvSpec("Summed-v0", entry_point=lambda **_: Summed(Several()))
+    spec = gym.envs.registration.EnvSpec("Summed-v0", entry_point=Several)
     monkeypatch.setitem(gym.registry, "Summed-v0", spec)
-    make_single_env(EnvConfig(id="Summed-v0")).close()
+    for wrap in (lambda env: TransformReward(env, np.sum), Summed):
+        spec.entry_point = lambda wrap=wrap, **_: wrap(Several())
+        make_single_env(EnvConfig(id="Summed-v0")).close()
+
+    class Shifted(gym.ObservationWrapper):
+        def observation(self, observation):
+            return observation
+
+    spec.entry_point = lambda **_: Shifted(Several())
+    refuses("Summed-v0", "has several rewards")
+
+
+def test_statistics_that_stay_as_they_are_may_be_wrapped(monkeypatch):
+    def make(**_):
+        env = NormalizeObservation(Point())
+        env.update_running_mean = False
+        return env
+
+    monkeypatch.setitem(gym.registry, "Fixed-v0", gym.envs.registration.EnvSpec("Fixed-v0", entry_point=make))
+    make_single_env(EnvConfig(id="Fixed-v0")).close()
 
 
 @pytest.mark.parametrize("wrapper", [NormalizeObservation, NormalizeReward])

@@ -149,8 +149,7 @@ def test_an_env_may_have_an_attribute_named_draws():
     [
         ({"done": 1}, (1, 0)),
         ({"terminated": 1}, (1, 0)),
-        ({"done": 1, "truncated": 1}, (0, 1)),
-        ({"done": 1, "truncated": 0}, (1, 0)),
+        ({"terminated": 0, "truncated": 1}, (0, 1)),
         ({"done": 1, "terminated": 0}, (0, 1)),
         ({"done": 1, "terminated": 1, "truncated": 1}, (1, 1)),
     ],
@@ -158,6 +157,12 @@ def test_an_env_may_have_an_attribute_named_draws():
 def test_a_missing_end_flag_follows_from_the_others(flags, expected):
     after = TensorDict({name: torch.tensor([bool(flag)]) for name, flag in flags.items()})
     assert tuple(int(flag) for flag in end_flags(after)) == expected
+
+
+def test_a_truncation_needs_the_other_flag():
+    after = TensorDict({name: torch.tensor([True]) for name in ("done", "truncated")})
+    with pytest.raises(ConfigError, match="returns truncated without terminated"):
+        end_flags(after)
 
 
 def test_an_env_without_the_usual_end_flags_is_refused():

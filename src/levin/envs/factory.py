@@ -293,13 +293,14 @@ def _check_wrappers(env: gym.Env, name: str) -> None:
     rewards = getattr(env.unwrapped, "reward_space", None)
     sums_rewards = False
     while isinstance(env, gym.Wrapper):
-        if isinstance(env, NormalizeObservation | NormalizeReward):
+        if isinstance(env, NormalizeObservation | NormalizeReward) and env.update_running_mean:
             key = "observation" if isinstance(env, NormalizeObservation) else "reward"
             raise ConfigError(
                 f"env.id={name} has the wrapper {type(env).__name__}, whose statistics evaluations, checkpoints and "
                 f"exports do not see: remove it, and set env.normalize_{key}=true"
             )
-        sums_rewards |= not type(env).__module__.startswith("gymnasium.")
+        own_step = "step" in vars(type(env)) and not type(env).__module__.startswith("gymnasium.")
+        sums_rewards |= isinstance(env, gym.RewardWrapper) or own_step
         env = env.env
     if isinstance(rewards, Box) and np.prod(rewards.shape) > 1 and not sums_rewards:
         raise ConfigError(

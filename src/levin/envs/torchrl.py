@@ -185,10 +185,15 @@ class TorchRLVectorEnv(VectorEnv):
 
 
 def end_flags(after: TensorDictBase) -> tuple[Tensor, Tensor]:
-    """Return whether episodes have terminated and been truncated; an env may give only one of its flags."""
+    """Return whether episodes have terminated and been truncated; an env may give only `done` or `terminated`.
+
+    Raises:
+        ConfigError: It gives `truncated` without `terminated`, of which TorchRL's own steps make nothing.
+    """
     done, terminated, truncated = (after.get(key, None) for key in ("done", "terminated", "truncated"))
-    if terminated is None:
-        terminated = done if truncated is None else done & ~truncated
+    if terminated is None and truncated is not None:
+        raise ConfigError("env.target returns truncated without terminated: return both")
+    terminated = done if terminated is None else terminated
     if truncated is None:
         truncated = torch.zeros_like(terminated) if done is None else done & ~terminated
     return terminated, truncated

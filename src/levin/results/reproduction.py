@@ -144,10 +144,8 @@ def is_identical(curve: Curve, stored: Curve, total_env_steps: int, stored_total
     if shorter.equals(_first_rows(longer, rows)):
         return True
     next_step = longer.env_steps[rows - 1 : rows]
-    return (
-        rows > 1
-        and _first_rows(shorter, rows - 1).equals(_first_rows(longer, rows - 1))
-        and bool((next_step >= shorter.env_steps[-1]).all())
+    return _first_rows(shorter, rows - 1).equals(_first_rows(longer, rows - 1)) and bool(
+        (next_step > shorter.env_steps[-1]).all()
     )
 
 
@@ -228,7 +226,7 @@ def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], fact
     if min(seeds) in runs:
         export_policy(runs[min(seeds)], folder)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty", "code")
-    first, sessions = next(iter(facts.values())), _all_sessions(facts.values())
+    first, sessions = next(iter(facts.values())), [*([before] if kept else []), *_all_sessions(facts.values())]
     mixed = {key for key in SHARED_FACTS if any(session[key] != first[key] for session in sessions)}
     origin = {
         "command": f'make reproduce EXP={folder.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',

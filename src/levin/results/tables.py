@@ -63,8 +63,8 @@ def count_verdicts(summaries: list[dict[str, Any]]) -> str:
         f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
         "Reproduced: our 95% interval lies at or above the required score, usually the published mean minus one\n"
         "standard deviation. Exceeds: above the mean plus one. Passed: no published deviation. Matched: missed,\n"
-        "as by the source's own code run here. Inconclusive: the interval contains it. Partial: below it, or too few\n"
-        "seeds.\n"
+        "as by the source's own code run here. Inconclusive: the interval contains the required\n"
+        "score. Partial: it lies below, or there are too few seeds.\n"
     )
 
 

@@ -43,7 +43,7 @@ class Snapshot:
     changed: dict[str, bytes]
 
 
-_inherited = Snapshot(provenance.inherited_facts, {}, {})  # of the process that has forked this one
+_inherited: Snapshot | None = None  # of the process that has forked this one
 
 
 def take_snapshot() -> Snapshot:
@@ -53,9 +53,8 @@ def take_snapshot() -> Snapshot:
 
 def inherit(snapshot: Snapshot) -> None:
     """Take over the snapshot of the process that has forked this one."""
-    _inherited.facts.update(snapshot.facts)
-    _inherited.local.update(snapshot.local)
-    _inherited.changed.update(snapshot.changed)
+    global _inherited
+    _inherited, provenance.inherited_facts = snapshot, snapshot.facts
 
 
 def collect_code() -> dict[str, bytes]:
@@ -121,10 +120,11 @@ def _read_code() -> tuple[dict[str, bytes], dict[str, bytes]]:
     Only files that were not inherited are read from the disk.
     """
     committed = _committed_files()
-    found = {name: path for name, path in sorted(_local_files()) if name not in _inherited.local}
+    known = _inherited or Snapshot({}, {}, {})
+    found = {name: path for name, path in sorted(_local_files()) if name not in known.local}
     local = {name: path.read_bytes() for name, path in found.items()}
     changed = {name: local[name] for name, path in found.items() if str(path) not in committed}
-    return _inherited.local | local, _inherited.changed | changed
+    return known.local | local, known.changed | changed
 
 
 def _local_files() -> Iterator[tuple[str, Path]]:
@@ -165,7 +165,7 @@ def _is_installed(file: str) -> bool:
 
 def _committed_files() -> set[str]:
     """Return the paths of the files of this checkout that are equal to the commit of this process."""
-    commit = provenance.inherited_facts.get("git_sha") or "HEAD"
+    commit = (_inherited.facts["git_sha"] if _inherited else "") or "HEAD"
     tracked = set(run_git("ls-files", "-z").split("\0"))
     changed = set(run_git("diff", "--name-only", "--relative", "-z", commit).split("\0"))
     return {f"{paths.ROOT}/{name}" for name in tracked - changed}

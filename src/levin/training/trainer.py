@@ -136,8 +136,8 @@ def _prepare_callback(name: str, callback: Any) -> None:
     if not isinstance(callback, Callback):
         kind = f"{type(callback).__module__}.{type(callback).__name__}"
         raise ConfigError(
-            f"callbacks.{name} is a {kind}, not a lightning.Callback (the package pytorch_lightning is another one): "
-            "derive it from that of `from lightning import Callback`"
+            f"callbacks.{name} is a {kind}, not a lightning.Callback: write `from lightning import Callback` and "
+            "derive the class from it"
         )
     if isinstance(callback, ModelCheckpoint):
         raise ConfigError(

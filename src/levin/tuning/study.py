@@ -1,4 +1,4 @@
-"""Run the trials of a study: each is several runs of one config with different seeds, trained by the scheduler.
+"""Run the trials of a search, which Optuna calls a study; each is runs of one config with several seeds.
 
 The folder of a study:
 
