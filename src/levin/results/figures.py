@@ -97,7 +97,7 @@ def draw_result(result: Result) -> None:
         result.reference.gate, color="gray", linestyle=":", linewidth=1, label=f"required: {result.reference.gate:g}"
     )
     axes.set_title(escape_dollars(f"{result.env}: {result.verdict[0]}"))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False)
     save_figure(figure, result.folder / PICTURE, _fingerprint(result))
 
 
