@@ -1,6 +1,7 @@
 """Every hook of Lightning either is called, as docs/callbacks.md says, or is refused before the run begins."""
 
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule
 from torch import nn
 
-from checks import metrics
+from checks import metrics, saved_state
 from levin.algorithms.ppo import PPO
 from levin.config.compose import compose
 from levin.core import paths
@@ -191,10 +192,26 @@ def test_algorithms_without_an_optimiser_refuse_hooks_around_its_step(tmp_path):
         train(compose(words), tmp_path / "run")
 
 
+def write_module(folder, monkeypatch, number):
+    """Write the block of Python with this number of the page about callbacks as `my_module.py`."""
+    (folder / "my_module.py").write_text(re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)[number])
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+
+
+def test_the_documented_callback_begins_with_the_weights_of_another_run(tmp_path, monkeypatch):
+    write_module(tmp_path, monkeypatch, 1)
+    earlier, later = tmp_path / "earlier", tmp_path / "later"
+    train(compose([*WORDS]), earlier)
+    start = f"+callbacks.start={{_target_:my_module.StartFrom,run:'{earlier}'}}"
+    train(compose([*WORDS, "seed=1", "algo.lr=1e-12", start]), later)
+    before, after = (saved_state(run)["state_dict"] for run in (earlier, later))
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
+
+
 def test_the_documented_callback_records_the_gradient_norm(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
-    (tmp_path / "my_module.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
+    write_module(tmp_path, monkeypatch, 0)
     (command,) = re.findall(r'ARGS="(callbacks\.grad\._target_=my_module\.GradientNorm)"', DOC)
     norms = []
     original = nn.utils.clip_grad_norm_
