@@ -156,7 +156,7 @@ def stranger(plain_run, mark, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_command_runs_code_from_a_run_folder_or_a_result(command, payload, stranger, mark, call):
     pytest.importorskip("rliable", reason="needs the extra `report`")
-    if command == "export":
+    if command in ("export", "resume"):
         (stranger / "reference.yaml").unlink()  # a run, and no result
     values = PAYLOADS[payload](mark)
     edit_config(stranger, **values)
