@@ -97,10 +97,15 @@ def saved_state(run: Path) -> dict[str, Any]:
 
 def build_algorithm(*overrides: str) -> Any:
     """Build an algorithm with its optimizers, without a Trainer."""
-    algorithm, _ = build_run(compose(list(overrides)))
+    return _build(compose(list(overrides)))[0]
+
+
+def _build(config: DictConfig) -> tuple[Any, Any]:
+    """Build an algorithm with its optimizers, and its loader of rollouts."""
+    algorithm, rollouts = build_run(config)
     algorithm.configure_optimizers()
     algorithm.manual_backward = torch.Tensor.backward
-    return algorithm
+    return algorithm, rollouts
 
 
 def build_row(row: Row, *overrides: str) -> Algorithm:
@@ -110,9 +115,7 @@ def build_row(row: Row, *overrides: str) -> Algorithm:
 
 def run_without_trainer(config: DictConfig) -> dict[str, torch.Tensor]:
     """Train as `train` does, but without a run folder, metrics and evaluations; return the state of the algorithm."""
-    algorithm, rollouts = build_run(config)
-    algorithm.configure_optimizers()
-    algorithm.manual_backward = torch.Tensor.backward
+    algorithm, rollouts = _build(config)
     for number, rollout in enumerate(rollouts):
         algorithm.on_train_batch_start(rollout, number)
         algorithm.training_step(rollout, number)

@@ -158,9 +158,6 @@ def test_curves_of_iterations_that_end_with_an_episode_are_compared_in_every_row
     """A run that leaves the stored curve has rows at other env steps from there on."""
     stored = read_curves(paths.EXPERIMENTS / "reinforce_inverted_pendulum")
 
-    def first_rows(curve, rows):
-        return Curve(curve.env_steps[:rows], curve.return_mean[:rows], curve.second[:rows])
-
     def continued(curve, rows, other):
         """Return the curve, continued after these rows by the rows of another seed."""
         later = other.env_steps > curve.env_steps[rows - 1]
@@ -168,15 +165,15 @@ def test_curves_of_iterations_that_end_with_an_episode_are_compared_in_every_row
 
     for curve, other in ((stored[a], stored[b]) for a in stored for b in stored if a != b):
         assert is_identical(curve, curve, 100, 100)
-        assert is_identical(first_rows(curve, 3), curve, 50, 100)
-        assert is_identical(curve, first_rows(curve, 3), 100, 50)
-        assert not is_identical(first_rows(curve, 3), curve, 100, 100)
+        assert is_identical(curve.first_rows(3), curve, 50, 100)
+        assert is_identical(curve, curve.first_rows(3), 100, 50)
+        assert not is_identical(curve.first_rows(3), curve, 100, 100)
         for rows in range(1, len(curve.env_steps)):
             hybrid = continued(curve, rows, other)
             assert not is_identical(hybrid, curve, 100, 100)
             left_out = curve.env_steps[rows] < hybrid.env_steps[rows]  # a row of the stored curve before the last one
-            assert is_identical(first_rows(hybrid, rows + 1), curve, 50, 100) == (not left_out)
-            assert not is_identical(first_rows(hybrid, rows + 2), curve, 50, 100) or rows + 1 == len(hybrid.env_steps)
+            assert is_identical(hybrid.first_rows(rows + 1), curve, 50, 100) == (not left_out)
+            assert not is_identical(hybrid.first_rows(rows + 2), curve, 50, 100) or rows + 1 == len(hybrid.env_steps)
 
 
 def test_a_missed_required_score_fails(stored_copy):

@@ -40,6 +40,10 @@ class Curve:
             np.array_equal(getattr(self, key), getattr(other, key)) for key in ("env_steps", "return_mean", "second")
         )
 
+    def first_rows(self, number: int) -> "Curve":
+        """Return the curve of the first rows."""
+        return Curve(self.env_steps[:number], self.return_mean[:number], self.second[:number])
+
     def until(self, env_steps: int) -> "Curve":
         """Return the curve up to the first row at or past `env_steps`: an iteration may end past that number.
 

@@ -141,16 +141,11 @@ def is_identical(curve: Curve, stored: Curve, total_env_steps: int, stored_total
         return curve.equals(stored)
     shorter, longer = (curve, stored) if total_env_steps < stored_total else (stored, curve)
     rows = len(shorter.env_steps)
-    if shorter.equals(_first_rows(longer, rows)):
+    if shorter.equals(longer.first_rows(rows)):
         return True
     next_step = longer.env_steps[rows - 1 : rows]
-    return _first_rows(shorter, rows - 1).equals(_first_rows(longer, rows - 1)) and bool(
-        (next_step > shorter.env_steps[-1]).all()
-    )
-
-
-def _first_rows(curve: Curve, rows: int) -> Curve:
-    return Curve(curve.env_steps[:rows], curve.return_mean[:rows], curve.second[:rows])
+    same = shorter.first_rows(rows - 1).equals(longer.first_rows(rows - 1))
+    return same and bool((next_step > shorter.env_steps[-1]).all())
 
 
 def _all_sessions(facts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
