@@ -269,11 +269,31 @@ def test_seeds_can_be_added_to_a_stored_result(stored_copy):
     assert kept_seeds(result_folder, [0, 1, 2]) == []
 
 
-def test_seeds_are_not_added_to_a_result_of_another_config_or_machine(stored_copy):
+def test_seeds_can_be_added_on_another_machine(stored_copy):
+    """Each seed then has the facts that differ, whatever the order in which the seeds were added."""
+    result_folder, folders = stored_copy
+    store_runs(result_folder, {seed: folders[seed] for seed in (0, 2)})
+    here = run_folder.read_provenance(folders[1])
+    elsewhere = {"processor": "Other 9000", "cores": 1000}
+    set_provenance(folders[1], **elsewhere)
+    kept = kept_seeds(result_folder, [1])
+    store_runs(result_folder, {1: folders[1]}, kept)
+    facts = read_provenance(result_folder)
+    assert facts["mixed"] == ["cores", "processor"]
+    assert {key: facts["seeds"]["1"][key] for key in elsewhere} == elsewhere
+    for seed in ("0", "2"):
+        assert {key: facts["seeds"][seed][key] for key in elsewhere} == {key: here[key] for key in elsewhere}
+    report()
+    assert "and other machines: " in (result_folder / CONFIG).read_text()
+    store_runs(result_folder, {2: folders[2]}, kept_seeds(result_folder, [2]))  # 2 again, after the other machine
+    assert read_provenance(result_folder)["seeds"] == facts["seeds"]
+
+
+def test_seeds_are_not_added_to_a_result_of_another_config_or_software(stored_copy):
     result_folder, _ = stored_copy
     facts = read_provenance(result_folder)
-    (result_folder / PROVENANCE).write_text(json.dumps({**facts, "cores": 1000}))
-    with pytest.raises(ConfigError, match=r'differ in cores; run them again, too: seeds="0 1 2 3"'):
+    (result_folder / PROVENANCE).write_text(json.dumps({**facts, "python": "2.7"}))
+    with pytest.raises(ConfigError, match=r'differ in python; run them again, too: seeds="0 1 2 3"'):
         reproduce(exp="toy", seeds="3", store=True)
     (result_folder / PROVENANCE).write_text(json.dumps(facts))
     text = (result_folder / CONFIG).read_text()

@@ -29,9 +29,11 @@ from levin.runs.load import export_policy, load_config
 # Facts of provenance.json that, with the CPU vendor, must be equal for runs to give identical numbers. `versions` are
 # those of the packages that compute; `lock_sha256` would also change with development tools.
 COMPARED_FACTS = ("versions", "cpu_capability", "threads")
-# Facts that provenance.json stores once for all seeds of a result, so seeds that are added must have the same ones.
-# They are those of the first session: if a run was continued on another machine, `mixed` names the facts that differ.
-SHARED_FACTS = ("python", "versions", "processor", "cpu_capability", "cores", "gpus")
+# Facts that provenance.json stores once for all seeds of a result. `mixed` names the ones that differ between seeds, or
+# between the training processes of a seed; each seed then has its own beside its date. Seeds may be added on another
+# machine, but not with other software.
+SOFTWARE_FACTS = ("python", "versions")
+SHARED_FACTS = (*SOFTWARE_FACTS, "processor", "cpu_capability", "cores", "gpus")
 
 
 @dataclass(frozen=True)
@@ -166,13 +168,13 @@ def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
     """Return the stored seeds that stay in the result when these seeds are stored.
 
     Raises:
-        ConfigError: The stored seeds come from a different config or machine.
+        ConfigError: The stored seeds come from a different config, Python or package.
     """
     before = read_provenance(folder)
     kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
     if kept:
         here = provenance.collect_provenance()
-        differences = [key for key in SHARED_FACTS if before[key] != here[key]]
+        differences = [key for key in SOFTWARE_FACTS if before[key] != here[key]]
         if before["files"][CONFIG] != file_fingerprints(folder)[CONFIG]:
             differences.append(CONFIG)
         if differences:
@@ -216,17 +218,19 @@ def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], fact
             {seed: stored[seed] for seed in kept} | {seed: read_run(run, kind) for seed, run in runs.items()},
             kind,
         )
-    seeds = {seed: {"git_sha": before["git_sha"], **before["seeds"][str(seed)]} for seed in kept}
-    seeds |= {seed: {key: own[key] for key in ("git_sha", "date", "wall_seconds")} for seed, own in facts.items()}
-    if min(seeds) in runs:
-        export_policy(runs[min(seeds)], folder)
+    if (lowest := min([*kept, *runs])) in runs:
+        export_policy(runs[lowest], folder)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty", "code")
     first, sessions = next(iter(facts.values())), [*([before] if kept else []), *_all_sessions(facts.values())]
     mixed = {key for key in SHARED_FACTS if any(session[key] != first[key] for session in sessions)}
+    mixed |= set(before.get("mixed", ()) if kept else ())
+    own_facts = ("git_sha", *sorted(mixed))
+    seeds = {seed: {key: before[key] for key in own_facts} | before["seeds"][str(seed)] for seed in kept}
+    seeds |= {seed: {key: own[key] for key in (*own_facts, "date", "wall_seconds")} for seed, own in facts.items()}
     origin = {
         "command": f'make reproduce EXP={folder.name} SEEDS="{" ".join(map(str, sorted(seeds)))}" STORE=1',
         **{key: value for key, value in first.items() if key not in dropped},
-        "mixed": sorted(mixed | set(before.get("mixed", ()) if kept else ())),
+        "mixed": sorted(mixed),
         "seeds": {str(seed): seeds[seed] for seed in sorted(seeds)},
         "files": file_fingerprints(folder),
     }
