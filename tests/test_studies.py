@@ -1,6 +1,7 @@
 """Studies in experiments/: which runs they train, keep and set aside."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from experiments.variance import run as variance
 from experiments.worlds import run as worlds
 
 from levin.config.compose import compose
+from levin.core import paths
 from levin.core.errors import LockedError
 from levin.runs import folder as run_folder
 
@@ -112,3 +114,12 @@ def test_the_final_policy_is_evaluated_in_evaluation_mode(tmp_path, monkeypatch)
     monkeypatch.setattr(batched, "load_algorithm", lambda run: Algorithm())
     monkeypatch.setattr(batched, "evaluate", lambda policy, env, episodes: ([float(policy.training)], None))
     assert batched.final_return(tmp_path, "cartpole") == (0, 0)
+
+
+@pytest.mark.parametrize("script", sorted(paths.EXPERIMENTS.glob("*/run.py")), ids=lambda path: path.parent.name)
+def test_a_study_names_the_extra_of_its_envs(script):
+    """`make study` installs it."""
+    code = "".join(path.read_text() for path in script.parent.glob("*.py"))
+    files = [paths.CONFIGS / "env" / f"{name}.yaml" for name in re.findall(r"env=([a-z0-9_]+)", code)]
+    needed = {line for file in files for line in re.findall("^# needs the extra: .*", file.read_text(), re.MULTILINE)}
+    assert needed <= set(re.findall("^# needs the extra: .*", script.read_text(), re.MULTILINE))

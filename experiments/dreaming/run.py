@@ -3,6 +3,7 @@
 `make study NAME=dreaming` writes learning.csv, pixels.csv, pictures and README.md beside this file. Complete runs are
 kept. Pendulum-v1 is also played with the velocity hidden; pixels are predicted by DreamerV3.
 """
+# needs the extra: dmc
 
 import shutil
 from collections import defaultdict

@@ -4,6 +4,7 @@ Each part of `PARTS` is a module beside this file with a function `measure`, whi
 `draw`, which writes `<part>.png` from it. `ARGS="kl sac"` runs these parts only, and `ARGS=draw` draws all figures
 from the stored tables.
 """
+# needs the extra: box2d
 
 import importlib
 import sys

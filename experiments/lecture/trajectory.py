@@ -41,7 +41,7 @@ def fit_critic(algorithm: Any, loader: Any) -> None:
 def measure() -> None:
     """Write trajectory.csv: one row for each step of an episode."""
     result = EXPERIMENTS / "ppo_lunarlander"
-    algorithm, loader = build_run(load_config(result, runs=()))
+    algorithm, loader = build_run(load_config(result, code_sections=()))
     algorithm.load_state_dict(load_algorithm(result).state_dict())
     fit_critic(algorithm, loader)
     torch.manual_seed(SEED)
