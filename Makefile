@@ -14,6 +14,8 @@ endif
 
 PYTHON ?= python3
 BIN := .venv/bin
+# `python -m venv` adds pip last: without it, and if uv did not make .venv, the command was interrupted and is repeated.
+complete_venv := { test -x $(BIN)/python && { test -x $(BIN)/pip || grep -qs '^uv *=' .venv/pyvenv.cfg; }; }
 # `uv sync` makes a .venv without pip. Both read the same versions (uv also from uv.toml).
 pip_or_uv := if test -x $(BIN)/pip; then set -- $(BIN)/python -m pip --disable-pip-version-check install; else set -- uv pip install --python $(BIN)/python; fi; "$$@" --quiet --constraint requirements.lock --editable
 
@@ -70,8 +72,8 @@ setup: .venv/.dev ## Create .venv with the development tools; every other comman
 
 .venv/.core: pyproject.toml requirements.lock
 	@if test -L .venv; then echo "levin: .venv is a link, and installing here would point it to this folder: remove the link" >&2; exit 2; fi
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { test $$? -ne 1 || echo "levin: $(PYTHON) is older than Python 3.11: type make setup PYTHON=python3.12 (any newer one)" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -f $(BIN)/python; exit 2; }
+	@$(complete_venv) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { test $$? -ne 1 || echo "levin: $(PYTHON) is older than Python 3.11: type make setup PYTHON=python3.12 (any newer one)" >&2; exit 2; }
+	@$(complete_venv) || $(PYTHON) -m venv .venv || { rm -f $(BIN)/python; exit 2; }
 	@echo "installing into .venv (some minutes, once)"
 	@$(pip_or_uv) .
 	@touch $@
@@ -113,7 +115,7 @@ fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/
 
 ##@ Results
 reproduce: $(needs) .venv/.report ## EXP=sac_pendulum [SEEDS="0 1 2"] [STEPS=n] [JOBS=n] [STORE=1] retrains and compares a result
-	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(if $(value SEEDS),seeds=$(call typed,SEEDS)) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(jobs) $(call flag,STORE,store) $(args) $(trust)
+	$(BIN)/python -m levin.reproduce exp=$(call typed,EXP) $(seeds) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(jobs) $(call flag,STORE,store) $(args) $(trust)
 
 pin: $(needs) ## EXP=sac_hopper ALGO=sac ENV=hopper [STEPS=] [ARGS=] starts a new result in experiments/
 	$(BIN)/python -m levin.pin exp=$(call typed,EXP) $(choices) $(trust)

@@ -177,6 +177,9 @@ def main() -> None:
         parser.error("--pairs and --length must be 1 or more")
     if unknown := set(options.rows) - {row.algo for row in ROWS}:
         parser.error(f"--rows {' '.join(sorted(unknown))}: not in tests/rows.py")
+    commit = ["git", "rev-parse", "--quiet", "--verify", f"{options.base}^{{commit}}"]
+    if subprocess.run(commit, cwd=ROOT, capture_output=True, check=False).returncode:
+        parser.error(f"--base {options.base}: not a commit of this repository (with make: BASE=<commit>)")
     chosen = [row for row in ROWS if not options.rows or row.algo in options.rows]
     changed, slower, new = set(), set(), set()
     with worktree(options.base) as base:

@@ -21,11 +21,13 @@ COLUMNS = ("runs", "seeds", "env steps", "IQM", "95% interval", "steps/s", "stat
 
 
 def compare(*, runs: str, metric: str = RETURN) -> str:
-    """Return a table of runs, sorted by the IQM of a metric: the mean return of the last evaluation.
+    """Return a table of runs, sorted by the IQM of a metric over seeds.
+
+    The values of the seeds are those at the env steps where the shortest one ends.
 
     Args:
         runs: Run folders, folders of runs, or results in experiments/, separated by spaces; `*` is a wildcard.
-        metric: Column of metrics.csv.
+        metric: Column of metrics.csv; default: mean return of an evaluation.
 
     Raises:
         ConfigError: There is no run, or no run has a value of the metric yet.
@@ -59,8 +61,10 @@ def _state(group: Runs) -> str:
     states = Counter(
         "running"
         if run_folder.is_locked(run)
+        else ""
+        if not (run / run_folder.CONFIG).is_file()
         else "complete"
-        if run_folder.has_ended(run, load_config(run, runs=()).total_env_steps)
+        if run_folder.has_ended(run, load_config(run, code_sections=()).total_env_steps)
         else "stopped"
         for run in group.sources.values()
     )

@@ -27,8 +27,8 @@ make plot RUNS="runs/{algo}_pendulum runs/{name}_pendulum"
 git diff --no-index {source} experiments/{name}/algorithm.py
 ```
 
-These commands train three seeds, plot them beside the runs of `{algo}`, which the first command trains with
-`ALGO={algo}`, and show your changes. Replace `pendulum` by an env that `{algo}` can act in.
+The first command trains three seeds, the second plots them beside runs of `{algo}`, the third shows your changes. Run
+the first with `ALGO={algo}`, too, to have these. Replace `pendulum` by an env that `{algo}` can act in.
 
 - `algorithm.py`: the algorithm.
 - `algo/{name}.yaml`: its hyper-parameters. To add one, add a keyword argument to `__init__` and a line to this file.

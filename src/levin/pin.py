@@ -78,7 +78,7 @@ def main() -> None:
     """Write the result's folder and print what to do next."""
     with exit_on_user_error():
         cli.refuse_repeated(sys.argv[1:])
-        overrides, given = cli.take_flag(sys.argv[1:], "trust")
+        overrides, given = cli.pop_flag(sys.argv[1:], "trust")
         names = [word for word in overrides if word.startswith("exp=")]
         if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):
             raise ConfigError("exp must be given once: exp=<name of the result>, such as exp=sac_hopper")

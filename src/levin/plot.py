@@ -88,7 +88,7 @@ def _default_path(folders: list[Path]) -> Path:
 
 
 def collect_runs(runs: str, metric: str = RETURN) -> dict[str, Runs]:
-    """Return the runs of each learning curve by its label, and print on stderr what is not drawn or kept apart.
+    """Return the runs of each curve by label; print on stderr which are not drawn, and which are apart by their code.
 
     The label is the name of the folder that the runs share; if that is not enough, with the values that differ. Runs of
     different code are different curves, and so is a run that was continued with other code.
@@ -160,9 +160,11 @@ def _keep_common_steps(group: Runs) -> list[str]:
         seed = min(group.seeds, key=lambda each: group.seeds[each].env_steps[-1])
         del group.seeds[seed]
         run = group.sources.pop(seed, f"seed {seed} of {group.folder}")
-        lines.append(f"{run}, which ends after {ends[0]:,} env steps: another has no value before {start:,}")
+        lines.append(f"{run}, which ends after {ends[0]:,} env steps, before another has its first value at {start:,}")
     if len(ends) > 1:
-        lines.append(f"what the runs in {group.folder} have after {ends[0]:,} env steps, where the shortest ends")
+        lines.append(
+            f"the part of the curves in {group.folder} after {ends[0]:,} env steps, where the shortest run ends"
+        )
     return lines
 
 
@@ -170,7 +172,7 @@ def _compared_values_and_seed(run: Path, commits: list[str]) -> tuple[dict[str, 
     """Return the values of a run that may change its curve by dotted key, and its seed."""
     if not (run / "config.yaml").is_file():
         return {}, run.name
-    config = load_config(run, runs=())
+    config = load_config(run, code_sections=())
     keys = [
         key for key in flat_keys(to_plain(config)) if not f"{key}.".startswith(tuple(f"{x}." for x in NOT_COMPARED))
     ]
@@ -195,7 +197,8 @@ def _trained_code(provenance: dict[str, Any], forks: list[str], commits: list[st
     if not provenance:
         return {}
     first = provenance.get("code") or {}
-    scripts = {name: first[name] for name in first if name.startswith(SCRIPT)}  # that of a later session is no matter
+    # A resumed run may be started by another script.
+    scripts = {name: first[name] for name in first if name.startswith(SCRIPT)}
     names: list[str] = []
     checksums: list[str] = []
     for session in [provenance, *provenance["resumed"]]:

@@ -6,6 +6,7 @@ the stored ones or the required score is missed.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -26,7 +27,7 @@ from levin.runs.trust import trusted
 from levin.scheduler.resources import prepare_cores
 
 RUNS = Path("runs/reproduce")
-CODE, DONE = "code_checksum.txt", "verdict.json"  # files in the folder of a batch, beside its runs
+CODE, DONE = "code_checksum.txt", "verdict.json"  # files in the folder of a reproduction, beside its runs
 
 
 def reproduce(
@@ -65,11 +66,15 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
     if store and total_env_steps not in (None, cfg.total_env_steps):
         raise ConfigError("store=true stores complete runs only: leave out total_env_steps")
     kept = kept_seeds(folder, chosen) if store else []
-    if store and provenance.collect_code_facts()["git_dirty"]:
-        raise ConfigError(
-            "store=true needs runs of committed files, but files of src, configs or experiments have changed or are "
-            "not in git: commit them first"
-        )
+    if store:
+        code_facts = provenance.collect_code_facts()
+        if not code_facts["git_sha"]:
+            raise ConfigError(f"store=true stores the commit of the runs, but git does not answer in {paths.ROOT}")
+        if code_facts["git_dirty"]:
+            raise ConfigError(
+                "store=true needs runs of committed files, but files of src, configs or experiments have changed or "
+                "are not in git: commit them first"
+            )
     cfg.total_env_steps = total_env_steps or cfg.total_env_steps
     schema.check(cfg)
     if cfg.total_env_steps < reference.env_steps:
@@ -79,43 +84,47 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
             flush=True,
         )
     folders = _find_or_create_runs(exp, cfg, chosen)
-    batch = next(iter(folders.values())).parent
+    parent = next(iter(folders.values())).parent
     with trusted(True):  # `load_config` has accepted the code that the pinned config names
         if not resume_side_by_side(dict.fromkeys(folders.values(), cfg), jobs):
             raise RunError(STOPPED)
     outcome = judge_runs(folder, reference, folders, kept)
     if store:
         store_runs(folder, folders, kept)
-        report()
     verdict = {"exp": exp, "seeds": chosen, "env_steps": cfg.total_env_steps, **outcome.__dict__}
-    files.save_json(verdict, batch, DONE)
+    files.save_json(verdict, parent, DONE)
+    if store:
+        try:
+            report()
+        except ConfigError as error:  # of another result: it must not cost this one its verdict
+            print(f"levin: {exp} is stored, but not in the tables: {error}; then type make report", file=sys.stderr)
     return outcome
 
 
 def _find_or_create_runs(exp: str, cfg: DictConfig, seeds: list[int]) -> dict[int, Path]:
     """Return the run folder of each seed: of an interrupted reproduction of this config and code, or of a new one."""
     commit, checksum = provenance.run_git("rev-parse", "HEAD"), code.checksum_of({str(cfg.algo._target_)})
-    for batch in sorted(RUNS.glob(f"*/{exp}"), reverse=True):
-        folders = {seed: batch / f"s{seed}" for seed in seeds}
-        existing = sorted(run.name for run in batch.glob("s*"))
-        if not (batch / DONE).exists() and existing == sorted(run.name for run in folders.values()):
-            same_code = _is_batch_of(batch, list(folders.values()), commit, checksum)
+    for folder in sorted(RUNS.glob(f"*/{exp}"), reverse=True):
+        folders = {seed: folder / f"s{seed}" for seed in seeds}
+        existing = sorted(run.name for run in folder.glob("s*"))
+        if not (folder / DONE).exists() and existing == sorted(run.name for run in folders.values()):
+            same_code = _has_code(folder, list(folders.values()), commit, checksum)
             if same_code and all(_is_run_of(cfg, seed, run) for seed, run in folders.items()):
-                print(f"{batch}: continuing", flush=True)
+                print(f"{folder}: continuing", flush=True)
                 return folders
-    batch = RUNS / run_folder.time_stamp() / exp
-    folders = {seed: batch / f"s{seed}" for seed in seeds}
-    batch.mkdir(parents=True, exist_ok=True)
-    files.write_text(batch, CODE, checksum)
+    folder = RUNS / run_folder.time_stamp() / exp
+    folders = {seed: folder / f"s{seed}" for seed in seeds}
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder, CODE, checksum)
     for seed, run in folders.items():
         run_folder.begin(run, _config_of_seed(cfg, seed, run))
-    print(f"{batch}: starting", flush=True)
+    print(f"{folder}: starting", flush=True)
     return folders
 
 
-def _is_batch_of(batch: Path, runs: list[Path], commit: str, checksum: str) -> bool:
-    """Return whether the code of a batch has this commit and checksum."""
-    file = batch / CODE
+def _has_code(folder: Path, runs: list[Path], commit: str, checksum: str) -> bool:
+    """Return whether a reproduction's folder was begun with this commit and code checksum."""
+    file = folder / CODE
     if not file.exists() or file.read_text(encoding="utf-8") != checksum:
         return False
     return {run_folder.read_provenance(run).get("git_sha", commit) for run in runs} == {commit}
@@ -123,7 +132,7 @@ def _is_batch_of(batch: Path, runs: list[Path], commit: str, checksum: str) -> b
 
 def _is_run_of(cfg: DictConfig, seed: int, run: Path) -> bool:
     """Return whether a folder holds the run of a config and seed. Without `trainer.threads`, any number is right."""
-    saved, expected = load_config(run, runs=()), _config_of_seed(cfg, seed, run)
+    saved, expected = load_config(run, code_sections=()), _config_of_seed(cfg, seed, run)
     if expected.trainer.threads is None:  # a run that has begun has saved the number that it uses
         expected.trainer.threads = saved.trainer.threads
     return saved == expected

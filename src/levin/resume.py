@@ -169,7 +169,7 @@ def resume_all(*, runs: str, jobs: int | None = None, trust: bool = False, **cha
     """
     with trusted(trust):
         sections = SECTIONS if changes else ()  # without changes, each run checks itself the code that it names
-        configs = {run: load_config(run, runs=sections) for run in find_runs(runs)}
+        configs = {run: load_config(run, code_sections=sections) for run in find_runs(runs)}
         for config in configs.values():
             apply_changes(config, changes)
         prepare_cores(max(config.trainer.threads or 1 for config in configs.values()), jobs)
@@ -186,7 +186,7 @@ def resume_side_by_side(
     Args:
         configs: Config of each run by its folder, with the changes.
         jobs: As for `resume_all`.
-        tolerated: Exit codes of runs that fail without an error here.
+        tolerated: Exit codes of failed runs that are printed, but raise no RunError.
         changes: As for `resume`.
 
     Raises:
@@ -205,21 +205,21 @@ def print_end(runs: Collection[Path], *, ended: bool) -> None:
         print_line(STOPPED)
 
 
-def find_runs(words: str) -> list[Path]:
+def find_runs(runs: str) -> list[Path]:
     """Return the run folders that `runs=` names; these runs are trained.
 
     Raises:
-        ConfigError: A word names no run, or a stored result.
+        ConfigError: A path names no run, or a stored result.
     """
-    plans = [Path(word) for word in words.split() if word.endswith(".json") and Path(word).is_file()]
-    folders = " ".join(word for word in words.split() if Path(word) not in plans)
+    plans = [Path(path) for path in runs.split() if path.endswith(".json") and Path(path).is_file()]
+    folders = " ".join(path for path in runs.split() if Path(path) not in plans)
     found = [run for plan in plans for run in planned_runs(plan)]
     matches, _, missing = run_folder.find_folders(folders) if folders or not plans else ([], set(), [])
     if missing:
-        raise ConfigError(f"runs={words}: {'; '.join(missing)}")
-    studies = [folder for folder in matches if _is_in_study(folder)]
+        raise ConfigError(f"runs={runs}: {'; '.join(missing)}")
+    searches = [folder for folder in matches if _is_in_search(folder)]
     for folder in matches:
-        if folder in studies:
+        if folder in searches:
             continue
         if (folder / PLAN).is_file():
             found += planned_runs(folder / PLAN)
@@ -227,13 +227,13 @@ def find_runs(words: str) -> list[Path]:
             found.append(folder)
         else:
             found += sorted(config.parent for config in folder.glob(f"*/{run_folder.CONFIG}"))
-    if studies and not found:
-        raise ConfigError(f"runs={words} holds no run but those of a search: continue it with make tune")
+    if searches and not found:
+        raise ConfigError(f"runs={runs} holds no run but those of a search: continue it with make tune")
     if not found:
-        raise ConfigError(f"runs={words} holds no run: no folder has a {run_folder.CONFIG}")
+        raise ConfigError(f"runs={runs} holds no run: no folder has a {run_folder.CONFIG}")
     for run in found:
         _refuse_result(run)
-    for folder in studies:
+    for folder in searches:
         print_line(f"{folder} is left alone: it belongs to a search, which make tune continues")
     return list(dict.fromkeys(found))
 
@@ -244,17 +244,17 @@ def _refuse_result(folder: Path) -> None:
         raise ConfigError(f"{folder} is a result: make reproduce EXP={folder.resolve().name} trains it")
 
 
-def _is_in_study(folder: Path) -> bool:
-    """Return whether a folder is that of a study or below it: other env steps would change the study."""
-    return any((each / run_folder.STUDY).is_file() for each in (folder, *folder.parents))
+def _is_in_search(folder: Path) -> bool:
+    """Return whether a folder is that of a search or below it: other env steps would change the search."""
+    return any((each / run_folder.SEARCH_PLAN).is_file() for each in (folder, *folder.parents))
 
 
 def main() -> None:
     """Continue the run, or the runs, that the command line names."""
     with exit_on_user_error():
-        words, given = cli.take_flag(sys.argv[1:], "trust")
-        words, jobs = cli.take_count(words, "jobs")
-        values = cli.parse_overrides(words, as_typed=["run", "runs"])
+        arguments, given = cli.pop_flag(sys.argv[1:], "trust")
+        arguments, jobs = cli.pop_count(arguments, "jobs")
+        values = cli.parse_overrides(arguments, as_typed=["run", "runs"])
         own = ("run", "runs", *inspect.signature(schema.top_level).parameters)
         for key in values:  # keys that no saved config has are refused before the run folder is read
             if "." not in key and key not in own:

@@ -28,7 +28,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config import cli
-from levin.config.compose import NULL_DEFAULTS, SEARCH_PATH, add_pluses, compose, finalize, with_search_path
+from levin.config.compose import (
+    NULL_DEFAULTS,
+    SEARCH_PATH,
+    add_pluses,
+    compose,
+    finalize,
+    refuse_several_values,
+    take_paths,
+    with_search_path,
+)
 from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
@@ -41,41 +50,44 @@ SWEEP_FOLDER = "hydra.sweep.dir"  # Hydra's name for the folder of a sweep; `run
 OmegaConf.register_new_resolver("folder_name", lambda text: text.replace("\\", "").replace("/", "_"), replace=True)
 
 
-def needs_hydra(words: list[str]) -> bool:
+def needs_hydra(arguments: list[str]) -> bool:
     """Return whether Hydra's own launcher or sweeper is to start the runs."""
-    keys = [word.lstrip("+~").partition("=")[0] for word in words if word not in NULL_DEFAULTS]
+    keys = [each.lstrip("+~").partition("=")[0] for each in arguments if each not in NULL_DEFAULTS]
     return any(
         key == "launcher" or (key.startswith("hydra") and key not in (SWEEP_FOLDER, SEARCH_PATH)) for key in keys
     )
 
 
-def is_sweep(words: list[str]) -> bool:
-    """Return whether the words ask for all combinations of their values."""
-    return any(word in FLAGS for word in words)
+def is_sweep(arguments: list[str]) -> bool:
+    """Return whether the arguments ask for all combinations of their values."""
+    return any(each in FLAGS for each in arguments)
 
 
-def list_runs(words: list[str], seeds: list[str]) -> tuple[dict[str, list[str]], Path | None]:
+def list_runs(arguments: list[str], seeds: list[str]) -> tuple[dict[str, list[str]], Path | None]:
     """List every combination of values, with every seed. Names of keys are checked, values are not yet.
 
     Args:
-        words: Arguments of the command line.
-        seeds: Seeds; empty: those of the words.
+        arguments: Arguments of the command line.
+        seeds: Seeds; empty: those of the arguments.
 
     Returns:
-        The overrides of each run by its name, `<values>/s<seed>`, and the folder for all runs, if the words name one.
+        The overrides of each run by its name, `<values>/s<seed>`, and the folder for all runs, if they name one.
 
     Raises:
-        ConfigError: A key is unknown, or the words contradict one another.
+        ConfigError: A key is unknown, the arguments contradict one another, or a key other than the seed has several
+            values without `-m`.
     """
-    words = [word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)]
-    named = [word.partition("=")[2] for word in words if word.startswith(("run=", f"{SWEEP_FOLDER}="))]
+    only_seeds = not is_sweep(arguments)
+    arguments = [each for each in arguments if each not in (*FLAGS, *NULL_DEFAULTS)]
+    named = [each.partition("=")[2] for each in arguments if each.startswith(("run=", f"{SWEEP_FOLDER}="))]
     folder = Path(named[-1]) if named and named[-1] != "null" else None
-    words = [word for word in words if word.partition("=")[0] not in ("run", SWEEP_FOLDER)]
-    # As typed, so Hydra must not parse them. Several worlds in env.run are a sweep.
-    texts = [word for word in words if word.startswith("note=") or (word.startswith("env.run=") and "," not in word)]
-    words = [word for word in words if word not in texts]
-    given = cli.parse_hydra_overrides(add_pluses(with_seeds(words, seeds)))
+    arguments = [each for each in arguments if each.partition("=")[0] not in ("run", SWEEP_FOLDER)]
+    texts = [each for each in arguments if _is_text(each)]
+    arguments = [each for each in arguments if each not in texts]
+    given = cli.parse_hydra_overrides(add_pluses(with_seeds(arguments, seeds)))
     parsed = list({str(override.key_or_group): override for override in given}.values())  # the last of each key counts
+    if only_seeds:
+        refuse_several_values([each for each in parsed if str(each.key_or_group) != "seed"])
     _check_each_value(parsed, texts, check_values=False)
     (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     swept = [each.is_sweep_override() and str(each.key_or_group) != "seed" for each in parsed]
@@ -93,15 +105,21 @@ def list_runs(words: list[str], seeds: list[str]) -> tuple[dict[str, list[str]],
     return runs, folder
 
 
-def with_seeds(words: list[str], seeds: list[str]) -> list[str]:
-    """Add the seeds to the words.
+def _is_text(argument: str) -> bool:
+    """Return whether an argument is taken as typed, without Hydra's grammar. Several paths are a sweep."""
+    key, _, value = argument.partition("=")
+    return bool(take_paths([argument])[1]) and (key == "note" or "," not in value or os.path.exists(value))
+
+
+def with_seeds(arguments: list[str], seeds: list[str]) -> list[str]:
+    """Add the seeds to the arguments.
 
     Raises:
-        ConfigError: The words name a seed already.
+        ConfigError: The arguments name a seed already.
     """
-    if seeds and any(word.startswith("seed=") for word in words):
+    if seeds and any(each.startswith("seed=") for each in arguments):
         raise ConfigError("seed= and seeds= are both given (with make: SEED= or ARGS, and SEEDS=): leave one out")
-    return [*words, f"seed={','.join(seeds)}"] if seeds else words
+    return [*arguments, f"seed={','.join(seeds)}"] if seeds else arguments
 
 
 def _check_each_value(parsed: list[Override], texts: list[str], *, check_values: bool) -> None:
@@ -111,26 +129,27 @@ def _check_each_value(parsed: list[Override], texts: list[str], *, check_values:
     compose([*first, *texts], check_values=check_values)
     for i, values in enumerate(choices):
         for value in values[1:]:
-            if check_values or not value.startswith("seed="):  # whose names are alike
+            # Another seed changes no key: checking one is enough.
+            if check_values or not value.startswith("seed="):
                 compose([*first[:i], value, *first[i + 1 :], *texts], check_values=check_values)
 
 
-def submit(words: list[str], seeds: list[str]) -> None:
+def submit(arguments: list[str], seeds: list[str]) -> None:
     """Run every combination of the comma-separated values by Hydra's launcher and sweeper.
 
     Args:
-        words: Arguments of the command line.
-        seeds: Seeds; empty: those of the words.
+        arguments: Arguments of the command line.
+        seeds: Seeds; empty: those of the arguments.
 
     Raises:
         ConfigError: A value is not valid. It is raised before the first run starts.
     """
-    words = [f'note="{_escape(word)}"' if word.startswith("note=") else word for word in words]
-    words = [f'{SWEEP_FOLDER}="{_escape(word)}"' if word.startswith("run=") else word for word in words]
-    words = add_pluses([word for word in words if word not in (*FLAGS, *NULL_DEFAULTS)])
-    words = with_seeds(words, seeds)
+    arguments = [f'{SWEEP_FOLDER}="{_escape(each)}"' if each.startswith("run=") else each for each in arguments]
+    arguments = [f'{each.partition("=")[0]}="{_escape(each)}"' if _is_text(each) else each for each in arguments]
+    arguments = add_pluses([each for each in arguments if each not in (*FLAGS, *NULL_DEFAULTS)])
+    arguments = with_seeds(arguments, seeds)
     parsed = [
-        override for override in cli.parse_hydra_overrides(words) if not override.key_or_group.startswith("hydra")
+        override for override in cli.parse_hydra_overrides(arguments) if not override.key_or_group.startswith("hydra")
     ]
     for check_values in (False, True):  # names first: checking a value imports the class that takes it, for seconds
         _check_each_value(parsed, [], check_values=check_values)
@@ -146,9 +165,9 @@ def submit(words: list[str], seeds: list[str]) -> None:
         "hydra/hydra_logging": "disabled",
     }
     defaults = [f"{key}={value}" for key, value in options.items()]
-    sys.argv[1:] = ["--multirun", *defaults, *with_search_path(words)]
+    sys.argv[1:] = ["--multirun", *defaults, *with_search_path(arguments)]
     run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)
-    chosen = {str(override.key_or_group): str(override.value()) for override in cli.parse_hydra_overrides(words)}
+    chosen = {str(override.key_or_group): str(override.value()) for override in cli.parse_hydra_overrides(arguments)}
     if "launcher" in chosen:
         if chosen["launcher"] == "slurm":
             _wait_for_slurm()
@@ -157,9 +176,9 @@ def submit(words: list[str], seeds: list[str]) -> None:
         run_all()
 
 
-def _escape(word: str) -> str:
-    """Return the text in `note=<text>` or `run=<path>` with Hydra's special signs escaped."""
-    text = re.sub(r"\\+(?=\"|$)", lambda match: 2 * match[0], word.partition("=")[2])
+def _escape(argument: str) -> str:
+    """Return the text in an argument, such as `note=<text>`, with Hydra's special signs escaped."""
+    text = re.sub(r"\\+(?=\"|$)", lambda match: 2 * match[0], argument.partition("=")[2])
     return text.replace('"', '\\"').replace("${", "\\${")
 
 
@@ -295,9 +314,9 @@ def run_job(cfg: DictConfig) -> float | None:
     return result
 
 
-def _chosen_values(cfg: DictConfig, words: list[str]) -> dict[str, Any]:
+def _chosen_values(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Return the config values set by the command line, which must equal those of a run that is resumed."""
-    keys = [str(each.key_or_group) for each in cli.parse_hydra_overrides(words)]
+    keys = [str(each.key_or_group) for each in cli.parse_hydra_overrides(overrides)]
     leaves = flat_keys(to_plain(cfg))
     chosen = {leaf: OmegaConf.select(cfg, leaf) for leaf in leaves if any(f"{leaf}.".startswith(f"{k}.") for k in keys)}
     return {"name": cfg.name, **{key: value for key, value in chosen.items() if value is not None}}

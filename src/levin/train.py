@@ -21,42 +21,45 @@ def main() -> None:
     silence_libraries()
     with exit_on_user_error():
         cli.refuse_repeated(sys.argv[1:])
-        words, given = cli.take_flag(sys.argv[1:], "trust")
-        words, jobs = cli.take_count(words, "jobs")
-        words, seeds = cli.take_seeds(words)
+        arguments, given = cli.pop_flag(sys.argv[1:], "trust")
+        arguments, jobs = cli.pop_count(arguments, "jobs")
+        arguments, seeds = cli.pop_seeds(arguments)
         with trusted(given):
-            if sweep.needs_hydra(words):
+            if sweep.needs_hydra(arguments):
                 if jobs is not None:
                     slurm_limit = f"write hydra.launcher.array_parallelism={jobs} instead"
-                    advice = slurm_limit if "launcher=slurm" in words else "leave it out"
+                    advice = slurm_limit if "launcher=slurm" in arguments else "leave it out"
                     raise ConfigError(f"jobs={jobs} has no effect on runs that Hydra starts: {advice}")
-                if not any(word.startswith("launcher=") for word in words):  # else the jobs do
+                if not any(each.startswith("launcher=") for each in arguments):  # else each job calls it (`run_job`)
                     share_cores()
-                sweep.submit(words, seeds)
-            elif sweep.is_sweep(words) or len(seeds) > 1:
-                _train_all(words, seeds, jobs)
+                sweep.submit(arguments, seeds)
+            elif sweep.is_sweep(arguments) or len(seeds) > 1:
+                _train_all(arguments, seeds, jobs)
             else:
                 share_cores()
-                _train(sweep.with_seeds(words, seeds))
+                _train(sweep.with_seeds(arguments, seeds))
 
 
-def _train_all(words: list[str], seeds: list[str], jobs: int | None) -> None:
-    """Train every run of a sweep, some at the same time, or continue the sweep that the same words began."""
+def _train_all(arguments: list[str], seeds: list[str], jobs: int | None) -> None:
+    """Train every run of a sweep, some at the same time, or continue the sweep that the same arguments began."""
     if slurm.is_later_rank():
-        raise ConfigError("several runs are several processes of one command: start it once, not as ranks of one run")
+        raise ConfigError(
+            "a command that trains several runs starts their processes itself: run it once, without torchrun or with "
+            "srun --ntasks=1"
+        )
     slurm.requeue_on_signal()
-    overrides, folder = sweep.list_runs(words, seeds)
+    overrides, folder = sweep.list_runs(arguments, seeds)
     first = compose(next(iter(overrides.values())), check_values=False)
     prepare_cores(first.trainer.threads or 1, jobs)
     configs = {name: compose_one_of_many(each) for name, each in overrides.items()}
-    with open_sweep(configs, folder, beside_others=not sweep.is_sweep(words)) as runs:
+    with open_sweep(configs, folder, beside_others=not sweep.is_sweep(arguments)) as runs:
         ended = resume_side_by_side(dict(zip(runs, configs.values(), strict=True)), jobs)
         print_end(runs, ended=ended)
 
 
-def _train(words: list[str]) -> None:
+def _train(overrides: list[str]) -> None:
     slurm.requeue_on_signal()
-    cfg = compose(words)
+    cfg = compose(overrides)
     from levin.training.distributed import sharding  # late: torch and Lightning take seconds to import
     from levin.training.session import train, train_rank
 

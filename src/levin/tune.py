@@ -3,7 +3,7 @@
 Optuna proposes the values of each trial from the search space in `configs/tune/`. A trial is a run per seed; its value
 is the interquartile mean (IQM) of their last evaluations, and a trial that stays below the median of the others is
 stopped. The best three are retrained with seeds that the search has not seen, and the winner is written to
-`configs/tuned/<algo>_<env>.yaml`. The same command continues a study; several commands may work on one.
+`configs/tuned/<algo>_<env>.yaml`. The same command continues a search; several commands may work on one.
 """
 
 import inspect
@@ -27,39 +27,39 @@ from levin.scheduler.resources import Resources, prepare_cores
 from levin.scheduler.scheduler import NOT_FINITE
 
 BEST = 3  # trials that are retrained
-PRESENT = "present values"  # those that the study has started from
+PRESENT = "present values"  # those that the search started from
 OWN = ("trials", "seeds_per_trial", "jobs", "retrain", "run", "show", "trust")
 TRIALS, SEEDS_PER_TRIAL, RETRAIN = 40, 3, 5  # defaults
 
 
 class Tuning:
-    """A study of the config that overrides describe.
+    """Search for hyper-parameters of the config that the overrides describe.
 
     Args:
-        words: Overrides, such as `algo=ppo env=pendulum`.
+        overrides: Overrides of the config, such as `algo=ppo env=pendulum`.
         trials: Number of trials.
         seeds_per_trial: Number of runs of each trial. Their seeds are `seed`, `seed` + 1, ...
         jobs: Number of runs at the same time; None: as many as the cores or GPUs can run.
-        folder: Folder of the study.
+        folder: Folder of the search.
         retrain: Number of further seeds that the best trials are retrained with; 0: write no values.
 
     Raises:
-        ConfigError: The search space or a value is not valid, or the folder holds another study.
+        ConfigError: The search space or a value is not valid, or the folder holds another search.
     """
 
     def __init__(
-        self, words: list[str], *, trials: int, seeds_per_trial: int, jobs: int | None, folder: Path, retrain: int
+        self, overrides: list[str], *, trials: int, seeds_per_trial: int, jobs: int | None, folder: Path, retrain: int
     ) -> None:
         from levin.tuning.space import read_space  # late: these import torch and Optuna
         from levin.tuning.study import open_study
 
-        self.words, self.trials, self.seeds_per_trial = words, trials, seeds_per_trial
+        self.overrides, self.trials, self.seeds_per_trial = overrides, trials, seeds_per_trial
         self.jobs, self.folder, self.retrain = jobs, folder, retrain
-        self.space = read_space(words)
-        self.study, self.base = open_study(folder, words, self.space, seeds_per_trial)
+        self.space = read_space(overrides)
+        self.study, self.base = open_study(folder, overrides, self.space, seeds_per_trial)
 
     def search(self) -> bool:
-        """Make the trials of the study that are missing; return False if a signal has stopped it.
+        """Run the trials of the search that are missing; return False if a signal has stopped it.
 
         Raises:
             RunError: A run has failed for another reason than the values of its trial.
@@ -84,13 +84,13 @@ class Tuning:
             return own.run()
 
     def _configs(self, values: dict[str, Any], seeds: Iterable[int]) -> list[DictConfig]:
-        """Return the config of each seed, counted from that of the study, with the values of a trial."""
+        """Return the config of each seed, counted from that of the search, with the values of a trial."""
         from levin.tuning.study import with_values
 
         return [with_values(self.base, values, self.base.seed + seed) for seed in seeds]
 
     def choose(self) -> bool:
-        """Retrain the best trials, and the values that the study has started from, and write the winner.
+        """Retrain the best trials, and the values that the search started from, and write the winner.
 
         Returns:
             Whether that is done; False if a signal has stopped it.
@@ -138,12 +138,14 @@ class Tuning:
         print_line(tuned.describe_candidates(candidates))
         winner = max(trials, key=lambda each: each.result)
         present = next((each for each in candidates if each.name == PRESENT), None)
-        keys = [*(word.lstrip("+").partition("=")[0] for word in self.words), *self.space]
+        keys = [*(each.lstrip("+").partition("=")[0] for each in self.overrides), *self.space]
         config = next(iter(configs[winner.name].values()))
         text = tuned.winner_text(config, keys, self.folder / BASE / TUNED, self._comments(winner, present))
-        path = tuned.tuned_path(*chosen_algo_and_env(self.words))
+        path = tuned.tuned_path(*chosen_algo_and_env(self.overrides))
         if present is not None and present.result > winner.result:
-            print_line("levin: the present values are better on the fresh seeds, and stay")
+            print_line(
+                "levin: the values that the search started from beat the best trials on the fresh seeds, and are kept"
+            )
             path = None
         print_line(tuned.write_winner(text, self.folder, path))
         return True
@@ -154,15 +156,15 @@ class Tuning:
         own = [f"trials={self.trials}", f"seeds_per_trial={self.seeds_per_trial}", f"retrain={self.retrain}"]
         before = "numbers that are not finite" if present is None else f"{present.result:.1f}"
         return [
-            f"Tuned by: python -m levin.tune {' '.join([*self.words, *own])}",
+            f"Tuned by: python -m levin.tune {' '.join([*self.overrides, *own])}",
             f"Commit {run_git('rev-parse', 'HEAD') or 'unknown'}, {winner.name} of {len(self.study.trials)}.",
             f"IQM of {len(winner.fresh)} fresh seeds: {mean:.1f} (95% interval {low:.1f} to {high:.1f}); "
-            f"with the values from before: {before}.",
+            f"with the values that the search started from: {before}.",
         ]
 
 
 def show(folder: Path) -> str:
-    """Draw the history of a study; return the tables of its trials and of the importance of its parameters.
+    """Draw the history of a search; return the tables of its trials and of the importance of its parameters.
 
     Raises:
         ConfigError: The folder holds no search.
@@ -174,31 +176,31 @@ def show(folder: Path) -> str:
     return f"{trials_table(study)}\n\n{importance_table(study)}\n\n{draw_history(study, folder)}"
 
 
-def tune(words: list[str]) -> None:
-    """Run the command line.
+def tune(arguments: list[str]) -> None:
+    """Search for hyper-parameters, or show a search, as the command line says.
 
     Raises:
-        ConfigError: A word is not valid.
-        RunError: The study can't go on.
+        ConfigError: An argument is not valid.
+        RunError: The search can't go on.
     """
-    words, shows = cli.take_flag(words, "show")
-    words, trials = cli.take_count(words, "trials")
-    words, seeds_per_trial = cli.take_count(words, "seeds_per_trial")
-    words, jobs = cli.take_count(words, "jobs")
-    words, retrain = cli.take_count(words, "retrain", least=0)
-    for word in words:
-        key = word.partition("=")[0]
+    arguments, shows = cli.pop_flag(arguments, "show")
+    arguments, trials = cli.pop_count(arguments, "trials")
+    arguments, seeds_per_trial = cli.pop_count(arguments, "seeds_per_trial")
+    arguments, jobs = cli.pop_count(arguments, "jobs")
+    arguments, retrain = cli.pop_count(arguments, "retrain", least=0)
+    for argument in arguments:
+        key = argument.partition("=")[0]
         if key.isidentifier() and key not in (*GROUPS, *inspect.signature(schema.top_level).parameters):
             raise ConfigError(f"{key} is unknown; {valid_names(key, OWN)}")
-    words, named = cli.take(words, "run")
-    first = compose(words, check_values=False)
+    arguments, named = cli.pop_argument(arguments, "run")
+    first = compose(arguments, check_values=False)
     folder = Path(named or f"runs/tune_{first.name}")
     if shows:
         print_line(show(folder))
         return
     prepare_cores(first.trainer.threads or 1, jobs)
     tuning = Tuning(
-        words,
+        arguments,
         trials=trials or TRIALS,
         seeds_per_trial=seeds_per_trial or SEEDS_PER_TRIAL,
         jobs=jobs,
@@ -218,7 +220,7 @@ def tune(words: list[str]) -> None:
             if not tuning.choose():
                 print_line(STOPPED)
     except LockedError as error:
-        print_line(str(error))  # which writes the winner
+        print_line(str(error))  # that process writes the winner
 
 
 def main() -> None:
@@ -226,12 +228,15 @@ def main() -> None:
     silence_libraries()
     with exit_on_user_error():
         cli.refuse_repeated(sys.argv[1:])
-        words, given = cli.take_flag(sys.argv[1:], "trust")
+        arguments, given = cli.pop_flag(sys.argv[1:], "trust")
         if slurm.is_later_rank():
-            raise ConfigError("a search is several processes of one command: start it once, not as ranks of one run")
+            raise ConfigError(
+                "a search starts the processes of its runs itself: run the command once, without torchrun or with "
+                "srun --ntasks=1"
+            )
         slurm.requeue_on_signal()
         with trusted(given):
-            tune(words)
+            tune(arguments)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class A2C(Algorithm):
         max_grad_norm: Maximum gradient norm of actor and critic together: 0.5; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
         activation: Activation between the layers: tanh.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph. Other rounding,
             faster after tens of seconds at the start.
@@ -162,7 +162,7 @@ class A2C(Algorithm):
         if self.normalize_advantage:
             weight = standardize(weight)
         if self.step_count:
-            weight = weight * self.gamma ** rollout["step_count"].view_as(weight).to(weight)
+            weight = weight * self.gamma ** rollout["step_count"].flatten(0, 1).to(weight)
         log_prob = distribution.log_prob(rollout["action"].flatten(0, 1))
         critic_loss = self.critic_loss(output, self.return_normalizer(target))
         return self.actor_loss(log_prob, weight), critic_loss, distribution.entropy().mean(), target

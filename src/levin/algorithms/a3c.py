@@ -68,7 +68,7 @@ class A3C(Algorithm):
         max_grad_norm: Maximum gradient norm of actor and critic together.
         hidden_sizes: Widths of the hidden layers of actor and critic.
         activation: Activation between the layers.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start.
         compile: Whether each worker compiles its loss. Other rounding, faster after tens of seconds at the start.
     """

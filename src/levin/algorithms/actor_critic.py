@@ -89,7 +89,7 @@ class ActorCritic(Algorithm):
         max_grad_norm: Maximum gradient norm of the actor and of the critic, separately; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic.
         activation: Activation between the layers.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start.
         compile: Whether to compile the losses of critic and actor, and on a GPU to run the whole update as a CUDA
             graph. Other rounding, no faster on a CPU.

@@ -137,7 +137,7 @@ class Algorithm(LightningModule):
         self.env_steps = 0  # env steps taken, over all envs and ranks
         self.updates = 0  # calls of `update`
         self.iteration_begun = 0  # env steps taken before this iteration's rollout
-        self.iterations = 0  # iterations begun; during collection those finished, which is the policy version
+        self.iterations = 0  # iterations begun, each after its rollout; during collection it is the policy version
         self.iterations_here = 0  # iterations begun by this process
         self.buffer: Replay | None = None
         self._saved_buffer: dict[str, Any] | None = None
@@ -227,7 +227,7 @@ class Algorithm(LightningModule):
 
     @property
     def remaining(self) -> float:
-        """Part of `schedule_env_steps` that is left: 1 in the first iteration, later 0; always 1 if it is None."""
+        """Fraction of `schedule_env_steps` that is left: falls linearly from 1 to 0; always 1 if it is None."""
         return max(0.0, 1 - self.iteration_begun / self.schedule_env_steps) if self.schedule_env_steps else 1.0
 
     def scheduled(self, value: float, schedule: str) -> float:

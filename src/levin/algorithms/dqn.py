@@ -84,7 +84,7 @@ class DQN(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers. CleanRL: 120, 84. Paper: 512, here the last layer of the Nature CNN.
         activation: Activation between the layers. Paper: relu.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the loss, and on a GPU to run the update of Q as a CUDA graph. Other rounding,
             no faster on a CPU.
     """

@@ -28,6 +28,8 @@ Deviations:
     - Deterministic actions are the mode of pi at the mean of q; the published code takes the best of 100 samples.
     - Sequences begin at any record and may contain several episodes; the published code samples an episode, then a
       window of it. The action before a sequence is zero; there it is the stored one.
+    - With `continue_scale`, imagination starts from all states, and terminal ones have the weight 0; the published code
+      starts from all but the last of each sequence.
     - Initial weights are PyTorch's, with about a third of the variance of Keras' in the published code, which trains in
       float16.
 
@@ -107,8 +109,8 @@ class Dreamer(Algorithm):
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         activation: Activation between the layers: elu.
-        compile: Compile the losses and, on a GPU, capture the whole update as a CUDA graph; other rounding, after
-            minutes at the start.
+        compile: Compile the losses and, on a GPU, capture the whole update as a CUDA graph; compiling takes
+            minutes, and results differ by rounding.
     """
 
     actions: ClassVar = ("box", "discrete")

@@ -113,7 +113,7 @@ class DreamerV3(Algorithm):
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps between two rounds of updates.
         compile: Compile the single steps of the world model and, on a GPU, capture the whole update as a CUDA graph;
-            other rounding, after a minute at the start.
+            compiling takes minutes, and results differ by rounding.
     """
 
     actions: ClassVar = ("box", "discrete")

@@ -24,7 +24,8 @@ Deviations, all as in the authors' code (Huang et al. 2022, "The 37 implementati
     - The critic loss has a factor of 1/2.
 
 Other deviations from the authors' code, and from CleanRL:
-    - With `penalty: clip` and a `target_kl`, no further epoch begins once KL exceeds it, as in Spinning Up.
+    - With `penalty: clip` and a `target_kl`, no further epoch begins once the mean KL of an epoch exceeds it. CleanRL
+      takes the KL of the last minibatch; Spinning Up and Stable-Baselines3 stop within an epoch, at 1.5 `target_kl`.
     - An episode cut by a time limit bootstraps from V(s') of its last observation; there it counts as ended.
     - Statistics of observations and rewards are updated once per rollout (`levin.nn.normalizers`), there in every step.
 
@@ -88,10 +89,10 @@ class PPO(Algorithm):
         max_grad_norm: Maximum gradient norm of actor and critic together; the authors' code: 0.5; null: no clipping.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64; for pixels, after the Nature CNN.
         activation: Activation between the layers: tanh.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
-        compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph (not with `kl`). Same
-            numbers, faster after tens of seconds at the start.
+        compile: Whether to compile the loss, and on a GPU to run the whole update as a CUDA graph (not with `kl`).
+            Other rounding, faster after tens of seconds at the start.
     """
 
     actions: ClassVar = ("box", "discrete", "multi_discrete")
@@ -173,15 +174,15 @@ class PPO(Algorithm):
             data, old = self.evaluate(rollout)
         for epoch in range(self.epochs):
             if epoch and self.recompute_advantage:
-                with torch.no_grad():
+                with torch.no_grad(), self.full_precision():
                     features = self.trunk(data["observation"])
-                data.update(self.advantages(rollout, features))
+                    data.update(self.advantages(rollout, features))
             kl = self.epoch(data, old, clip_epsilon)
             # Reading `kl` waits for the device, so it happens only between epochs and only if target_kl is set.
             if self.penalty == "clip" and self.target_kl is not None and kl > self.target_kl:
                 break
         if self.penalty == "kl":
-            with torch.no_grad():
+            with torch.no_grad(), self.full_precision():
                 new = self.actor(self.trunk(data["observation"]))
             self.update_beta(distributed.all_reduce_mean(old.kl(new).mean()))  # type: ignore[arg-type]
 

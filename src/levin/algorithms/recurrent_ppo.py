@@ -101,7 +101,7 @@ class RecurrentPPO(Algorithm):
             as in the authors' code; `none`: the observation alone.
         hidden_sizes: Widths of the hidden layers of actor and critic after the memory: 64, 64.
         activation: Activation between the layers: tanh.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the loss, without the memory. Other rounding, faster after tens of seconds at the
             start.

@@ -98,7 +98,7 @@ class REINFORCE(Algorithm):
         max_grad_norm: Maximum gradient norm of the policy and of the baseline, separately: 0.5; null: no clipping.
         hidden_sizes: Widths of the hidden layers: 128, 128.
         activation: Activation between the layers: tanh.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the losses of policy and baseline. Other rounding, no faster on a CPU.
     """
@@ -127,7 +127,7 @@ class REINFORCE(Algorithm):
         critic_updates: PositiveInt = 10,
         schedule_env_steps: PositiveInt = 200_000,
         entropy_coef: NonNegativeFloat = 1e-3,
-        entropy_schedule: Schedule = "linear",
+        entropy_schedule: Schedule = "constant",
         max_grad_norm: PositiveFloat | None = 0.5,
         hidden_sizes: Sequence[PositiveInt] = (128, 128),
         activation: Activation = "tanh",
@@ -184,7 +184,7 @@ class REINFORCE(Algorithm):
     def update(self, rollout: TensorDictBase) -> None:
         """Update the baseline `critic_updates` times and the policy once, on whole episodes `[N, T]`."""
         weight = self.weight(rollout)  # before V is trained on these episodes: a baseline must not depend on them
-        rollout, weight = self.without_greedy_twins(rollout, weight)
+        rollout, weight = self.without_greedy_episodes(rollout, weight)
         rank_weight = distributed.rank_weight(rollout.numel())  # 1, unless ranks have different numbers of transitions
         if self.critic is not None:
             for _ in range(self.critic_updates):
@@ -216,10 +216,10 @@ class REINFORCE(Algorithm):
         if self.advantage == "leave_one_out":
             return reward_to_go - self.leave_one_out_mean(reward_to_go, rollout)
         if self.advantage == "self_critical":
-            return reward_to_go - self.twin_return(reward_to_go, rollout)
+            return reward_to_go - self.greedy_return(reward_to_go, rollout)
         return reward_to_go - self.value(rollout["observation"]) if self.critic else reward_to_go
 
-    def without_greedy_twins(self, rollout: TensorDictBase, weight: Tensor) -> tuple[TensorDictBase, Tensor]:
+    def without_greedy_episodes(self, rollout: TensorDictBase, weight: Tensor) -> tuple[TensorDictBase, Tensor]:
         """Remove the episodes that took the modes of pi: actions not sampled from pi have no score function."""
         if self.twin is None:
             return rollout, weight
@@ -242,7 +242,7 @@ class REINFORCE(Algorithm):
         others = rollout["next", "done"].sum() - 1
         return ((sum_at_step[step] - values) / others).view_as(reward_to_go)
 
-    def twin_return(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
+    def greedy_return(self, reward_to_go: Tensor, rollout: TensorDictBase) -> Tensor:
         """Return G_t of the next episode, `[1, T, 1]`, or 0 if that has ended before t.
 
         The next episode of one with sampled actions has the same seed and takes the modes of pi.

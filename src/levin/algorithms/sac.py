@@ -82,7 +82,7 @@ class SAC(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. Table 1: 256, 256.
         activation: Activation between the layers. Table 1: relu.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
             graph. Other rounding, no faster on a CPU.
     """

@@ -28,6 +28,7 @@ Deviations:
     - With `n_step` above 1, y has the entropy of the last state alone, not that of the states between.
     - One iteration takes 32 vector steps and then all updates due. The paper takes 1 step: `steps_per_iteration=1`.
     - With `state_action` the value of s' is estimated from one a' ~ pi(.|s'); its entropy is still exact.
+    - The last layer of the actor starts near 0 and its hidden layers orthogonal, where SLM-Lab has PyTorch's defaults.
     - Default values are SLM-Lab's. The paper's are for Atari: batches of 64, a replay ratio of 0.25, 20000 random
       steps, and targets copied every 8000 steps.
 
@@ -101,7 +102,7 @@ class SACDiscrete(Algorithm):
         steps_per_iteration: Vector steps between two rounds of updates.
         hidden_sizes: Widths of the hidden layers of actor and critics. SLM-Lab: 256, 256.
         activation: Activation between the layers: relu.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
             graph. Other rounding, no faster on a CPU.
     """

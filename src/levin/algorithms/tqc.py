@@ -82,7 +82,7 @@ class TQC(Algorithm):
         critic_hidden_sizes: Widths of the hidden layers of the critics. sb3-contrib: 256, 256; the
             authors' code: 512, 512, 512.
         activation: Activation between the layers. The authors' code: relu.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         compile: Whether to compile the losses of critics and actor, and on a GPU to run the whole update as a CUDA
             graph. Other rounding, no faster on a CPU.
 

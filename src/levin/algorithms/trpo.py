@@ -23,7 +23,8 @@ Deviations:
     - F is damped: F + damping I (appendix C; the authors' code: 0.1).
 
 The KL of a continuous policy is the sum over the entries of an action, as in the paper. sb3-contrib takes their mean,
-so that for n entries its `target_kl` and `cg_damping` are n times as large in the units of this file.
+so that for n entries its `target_kl` and `cg_damping` are n times as large in the units of this file. It also
+constrains KL(pi || pi_k) instead of KL(pi_k || pi), with < instead of <=.
 
 Metrics:
     train/surrogate: improvement of E[rho A] by the step taken.
@@ -74,7 +75,7 @@ class TRPO(Algorithm):
         normalize_advantage: Whether to scale advantages to mean 0 and standard deviation 1 over the rollout.
         hidden_sizes: Widths of the hidden layers of actor and critic: 64, 64.
         activation: Activation between the layers: tanh.
-        network: Kind of the hidden layers or CNN, or an own trunk (`levin.nn.networks.Architecture`).
+        network: Kind of hidden layers or CNN, or your own trunk (`levin.nn.networks.Architecture`).
         initial_log_std: Log standard deviation of a Gaussian policy at the start: 0.
         compile: Whether to compile the critic loss. Other rounding, no faster on a CPU. The policy's step stays eager,
             because products with F differentiate twice, which compiled code can't do.

@@ -22,7 +22,7 @@ Deviations:
     - In the env, candidates do not share the seeds of their episodes; in dreams they do.
     - In dreams, the end of an episode is sampled from M's probability of it.
     - Random actions follow a random walk, or mostly repeat the last one if discrete; the paper uses random networks.
-    - M's gradient is clipped by its norm, not entry by entry.
+    - M's gradient is clipped by its norm, not entry by entry. The log-std of its Gaussians is clamped.
 
 Metrics:
     train/reconstruction: sum of squared errors of an image in (0, 1).
@@ -101,7 +101,7 @@ class WorldModels(Algorithm):
         buffer_size: Records kept in replay.
         buffer_storage: `memory`, or `memmap` for a file.
         steps_per_iteration: Vector steps per rollout.
-        compile: Compile the losses of V and M; other rounding, after minutes at the start.
+        compile: Compile the losses of V and M; compiling takes minutes, and results differ by rounding.
     """
 
     not_saved: ClassVar = (*KEPT, "evolution", "candidates", "trials")  # as `on_save_checkpoint` saves them
@@ -347,8 +347,8 @@ class WorldModels(Algorithm):
         After the round's last update, begin stage `memory`.
         """
         for _ in range(min(UPDATES_PER_ITERATION, self.vision_updates - self.spent)):
-            row, env = self.buffer.sample_positions(self.vision_batch_size, 1)
-            observation = self.buffer.data["observation"][row[:, 0], env[:, 0]].to(self.device)
+            index, env = self.buffer.sample_positions(self.vision_batch_size, 1)
+            observation = self.buffer.data["observation"][index[:, 0], env[:, 0]].to(self.device)
             loss, terms = self.vision_loss(observation)
             self.step(self.vision_optimizer, loss)
             self.record(**terms)
@@ -365,8 +365,8 @@ class WorldModels(Algorithm):
         """
         keys = (LATENT, "action", "reward", "is_first", "is_terminal", "is_last")
         for _ in range(min(UPDATES_PER_ITERATION, self.memory_updates - self.spent)):
-            rows, env = self.buffer.sample_positions(self.memory_batch_size, self.memory_batch_length + 1)
-            batch: Batch = {key: self.buffer.data.get(key)[rows, env].to(self.device) for key in keys}
+            index, env = self.buffer.sample_positions(self.memory_batch_size, self.memory_batch_length + 1)
+            batch: Batch = {key: self.buffer.data.get(key)[index, env].to(self.device) for key in keys}
             loss, terms = self.memory_loss(batch)
             self.step(self.memory_optimizer, loss, self.max_grad_norm)
             self.record(**terms)
@@ -442,18 +442,18 @@ class WorldModels(Algorithm):
         """Store mean and log-variance of q(z|o) of every image in replay."""
         data = self.buffer.data
         for start in range(0, len(data), 1000):
-            rows: Tensor = data.get("observation")[start : start + 1000]  # [n, N, *S]
-            encoded = self.model.vision.encode(rows.flatten(0, 1).to(self.device))
-            data[LATENT][start : start + 1000] = torch.cat(encoded, -1).unflatten(0, rows.shape[:2])
+            images: Tensor = data.get("observation")[start : start + 1000]  # [n, N, *S]
+            encoded = self.model.vision.encode(images.flatten(0, 1).to(self.device))
+            data[LATENT][start : start + 1000] = torch.cat(encoded, -1).unflatten(0, images.shape[:2])
 
     def store_starts(self) -> None:
         """Store first images of episodes in the model; dreams start from them."""
         data = self.buffer.data
         is_first = data.get("is_first").squeeze(-1)
         # If replay holds no first image, any image will do
-        row, env = (is_first if is_first.any() else ~is_first).nonzero(as_tuple=True)
-        chosen = torch.randint(len(row), (STARTS,))
-        self.model.starts.copy_(data["observation"][row[chosen], env[chosen]])
+        index, env = (is_first if is_first.any() else ~is_first).nonzero(as_tuple=True)
+        chosen = torch.randint(len(index), (STARTS,))
+        self.model.starts.copy_(data["observation"][index[chosen], env[chosen]])
 
     # --- M
 

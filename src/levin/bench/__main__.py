@@ -57,12 +57,8 @@ def bench(
         segments: Number of rounds; in each round every side runs one segment.
         threads: Number of Torch threads of each side; `collect` uses Torch's default instead.
     """
-    from levin.bench.peers import (
-        COMPARISONS,
-        PONG,
-        compare,
-        print_table,
-    )  # late: a wrong word need not wait for Lightning
+    # Late: a mistyped argument is refused before Lightning is imported.
+    from levin.bench.peers import COMPARISONS, PONG, compare, print_table
 
     if what == "checkpoint":
         checkpoint(rounds=segments, threads=threads)

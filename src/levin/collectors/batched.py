@@ -90,18 +90,18 @@ class BatchedCollector(BaseCollector):
         if not self._now:
             self.begin()
         num_random = self.num_random
-        rows: dict[Path, Tensor] = {}
+        steps: dict[Path, Tensor] = {}
         with torch.inference_mode():  # around the loop only: a loss can't use inference tensors
             given = self._random_actions(num_random)
             for t in range(self.steps):
                 action = None if t >= num_random else self._masked_action() if given is None else given[:, t]
-                row, self._now, self._open, self._totals = self._advance(self._now, self._open, self._totals, action)
-                if not rows:
-                    rows = self._allocate(row)
-                for key, value in row.items():
-                    rows[key][t] = value
+                step, self._now, self._open, self._totals = self._advance(self._now, self._open, self._totals, action)
+                if not steps:
+                    steps = self._allocate(step)
+                for key, value in step.items():
+                    steps[key][t] = value
         self.vector_steps += self.steps
-        return self._assemble(rows)
+        return self._assemble(steps)
 
     def begin(self) -> None:
         """Move the env to the device of the policy, and reset it or restore its state."""
@@ -127,7 +127,7 @@ class BatchedCollector(BaseCollector):
             self._advance = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
         self._totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64, device=self.device))
         # A resumed run takes a new seed, for envs with random numbers that are neither torch's nor in a buffer.
-        with rng.kept(), torch.inference_mode():  # many envs set the seed of torch's generator
+        with rng.preserved_state(), torch.inference_mode():  # many envs set the seed of torch's generator
             number = max(self.vector_steps, self.vector_env.episodes[0] + 1)
             self.env.set_seed(self.vector_env.episode_seed_of(0, number))
         if self._saved is not None:
@@ -155,7 +155,7 @@ class BatchedCollector(BaseCollector):
             given: Actions `[N, *A]`; None: the policy acts.
 
         Returns:
-            The row `[N, *]` of the rollout, and the next `now`, `opened` and `totals`.
+            Step `[N, *]` of the rollout, and the next `now`, `opened` and `totals`.
         """
         env, num = self.env, self.vector_env.num_envs
         observation = self.observe(now)
@@ -174,20 +174,20 @@ class BatchedCollector(BaseCollector):
         finite = opened["finite"] & reward.isfinite()
         for part in following.values() if isinstance(following, dict) else [following]:
             finite = finite & (part.reshape(num, -1).isfinite().all(1) if part.is_floating_point() else True)
-        row: dict[Path, Tensor] = {("action",): action, **prefixed(("observation",), observation)}
-        row |= {**prefixed(("next", "observation"), following), ("next", "reward"): reward.unsqueeze(-1)}
-        row |= {("next", "terminated"): terminated.unsqueeze(-1), ("next", "truncated"): truncated.unsqueeze(-1)}
-        row["next", "done"] = done.unsqueeze(-1)
+        step: dict[Path, Tensor] = {("action",): action, **prefixed(("observation",), observation)}
+        step |= {**prefixed(("next", "observation"), following), ("next", "reward"): reward.unsqueeze(-1)}
+        step |= {("next", "terminated"): terminated.unsqueeze(-1), ("next", "truncated"): truncated.unsqueeze(-1)}
+        step["next", "done"] = done.unsqueeze(-1)
         if state is not None:
-            row[as_path(self.policy.out_keys[1])] = state
+            step[as_path(self.policy.out_keys[1])] = state
         if self.step_count:
-            row["step_count",] = opened["length"].unsqueeze(-1)
+            step["step_count",] = opened["length"].unsqueeze(-1)
         total = opened["return"] + reward
         ended = {"returns": (total * done).sum(), "lengths": (length * done).sum(), "count": done.sum()}
         totals = {name: totals[name] + ended[name] for name in TOTALS}
         if not self.looks_at_done or done.any():
             now = self._reset(now, done)
-        return row, now, {"return": total * ~done, "length": length * ~done, "finite": finite}, totals
+        return step, now, {"return": total * ~done, "length": length * ~done, "finite": finite}, totals
 
     def observe(self, now: dict[Path, Tensor]) -> Any:
         """Return the network input for an env's TensorDict: `[N, *S]`, or a dict of such tensors."""
@@ -231,18 +231,18 @@ class BatchedCollector(BaseCollector):
         """Return random actions `[N, *A]` that the current action masks allow."""
         return random_allowed_actions(self.vector_env.single_action_space, self.observe(self._now)[ACTION_MASK])
 
-    def _allocate(self, row: dict[Path, Tensor]) -> dict[Path, Tensor]:
+    def _allocate(self, step: dict[Path, Tensor]) -> dict[Path, Tensor]:
         """Allocate the tensors `[T, N, *]` of one rollout: time first, so that a step is written in one piece."""
         with torch.inference_mode(False):
             return {
                 key: torch.empty((self.steps, *value.shape), dtype=value.dtype, device=value.device)
-                for key, value in row.items()
+                for key, value in step.items()
             }
 
-    def _assemble(self, rows: dict[Path, Tensor]) -> TensorDict:
+    def _assemble(self, steps: dict[Path, Tensor]) -> TensorDict:
         """Build the rollout `[N, T]`."""
         rollout = TensorDict({}, batch_size=[self.vector_env.num_envs, self.steps], device=self.device)
-        for key, value in rows.items():
+        for key, value in steps.items():
             rollout.set(key, value.transpose(0, 1))
         return rollout
 

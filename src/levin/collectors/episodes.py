@@ -68,7 +68,7 @@ def step_count(done: np.ndarray, open_length: np.ndarray) -> np.ndarray:
 
 
 class EpisodeEnd:
-    """Wait for the end of an episode that may have none: warn after `LONG_WAIT` seconds, fail after `ENDLESS` steps.
+    """Watchdog of episodes that may never end: warns after `LONG_WAIT` seconds, fails after `ENDLESS` steps.
 
     Args:
         config: Options of the env. With `time_limit` every episode ends.

@@ -108,7 +108,7 @@ class CollectorLoader:
         self.lengths += lengths
 
     def check_finite(self) -> None:
-        """Raise a NotFiniteError if a rollout had numbers that are not finite; here each is checked at once."""
+        """Raise a NotFiniteError if a rollout held NaN or inf. Nothing to do here: `inspect` checks each rollout."""
 
     def _check_finite(self, values: np.ndarray, done: np.ndarray, envs: np.ndarray) -> None:
         """Raise a RunError that names env, step, episode and seed if `values` `[n, T, *]` has a NaN or an infinity."""
@@ -123,7 +123,7 @@ class CollectorLoader:
             )
 
     def interrupt(self) -> None:
-        """Abandon a slow rollout, in progress or the next, with `Interrupted`; collectors of workers finish theirs."""
+        """Make a slow rollout, this or the next one, raise `Interrupted`. Only a `VectorCollector` does."""
         if isinstance(self.collector, VectorCollector):
             self.collector.interrupted = True
 

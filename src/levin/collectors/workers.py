@@ -233,6 +233,7 @@ class WorkersCollector(BaseCollector):
         if isinstance(error, RunError) and not hasattr(error, "cause"):
             return error
         timed_out = f"did not come back within env.timeout={self.env.config.timeout:g} seconds"
+        timed_out += " (raise env.timeout if its steps may take longer)"
         cause = getattr(error, "cause", None) or error  # Ray's errors hold the worker's own as `cause`
         name, reason = "a worker", summarize_error(cause)
         if "ActorDied" in type(error).__name__:

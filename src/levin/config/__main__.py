@@ -10,7 +10,15 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from levin.config.cli import parse_hydra_overrides, refuse_repeated
-from levin.config.compose import GROUPS, SEARCH_PATH, add_pluses, compose, take_paths, with_search_path
+from levin.config.compose import (
+    GROUPS,
+    SEARCH_PATH,
+    add_pluses,
+    compose,
+    refuse_several_values,
+    take_paths,
+    with_search_path,
+)
 from levin.core.errors import exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT, fork_files
@@ -45,6 +53,13 @@ def value_origins(overrides: list[str]) -> dict[str, str]:
     return origin
 
 
+def origin_of(key: str, origins: dict[str, str]) -> str:
+    """Return the origin of a key or, if it is part of a section given as a whole, of this section."""
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return origins[key] if key else "default of __init__"
+
+
 def main() -> None:
     """Print `key: value  # file` for every value of the composed config."""
     silence_libraries()
@@ -53,11 +68,12 @@ def main() -> None:
         refuse_repeated(overrides)
         # The values in configs/ are checked by the tests. Checking others takes seconds, for it imports Lightning.
         chosen = parse_hydra_overrides(take_paths(overrides)[0])
+        refuse_several_values(chosen)
         forks = {file.stem for file in fork_files()}
-        check = any(word.key_or_group not in GROUPS or word.value() in forks for word in chosen)
-        config, origin = compose(overrides, check_values=check), value_origins(overrides)
+        check = any(each.key_or_group not in GROUPS or each.value() in forks for each in chosen)
+        config, origins = compose(overrides, check_values=check), value_origins(overrides)
         rows = [(key, OmegaConf.select(config, key)) for key in flat_keys(to_plain(config))]
-        lines = [(f"{key}: {'null' if value is None else value}", origin.get(key, "")) for key, value in rows]
+        lines = [(f"{key}: {'null' if value is None else value}", origin_of(key, origins)) for key, value in rows]
         width = max(len(line) for line, _ in lines)
         for line, source in lines:
             print(f"{line:<{width}}  # {source}")

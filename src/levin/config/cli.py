@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,18 +36,22 @@ def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, A
         as_typed: Keys whose values stay strings exactly as typed, such as paths; other values are parsed by Hydra.
 
     Raises:
-        ConfigError: An argument is not of the form key=value.
+        ConfigError: An argument is not of the form key=value, or has several values.
     """
     values: dict[str, Any] = {}
     refuse_repeated(arguments)
-    for word in arguments:
-        key, equals, value = word.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not equals:
-            raise ConfigError(f"{word} is not of the form key=value")
+            raise ConfigError(f"{argument} is not of the form key=value")
         if key in as_typed:
             values[key] = value
         else:
-            (override,) = parse_hydra_overrides([word])
+            (override,) = parse_hydra_overrides([argument])
+            if override.is_sweep_override():
+                raise ConfigError(
+                    f"{argument} has several values, and this command takes one (write 30_000, not 30,000)"
+                )
             values[override.key_or_group] = override.value()
     return values
 
@@ -58,59 +63,62 @@ def refuse_repeated(arguments: list[str]) -> None:
         ConfigError: The seed, or a key with several values for a sweep, is given twice.
     """
     given: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.lstrip("+~").partition("=")
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+~").partition("=")
         if equals and given.get(key, value) != value:
             message = f"{key} is given twice, as {given[key]} and as {value}"
-            if key == "seed" or "," in re.sub(r"[\[{(].*[\])}]", "", given[key]):  # not the comma of a list
+            if key == "seed" or _is_sweep(key, given[key]):
                 hint = "; with make, write SEED= or SEEDS= instead of seed=" if key == "seed" else ""
                 raise ConfigError(f"{message}: leave one out{hint}")
             print(f"levin: {message}: the last is used", file=sys.stderr)
         given[key] = value
 
 
-def take(arguments: list[str], name: str) -> tuple[list[str], str | None]:
-    """Remove `name=value` from arguments that Hydra composes a config of.
+def _is_sweep(key: str, value: str) -> bool:
+    """Return whether a value stands for several runs, such as `1,2` or `range(1,4)`, but not `[1,2]`."""
+    with suppress(ConfigError):  # a path, for example, need not be a value of Hydra
+        return parse_hydra_overrides([f"{key}={value}"])[0].is_sweep_override()
+    return False
 
-    Returns:
-        The other arguments, and the last value; None if it is not given.
-    """
+
+def pop_argument(arguments: list[str], name: str) -> tuple[list[str], str | None]:
+    """Remove `name=value` from the arguments, and return the rest and the last value, None if it is not given."""
     values = [argument.removeprefix(f"{name}=") for argument in arguments if argument.startswith(f"{name}=")]
     rest = [argument for argument in arguments if not argument.startswith(f"{name}=")]
     return rest, values[-1] if values else None
 
 
-def take_flag(arguments: list[str], name: str) -> tuple[list[str], bool]:
-    """Remove `name=true` or `name=false` from arguments, as `take` does; return the rest and the flag.
+def pop_flag(arguments: list[str], name: str) -> tuple[list[str], bool]:
+    """Remove `name=true` or `name=false` from arguments, as `pop_argument` does; return the rest and the flag.
 
     Raises:
         ConfigError: The flag has another value.
     """
-    rest, value = take(arguments, name)
+    rest, value = pop_argument(arguments, name)
     if value not in (None, "true", "false"):
         raise ConfigError(f"{name}={value} must be true or false")
     return rest, value == "true"
 
 
-def take_count(arguments: list[str], name: str, least: int = 1) -> tuple[list[str], int | None]:
-    """Remove `name=n` from arguments, as `take` does; return the rest and the number, None if it is not given.
+def pop_count(arguments: list[str], name: str, least: int = 1) -> tuple[list[str], int | None]:
+    """Remove `name=n` from arguments, as `pop_argument` does; return the rest and the number, None if it is not given.
 
     Raises:
         ConfigError: The value is not a whole number of `least` or more.
     """
-    rest, value = take(arguments, name)
+    rest, value = pop_argument(arguments, name)
     if value is not None and not (re.fullmatch("[0-9]+", value) and int(value) >= least):
         raise ConfigError(f"{name}={value} must be a whole number of {least} or more")
     return rest, None if value is None else int(value)
 
 
-def take_seeds(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Remove `seeds="0 1 2"` from arguments, as `take` does; return the rest and the seeds.
+def pop_seeds(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Remove `seeds="0 1 2"` from arguments, as `pop_argument` does; return the rest and the seeds.
 
     Raises:
         ConfigError: They are not whole numbers, or one is given twice.
     """
-    rest, text = take(arguments, "seeds")
+    rest, text = pop_argument(arguments, "seeds")
     return rest, [] if text is None else [str(seed) for seed in parse_seeds(text)]
 
 

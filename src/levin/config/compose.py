@@ -70,9 +70,9 @@ def _compose(overrides: list[str], *, check_values: bool) -> tuple[DictConfig, M
         raise _explain_error(error, overrides) from error
 
 
-def compose_one_of_many(words: list[str]) -> DictConfig:
+def compose_one_of_many(overrides: list[str]) -> DictConfig:
     """Compose the config of a run beside others: with one thread, so that results do not depend on `jobs` or cores."""
-    config = compose(words)
+    config = compose(overrides)
     if config.trainer.threads is None:
         OmegaConf.set_readonly(config, False)
         config.trainer.threads = 1
@@ -136,7 +136,7 @@ def take_paths(overrides: list[str]) -> tuple[list[str], dict[str, str]]:
         key, _, path = override.partition("=")
         if path == "null" or not (key in PATHS or (key in NAMES and "${" not in path)):
             others.append(override)
-            typed.pop(key, None)  # the last word counts
+            typed.pop(key, None)  # the last one counts
         elif "${" in path or path == "???":
             instead = "name another folder" if key in ("run", "env.run") else "write another text"
             raise ConfigError(
@@ -190,9 +190,8 @@ def _check_groups(overrides: list[Override]) -> None:
     for override in overrides:
         if override.key_or_group == SEARCH_PATH:
             folders += [Path(getattr(each, "text", each)) for each in override.value()]  # type: ignore[union-attr]
+    refuse_several_values(overrides)
     for override in overrides:
-        if override.is_sweep_override():
-            raise ConfigError(f"{override.input_line} has several values: add -m to train each of them, one by one")
         group, choice = override.key_or_group, override.value()
         if group in ("algo", "env") and choice is None:
             raise ConfigError(f"{group}=null leaves nothing to train; name one of configs/{group}/")
@@ -202,6 +201,16 @@ def _check_groups(overrides: list[Override]) -> None:
                 forks = [file.stem for file in paths.fork_files() if file.stem == file.parents[1].name]
                 names = {*valid, *(forks if group == "algo" else [])}
                 raise ConfigError(f"{group}={choice} is unknown; {valid_names(str(choice), names)}")
+
+
+def refuse_several_values(overrides: list[Override]) -> None:
+    """Raise a ConfigError if an override has several values, as in a sweep."""
+    for override in overrides:
+        if override.is_sweep_override():
+            raise ConfigError(
+                f'{override.input_line} has several values: to train all of them, add -m (with make: ARGS="-m ..."); '
+                "a number has no commas: 30_000"
+            )
 
 
 def _check_debug(debug: str, algo: str) -> None:
@@ -224,8 +233,8 @@ def _warn_of_untuned_family(choices: Mapping[str, str]) -> None:
         files = sorted((paths.CONFIGS / "tuned").glob(f"*_{family}.yaml"))
         tuned = ", ".join(file.stem.removesuffix(f"_{family}") for file in files)
         warnings.warn(
-            f"there are no values of algo={algo} for {family}: its own are for another env; tuned for {family}: "
-            f"{tuned}",
+            f"algo={algo} has no tuned values for {family}: its defaults, chosen for another env, are used; "
+            f"tuned for {family}: {tuned}",
             stacklevel=2,
         )
 
@@ -236,7 +245,8 @@ def _explain_new_keys(key: str, overrides: list[str]) -> str:
     chosen = [forks[name] for each in overrides if (name := each.removeprefix("algo=")) != each and name in forks]
     if not key.startswith("algo.") or not chosen:
         return ""
-    return f"; a new one is a keyword of __init__ and a line in {chosen[0].relative_to(paths.ROOT)}"
+    file = chosen[0].relative_to(paths.ROOT)
+    return f"; to add a hyper-parameter, write a keyword argument of __init__ and a line in {file}"
 
 
 def _explain_error(error: Exception, overrides: list[str]) -> ConfigError:

@@ -173,7 +173,7 @@ def _claim_cores(cores: list[int], count: int) -> bool:
 
 
 def release_cores(threads: int) -> None:
-    """Give up the claims that this number of threads does not need; a single thread waits for no other."""
+    """Give up the claims that this number of threads does not need; a single thread never spins, so it needs none."""
     while len(CLAIMS) > (threads if threads > 1 else 0):
         CLAIMS.pop().close()
 

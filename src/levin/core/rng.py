@@ -93,7 +93,7 @@ class Generators:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def preserved_state() -> Iterator[None]:
     """Restore the global generators when the context ends."""
     before = Generators()
     try:

@@ -222,8 +222,8 @@ def add_mask(observation: Any, mask: Any) -> dict[str, Any]:
     return {**(observation if isinstance(observation, dict) else {"observation": observation}), ACTION_MASK: mask}
 
 
-def leaves_nothing(mask: np.ndarray, action: Space) -> np.ndarray:
-    """Return `[N]`, whether each mask `[N, A]` forbids all actions; of several choices, all values of one of them."""
+def forbids_all(mask: np.ndarray, action: Space) -> np.ndarray:
+    """Return `[N]`: whether a mask `[N, A]` forbids all actions; of several choices, all values of one of them."""
     starts = np.cumsum([0, *action.get("nvec", [])[:-1]])
     return (np.maximum.reduceat(mask, starts, axis=1) == 0).any(1)
 
@@ -510,7 +510,7 @@ def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
 def random_allowed_actions(space: gym.Space, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return uniform random actions `[N, *A]` among those that the masks `[N, A]` allow.
 
-    They are those of the largest of A uniform numbers.
+    They are the argmax of uniform numbers, in which forbidden actions are -1: one argmax per choice if multi-discrete.
     """
     numbers = torch.rand(mask.shape, generator=generator, device=mask.device).masked_fill_(mask == 0, -1.0)
     if isinstance(space, MultiDiscrete):

@@ -1,6 +1,7 @@
 """Rollout, the TensorDict of one iteration that every collector yields, and how to get actions from a policy.
 
-A rollout of T steps in N envs is a TensorDict with the batch size `[N, T]`, on the CPU:
+A rollout of T steps in N envs is a TensorDict with the batch size `[N, T]`. It is on the CPU and contiguous, but from
+`collector=batched` on the device of the policy and transposed.
 
     observation       [N, T, *S]  input of the policy; float32, or uint8 for pixels; a nested TensorDict if it has parts
     action            [N, T, *A]  float32 in the units of the policy, or int64

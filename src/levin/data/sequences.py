@@ -126,16 +126,16 @@ class SequenceReplay(Replay):
 
     def draw(self, num: int, device: torch.device) -> TensorDict:
         """Sample `num` sequences, `[num, length]` on the device, uniformly from all sequences in the storage."""
-        rows, env = self.sample_positions(num, self.length)
-        sample = self.select_records(rows, env)
+        index, env = self.sample_positions(num, self.length)
+        sample = self.select_records(index, env)
         if LATENT in self.keys:
-            sample["row"], sample["env"] = rows, env.expand_as(rows)
+            sample["row"], sample["env"] = index, env.expand_as(index)
         return to_device(sample, device)
 
-    def select_records(self, rows: Tensor, env: Tensor) -> TensorDict:
+    def select_records(self, index: Tensor, env: Tensor) -> TensorDict:
         """Return the records at the storage indices `[num, length]` of the envs `[num, 1]`."""
         # Key by key, because indexing a whole TensorDict takes several times as long.
-        return TensorDict({key: value[rows, env] for key, value in self.data.items()}, batch_size=rows.shape)
+        return TensorDict({key: value[index, env] for key, value in self.data.items()}, batch_size=index.shape)
 
     def overwrite_latents(self, batch: TensorDictBase, latent: Tensor) -> None:
         """Overwrite the stored latent states of a sampled batch, except those of its first step.
@@ -147,10 +147,10 @@ class SequenceReplay(Replay):
             latent: New latent states `[B, T, *]`.
         """
         stored = self.data[LATENT]
-        rows, env = (batch[key][:, 1:].to(stored.device, non_blocking=True) for key in ("row", "env"))
+        index, env = (batch[key][:, 1:].to(stored.device, non_blocking=True) for key in ("row", "env"))
         latent = latent.to(stored)
-        for sequence in range(len(rows)):  # one by one: a record that is in two sequences gets the whole state of one
-            stored[rows[sequence], env[sequence]] = latent[sequence]
+        for sequence in range(len(index)):  # one by one: a record that is in two sequences gets the whole state of one
+            stored[index[sequence], env[sequence]] = latent[sequence]
 
     def sample_positions(self, num: int, length: int) -> tuple[Tensor, Tensor]:
         """Sample the positions of sequences: storage indices `[num, length]` and envs `[num, 1]`."""

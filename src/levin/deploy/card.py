@@ -124,7 +124,7 @@ def read_score(run: Path, env_steps: int) -> str:
         with metrics.open(encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if int(row["env_steps"]) == env_steps]
         if rows and rows[-1].get("eval/return_mean"):
-            episodes = to_plain(load_config(run, runs=()).eval)["episodes"]
+            episodes = to_plain(load_config(run, code_sections=()).eval)["episodes"]
             return _sentence(float(rows[-1]["eval/return_mean"]), float(rows[-1]["eval/return_std"]), episodes)
     return ""
 

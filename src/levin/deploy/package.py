@@ -86,7 +86,7 @@ def package(run: Path, format: PolicyFormat, *, seed: int, steps: int) -> tuple[
 
 def describe(graph: PolicyGraph, policy: Policy, run: Path) -> dict[str, Any]:
     """Return what a caller needs to know of the file: inputs, outputs, spaces, env, algorithm, commit."""
-    config = load_config(run, runs=())
+    config = load_config(run, code_sections=())
     plain = to_plain(config.env)
     inputs = dict(zip(graph.input_names, graph.example(1), strict=True))
     return {
@@ -100,8 +100,16 @@ def describe(graph: PolicyGraph, policy: Policy, run: Path) -> dict[str, Any]:
         **{key: plain.get(key, default) for key, default in PREPROCESSING.items()},
         "algorithm": type(policy.algorithm).__name__,
         "env_steps": policy.algorithm.env_steps,
-        "commit": (read_result if (run / REFERENCE).is_file() else read_run)(run).get("git_sha"),
+        "commit": _commit(run),
     }
+
+
+def _commit(run: Path) -> str | None:
+    """Return the commit that trained the policy of a run, or of a result, whose policy is that of its lowest seed."""
+    if not (run / REFERENCE).is_file():
+        return read_run(run).get("git_sha")
+    facts = read_result(run)
+    return facts["seeds"][min(facts["seeds"], key=int)].get("git_sha", facts["git_sha"]) if facts else None
 
 
 def _null_for_infinity(value: Any) -> Any:

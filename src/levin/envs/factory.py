@@ -23,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import AddRenderObservation, NormalizeObservation, NormalizeReward
 
 from levin.algorithms.base import Algorithm
@@ -83,7 +84,7 @@ def make_env(
     if config.action_mask is not None:
         _check_mask_options(config)
     try:
-        with rng.kept():
+        with rng.preserved_state():
             env = make_vector(config, num_envs, training=purpose == TRAINING, render=render, copy=copy)
         if config.wrappers:
             env = wrap_latent(env, config)
@@ -139,7 +140,11 @@ def _explain_missing_package(config: EnvConfig, error: ModuleNotFoundError | gym
         if names & words:
             newest = NEWEST_PYTHON.get(extra, sys.version_info[:2])
             if sys.version_info[:2] > newest:
-                return f"{what}, which exists for Python up to {newest[0]}.{newest[1]}: make .venv with that one"
+                version = f"{newest[0]}.{newest[1]}"
+                return (
+                    f"{what}, which exists for Python up to {version}: remove .venv and type "
+                    f"make setup PYTHON=python{version}"
+                )
             return f"{what}: type make .venv/.{extra}"
     named = config.id.partition(":")[0].partition(".")[0]  # the package of the module before the colon
     if missing and missing == named:
@@ -202,7 +207,9 @@ def _make_gymnasium(
     make_single, count = partial(make_single_env, config, render), num_envs or config.num_envs
     if config.vectorization == "sync":
         return SyncEnvs([make_single] * count, copy=copy)
-    close_env(make_single())  # fail here with a clear message, not with a traceback from an env process
+    single = make_single()  # fails here with a clear message, not with a traceback from an env process
+    space = single.observation_space
+    close_env(single)
     # TorchRL makes `spawn` the default, with which every env process spends seconds on imports. With pixels, `fork` is
     # not possible: OpenGL has rendered in this process already and does not survive a fork.
     context = "fork" if sys.platform == "linux" and not config.pixels else None
@@ -211,7 +218,9 @@ def _make_gymnasium(
         [make_in_process] * count,
         copy=copy,
         context=context,
-        observation_mode="different",
+        # Workers are not asked whether their spaces are equal: bounds may differ by a rounding. With "different",
+        # Gymnasium would also build one more env per process here, and not close it.
+        observation_mode=(batch_space(space, count), space),  # type: ignore[arg-type]  # Gymnasium takes both
         autoreset_mode=AutoresetMode.DISABLED,
     )
     for process in env.processes:  # they ignore SIGTERM, so end them with SIGKILL
@@ -398,7 +407,9 @@ def make_dream(config: EnvConfig, num_envs: int | None, *, training: bool, rende
     defaults = EnvConfig(id=config.id)
     for key in ("vectorization", "action_repeat", "frame_stack", "observation_entries", "pixels", "channels"):
         if getattr(config, key) != getattr(defaults, key):
-            raise ConfigError(f"env.{key} is not for env.family=dream: the value of the run env.run={config.run} holds")
+            raise ConfigError(
+                f"env.{key} can't be set for env.family=dream, whose env is that of env.run={config.run}: leave it out"
+            )
     source, num_envs = load_env(Path(config.run)), num_envs or config.num_envs
     algorithm, model = load_world_model(config.run)
     if not training:
@@ -454,6 +465,6 @@ def load_env(run: Path) -> EnvConfig:
     Raises:
         ConfigError: An option is not valid, or the env needs code that was not accepted (`levin.runs.trust`).
     """
-    section = load_config(run, runs=("env",)).env
+    section = load_config(run, code_sections=("env",)).env
     check_section(EnvConfig, "env.", section)
     return EnvConfig(**to_plain(section))

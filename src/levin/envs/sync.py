@@ -1,4 +1,4 @@
-"""Step single envs one after the other in this process, or one in a process of its own, whatever the envs do.
+"""Step envs one after the other in this process, or one env per process, and tolerate careless env code.
 
 Users' envs are not always careful. They return rewards as arrays of one number, raise in `close()`, or use the global
 random generators of Python, NumPy and PyTorch, which belong to the run.
@@ -119,7 +119,7 @@ class SyncEnvs(SyncVectorEnv):
 
     def render(self) -> tuple[Any, ...]:
         """Return the frames of all envs."""
-        with rng.kept():
+        with rng.preserved_state():
             return super().render()
 
     def close_extras(self, **_: Any) -> None:
@@ -139,15 +139,16 @@ class OwnGenerators(gym.Wrapper):
 
     def __init__(self, env: gym.Env, number: int) -> None:
         super().__init__(env)
-        with rng.kept():
+        with rng.preserved_state():
             seed_generators(number)
             self.streams = rng.Generators()
         self.used = False  # whether the env has used the streams
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
-            with rng.kept():
-                seed_generators(seed ^ 0x5EED)  # other than `seed`: then an env that seeds them is seen to use them
+            with rng.preserved_state():
+                # Not `seed`: an env that seeds the generators with it would leave them unchanged.
+                seed_generators(seed ^ 0x5EED)
                 self.streams = rng.Generators()
         return self._call(self.env.reset, seed=seed, options=options)
 
@@ -158,7 +159,7 @@ class OwnGenerators(gym.Wrapper):
         return self._call(self.env.render)
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        with rng.kept():
+        with rng.preserved_state():
             self.streams.restore()
             result = function(*arguments, **options)
             after = rng.Generators()

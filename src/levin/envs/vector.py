@@ -20,7 +20,8 @@ from levin.core.spaces import (
     count_actions,
     describe_action,
     describe_space,
-    leaves_nothing,
+    forbids_all,
+    has_bound,
     mark_mask,
     to_gym,
     unusual_channels,
@@ -82,9 +83,10 @@ class SeededVectorEnv(VectorWrapper):
             self.single_action_space = Box(-1.0, 1.0, env.single_action_space.shape)
             self.action_space = batch_space(self.single_action_space, self.num_envs)
         elif isinstance(space := env.single_action_space, Box) and ((space.low >= 1) | (space.high <= -1)).any():
+            is_finite = (has_bound(space.low) & has_bound(space.high)).all()
+            advice = "set env.action=rescale" if is_finite else "give the env finite bounds and set env.action=rescale"
             warnings.warn(
-                f"the actions of {config.id} have bounds outside [-1, 1], where policies such as SAC's act: "
-                "env.action=clip always gives the bound, and env.action=none passes on actions outside of it",
+                f"the action bounds of {config.id} exclude (-1, 1), where policies such as SAC's act: {advice}",
                 stacklevel=1,
             )
         channels = channels_of(config)
@@ -176,17 +178,22 @@ class SeededVectorEnv(VectorWrapper):
     def _read(self, observation: Any, acts: np.ndarray, truncated: np.ndarray | None = None) -> Any:
         """Convert observations to network input.
 
+        Args:
+            observation: Observations of all envs.
+            acts: `[N]`, envs whose mask must allow an action: all that were reset, or whose episode has not terminated.
+            truncated: `[N]`, envs whose episode was truncated, for the message; None: the envs were reset.
+
         Raises:
-            ObservationError: The action mask of an env in `acts` `[N]` leaves nothing: of one that will act, or whose
-                last state has a value, because its episode is only truncated (`truncated` `[N]`).
+            ObservationError: The mask of an env in `acts` allows no action.
         """
         converted = self.read(observation)
         if self.read.mask:
-            wrong = np.flatnonzero(leaves_nothing(converted[ACTION_MASK], self.action) & acts)
+            wrong = np.flatnonzero(forbids_all(converted[ACTION_MASK], self.action) & acts)
             if wrong.size:
                 reason = "the action mask allows no action"
                 if truncated is not None and truncated[wrong[0]]:
-                    reason += ", but the episode is only truncated, and its last state still has a value"
+                    reason += ", but a truncated episode bootstraps from its last state"
+                reason += ": return a mask with a 1" + ("" if truncated is None else ", or terminated=True")
                 raise ObservationError(int(wrong[0]), reason)
         return converted
 
@@ -206,6 +213,7 @@ class SeededVectorEnv(VectorWrapper):
             reason = f"failed: {error}"
         elif isinstance(error, multiprocessing.TimeoutError):
             reason = f"did not come back within env.timeout={self.config.timeout:g} seconds"
+            reason += " (raise env.timeout if it may take longer)"
         elif isinstance(error, EOFError | ConnectionError):
             reason = "failed: its process has ended"
         elif isinstance(self.env, AsyncVectorEnv):

@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 class MaskedTrunk(nn.Module):
     """Trunk of observations with an action mask `[B, A]`, which follows the features: `-> [B, F + A]`.
 
-    The mask is no feature: it is on its way to the networks that obey it (`MaskedOutputs`).
+    The mask is appended to the features unchanged, for the networks that obey it (`MaskedOutputs`).
 
     Args:
         trunk: Trunk of the observations without the mask.

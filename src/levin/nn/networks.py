@@ -20,8 +20,8 @@ class Architecture:
     """Architecture of an algorithm's networks: a trunk, which reads observations, and heads with hidden layers.
 
     Args:
-        network: Kind of the hidden layers (`levin.nn.layers.make_layers`), CNN, or own trunk
-            (`levin.nn.encoders.make_trunk`). The hidden layers after a CNN or an own trunk are an MLP.
+        network: Kind of the hidden layers (`levin.nn.layers.make_layers`), CNN, or your own trunk
+            (`levin.nn.encoders.make_trunk`). The hidden layers after a CNN or your own trunk are an MLP.
         hidden_sizes: Widths of the hidden layers of each head.
         activation: Activation between the layers.
     """

@@ -82,7 +82,7 @@ def draw_result(result: Result) -> None:
     draw_line(axes, label, list(curves.values()), color)
     if result.source:
         own = f"{result.reference.source_run.family}, run here: {len(result.source)} seeds"  # type: ignore[union-attr]
-        draw_line(axes, escape_dollars(own), list(result.source.values()), "dimgray")
+        draw_line(axes, own, list(result.source.values()), "dimgray")
     if result.reference.metric != "evaluations":
         axes.set_ylabel("training return")
     for published, color in zip(
@@ -261,7 +261,7 @@ def draw_line(axes: "Axes", label: str, seeds: list[Curve], color: "Color | str 
     grid, returns = align_curves(seeds)
     iqm, interval = aggregates.iqm_with_interval(returns[:, None])  # one task: [seeds, 1, evaluations]
     marker = "o" if len(grid) == 1 else ""  # a line of one point can't be seen
-    (line,) = axes.plot(grid, iqm, label=escape_dollars(label), linewidth=2, marker=marker, color=color)
+    (line,) = axes.plot(grid, iqm, label=_legend_label(label), linewidth=2, marker=marker, color=color)
     for values in returns if len(seeds) > 1 else []:
         axes.plot(grid, values, color=line.get_color(), linewidth=0.7, alpha=0.8, marker=marker, markersize=3)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -289,6 +289,11 @@ def _pyplot() -> "ModuleType":
 def _plain_frame(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
+
+
+def _legend_label(text: str) -> str:
+    """Return the label of a curve. Matplotlib leaves out of the legend what begins with an underscore."""
+    return escape_dollars(f" {text}" if text.startswith("_") else text)
 
 
 def escape_dollars(text: str) -> str:

@@ -1,5 +1,6 @@
 """Compare the runs of a reproduction with the stored curves and the published number, and store them."""
 
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,10 @@ from levin.runs.load import export_policy, load_config
 # Facts of provenance.json that, with the CPU vendor, must be equal for runs to give identical numbers. `versions` are
 # those of the packages that compute; `lock_sha256` would also change with development tools.
 COMPARED_FACTS = ("versions", "cpu_capability", "threads")
-# Facts that provenance.json stores once for all seeds of a result. `mixed` names the ones that differ between seeds, or
-# between the training processes of a seed; each seed then has its own beside its date. Seeds may be added on another
-# machine, but not with other software.
+# Facts in which seeds added later must equal the stored ones: the machine may differ, the software may not.
 SOFTWARE_FACTS = ("python", "versions")
+# Facts that provenance.json stores once per result. `mixed` lists those that differ between seeds or between the
+# training processes of a seed; these are stored for each seed.
 SHARED_FACTS = (*SOFTWARE_FACTS, "processor", "cpu_capability", "cores", "gpus")
 
 
@@ -91,12 +92,13 @@ def _compare_curves(
     stored_evaluations, stored_training = read_curves(folder), read_curves(folder, TRAINING)
     common = sorted(set(stored_evaluations) & set(evaluations))
     facts = [run_folder.read_provenance(run) for run in runs.values()]
-    differences = [key for session in _all_sessions(facts) for key in _provenance_differences(before, session)]
-    config = load_config(folder, runs=())
+    config = load_config(folder, code_sections=())
+    gpu = config.trainer.accelerator != "cpu"
+    differences = [key for session in _all_sessions(facts) for key in _provenance_differences(before, session, gpu=gpu)]
     if config.trainer.get("workers", 1) > 1:
         differences.append("order of the workers' updates")  # not deterministic
     if common and not differences:
-        totals = {seed: load_config(runs[seed], runs=()).total_env_steps for seed in common}
+        totals = {seed: load_config(runs[seed], code_sections=()).total_env_steps for seed in common}
         identical = [
             seed
             for seed in common
@@ -155,12 +157,15 @@ def _all_sessions(facts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [session for own in facts for session in (own, *own["resumed"])]
 
 
-def _provenance_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _provenance_differences(before: dict[str, Any], now: dict[str, Any], *, gpu: bool) -> list[str]:
+    """Return why runs may have other numbers than the stored ones. `gpu`: whether the config may run on a GPU."""
     vendors = (before["processor"].split(" ")[0], now["processor"].split(" ")[0])
     differences = ["CPU vendor"] if len(set(vendors)) > 1 else []
-    if before["gpus"] or now["gpus"]:
+    if gpu and (before["gpus"] or now["gpus"]):
         differences.append("GPU")  # even the same GPU: its sums have no fixed order
-    differences += [f"{key} of the stored sessions" for key in before.get("mixed", ())]
+    differences += [
+        f"{key} of the stored sessions" for key in before.get("mixed", ()) if key in (*COMPARED_FACTS, "processor")
+    ]
     return differences + [key for key in COMPARED_FACTS if before[key] != now[key]]
 
 
@@ -173,7 +178,7 @@ def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
     before = read_provenance(folder)
     kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
     if kept:
-        here = provenance.collect_provenance()
+        here = {"python": platform.python_version(), **provenance.collect_code_facts()}
         differences = [key for key in SOFTWARE_FACTS if before[key] != here[key]]
         if before["files"][CONFIG] != file_fingerprints(folder)[CONFIG]:
             differences.append(CONFIG)
@@ -195,14 +200,15 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
         kept: Stored seeds that stay in the result.
 
     Raises:
-        ConfigError: The runs are not all of one commit, or are of uncommitted files.
+        ConfigError: The runs are not all of one commit, are of uncommitted files, or of a checkout without git.
     """
     facts = {seed: run_folder.read_provenance(run) for seed, run in runs.items()}
     sessions = _all_sessions(facts.values())
-    if any(session["git_dirty"] for session in sessions) or len({session["git_sha"] for session in sessions}) > 1:
+    commits = {session["git_sha"] for session in sessions}
+    if any(session["git_dirty"] for session in sessions) or len(commits) > 1 or not all(commits):
         raise ConfigError(
-            "store=true needs runs of one commit, but these are of uncommitted files or of several commits; "
-            f"commit, remove {next(iter(runs.values())).parent} and run again"
+            "store=true needs runs of one commit, but these are of uncommitted files, of several commits or without "
+            f"git; commit, remove {next(iter(runs.values())).parent} and run again"
         )
     with signals_handled(lambda *_: None):  # the files of a result belong together
         _write_result(folder, runs, kept, facts)

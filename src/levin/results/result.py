@@ -259,15 +259,19 @@ def judge_scores(reference: Reference, scores: np.ndarray, source: np.ndarray | 
         scores: Score of each of our seeds.
         source: Score of each seed `[seeds]` of the source's own code, run here.
 
-    The interval below is the 95% interval of the interquartile mean over our seeds.
+    The verdicts; the interval is the 95% interval of the interquartile mean over our seeds:
 
-    "exceeds": the source has a standard deviation over at least three seeds, and the interval lies above the published
-    mean plus this deviation. "reproduced": the source has one, and the interval lies at or above the required score.
-    "passed": the interval does, but the source has no such deviation. "inconclusive": the required score lies inside
-    the interval. "partial": the interval lies below it, or there are too few seeds. "matched": the verdict would be one
-    of these two, but the source's own code, run here, misses the required score as well on average, and our mean lies
-    within the spread of its seeds or above: not below its worst seed, nor below its mean less one standard deviation.
-    Both need three seeds. "not run": there are no scores.
+    - "exceeds": the source has a standard deviation over at least three seeds, and the interval lies above the
+      published mean plus this deviation.
+    - "reproduced": the source has one, and the interval lies at or above the required score.
+    - "passed": the interval lies at or above the required score, but the source has no such deviation.
+    - "inconclusive": the required score lies inside the interval.
+    - "partial": the interval lies below the required score; or the source has such a deviation, but we have fewer than
+      three seeds.
+    - "matched": it would be "inconclusive" or "partial", but the source's own code, run here, misses the required score
+      as well on average, and our mean is neither below its worst seed nor below its mean less one standard deviation.
+      "matched" needs three seeds of ours and of the source.
+    - "not run": there are no scores.
     """
     verdict, message = _judge_by_gate(reference, scores)
     if source is None or reference.source_run is None or not len(scores):
@@ -324,7 +328,7 @@ class Result:
         reference = read_reference(folder)
         return cls(
             folder,
-            load_config(folder, runs=()),
+            load_config(folder, code_sections=()),
             reference,
             read_provenance(folder),
             read_curves(folder),

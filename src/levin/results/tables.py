@@ -62,9 +62,9 @@ def count_verdicts(summaries: list[dict[str, Any]]) -> str:
     return (
         f"{len(summaries)} results: {numbers}; [all of them](experiments/README.md).\n"
         "Reproduced: our 95% interval lies at or above the required score, usually the published mean minus one\n"
-        "standard deviation. Exceeds: above the mean plus one. Passed: no published deviation. Matched: missed,\n"
-        "as by the source's own code run here. Inconclusive: the interval contains the required\n"
-        "score. Partial: it lies below, or there are too few seeds.\n"
+        "standard deviation. Exceeds: above the mean plus one. Passed: reproduced, but without a published deviation.\n"
+        "Matched: we miss the score, but so does the source's code, run here. Inconclusive: the interval contains it.\n"
+        "Partial: it lies below, or seeds are missing.\n"
     )
 
 

@@ -100,8 +100,15 @@ class FolderCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
     def _is_own(self, path: Path) -> bool:
-        """Return whether a path is that of a checkpoint folder of this run, not a file that a user has named."""
-        return path.name == STATE and path.parent.parent == self.folder
+        """Return whether a path is that of a checkpoint folder of this run, not a file that a user has named.
+
+        Raises:
+            RunError: A user has named a file in a checkpoint folder.
+        """
+        own = path.name == STATE and path.parent.parent == self.folder and path.parent.name.isdecimal()
+        if not own and self.folder.absolute() in path.absolute().parent.parents:
+            raise RunError(f"{path} is in a folder of Levin's checkpoints, which may be removed: choose another path")
+        return own
 
 
 def _save_file(checkpoint: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keep the code of a run that neither its commit nor the versions of its packages give back.
+"""Copy the code of a run that can't be restored from its commit and installed packages.
 
 These are a fork that is not committed, changed files of Levin, and the user's own modules, such as an environment: of
 every imported module outside the installed packages, those that differ from the commit `git_sha`. The run folder keeps
@@ -23,7 +23,7 @@ from levin.runs import provenance
 from levin.runs.provenance import run_git
 
 FOLDER = "code"  # in the run folder; the copies of a resumed run that found changes are in code_resumed_1, ...
-SCRIPT = "__main__/"  # in the names of scripts, which a later session need not be started by
+SCRIPT = "__main__/"  # prefix of the names of scripts; a resumed run may be started by another script
 MAX_BYTES = 1 << 20  # of a file that is copied; of a larger one only the checksum is kept
 FORK_FILES = ("*.py", "algo/*.yaml", "tuned/*.yaml")
 
@@ -58,7 +58,7 @@ def inherit(snapshot: Snapshot) -> None:
 
 
 def collect_code() -> dict[str, bytes]:
-    """Return the files that neither the commit nor an installed package gives back, by their name in the run folder.
+    """Return the imported files outside installed packages that differ from the commit, by name in the run folder.
 
     Call this when everything that the run imports has been imported.
     """
@@ -102,7 +102,7 @@ def describe_changes(before: dict[str, str], code: dict[str, bytes], commit: str
         commit: Commit of the earlier session.
     """
     local, _ = _read_code()
-    # Not imported now may be imported later: such a file is looked for where Python would find it.
+    # A file that is not imported yet may be imported later: look for it where Python would find it.
     places = [paths.ROOT / "src", paths.ROOT, *map(Path, sys.path)]
     for name in before:
         if name not in local and (found := [place / name for place in places if (place / name).is_file()]):

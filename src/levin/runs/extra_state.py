@@ -36,9 +36,9 @@ from levin.algorithms.base import Algorithm
 from levin.core.errors import CheckpointError, ConfigError, RunError, one_line
 from levin.runs import code
 
-# Values that stay as they are: a resumed run takes those that its algorithm begins with.
+# Objects saved by reference: a resumed run uses those of its newly built algorithm.
 CONSTANT = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, np.memmap)
-# Values that can't change: two equal ones need not stay one.
+# Immutable values: after a resume, an equal copy may stand in for the original object.
 IMMUTABLE = (
     *(bool, int, float, complex, str, bytes, type(None), tuple, frozenset, Enum, type, range, slice),
     *(np.generic, np.dtype, torch.dtype, torch.device, types.MethodType, functools.partial, PurePath, date, timedelta),
@@ -72,10 +72,10 @@ class ExtraState:
         self.restored: set[tuple[str, str]] = set()  # attributes that a checkpoint has set
         self.parts: dict[int, tuple[str, Any]] = {}
         self.storages: dict[int, Tensor] = {}
-        self.note_new()
+        self.note_initial_values()
 
-    def note_new(self) -> None:
-        """Note the values of all attributes that have appeared since the last call as those the algorithm begins with.
+    def note_initial_values(self) -> None:
+        """Take the current value of each attribute that is new since the last call as its initial value.
 
         Raises:
             ConfigError: A value has a state that can't be read, such as that of an iterator.

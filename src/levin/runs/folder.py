@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,12 +24,12 @@ from levin.runs import checkpoint, code, slurm, trust
 from levin.runs.provenance import command_line
 
 CONFIG, PROVENANCE, LOCK = "config.yaml", "provenance.json", ".lock"
-STUDY = "study.json"  # in the folder of a study, whose runs `levin.tune` trains
+SEARCH_PLAN = "study.json"  # in the folder of a search, whose runs `levin.tune` trains
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.ENOTCONN)
 
 
 class Session(pydantic.BaseModel):
-    """What Levin reads of one training process in provenance.json."""
+    """Facts of one training process in provenance.json, as far as Levin reads them."""
 
     git_sha: str
     git_dirty: bool
@@ -38,7 +38,7 @@ class Session(pydantic.BaseModel):
 
 
 class Provenance(Session):
-    """What Levin reads of provenance.json: the first training process, and the later ones."""
+    """Contents of provenance.json, as far as Levin reads them: the first training process, and the later ones."""
 
     env_steps: pydantic.NonNegativeInt | None
     wall_seconds: pydantic.NonNegativeFloat
@@ -245,13 +245,12 @@ def _lock(file: TextIO) -> None:
 
 def is_locked(run: Path) -> bool:
     """Return whether another process trains a run. This process must not hold the lock: it would lose it."""
-    try:
-        with open(run / LOCK, "r+", encoding="utf-8", opener=files.no_link) as file:
+    # Other errors: the run has not begun; or no permission or no locks, which the run itself will report.
+    with suppress(OSError), open(run / LOCK, "r+", encoding="utf-8", opener=files.no_link) as file:
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # the run has not begun; or no locks or no permission, which the run itself will report
-        return False
+        except (BlockingIOError, PermissionError):
+            return True
     return False
 
 
@@ -262,7 +261,7 @@ def has_ended(run: Path, total_env_steps: int) -> bool:
 
 
 def begin(run: Path, config: DictConfig) -> None:
-    """Write the config of a run that another process will train, which accepts the code that the config names."""
+    """Write the config of a run that another process will train, and record that the code it names may run."""
     run.mkdir(parents=True, exist_ok=True)
     trust.record(config)
     files.write_text(run, CONFIG, OmegaConf.to_yaml(config))
@@ -287,16 +286,16 @@ def _check_contents(run: Path) -> None:
 
 
 def find_folders(runs: str) -> tuple[list[Path], set[Path], list[str]]:
-    """Return the folders that words and wildcards match, those named without a wildcard, and what matches nothing.
+    """Return the folders that `runs=` matches, the paths in it without a wildcard, and messages on what is missing.
 
     Raises:
         ConfigError: Nothing is named, or nothing matches.
     """
     if not runs:
         raise ConfigError("runs is missing: set runs=<run folders> (with make: RUNS=<run folders>)")
-    whole = Path(runs).exists() or glob.glob(runs)  # a folder may have a space or a bracket in its name
+    whole = os.path.exists(runs) or glob.glob(runs)  # a folder may have a space or a bracket in its name
     patterns = [runs] if whole else runs.split()
-    named = {Path(each) for each in patterns if Path(each).exists()}
+    named = {Path(each) for each in patterns if os.path.exists(each)}
     found = {each: [each] if Path(each) in named else glob.glob(each) for each in patterns}
     folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
     if not folders:

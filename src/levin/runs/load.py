@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 POLICY = "policy.ckpt"  # the policy alone, which a result in experiments/ has instead of checkpoints
 
 
-def load_config(run: Path, *, runs: tuple[str, ...] = trust.SECTIONS) -> DictConfig:
+def load_config(run: Path, *, code_sections: tuple[str, ...] = trust.SECTIONS) -> DictConfig:
     """Load the config of a run from its `config.yaml`.
 
     Args:
         run: Run folder.
-        runs: Sections whose code the caller runs, from `levin.runs.trust.SECTIONS`; `()` if it only reads values.
+        code_sections: Sections of `levin.runs.trust.SECTIONS` whose code the caller is about to run; `()` if it only
+            reads values.
 
     Raises:
         ConfigError: The file is missing or damaged, refers to other values or to environment variables, or names code
@@ -52,7 +53,7 @@ def load_config(run: Path, *, runs: tuple[str, ...] = trust.SECTIONS) -> DictCon
         raise
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {one_line(error)}") from error
-    trust.check(config, runs, path)
+    trust.check(config, code_sections, path)
     return config
 
 
@@ -77,13 +78,13 @@ def algorithm_class(config: DictConfig) -> "type[Algorithm]":
     return algorithm
 
 
-def check_has_policy(word: str) -> None:
+def check_has_policy(run: str) -> None:
     """Raise a ConfigError if there is no policy to load; cheaper than `load_algorithm`, which imports Lightning."""
-    if not word:
+    if not run:
         raise ConfigError("run is missing: set run=<run folder> (with make: RUN=<run folder>, or EXP=<result>)")
-    run = Path(word)
-    if not (run / POLICY).is_file() and not checkpoint.list_checkpoints(run / "checkpoints"):
-        checkpoint.newest_checkpoint(run)
+    folder = Path(run)
+    if not (folder / POLICY).is_file() and not checkpoint.list_checkpoints(folder / "checkpoints"):
+        checkpoint.newest_checkpoint(folder)
 
 
 def load_algorithm(run: Path) -> "Algorithm":
@@ -147,4 +148,4 @@ def _config_with_code(run: Path) -> DictConfig:
     """Return the config of a run whose algorithm is to be built; the code that it names was accepted."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"run={run} has no config.yaml next to its checkpoints folder")
-    return load_config(run, runs=("algo",))
+    return load_config(run, code_sections=("algo",))

@@ -12,8 +12,8 @@ from levin.core.spaces import (
     NetworkInput,
     action_converter,
     add_mask,
+    forbids_all,
     is_unbatched,
-    leaves_nothing,
     to_tensors,
     unsqueeze,
 )
@@ -61,7 +61,7 @@ class Policy:
         single = is_unbatched(self.shown, observation)
         batch = unsqueeze(observation) if single else observation
         batch = to_tensors(self.env["observation"], self.network_input(batch))
-        if self.network_input.mask and leaves_nothing(batch[ACTION_MASK].numpy(), self.env["action"]).any():
+        if self.network_input.mask and forbids_all(batch[ACTION_MASK].numpy(), self.env["action"]).any():
             raise ValueError("the action mask allows no action")
         first = np.asarray(not self._called if is_first is None else is_first)
         num = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)

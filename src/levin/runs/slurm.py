@@ -34,7 +34,7 @@ def was_requeued() -> bool:
 
 
 def is_later_rank() -> bool:
-    """Return whether srun or torchrun has started this process as another one than the first of several."""
+    """Return whether this process is a rank other than 0 that srun or torchrun has started."""
     return any(os.environ.get(rank, "0") != "0" for rank in RANKS)
 
 

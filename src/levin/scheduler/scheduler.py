@@ -186,7 +186,7 @@ class Scheduler:
 
 
 def _exit_code(ending: SystemExit) -> Any:
-    """Return the exit code of a process that ends so: the user's commands have fewer codes."""
+    """Return the exit code that tells the scheduler why a run failed; the user's commands have fewer codes."""
     reason = ending.__context__
     if isinstance(reason, NotFiniteError):
         return NOT_FINITE
@@ -215,7 +215,7 @@ def train_all(
         runs: Env steps of each complete run, by its folder, which holds its config.yaml.
         train: Function that trains the run in a folder.
         resources: Number of processes at the same time, and what each may use.
-        tolerated: Exit codes of runs that fail without an error here.
+        tolerated: Exit codes of failed runs that are printed, but raise no RunError.
 
     Returns:
         Whether all runs have come to their end; False if one was stopped before, by a signal or `trainer.max_time`.

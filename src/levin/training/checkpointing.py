@@ -57,7 +57,7 @@ class Checkpointing(Checkpoint):
                 extra.restore(self._extra)
 
         def restore() -> None:
-            extra.note_new()
+            extra.note_initial_values()
             extra.restore(self._extra)
             self._extra = {}
 

@@ -64,7 +64,8 @@ class Preemption(Callback):
         if distributed.rank():
             return
         again = "; press Ctrl-C again to end it at once without saving" if number == signal.SIGINT else ""
-        message = f"levin: {self.received.name}: the run will be saved and end{again}\n"
+        line_break = "\n" if os.isatty(2) else ""  # ends the line of the progress bar
+        message = f"{line_break}levin: {self.received.name}: the run will be saved and end{again}\n"
         # Not `print`, which is not reentrant: the signal may have interrupted another print.
         with suppress(OSError):  # stderr may be closed: the same Ctrl-C ends a `| tee`
             os.write(2, message.encode())

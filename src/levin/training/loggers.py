@@ -115,7 +115,7 @@ def _wandb_logger(run: Path, config: dict[str, Any], wandb_id: str | None) -> Wa
 
 
 def _wandb_run(wandb_id: str) -> trust.Code:
-    """Return the record of a Weights & Biases run begun here: a checkpoint of somebody else continues none of yours."""
+    """Return the trust record of a Weights & Biases run begun here: no foreign checkpoint may continue it."""
     return trust.Code("wandb_id", wandb_id, wandb_id)
 
 

@@ -135,9 +135,9 @@ def dream_beside(policy: "Policy", env: "SeededVectorEnv", observations: list[An
 
 
 def frames_per_second(env: "SeededVectorEnv") -> float:
-    """Return the number of env steps, each of `env.action_repeat` steps, in a second of the env's own time.
+    """Return the frame rate at which a video with one frame per env step plays in the env's own time.
 
-    An env that does not say how long a step is has 30 in a second.
+    An env step is `env.action_repeat` steps of the env; one that does not say how long they take has 30 in a second.
     """
     steps = env.metadata.get("render_fps", 30)
     if env.config.family == "dm_control":  # Shimmy's value is not that of the env

@@ -1,4 +1,4 @@
-"""Show a study: table of its trials, importance of its parameters, and its history as a picture."""
+"""Show a search: table of its trials, importance of its parameters, and its history as a picture."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ ROWS = 15  # of the table
 
 
 def trials_table(study: optuna.Study) -> str:
-    """Return the best trials of a study as a table, and how many others there are in each state."""
+    """Return the best trials of a search as a table, and how many others there are in each state."""
     trials = study.get_trials(deepcopy=False)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     rows = [

@@ -1,4 +1,4 @@
-"""Optuna's TPE sampler, with random numbers that a continued study draws again."""
+"""Optuna's TPE sampler, with random numbers that a continued search draws again."""
 
 import zlib
 from typing import Any
@@ -15,11 +15,11 @@ RANDOM_TRIALS = 10  # trials with random values at the beginning
 class TrialSampler(BaseSampler):
     """Tree-structured Parzen estimator (TPE; Bergstra et al. 2011), multivariate, after random trials.
 
-    The random numbers of a trial depend only on the seed of the study and the number of the trial. So if a study is
-    killed and continued, its next trials are those of an uninterrupted study, given the same finished trials.
+    The random numbers of a trial depend only on the seed of the search and the number of the trial. So if a search is
+    killed and continued, its next trials are those of an uninterrupted search, given the same finished trials.
 
     Args:
-        seed: Seed of the study.
+        seed: Seed of the search.
     """
 
     def __init__(self, seed: int) -> None:

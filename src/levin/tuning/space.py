@@ -55,7 +55,7 @@ class Choices(pydantic.BaseModel, extra="forbid"):
         return [as_word(value) for value in self.choices]
 
 
-def read_space(words: list[str]) -> dict[str, BaseDistribution]:
+def read_space(overrides: list[str]) -> dict[str, BaseDistribution]:
     """Return the search space of the algorithm and env that these overrides choose, by config key.
 
     Values of categorical distributions are texts, as on the command line.
@@ -64,7 +64,7 @@ def read_space(words: list[str]) -> dict[str, BaseDistribution]:
         ConfigError: There is no space, a key is unknown, a range is empty, a value is not one of its key, or a key that
             is not searched refers to one that is.
     """
-    algo, env = chosen_algo_and_env(words)
+    algo, env = chosen_algo_and_env(overrides)
     folders = [paths.CONFIGS / FOLDER, *(file.parents[1] / FOLDER for file in paths.fork_files() if file.stem == algo)]
     paths_of = [folder / f"{name}.yaml" for name in (algo, f"{algo}_{env}") for folder in folders]
     files = [path for path in paths_of if path.is_file()]
@@ -82,11 +82,11 @@ def read_space(words: list[str]) -> dict[str, BaseDistribution]:
                 parts[key] = _read_part(key, content)
     if not parts:
         raise ConfigError(f"{files[-1].relative_to(paths.ROOT)} leaves nothing to search")
-    together = _compose_together({key: part.texts for key, part in parts.items()}, words)
+    together = _compose_together({key: part.texts for key, part in parts.items()}, overrides)
     space = {}
     for key, part in parts.items():
         with _named(lines[key][0]):
-            values = together[key] if together else [_compose_value(key, text, words) for text in part.texts]
+            values = together[key] if together else [_compose_value(key, text, overrides) for text in part.texts]
             space[key] = _distribution(key, part, values)
     return space
 
@@ -130,7 +130,7 @@ def _read_part(key: str, content: Any) -> Range | Choices:
     return part
 
 
-def _compose_together(texts: dict[str, list[str]], words: list[str]) -> dict[str, list[Any]]:
+def _compose_together(texts: dict[str, list[str]], overrides: list[str]) -> dict[str, list[Any]]:
     """Return the values that configs have for the texts of all keys, composing few configs.
 
     The first config has the first text of every key, and so on. Empty if one of these configs is not valid, because of
@@ -141,7 +141,7 @@ def _compose_together(texts: dict[str, list[str]], words: list[str]) -> dict[str
     try:
         for turn in zip_longest(*texts.values()):
             chosen = {key: text for key, text in zip(texts, turn, strict=True) if text is not None}
-            config = compose([*words, *(f"{key}={text}" for key, text in chosen.items())])
+            config = compose([*overrides, *(f"{key}={text}" for key, text in chosen.items())])
             configs.append(config)
             for key in chosen:
                 values[key].append(OmegaConf.select(config, key))
@@ -163,8 +163,8 @@ def _refuse_references(first: DictConfig, second: DictConfig, searched: set[str]
             raise ConfigError(f"{key} refers to a key that is searched: give it a value of its own in the YAML")
 
 
-def _compose_value(key: str, text: str, words: list[str]) -> Any:
-    return OmegaConf.select(compose([*words, f"{key}={text}"]), key)
+def _compose_value(key: str, text: str, overrides: list[str]) -> Any:
+    return OmegaConf.select(compose([*overrides, f"{key}={text}"]), key)
 
 
 def _distribution(key: str, part: Range | Choices, values: list[Any]) -> BaseDistribution:

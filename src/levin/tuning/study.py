@@ -1,19 +1,19 @@
 """Run the trials of a search, which Optuna calls a study; each is runs of one config with several seeds.
 
-The folder of a study:
+The folder of a search:
 
     study.json                     what is searched; another command is refused
     study.log                      Optuna's journal: trials, their values and evaluations
     base/                          config that the search changes, and the tuned config it came from
     trials.csv                     one row per trial, for other programs
     trials/<number>/s<seed>/       ordinary runs
-    retrained/<name>/s<seed>/      the best trials, and the values from before, with fresh seeds
+    retrained/<name>/s<seed>/      best trials, and the values that the search started from, with fresh seeds
     winner.yaml                    values of the best of them
 
-Several commands, also of several machines that share a file system, may work on one study. A trial belongs to the
+Several commands, also of several machines that share a file system, may work on one search. A trial belongs to the
 command that holds the lock in its folder; one whose command was killed is continued by the next command. Everything
 that decides about a trial depends on numbers of finished trials and of its own evaluations, in a fixed order, and not
-on time. So a study with one run at a time ends with the same trials if it is killed and continued.
+on time. So a search with one run at a time ends with the same trials if it is killed and continued.
 """
 
 import csv
@@ -55,10 +55,10 @@ from levin.tuning.sampler import TrialSampler
 from levin.tuning.space import as_word, suggest
 from levin.tuning.winner import tuned_path
 
-PLAN, JOURNAL, TRIALS, TABLE = run_folder.STUDY, "study.log", "trials", "trials.csv"
+PLAN, JOURNAL, TRIALS, TABLE = run_folder.SEARCH_PLAN, "study.log", "trials", "trials.csv"
 BASE, TUNED = "base", "tuned.yaml"
-RESTARTS = 3  # of the runs of a trial that were killed, by one command
-FAILED_BEFORE = "failed_before"  # attribute of a trial of which a run has ended with an error
+RESTARTS = 3  # times that one command restarts killed runs of a trial
+FAILED_BEFORE = "failed_before"  # attribute of a trial with a run that has failed; a second failure ends the trial
 
 
 class Plan(pydantic.BaseModel):
@@ -69,34 +69,34 @@ class Plan(pydantic.BaseModel):
     words: list[str]  # overrides of the command, in alphabetical order
     space: dict[str, str]
     seeds_per_trial: pydantic.PositiveInt
-    code: str | None = None  # checksum of the code that trains the trials; older studies have none
+    code: str | None = None  # checksum of the code that trains the trials; older searches have none
 
 
 def open_study(
-    folder: Path, words: list[str], space: Mapping[str, BaseDistribution], seeds_per_trial: int
+    folder: Path, overrides: list[str], space: Mapping[str, BaseDistribution], seeds_per_trial: int
 ) -> tuple[optuna.Study, DictConfig]:
-    """Create the study in a folder, or open the one that an equal command has created.
+    """Create the search in a folder, or open the one that an equal command has created.
 
     Args:
-        folder: Folder of the study.
-        words: Overrides of the config that the search changes.
+        folder: Folder of the search.
+        overrides: Overrides of the config that the search changes.
         space: Search space.
         seeds_per_trial: Number of runs of each trial.
 
     Returns:
-        The study, and the config that the search changes: as it was when the study began. Since then, the winner may
-        have changed the tuned config.
+        Optuna's study, and the config that the search changes: as it was when the search began. Since then, the winner
+        may have changed the tuned config.
 
     Raises:
-        ConfigError: The folder holds another study, or something else.
+        ConfigError: The folder holds another search, or something else.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    base = compose_one_of_many(words)
+    base = compose_one_of_many(overrides)
     plan = Plan(
         command=command_line(),
         git_sha=run_git("rev-parse", "HEAD"),
-        words=sorted(words),
+        words=sorted(overrides),
         space={key: distribution_to_json(each) for key, each in space.items()},
         seeds_per_trial=seeds_per_trial,
         code=checksum_of({str(base.algo._target_)}),
@@ -114,7 +114,7 @@ def open_study(
         else:
             files.save_json(plan.model_dump(), folder, PLAN)
         if not run_folder.has_begun(folder / BASE):
-            if (tuned := tuned_path(*chosen_algo_and_env(words))) is not None and tuned.is_file():
+            if (tuned := tuned_path(*chosen_algo_and_env(overrides))) is not None and tuned.is_file():
                 (folder / BASE).mkdir(exist_ok=True)
                 files.write_text(folder / BASE, TUNED, tuned.read_text(encoding="utf-8"))
             run_folder.begin(folder / BASE, base)
@@ -146,7 +146,7 @@ def with_values(base: DictConfig, values: Mapping[str, Any], seed: int) -> DictC
 
 
 def load_study(folder: Path) -> optuna.Study:
-    """Open an existing study to read it.
+    """Open the study of an existing search to read it.
 
     Raises:
         ConfigError: There is none in the folder.
@@ -195,7 +195,7 @@ class JournalLock(BaseJournalFileLock):
 
 
 def _refuse_other(folder: Path, plan: Plan) -> None:
-    """Raise a ConfigError if the study in the folder is not this one."""
+    """Raise a ConfigError if the search in the folder is not this one."""
     try:
         existing = Plan(**read_json(folder / PLAN, Plan))
     except ValueError as error:
@@ -251,14 +251,14 @@ class OpenTrial:
 
 
 class Trials:
-    """The trials of a study that this process works on.
+    """Trials of a search that this process works on.
 
     Args:
-        study: The study.
+        study: Optuna's study.
         folder: Its folder.
         space: Its search space.
         make_configs: Function that returns the config of each seed, given the values of a trial.
-        number: Number of trials of the study, those of all processes together.
+        number: Number of trials of the search, those of all processes together.
         scheduler: Scheduler that trains the runs.
         table: Table that shows them.
     """
@@ -279,7 +279,7 @@ class Trials:
         self.open: list[OpenTrial] = []
         self.states: dict[Path, State] = {}
         self.finished = 0  # trials of all processes, when trials.csv was last written
-        self.trains = False  # whether a run has been evaluated here, so that this machine can train the study
+        self.trains = False  # whether a run has been evaluated here, so that this machine can train the search
         self.refusal = ""  # last line of the run whose values were last refused
         self._curves: dict[Path, tuple[int, Curve]] = {}  # by run: size of its metrics.csv when it was read, and curve
 
@@ -438,10 +438,10 @@ class Trials:
                 del self.states[run]
 
     def _evaluations(self, trial: OpenTrial) -> Iterator[tuple[int, float]]:
-        """Yield the steps and values to report, in their order: seed by seed.
+        """Yield the steps and values to report to Optuna, seed by seed.
 
-        The evaluations of a seed follow when all seeds before have ended. Each value is the mean of the last returns of
-        the seeds before and the return of this seed, which other trials have at the same step, too.
+        A seed is reported after all seeds before it have ended. The value at an evaluation is the mean of its return
+        and the last returns of the seeds before, so trials are compared at equal steps.
         """
         before: list[float] = []
         for place, (run, config) in enumerate(trial.configs.items()):
@@ -498,7 +498,7 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """Return the values of a trial in words."""
+    """Return the values of a trial as text."""
     return ", ".join(
         f"{key.rpartition('.')[2]}={value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"
         for key, value in values.items()

@@ -1,4 +1,4 @@
-"""Compare the best trials of a study after they were retrained with fresh seeds, and write the winner's values."""
+"""Compare the best trials of a search after they were retrained with fresh seeds, and write the winner's values."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from levin.results.tables import plain_table
 from levin.runs.provenance import run_git
 
 WINNER, RETRAINED = "winner.yaml", "retrained"
-OLD = "# Values that were not searched are from before:"
+OLD = "# Other values are those of the earlier file, whose comment was:"
 HEADER = "# @package _global_\n"
 SECTIONS = ("algo", "env", "total_env_steps")  # what a file in configs/tuned/ may set
 
@@ -24,9 +24,9 @@ class Candidate:
     """Values that were retrained with fresh seeds.
 
     Args:
-        name: Name of the trial, or of the values that the study has started from.
-        value: IQM in the study; None: it was not in the study.
-        scores: Last evaluation of each seed in the study.
+        name: Name of the trial, or of the values that the search started from.
+        value: IQM in the search; None: it was not in the search.
+        scores: Last evaluation of each seed in the search.
         fresh: Last evaluation of each fresh seed.
         alike: Last evaluations of the seeds of all complete trials, which show how much seeds differ.
     """
@@ -62,7 +62,7 @@ class Candidate:
 
 
 def describe_candidates(candidates: list[Candidate]) -> str:
-    """Return a table of the candidates: value in the study, predicted interval, fresh seeds."""
+    """Return a table of the candidates: value in the search, predicted interval, fresh seeds."""
     rows = []
     for each in candidates:
         mean, predicted = float(np.mean(each.fresh)), each.predicted
@@ -92,12 +92,12 @@ def tuned_path(algo: str, env: str) -> Path | None:
 
 
 def winner_text(config: DictConfig, keys: Iterable[str], before: Path | None, comments: list[str]) -> str:
-    """Return the text of the winner's tuned config: the tuned config from before, with the winner's values.
+    """Return the text of the winner's tuned config: the earlier tuned config, with the winner's values.
 
     Args:
         config: Config of the winner.
         keys: Keys that the search or the command line has set.
-        before: Tuned config that the study has started from, if there was one.
+        before: Tuned config that the search started from, if there was one.
         comments: Lines that say how the values were found.
     """
     content, lines = OmegaConf.create(), [HEADER, *(f"# {line}\n" for line in comments)]
@@ -105,7 +105,7 @@ def winner_text(config: DictConfig, keys: Iterable[str], before: Path | None, co
         text = before.read_text(encoding="utf-8")
         content = OmegaConf.create(text)
         old = [line for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
-        if OLD in old:  # comments of an earlier study
+        if OLD in old:  # comments of an earlier search
             old = old[old.index(OLD) + 1 :]
         lines += [f"{line}\n" for line in [OLD, *old]]
     for key in keys:
@@ -117,7 +117,7 @@ def winner_text(config: DictConfig, keys: Iterable[str], before: Path | None, co
 def write_winner(text: str, folder: Path, path: Path | None) -> str:
     """Write winner.yaml, and the tuned config if there is one; return a sentence about it.
 
-    A tuned config that git could not give back is left alone, unless this study has written it.
+    A tuned config that git could not give back is left alone, unless this search has written it.
     """
     previous = (folder / WINNER).read_text(encoding="utf-8") if (folder / WINNER).is_file() else None
     files.write_text(folder, WINNER, text)

@@ -49,7 +49,7 @@ def process_rank(config: DictConfig) -> int:
 
 @contextmanager
 def explain_shares(ranks: int) -> Iterator[None]:
-    """Add to a ConfigError about a value that is divided among several ranks that it is the share of one rank."""
+    """Explain in a ConfigError that its numbers are those of one rank, a share of those in the config."""
     try:
         yield
     except ConfigError as error:
@@ -57,8 +57,7 @@ def explain_shares(ranks: int) -> Iterator[None]:
         if ranks == 1 or not named:
             raise
         raise ConfigError(
-            f"{error} (each of the {ranks} ranks has 1/{ranks} of {' and '.join(named)}, and this is the message of "
-            "one rank)"
+            f"{error} (numbers of one rank: each of the {ranks} ranks gets 1/{ranks} of {' and '.join(named)})"
         ) from error
 
 
