@@ -25,6 +25,7 @@ from levin import resume
 from levin.algorithms.base import Algorithm
 from levin.config import schema
 from levin.config.compose import compose
+from levin.core import paths
 from levin.core.omega import to_plain
 from levin.deploy import package
 from levin.deploy.graph import PolicyGraph
@@ -188,15 +189,19 @@ def optimizers_step_and_parameters_move(row: Row, tmp_path: Path) -> None:
 
 @check
 def mixed_precision_keeps_parameters_whole(row: Row, tmp_path: Path) -> None:
-    """Check that with bf16-mixed precision, parameters, statistics and checkpoints stay in full precision."""
+    """Check that bf16-mixed precision trains other parameters; they, statistics and moments stay in full precision."""
     before = build_row(row)
-    after = run_row(row, tmp_path / "run", "trainer.precision=bf16-mixed")["state_dict"]
+    state = run_row(row, tmp_path / "run", "trainer.precision=bf16-mixed")
+    after = state["state_dict"]
+    assert not same(after, saved_state(plain_run(row))["state_dict"]), "bf16-mixed has no effect"
     for name, value in before.state_dict().items():
         assert after[name].dtype == value.dtype
         assert after[name].isfinite().all(), name
     for name, parameter in before.named_parameters():
         rounded = after[name].bfloat16().to(parameter)
         assert not parameter.requires_grad or not torch.equal(rounded, after[name]), f"{name} did not move"
+    moments = [each for optimizer in state["optimizer_states"] for each in optimizer.get("state", {}).values()]
+    assert {value.dtype for each in moments for value in each.values()} <= {torch.float32}
 
 
 @check
@@ -287,7 +292,9 @@ def losses_equal_the_oracle(row: Row, tmp_path: Path) -> None:
     """Check that the losses equal those of the reference implementation."""
     if row.oracle is None or row.losses is None:
         pytest.skip("there is no reference implementation of these losses")
-    algorithm = build_row(row)
+    # At the default temperature of 1, alpha and its logarithm or a missing alpha could not be told apart.
+    temperature = ["algo.initial_alpha=0.3"] if "initial_alpha" in compose([f"algo={row.algo}"]).algo else []
+    algorithm = build_row(row, *temperature)
     for target in row.targets:  # unlike its source, to notice if the two are confused
         for parameter in getattr(algorithm, target).parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -353,28 +360,44 @@ def learns_a_small_env(row: Row, tmp_path: Path) -> None:
 
 @check
 def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
-    """Check that the YAML has exactly the keyword-only parameters of the algorithm's `__init__`."""
+    """Check that the YAML has the keyword-only parameters of the algorithm's `__init__`, and their defaults."""
     cfg = compose([f"algo={row.algo}"])
-    signature_only = {"env"}
     algorithm, _ = build_run(compose([f"algo={row.algo}", f"env={row.env}"]))
-    parameters = set(inspect.signature(type(algorithm)).parameters)
-    assert set(cfg.algo) - {"_target_"} == parameters - signature_only, "the YAML must list every hyper-parameter"
-    assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(type(algorithm)).parameters.values())
+    parameters = dict(inspect.signature(type(algorithm)).parameters)
+    del parameters["env"]
+    assert set(cfg.algo) - {"_target_"} == set(parameters), "the YAML must list every hyper-parameter"
+    assert all(each.kind is each.KEYWORD_ONLY for each in parameters.values())
+    defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    defaults.pop("schedule_env_steps", None)  # in the YAML that of the run
+    untuned = OmegaConf.to_container(OmegaConf.load(paths.CONFIGS / f"algo/{row.algo}.yaml").algo)
+    plain = {name: [*value] if isinstance(value, tuple) else value for name, value in defaults.items()}
+    other = {name: value for name, value in plain.items() if untuned[name] != value}
+    assert not other, f"other defaults than in the YAML: {other}"
     assert EnvConfig(**to_plain(cfg.env)).id
 
 
 @check
 def exported_files_act_alike(row: Row, tmp_path: Path) -> None:
     """Check that the policy as ONNX and as `torch.export` acts like the run over an episode, for any batch size."""
-    run = tmp_path / "run"
+    run, rng = tmp_path / "run", np.random.default_rng(0)
     shutil.copytree(plain_run(row), run)
+
+    def random_values(example: np.ndarray) -> np.ndarray:
+        if example.dtype == bool:  # is_first: the second episode goes on
+            return np.array([[True], [False], [True]])
+        if example.dtype == np.float32:
+            return rng.normal(size=example.shape).astype(np.float32)
+        return rng.integers(256 if example.dtype == np.uint8 else 2, size=example.shape, dtype=example.dtype)
+
     for kind, load in (("onnx", package.load_onnx), ("torch", package.load_torch)):
         path, checked = package.package(run, kind, seed=1, steps=100)
         assert checked["largest_difference"] <= package.TOLERANCE
         assert checked["own_memory_difference"] <= package.TOLERANCE
         graph = PolicyGraph(Policy.load(run))
-        inputs = [each.numpy() for each in graph.example(3)]
-        assert all(len(output) == 3 for output in load(path)(inputs))
+        inputs, function = [random_values(each.numpy()) for each in graph.example(3)], load(path)
+        alone = [function([each[i : i + 1] for each in inputs]) for i in range(3)]
+        for together, *parts in zip(function(inputs), *alone, strict=True):
+            np.testing.assert_allclose(together, np.concatenate(parts), rtol=1e-5, atol=package.TOLERANCE)
 
 
 @check

@@ -96,7 +96,7 @@ def sac_losses(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
 def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
     """Return the losses of TorchRL's SACLoss.
 
-    Its temperature loss has log alpha where the paper has alpha; the gradients agree at alpha = 1.
+    Its temperature loss has log alpha where the paper has alpha, so its gradient lacks the factor alpha.
     """
 
     class Parameters(nn.Module):
@@ -114,10 +114,11 @@ def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
         distribution_class=TanhNormal,
         return_log_prob=True,
     )
-    space = algorithm.env["action"]
+    space, alpha = algorithm.env["action"], algorithm.log_alpha.exp().item()
     loss = SACLoss(
         actor,
         members(algorithm.critic, 2),
+        alpha_init=alpha,
         num_qvalue_nets=2,
         loss_function="l2",
         delay_qvalue=True,
@@ -132,7 +133,7 @@ def sac_oracle(algorithm: SAC, batch: TensorDict) -> list[Tensor]:
     torch.manual_seed(0)
     actor_loss, metadata = loss.actor_loss(batch.clone())
     (alpha_gradient,) = torch.autograd.grad(loss._alpha_loss(metadata["log_prob"]).mean(), loss.log_alpha)
-    return [critic_loss, actor_loss.mean(), alpha_gradient]
+    return [critic_loss, actor_loss.mean(), alpha * alpha_gradient]
 
 
 def squashed_sample(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,13 +355,14 @@ def sac_discrete_oracle(algorithm: SACDiscrete, batch: TensorDict) -> list[Tenso
         num_actions=algorithm.env["action"]["n"],
         loss_function="smooth_l1" if algorithm.huber else "l2",
         target_entropy=algorithm.target_entropy,
+        alpha_init=(alpha := algorithm.log_alpha.exp().item()),
         reduction="mean",
     )
     loss.make_value_estimator(gamma=algorithm.gamma)
     copy_targets(loss, "target_qvalue_network_params", *values(algorithm.target_critic))
     actor_loss, metadata = loss.actor_loss(batch.clone())
     (alpha_gradient,) = torch.autograd.grad(loss._alpha_loss(metadata["log_prob"]).mean(), loss.log_alpha)
-    return [loss.qvalue_loss(batch.clone())[0], actor_loss, alpha_gradient]
+    return [loss.qvalue_loss(batch.clone())[0], actor_loss, alpha * alpha_gradient]
 
 
 def as_rollout(batch: TensorDict) -> TensorDict:

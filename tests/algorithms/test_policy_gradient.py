@@ -315,7 +315,7 @@ def test_baselines_from_other_episodes(form, monkeypatch):
     algorithm = make_algorithm(REINFORCE, **options | ({"advantage": form} if form == "self_critical" else {}))
     each = []
     for pair in sample_pairs(algorithm, 3000, greedy=form == "self_critical"):
-        data, weight = algorithm.without_greedy_twins(data := group(*pair), algorithm.weight(data))
+        data, weight = algorithm.without_greedy_episodes(data := group(*pair), algorithm.weight(data))
         each.append(-gradient(algorithm, algorithm.actor_loss(data, weight)[0]))
     estimates = torch.stack(each)
     error = estimates.mean(0) - true_gradient(algorithm)
@@ -332,7 +332,7 @@ def test_leave_one_out_baselines_with_episodes_of_different_lengths():
     algorithm = make_algorithm(REINFORCE, advantage="leave_one_out", episodes_per_update=2)
     assert algorithm.leave_one_out_mean(g, data).flatten().tolist() == [5.5, 1.0, 0.0, 4.5, 6.0, 1.5]
     data, g = data[:, :4], g[:, :4]
-    assert algorithm.twin_return(g, data).flatten()[:3].tolist() == [7.0, 0.0, 0.0]
+    assert algorithm.greedy_return(g, data).flatten()[:3].tolist() == [7.0, 0.0, 0.0]
     assert algorithm.episode(data).flatten().tolist() == [0, 0, 0, 1]
 
 

@@ -472,6 +472,15 @@ def test_a_dream_depends_only_on_its_own_seed_and_actions(straight):
     assert not all(np.allclose(a, b, atol=1e-6) for a, b in zip(first, played([1, 5, 3], actions), strict=True))
 
 
+def test_the_temperature_changes_a_dream_of_the_same_seeds_and_actions(straight):
+    played = []
+    for temperature in (1.0, 0.5):
+        env = dream_env(straight, temperature=temperature).env
+        env.reset(seed=[1, 2, 3])
+        played.append(env.step(np.zeros(3, dtype=int))[0])
+    assert not np.allclose(*played)
+
+
 def test_only_the_dreams_in_the_reset_mask_are_reset(straight):
     env = dream_env(straight).env
     env.reset(seed=[1, 2, 3])
@@ -546,7 +555,7 @@ def test_another_algorithm_trains_in_a_dream_and_is_evaluated_in_the_env(straigh
 @pytest.mark.parametrize("option", ["pixels=64", "frame_stack=2", "action_repeat=2", "vectorization=async"])
 def test_options_that_a_dream_does_not_have_are_refused(option, straight, tmp_path):
     words = ["algo=ppo", "env=dream", f"env.run={straight}", f"env.{option}", "logger=csv"]
-    with pytest.raises(ConfigError, match=f"env.{option.partition('=')[0]} is not for env.family=dream"):
+    with pytest.raises(ConfigError, match=f"env.{option.partition('=')[0]} can't be set for env.family=dream"):
         train(compose(words), tmp_path / "run")
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from checks import metrics, same
+from checks import metrics, same, with_value
 from levin.collectors.batched import BatchedCollector, BatchedLoader
 from levin.collectors.loader import CollectorLoader
 from levin.collectors.vector import VectorCollector
@@ -188,7 +189,7 @@ def test_the_step_of_an_algorithm_can_be_compiled(algo, monkeypatch):
 
 @pytest.mark.parametrize("algo", ["dqn", "recurrent_ppo"])
 def test_metrics_and_counts_are_those_of_the_vector_collector(algo, tmp_path):
-    """Also `step_count`, which no algorithm here reads, and rewards that are not whole numbers."""
+    """Also `step_count`, which these algorithms do not read, and rewards that are not whole numbers."""
     overrides = [f"algo={algo}", "env=gym", "env.id=x", "env.family=torchrl", "env.num_envs=4", "env.time_limit=9"]
     overrides += ["+env.target=levin.envs.batched:CartPole", "algo.steps_per_iteration=32"]
     found = []
@@ -218,6 +219,11 @@ PPO = (
 )
 BATCHED = ("collector=batched", "env=torchrl", "env.num_envs=4", "env.time_limit=30")
 OWN = (*BATCHED, "env.target=levin.envs.batched:CartPole")
+
+
+def test_a2c_weights_steps_by_their_number(tmp_path):
+    words = [*OWN, *SMALL, "algo=a2c", "algo.discount_state_weighting=true", "algo.hidden_sizes=[8]"]
+    train(compose([*words, "algo.steps_per_iteration=8", "total_env_steps=96"]), tmp_path / "run")
 
 
 def test_a_resumed_run_is_identical(tmp_path):
@@ -380,11 +386,15 @@ def test_the_device_of_the_policy_is_checked():
         collector.begin()
 
 
-def test_a_gpu_is_not_refused(tmp_path):
+def test_a_gpu_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(SingleDeviceStrategy, "root_device", property(lambda _: torch.device("cuda")))
     config = compose([*PPO, *OWN])
     _, rollouts = build_run(config)
     assert isinstance(rollouts, CollectorLoader)
-    build_trainer(config, tmp_path, rollouts.env.config, lambda *_: rollouts)
+    trainer, *_ = build_trainer(config, tmp_path, rollouts.env.config, lambda *_: rollouts)
+    assert trainer.strategy.root_device.type == "cuda"
+    with pytest.raises(ConfigError, match="collector=torchrl runs only on the CPU"):
+        build_trainer(with_value(config, "collector", "torchrl"), tmp_path, rollouts.env.config, lambda *_: rollouts)
 
 
 UNEQUAL = Box(np.array([-1, 0], np.float32), np.array([3, 5], np.float32))

@@ -85,7 +85,7 @@ TYPED = {  # command -> variables that it passes to python
     "plot": ("RUNS", "ARGS"),
     "tune": ("SHOW", "ARGS"),
     "fork": ("ALGO", "NAME", "ARGS"),
-    "reproduce": ("EXP", "SEEDS", "STEPS", "JOBS", "STORE", "ARGS"),
+    "reproduce": ("EXP", "SEED", "SEEDS", "STEPS", "JOBS", "STORE", "ARGS"),
     "pin": ("EXP", "ALGO", "ENV", "STEPS", "ARGS"),
     "report": ("CHECK", "ARGS"),
     "study": ("NAME",),
@@ -313,6 +313,19 @@ def test_an_old_python_is_refused_before_a_venv_is_made_of_it(fresh):
     assert f"levin: {old} is older than Python {least}: type make setup PYTHON=python3.12" in answer.stderr
     assert not (fresh / ".venv").exists()
     assert "is older" not in run_make(fresh, ".venv/.core", f"PYTHON={fresh}/missing").stderr
+
+
+@pytest.mark.parametrize("maker", ["venv", "uv"])
+def test_a_venv_whose_making_was_interrupted_is_completed(maker, fresh):
+    """`python -m venv` adds pip last. uv adds none."""
+    (fresh / ".venv/bin").mkdir(parents=True)
+    (fresh / ".venv/pyvenv.cfg").write_text("home = /usr/bin\n" + "uv = 0.9.1\n" * (maker == "uv"))
+    for path in (python := fresh / ".venv/bin/python", new := fresh / "python"):
+        path.write_text('#!/bin/sh\necho "$@" >&2\ntest "$1" = -c\n')
+        path.chmod(0o755)
+    answer = run_make(fresh, ".venv/.core", f"PYTHON={new}")
+    assert ("-m venv .venv" in answer.stderr) == (maker == "venv")
+    assert python.exists() == (maker == "uv")
 
 
 def test_a_venv_that_could_not_be_made_is_made_again(fresh):

@@ -70,7 +70,7 @@ def test_what_is_not_drawn_is_said(two_algorithms, capsys):
         f"levin: not drawn: {two_algorithms}/none* matches nothing",
         f"levin: not drawn: {root}/new has no value of eval/return_mean yet",
         f"levin: not drawn: {root}/empty has no metrics.csv",
-        f"levin: not drawn: what the runs in {root} have after 100 env steps, where the shortest ends",
+        f"levin: not drawn: the part of the curves in {root} after 100 env steps, where the shortest run ends",
     ]
     collect_runs(str(two_algorithms / "my_idea_point"))
     assert not capsys.readouterr().err
@@ -88,6 +88,16 @@ def test_nothing_to_plot_is_a_config_error(tmp_path):
     write_run(tmp_path / "sac_point" / "s1", [1.0])
     with pytest.raises(ConfigError, match="can't be written"):
         plot(runs=str(tmp_path / "sac_point"), out=str(tmp_path / "no_such_folder" / "plot.png"))
+
+
+def test_a_name_with_an_underscore_is_in_the_legend(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("levin.results.figures.save_figure", lambda figure, *_: drawn.append(figure))
+    for name in ("_old", "new"):
+        write_run(tmp_path / name / "s0", [1.0, 2.0])
+    plot(runs=f"{tmp_path}/*", out=str(tmp_path / "plot.png"))
+    (legend,) = [each for axes in drawn[0].axes for each in [axes.get_legend()] if each]
+    assert sorted(text.get_text().strip() for text in legend.get_texts()) == ["_old (1 seed)", "new (1 seed)"]
 
 
 @pytest.mark.parametrize("name", ["my run", "algo.hidden_sizes=[8]", "a*b"])
@@ -281,7 +291,12 @@ def test_seeds_are_compared_at_the_same_env_steps(tmp_path, capsys):
     assert compare(runs=str(tmp_path / "ppo")).splitlines()[1].split()[:4] == cells[:4]
     line = capsys.readouterr().err.splitlines()[0]
     run = tmp_path / "ppo" / "s2"
-    assert line == f"levin: not drawn: {run}, which ends after 90 env steps: another has no value before 150"
+    assert line == f"levin: not drawn: {run}, which ends after 90 env steps, before another has its first value at 150"
+
+
+def test_a_folder_with_metrics_alone_has_no_state(tmp_path):
+    write_run(tmp_path / "copied" / "s0", [1.0, 2.0])
+    assert compare(runs=f"{tmp_path}/*").splitlines()[1].split() == ["copied", "1", "100", "2"]
 
 
 def test_small_numbers_are_told_apart_and_a_run_with_nan_comes_last(tmp_path):

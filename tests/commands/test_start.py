@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from levin.config import __main__ as config
 from levin.core import paths
 from processes import run_python
 
@@ -16,6 +17,8 @@ WRONG = {
     "train eval.evers=5": "eval.evers is unknown; valid: eval.every,",
     "train seeds=one": "seeds=one must be whole numbers",
     "train -m algo=sac,sacc": "algo=sacc is unknown",
+    "config algo=sac,ppo": "algo=sac,ppo has several values",
+    "evaluate run=x episodes=1,000": "episodes=1,000 has several values, and this command takes one (write 30_000,",
     "resume rum=x": "rum is unknown; valid: run,",
     "resume run=nothere": "run=nothere is not a run folder",
     "config algo=sacc": "algo=sacc is unknown",
@@ -63,6 +66,18 @@ def test_the_config_is_printed_before_anything_heavy_is_imported(tmp_path):
     assert "algo.tau: 0.005 " in answer.stdout
     assert answer.stdout.endswith("imported\n")
     assert "algo.gamma=2" in run_command("config", "algo=td3", "algo.gamma=2", cwd=tmp_path).stderr
+
+
+def test_every_value_has_an_origin(monkeypatch, capsys):
+    """Also the parts of a section that is given as a whole."""
+    section = "+callbacks.stop={_target_:lightning.pytorch.callbacks.Timer,duration:{days:1}}"
+    monkeypatch.setattr(sys, "argv", ["config", "algo=td3", "env=pendulum", "+env.kwargs={g:9.8}", section])
+    config.main()
+    lines = capsys.readouterr().out.splitlines()
+    origins = {line.split(": ")[0]: line.rpartition("# ")[2] for line in lines}
+    assert origins["callbacks.stop.duration.days"] == origins["env.kwargs.g"] == "command line"
+    assert origins["algo.tau"] == "configs/algo/td3.yaml"
+    assert all(origins.values())
 
 
 def test_a_plot_needs_no_torch(tmp_path):

@@ -13,6 +13,7 @@ from levin.compare import compare
 from levin.core.errors import ConfigError
 from levin.plot import collect_runs
 from levin.resume import find_runs
+from levin.sweep import list_runs
 from processes import run_python
 
 SMALL = (
@@ -160,6 +161,19 @@ def test_a_wildcard_after_a_space_is_one_word(tmp_path, monkeypatch):
     assert find_runs("my runs/*") == [Path("my runs/a")]
 
 
+def test_many_runs_can_be_named(tmp_path, monkeypatch):
+    """Also where the whole text is longer than a path may be."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"runs/a_run_with_a_long_name_{i:03}" for i in range(200)]
+    for name in names:
+        Path(name).mkdir(parents=True)
+        Path(name, "config.yaml").touch()
+    assert find_runs(" ".join(names)) == [Path(name) for name in names]
+    monkeypatch.chdir(tmp_path / "runs")
+    short = [Path(name).name for name in names[:20]]  # a part of a path is even shorter
+    assert find_runs(" ".join(short)) == [Path(name) for name in short]
+
+
 def test_a_study_is_left_to_make_tune(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for run in ("tune_x/base", "tune_x/trials/0000/s0", "b"):
@@ -196,7 +210,8 @@ def test_seeds_can_be_named_in_every_way(words, seeds, tmp_path):
     [
         (["seeds=0 1", "seed=5"], "seed= and seeds= are both given"),
         (["seeds=0 0"], "seeds=0 0 holds 0 twice"),
-        (["seed=0,1"], "seed=0,1 has several values: add -m"),
+        (["seed=0,1"], "seed=0,1 has several values: to train all of them, add -m"),
+        (["seeds=0 1", "log_every=2,500"], "log_every=2,500 has several values: to train all of them, add -m"),
         (["-m", "seed=0,0"], "two runs of the sweep have the same name, s0"),
         (["seeds=0 1", "jobs=0"], "jobs=0 must be a whole number of 1 or more"),
         (
@@ -219,6 +234,17 @@ def test_words_that_contradict_one_another_are_refused(words, sentence, tmp_path
     assert answer.stderr.startswith(f"levin: {sentence}")
     assert "Traceback" not in answer.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_texts_and_paths_are_as_typed_with_several_seeds_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    world = Path("runs/sweep_x/algo.lr=0.1,algo.tau=0.005/s0")
+    world.mkdir(parents=True)
+    texts = ["name=größe", f"env.run={world}", "note=a, b"]
+    runs, _ = list_runs(["env=dream", *texts], ["0", "1"])
+    assert runs == {f"s{seed}": ["env=dream", f"seed={seed}", *texts] for seed in (0, 1)}
+    worlds, _ = list_runs(["-m", "env=dream", "env.run=a,b"], [])
+    assert len(worlds) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Configs: invalid input gives a one-line error, exit code 2 and no files; precedence of config files."""
 
+import math
 import subprocess
 import sys
 import warnings
@@ -91,14 +92,14 @@ WRONG = [
     ),
     (["env=gym", "env.id=HalfCheeta-v4"], "HalfCheetah"),
     (["env=gym", "env.id=no_such:Env-v0"], "no_such"),
-    (["algo=sac,ppo"], "algo=sac,ppo has several values: add -m to train each of them"),
-    (["algo.gamma=0.9,0.99"], "algo.gamma=0.9,0.99 has several values: add -m"),
+    (["algo=sac,ppo"], "algo=sac,ppo has several values: to train all of them, add -m"),
+    (["algo.gamma=0.9,0.99"], "algo.gamma=0.9,0.99 has several values: to train all of them, add -m"),
     (["++env.kwargs={g:9.8}", "toal_env_steps=3"], "toal_env_steps is unknown"),
     (["callbacks=null", "log_evry=3"], "log_evry is unknown"),
     (["env.kwargs={g:9.8}"], "env.kwargs={g:9.8} adds keys: put a plus before it, +env.kwargs={g:9.8}"),
     (
         ["trainer.devices=2", "env.num_envs=2", "collector=torchrl-process"],
-        "each of the 2 ranks has 1/2 of env.num_envs",
+        "each of the 2 ranks gets 1/2 of env.num_envs",
     ),
 ]
 
@@ -248,6 +249,15 @@ def test_debug_presets_change_the_config_of_their_algorithms():
         compose(["algo=ppo", "debug=overfit"])
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "debug_algo").glob("overfit_*.yaml")))
+def test_overfit_makes_all_its_updates_when_the_buffer_has_all_its_transitions(name):
+    cfg = compose([f"algo={name.removeprefix('overfit_')}", "debug=overfit"])
+    steps = cfg.algo.steps_per_iteration * cfg.env.num_envs
+    total = math.ceil(cfg.total_env_steps / steps) * steps
+    assert total - steps <= cfg.algo.learning_starts < total <= cfg.algo.buffer_size
+    assert cfg.algo.replay_ratio * (total - cfg.algo.learning_starts) >= 1000
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (paths.CONFIGS / "tuned").glob("*.yaml")))
 def test_every_tuned_file_names_an_algorithm_and_an_env(name):
     algo, env = next(
@@ -284,7 +294,7 @@ def test_the_values_of_a_game_are_those_of_its_family():
         assert (breakout.algo.huber, breakout.algo.hidden_sizes, breakout.eval.every) == (True, [], 500_000)
         assert compose(["algo=dqn", "env=breakout", "algo.huber=false", "eval.every=7"]).eval.every == 7
         assert compose(["algo=dqn", "env=cartpole"]).eval.every == 5000
-    with pytest.warns(UserWarning, match=r"no values of algo=dreamer for atari.*tuned for atari: a2c, a3c, dqn, ppo"):
+    with pytest.warns(UserWarning, match=r"dreamer has no tuned values for atari.*tuned for atari: a2c, a3c, dqn, ppo"):
         compose(["algo=dreamer", "env=pong"])
 
 

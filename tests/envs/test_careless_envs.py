@@ -3,10 +3,12 @@
 import json
 import re
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import levin
 from checks import metrics, same, saved_state
 from levin import evaluate, resume
 from levin.collectors.episodes import evaluate as evaluate_policy
@@ -174,8 +176,11 @@ def test_actions_have_the_dtype_and_the_bounds_of_the_env(algo, units, dtype, tm
     words = [f"env.action={units}", "env.id=careless_envs:Bounds-v0", f"+env.kwargs={{low:0.1,high:0.3,dtype:{dtype}}}"]
     small = SAC if algo == "sac" else ("algo=ppo", "env=gym", "algo.steps_per_iteration=64", "algo.batch_size=32")
     train(compose([*small, *words, "total_env_steps=128", "logger=csv"]), tmp_path / "run")
-    action = evaluate.load_algorithm(tmp_path / "run")
-    assert action.env["action"]["dtype"] == dtype
+    policy, space = levin.load(tmp_path / "run"), gym.spaces.Box(0.1, 0.3, (1,), np.dtype(dtype).type)
+    for observation in (-1e6, 0, 1e6):  # also actions at the bounds
+        action = policy(np.array([observation]))
+        assert action.dtype == dtype
+        assert space.contains(action)
 
 
 @pytest.mark.parametrize(("low", "high"), [("-.inf", ".inf"), (-BIG, BIG), (5, ".inf"), ("-.inf", -5)])
@@ -203,7 +208,7 @@ def test_random_actions_lie_within_the_bounds_that_exist(low, high, units, tmp_p
 
 
 def test_bounds_outside_the_range_of_a_policy_are_a_warning():
-    with pytest.warns(UserWarning, match=r"have bounds outside \[-1, 1\]"):
+    with pytest.warns(UserWarning, match=r"exclude \(-1, 1\).*set env.action=rescale"):
         make_env(EnvConfig(id="careless_envs:Bounds-v0", action="clip", kwargs={"low": 5, "high": 9}), seed=0).close()
 
 
@@ -219,10 +224,59 @@ def test_a_single_number_can_be_stacked_and_copies_may_have_other_bounds():
     env.close()
 
 
-@pytest.mark.parametrize("name", ["type", "values", "float", "eval", "keys", "items", "forward", "training"])
-def test_a_picture_may_have_the_name_of_a_methods_of_a_module(name, tmp_path):
-    words = ["algo=dqn", "env=gym", "env.id=careless_envs:NamedPicture-v0", f"+env.kwargs.name={name}", "logger=csv"]
+class Counted(gym.Env):
+    """Env that counts in each process how many are open."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (2,), np.float32), gym.spaces.Discrete(2)
+    made = opened = 0
+
+    def __init__(self):
+        Counted.made, Counted.opened = Counted.made + 1, Counted.opened + 1
+
+    def close(self):
+        Counted.opened -= 1
+
+
+def test_async_envs_leave_no_open_env_in_this_process(monkeypatch):
+    monkeypatch.setattr(Counted, "made", 0)
+    monkeypatch.setattr(Counted, "opened", 0)
+    gym.register("Counted-v0", Counted, max_episode_steps=10)
+    make_env(EnvConfig(id="Counted-v0", num_envs=4, vectorization="async"), seed=0).close()
+    assert Counted.made == 2  # one for a clear error, one by Gymnasium to read the spaces
+    assert Counted.opened == 0
+
+
+METHODS = ("type", "values", "float", "eval", "keys", "items", "forward", "training")
+
+
+@pytest.mark.parametrize("name", [*METHODS, "front/left", "a b"])
+def test_a_picture_may_have_the_name_of_a_method_of_a_module_or_no_name_of_python(name, tmp_path):
+    words = ["algo=dqn", "env=gym", "env.id=careless_envs:NamedPicture-v0", f"+env.kwargs.name='{name}'", "logger=csv"]
     words += ["algo.hidden_sizes=[8]", "total_env_steps=64", "eval.episodes=1", "algo.learning_starts=32"]
     train(compose([*words, "algo.batch_size=4", "algo.buffer_size=100"]), tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"), total_env_steps=150)
     assert torch.isfinite(torch.cat([each.flatten() for each in learned(tmp_path / "run").values()])).all()
+    observation = {name: np.zeros((36, 36, 3), np.uint8), "b": np.zeros(2, np.float32)}
+    assert levin.load(tmp_path / "run")(observation) in (0, 1)
+
+
+# --- extremes
+
+ONE_STEP = ("env=gym", "env.id=careless_envs:OneStep-v0", "algo.gamma=1", "logger=csv", "eval.episodes=2")
+SINGLE = ("algo.batch_size=1", "algo.steps_per_iteration=1", "env.num_envs=1", "total_env_steps=20")
+FEW = ("algo.batch_size=16", "algo.steps_per_iteration=16", "total_env_steps=64")
+EXTREMES = {
+    "one transition per batch": SINGLE,
+    "one action": (*FEW, "+env.kwargs.actions=1"),
+    "large rewards": (*FEW, "+env.kwargs.reward=1e30"),
+}
+
+
+@pytest.mark.parametrize("algo", ["ppo", "trpo"])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_episodes_of_one_step_and_other_extremes_train_with_finite_numbers(algo, extreme, tmp_path):
+    train(compose([f"algo={algo}", *ONE_STEP, *EXTREMES[extreme]]), tmp_path / "run")
+    assert all(value.isfinite().all() for value in saved_state(tmp_path / "run")["state_dict"].values())
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["train/critic_loss"]
+    assert np.isfinite([float(value) for row in rows for value in row.values() if value]).all()

@@ -35,7 +35,7 @@ def test_a_missing_module_is_named_and_an_extra_only_if_it_has_it(tmp_path, monk
     (tmp_path / "needs_ale.py").write_text("raise ModuleNotFoundError('no ale', name='ale_py')")
     refuses("needs_ale:Env-v0", r"type make \.venv/\.atari$")
     monkeypatch.setitem(NEWEST_PYTHON, "atari", (3, 10))
-    refuses("needs_ale:Env-v0", r"no ale.*, which exists for Python up to 3.10: make .venv with that one")
+    refuses("needs_ale:Env-v0", r"no ale.*, which exists for Python up to 3.10: .* make setup PYTHON=python3.10")
     (tmp_path / "needs_unknown.py").write_text("raise ImportError('pip install this[that]')")
     refuses("needs_unknown:Env-v0", r"can't be made: ImportError: pip install this\[that\] .needs_unknown.py, line 1.$")
 

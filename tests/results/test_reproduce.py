@@ -93,7 +93,7 @@ def use_copy(original, folder, patch):
     patch.setattr(paths, "ROOT", folder)
     patch.setattr(paths, "EXPERIMENTS", folder / "experiments")
     patch.chdir(folder)
-    trust.record(load_config(folder / "experiments" / "toy", runs=()))  # as if it was pinned in this copy
+    trust.record(load_config(folder / "experiments" / "toy", code_sections=()))  # as if it was pinned in this copy
     return folder / "experiments" / "toy", {seed: next(folder.glob(f"runs/*/*/toy/s{seed}")) for seed in range(3)}
 
 
@@ -232,6 +232,17 @@ def test_runs_with_local_changes_or_of_two_commits_are_not_stored(session, facts
     assert before == {path: path.read_bytes() for path in result_folder.iterdir()}
 
 
+def test_runs_without_git_are_not_stored(stored_copy, monkeypatch):
+    result_folder, folders = stored_copy
+    for run in folders.values():
+        set_provenance(run, git_sha="")
+    with pytest.raises(ConfigError, match="or without git"):
+        store_runs(result_folder, folders)
+    monkeypatch.setattr(provenance, "run_git", lambda *_: "")
+    with pytest.raises(ConfigError, match="git does not answer"):
+        reproduce(exp="toy", seeds="0 1 2", store=True)
+
+
 @pytest.mark.parametrize("session", ["first", "later"])
 def test_a_result_of_several_machines_says_so_and_is_compared_by_its_mean(session, stored_copy):
     result_folder, folders = stored_copy
@@ -269,11 +280,13 @@ def test_seeds_can_be_added_to_a_stored_result(stored_copy):
     assert kept_seeds(result_folder, [0, 1, 2]) == []
 
 
-def test_seeds_can_be_added_on_another_machine(stored_copy):
+def test_seeds_can_be_added_on_another_machine(stored_copy, monkeypatch):
     """Each seed then has the facts that differ, whatever the order in which the seeds were added."""
     result_folder, folders = stored_copy
     store_runs(result_folder, {seed: folders[seed] for seed in (0, 2)})
     here = run_folder.read_provenance(folders[1])
+    # Asking for the GPU would initialise CUDA, and then the scheduler could not fork.
+    monkeypatch.setattr(provenance, "collect_provenance", None)
     elsewhere = {"processor": "Other 9000", "cores": 1000}
     set_provenance(folders[1], **elsewhere)
     kept = kept_seeds(result_folder, [1])
@@ -300,6 +313,19 @@ def test_seeds_are_not_added_to_a_result_of_another_config_or_software(stored_co
     (result_folder / CONFIG).write_text(text.replace("gamma: 0.99", "gamma: 0.98"))
     with pytest.raises(ConfigError, match=r"seeds 1 2 differ in config\.yaml"):
         reproduce(exp="toy", seeds="0", store=True)
+
+
+def test_a_fault_of_another_result_costs_no_verdict(stored_copy, monkeypatch, capsys):
+    result_folder, folders = stored_copy
+    other = result_folder.with_name("other")
+    other.mkdir()
+    shutil.copy(result_folder / CONFIG, other)  # just pinned: its reference.yaml is not written yet
+    monkeypatch.setattr("levin.reproduce._find_or_create_runs", lambda *_: folders)
+    clean = provenance.collect_code_facts()
+    monkeypatch.setattr(provenance, "collect_code_facts", lambda: {**clean, "git_dirty": False})
+    assert reproduce(exp="toy", seeds="0 1 2", store=True).verdict == "exceeds"
+    assert json.loads((folders[0].parent / "verdict.json").read_text())["verdict"] == "exceeds"
+    assert "toy is stored, but not in the tables: other has no reference.yaml" in capsys.readouterr().err
 
 
 def test_a_signal_does_not_come_between_the_files_of_a_result(stored_copy, monkeypatch):
@@ -394,7 +420,7 @@ def test_a_result_without_a_number_of_threads_is_continued(tmp_path, monkeypatch
 
     def begin_and_stop(configs, _):
         for run in configs:  # as `folder.create` does
-            config = load_config(run, runs=())
+            config = load_config(run, code_sections=())
             config.trainer.threads = 3
             run_folder.begin(run, config)
 

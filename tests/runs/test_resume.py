@@ -166,6 +166,18 @@ def test_a_resume_holds_the_lock_while_it_moves_checkpoints(tmp_path, monkeypatc
     assert "is being trained by another process" in answers[0].stderr
 
 
+def test_a_lock_that_may_not_be_opened_is_not_held(tmp_path, monkeypatch):
+    """It is the lock of another user, whose run this user can only read."""
+    with run_folder.lock(tmp_path):
+        assert run_folder.is_locked(tmp_path) is False  # this process holds it
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("levin.core.files.no_link", refuse)
+    assert run_folder.is_locked(tmp_path) is False
+
+
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -80,6 +80,13 @@ def test_invalid_arguments_are_refused(proof, arguments, monkeypatch):
     assert stop.value.code == 2
 
 
+def test_a_base_that_is_no_commit_is_refused(proof, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["proof.py", "--base", "no-such-branch"])
+    with pytest.raises(SystemExit, match="2"):
+        proof.main()
+    assert "no-such-branch: not a commit" in capsys.readouterr().err
+
+
 def test_steps_per_second_leave_out_the_first_row_and_evaluations(proof, tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "env_steps,eval/return_mean,time/env_steps_per_second\n100,,1\n200,,50\n300,,100\n400,7.0,1\n"

@@ -115,6 +115,22 @@ class Bounds(gym.Env):
         return np.zeros(1, np.float32), float(action[0] < 0), False, self.steps == 20, {}
 
 
+class OneStep(gym.Env):
+    """Env whose episodes have one step and always the same reward; with one action there is no choice."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+
+    def __init__(self, actions: int = 2, reward: float = 1e6) -> None:
+        self.action_space, self.reward = Discrete(actions), reward
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.array([7.0, self.np_random.normal()]), {}
+
+    def step(self, action):
+        return np.array([7.0, self.np_random.normal()]), self.reward, True, False, {}
+
+
 class Number(gym.Env):
     """Env that shows a single number, the step, with bounds that differ from copy to copy."""
 
@@ -200,6 +216,7 @@ gym.register("Careless-v0", Careless, max_episode_steps=20)
 gym.register("Outside-v0", Outside)
 gym.register("Canvas-v0", Canvas)
 gym.register("Bounds-v0", Bounds)
+gym.register("OneStep-v0", OneStep)
 gym.register("Number-v0", Number)
 gym.register("NamedPicture-v0", NamedPicture, max_episode_steps=5)
 gym.register("Endless-v0", Endless)

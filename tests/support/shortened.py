@@ -60,9 +60,9 @@ def shorten_training(words: list[str]) -> list[str]:
     from levin.core.omega import flat_keys, to_plain
 
     cli.refuse_repeated(words)
-    typed, _ = cli.take_flag(words, "trust")
-    typed, _ = cli.take_count(typed, "jobs")
-    typed, seeds = cli.take_seeds(typed)
+    typed, _ = cli.pop_flag(words, "trust")
+    typed, _ = cli.pop_count(typed, "jobs")
+    typed, seeds = cli.pop_seeds(typed)
     runs = [word for word in typed if not word.startswith(("launcher=", "hydra."))]  # launchers need other packages
     if sweep.is_sweep(typed):
         configs = [compose(each) for each in sweep.list_runs(runs, seeds)[0].values()]

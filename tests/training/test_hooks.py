@@ -107,7 +107,10 @@ def test_hooks_are_called_when_the_documentation_says(tmp_path):
     update = [name for name in order if name.removeprefix("callback.") in hooks.UPDATE_HOOKS][:4]
     assert update == [f"callback.{name}" for name in hooks.UPDATE_HOOKS]
     documented = re.findall(r"^\| `(\w+)` \|", DOC, re.MULTILINE)
-    first = list(dict.fromkeys(name.removeprefix("callback.") for name in order if name.startswith("callback.")))
+    of_callback = [name.removeprefix("callback.") for name in order if name.startswith("callback.")]
+    evaluation = of_callback[(start := of_callback.index("on_validation_start")) : start + 5]
+    assert evaluation == [*(name for name in documented if name in hooks.EVALUATION_HOOKS), "on_train_batch_end"]
+    first = list(dict.fromkeys(of_callback))
     called = [name for name in first if name in hooks.FIRES and not name.startswith(("on_save", "on_load"))]
     in_doc = [name for name in documented if name in called]
     # In the order of the table, but that an evaluation is due before the first `on_train_batch_end` of the callbacks.
@@ -280,6 +283,6 @@ class Swaps(Callback):
         assert not self.inside
 
 
-def test_a_signal_does_not_separate_the_hooks_of_an_evaluation():
+def test_a_hook_at_the_start_of_an_evaluation_is_noticed():
     assert hooks.observes_start([Swaps()], _algorithm())
     assert not hooks.observes_start([Steps()], _algorithm())

@@ -312,6 +312,7 @@ def test_evaluate_writes_its_file(tmp_path):
     run(tmp_path / "run", "total_env_steps=64")
     first = evaluate.evaluate_run(run=str(tmp_path / "run"), episodes=3)
     assert first == evaluate.evaluate_run(run=str(tmp_path / "run"), episodes=3)
+    assert first["return_mean"] != evaluate.evaluate_run(run=str(tmp_path / "run"), episodes=3, seed=2)["return_mean"]
     assert first.keys() >= {"return_mean", "return_std", "episodes", "env_steps"}
     assert (tmp_path / "run" / "evaluation.json").exists()
 

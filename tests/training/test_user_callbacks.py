@@ -46,6 +46,14 @@ def test_a_checkpoint_saved_by_a_callback_leaves_its_neighbours_alone(name, tmp_
     resume.resume(run=str(tmp_path / "run"), total_env_steps=192)
 
 
+@pytest.mark.parametrize("name", ["mine/state.ckpt", "last/state.ckpt", "last/mine.ckpt"])
+def test_a_callback_does_not_save_among_the_checkpoints_of_the_run(name, tmp_path):
+    path = tmp_path / "run/checkpoints" / name
+    words = [*SMALL, "total_env_steps=160", f"+callbacks.keep={{_target_:test_user_callbacks.Keep,path:{path}}}"]
+    with pytest.raises(RunError, match="is in a folder of Levin's checkpoints"):
+        train(compose(words), tmp_path / "run")
+
+
 class Rotate(Callback):
     """Callback that saves a checkpoint after every iteration and removes the one before."""
 
@@ -123,6 +131,8 @@ def test_a_callback_of_another_package_is_refused_at_the_start(target, tmp_path)
         (["seed=5", "seed=0"], "seed is given twice, as 5 and as 0.*SEED= or SEEDS="),
         (["-m", "seed=0,1,2", "seed=0"], "seed is given twice, as 0,1,2 and as 0"),
         (["-m", "algo.tau=.1,.2", "algo.tau=.3"], r"algo.tau is given twice, as \.1,\.2 and as \.3: leave one out"),
+        (["-m", "algo.hidden_sizes=[8],[16]", "algo.hidden_sizes=[4]"], "algo.hidden_sizes is given twice"),
+        (["-m", "algo.n_step=range(1,4)", "algo.n_step=1"], "algo.n_step is given twice"),
     ],
 )
 def test_a_seed_or_several_values_are_never_dropped(words, sentence, monkeypatch, capsys, tmp_path):
@@ -180,8 +190,11 @@ def test_what_a_callback_logs_survives_a_resume(tmp_path):
 
 def test_lightnings_own_callbacks_log_on_the_axis(tmp_path):
     monitor = "{_target_:lightning.pytorch.callbacks.LearningRateMonitor,logging_interval:step}"
-    train(compose([*SMALL, f"+callbacks.rate={monitor}", "total_env_steps=96"]), tmp_path / "run")
-    assert {int(row["env_steps"]) for row in metrics(tmp_path / "run")} <= {32, 64, 96}
+    # The monitor logs when every 50th batch begins.
+    words = [*SMALL, "algo.steps_per_iteration=1", "algo.replay_ratio=0.25", f"+callbacks.rate={monitor}"]
+    train(compose([*words, "total_env_steps=110"]), tmp_path / "run")
+    rows = [row for row in metrics(tmp_path / "run") if any(row[key] for key in row if key.startswith("lr-"))]
+    assert [int(row["env_steps"]) for row in rows] == [49, 99]
 
 
 class Keeps(Callback):

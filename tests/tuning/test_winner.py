@@ -65,7 +65,7 @@ def test_the_tuned_config_has_the_old_values_those_typed_and_those_found(tmp_pat
     before.write_text(text)
     again = winner_text(config, ["algo.lr"], before, ["Tuned by: you"])
     assert [line for line in again.splitlines() if line.startswith("#")] == [
-        *("# @package _global_", "# Tuned by: you", "# Values that were not searched are from before:"),
+        *("# @package _global_", "# Tuned by: you", "# Other values are those of the earlier file, whose comment was:"),
         "# Source: a paper.",
     ]
     assert OmegaConf.create(winner_text(config, ["algo.lr"], tmp_path / "none.yaml", [])) == {"algo": {"lr": 1e-5}}
