@@ -76,7 +76,7 @@ def _has_config(run: Path, config: DictConfig, words: list[str]) -> bool:
 
     A key that did not exist at that time had its default value. Threads are ignored: a run saves how many it used.
     """
-    saved, expected = _flat_values(load_config(run, runs=())), _flat_values(config)
+    saved, expected = _flat_values(load_config(run, code_sections=())), _flat_values(config)
     new = expected.keys() - saved.keys()
     if new:
         others = [word for word in words if _chooses_file(word) or not any(_sets(word, key) for key in new)]
