@@ -259,19 +259,20 @@ def judge_scores(reference: Reference, scores: np.ndarray, source: np.ndarray | 
         scores: Score of each of our seeds.
         source: Score of each seed `[seeds]` of the source's own code, run here.
 
-    The verdicts; the interval is the 95% interval of the interquartile mean over our seeds:
+    In this list, the interval is the 95% interval of the interquartile mean over our seeds.
 
-    - "exceeds": the source has a standard deviation over at least three seeds, and the interval lies above the
-      published mean plus this deviation.
-    - "reproduced": the source has one, and the interval lies at or above the required score.
-    - "passed": the interval lies at or above the required score, but the source has no such deviation.
-    - "inconclusive": the required score lies inside the interval.
-    - "partial": the interval lies below the required score; or the source has such a deviation, but we have fewer than
-      three seeds.
-    - "matched": it would be "inconclusive" or "partial", but the source's own code, run here, misses the required score
-      as well on average, and our mean is neither below its worst seed nor below its mean less one standard deviation.
-      "matched" needs three seeds of ours and of the source.
-    - "not run": there are no scores.
+    Verdicts:
+        - "exceeds": the source has a standard deviation over at least three seeds, and the interval lies above the
+          published mean plus this deviation.
+        - "reproduced": the source has one, and the interval lies at or above the required score.
+        - "passed": the interval lies at or above the required score, but the source has no such deviation.
+        - "inconclusive": the required score lies inside the interval.
+        - "partial": the interval lies below the required score; or the source has such a deviation, but we have fewer
+          than three seeds.
+        - "matched": it would be "inconclusive" or "partial", but the source's own code, run here, misses the required
+          score as well on average, and our mean is neither below its worst seed nor below its mean less one standard
+          deviation. "matched" needs three seeds of ours and of the source.
+        - "not run": there are no scores.
     """
     verdict, message = _judge_by_gate(reference, scores)
     if source is None or reference.source_run is None or not len(scores):
