@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +40,9 @@ def git(*arguments: str, root: Path = ROOT) -> str:
 
 
 def package_name(root: Path) -> str:
-    """Return the name of the package in `src/`."""
-    (package,) = (root / "src").glob("*/__init__.py")
-    return package.parent.name
+    """Return the name of the package, which is the first that a wheel would hold."""
+    wheel = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    return Path(wheel["wheel"]["packages"][0]).name
 
 
 def check_name(name: str) -> None:
@@ -113,18 +114,28 @@ def begin(name: str) -> None:
         raise UsageError(
             f"there are changes that are not committed: commit or stash them first, new files too:\n{changed}"
         )
+    git("var", "GIT_COMMITTER_IDENT")  # fails without a name and an address, with git's advice
     rename(ROOT, name)
     git("add", "--all", "src", "experiments")
     git("commit", "--quiet", "--all", "--message", f"Make {name} from the template {TEMPLATE}")
     git("branch", "--force", BRANCH)
-    print(f"this project is called {name} now; run make setup, then make test")
+    print(
+        f"this project is called {name} now, and runs from before can't be continued here; run make setup, then make "
+        "test"
+    )
 
 
 def update(base: str) -> None:
     """Merge a later version of the template: rename it, commit it to the branch `template`, and merge that."""
     name = package_name(ROOT)
+    if not git("branch", "--list", BRANCH) and not git("branch", "--list", "--remotes", f"origin/{BRANCH}"):
+        raise UsageError(
+            f"there is no branch {BRANCH}, which make new NAME={name} has made in the first clone: push it from there, "
+            "and type git fetch origin here"
+        )
+    if not git("branch", "--list", BRANCH):
+        git("branch", "--track", BRANCH, f"origin/{BRANCH}")
     commit = git("rev-parse", "--verify", f"{base}^{{commit}}")
-    git("rev-parse", "--verify", BRANCH)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "template")
         git("worktree", "add", "--quiet", "--detach", str(copy), commit)

@@ -117,6 +117,19 @@ def test_the_page_of_sac():
     assert "(../../experiments/sac_halfcheetah/curve.png)" in curves
 
 
+def test_code_over_two_lines_of_a_docstring_is_joined_and_other_lines_are_not():
+    pytest.importorskip("sphinx", reason="the extra `docs` builds the pages")
+    import docstrings
+
+    lines = ["Args:", "    out: `a.json`.", "    trust: See (`levin.runs", "        .trust`), `b`.", "    more: `c`."]
+    assert docstrings.convert(lines) == [
+        "Args:",
+        "    out: ``a.json``.",
+        "    trust: See (``levin.runs .trust``), ``b``.",
+        "    more: ``c``.",
+    ]
+
+
 def test_docstrings_become_markdown():
     assert docstring_markdown.markdown("`|A|` and Q*,\n  by arXiv:1812.05905v2.") == (
         r"`\|A\|` and Q\*, by [arXiv:1812.05905v2](https://arxiv.org/abs/1812.05905v2)."

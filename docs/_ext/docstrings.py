@@ -6,7 +6,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 SECTION = re.compile(r"(Args|Attributes|Metrics|Raises|Returns|Yields):$")
-CODE_OVER_LINES = re.compile(r"(?<!`)(`[^`\n]+)\n *([^`\n]+`)(?!`)")
+CODE = re.compile(r"`[^`]+`")
 
 
 def convert(lines: list[str]) -> list[str]:
@@ -17,7 +17,7 @@ def convert(lines: list[str]) -> list[str]:
     """
     result: list[str] = []
     in_section = in_literal = False
-    for line in CODE_OVER_LINES.sub(r"\1 \2", "\n".join(lines)).split("\n"):
+    for line in CODE.sub(lambda code: re.sub(r"\n *", " ", code[0]), "\n".join(lines)).split("\n"):
         indent = len(line) - len(line.lstrip())
         if line and not indent:
             in_section, in_literal = bool(SECTION.match(line)), False

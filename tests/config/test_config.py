@@ -280,9 +280,16 @@ def test_every_config_names_its_source_and_is_in_the_table_of_sources():
     files = [*(paths.CONFIGS / "algo").glob("*.yaml"), *(paths.CONFIGS / "tuned").glob("*.yaml")]
     for file in files:
         comments = " ".join(line for line in file.read_text().splitlines() if line.startswith("#"))
-        assert any(word in comments for word in ("Source: ", "Values: ", "Tuned by: ")), file
-        assert f"\n| `{file.stem}` | " in table, file
+        words = ("Source: ", "Values: ", "Tuned by: ")
+        assert any(word in comments for word in words), f"{file} needs a comment with one of {words}"
+        assert f"\n| `{file.stem}` | " in table, f"{file} needs a row in docs/sources.md"
     assert table.count("\n| `") == len(files)
+
+
+def test_an_installation_without_configs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CONFIGS", tmp_path / "lib/python3.11/configs")
+    with pytest.raises(ConfigError, match="Levin was installed without its configs"):
+        compose(["algo=sac"])
 
 
 def test_the_values_of_a_game_are_those_of_its_family():

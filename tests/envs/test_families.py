@@ -28,7 +28,7 @@ def unwrapped(cfg: EnvConfig) -> gym.Env:
     """Make the env with Gymnasium alone."""
     if cfg.family == "dm_control":
         gym.register_envs(importlib.import_module("shimmy"))
-    return gym.make(cfg.id, **cfg.kwargs)
+    return gym.make(cfg.id, max_episode_steps=cfg.time_limit, **cfg.kwargs)
 
 
 def as_stored(env: gym.Env, observation):

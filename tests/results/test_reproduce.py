@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from levin.results.tables import BEGIN, END
 from levin.runs import folder as run_folder
 from levin.runs import provenance, trust
 from levin.runs.load import POLICY, load_config
-from processes import run_python, start_python
+from processes import run_python
 
 OVERRIDES = (
     *("algo=sac", "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale", "total_env_steps=320"),
@@ -76,7 +75,7 @@ def stored_result(first_run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         result_folder, folders = use_copy(first_run[0].parents[1], folder, patch)
         for run in folders.values():
-            set_provenance(run, git_dirty=False)
+            set_provenance(run, git_dirty=False, code={})
         store_runs(result_folder, folders)
         report()
     return folder
@@ -197,6 +196,10 @@ def test_a_missed_required_score_fails(stored_copy):
 @pytest.mark.parametrize("session", ["first", "later"])
 def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(session, facts, why, stored_copy):
     result_folder, folders = stored_copy
+    if "gpus" in facts:
+        assert_a_gpu_that_is_not_used_is_no_difference(*stored_copy)
+        text = (result_folder / CONFIG).read_text()
+        (result_folder / CONFIG).write_text(text.replace("accelerator: cpu", "accelerator: auto"))
     for run in folders.values():
         change_session(run, session, facts)
     outcome = judge(result_folder, folders)
@@ -209,6 +212,13 @@ def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(session
     outcome = judge(result_folder, folders)
     assert outcome.good is False  # a Python bool, because JSON has no NumPy bool
     assert "outside" in outcome.stored
+
+
+def assert_a_gpu_that_is_not_used_is_no_difference(result_folder, folders):
+    facts = read_provenance(result_folder)
+    (result_folder / PROVENANCE).write_text(json.dumps({**facts, "gpus": ["A100"], "mixed": ["gpus", "cores"]}))
+    assert judge(result_folder, folders).stored == "3 of 3 curves are identical to the stored ones"
+    (result_folder / PROVENANCE).write_text(json.dumps(facts))
 
 
 def change_session(run, session, facts):
@@ -230,6 +240,23 @@ def test_runs_with_local_changes_or_of_two_commits_are_not_stored(session, facts
     with pytest.raises(ConfigError, match="needs runs of one commit"):
         store_runs(result_folder, folders)
     assert before == {path: path.read_bytes() for path in result_folder.iterdir()}
+
+
+def test_runs_of_code_in_no_commit_are_not_stored(stored_copy):
+    result_folder, folders = stored_copy
+    set_provenance(folders[2], code={"my_module.py": "0123"})
+    with pytest.raises(ConfigError, match=r"imported my_module\.py, which no commit"):
+        store_runs(result_folder, folders)
+
+
+def test_the_version_of_levin_itself_is_not_compared(stored_copy):
+    """Its code has a commit."""
+    result_folder, folders = stored_copy
+    facts = read_provenance(result_folder)
+    facts["versions"]["levin"] = "9.0"
+    (result_folder / PROVENANCE).write_text(json.dumps(facts))
+    assert kept_seeds(result_folder, [1]) == [0, 2]
+    assert judge(result_folder, folders).stored == "3 of 3 curves are identical to the stored ones"
 
 
 def test_runs_without_git_are_not_stored(stored_copy, monkeypatch):
@@ -366,24 +393,31 @@ from levin.config.compose import compose
 from levin.core import paths
 paths.ROOT, paths.EXPERIMENTS = Path({str(folder)!r}), Path({str(folder / "experiments")!r})
 sys.argv = ["reproduce", "exp=toy", "seeds=0", "jobs=1"]
-reproduce.main()
+"""
+    interruption = f"""
+import os, time
+from levin.training.guards import Preemption
+begin, parent = Preemption.on_train_start, os.getpid()
+
+
+def begin_and_signal(self, trainer, *others):
+    begin(self, trainer, *others)
+    os.kill(parent, {int(number)})
+    while self.received is None:
+        time.sleep(0.01)
+
+
+Preemption.on_train_start = begin_and_signal
 """
     batches = set(folder.glob("runs/reproduce/*/toy"))
-    first = start_python("-c", script)
-    end = time.monotonic() + 180
-    while not any((batch / "s0" / "provenance.json").exists() for batch in new_batches(folder, batches)):
-        assert first.poll() is None, first.communicate(timeout=300)
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    (batch,) = new_batches(folder, batches)
-    first.send_signal(number)
-    output = first.communicate(timeout=300)
+    first = run_python("-c", f"{script}{interruption}reproduce.main()")
+    (batch,) = set(folder.glob("runs/reproduce/*/toy")) - batches
     assert first.returncode == 1
-    assert output[1].endswith("levin: stopped; the runs are saved, and the same command continues them\n")
+    assert first.stderr.endswith("levin: stopped; the runs are saved, and the same command continues them\n")
     assert not (batch / "verdict.json").exists()
     with run_folder.lock(batch / "s0"):  # no process trains it
         pass
-    second = run_python("-c", script)
+    second = run_python("-c", f"{script}reproduce.main()")
     assert second.returncode == 0, second
     assert f"{batch.relative_to(folder)}: continuing" in second.stdout
     assert "1 of 1 curves are identical to the stored ones" in second.stdout
@@ -430,10 +464,6 @@ def test_a_result_without_a_number_of_threads_is_continued(tmp_path, monkeypatch
         with pytest.raises(RunError, match="stopped"):
             reproduce(exp="toy", seeds="0")
         assert capsys.readouterr().out.endswith(f": {done}\n")
-
-
-def new_batches(folder, before):
-    return set(folder.glob("runs/reproduce/*/toy")) - before
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_no_command_runs_code_from_a_run_folder_or_a_result(command, payload, st
     (section,) = {key.partition("__")[0] for key in values}
     if section in COMMANDS[command][2]:
         assert code == 2, message
-        assert re.search(rf"names code from outside this checkout.*{section}\..*=.*trust=true", message), message
+        assert re.search(rf"names code that is not a part of Levin.*{section}\..*=.*trust=true", message), message
 
 
 @pytest.mark.parametrize("command", ["evaluate", "load"])
@@ -252,7 +252,7 @@ def test_a_callback_is_run_by_resume_alone(own_run, tmp_path, monkeypatch):
 def test_a_changed_entry_needs_trust_even_where_the_run_was_begun(values, own_run, tmp_path):
     run = copy_run(own_run, tmp_path / "run")
     edit_config(run, **values)
-    with pytest.raises(ConfigError, match="names code from outside this checkout"):
+    with pytest.raises(ConfigError, match="names code that is not a part of Levin"):
         resume.resume(run=str(run))
 
 

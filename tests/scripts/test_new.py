@@ -104,6 +104,31 @@ def test_a_later_template_merges(project, template):
     assert run(project, "git", "status", "--porcelain").stdout == ""
 
 
+def test_a_second_clone_takes_the_branch_of_the_template_from_the_first(project, tmp_path):
+    shared, second = tmp_path / "shared.git", tmp_path / "second"
+    run(tmp_path, "git", "init", "--quiet", "--bare", str(shared))
+    run(project, "git", "push", "--quiet", str(shared), "main")
+    run(tmp_path, "git", "clone", "--quiet", "--branch", "main", str(shared), str(second))
+    (second / "src/own_envs").mkdir()  # another package beside that of the project
+    (second / "src/own_envs/__init__.py").touch()
+    answer = run(second, sys.executable, "scripts/new.py", "--base", "main", ok=False)
+    assert "there is no branch template" in answer.stderr
+    run(project, "git", "push", "--quiet", str(shared), "template")
+    run(second, "git", "fetch", "--quiet", "origin")
+    run(second, sys.executable, "scripts/new.py", "--base", "nowhere", ok=False)
+    assert run(second, "git", "rev-parse", "template").stdout == run(project, "git", "rev-parse", "template").stdout
+
+
+def test_without_a_name_for_commits_nothing_is_renamed(template, tmp_path):
+    folder = tmp_path / "project"
+    run(tmp_path, "git", "clone", "--quiet", str(template), str(folder))
+    nobody = dict.fromkeys(IDENTITY, "")
+    answer = run(folder, sys.executable, "scripts/new.py", "--name", "my_lab", ok=False, **nobody)
+    assert answer.returncode == 1
+    assert "make new: git var" in answer.stderr
+    assert run(folder, "git", "status", "--porcelain").stdout == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

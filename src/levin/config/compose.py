@@ -52,6 +52,11 @@ def chosen_algo_and_env(overrides: list[str]) -> tuple[str, str]:
 
 def _compose(overrides: list[str], *, check_values: bool) -> tuple[DictConfig, Mapping[str, str]]:
     """Return the config and, by group, the names of the files that it was composed of."""
+    if not paths.CONFIGS.is_dir():
+        raise ConfigError(
+            f"there is no folder {paths.CONFIGS}: Levin was installed without its configs, and can only load policies; "
+            "to train, clone the repository and use make, or pip install -e in the clone"
+        )
     overrides, typed = take_paths(with_search_path(add_pluses(overrides)))
     _check_groups(parse_hydra_overrides(overrides))
     overrides = [each for each in overrides if each not in NULL_DEFAULTS]

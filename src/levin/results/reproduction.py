@@ -166,7 +166,12 @@ def _provenance_differences(before: dict[str, Any], now: dict[str, Any], *, gpu:
     differences += [
         f"{key} of the stored sessions" for key in before.get("mixed", ()) if key in (*COMPARED_FACTS, "processor")
     ]
-    return differences + [key for key in COMPARED_FACTS if before[key] != now[key]]
+    return differences + [key for key in COMPARED_FACTS if _fact(before, key) != _fact(now, key)]
+
+
+def _fact(facts: dict[str, Any], key: str) -> Any:
+    """Return a fact of provenance.json; of the versions those of other packages, for Levin's code has a commit."""
+    return {k: v for k, v in facts[key].items() if k != "levin"} if key == "versions" else facts[key]
 
 
 def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
@@ -179,7 +184,7 @@ def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
     kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
     if kept:
         here = {"python": platform.python_version(), **provenance.collect_code_facts()}
-        differences = [key for key in SOFTWARE_FACTS if before[key] != here[key]]
+        differences = [key for key in SOFTWARE_FACTS if _fact(before, key) != _fact(here, key)]
         if before["files"][CONFIG] != file_fingerprints(folder)[CONFIG]:
             differences.append(CONFIG)
         if differences:
@@ -200,7 +205,8 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
         kept: Stored seeds that stay in the result.
 
     Raises:
-        ConfigError: The runs are not all of one commit, are of uncommitted files, or of a checkout without git.
+        ConfigError: The runs are not all of one commit, are of uncommitted files, imported code that is in no commit of
+            this repository, or are of a checkout without git.
     """
     facts = {seed: run_folder.read_provenance(run) for seed, run in runs.items()}
     sessions = _all_sessions(facts.values())
@@ -209,6 +215,11 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
         raise ConfigError(
             "store=true needs runs of one commit, but these are of uncommitted files, of several commits or without "
             f"git; commit, remove {next(iter(runs.values())).parent} and run again"
+        )
+    if outside := sorted({name for session in sessions for name in session.get("code", ())}):
+        raise ConfigError(
+            f"store=true needs runs of committed code, but these runs imported {', '.join(outside)}, which no commit "
+            f"of this repository has: commit, remove {next(iter(runs.values())).parent} and run again"
         )
     with signals_handled(lambda *_: None):  # the files of a result belong together
         _write_result(folder, runs, kept, facts)
@@ -228,7 +239,7 @@ def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], fact
         export_policy(runs[lowest], folder)
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty", "code")
     first, sessions = next(iter(facts.values())), [*([before] if kept else []), *_all_sessions(facts.values())]
-    mixed = {key for key in SHARED_FACTS if any(session[key] != first[key] for session in sessions)}
+    mixed = {key for key in SHARED_FACTS if any(_fact(session, key) != _fact(first, key) for session in sessions)}
     mixed |= set(before.get("mixed", ()) if kept else ())
     own_facts = ("git_sha", *sorted(mixed))
     seeds = {seed: {key: before[key] for key in own_facts} | before["seeds"][str(seed)] for seed in kept}

@@ -84,7 +84,7 @@ def check(config: DictConfig, sections: tuple[str, ...], where: Path) -> None:
                     "run the command in the folder that holds it, or install it"
                 )
             raise ConfigError(
-                f"{where} names code from outside this checkout, which no run begun here has used in the same way: "
+                f"{where} names code that is not a part of Levin, and no run begun here has used it in the same way: "
                 f"{code.key}={code.name} would run the module {code.module}; "
                 "if you trust it, repeat the command with trust=true (with make: TRUST=1)"
             )
