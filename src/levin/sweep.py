@@ -145,14 +145,17 @@ def submit(arguments: list[str], seeds: list[str]) -> None:
         ConfigError: A value is not valid. It is raised before the first run starts.
     """
     arguments = [f'{SWEEP_FOLDER}="{_escape(each)}"' if each.startswith("run=") else each for each in arguments]
-    arguments = [f'{each.partition("=")[0]}="{_escape(each)}"' if _is_text(each) else each for each in arguments]
-    arguments = add_pluses([each for each in arguments if each not in (*FLAGS, *NULL_DEFAULTS)])
+    only_seeds = not is_sweep(arguments)
+    texts = [each for each in arguments if _is_text(each)]
+    arguments = add_pluses([each for each in arguments if each not in (*texts, *FLAGS, *NULL_DEFAULTS)])
     arguments = with_seeds(arguments, seeds)
     parsed = [
         override for override in cli.parse_hydra_overrides(arguments) if not override.key_or_group.startswith("hydra")
     ]
+    if only_seeds:
+        refuse_several_values([each for each in parsed if str(each.key_or_group) != "seed"])
     for check_values in (False, True):  # names first: checking a value imports the class that takes it, for seconds
-        _check_each_value(parsed, [], check_values=check_values)
+        _check_each_value(parsed, texts, check_values=check_values)
     not_in_name = [
         str(each.key_or_group) for each in parsed if not each.is_sweep_override() or each.key_or_group == "seed"
     ]
@@ -165,7 +168,8 @@ def submit(arguments: list[str], seeds: list[str]) -> None:
         "hydra/hydra_logging": "disabled",
     }
     defaults = [f"{key}={value}" for key, value in options.items()]
-    sys.argv[1:] = ["--multirun", *defaults, *with_search_path(arguments)]
+    escaped = [f'{each.partition("=")[0]}="{_escape(each)}"' for each in texts]
+    sys.argv[1:] = ["--multirun", *defaults, *with_search_path(arguments), *escaped]
     run_all = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)
     chosen = {str(override.key_or_group): str(override.value()) for override in cli.parse_hydra_overrides(arguments)}
     if "launcher" in chosen:

@@ -4,16 +4,18 @@ import csv
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from levin.compare import compare
+from levin.config.cli import parse_hydra_overrides
 from levin.core.errors import ConfigError
 from levin.plot import collect_runs
 from levin.resume import find_runs
-from levin.sweep import list_runs
+from levin.sweep import list_runs, submit
 from processes import run_python
 
 SMALL = (
@@ -245,6 +247,18 @@ def test_texts_and_paths_are_as_typed_with_several_seeds_too(tmp_path, monkeypat
     assert runs == {f"s{seed}": ["env=dream", f"seed={seed}", *texts] for seed in (0, 1)}
     worlds, _ = list_runs(["-m", "env=dream", "env.run=a,b"], [])
     assert len(worlds) == 2
+
+
+def test_a_launcher_gets_texts_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train"])
+    monkeypatch.setattr("hydra.main", lambda **_: lambda job: lambda: None)
+    words = ["hydra.verbose=false", "algo=sac", "env=pendulum", "name=größe", 'note=a, "b"']
+    submit(["-m", *words], ["0", "1"])
+    assert {'name="größe"', r'note="a, \"b\""', "seed=0,1"} <= set(sys.argv)
+    assert [each.value() for each in parse_hydra_overrides(sys.argv[-2:])] == ["größe", 'a, "b"']
+    with pytest.raises(ConfigError, match="log_every=2,500 has several values"):
+        submit([*words, "log_every=2,500"], ["0", "1"])
 
 
 @pytest.mark.parametrize(

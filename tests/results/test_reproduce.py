@@ -350,6 +350,7 @@ def test_a_fault_of_another_result_costs_no_verdict(stored_copy, monkeypatch, ca
     monkeypatch.setattr("levin.reproduce._find_or_create_runs", lambda *_: folders)
     clean = provenance.collect_code_facts()
     monkeypatch.setattr(provenance, "collect_code_facts", lambda: {**clean, "git_dirty": False})
+    (folders[0].parent / "verdict.json").unlink()
     assert reproduce(exp="toy", seeds="0 1 2", store=True).verdict == "exceeds"
     assert json.loads((folders[0].parent / "verdict.json").read_text())["verdict"] == "exceeds"
     assert "toy is stored, but not in the tables: other has no reference.yaml" in capsys.readouterr().err

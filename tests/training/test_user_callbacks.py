@@ -46,7 +46,15 @@ def test_a_checkpoint_saved_by_a_callback_leaves_its_neighbours_alone(name, tmp_
     resume.resume(run=str(tmp_path / "run"), total_env_steps=192)
 
 
-@pytest.mark.parametrize("name", ["mine/state.ckpt", "last/state.ckpt", "last/mine.ckpt"])
+def test_a_callback_may_save_in_a_folder_of_its_own_beside_the_checkpoints(tmp_path):
+    path = tmp_path / "run/checkpoints/mine/state.ckpt"
+    words = [*SMALL, "total_env_steps=160", f"+callbacks.keep={{_target_:test_user_callbacks.Keep,path:{path}}}"]
+    train(compose(words), tmp_path / "run")
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert saved_state(tmp_path / "run")["levin"]["env_steps"] == 160
+
+
+@pytest.mark.parametrize("name", ["last/state.ckpt", "last/mine.ckpt", "96/mine.ckpt"])
 def test_a_callback_does_not_save_among_the_checkpoints_of_the_run(name, tmp_path):
     path = tmp_path / "run/checkpoints" / name
     words = [*SMALL, "total_env_steps=160", f"+callbacks.keep={{_target_:test_user_callbacks.Keep,path:{path}}}"]

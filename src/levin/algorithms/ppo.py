@@ -25,7 +25,8 @@ Deviations, all as in the authors' code (Huang et al. 2022, "The 37 implementati
 
 Other deviations from the authors' code, and from CleanRL:
     - With `penalty: clip` and a `target_kl`, no further epoch begins once the mean KL of an epoch exceeds it. CleanRL
-      takes the KL of the last minibatch; Spinning Up and Stable-Baselines3 stop within an epoch, at 1.5 `target_kl`.
+      takes the KL of the last minibatch. The limit is 1.5 `target_kl` in Spinning Up, whose steps use the whole
+      rollout, and in Stable-Baselines3, which checks each minibatch.
     - An episode cut by a time limit bootstraps from V(s') of its last observation; there it counts as ended.
     - Statistics of observations and rewards are updated once per rollout (`levin.nn.normalizers`), there in every step.
 

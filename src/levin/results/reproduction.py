@@ -34,7 +34,7 @@ COMPARED_FACTS = ("versions", "cpu_capability", "threads")
 SOFTWARE_FACTS = ("python", "versions")
 # Facts that provenance.json stores once per result. `mixed` lists those that differ between seeds or between the
 # training processes of a seed; these are stored for each seed.
-SHARED_FACTS = (*SOFTWARE_FACTS, "processor", "cpu_capability", "cores", "gpus")
+SHARED_FACTS = (*SOFTWARE_FACTS, "processor", "cpu_capability", "cores", "threads", "gpus")
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,8 @@ def _provenance_differences(before: dict[str, Any], now: dict[str, Any], *, gpu:
     differences = ["CPU vendor"] if len(set(vendors)) > 1 else []
     if gpu and (before["gpus"] or now["gpus"]):
         differences.append("GPU")  # even the same GPU: its sums have no fixed order
-    differences += [
-        f"{key} of the stored sessions" for key in before.get("mixed", ()) if key in (*COMPARED_FACTS, "processor")
-    ]
+    relevant = {*COMPARED_FACTS, "processor", *(["gpus"] if gpu else [])}
+    differences += [f"{key} of the stored sessions" for key in before.get("mixed", ()) if key in relevant]
     return differences + [key for key in COMPARED_FACTS if _fact(before, key) != _fact(now, key)]
 
 

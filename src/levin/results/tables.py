@@ -125,7 +125,7 @@ def config_header(result: Result, summary: dict[str, Any]) -> str:
 def _hardware(facts: dict[str, Any]) -> str:
     device = facts["gpus"][0] if facts["gpus"] else facts["processor"]
     threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
-    others = " and other machines" if facts.get("mixed") else ""
+    others = " and other machines" if set(facts.get("mixed", ())) - {"python", "versions", "threads"} else ""
     return f"{device}, {facts['cpu_capability']}, {threads} of {facts['cores']} cores{others}"
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from levin.core import distributed, files
 from levin.core.errors import RunError
 from levin.runs import segments
-from levin.runs.checkpoint import BUFFER, FORMAT, LAST, MANIFEST, REWRITTEN, STATE, discard, read_manifest, relink
+from levin.runs.checkpoint import BEST, BUFFER, FORMAT, LAST, MANIFEST, REWRITTEN, STATE, discard, read_manifest, relink
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
@@ -106,7 +106,9 @@ class FolderCheckpointIO(TorchCheckpointIO):
             RunError: A user has named a file in a checkpoint folder.
         """
         own = path.name == STATE and path.parent.parent == self.folder and path.parent.name.isdecimal()
-        if not own and self.folder.absolute() in path.absolute().parent.parents:
+        inside = path.absolute().parent.parts[len(self.folder.absolute().parts) :]
+        in_run = path.absolute().is_relative_to(self.folder.absolute())
+        if not own and in_run and inside and (inside[0].isdecimal() or inside[0] in (LAST, BEST)):
             raise RunError(f"{path} is in a folder of Levin's checkpoints, which may be removed: choose another path")
         return own
 

@@ -246,9 +246,9 @@ def _lock(file: TextIO) -> None:
 def is_locked(run: Path) -> bool:
     """Return whether another process trains a run. This process must not hold the lock: it would lose it."""
     # Other errors: the run has not begun; or no permission or no locks, which the run itself will report.
-    with suppress(OSError), open(run / LOCK, "r+", encoding="utf-8", opener=files.no_link) as file:
+    with suppress(OSError), open(run / LOCK, encoding="utf-8", opener=files.no_link) as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # another user may only read the file
         except (BlockingIOError, PermissionError):
             return True
     return False
