@@ -25,7 +25,6 @@ from levin import resume
 from levin.algorithms.base import Algorithm
 from levin.config import schema
 from levin.config.compose import compose
-from levin.core import paths
 from levin.core.omega import to_plain
 from levin.deploy import package
 from levin.deploy.graph import PolicyGraph
@@ -369,7 +368,7 @@ def yaml_and_signature_agree(row: Row, tmp_path: Path) -> None:
     assert all(each.kind is each.KEYWORD_ONLY for each in parameters.values())
     defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
     defaults.pop("schedule_env_steps", None)  # in the YAML that of the run
-    untuned = OmegaConf.to_container(OmegaConf.load(paths.CONFIGS / f"algo/{row.algo}.yaml").algo)
+    untuned = to_plain(compose([f"algo={row.algo}", "env=gym", "env.id=x"]).algo)
     plain = {name: [*value] if isinstance(value, tuple) else value for name, value in defaults.items()}
     other = {name: value for name, value in plain.items() if untuned[name] != value}
     assert not other, f"other defaults than in the YAML: {other}"

@@ -1,6 +1,7 @@
 """Envs of users that use global generators, write into arrays, return odd values or fail when they are closed."""
 
 import json
+import os
 import re
 
 import gymnasium as gym
@@ -222,6 +223,65 @@ def test_a_single_number_can_be_stacked_and_copies_may_have_other_bounds():
         observation, *_ = env.step(np.zeros(2, np.int64))
     assert observation.tolist() == [[2, 3, 4], [2, 3, 4]]
     env.close()
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("lock", r"raised RuntimeError: \('no device', <unlocked"),
+        ("arguments", "raised UnicodeDecodeError: 'utf-8' codec can't decode byte"),
+        ("length", r"shape \(1,\), not \(4,\)"),
+        ("order", r"shape \(3, 2, 2\), not \(2, 2, 3\)"),
+        ("kind", "float64"),
+    ],
+)
+def test_what_is_wrong_in_a_step_is_one_sentence(what, sentence, vectorization):
+    """Also of errors that don't survive the way to another process, and of observations that would be cast."""
+    config = EnvConfig(id="careless_envs:Wrong-v0", num_envs=2, vectorization=vectorization, kwargs={"what": what})
+    env = make_env(config, seed=0)
+    env.reset()
+    with pytest.raises(RunError, match=f"the step of careless_envs:Wrong-v0 .*{sentence}"):
+        env.step(np.zeros(2, np.int64))
+    env.close()
+
+
+def test_a_mask_of_other_numbers_than_0_and_1_is_refused():
+    env = make_env(EnvConfig(id="careless_envs:Wrong-v0", action_mask="info", kwargs={"what": "mask"}), seed=0)
+    with pytest.raises(RunError, match=r"info\['action_mask'\] has the numbers \[0.5, 1.0\]; valid: 0 and 1"):
+        env.reset()
+
+
+def test_each_env_has_arguments_of_its_own():
+    kwargs = {"what": "", "goals": [1, 2, 3]}
+    env = make_env(EnvConfig(id="careless_envs:Wrong-v0", num_envs=2, kwargs=kwargs), seed=0)
+    first, second = (each.unwrapped for each in env.base.envs)
+    first.goals.pop()
+    assert (second.goals, kwargs["goals"]) == ([1, 2, 3], [1, 2, 3])
+    env.close()
+
+
+def test_an_env_with_a_render_mode_of_its_own_can_be_drawn():
+    config = EnvConfig(id="careless_envs:Wrong-v0", kwargs={"what": "", "render_mode": "human"})
+    env = make_env(config, seed=0, render=True)
+    assert env.base.envs[0].unwrapped.render_mode == "rgb_array"
+    env.close()
+
+
+class Alone(gym.Env):
+    """Env that can be built in one process only."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (2,), np.float32), gym.spaces.Discrete(2)
+    process = os.getpid()
+
+    def __init__(self):
+        assert os.getpid() == self.process, "the port is in use"
+
+
+def test_an_env_that_one_process_only_can_build_is_named():
+    gym.register("Alone-v0", Alone, max_episode_steps=10)
+    with pytest.raises(ConfigError, match=r"env.id=Alone-v0 can't be built in 2 processes at once.*set env.vector"):
+        make_env(EnvConfig(id="Alone-v0", num_envs=2, vectorization="async"), seed=0)
 
 
 class Counted(gym.Env):

@@ -11,6 +11,7 @@ from checks import saved_state
 from levin.algorithms.ppo import PPO
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
+from levin.core.spaces import NetworkInput
 from levin.nn.encoders import NatureCNN, SmallCNN
 from levin.runs.load import load_algorithm
 from levin.training.session import train
@@ -44,6 +45,14 @@ def test_an_unusual_number_of_channels_is_a_warning_that_names_the_key(shape, co
         warnings.simplefilter("error")
         algorithm, _ = levin.training.session.build_run(compose([*overrides, "env.channels=last"]))
     assert algorithm.trunk.layers[0].in_channels == count
+
+
+@pytest.mark.parametrize("channels", ["first", "last"])
+def test_the_channels_of_a_cube_are_those_that_are_named(channels):
+    space = {"type": "box", "shape": [8, 8, 8], "dtype": "uint8", "channels": channels}
+    observation = np.arange(512, dtype=np.uint8).reshape(1, 8, 8, 8)
+    expected = observation if channels == "first" else np.moveaxis(observation, -1, 1)
+    np.testing.assert_array_equal(NetworkInput(space)(observation), expected)
 
 
 def test_frames_are_stacked_along_the_named_axis(tmp_path):

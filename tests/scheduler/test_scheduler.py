@@ -246,6 +246,8 @@ def test_threads_and_gpus_are_divided(monkeypatch):
     assert Resources.of(cpu, 3) == Resources(at_once=3, threads=2)
     monkeypatch.setattr(resources, "_count_gpus", lambda: 4)
     assert Resources.of(cpu, None).gpus is None
+    a3c = compose(["algo=a3c", "env=cartpole", "trainer.threads=1", "trainer.workers=2"])
+    assert Resources.of([a3c], None) == Resources(at_once=4, threads=1)  # its workers are on the CPU
     gpu = compose(["env=pendulum", "trainer.threads=1"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert Resources.of([gpu], None).gpus == ["0", "1", "2", "3"]

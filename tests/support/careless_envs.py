@@ -1,6 +1,7 @@
 """Small envs that do what careful envs don't. Ids: `careless_envs:Careless-v0` with `env.kwargs.how=...`."""
 
 import random
+import threading
 from typing import ClassVar
 
 import gymnasium as gym
@@ -212,6 +213,32 @@ class Endless(Careless):
         return np.zeros((32, 32, 3), np.uint8)
 
 
+class Wrong(gym.Env):
+    """Env that does something wrong in its first step."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, what: str, goals: list[int] | None = None, render_mode: str | None = None) -> None:
+        self.what, self.goals, self.render_mode = what, goals, render_mode
+        pictures = Box(0, 255, (2, 2, 3), np.uint8)
+        self.observation_space = pictures if what in ("order", "kind") else Box(-1, 1, (4,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        info = {"action_mask": np.array([1.0, 0.5])} if self.what == "mask" else {}
+        return np.zeros(self.observation_space.shape, self.observation_space.dtype), info
+
+    def step(self, action):
+        observation, _ = self.reset()
+        if self.what == "lock":
+            raise RuntimeError("no device", threading.Lock())  # which can't be sent to another process
+        if self.what == "arguments":
+            raise UnicodeDecodeError("utf-8", b"x", 0, 1, "bad byte")  # which can't be made of its text alone
+        wrong = {"length": np.zeros(1, np.float32), "order": np.zeros((3, 2, 2), np.uint8), "kind": observation / 2.0}
+        return wrong.get(self.what, observation), 0.0, False, False, {"action_mask": np.array([1.0, 0.5])}
+
+
+gym.register("Wrong-v0", Wrong, max_episode_steps=20)
 gym.register("Careless-v0", Careless, max_episode_steps=20)
 gym.register("Outside-v0", Outside)
 gym.register("Canvas-v0", Canvas)

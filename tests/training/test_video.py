@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
@@ -37,7 +38,13 @@ def test_one_env_is_recorded_without_a_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("render", "sentence"), [(gym.Env.render, "has no render method"), (fail, r"can't be rendered .*\(RuntimeError\)")]
+    ("render", "sentence"),
+    [
+        (gym.Env.render, "has no render method"),
+        (fail, r"can't be rendered .*\(RuntimeError\)"),
+        (lambda _: np.zeros((3, 8, 8), np.uint8), r"renders an array \[3, 8, 8\] of uint8, not \[H, W, 3\]"),
+        (lambda _: np.full((8, 8, 3), 200), r"renders an array \[8, 8, 3\] of int64"),
+    ],
 )
 def test_an_env_that_cannot_be_drawn_is_a_sentence(render, sentence, tmp_path, monkeypatch):
     train(compose([*WORDS]), tmp_path / "run")

@@ -21,7 +21,7 @@ from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec, has_mask, observation_dtypes
 from levin.core.types import OptimizerName
 from levin.core.validate import as_count
-from levin.data.replay import Replay
+from levin.data.replay import Replay, to_device
 from levin.data.rollout import WholeEpisodes
 from levin.nn import cuda_graphs
 from levin.nn.networks import StochasticPolicy
@@ -187,7 +187,7 @@ class Algorithm(LightningModule):
         self, batch: TensorDictBase, device: torch.device, dataloader_idx: int
     ) -> TensorDictBase:
         # Lightning's version visits every entry of a TensorDict, even when there is nothing to move.
-        return batch if device.type == "cpu" else batch.to(device, non_blocking=True)
+        return to_device(batch, device)
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         self.iteration_begun = self.env_steps

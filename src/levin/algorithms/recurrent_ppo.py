@@ -63,6 +63,7 @@ from levin.core.types import (
     Schedule,
 )
 from levin.data import returns
+from levin.data.replay import to_device
 from levin.nn.networks import Actor, Architecture, Critic
 
 MEMORY = "memory"  # [N, T, D], in rollouts: state of the memories before each step
@@ -215,7 +216,7 @@ class RecurrentPPO(Algorithm):
         """
         kls = []
         for indices in torch.randperm(len(done)).split(self.batch_size // self.sequence_length):
-            segments, chosen = Segments(done[indices], self.device), indices.to(self.device)
+            segments, chosen = Segments(done[indices], self.device), to_device(indices, self.device)
             kls.append(self.update(data[chosen].flatten(0, 1), state[chosen], segments, clip_epsilon))
             self.updates += 1
         return distributed.all_reduce_mean(torch.stack(kls).mean())

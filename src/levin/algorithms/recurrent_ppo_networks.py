@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from levin.data.replay import to_device
+
 MemoryKind = Literal["lstm", "gru"]
 
 
@@ -138,10 +140,11 @@ class Segments:
         if lookahead:
             segment, step = torch.cat([segment, torch.arange(self.num)]), torch.cat([step, lengths])  # [B + S]
         self.length = int(step.max()) + 1
-        self.place = (step * self.num + segment).to(device)  # [B] or [B + S]: index into the padded [L S]
-        self.last = (first + lengths - 1).to(device)
-        self.sequence = first.div(done.shape[1], rounding_mode="floor").to(device)  # [S]
-        self.continues = (first % done.shape[1] == 0).unsqueeze(-1).to(device)  # [S, 1]: begins with its sequence
+        self.place = to_device(step * self.num + segment, device)  # [B] or [B + S]: index into the padded [L S]
+        self.last = to_device(first + lengths - 1, device)
+        self.sequence = to_device(first.div(done.shape[1], rounding_mode="floor"), device)  # [S]
+        begins = first % done.shape[1] == 0
+        self.continues = to_device(begins.unsqueeze(-1), device)  # [S, 1]: begins with its sequence
 
     def initial(self, state: Tensor) -> Tensor:
         """Return the state before each segment `[S, D]`: that of its sequence, `[K, D]`, or 0 if it begins later."""

@@ -120,12 +120,11 @@ class BatchedCollector(BaseCollector):
         )
         self._to_env = tensor_action_converter(self.vector_env.action, self.vector_env.config.action, self.device)
         if compiles:
-            options: dict[str, Any] = {"fallback_random": True}
-            if not on_cpu:
-                options["triton.cudagraphs"] = True
             torch.compiler.reset()  # else several runs in one process would count as recompilations
+            options: dict[str, Any] = {"fallback_random": True}
+            # Not as CUDA graphs of torch.compile: a step reads what the last one returned, which they overwrite.
             self._advance = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
-        self._totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64, device=self.device))
+        self._totals = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in TOTALS}
         # A resumed run takes a new seed, for envs with random numbers that are neither torch's nor in a buffer.
         with rng.preserved_state(), torch.inference_mode():  # many envs set the seed of torch's generator
             number = max(self.vector_steps, self.vector_env.episodes[0] + 1)

@@ -34,18 +34,21 @@ def rng_state() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
+        **({"mps": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {}),
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the generators to a state that `rng_state` returned; those of GPUs only if there are as many as then."""
+    """Restore the generators to a state that `rng_state` returned; of the GPUs as many as there are now."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, gpu_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(gpu_state, device)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def torch_states() -> list[torch.Tensor]:

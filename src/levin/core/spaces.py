@@ -254,7 +254,7 @@ class NetworkInput:
         masks = {path: leaf for path, leaf in parts_read if leaf["type"] == "mask"}  # one, or none
         self.mask = next(iter(masks), None)
         self.is_identity = space["type"] == "box" and bool(space["shape"])
-        self.is_identity &= space["dtype"] != "uint8" or _channel_first(space)["shape"] == space["shape"]
+        self.is_identity &= space["dtype"] != "uint8" or (len(space["shape"]) != 2 and not is_channel_last(space))
         if self.is_identity:
             self.space = _channel_first(space) if space["dtype"] == "uint8" else space
             return

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -14,6 +14,7 @@ from levin.core.spaces import EnvSpec
 from levin.data.n_step import NStep
 from levin.data.priorities import Priorities
 
+Moved = TypeVar("Moved", TensorDict, TensorDictBase, Tensor)
 KEYS = ("observation", "action", ("next", "observation"), ("next", "reward"), ("next", "terminated"))
 MAX_SAMPLE_BYTES = 64 << 20  # of the batches that are sampled at once, unless a single batch is larger
 
@@ -57,9 +58,13 @@ def weigh(errors: Tensor, batch: Mapping[NestedKey, Tensor]) -> Tensor:
     return errors if weight is None else weight * errors
 
 
-def to_device(sample: TensorDict, device: torch.device) -> TensorDict:
-    """Move a sample to the device, except to the CPU: a sample there may have no `device`, and would be copied."""
-    return sample if device.type == "cpu" else sample.to(device, non_blocking=True)
+def to_device(data: Moved, device: torch.device) -> Moved:
+    """Move data from the CPU to the device; on the CPU return it as it is, for it may have no `device`.
+
+    Only CUDA reads the memory of the CPU before the call returns. On Apple's GPUs a copy without waiting would read
+    memory that may be in use for something else by then.
+    """
+    return data if device.type == "cpu" else data.to(device, non_blocking=device.type == "cuda")
 
 
 class Replay:
@@ -363,7 +368,7 @@ class FrameReplay(Replay):
         stacks = torch.cat([data["starts"][first], *between, window[:, -1:]], 1) % self.size
         # Indexing with brackets takes 5 times as long.
         frames = data["frame"].index_select(0, stacks.flatten()).unflatten(0, stacks.shape)
-        frames = frames.to(device, non_blocking=True)
+        frames = to_device(frames, device)
         after = {"observation": frames[:, -self.stack :].flatten(1, 2)}  # a view, like s: both share the frames
         after |= {"reward": self.rewards_of(window, data["reward"]), "terminated": data["terminated"][last]}
         before = frames[:, : self.stack].flatten(1, 2)

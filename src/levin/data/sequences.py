@@ -147,7 +147,7 @@ class SequenceReplay(Replay):
             latent: New latent states `[B, T, *]`.
         """
         stored = self.data[LATENT]
-        index, env = (batch[key][:, 1:].to(stored.device, non_blocking=True) for key in ("row", "env"))
+        index, env = (batch[key][:, 1:].to(stored.device) for key in ("row", "env"))
         latent = latent.to(stored)
         for sequence in range(len(index)):  # one by one: a record that is in two sequences gets the whole state of one
             stored[index[sequence], env[sequence]] = latent[sequence]

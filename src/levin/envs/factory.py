@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from ctypes.util import find_library
 from dataclasses import replace
 from functools import partial
@@ -214,15 +215,21 @@ def _make_gymnasium(
     # not possible: OpenGL has rendered in this process already and does not survive a fork.
     context = "fork" if sys.platform == "linux" and not config.pixels else None
     make_in_process = partial(_make_without_signals, make_single, os.getpid())
-    env = AsyncVectorEnv(
-        [make_in_process] * count,
-        copy=copy,
-        context=context,
-        # Workers are not asked whether their spaces are equal: bounds may differ by a rounding. With "different",
-        # Gymnasium would also build one more env per process here, and not close it.
-        observation_mode=(batch_space(space, count), space),  # type: ignore[arg-type]  # Gymnasium takes both
-        autoreset_mode=AutoresetMode.DISABLED,
-    )
+    try:
+        env = AsyncVectorEnv(
+            [make_in_process] * count,
+            copy=copy,
+            context=context,
+            # Workers are not asked whether their spaces are equal: bounds may differ by a rounding. With "different",
+            # Gymnasium would also build one more env per process here, and not close it.
+            observation_mode=(batch_space(space, count), space),  # type: ignore[arg-type]  # Gymnasium takes both
+            autoreset_mode=AutoresetMode.DISABLED,
+        )
+    except (EOFError, ConnectionError) as error:  # a process has ended; its traceback is printed
+        raise ConfigError(
+            f"env.id={config.id} can't be built in {count} processes at once, though it can in one (the traceback is "
+            "above): set env.vectorization=sync"
+        ) from error
     for process in env.processes:  # they ignore SIGTERM, so end them with SIGKILL
         process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
     return env
@@ -263,7 +270,13 @@ def _make_torchrl(config: EnvConfig, num_envs: int | None, *, training: bool, re
     # Not the signature of a class: that of `EnvBase` is the signature of its metaclass.
     if "num_envs" in inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters:
         kwargs = {"num_envs": count, **kwargs}
-    return TorchRLVectorEnv(partial(target, **kwargs), count, time_limit=config.time_limit, round_up=not training)
+    return TorchRLVectorEnv(
+        partial(_call_target, target, kwargs), count, time_limit=config.time_limit, round_up=not training
+    )
+
+
+def _call_target(target: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    return target(**deepcopy(kwargs))  # the env may change what it is given
 
 
 def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
@@ -277,8 +290,7 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
         config.id,
         max_episode_steps=config.time_limit,
         disable_env_checker=True,  # it costs a Python call per step
-        **_render_options(config, name, render),
-        **{**system, **config.kwargs},
+        **_merge_kwargs({**system, **config.kwargs}, _render_options(config, name, render)),
     )
     _check_wrappers(env, config.id)
     if config.action_repeat > 1:
@@ -291,6 +303,14 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
     if config.frame_stack > 1:
         env = stack_frames(env, config.frame_stack, config.channels)
     return InfoMask(env) if config.action_mask == "info" else env
+
+
+def _merge_kwargs(kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an env, each with values of its own, as the env may change them; options replace some."""
+    merged = deepcopy(kwargs)
+    if "render_kwargs" in merged and "render_kwargs" in options:
+        options = {**options, "render_kwargs": {**merged["render_kwargs"], **options["render_kwargs"]}}
+    return merged | options
 
 
 def _check_wrappers(env: gym.Env, name: str) -> None:
@@ -329,7 +349,7 @@ def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any
     if config.family == "dm_control":
         gym.register_envs(importlib.import_module("shimmy"))
         return options | ({"render_kwargs": {"height": side, "width": side, "camera_id": 0}} if side else {})
-    if "mujoco" in str(gym.spec(name).entry_point):
+    if "gymnasium.envs.mujoco" in str(gym.spec(name).entry_point):
         if options and not {"camera_name", "camera_id"} & config.kwargs.keys():
             options["camera_name"] = "track"  # the default camera does not follow the robot
         importlib.import_module("mujoco").set_mju_user_warning(_mujoco_warning)

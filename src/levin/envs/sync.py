@@ -7,14 +7,15 @@ random generators of Python, NumPy and PyTorch, which belong to the run.
 import math
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate
 
@@ -168,22 +169,65 @@ class OwnGenerators(gym.Wrapper):
         return result
 
 
+class EnvProcessError(Exception):
+    """Error of an env in another process, as text: the error itself need not survive the way to this process."""
+
+
 class ProcessEnv(gym.Wrapper):
-    """Wrapper of an env in a process of its own, whose global generators are seeded with every episode."""
+    """Wrapper of an env in a process of its own, whose global generators are seeded with every episode.
+
+    Gymnasium would cast and repeat the numbers of a wrong observation until they fit, so observations are checked here.
+    """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             seed_generators(seed)
-        return self.env.reset(seed=seed, options=options or None)[0], {}
+        with _error_as_text():
+            observation, _ = self.env.reset(seed=seed, options=options or None)
+            check_observation(self.observation_space, observation)
+        return observation, {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        with _error_as_text():
+            return self._step(action)
+
+    def _step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
+        check_observation(self.observation_space, observation)
         terminated, truncated = as_number("terminated", terminated), as_number("truncated", truncated)
         numbers = episode_numbers(info) if terminated or truncated else {}
         return observation, as_number("reward", reward), terminated, truncated, {ENDED: numbers} if numbers else {}
 
     def close(self) -> None:
         close_env(self.env)
+
+
+@contextmanager
+def _error_as_text() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of any type: it is the user's code
+        raise EnvProcessError(f"{type(error).__name__}: {error}") from error
+
+
+def check_observation(space: gym.Space, observation: Any) -> None:
+    """Check that the arrays of an observation have the shapes of its space, and numbers of their kind.
+
+    Raises:
+        ValueError: They have not.
+    """
+    if isinstance(space, Dict):
+        for key, part in space.items():
+            check_observation(part, observation[key])
+    elif isinstance(space, Tuple):
+        for part, value in zip(space, observation, strict=True):
+            check_observation(part, value)
+    elif space.shape is not None and space.dtype is not None:
+        value = np.asarray(observation)
+        if value.shape != space.shape:
+            raise ValueError(f"an observation has the shape {value.shape}, not {space.shape}")
+        if not np.can_cast(value.dtype, space.dtype, "same_kind"):
+            raise ValueError(f"an observation has the dtype {value.dtype}, not {space.dtype}")
 
 
 def episode_numbers(info: dict[str, Any]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from levin.core.spaces import (
     unusual_channels,
 )
 from levin.envs.config import EnvConfig, channels_of
-from levin.envs.sync import ENDED, SyncEnvs
+from levin.envs.sync import ENDED, EnvProcessError, SyncEnvs
 from levin.envs.torchrl import TorchRLVectorEnv
 from levin.model_based.dream_env import LatentEnv
 
@@ -209,7 +209,9 @@ class SeededVectorEnv(VectorWrapper):
         """Build the error for a failed `step` or `reset`: the cause, and the env, step, episode and seed."""
         failed = error.env if isinstance(error, ObservationError) else self._failed_env(error)
         reason = f"raised {type(error).__name__}: {error}"
-        if isinstance(error, ObservationError):
+        if isinstance(error, EnvProcessError):
+            reason = f"raised {error} (env.vectorization=sync shows the traceback)"
+        elif isinstance(error, ObservationError):
             reason = f"failed: {error}"
         elif isinstance(error, multiprocessing.TimeoutError):
             reason = f"did not come back within env.timeout={self.config.timeout:g} seconds"

@@ -79,7 +79,7 @@ class InfoMask(gym.Wrapper):
         """Return the mask `[A]` in an info.
 
         Raises:
-            ValueError: It is missing and has no default, or does not have one number per action.
+            ValueError: It is missing and has no default, or does not have one number per action, 0 or 1.
         """
         mask = info.get(ACTION_MASK, default)
         if mask is None:
@@ -87,7 +87,9 @@ class InfoMask(gym.Wrapper):
         mask = np.concatenate(mask) if isinstance(mask, tuple) else np.asarray(mask)  # a tuple: one mask per choice
         if mask.shape != (self.size,):
             raise ValueError(f"info['action_mask'] has the shape {mask.shape}; valid: ({self.size},), one per action")
-        return mask
+        if not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"info['action_mask'] has the numbers {np.unique(mask).tolist()}; valid: 0 and 1")
+        return mask.astype(np.int8)
 
 
 def drop_texts(env: gym.Env) -> gym.Env:

@@ -29,7 +29,8 @@ class Resources:
         """
         threads = max(config.trainer.threads or len(available_cores()) for config in configs)
         devices = max(config.trainer.devices for config in configs)
-        count = _count_gpus() if any(config.trainer.accelerator != "cpu" for config in configs) else 0
+        on_cpu = all(each.trainer.accelerator == "cpu" or each.trainer.strategy == "hogwild" for each in configs)
+        count = 0 if on_cpu else _count_gpus()
         if not count:
             processes = max(config.trainer.devices * config.trainer.get("workers", 1) for config in configs)
             return cls(jobs or max(1, len(available_cores()) // (threads * processes)), threads)

@@ -132,7 +132,10 @@ def _explain_restore(algorithm: Algorithm, ckpt_path: Path | None) -> Iterator[N
     except Exception as error:  # values of the wrong type or size raise errors of many types
         if ckpt_path is None or algorithm.iterations_here > 1:
             raise
-        raise CheckpointError(f"{ckpt_path} can't be restored: {type(error).__name__}: {one_line(error)}") from error
+        when = ", or the first iteration after it failed" if algorithm.iterations_here else ""
+        raise CheckpointError(
+            f"{ckpt_path} can't be restored{when}: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def build_run(cfg: DictConfig) -> tuple[Algorithm, CollectorLoader]:

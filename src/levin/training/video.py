@@ -185,4 +185,9 @@ def _render_frame(env: "SeededVectorEnv") -> np.ndarray:
         ) from error
     if not isinstance(frame, np.ndarray):
         raise ConfigError(f"{env.config.id} can't be recorded: it does not render an rgb_array")
+    if frame.dtype != np.uint8 or not (frame.ndim == 2 or (frame.ndim == 3 and frame.shape[-1] <= 4)):
+        raise ConfigError(
+            f"{env.config.id} can't be recorded: it renders an array {list(frame.shape)} of {frame.dtype}, "
+            "not [H, W, 3] of uint8"
+        )
     return frame.copy()  # an env may draw every frame into the same array

@@ -105,6 +105,8 @@ class HogwildLauncher(_Launcher):
 
     def _work(self, rank: int, function: Callable, algorithm: Algorithm, trainer: Trainer) -> None:
         ignore_signals()
+        # Worker 0 may have initialised CUDA, which a fork can't use: Lightning and torch.compile must not ask for it.
+        torch.cuda.is_available = lambda: False
         try:
             self.strategy.global_rank = rank
             trainer.callbacks = [Workers(self.strategy), FiniteGuard()]  # type: ignore[attr-defined]
