@@ -125,6 +125,11 @@ def begin(name: str) -> None:
     )
 
 
+def _is_behind(other: str) -> bool:
+    """Return whether the branch `template` does not exist here, or is older than another branch."""
+    return not git("branch", "--list", BRANCH) or git("merge-base", BRANCH, other) == git("rev-parse", BRANCH)
+
+
 def update(base: str) -> None:
     """Merge a later version of the template: rename it, commit it to the branch `template`, and merge that."""
     name = package_name(ROOT)
@@ -133,8 +138,8 @@ def update(base: str) -> None:
             f"there is no branch {BRANCH}, which make new NAME={name} has made in the first clone: push it from there, "
             "and type git fetch origin here"
         )
-    if not git("branch", "--list", BRANCH):
-        git("branch", "--track", BRANCH, f"origin/{BRANCH}")
+    if git("branch", "--list", "--remotes", f"origin/{BRANCH}") and _is_behind(f"origin/{BRANCH}"):
+        git("branch", "--force", BRANCH, f"origin/{BRANCH}")
     commit = git("rev-parse", "--verify", f"{base}^{{commit}}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "template")

@@ -284,7 +284,8 @@ second: {fixed}.
 
 Seconds from the start of the command (imports, training, saving) to the score in an evaluation of ten episodes: 500 for
 CartPole, -200 for Pendulum; with the values of `configs/tuned`, one entry for each seed. Then ten other episodes in
-gymnasium's own env.
+gymnasium's own env. The evaluations of the gymnasium envs of Pendulum, one seed, have ten starts from which the best
+stored PPO reaches -200 only just, so its time can't be compared with that of the batched envs, which have other starts.
 
 | env | envs | seconds | env steps | mean return | worst of ten |
 |---|---|---|---|---|---|

@@ -193,9 +193,9 @@ products of variance with evaluations and with milliseconds.
 
 ![Over theta and over temperature](curves.png)
 
-On the coin, whose two sides cost nearly the same, relaxations point in the wrong direction. REBAR, whose weight is not
-yet learned here, is no better than the plain score function. Two samples that are each other's baseline (leave-one-out,
-2) have {ratio:,.0f} times less variance than the score function.
+On the coin, whose two sides cost nearly the same, relaxations other than ReinMax point in the wrong direction. REBAR,
+whose weight is not yet learned here, is no better than the plain score function. Two samples that are each other's
+baseline (leave-one-out, 2) have {ratio:,.0f} times less variance than the score function.
 
 ## A discrete autoencoder
 
@@ -206,8 +206,8 @@ each, 20 samples for each test digit.
 
 ## Two algorithms
 
-CartPole-v1, {seeds} seeds; only the estimator differs. In discrete SAC the critic reads the action. Relaxations follow
-the critic's gradient at points between actions, where it was never trained.
+CartPole-v1, {seeds} seeds; only the estimator differs. In discrete SAC the critic reads the action. The three
+relaxations use the slope of the critic at an action. It was fitted to values there, not to slopes.
 
 | algorithm | estimator | return, averaged over the run and the seeds |
 |---|---|---|

@@ -158,7 +158,8 @@ def report() -> None:
         last = curves[name][max(step for step, values in curves[name].items() if len(values) == len(SEEDS))]
         share = variance[name] / variance["simple REINFORCE"]
         estimate = f"{variance[name]:,.4g} ± {float(row['standard_error']):.2g}"
-        lines.append(f"| {name} | {estimate} | {share:.2g} | {float(row['mean_norm']):.3g} | {np.mean(last):.0f} |")
+        norm = f"{float(row['mean_norm']):.3g} ± {np.sqrt(variance[name] / SAMPLES):.2g}"
+        lines.append(f"| {name} | {estimate} | {share:.2g} | {norm} | {np.mean(last):.0f} |")
     (HERE / "README.md").write_text(
         TEXT.format(table="\n".join(lines), samples=SAMPLES, seeds=len(SEEDS), env_steps=ENV_STEPS)
     )
@@ -172,9 +173,10 @@ on CartPole-v1. `make study NAME=variance` writes everything in this folder.
 {table}
 
 Var[g] = E sum_i (g_i - E g_i)^2, where g is the gradient from one trajectory, with gamma^t in the sum; ± is its
-standard error. The policy is fixed and half-trained. All forms use the same {samples:,} trajectories, and the critics
-were fitted to this policy. The first three forms have the same expectation, except for episodes that the time limit
-cuts. The last two are biased by the errors of their critics.
+standard error. That of the mean gradient is sqrt(Var[g] / {samples:,}), which also makes its norm larger. The policy is
+fixed and half-trained. All forms use the same {samples:,} trajectories, and the critics were fitted to this policy.
+The first three forms have the same expectation, except for episodes that the time limit cuts. The last two are biased
+by the errors of their critics.
 
 The final return is the mean of {seeds} seeds after {env_steps:,} env steps. All forms have the same learning rate of
 the policy and the same number of transitions per update.

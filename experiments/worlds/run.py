@@ -206,7 +206,8 @@ At low temperatures the balls vanish from the dream, and C learns what helps in 
 
 Uniformly random actions earn {values[Pendulum-v1]:.0f} in Pendulum-v1. PPO and SAC never act in an env while they
 learn. For an evaluation, the world model encodes each observation of the env into the latent state that they read.
-Their returns in the dream are those of their last training episodes.
+Their returns in the dream are those of their last training episodes: of SAC only four a seed,
+whose mean has a standard error of about 40.
 """
 
 

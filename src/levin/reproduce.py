@@ -5,8 +5,10 @@ and the published number. The same command continues an interrupted reproduction
 the stored ones or the required score is missed.
 """
 
+import importlib
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -17,13 +19,13 @@ from levin.core.errors import ConfigError, RunError, exit_on_user_error
 from levin.core.types import PositiveInt
 from levin.report import report
 from levin.results.curves import read_curves
-from levin.results.reproduction import Outcome, judge_runs, kept_seeds, store_runs
+from levin.results.reproduction import Outcome, judge_runs, kept_seeds, refuse_uncommitted, store_runs
 from levin.results.result import read_reference, result_folder
 from levin.resume import STOPPED, resume_side_by_side
 from levin.runs import code, provenance
 from levin.runs import folder as run_folder
 from levin.runs.load import load_config
-from levin.runs.trust import trusted
+from levin.runs.trust import SECTIONS, foreign_code, trusted
 from levin.scheduler.resources import prepare_cores
 
 RUNS = Path("runs/reproduce")
@@ -77,6 +79,13 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
             )
     cfg.total_env_steps = total_env_steps or cfg.total_env_steps
     schema.check(cfg)
+    if store:  # hours before `store_runs` would refuse them
+        modules = {each.module for each in foreign_code(cfg, SECTIONS)}
+        for module in modules:
+            with suppress(ImportError):  # which the runs will report
+                importlib.import_module(module)
+        files_of = {f"{module.replace('.', '/')}{ending}" for module in modules for ending in (".py", "/__init__.py")}
+        refuse_uncommitted(files_of & code.collect_code().keys())
     if cfg.total_env_steps < reference.env_steps:
         print(
             f"a trial of {cfg.total_env_steps:,} of {reference.env_steps:,} env steps: it is compared with the stored "

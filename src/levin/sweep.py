@@ -156,7 +156,7 @@ def submit(arguments: list[str], seeds: list[str]) -> None:
         refuse_several_values([each for each in parsed if str(each.key_or_group) != "seed"])
     for check_values in (False, True):  # names first: checking a value imports the class that takes it, for seconds
         _check_each_value(parsed, texts, check_values=check_values)
-    not_in_name = [
+    not_in_name = [each.partition("=")[0] for each in texts] + [
         str(each.key_or_group) for each in parsed if not each.is_sweep_override() or each.key_or_group == "seed"
     ]
     options = {

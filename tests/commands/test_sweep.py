@@ -255,6 +255,7 @@ def test_a_launcher_gets_texts_as_typed(tmp_path, monkeypatch):
     monkeypatch.setattr("hydra.main", lambda **_: lambda job: lambda: None)
     words = ["hydra.verbose=false", "algo=sac", "env=pendulum", "name=größe", 'note=a, "b"']
     submit(["-m", *words], ["0", "1"])
+    assert "hydra.job.config.override_dirname.exclude_keys=[name,note,algo,env,seed]" in sys.argv
     assert {'name="größe"', r'note="a, \"b\""', "seed=0,1"} <= set(sys.argv)
     assert [each.value() for each in parse_hydra_overrides(sys.argv[-2:])] == ["größe", 'a, "b"']
     with pytest.raises(ConfigError, match="log_every=2,500 has several values"):

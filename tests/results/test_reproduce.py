@@ -245,7 +245,7 @@ def test_runs_with_local_changes_or_of_two_commits_are_not_stored(session, facts
 def test_runs_of_code_in_no_commit_are_not_stored(stored_copy):
     result_folder, folders = stored_copy
     set_provenance(folders[2], code={"my_module.py": "0123"})
-    with pytest.raises(ConfigError, match=r"imported my_module\.py, which no commit"):
+    with pytest.raises(ConfigError, match=r"my_module\.py is in no commit"):
         store_runs(result_folder, folders)
 
 
@@ -342,12 +342,20 @@ def test_seeds_are_not_added_to_a_result_of_another_config_or_software(stored_co
         reproduce(exp="toy", seeds="0", store=True)
 
 
+def test_own_code_in_no_commit_is_refused_before_the_runs_begin(stored_copy, monkeypatch):
+    monkeypatch.setattr(provenance, "collect_code_facts", lambda: {"git_sha": "1", "git_dirty": False, "versions": {}})
+    monkeypatch.setattr("levin.runs.code.collect_code", lambda: {"toy_envs.py": b"", "unused.py": b""})
+    with pytest.raises(ConfigError, match=r"but toy_envs\.py is in no commit"):
+        reproduce(exp="toy", seeds="0 1 2", store=True)
+
+
 def test_a_fault_of_another_result_costs_no_verdict(stored_copy, monkeypatch, capsys):
     result_folder, folders = stored_copy
     other = result_folder.with_name("other")
     other.mkdir()
     shutil.copy(result_folder / CONFIG, other)  # just pinned: its reference.yaml is not written yet
     monkeypatch.setattr("levin.reproduce._find_or_create_runs", lambda *_: folders)
+    monkeypatch.setattr("levin.runs.code.collect_code", dict)
     clean = provenance.collect_code_facts()
     monkeypatch.setattr(provenance, "collect_code_facts", lambda: {**clean, "git_dirty": False})
     (folders[0].parent / "verdict.json").unlink()

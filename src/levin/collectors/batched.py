@@ -48,7 +48,7 @@ class BatchedCollector(BaseCollector):
         steps: Vector steps per rollout (T).
         random_env_steps: Number of env steps with uniformly random actions before the policy acts.
         step_count: Whether rollouts hold `step_count` `[N, T, 1]`, the index of each step within its episode, from 0.
-        compile: Whether to compile a step of policy and env, on a GPU as a CUDA graph.
+        compile: Whether to compile a step of policy and env.
 
     Raises:
         ConfigError: The env is not one batched `EnvBase`.

@@ -22,6 +22,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -225,10 +226,10 @@ def _make_gymnasium(
             observation_mode=(batch_space(space, count), space),  # type: ignore[arg-type]  # Gymnasium takes both
             autoreset_mode=AutoresetMode.DISABLED,
         )
-    except (EOFError, ConnectionError) as error:  # a process has ended; its traceback is printed
+    except (EOFError, ConnectionError) as error:  # most often a process has ended; its traceback is printed
         raise ConfigError(
-            f"env.id={config.id} can't be built in {count} processes at once, though it can in one (the traceback is "
-            "above): set env.vectorization=sync"
+            f"env.id={config.id} can't be built in {count} processes at once, though it can in one: set "
+            f"env.vectorization=sync ({type(error).__name__}: {error}; the traceback of a process, if any, is above)"
         ) from error
     for process in env.processes:  # they ignore SIGTERM, so end them with SIGKILL
         process._popen.terminate = process._popen.kill  # type: ignore[union-attr]
@@ -348,15 +349,25 @@ def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any
             os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before dm_control is imported
     if config.family == "dm_control":
         gym.register_envs(importlib.import_module("shimmy"))
-        return options | ({"render_kwargs": {"height": side, "width": side, "camera_id": 0}} if side else {})
-    if "gymnasium.envs.mujoco" in str(gym.spec(name).entry_point):
-        if options and not {"camera_name", "camera_id"} & config.kwargs.keys():
+        camera = config.kwargs.get("render_kwargs", {}).get("camera_id", 0)
+        return options | ({"render_kwargs": {"height": side, "width": side, "camera_id": camera}} if side else {})
+    entry_point = gym.spec(name).entry_point
+    gymnasiums = "gymnasium.envs.mujoco" in str(entry_point)
+    if gymnasiums or _is_mujoco(entry_point):
+        if gymnasiums and options and not {"camera_name", "camera_id"} & config.kwargs.keys():
             options["camera_name"] = "track"  # the default camera does not follow the robot
         importlib.import_module("mujoco").set_mju_user_warning(_mujoco_warning)
         return options | ({"height": side, "width": side} if side else {})
     if side:
         raise ConfigError(f"env.pixels={side} is for MuJoCo and dm_control: {config.id} renders at one size only")
     return options
+
+
+def _is_mujoco(entry_point: Any) -> bool:
+    """Return whether an env is a subclass of Gymnasium's MuJoCo envs."""
+    creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    bases = creator.__mro__ if inspect.isclass(creator) else ()
+    return any(base.__module__.startswith("gymnasium.envs.mujoco.") for base in bases)
 
 
 def _has_display() -> bool:

@@ -1,7 +1,7 @@
 """Compare the runs of a reproduction with the stored curves and the published number, and store them."""
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,15 @@ def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
     return kept
 
 
+def refuse_uncommitted(names: Collection[str]) -> None:
+    """Raise a ConfigError if a run that is to be stored has imported files that are in no commit of this repository."""
+    if names:
+        raise ConfigError(
+            f"store=true needs runs of committed code, but {', '.join(sorted(names))} is in no commit of this "
+            "repository: commit it, or install its package without -e, and run again"
+        )
+
+
 def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) -> None:
     """Store runs as the result: write its curves, policy and provenance. `levin.report` writes the rest.
 
@@ -215,11 +224,7 @@ def store_runs(folder: Path, runs: dict[int, Path], kept: Sequence[int] = ()) ->
             "store=true needs runs of one commit, but these are of uncommitted files, of several commits or without "
             f"git; commit, remove {next(iter(runs.values())).parent} and run again"
         )
-    if outside := sorted({name for session in sessions for name in session.get("code", ())}):
-        raise ConfigError(
-            f"store=true needs runs of committed code, but these runs imported {', '.join(outside)}, which no commit "
-            f"of this repository has: commit, remove {next(iter(runs.values())).parent} and run again"
-        )
+    refuse_uncommitted({name for session in sessions for name in session.get("code", ())})
     with signals_handled(lambda *_: None):  # the files of a result belong together
         _write_result(folder, runs, kept, facts)
 

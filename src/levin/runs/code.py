@@ -159,8 +159,11 @@ def _is_installed(file: str) -> bool:
     """Return whether a file belongs to an installed package or to Python itself."""
     if "/site-packages/" in file:
         return True
-    path, standard = Path(file).resolve(), Path(sysconfig.get_path("stdlib")).resolve()
-    return bool({"site-packages", "dist-packages"} & set(path.parts)) or path.is_relative_to(standard)
+    standard = Path(sysconfig.get_path("stdlib"))
+    if Path(file).is_relative_to(standard):  # even if it is a link out of it, as Debian's sitecustomize.py
+        return True
+    path = Path(file).resolve()
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or path.is_relative_to(standard.resolve())
 
 
 def _committed_files() -> set[str]:

@@ -185,6 +185,8 @@ def _render_frame(env: "SeededVectorEnv") -> np.ndarray:
         ) from error
     if not isinstance(frame, np.ndarray):
         raise ConfigError(f"{env.config.id} can't be recorded: it does not render an rgb_array")
+    if frame.dtype.kind == "f" and frame.min() >= 0 and frame.max() <= 1:
+        frame = (255 * frame + 0.5).astype(np.uint8)
     if frame.dtype != np.uint8 or not (frame.ndim == 2 or (frame.ndim == 3 and frame.shape[-1] <= 4)):
         raise ConfigError(
             f"{env.config.id} can't be recorded: it renders an array {list(frame.shape)} of {frame.dtype}, "
