@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from levin.core import files, paths
 from levin.core.errors import ConfigError
-from levin.results.result import result_folder, result_folders
+from levin.results.result import ANIMATION, result_folder, result_folders
 from levin.runs.load import POLICY
 from levin.training import video
 
@@ -33,7 +33,6 @@ SECONDS, FRAMES_PER_SECOND = 6, 10  # of an animation, at most
 HOLD_MS = 600  # how long the last frame is shown before the animation starts again
 WIDTHS, MAX_BYTES = (200, 150), 120_000  # of policy.webp: pixels, and size of the file
 QUALITIES = (70, 60, 50, 40, 30)
-PICTURE = "policy.webp"
 
 STRIP = paths.ROOT / "docs" / "agents.webp"
 STRIP_HEIGHT, STRIP_GAP, STRIP_MAX_BYTES = 148, 3, 700_000
@@ -135,7 +134,7 @@ def main() -> None:
         if folder.name in STRIP_AGENTS:
             agents[folder.name] = frames, duration
         if folder.name in wanted:
-            write(folder / PICTURE, encode(frames, duration, MAX_BYTES, WIDTHS))
+            write(folder / ANIMATION, encode(frames, duration, MAX_BYTES, WIDTHS))
     if strip:
         frames, duration = make_strip(agents)
         write(STRIP, encode(frames, duration, STRIP_MAX_BYTES, (frames[0].width,)))

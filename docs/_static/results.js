@@ -89,7 +89,7 @@
         hovertemplate: `${result.source.family}<br>%{x:,} env steps: %{y:.1f}<extra></extra>`,
       }));
     }
-    result.published.forEach((published, i) => list.push({
+    if (own === result.kind) result.published.forEach((published, i) => list.push({
       x: [result.envSteps], y: [published.mean], mode: "markers", type: "scatter", meta: "published",
       name: `${published.family}: ${published.number}`, cliponaxis: false,
       marker: { symbol: ["circle", "diamond", "square", "cross"][i % 4], size: 9, color: css("--color-foreground-primary") },
@@ -132,6 +132,7 @@
       const color = COLORS[i % COLORS.length];
       data.push(...traces(result, own(result), color, alone));
       if (alone) data.push(...sourceTraces(result, own(result)));
+      if (own(result) !== result.kind) return; // the numbers below are of the other kind of curve
       const [lines, notes] = marks(result, alone ? css("--color-foreground-secondary") : color, alone);
       shapes.push(...lines);
       annotations.push(...notes);
@@ -145,7 +146,7 @@
       chart.textContent = chosen.length ? "Not run yet: there are no curves." : "";
       return;
     }
-    if (!chart.classList.contains("js-plotly-plot")) chart.textContent = "";
+    if (!chart.querySelector(".plot-container")) chart.textContent = "";
     const narrow = root.clientWidth < 560;
     const kinds = new Set(chosen.map(own));
     const axis = {
@@ -266,7 +267,11 @@
   for (const filter of filters) filter.addEventListener("change", () => change(selected));
   find(".filters").addEventListener("submit", (event) => event.preventDefault());
   find(".reset").addEventListener("click", () => { find(".filters").reset(); change(selected); });
-  window.addEventListener("hashchange", () => { readAddress(); update(); });
+  window.addEventListener("hashchange", () => {
+    const hash = decodeURIComponent(location.hash.slice(1));
+    // Links within the page, such as "Back to top", have hashes of their own.
+    if (hash.includes("=") || hash.split(",").some((name) => results.has(name))) { readAddress(); update(); }
+  });
   new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["data-theme"] });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 

@@ -204,7 +204,11 @@ def test_the_readme_shows_the_headline_results_and_counts_all(repository):
 
 def test_a_result_that_has_not_been_run_shows_no_number_of_seeds(repository):
     folder = repository / "experiments" / "sac_pendulum"
-    for name in (CURVES, TRAINING, PROVENANCE, SUMMARY):
+    for name in (CURVES, TRAINING, PROVENANCE):
+        (folder / name).unlink()
+    left = "policy.ckpt, summary.json, curve.png, policy.webp"
+    assert f"sac_pendulum: {left} without provenance.json: remove them to run the result anew" in report(check=True)
+    for name in left.split(", "):
         (folder / name).unlink()
     report()
     assert "| [SAC Pendulum-v1](sac_pendulum) | 20,000 |  |  |  | " in (folder.parent / "README.md").read_text()

@@ -78,6 +78,8 @@ def draw_result(result: Result) -> None:
     figure, axes = new_figure()
     curves = result.evaluations if result.reference.metric == "evaluations" else result.training
     label = f"{result.algorithm}: IQM, 95% interval, each of {len(curves)} seeds"
+    if len(curves) == 1:
+        label = f"{result.algorithm}, one seed"
     (color,) = algorithm_colors([result.algorithm]).values()
     draw_line(axes, label, list(curves.values()), color)
     if result.source:
@@ -105,7 +107,7 @@ def draw_aggregate(results: list[Result]) -> None:
     """Draw each algorithm over all its results: sample efficiency, final scores, and comparisons on shared tasks."""
     by_algorithm: dict[str, list[Result]] = {}
     for result in results:
-        if result.evaluations and result.reference.published:  # the normalised return needs a published number
+        if _is_comparable(result):
             by_algorithm.setdefault(result.algorithm, []).append(result)
     compared = list(algorithm_pairs(by_algorithm))
     colors = algorithm_colors(by_algorithm)
@@ -164,7 +166,8 @@ def _draw_improvement(axes: "Axes", compared: list[tuple], colors: dict[str, Col
 
 
 def _draw_efficiency(axes: "Axes", name: str, own: list[Result], color: Color) -> None:
-    shares = np.linspace(0.05, 1, 20)
+    first = max(_first_share(result) for result in own)  # before it a result has no value yet
+    shares = np.array([share for share in np.linspace(0.05, 1, 20) if share >= min(first, 1)])
     iqm, interval = aggregates.iqm_with_interval(_stack_tasks([_normalised_curves(result, shares) for result in own]))
     axes.plot(shares, iqm, linewidth=2, color=color, label=name)
     axes.fill_between(shares, *interval, color=color, alpha=0.2, linewidth=0)
@@ -203,18 +206,21 @@ def describe_missing(results: list[Result]) -> str:
         yaml.safe_load(file.read_text(encoding="utf-8"))["algo"]["_target_"].rpartition(".")[2]
         for file in paths.CONFIGS.glob("algo/*.yaml")
     }
-    shown = {result.algorithm for result in results if result.evaluations and result.reference.published}
+    shown = {result.algorithm for result in results if _is_comparable(result)}
     reasons = []
     for name in sorted(classes - shown):
         own = [result for result in results if result.algorithm == name]
         why = "no published number" if any(each.evaluations for each in own) else "not run" if own else "no result"
         reasons.append(f"{name} ({why})")
-    left_out = sum(
-        1 for each in results if each.algorithm in shown and not (each.evaluations and each.reference.published)
-    )
+    left_out = sum(1 for each in results if each.algorithm in shown and not _is_comparable(each))
     if left_out:
-        reasons.append(f"{left_out} results of the algorithms shown that were not run or have no published number")
+        reasons.append(f"{left_out} results of these algorithms that have fewer than two seeds or no published number")
     return f"Not shown: {', '.join(reasons)}" if reasons else ""
+
+
+def _is_comparable(result: Result) -> bool:
+    """Return whether a result has two seeds, for an interval, and a published number, to normalise its returns."""
+    return len(result.evaluations) > 1 and bool(result.reference.published)
 
 
 def _normalised_curves(result: Result, shares: np.ndarray) -> np.ndarray:
@@ -223,6 +229,12 @@ def _normalised_curves(result: Result, shares: np.ndarray) -> np.ndarray:
     grid, returns = align_curves(list(curves.values()))
     env_steps = shares * result.config.total_env_steps
     return result.reference.normalise(np.stack([np.interp(env_steps, grid, curve) for curve in returns]))
+
+
+def _first_share(result: Result) -> float:
+    """Return the share of the env steps at which all curves of `_normalised_curves` have a value."""
+    curves = result.evaluations if result.reference.metric == "evaluations" else result.training
+    return max(int(curve.env_steps[0]) for curve in curves.values()) / result.config.total_env_steps
 
 
 def _stack_tasks(tasks: list[np.ndarray]) -> np.ndarray:

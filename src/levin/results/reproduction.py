@@ -14,6 +14,7 @@ from levin.core.process import signals_handled
 from levin.results import aggregates
 from levin.results.curves import CURVES, TRAINING, Curve, Curves, read_curves, read_run, write_curves
 from levin.results.result import (
+    ANIMATION,
     CONFIG,
     PROVENANCE,
     Reference,
@@ -241,6 +242,7 @@ def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], fact
         )
     if (lowest := min([*kept, *runs])) in runs:
         export_policy(runs[lowest], folder)
+        (folder / ANIMATION).unlink(missing_ok=True)  # shows the policy of before; scripts/agents.py draws it
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty", "code")
     first, sessions = next(iter(facts.values())), [*([before] if kept else []), *_all_sessions(facts.values())]
     mixed = {key for key in SHARED_FACTS if any(_fact(session, key) != _fact(first, key) for session in sessions)}

@@ -4,7 +4,8 @@
 `training.csv.gz` the returns of the training episodes, and `policy.ckpt` the policy of the lowest seed.
 `provenance.json` says on what commit and machine they were made. `reference.yaml` has the published numbers with their
 sources, and the required score (`gate`). `source_curves.csv.gz` or `source_training.csv.gz`, if there is one, has the
-curves of the source's own code, run on the same machine. All other files are generated from these by `levin.report`.
+curves of the source's own code, run on the same machine. `scripts/agents.py` draws `policy.webp`, `levin.report` all
+other files, from these.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from levin.runs.load import POLICY, load_config
 
 CONFIG = "config.yaml"
 MAX_POLICY_BYTES = 5 << 20  # in the repository: that of SimBa, the largest network, has 4 MB
+ANIMATION = "policy.webp"  # of the stored policy, by scripts/agents.py
 PROVENANCE, REFERENCE, SUMMARY, PICTURE = "provenance.json", "reference.yaml", "summary.json", "curve.png"
 SEEDS_OF_A_REPRODUCTION = 3
 TASK_KEYS = ("observation_entries", "wrappers", "kwargs", "pixels", "action_repeat", "time_limit")
@@ -297,10 +299,10 @@ def _judge_by_gate(reference: Reference, scores: np.ndarray) -> tuple[Verdict, s
     mean, gate, n = float(scores.mean()), reference.gate, len(scores)
     _, ends = aggregates.iqm_with_interval(scores[:, None, None])
     low, high = float(ends[0, 0]), float(ends[1, 0])
-    message = f"mean of {n} seed{'s' if n > 1 else ''} {mean:.1f}, 95% interval {low:.1f} to {high:.1f}"
+    message = f"mean of {n} seeds {mean:.1f}, 95% interval {low:.1f} to {high:.1f}" if n > 1 else f"one seed {mean:.1f}"
     message += f", required score {gate:g} ({reference.gate_from})"
     if not high >= gate:  # also if a score is not a number
-        return "partial", f"{message}: the interval ends {gate - high:.1f} below"
+        return "partial", f"{message}: {'the interval ends' if n > 1 else 'it is'} {gate - high:.1f} below"
     if reference.has_spread and n < SEEDS_OF_A_REPRODUCTION:
         return "partial", f"{message}: {SEEDS_OF_A_REPRODUCTION} seeds are needed"
     if low < gate:
@@ -411,8 +413,11 @@ def find_broken(result: Result) -> Iterator[str]:
         if hashlib.sha256(content).hexdigest() != result.reference.source_run.sha256:
             yield f"{result.reference.source_file} does not match its checksum in {REFERENCE}"
     if not result.provenance:
-        if result.evaluations:
-            yield "curves.csv.gz has no provenance.json"
+        left = [
+            name for name in (CURVES, TRAINING, POLICY, SUMMARY, PICTURE, ANIMATION) if (result.folder / name).exists()
+        ]
+        if left:
+            yield f"{', '.join(left)} without provenance.json: remove them to run the result anew"
         return
     for name, fingerprint in file_fingerprints(result.folder).items():
         if fingerprint != result.provenance["files"].get(name):

@@ -163,7 +163,7 @@ def table_row(result: Result, summary: dict[str, Any], published: int | None = N
         "env steps": f"{result.reference.env_steps:,}",
         "seeds": str(len(result.evaluations)) if result.evaluations else "",
         "ours": f"{score['mean']:.1f}" if score else "",
-        "95% interval": f"{score['interval'][0]:.1f} to {score['interval'][1]:.1f}" if score else "",
+        "95% interval": " to ".join(f"{end:.1f}" for end in score["interval"]) if len(result.evaluations) > 1 else "",
         "worst seed": f"{score['worst']:.1f}" if score else "",
         "measured by": _describe_measure(result),
         "published": "; ".join(map(_citation, result.reference.published[:published])) or "none",
