@@ -103,6 +103,7 @@ def test_every_result_can_be_selected_and_has_a_curve_per_seed(site, page):
         if name not in SUMMARIES:
             assert page.inner_text(".chart") == "Not run yet: there are no curves."
             continue
+        assert "Not run yet" not in page.inner_text(".chart")
         assert page.evaluate(TRACES, "seed") == len(SUMMARIES[name]["seeds"]), name
         assert page.locator(".chart .scatterlayer .trace").count() >= len(SUMMARIES[name]["seeds"]), name
         assert SUMMARIES[name]["because"] in page.inner_text(".details"), name
@@ -128,12 +129,26 @@ def test_ticked_results_are_compared(site, page):
     assert page.evaluate(TRACES, "mean") == 1
 
 
+def test_links_within_the_page_keep_the_selection(site, page):
+    page.goto(f"{site}/index.html#sac_pendulum,td3_pendulum")
+    page.evaluate("location.hash = ''")
+    page.evaluate("location.hash = 'furo-main-content'")
+    page.wait_for_timeout(50)  # until the event of the change
+    assert page.evaluate(TRACES, "mean") == 2
+    page.evaluate("location.hash = 'ddpg_pendulum'")
+    page.wait_for_function("document.querySelector('.chart').data.filter(each => each.meta === 'mean').length === 1")
+
+
 def test_curves_of_training_episodes_can_be_chosen(site, page):
     page.goto(f"{site}/index.html#sac_pendulum")
     axis = "document.querySelector('.chart').layout.yaxis.title.text"
     assert page.evaluate(axis) == "evaluation return"
+    assert page.evaluate(TRACES, "published") > 0
     page.click(".curve-kinds >> text=training")
     assert page.evaluate(axis) == "training return"
+    # The published numbers and the required score are those of evaluations.
+    assert page.evaluate(TRACES, "published") == 0
+    assert page.evaluate("document.querySelector('.chart').layout.shapes") == []
 
 
 def test_the_chart_follows_light_and_dark(site, page):
