@@ -51,6 +51,6 @@ def width_of(animation):
 
 
 def test_stored_animations_are_small(agents):
-    stored = [file.stat().st_size for file in paths.EXPERIMENTS.glob(f"*/{agents.PICTURE}")]
+    stored = [file.stat().st_size for file in paths.EXPERIMENTS.glob(f"*/{agents.ANIMATION}")]
     assert max(stored) <= agents.MAX_BYTES
     assert agents.STRIP.stat().st_size <= agents.STRIP_MAX_BYTES
