@@ -284,6 +284,7 @@ def new_figure() -> "tuple[Figure, Axes]":
     figure, axes = _pyplot().subplots(figsize=(7, 4), layout="constrained")
     _plain_frame(axes)
     axes.set(xlabel="env steps", ylabel="evaluation return")
+    axes.locator_params(axis="x", nbins=7)  # their labels are long
     axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure, axes
 
