@@ -163,13 +163,18 @@ def table_row(result: Result, summary: dict[str, Any], published: int | None = N
         "env steps": f"{result.reference.env_steps:,}",
         "seeds": str(len(result.evaluations)) if result.evaluations else "",
         "ours": f"{score['mean']:.1f}" if score else "",
-        "95% interval": " to ".join(f"{end:.1f}" for end in score["interval"]) if len(result.evaluations) > 1 else "",
+        "95% interval": _interval(score) if score and len(result.evaluations) > 1 else "",
         "worst seed": f"{score['worst']:.1f}" if score else "",
         "measured by": _describe_measure(result),
         "published": "; ".join(map(_citation, result.reference.published[:published])) or "none",
         "required": f"{result.reference.gate:g}: {result.reference.gate_from}",
         "verdict": summary.get("verdict", "not run"),
     }
+
+
+def _interval(score: dict[str, Any]) -> str:
+    low, high = score["interval"]
+    return f"{low:.1f} to {high:.1f}"
 
 
 def _citation(published: Published) -> str:
