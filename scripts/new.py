@@ -133,12 +133,13 @@ def _is_behind(other: str) -> bool:
 def update(base: str) -> None:
     """Merge a later version of the template: rename it, commit it to the branch `template`, and merge that."""
     name = package_name(ROOT)
-    if not git("branch", "--list", BRANCH) and not git("branch", "--list", "--remotes", f"origin/{BRANCH}"):
+    shared = git("branch", "--list", "--remotes", f"origin/{BRANCH}")
+    if not shared and not git("branch", "--list", BRANCH):
         raise UsageError(
             f"there is no branch {BRANCH}, which make new NAME={name} has made in the first clone: push it from there, "
             "and type git fetch origin here"
         )
-    if git("branch", "--list", "--remotes", f"origin/{BRANCH}") and _is_behind(f"origin/{BRANCH}"):
+    if shared and _is_behind(f"origin/{BRANCH}"):
         git("branch", "--force", BRANCH, f"origin/{BRANCH}")
     commit = git("rev-parse", "--verify", f"{base}^{{commit}}")
     with tempfile.TemporaryDirectory() as folder:

@@ -23,10 +23,9 @@ from sphinx.util.osutil import copyfile
 
 from levin.core import files
 from levin.results.curves import Curve, Curves, align_curves
-from levin.results.result import CONFIG, PICTURE, REFERENCE, SUMMARY, Published, Result, result_folders
+from levin.results.result import ANIMATION, CONFIG, PICTURE, REFERENCE, SUMMARY, Published, Result, result_folders
 from levin.results.tables import source_address, source_label, table_row
 
-ANIMATION = "policy.webp"
 EXPLORER = "results/index"
 MAX_POINTS = 200  # of a curve in the charts
 TABLE = {  # heading: class of its cells

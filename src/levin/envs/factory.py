@@ -291,7 +291,8 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
         config.id,
         max_episode_steps=config.time_limit,
         disable_env_checker=True,  # it costs a Python call per step
-        **_merge_kwargs({**system, **config.kwargs}, _render_options(config, name, render)),
+        # Copies, as the env may change what it is given. Rendering replaces some arguments.
+        **(deepcopy({**system, **config.kwargs}) | _render_options(config, name, render)),
     )
     _check_wrappers(env, config.id)
     if config.action_repeat > 1:
@@ -304,14 +305,6 @@ def make_single_env(config: EnvConfig, render: bool = False) -> gym.Env:
     if config.frame_stack > 1:
         env = stack_frames(env, config.frame_stack, config.channels)
     return InfoMask(env) if config.action_mask == "info" else env
-
-
-def _merge_kwargs(kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of an env, each with values of its own, as the env may change them; options replace some."""
-    merged = deepcopy(kwargs)
-    if "render_kwargs" in merged and "render_kwargs" in options:
-        options = {**options, "render_kwargs": {**merged["render_kwargs"], **options["render_kwargs"]}}
-    return merged | options
 
 
 def _check_wrappers(env: gym.Env, name: str) -> None:
@@ -349,8 +342,8 @@ def _render_options(config: EnvConfig, name: str, render: bool) -> dict[str, Any
             os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before dm_control is imported
     if config.family == "dm_control":
         gym.register_envs(importlib.import_module("shimmy"))
-        camera = config.kwargs.get("render_kwargs", {}).get("camera_id", 0)
-        return options | ({"render_kwargs": {"height": side, "width": side, "camera_id": camera}} if side else {})
+        own = config.kwargs.get("render_kwargs", {})
+        return options | ({"render_kwargs": {"camera_id": 0, **own, "height": side, "width": side}} if side else {})
     entry_point = gym.spec(name).entry_point
     gymnasiums = "gymnasium.envs.mujoco" in str(entry_point)
     if gymnasiums or _is_mujoco(entry_point):

@@ -76,12 +76,10 @@ def read_fingerprint(path: Path) -> str | None:
 def draw_result(result: Result) -> None:
     """Draw the learning curve of a result with the published numbers."""
     figure, axes = new_figure()
-    curves = result.evaluations if result.reference.metric == "evaluations" else result.training
-    label = f"{result.algorithm}: IQM, 95% interval, each of {len(curves)} seeds"
-    if len(curves) == 1:
-        label = f"{result.algorithm}, one seed"
+    curves = result.compared
+    drawn = f": IQM, 95% interval, each of {len(curves)} seeds" if len(curves) > 1 else ", one seed"
     (color,) = algorithm_colors([result.algorithm]).values()
-    draw_line(axes, label, list(curves.values()), color)
+    draw_line(axes, f"{result.algorithm}{drawn}", list(curves.values()), color)
     if result.source:
         own = f"{result.reference.source_run.family}, run here: {len(result.source)} seeds"  # type: ignore[union-attr]
         draw_line(axes, own, list(result.source.values()), "dimgray")
@@ -225,7 +223,7 @@ def _is_comparable(result: Result) -> bool:
 
 def _normalised_curves(result: Result, shares: np.ndarray) -> np.ndarray:
     """Return the normalised curves, of the published number's kind, at shares of the env steps: `[seeds, shares]`."""
-    curves = result.evaluations if result.reference.metric == "evaluations" else result.training
+    curves = result.compared
     grid, returns = align_curves(list(curves.values()))
     env_steps = shares * result.config.total_env_steps
     return result.reference.normalise(np.stack([np.interp(env_steps, grid, curve) for curve in returns]))
@@ -233,7 +231,7 @@ def _normalised_curves(result: Result, shares: np.ndarray) -> np.ndarray:
 
 def _first_share(result: Result) -> float:
     """Return the share of the env steps at which all curves of `_normalised_curves` have a value."""
-    curves = result.evaluations if result.reference.metric == "evaluations" else result.training
+    curves = result.compared
     return max(int(curve.env_steps[0]) for curve in curves.values()) / result.config.total_env_steps
 
 

@@ -370,6 +370,11 @@ class Result:
         return self.config.env.id, *changed, str(self.config.total_env_steps)
 
     @property
+    def compared(self) -> Curves:
+        """Curves of the kind that the published number comes from: evaluations, or training episodes."""
+        return self.evaluations if self.reference.metric == "evaluations" else self.training
+
+    @property
     def scores(self) -> np.ndarray:
         """Score of each seed, `[seeds]`, measured in the way of the reference's source."""
         return score_seeds(self.evaluations, self.training, self.reference)
