@@ -157,7 +157,7 @@ format: .venv/.dev ## Format and fix the code with ruff
 	$(BIN)/ruff format
 
 docs: $(suite) ## Build the documentation site into docs/_build/html; a warning is an error
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: .venv/.core .venv/.mujoco ## [WHAT=ppo] compares speed with other libraries: sac td3 ddpg dqn ppo a2c trpo collect ...

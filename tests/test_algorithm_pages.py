@@ -130,6 +130,16 @@ def test_code_over_two_lines_of_a_docstring_is_joined_and_other_lines_are_not():
     ]
 
 
+def test_a_list_of_a_docstring_stays_a_list_and_a_formula_after_it_becomes_a_block():
+    pytest.importorskip("sphinx", reason="the extra `docs` builds the pages")
+    import docstrings
+
+    items = ["- One goes", "  on over", "  three lines.", "- Two."]
+    assert docstrings.convert(["Of:", "", *items, "", "Then", "", "    x = y"]) == [
+        *["Of:", "", *items, "", "Then", "", "", "::", "", "    x = y"]
+    ]
+
+
 def test_docstrings_become_markdown():
     assert docstring_markdown.markdown("`|A|` and Q*,\n  by arXiv:1812.05905v2.") == (
         r"`\|A\|` and Q\*, by [arXiv:1812.05905v2](https://arxiv.org/abs/1812.05905v2)."

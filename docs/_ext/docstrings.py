@@ -13,28 +13,20 @@ def convert(lines: list[str]) -> list[str]:
     """Return a docstring as reStructuredText.
 
     `code` becomes ``code``. An indented block of the running text, which is a formula or pseudocode, becomes a literal
-    block. Sections that napoleon knows, such as `Args:`, keep their indentation.
+    block. Lists, and sections that napoleon knows, such as `Args:`, keep their indentation.
     """
     result: list[str] = []
-    in_section = in_literal = False
+    in_section = in_literal = in_list = False
     for line in CODE.sub(lambda code: re.sub(r"\n *", " ", code[0]), "\n".join(lines)).split("\n"):
         indent = len(line) - len(line.lstrip())
         if line and not indent:
             in_section, in_literal = bool(SECTION.match(line)), False
-        if line and indent and not in_section and not in_literal and not _is_list(result, line):
+        in_list = line.lstrip().startswith("- ") or (in_list and bool(indent))
+        if line and indent and not in_section and not in_literal and not in_list:
             result += ["", "::", ""] if not result or not result[-1] else ["", "..", "", "::", ""]
             in_literal = True
         result.append(line if in_literal else _escape(line))
     return result
-
-
-def _is_list(before: list[str], line: str) -> bool:
-    """Return whether an indented line is an item of a list, or goes on with one."""
-    return (
-        line.lstrip().startswith("- ")
-        or any(each.lstrip().startswith("- ") for each in before[-1:] if each.startswith(" "))
-        or bool(before and before[-1].startswith("      "))
-    )
 
 
 def _escape(line: str) -> str:
