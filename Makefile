@@ -16,8 +16,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 # `python -m venv` adds pip last: without it, and if uv did not make .venv, the command was interrupted and is repeated.
 complete_venv := { test -x $(BIN)/python && { test -x $(BIN)/pip || grep -qs '^uv *=' .venv/pyvenv.cfg; }; }
-# `uv sync` makes a .venv without pip. Both read the same versions (uv also from uv.toml).
+# `uv venv` makes a .venv without pip. Both install the versions of requirements.lock.
 pip_or_uv := if test -x $(BIN)/pip; then set -- $(BIN)/python -m pip --disable-pip-version-check install; else set -- uv pip install --python $(BIN)/python; fi; "$$@" --quiet --constraint requirements.lock --editable
+# One make installs at a time: the lock is held by descriptor 9 until the shell of the recipe ends.
+lock_install := exec 9< Makefile; $(PYTHON) -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null || true
+# A .venv that was moved or copied with its folder, or whose Python is gone, is installed again.
+moved := $(shell test ! -s .venv/.core || { test -x $(BIN)/python && test "$$(cat .venv/.core)" = "$$(pwd -P)"; } || echo again)
 
 # quote: a text as one single-quoted shell word. typed: the same for the value of a variable. Neither is expanded.
 quote = '$(subst ','\'',$1)'
@@ -37,8 +41,8 @@ extra := $(call extra_of,$(env_yaml))
 # Extras for the tests of all env families and for pyright.
 suite := $(addprefix .venv/.,dev mujoco box2d dmc atari report tune export docs)
 needs := .venv/.core $(if $(extra),.venv/.$(extra))
-# A run (RUN) has the id or the family of its env in its config; a file in configs/env/ with the same line names its extra.
-run_yaml = $(firstword $(foreach key,id family,$(shell sed -n 's|^  \($(key): .*\)|\1|p' $(call quote,$(value RUN)/config.yaml) 2>/dev/null | grep -lxFf - configs/env/*.yaml)))
+# A run (RUN, or one of its checkpoints) has the id or the family of its env in its config; a file in configs/env/ with the same line names its extra.
+run_yaml = $(firstword $(foreach key,id family,$(shell sed -n 's|^  \($(key): .*\)|\1|p' $(call quote,$(value RUN)/config.yaml) $(call quote,$(value RUN)/../../config.yaml) 2>/dev/null | grep -lxFf - configs/env/*.yaml)))
 run_extra := $(if $(value RUN),$(if $(value EXP)$(value ENV),$(extra),$(call extra_of,$(run_yaml))),$(extra))
 needs_of_run := .venv/.core $(if $(run_extra),.venv/.$(run_extra))
 run = $(call quote,run=$(if $(value EXP),experiments/$(value EXP),$(value RUN)))
@@ -70,18 +74,17 @@ help: ## Print this help
 ##@ Use
 setup: .venv/.dev ## Create .venv with the development tools; every other command installs what it needs
 
-.venv/.core: pyproject.toml requirements.lock
+again:
+.venv/.core: pyproject.toml requirements.lock $(moved)
 	@if test -L .venv; then echo "levin: .venv is a link, and installing here would point it to this folder: remove the link" >&2; exit 2; fi
 	@$(complete_venv) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { test $$? -ne 1 || echo "levin: $(PYTHON) is older than Python 3.11: type make setup PYTHON=python3.12 (any newer one)" >&2; exit 2; }
-	@$(complete_venv) || $(PYTHON) -m venv .venv || { rm -f $(BIN)/python; exit 2; }
-	@echo "installing into .venv (some minutes, once)"
-	@$(pip_or_uv) .
-	@touch $@
+	@$(lock_install); test $@ -nt pyproject.toml && test $@ -nt requirements.lock && test "$$(cat $@)" = "$$(pwd -P)" && exit; \
+	$(complete_venv) || $(PYTHON) -m venv .venv || { rm -f $(BIN)/python; exit 2; }; \
+	echo "installing into .venv (some minutes, once)"; \
+	$(pip_or_uv) . && pwd -P > $@
 
 .venv/.%: .venv/.core
-	@echo "installing the extra $*"
-	@$(pip_or_uv) '.[$*]'
-	@touch $@
+	@$(lock_install); test $@ -nt $< && exit; echo "installing the extra $*"; $(pip_or_uv) '.[$*]' && touch $@
 
 train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] [RUN=path] [ARGS="algo.gamma=0.98"]
 	$(BIN)/python -m levin.train $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs)
@@ -89,7 +92,7 @@ train: $(needs) ## ALGO=sac [ENV=pendulum] [STEPS=20000] [SEEDS="0 1"] [JOBS=2] 
 resume: $(if $(value RUN),$(needs_of_run),.venv/.core) ## RUN=path or RUNS="runs/sweep_x" [JOBS=2] [STEPS=n] continues runs exactly; STEPS: new total
 	$(BIN)/python -m levin.resume $(in_run) $(if $(value RUNS),runs=$(call typed,RUNS)) $(jobs) $(if $(value STEPS),total_env_steps=$(call typed,STEPS)) $(args) $(trust)
 
-config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value and the file that set it
+config: .venv/.core ## [ALGO=sac] [ENV=pendulum] prints every config value, the file that set it, and what it means
 	@$(BIN)/python -m levin.config $(choices)
 
 evaluate: $(needs_of_run) ## RUN=path or EXP=sac_pendulum [EPISODES=100] [SEED=1] evaluates a policy; writes evaluation.json
@@ -140,7 +143,7 @@ test-quick: $(suite) ## Run the tests that need no whole runs, while you edit; u
 test-slow: $(suite) .venv/.scale ## Run the tests that train agents; each takes minutes
 	$(BIN)/python -m pytest -m slow $(args)
 
-drill: .venv/.dev ## [ARGS="kills=50 terms=20"] kills, resumes and compares runs; minutes
+drill: .venv/.dev .venv/.report .venv/.tune ## [ARGS="kills=50 terms=20"] kills, resumes and compares runs, on Linux; minutes
 	$(BIN)/python tests/drill.py $(args)
 
 proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares numbers and speed with a commit
@@ -170,7 +173,7 @@ bench-setup: ## Install the libraries of `make bench` into .venv-bench
 new: .venv/.dev ## NAME=my_lab makes this copy your own project; BASE=upstream/main merges a later template
 	$(BIN)/python scripts/new.py $(if $(value BASE),--base $(call typed,BASE),--name $(call typed,NAME)) $(args)
 
-lock: ## Write requirements.lock and uv.toml: the newest versions that pyproject.toml allows, with torch 2.13.0
+lock: ## Write requirements.lock: the newest versions that pyproject.toml allows, with torch 2.13.0
 	$(PYTHON) scripts/lock.py
 
 clean: ## Remove caches; keeps runs/

@@ -20,7 +20,7 @@ def describe(locked: str, installed: str, output: str) -> str:
     Args:
         locked: Contents of requirements.lock.
         installed: Output of `pip freeze`.
-        output: Output of `.ci/run`.
+        output: Output of the tests.
     """
     before, now = read_pins(locked), read_pins(installed)
     names = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])

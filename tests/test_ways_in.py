@@ -40,12 +40,6 @@ def test_an_extra_without_packages_for_a_newer_python_is_empty_there_and_an_env_
     assert newest == NEWEST_PYTHON
 
 
-def test_uv_and_pip_read_the_same_versions():
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pip = [line for line in lines if line and not line.startswith("#")]
-    assert tomllib.loads((ROOT / "uv.toml").read_text())["constraint-dependencies"] == pip
-
-
 def test_the_citation_and_the_changelog_name_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"]

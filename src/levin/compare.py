@@ -57,16 +57,15 @@ def _speed(group: Runs) -> str:
 
 
 def _state(group: Runs) -> str:
-    """Return how many runs are in each state; empty for a stored result, which has no runs here."""
+    """Return how many runs are in each state; empty for copied metrics and for a stored result, which are no runs."""
     states = Counter(
         "running"
         if run_folder.is_locked(run)
-        else ""
-        if not (run / run_folder.CONFIG).is_file()
         else "complete"
         if run_folder.has_ended(run, load_config(run, code_sections=()).total_env_steps)
         else "stopped"
         for run in group.sources.values()
+        if (run / run_folder.CONFIG).is_file()
     )
     return ", ".join(f"{count} {state}" if len(states) > 1 else state for state, count in states.items())
 

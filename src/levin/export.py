@@ -16,18 +16,19 @@ def export_run(
     format: PolicyFormat = "onnx",  # noqa: A002
     seed: NonNegativeInt = 1,
     steps: PositiveInt = 1000,
+    out: str | None = None,
     trust: bool = False,
 ) -> Path:
     """Write the deterministic policy of a run as `policy.onnx` or `policy.pt2`, with a card `policy.md` beside it.
 
     The file needs neither Levin nor the run. It is checked over an episode: its actions must be those of `levin.load`.
-    Files of a result in experiments/ are written into `runs/results/<name>/`.
 
     Args:
         run: Run folder; or one of its checkpoints, such as `checkpoints/best`.
         format: `onnx` for onnxruntime, which needs no torch; `torch` for `torch.export.load`, which needs no Levin.
         seed: Seed of the env of the check.
         steps: Maximum number of steps of the check.
+        out: Folder of the files; None: the run folder, and for a result in experiments/ `runs/results/<name>/`.
         trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Returns:
@@ -43,7 +44,7 @@ def export_run(
 
     silence_libraries()
     with trusted(trust):
-        path, checked = package(Path(run), format, seed=seed, steps=steps)
+        path, checked = package(Path(run), format, seed=seed, steps=steps, out=out)
     own = checked["own_memory_difference"]
     print(
         f"{path}: {path.stat().st_size / 1000:,.0f} kB, {checked['microseconds']:.0f} us per action (levin.load: "

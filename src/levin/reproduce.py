@@ -5,10 +5,8 @@ and the published number. The same command continues an interrupted reproduction
 the stored ones or the required score is missed.
 """
 
-import importlib
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -25,7 +23,7 @@ from levin.resume import STOPPED, resume_side_by_side
 from levin.runs import code, provenance
 from levin.runs import folder as run_folder
 from levin.runs.load import load_config
-from levin.runs.trust import SECTIONS, foreign_code, trusted
+from levin.runs.trust import SECTIONS, foreign_code, origin, trusted
 from levin.scheduler.resources import prepare_cores
 
 RUNS = Path("runs/reproduce")
@@ -80,12 +78,8 @@ def _reproduce(exp: str, seeds: str, total_env_steps: int | None, store: bool, j
     cfg.total_env_steps = total_env_steps or cfg.total_env_steps
     schema.check(cfg)
     if store:  # hours before `store_runs` would refuse them
-        modules = {each.module for each in foreign_code(cfg, SECTIONS)}
-        for module in modules:
-            with suppress(ImportError):  # which the runs will report
-                importlib.import_module(module)
-        files_of = {f"{module.replace('.', '/')}{ending}" for module in modules for ending in (".py", "/__init__.py")}
-        refuse_uncommitted(files_of & code.collect_code().keys())
+        sources = [Path(origin(each.module) or "") for each in foreign_code(cfg, SECTIONS)]
+        refuse_uncommitted({str(path) for path in sources if path.is_file() and not code.is_in_a_commit(path)})
     if cfg.total_env_steps < reference.env_steps:
         print(
             f"a trial of {cfg.total_env_steps:,} of {reference.env_steps:,} env steps: it is compared with the stored "

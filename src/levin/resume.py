@@ -4,6 +4,7 @@
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -147,9 +148,11 @@ def environment_changes(run: Path) -> list[str]:
         {**session, **session["versions"]}
         for session in ([facts, *facts["resumed"]][-1], provenance.collect_provenance())
     )
+    # A package that only one session had installed is not one that the run uses.
+    packages = [name for name in before["versions"] if before[name] and now.get(name)]
     return [
         f"{key} was {before.get(key)} and is {now.get(key)} now: numbers may differ from those of an uninterrupted run"
-        for key in dict.fromkeys([*COMPARED_FACTS, *before["versions"], *now["versions"]])
+        for key in (*COMPARED_FACTS, *packages)
         if before.get(key) != now.get(key)
     ]
 
@@ -211,8 +214,9 @@ def find_runs(runs: str) -> list[Path]:
     Raises:
         ConfigError: A path names no run, or a stored result.
     """
-    plans = [Path(path) for path in runs.split() if path.endswith(".json") and Path(path).is_file()]
-    folders = " ".join(path for path in runs.split() if Path(path) not in plans)
+    words = [runs] if os.path.isfile(runs) else runs.split()  # a plan may have a space in its name
+    plans = [Path(path) for path in words if path.endswith(".json") and Path(path).is_file()]
+    folders = runs if not plans else " ".join(path for path in words if Path(path) not in plans)
     found = [run for plan in plans for run in planned_runs(plan)]
     matches, _, missing = run_folder.find_folders(folders) if folders or not plans else ([], set(), [])
     if missing:

@@ -138,7 +138,7 @@ class Tuning:
         print_line(tuned.describe_candidates(candidates))
         winner = max(trials, key=lambda each: each.result)
         present = next((each for each in candidates if each.name == PRESENT), None)
-        keys = [*(each.lstrip("+").partition("=")[0] for each in self.overrides), *self.space]
+        keys = [*cli.keys_of(self.overrides), *self.space]
         config = next(iter(configs[winner.name].values()))
         text = tuned.winner_text(config, keys, self.folder / BASE / TUNED, self._comments(winner, present))
         path = tuned.tuned_path(*chosen_algo_and_env(self.overrides))

@@ -74,10 +74,20 @@ def test_every_value_has_an_origin(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["config", "algo=td3", "env=pendulum", "+env.kwargs={g:9.8}", section])
     config.main()
     lines = capsys.readouterr().out.splitlines()
-    origins = {line.split(": ")[0]: line.rpartition("# ")[2] for line in lines}
-    assert origins["callbacks.stop.duration.days"] == origins["env.kwargs.g"] == "command line"
-    assert origins["algo.tau"] == "configs/algo/td3.yaml"
+    origins = {line.split(": ")[0]: line.partition("  # ")[2] for line in lines}
+    assert origins["callbacks.stop.duration.days"] == "command line"
+    assert origins["env.kwargs.g"] == "command line"
     assert all(origins.values())
+
+
+def test_every_value_has_its_comment(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["config", "algo=td3", "env=pendulum"])
+    config.main()
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    meanings = {key: line.partition("  # ")[2] for key, line in lines.items()}
+    assert meanings["algo.tau"].startswith("configs/algo/td3.yaml: step of the target networks")
+    assert meanings["total_env_steps"].startswith("configs/tuned/td3_pendulum.yaml: length of the run in env steps")
+    assert meanings["env.wrappers"].endswith("observe the latent state of that world model")
 
 
 def test_a_plot_needs_no_torch(tmp_path):

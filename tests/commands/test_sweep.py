@@ -163,6 +163,15 @@ def test_a_wildcard_after_a_space_is_one_word(tmp_path, monkeypatch):
     assert find_runs("my runs/*") == [Path("my runs/a")]
 
 
+def test_a_wildcard_in_a_folder_with_brackets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("sizes=[64,64]/s0", "s6/s1"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.yaml").touch()
+    assert find_runs("sizes=[64,64]/*") == [Path("sizes=[64,64]/s0")]
+    assert find_runs("s[0-9]/*") == [Path("s6/s1")]
+
+
 def test_many_runs_can_be_named(tmp_path, monkeypatch):
     """Also where the whole text is longer than a path may be."""
     monkeypatch.chdir(tmp_path)

@@ -309,7 +309,7 @@ def test_every_value_names_the_file_that_set_it(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["config", "env=pendulum", "algo.tau=0.01"])
     print_config.main()
     lines = capsys.readouterr().out.splitlines()
-    origin = {line.split(":")[0]: line.split("# ")[-1] for line in lines}
+    origin = {line.split(":")[0]: line.partition("  # ")[2].partition(":")[0] for line in lines}
     assert origin["algo.tau"] == "command line"
     assert origin["algo.learning_starts"] == "configs/tuned/sac_pendulum.yaml"
     assert origin["algo.gamma"] == "configs/algo/sac.yaml"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ OVERRIDES = (
     *("algo=sac", "env=gym", "env.id=toy_envs:Point-v0", "env.action=rescale", "total_env_steps=320"),
     *("algo.learning_starts=64", "algo.batch_size=8", "algo.hidden_sizes=[8]", "eval.every=64", "eval.episodes=2"),
 )
+MUJOCO = provenance.collect_code_facts()["versions"]["mujoco"]
 REFERENCE = {
     "env_steps": 320,
     "metric": "evaluations",
@@ -187,7 +189,7 @@ def test_a_missed_required_score_fails(stored_copy):
     ("facts", "why"),
     [
         ({"processor": "Other 9000"}, "different CPU vendor"),
-        ({"versions": {"torch": "1.0"}}, "different versions"),
+        ({"versions": {"torch": "1.0"}}, "different versions (torch)"),
         ({"cpu_capability": "AVX1"}, "different cpu_capability"),
         ({"threads": 7}, "different threads"),
         ({"gpus": ["H200"]}, "different GPU"),
@@ -244,16 +246,22 @@ def test_runs_with_local_changes_or_of_two_commits_are_not_stored(session, facts
 
 def test_runs_of_code_in_no_commit_are_not_stored(stored_copy):
     result_folder, folders = stored_copy
+    set_provenance(folders[2], code={"__main__/my_script.py": "0123"})
+    store_runs(result_folder, folders)
     set_provenance(folders[2], code={"my_module.py": "0123"})
     with pytest.raises(ConfigError, match=r"my_module\.py is in no commit"):
         store_runs(result_folder, folders)
 
 
-def test_the_version_of_levin_itself_is_not_compared(stored_copy):
-    """Its code has a commit."""
+@pytest.mark.parametrize(("package", "version"), [("levin", "9.0"), ("mujoco", MUJOCO), ("mujoco", None)])
+def test_levin_itself_and_packages_that_are_not_installed_are_not_compared(package, version, stored_copy):
+    """The code of Levin has a commit; and the clone of a user without the extra `mujoco` runs the same code."""
     result_folder, folders = stored_copy
+    for run in folders.values():
+        own = run_folder.read_provenance(run)["versions"]
+        set_provenance(run, versions={**own, "mujoco": None if version else MUJOCO})
     facts = read_provenance(result_folder)
-    facts["versions"]["levin"] = "9.0"
+    facts["versions"][package] = version
     (result_folder / PROVENANCE).write_text(json.dumps(facts))
     assert kept_seeds(result_folder, [1]) == [0, 2]
     assert judge(result_folder, folders).stored == "3 of 3 curves are identical to the stored ones"
@@ -344,9 +352,11 @@ def test_seeds_are_not_added_to_a_result_of_another_config_or_software(stored_co
 
 def test_own_code_in_no_commit_is_refused_before_the_runs_begin(stored_copy, monkeypatch):
     monkeypatch.setattr(provenance, "collect_code_facts", lambda: {"git_sha": "1", "git_dirty": False, "versions": {}})
-    monkeypatch.setattr("levin.runs.code.collect_code", lambda: {"toy_envs.py": b"", "unused.py": b""})
-    with pytest.raises(ConfigError, match=r"but toy_envs\.py is in no commit"):
+    monkeypatch.setattr("levin.runs.code._committed_files", set)
+    monkeypatch.delitem(sys.modules, "toy_envs", raising=False)
+    with pytest.raises(ConfigError, match=r"but \S+toy_envs\.py is in no commit"):
         reproduce(exp="toy", seeds="0 1 2", store=True)
+    assert "toy_envs" not in sys.modules  # an import could ask for the GPU, before the runs are forked
 
 
 def test_a_fault_of_another_result_costs_no_verdict(stored_copy, monkeypatch, capsys):
@@ -355,7 +365,7 @@ def test_a_fault_of_another_result_costs_no_verdict(stored_copy, monkeypatch, ca
     other.mkdir()
     shutil.copy(result_folder / CONFIG, other)  # just pinned: its reference.yaml is not written yet
     monkeypatch.setattr("levin.reproduce._find_or_create_runs", lambda *_: folders)
-    monkeypatch.setattr("levin.runs.code.collect_code", dict)
+    monkeypatch.setattr("levin.runs.code.is_in_a_commit", lambda _: True)
     clean = provenance.collect_code_facts()
     monkeypatch.setattr(provenance, "collect_code_facts", lambda: {**clean, "git_dirty": False})
     (folders[0].parent / "verdict.json").unlink()

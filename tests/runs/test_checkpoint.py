@@ -185,6 +185,14 @@ def test_files_of_a_run_are_synced_to_disk(tmp_path, monkeypatch):
     assert {str(path) for path in expected} <= {re.sub(r"[0-9a-f]{8}(?=\.partial\.)", "*", path) for path in forced}
 
 
+def test_checkpoints_may_be_moved_and_linked(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    assert levin.load(run).algorithm.env_steps == levin.load(finished).algorithm.env_steps
+
+
 def test_evaluate_play_and_load_take_a_checkpoint(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)

@@ -8,6 +8,7 @@ import pytest
 
 from levin.config.compose import compose
 from levin.core import paths
+from levin.runs import code
 from levin.runs import folder as run_folder
 from processes import run_python
 
@@ -67,6 +68,14 @@ def test_a_users_modules_are_copied_and_compared(tmp_path):
     for command, words in (("evaluate", ("episodes=1",)), ("export", ("format=torch",))):
         said = levin(command, "run=run", *words, cwd=tmp_path)
         assert "code_helper.py has changed: numbers may differ from those of the run" in said
+
+
+def test_without_git_one_line_says_that_code_is_not_compared(monkeypatch):
+    monkeypatch.setattr(code, "run_git", lambda *_: "")
+    changed = code.collect_code()
+    assert len(changed) > 10  # all modules, as git names none
+    (line,) = code.describe_changes({}, changed, "0123456789")
+    assert line == "git does not answer, so that other code can't be compared with commit 01234567"
 
 
 @pytest.mark.parametrize("name", ["levin/envs/new.py", "experiments/idea/algorithm.py", "my_env.py"])

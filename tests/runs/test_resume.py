@@ -344,12 +344,13 @@ def test_another_commit_or_version_is_a_warning(finished, tmp_path, capsys):
     shutil.copytree(finished, run, symlinks=True)
     facts = json.loads((run / "provenance.json").read_text())
     (run / "provenance.json").write_text(
-        json.dumps({**facts, "git_sha": "0123abc", "versions": {**facts["versions"], "torch": "1.0"}})
+        json.dumps({**facts, "git_sha": "0123abc", "versions": {**facts["versions"], "torch": "1.0", "mujoco": None}})
     )
     resume.resume(run=str(run), total_env_steps=352)
     output = capsys.readouterr().err
     assert "git_sha was 0123abc" in output
     assert "torch was 1.0" in output
+    assert "mujoco" not in output
     assert saved_state(run)["levin"]["env_steps"] == 352
 
 

@@ -11,6 +11,7 @@ import pytest
 from levin.config.compose import compose
 from levin.core import files
 from levin.core.errors import ConfigError
+from levin.resume import find_runs
 from levin.runs import folder as run_folder
 from levin.runs.load import load_config
 from levin.scheduler.plan import open_sweep, planned_runs
@@ -74,6 +75,7 @@ def test_seeds_of_one_config_lie_beside_single_runs():
     assert open_and_close(configs(), None, beside_others=True) == first
     (plan,) = Path("runs/sac_pendulum").glob("sweep_*.json")
     assert planned_runs(plan) == first
+    assert find_runs(str(plan.rename(plan.with_name("my sweep.json")))) == first
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import shutil
 import signal
 import time
 
@@ -192,6 +193,55 @@ def test_failures_can_be_tolerated(folders):
     assert train_all(dict.fromkeys(folders, 10), fail, TWO, tolerated=(NOT_FINITE,))
     with pytest.raises(RunError, match="1 of 4 runs failed"):
         train(folders, fail)
+
+
+def test_a_folder_that_is_removed_costs_no_other_run(folders, capsys):
+    def lose(run):
+        if run == folders[0]:
+            shutil.rmtree(folders[0])
+            shutil.rmtree(folders[3])  # which waits
+            raise ConfigError("no such folder")
+        end(run)
+
+    with pytest.raises(RunError, match="2 of 4 runs failed; the others are complete"):
+        train(folders, lose)
+    said = capsys.readouterr().out
+    assert f"{folders[0]} failed: its output can't be read: No such file" in said
+    assert f"{folders[3]} can't be written: No such file" in said
+    assert all(run_folder.has_ended(run, 10) for run in folders[1:3])
+
+
+def test_a_run_that_gets_ctrl_c_itself_is_saved_and_a_second_ctrl_c_ends_it(folders):
+    """SLURM sends a signal to the command and to its runs."""
+    parent = os.getpid()
+
+    def wait(run):
+        received = []
+
+        def save_or_end(number, _):
+            received.append(number)
+            if received.count(signal.SIGINT) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            (run / "signal").touch()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, save_or_end)
+        if run == folders[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(parent, signal.SIGINT)
+            wait_until(lambda: signal.SIGTERM in received)
+            (run / "saved").touch()
+            os.kill(parent, signal.SIGINT)
+        time.sleep(60)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = time.monotonic()
+    try:
+        assert not train(folders, wait)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (folders[0] / "saved").exists()
+    assert time.monotonic() - begun < 50  # both were killed
 
 
 def test_ctrl_c_before_a_run_trains_is_no_failure(folders):

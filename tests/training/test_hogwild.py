@@ -125,6 +125,8 @@ def test_all_workers_share_one_network(tmp_path):
     train(compose(overrides), tmp_path / "run")
     state = saved_state(tmp_path / "run")["state_dict"]
     assert not torch.equal(state["theta"], build_algorithm(*overrides).theta)
+    local = torch.cat([value.flatten() for name, value in state.items() if name.split(".")[0] in ("actor", "critic")])
+    assert torch.equal(local, state["theta"])  # the policy has the shared parameters
     assert bool((state["mean_square"] > 0).any())
 
 

@@ -46,6 +46,44 @@ def test_the_gradients_of_every_group_are_zeroed():
     assert [each.grad.tolist() for each in (*flat, networks[2].weight)] == [[1.0], [1.0], [[1.0]]]
 
 
+class AddedFirst(PPO):
+    """PPO with an added network that has its own optimiser, and is among `self.parameters()`, too."""
+
+    def configure_optimizers(self):
+        self.predictor = nn.Linear(4, 1)
+        return [self.make_optimizer("adam", self.predictor.parameters(), 1e-3), super().configure_optimizers()]
+
+
+class AddedLast(PPO):
+    """PPO with an auxiliary loss on its actor that has its own optimiser."""
+
+    def configure_optimizers(self):
+        return [super().configure_optimizers(), Adam(self.actor.parameters())]
+
+
+@pytest.mark.parametrize("name", ["AddedFirst", "AddedLast"])
+def test_parameters_of_two_optimisers_are_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match="two optimisers have the same parameters"):
+        train(compose([*PPO_WORDS, of(name)]), tmp_path / "run")
+
+
+class OwnMemory(PPO):
+    """PPO whose policy keeps a state that is not part of the algorithm."""
+
+    def policy(self, *, deterministic=False):
+        policy = super().policy(deterministic=deterministic)
+        policy.register_buffer("window", torch.zeros(2, 4))
+        return policy
+
+
+@pytest.mark.parametrize("collector", ["vector", "torchrl", "torchrl-process"])
+def test_a_buffer_of_the_policy_that_is_not_saved_is_refused(collector, tmp_path):
+    with pytest.raises(
+        ConfigError, match="the policy of OwnMemory has a buffer window that checkpoints would not save"
+    ):
+        train(compose([*PPO_WORDS, of("OwnMemory"), f"collector={collector}"]), tmp_path / "run")
+
+
 class OwnStep(PPO):
     """PPO with the optimiser step of Lightning's documentation."""
 

@@ -115,6 +115,13 @@ def test_a_key_that_refers_to_a_searched_one_is_refused(spaces, monkeypatch):
         spaces("algo.actor_lr: {low: 1e-4, high: 1e-2, log: true}")
 
 
+def test_a_value_that_is_typed_is_not_searched(spaces):
+    spaces("algo.gamma: {low: 0.9, high: 0.99}\nalgo.tau: {low: 0.001, high: 0.01}")
+    assert list(read_space(["algo=sac", "env=pendulum", "algo.gamma=0.95"])) == ["algo.tau"]
+    with pytest.raises(ConfigError, match="leaves nothing to search"):
+        read_space(["algo=sac", "env=pendulum", "algo.gamma=0.95", "algo.tau=0.01"])
+
+
 def test_an_algorithm_without_a_space_says_where_to_write_one(spaces):
     with pytest.raises(ConfigError, match=r"algo=sac has no search space: write .*sac\.yaml"):
         read_space(["algo=sac", "env=pendulum"])

@@ -39,7 +39,7 @@ def make_loader(
         collector = make_workers_collector(name, env, algorithm, seed=seed, workers=workers)
     else:
         steps, random_env_steps = algorithm.steps_per_iteration, algorithm.random_env_steps
-        collector = make_collector(name, env, algorithm.policy(), steps=steps, random_env_steps=random_env_steps)
+        collector = make_collector(name, env, acting_policy(algorithm), steps=steps, random_env_steps=random_env_steps)
     return CollectorLoader(
         collector,
         env,
@@ -47,6 +47,22 @@ def make_loader(
         step_count=algorithm.step_count,
         collects=lambda: algorithm.collects,
     )
+
+
+def acting_policy(algorithm: Algorithm) -> TensorDictModule:
+    """Return an algorithm's policy that collects.
+
+    Raises:
+        ConfigError: It has a buffer that the algorithm has not, which would not be saved, nor moved to the GPU.
+    """
+    policy, saved = algorithm.policy(), {id(buffer) for buffer in algorithm.buffers()}
+    for name, buffer in policy.named_buffers():
+        if id(buffer) not in saved:
+            raise ConfigError(
+                f"the policy of {type(algorithm).__name__} has a buffer {name} that checkpoints would not save: make "
+                "its module an attribute of the algorithm, too"
+            )
+    return policy
 
 
 def make_batched_loader(env: SeededVectorEnv, algorithm: Algorithm) -> BatchedLoader:
@@ -63,7 +79,7 @@ def make_batched_loader(env: SeededVectorEnv, algorithm: Algorithm) -> BatchedLo
         )
     collector = BatchedCollector(
         env,
-        algorithm.policy(),
+        acting_policy(algorithm),
         steps=steps,
         random_env_steps=algorithm.random_env_steps,
         step_count=algorithm.step_count,
@@ -114,7 +130,7 @@ def make_workers_collector(
     Raises:
         ConfigError: The envs can't be divided among the workers, or the algorithm can't learn from such rollouts.
     """
-    policy = algorithm.policy()
+    policy = acting_policy(algorithm)
     for is_set, message in _unsupported_options(name, env, algorithm, policy, workers):
         if is_set:
             raise ConfigError(message)

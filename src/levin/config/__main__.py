@@ -1,6 +1,7 @@
-"""Print every value of a composed config and the file that sets it: `python -m levin.config algo=sac`."""
+"""Print every value of a composed config, the file that sets it, and its meaning: `python -m levin.config algo=sac`."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -25,32 +26,54 @@ from levin.core.paths import CONFIGS, EXPERIMENTS, ROOT, fork_files
 from levin.core.process import silence_libraries
 
 
-def value_origins(overrides: list[str]) -> dict[str, str]:
-    """Return the origin of each config value: dotted key -> YAML file or "command line"."""
-    overrides, typed = take_paths(with_search_path(add_pluses(overrides)))
-    parsed = parse_hydra_overrides(overrides)
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        from hydra.core.global_hydra import GlobalHydra
+def value_origins(overrides: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the origin and the meaning of config values, by dotted key.
 
-        loader = GlobalHydra.instance().config_loader()
-        assert isinstance(loader, ConfigLoaderImpl)
-        files = loader.compute_defaults_list("train", overrides, RunMode.RUN).defaults
-    origin = {}
-    for file in files:
-        candidates = [folder / f"{file.config_path}.yaml" for folder in (CONFIGS, *EXPERIMENTS.glob("*"))]
-        for path in filter(Path.exists, candidates):
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            values.pop("defaults", None)
-            prefix = f"{file.package}." if file.package and file.package != "_global_" else ""
-            origin |= dict.fromkeys(flat_keys(values, prefix), str(path.relative_to(ROOT)))
-    for override in parsed:
+    The origin is a YAML file or "command line", the meaning the comment behind the value in the last file that has one.
+    """
+    overrides, typed = take_paths(with_search_path(add_pluses(overrides)))
+    origin, meaning = {}, {}
+    for path, prefix in _composed_files(overrides):
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+        values.pop("defaults", None)
+        origin |= dict.fromkeys(flat_keys(values, prefix), str(path.relative_to(ROOT)))
+        meaning |= _comments(yaml.compose(text), text.splitlines(), prefix)
+    for override in parse_hydra_overrides(overrides):
         if override.key_or_group not in (*GROUPS, SEARCH_PATH):
             origin = {key: file for key, file in origin.items() if not key.startswith(f"{override.key_or_group}.")}
             origin[override.key_or_group] = "command line"
     origin |= dict.fromkeys(typed, "command line")
     if origin.get("name") != "command line":
         origin["name"] = "configs/algo, configs/env"
-    return origin
+    return origin, meaning
+
+
+def _composed_files(overrides: list[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the YAML files that Hydra composes, in their order, and the prefix of their keys: "" or such as "algo."."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        from hydra.core.global_hydra import GlobalHydra
+
+        loader = GlobalHydra.instance().config_loader()
+        assert isinstance(loader, ConfigLoaderImpl)
+        files = loader.compute_defaults_list("train", overrides, RunMode.RUN).defaults
+    for file in files:
+        prefix = f"{file.package}." if file.package and file.package != "_global_" else ""
+        for folder in (CONFIGS, *EXPERIMENTS.glob("*")):
+            if (path := folder / f"{file.config_path}.yaml").exists():
+                yield path, prefix
+
+
+def _comments(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str, str]:
+    """Return the comments behind the values of a YAML mapping, by dotted key."""
+    comments = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name, end = f"{prefix}{key.value}", value.end_mark
+        if isinstance(value, yaml.MappingNode) and not value.flow_style:
+            comments |= _comments(value, lines, f"{name}.")
+        elif (rest := lines[end.line][end.column :].strip() if end.line < len(lines) else "").startswith("#"):
+            comments[name] = rest.lstrip("# ")
+    return comments
 
 
 def origin_of(key: str, origins: dict[str, str]) -> str:
@@ -61,7 +84,7 @@ def origin_of(key: str, origins: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Print `key: value  # file` for every value of the composed config."""
+    """Print `key: value  # file: meaning` for every value of the composed config."""
     silence_libraries()
     with exit_on_user_error():
         overrides = sys.argv[1:]
@@ -71,12 +94,13 @@ def main() -> None:
         refuse_several_values(chosen)
         forks = {file.stem for file in fork_files()}
         check = any(each.key_or_group not in GROUPS or each.value() in forks for each in chosen)
-        config, origins = compose(overrides, check_values=check), value_origins(overrides)
-        rows = [(key, OmegaConf.select(config, key)) for key in flat_keys(to_plain(config))]
-        lines = [(f"{key}: {'null' if value is None else value}", origin_of(key, origins)) for key, value in rows]
-        width = max(len(line) for line, _ in lines)
-        for line, source in lines:
-            print(f"{line:<{width}}  # {source}")
+        config, (origins, meanings) = compose(overrides, check_values=check), value_origins(overrides)
+        values = {key: OmegaConf.select(config, key) for key in flat_keys(to_plain(config))}
+        lines = {key: f"{key}: {'null' if value is None else value}" for key, value in values.items()}
+        width = max(map(len, lines.values()))
+        for key, line in lines.items():
+            meaning = f": {meanings[key]}" if key in meanings else ""
+            print(f"{line:<{width}}  # {origin_of(key, origins)}{meaning}")
 
 
 if __name__ == "__main__":

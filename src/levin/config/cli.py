@@ -137,6 +137,11 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def keys_of(overrides: list[str]) -> list[str]:
+    """Return the config keys that overrides set: `["algo=ppo", "+env.kwargs.n=2"] -> ["algo", "env.kwargs.n"]`."""
+    return [override.lstrip("+").partition("=")[0] for override in overrides]
+
+
 def parse_hydra_overrides(overrides: list[str]) -> list[Override]:
     """Return Hydra's overrides of `key=value` arguments.
 

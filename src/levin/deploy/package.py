@@ -33,7 +33,7 @@ from levin.runs.load import load_config
 from levin.runs.policy import Policy
 
 NAMES = {"onnx": "policy.onnx", "torch": "policy.pt2"}
-TOLERANCE = 1e-5  # largest difference of an action from that of `levin.load`
+TOLERANCE = 1e-5  # largest difference of an action from that of `levin.load`, in units of `_scale`
 METADATA = "metadata.json"
 # Keys of the env's config that a caller must follow, and their values in configs of older runs.
 PREPROCESSING = {"frame_stack": 1, "action_repeat": 1, "observation_entries": None, "pixels": None}
@@ -51,8 +51,17 @@ class Recorder(NetworkInput):
         return super().__call__(observation)
 
 
-def package(run: Path, format: PolicyFormat, *, seed: int, steps: int) -> tuple[Path, dict[str, float]]:  # noqa: A002
+def package(
+    run: Path,
+    format: PolicyFormat,  # noqa: A002
+    *,
+    seed: int,
+    steps: int,
+    out: str | None = None,
+) -> tuple[Path, dict[str, float]]:
     """Write the policy of a run and its card, check it over an episode, and return its path and `compare`'s outcome.
+
+    The arguments are as in `levin.export.export_run`.
 
     Raises:
         ConfigError: A package is missing, or the policy can't be exported.
@@ -65,7 +74,7 @@ def package(run: Path, format: PolicyFormat, *, seed: int, steps: int) -> tuple[
             f"{run} has learned from the latent state of the world model in env.run={config.run}, which is not part of "
             "an exported file: act with levin.load instead"
         )
-    folder = paths.output_folder(source)
+    folder = paths.output_folder(source, out)
     reference, graph = Policy.load(run), PolicyGraph(Policy.load(run))
     metadata = describe(graph, reference, source)
     write, load = (write_onnx, load_onnx) if format == "onnx" else (write_torch, load_torch)
@@ -105,9 +114,11 @@ def describe(graph: PolicyGraph, policy: Policy, run: Path) -> dict[str, Any]:
 
 
 def _commit(run: Path) -> str | None:
-    """Return the commit that trained the policy of a run, or of a result, whose policy is that of its lowest seed."""
+    """Return the commits that trained the policy of a run, or the one of a result, whose policy has its lowest seed."""
     if not (run / REFERENCE).is_file():
-        return read_run(run).get("git_sha")
+        facts = read_run(run)
+        commits = [each["git_sha"] for each in (facts, *facts.get("resumed", ())) if each.get("git_sha")]
+        return ", ".join(dict.fromkeys(commits)) or None  # a run may have been resumed with other code
     facts = read_result(run)
     return facts["seeds"][min(facts["seeds"], key=int)].get("git_sha", facts["git_sha"]) if facts else None
 
@@ -209,8 +220,8 @@ def compare(function: Function, graph: PolicyGraph, reference: Policy, env: Any,
     in which differences by rounding may grow from step to step.
 
     Returns:
-        `largest_difference` of the action of one step; `own_memory_difference`, the same with its own memory; `steps`;
-        and `microseconds` and `reference_microseconds`, the median times of an action.
+        `largest_difference` of the action of one step, relative to `_scale`; `own_memory_difference`, the same with its
+        own memory; `steps`; and `microseconds` and `reference_microseconds`, the median times of an action.
     """
     env.read = recorder = Recorder(env.shown)
     env.to_env = np.asarray  # `levin.load` returns actions in the env's units
@@ -226,11 +237,12 @@ def compare(function: Function, graph: PolicyGraph, reference: Policy, env: Any,
         begun = perf_counter()
         actual, *own = function([*inputs, *own])
         times.append(perf_counter() - begun)
-        own_differences.append(_difference(actual, expected))
+        scale = _scale(reference, expected)
+        own_differences.append(_difference(actual, expected, scale))
         if graph.has_memory:
             actual, *_ = function([*inputs, *given])
             given = [reference.module.get_buffer(path).numpy().copy() for path in graph.memory_paths.values()]
-        differences.append(_difference(actual, expected))
+        differences.append(_difference(actual, expected, scale))
         first = np.zeros(env.num_envs, dtype=bool)
         _, _, terminated, truncated, _ = env.step(expected)
         done = bool((terminated | truncated).any())
@@ -243,5 +255,19 @@ def compare(function: Function, graph: PolicyGraph, reference: Policy, env: Any,
     }
 
 
-def _difference(actual: NDArray, expected: NDArray) -> float:
-    return float(np.abs(actual.astype(float) - expected).max())
+def _difference(actual: NDArray, expected: NDArray, scale: NDArray) -> float:
+    return float((np.abs(actual.astype(float) - expected) / scale).max())
+
+
+def _scale(policy: Policy, action: NDArray) -> NDArray:
+    """Return the scale of actions `[N, *A]`, at least 1, with which the rounding errors of float32 grow.
+
+    It is half the range of actions that are rescaled to their bounds, else their absolute value; 1 for discrete ones.
+    """
+    space = policy.env["action"]
+    if space["type"] != "box":
+        return np.ones(1)
+    scale = np.abs(action.astype(float))
+    if policy.env["action_units"] == "rescale":
+        scale = (np.array(space["high"]) - np.array(space["low"])).reshape(space["shape"]) / 2
+    return np.maximum(scale, 1)

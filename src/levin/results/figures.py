@@ -208,7 +208,11 @@ def describe_missing(results: list[Result]) -> str:
     reasons = []
     for name in sorted(classes - shown):
         own = [result for result in results if result.algorithm == name]
-        why = "no published number" if any(each.evaluations for each in own) else "not run" if own else "no result"
+        trained = [result for result in own if result.evaluations]
+        if any(result.reference.published for result in trained):
+            why = "fewer than two seeds"
+        else:
+            why = "no published number" if trained else "not run" if own else "no result"
         reasons.append(f"{name} ({why})")
     left_out = sum(1 for each in results if each.algorithm in shown and not _is_comparable(each))
     if left_out:

@@ -24,8 +24,8 @@ from levin.results.result import (
     score_seeds,
     score_source,
 )
+from levin.runs import code, provenance
 from levin.runs import folder as run_folder
-from levin.runs import provenance
 from levin.runs.load import export_policy, load_config
 
 # Facts of provenance.json that, with the CPU vendor, must be equal for runs to give identical numbers. `versions` are
@@ -166,12 +166,25 @@ def _provenance_differences(before: dict[str, Any], now: dict[str, Any], *, gpu:
         differences.append("GPU")  # even the same GPU: its sums have no fixed order
     relevant = {*COMPARED_FACTS, "processor", *(["gpus"] if gpu else [])}
     differences += [f"{key} of the stored sessions" for key in before.get("mixed", ()) if key in relevant]
-    return differences + [key for key in COMPARED_FACTS if _fact(before, key) != _fact(now, key)]
+    return differences + _different_facts(before, now, COMPARED_FACTS)
 
 
-def _fact(facts: dict[str, Any], key: str) -> Any:
-    """Return a fact of provenance.json; of the versions those of other packages, for Levin's code has a commit."""
-    return {k: v for k, v in facts[key].items() if k != "levin"} if key == "versions" else facts[key]
+def _different_facts(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return which of these facts of provenance.json differ; versions with the packages, such as `versions (torch)`.
+
+    Levin's own version is not compared, as its code has a commit, nor are packages that only one side has installed.
+    """
+    differences = []
+    for key in keys:
+        if key != "versions":
+            differences += [key] if before[key] != now[key] else []
+            continue
+        installed = [
+            {name: each for name, each in facts[key].items() if each and name != "levin"} for facts in (before, now)
+        ]
+        names = [name for name in installed[0].keys() & installed[1].keys() if installed[0][name] != installed[1][name]]
+        differences += [f"{key} ({', '.join(sorted(names))})"] if names else []
+    return differences
 
 
 def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
@@ -184,7 +197,7 @@ def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
     kept = [int(seed) for seed in before.get("seeds", {}) if int(seed) not in seeds]
     if kept:
         here = {"python": platform.python_version(), **provenance.collect_code_facts()}
-        differences = [key for key in SOFTWARE_FACTS if _fact(before, key) != _fact(here, key)]
+        differences = _different_facts(before, here, SOFTWARE_FACTS)
         if before["files"][CONFIG] != file_fingerprints(folder)[CONFIG]:
             differences.append(CONFIG)
         if differences:
@@ -197,8 +210,11 @@ def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:
 
 
 def refuse_uncommitted(names: Collection[str]) -> None:
-    """Raise a ConfigError if a run that is to be stored has imported files that are in no commit of this repository."""
-    if names:
+    """Raise a ConfigError if runs that are to be stored have imported files that are in no commit of this repository.
+
+    The script that has begun the runs may be in no commit.
+    """
+    if names := {name for name in names if not name.startswith(code.SCRIPT)}:
         raise ConfigError(
             f"store=true needs runs of committed code, but {', '.join(sorted(names))} is in no commit of this "
             "repository: commit it, or install its package without -e, and run again"
@@ -245,7 +261,7 @@ def _write_result(folder: Path, runs: dict[int, Path], kept: Sequence[int], fact
         (folder / ANIMATION).unlink(missing_ok=True)  # shows the policy of before; scripts/agents.py draws it
     dropped = ("date", "resumed", "env_steps", "wall_seconds", "command", "git_dirty", "code")
     first, sessions = next(iter(facts.values())), [*([before] if kept else []), *_all_sessions(facts.values())]
-    mixed = {key for key in SHARED_FACTS if any(_fact(session, key) != _fact(first, key) for session in sessions)}
+    mixed = {key for key in SHARED_FACTS if any(_different_facts(session, first, [key]) for session in sessions)}
     mixed |= set(before.get("mixed", ()) if kept else ())
     own_facts = ("git_sha", *sorted(mixed))
     seeds = {seed: {key: before[key] for key in own_facts} | before["seeds"][str(seed)] for seed in kept}

@@ -111,6 +111,8 @@ def describe_changes(before: dict[str, str], code: dict[str, bytes], commit: str
     lines = [f"{name} has changed" for name in now if now[name] != before[name]]
     lines += [f"{name} is gone" for name in before if name not in local and not name.startswith(SCRIPT)]
     others = [name for name in code if name not in before]
+    if others and commit and not (_inherited or run_git("rev-parse", "HEAD")):
+        return [*lines, f"git does not answer, so that other code can't be compared with commit {commit[:8]}"]
     return lines + [f"{name} is new, or has changed since commit {commit[:8] or 'unknown'}" for name in others]
 
 
@@ -164,6 +166,11 @@ def _is_installed(file: str) -> bool:
         return True
     path = Path(file).resolve()
     return bool({"site-packages", "dist-packages"} & set(path.parts)) or path.is_relative_to(standard.resolve())
+
+
+def is_in_a_commit(path: Path) -> bool:
+    """Return whether a file belongs to an installed package, or is equal to the commit of this process."""
+    return _is_installed(str(path)) or str(path.resolve()) in _committed_files()
 
 
 def _committed_files() -> set[str]:

@@ -293,14 +293,19 @@ def find_folders(runs: str) -> tuple[list[Path], set[Path], list[str]]:
     """
     if not runs:
         raise ConfigError("runs is missing: set runs=<run folders> (with make: RUNS=<run folders>)")
-    whole = os.path.exists(runs) or glob.glob(runs)  # a folder may have a space or a bracket in its name
+    whole = os.path.exists(runs) or _glob(runs)  # a folder may have a space or a bracket in its name
     patterns = [runs] if whole else runs.split()
     named = {Path(each) for each in patterns if os.path.exists(each)}
-    found = {each: [each] if Path(each) in named else glob.glob(each) for each in patterns}
+    found = {each: [each] if Path(each) in named else _glob(each) for each in patterns}
     folders = sorted({Path(match) for matches in found.values() for match in matches if Path(match).is_dir()})
     if not folders:
         raise ConfigError(f"runs={runs} matches no folder")
     return folders, named, [f"{each} matches nothing" for each, matches in found.items() if not matches]
+
+
+def _glob(pattern: str) -> list[str]:
+    """Return the paths that match, with brackets as a choice of characters or, if nothing matches, as themselves."""
+    return glob.glob(pattern) or glob.glob(pattern.replace("[", "[[]"))
 
 
 @contextmanager

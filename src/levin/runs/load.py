@@ -54,6 +54,10 @@ def load_config(run: Path, *, code_sections: tuple[str, ...] = trust.SECTIONS) -
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {one_line(error)}") from error
     trust.check(config, code_sections, path)
+    world_model = str(config.env.get("run") or "")
+    if world_model and not Path(world_model).exists():  # the runs were moved, or the command is typed elsewhere
+        moved = (folder / world_model for folder in run.absolute().parents)
+        config.env.run = next((str(found) for found in moved if found.exists()), world_model)
     return config
 
 
@@ -99,7 +103,7 @@ def load_algorithm(run: Path) -> "Algorithm":
         path, config = run / POLICY, _config_with_code(run)
     else:
         path = checkpoint.newest_checkpoint(run)
-        config = _config_with_code(path.resolve().parents[2])
+        config = _config_with_code(checkpoint.run_of(path.absolute()))
     kind = algorithm_class(config)
     saved = files.load(path)
     try:

@@ -78,7 +78,7 @@ def check(config: DictConfig, sections: tuple[str, ...], where: Path) -> None:
     """
     for code in foreign_code(config, sections):
         if not is_accepted(code):
-            if re.search(r"[:.]", code.name) and _origin(code.module) is None:
+            if re.search(r"[:.]", code.name) and origin(code.module) is None:
                 raise ConfigError(
                     f"{where} names {code.key}={code.name}, but Python does not find the module {code.module}: "
                     "run the command in the folder that holds it, or install it"
@@ -107,7 +107,7 @@ def record_code(code: Code) -> None:
     path = _record_path(code)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        files.save_json({**asdict(code), "imported_from": _origin(code.module)}, path.parent, path.name)
+        files.save_json({**asdict(code), "imported_from": origin(code.module)}, path.parent, path.name)
     except OSError as error:
         UNRECORDED.add(path)
         print(
@@ -166,14 +166,14 @@ def _is_fork(target: str) -> bool:
     match = FORK.fullmatch(target)
     if match is None or not run_git("ls-files", "--", f"{paths.EXPERIMENTS}/{match[1]}/algorithm.py"):
         return False
-    return _origin("experiments") == str(paths.EXPERIMENTS)  # not another package of this name
+    return origin("experiments") == str(paths.EXPERIMENTS)  # not another package of this name
 
 
 def _record_path(code: Code) -> Path:
     """Return the path of the file that exists if a run with this code was begun here."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     checkout = hashlib.sha256(str(paths.ROOT).encode()).hexdigest()[:16]
-    text = json.dumps([code.key, code.content, [_origin(module) for module in _modules(code)]])
+    text = json.dumps([code.key, code.content, [origin(module) for module in _modules(code)]])
     return state / "levin" / checkout / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
@@ -196,7 +196,7 @@ def _top_level(name: str) -> str:
     return re.split(r"[.:]", name)[0]
 
 
-def _origin(module: str) -> str | None:
+def origin(module: str) -> str | None:
     """Return the file or the first folder that a top-level module would be imported from, without importing it."""
     paths.make_forks_importable()
     try:

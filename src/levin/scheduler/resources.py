@@ -55,7 +55,12 @@ def prepare_cores(threads: int | None, jobs: int | None) -> None:
 
 
 def _count_gpus() -> int:
-    """Return the number of GPUs, without using one: a process that has used a GPU can't be copied."""
+    """Return the number of GPUs, counted in another process: one that has used a GPU can't be copied.
+
+    Without NVML, and with a slice of a GPU (MIG), torch counts them by using them.
+    """
     import torch
 
-    return torch.cuda.device_count()
+    if not (pid := os.fork()):
+        os._exit(min(torch.cuda.device_count(), 255))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -52,7 +52,10 @@ class Ended:
     @property
     def last_line(self) -> str:
         """Last line of the run's output."""
-        lines = (self.run / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        try:
+            lines = (self.run / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError as error:  # such as that of a folder which the user has removed
+            return f"its output can't be read: {error.strerror}"
         return lines[-1].removeprefix("levin: ") if lines else "no output"
 
     @property
@@ -175,11 +178,13 @@ class Scheduler:
         os.kill(self._pids[run], signal.SIGTERM)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        # The runs of a SLURM job have received the signal, too, and would take another SIGINT for a second Ctrl-C.
+        sent = number if number != signal.SIGINT else signal.SIGTERM if self.received != number else signal.SIGKILL
         self.received = signal.Signals(number)
         if number == signal.SIGHUP:
             close_terminal()
         for pid in self._pids.values():
-            os.kill(pid, number)  # a second Ctrl-C ends a run without saving
+            os.kill(pid, sent)
         again = "; press Ctrl-C again to end them without saving" if number == signal.SIGINT else ""
         with suppress(OSError):  # stderr may be closed: the same Ctrl-C ends a `| tee`
             os.write(2, f"levin: {self.received.name}: the runs will be saved and end{again}\n".encode())
@@ -230,13 +235,12 @@ def train_all(
             for run in unfinished(states):
                 if not scheduler.has_room:
                     break
-                if run_folder.is_locked(run):  # another process trains it, or saves it after the end of its command
-                    states[run] = "elsewhere"
-                elif run_folder.has_ended(run, runs[run]):
-                    states[run] = "complete"
-                else:
-                    scheduler.start(run)
-                    states[run] = "running"
+                try:
+                    states[run] = _start_if_needed(run, runs[run], scheduler)
+                except OSError as error:  # the folder is gone, or belongs to another user
+                    states[run] = "failed"
+                    failures.append(f"{run} can't be written: {error.strerror}")
+                    table.print(f"levin: {failures[-1]}")
             for ended in scheduler.poll():
                 # A run that has not begun to train when a signal arrives ends at once.
                 stopped = scheduler.received is not None and (ended.code < 0 or ended.code == INTERRUPTED)
@@ -259,6 +263,16 @@ def train_all(
         more = f"; the others are {others}" if len(runs) > len(failures) else ""
         raise RunError(f"{len(failures)} of {len(runs)} runs failed{more}: {failures[0]}")
     return all(state in ("complete", "failed") for state in states.values())
+
+
+def _start_if_needed(run: Path, total_env_steps: int, scheduler: Scheduler) -> State:
+    """Start a run that is not complete and that no other process trains; return its state."""
+    if run_folder.is_locked(run):  # another process trains it, or saves it after the end of its command
+        return "elsewhere"
+    if run_folder.has_ended(run, total_env_steps):
+        return "complete"
+    scheduler.start(run)
+    return "running"
 
 
 def count_states(states: Mapping[Path, State]) -> str:

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import WandbLogger
@@ -51,17 +52,20 @@ class Checkpointing(Checkpoint):
         self._extra: dict[str, Any] = {}  # of the checkpoint that is continued
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        extra = self.extra_state = ExtraState(cast(Algorithm, pl_module), trainer)
-        if self.evaluation.is_due_at_start(cast(Algorithm, pl_module)):
+        algorithm, loader = cast(Algorithm, pl_module), cast(CollectorLoader, trainer.train_dataloader)
+        extra = self.extra_state = ExtraState(algorithm, trainer)
+        if self.evaluation.is_due_at_start(algorithm):
             with suppress(CheckpointError):  # attributes may be missing that `on_train_start` of the algorithm makes
                 extra.restore(self._extra)
 
         def restore() -> None:
             extra.note_initial_values()
             extra.restore(self._extra)
+            if self._extra and algorithm.buffer is not None:  # attributes of a user's buffer are restored only now
+                algorithm.buffer.restart(torch.as_tensor(loader.not_replayed))
             self._extra = {}
 
-        cast(CollectorLoader, trainer.train_dataloader).before_first = restore
+        loader.before_first = restore
         self.folder = distributed.broadcast_object(self.folder)
         plugin = trainer.strategy.checkpoint_io
         assert isinstance(plugin, FolderCheckpointIO)
@@ -69,14 +73,14 @@ class Checkpointing(Checkpoint):
         if trainer.is_global_zero:
             files.subfolder(self.folder.parent, self.folder.name)
             checkpoint.remove_partial(self.folder)
-        self.clock.periods = cast(Algorithm, pl_module).clock // self.clock.every
+        self.clock.periods = algorithm.clock // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
         for callback in self.evaluation.others:
             _check_loadable(callback.state_key, callback.state_dict())
         # After all other hooks and with the restored generators: as if the run had not been interrupted.
-        self.evaluation.begin(trainer, cast(Algorithm, pl_module))
-        self._rank(cast(Algorithm, pl_module))
+        self.evaluation.begin(trainer, algorithm)
+        self._rank(algorithm)
         if trainer.is_global_zero:
             self._prune()
 

@@ -11,11 +11,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Timer
+from torch import nn
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed
-from levin.core.errors import NotFiniteError, RunError
+from levin.core.errors import ConfigError, NotFiniteError, RunError
 from levin.core.process import SIGNALS, close_terminal, handle_signals, restore_signals
 from levin.nn.parameters import FlatParameter
 from levin.training.hooks import check_schedulers
@@ -110,6 +111,7 @@ class FiniteGuard(Callback):
         check_schedulers(trainer, cast(Algorithm, pl_module))
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.stepped = [parameter for group in groups for parameter in group["params"]]
+        _check_flat_parameters(self.stepped, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -133,3 +135,19 @@ class FiniteGuard(Callback):
             bad += [f"the gradient of {module}" for module in modules]
             when = f"after {algorithm.env_steps} env steps and {algorithm.updates} updates"
             raise NotFiniteError(f"not finite {when}: {', '.join(bad)}")
+
+
+def _check_flat_parameters(stepped: list[nn.Parameter], module: nn.Module) -> None:
+    """Raise a ConfigError if a vector of parameters shares some with another optimiser.
+
+    Then these parameters are no views of the vector, or their gradients are none of its gradient after the other
+    optimiser's step, and one of the two trains nothing.
+    """
+    used = {each.untyped_storage().data_ptr() for each in module.parameters()}
+    places = [each.untyped_storage().data_ptr() for each in stepped]
+    for parameter, place in zip(stepped, places, strict=True):
+        if isinstance(parameter, FlatParameter) and (place not in used or places.count(place) > 1):
+            raise ConfigError(
+                "two optimisers have the same parameters, so that one of them would train nothing: self.parameters() "
+                "in configure_optimizers are all parameters, those of added networks, too"
+            )

@@ -33,11 +33,10 @@ def record_video(
     episodes: PositiveInt = 1,
     seed: NonNegativeInt = 1,
     steps: PositiveInt = 10_000,
+    out: str | None = None,
     trust: bool = False,
 ) -> list[Path]:
     """Record episodes as `videos/<clock>_<episode>.mp4`, one frame per step, and return the paths.
-
-    The videos of a result in experiments/ are written into `runs/results/<name>/`.
 
     World Models also writes `..._dream.mp4`: the episode beside a dream that starts from the same observation.
 
@@ -46,13 +45,15 @@ def record_video(
         episodes: Number of episodes.
         seed: Seed of the env.
         steps: Maximum number of steps of an episode. The video of a longer one ends there.
+        out: Folder that gets the folder `videos`; None: the run folder, and for a result in experiments/
+            `runs/results/<name>/`.
         trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Raises:
         ConfigError: The env can't be rendered here.
     """
     policy, env = load_policy_and_env(run, seed, trust)
-    folder = paths.output_folder(checkpoint.run_of(Path(run)))
+    folder = paths.output_folder(checkpoint.run_of(Path(run)), out)
     videos: list[Path] = []
     for episode in range(episodes):
         name, observations = f"{policy.algorithm.clock}_{episode}", []

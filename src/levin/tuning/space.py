@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from yaml import YAMLError
 
+from levin.config import cli
 from levin.config.compose import chosen_algo_and_env, compose
 from levin.core import paths
 from levin.core.errors import ConfigError
@@ -58,6 +59,8 @@ class Choices(pydantic.BaseModel, extra="forbid"):
 def read_space(overrides: list[str]) -> dict[str, BaseDistribution]:
     """Return the search space of the algorithm and env that these overrides choose, by config key.
 
+    Keys that the overrides set are not searched.
+
     Values of categorical distributions are texts, as on the command line.
 
     Raises:
@@ -77,11 +80,13 @@ def read_space(overrides: list[str]) -> dict[str, BaseDistribution]:
         lines |= {str(key): (file, content) for key, content in _read(file).items()}
     parts: dict[str, Range | Choices] = {}
     for key, (file, content) in lines.items():
-        if content is not None:
+        if content is not None and key not in cli.keys_of(overrides):
             with _named(file):
                 parts[key] = _read_part(key, content)
     if not parts:
-        raise ConfigError(f"{files[-1].relative_to(paths.ROOT)} leaves nothing to search")
+        raise ConfigError(
+            f"{files[-1].relative_to(paths.ROOT)} leaves nothing to search beside the values that are typed"
+        )
     together = _compose_together({key: part.texts for key, part in parts.items()}, overrides)
     space = {}
     for key, part in parts.items():
