@@ -148,12 +148,10 @@ def environment_changes(run: Path) -> list[str]:
         {**session, **session["versions"]}
         for session in ([facts, *facts["resumed"]][-1], provenance.collect_provenance())
     )
-    # A package that only one session had installed is not one that the run uses.
-    packages = [name for name in before["versions"] if before[name] and now.get(name)]
+    changed = [key for key in COMPARED_FACTS if before.get(key) != now.get(key)]
     return [
         f"{key} was {before.get(key)} and is {now.get(key)} now: numbers may differ from those of an uninterrupted run"
-        for key in (*COMPARED_FACTS, *packages)
-        if before.get(key) != now.get(key)
+        for key in (*changed, *provenance.changed_packages(before["versions"], now["versions"]))
     ]
 
 

@@ -66,7 +66,7 @@ class Tuning:
         """
         from levin.scheduler.scheduler import Scheduler
         from levin.scheduler.table import Table
-        from levin.tuning.study import Trials
+        from levin.tuning.trials import Trials
 
         steps = f"{self.base.total_env_steps:,} env steps each"
         print_line(f"{self.folder}: {self.trials} trials of {self.seeds_per_trial} runs, {steps}")
@@ -101,7 +101,8 @@ class Tuning:
         import optuna
 
         from levin.tuning import winner as tuned
-        from levin.tuning.study import BASE, TUNED, best_trials, last_return, trial_folder
+        from levin.tuning.study import BASE, TUNED, best_trials
+        from levin.tuning.trials import last_return, trial_folder
 
         fresh = range(self.seeds_per_trial, self.seeds_per_trial + self.retrain)
         best = {f"trial {trial.number}": trial for trial in best_trials(self.study, BEST)}

@@ -15,15 +15,8 @@ from levin.collectors.torchrl import to_torchrl
 from levin.collectors.uniform import random_return
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, RunError
-from levin.core.spaces import (
-    ACTION_MASK,
-    VECTOR,
-    NetworkInput,
-    describe_space,
-    forbids_all,
-    mark_mask,
-    random_allowed_actions,
-)
+from levin.core.network_input import NetworkInput
+from levin.core.spaces import ACTION_MASK, VECTOR, describe_space, forbids_all, mark_mask, random_allowed_actions
 from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 from levin.nn.distributions import Categorical, MultiCategorical

@@ -27,7 +27,8 @@ from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.data.replay import FrameReplay
 from levin.envs.config import EnvConfig
-from levin.envs.factory import make_env, make_single_env
+from levin.envs.factory import make_env
+from levin.envs.single import make_single_env
 from levin.nn.distributions import Categorical, MultiCategorical, OneHot
 from levin.nn.exploration import EpsilonGreedy, GaussianNoise, NoisyPolicy, OrnsteinUhlenbeckNoise
 from levin.training.session import build_run, train

@@ -24,7 +24,8 @@ from levin.collectors.episodes import step_count
 from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
-from levin.core.spaces import NetworkInput, describe_action, describe_space
+from levin.core.network_input import NetworkInput
+from levin.core.spaces import describe_action, describe_space
 from levin.data import returns
 from levin.data.rollout import WholeEpisodes
 from levin.envs.config import EnvConfig

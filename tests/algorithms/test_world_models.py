@@ -28,7 +28,8 @@ from levin.data.sequences import LATENT
 from levin.deploy.package import package
 from levin.envs import dodge
 from levin.envs.config import EVALUATION, EnvConfig
-from levin.envs.factory import load_env, make_env, make_single_env
+from levin.envs.factory import load_env, make_env
+from levin.envs.single import make_single_env
 from levin.evaluate import evaluate_run
 from levin.model_based.dream_env import DreamEnv, LatentEnv
 from levin.training.session import build_run, train

@@ -18,14 +18,8 @@ from levin.collectors.vector import VectorCollector
 from levin.config.compose import compose
 from levin.core import rng
 from levin.core.errors import ConfigError, NotFiniteError
-from levin.core.spaces import (
-    IS_FIRST,
-    NetworkInput,
-    action_converter,
-    describe_action,
-    describe_space,
-    tensor_action_converter,
-)
+from levin.core.network_input import NetworkInput
+from levin.core.spaces import IS_FIRST, action_converter, describe_action, describe_space, tensor_action_converter
 from levin.envs.config import EVALUATION, EnvConfig
 from levin.envs.factory import make_env
 from levin.training.session import build_run, train

@@ -166,7 +166,7 @@ def test_statistics_of_episodes_of_length_3_and_7():
     reward[1] = 2
     returns, lengths = [], []
     for start in range(0, 42, 4):  # rollouts shorter than an episode
-        got = statistics.update(reward[:, start : start + 4], done[:, start : start + 4])
+        got = statistics.update(reward[:, start : start + 4], done[:, start : start + 4], np.arange(2))
         returns, lengths = returns + got[0], lengths + got[1]
     assert sorted(lengths) == [3] * 14 + [7] * 6
     assert sorted(returns) == [3.0] * 14 + [14.0] * 6

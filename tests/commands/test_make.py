@@ -187,7 +187,7 @@ def test_the_config_of_a_run_names_the_extra_of_its_env(command, checkout):
     for extra in extras:
         (checkout / ".venv" / f".{extra}").unlink()
     run = checkout / "it's a $(touch pwned) run"
-    run.mkdir()
+    (run / "checkpoints" / "best").mkdir(parents=True)
     cases = {
         "  family: gymnasium\n  id: Pendulum-v1\n": None,
         "  family: gymnasium\n  id: HalfCheetah-v4\n": "mujoco",
@@ -197,8 +197,9 @@ def test_the_config_of_a_run_names_the_extra_of_its_env(command, checkout):
     }
     for text, needed in cases.items():
         (run / "config.yaml").write_text(f"env:\n{text}")
-        output = run_make(checkout, "--dry-run", command, f"RUN={run}").stdout
-        assert [each for each in extras if f"[{each}]" in output] == ([needed] if needed else [])
+        for path in (run, run / "checkpoints" / "best"):
+            output = run_make(checkout, "--dry-run", command, f"RUN={path}").stdout
+            assert [each for each in extras if f"[{each}]" in output] == ([needed] if needed else [])
     assert not (checkout / "pwned").exists()
 
 
@@ -338,3 +339,36 @@ def test_a_venv_that_could_not_be_made_is_made_again(fresh):
         answer = run_make(fresh, ".venv/.core", f"PYTHON={python}")
         assert answer.returncode == 2
         assert "-m venv .venv" in answer.stderr
+
+
+@pytest.fixture
+def installable(fresh):
+    """Create a checkout whose python writes to `calls` what it is to install, in half a second."""
+    (fresh / "checkout/.venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        (fresh / name).rename(fresh / "checkout" / name)
+    for name in ("python", "pip"):
+        path = fresh / "checkout/.venv/bin" / name
+        path.write_text(f'#!/bin/sh\nsleep 0.5\necho "$@" >> "{fresh}/calls"\n')
+        path.chmod(0o755)
+    return fresh / "checkout"
+
+
+def test_a_venv_that_was_moved_with_its_folder_is_installed_again(installable):
+    calls = installable.parent / "calls"
+    for folder in ("checkout", "my other checkout"):
+        moved = installable.rename(installable.with_name(folder))
+        for _ in range(2):
+            assert run_make(moved, ".venv/.dev").returncode == 0
+        lines = calls.read_text().splitlines()
+        assert [line.rpartition("--editable ")[2] for line in lines] == [".", ".[dev]"]
+        calls.unlink()
+        installable = moved
+
+
+def test_commands_side_by_side_install_once(installable):
+    command = ["make", ".venv/.dev"]
+    processes = [subprocess.Popen(command, cwd=installable, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    lines = (installable.parent / "calls").read_text().splitlines()
+    assert [line.rpartition("--editable ")[2] for line in lines] == [".", ".[dev]"]

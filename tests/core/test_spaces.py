@@ -15,9 +15,11 @@ from checks import same, saved_state
 from levin.collectors.factory import make_collector
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
-from levin.core.spaces import NetworkInput, action_converter, describe_action, describe_space, to_gym
+from levin.core.network_input import NetworkInput
+from levin.core.spaces import action_converter, describe_action, describe_space, to_gym
 from levin.envs.config import EnvConfig
-from levin.envs.factory import make_env, make_single_env
+from levin.envs.factory import make_env
+from levin.envs.single import make_single_env
 from levin.nn.distributions import MultiCategorical
 from levin.training.session import build_run, train
 from short_runs import SMALL, check_resumed_run_is_identical

@@ -17,7 +17,8 @@ from levin.core import paths
 from levin.core.errors import ConfigError
 from levin.core.omega import to_plain
 from levin.envs.config import EVALUATION, TRAINING, EnvConfig
-from levin.envs.factory import describe_env, make_env, make_single_env
+from levin.envs.factory import describe_env, make_env
+from levin.envs.single import make_single_env
 from levin.envs.sync import SyncEnvs
 from levin.envs.vector import episode_seed
 from levin.nn.normalizers import ObservationNormalizer, RewardNormalizer

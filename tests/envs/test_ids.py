@@ -11,7 +11,8 @@ from gymnasium.wrappers import NormalizeObservation, NormalizeReward, TransformR
 
 from levin.core.errors import ConfigError
 from levin.envs.config import EnvConfig
-from levin.envs.factory import NEWEST_PYTHON, make_env, make_single_env
+from levin.envs.factory import NEWEST_PYTHON, make_env
+from levin.envs.single import make_single_env
 from toy_envs import Point
 
 

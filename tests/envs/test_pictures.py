@@ -11,7 +11,7 @@ from checks import saved_state
 from levin.algorithms.ppo import PPO
 from levin.config.compose import compose
 from levin.core.errors import ConfigError
-from levin.core.spaces import NetworkInput
+from levin.core.network_input import NetworkInput
 from levin.nn.encoders import NatureCNN, SmallCNN
 from levin.runs.load import load_algorithm
 from levin.training.session import train

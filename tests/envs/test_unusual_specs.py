@@ -14,7 +14,8 @@ from torchrl.data import Binary, Categorical, Composite, MultiCategorical, Multi
 from levin.collectors.torchrl import to_torchrl
 from levin.collectors.uniform import Uniform
 from levin.core.errors import ConfigError
-from levin.core.spaces import NetworkInput, describe_action, describe_space, tensor_action_converter
+from levin.core.network_input import NetworkInput
+from levin.core.spaces import describe_action, describe_space, tensor_action_converter
 from levin.envs.config import TRAINING, EnvConfig
 from levin.envs.factory import make_env
 from levin.envs.sync import WATCH_EVERY, SyncEnvs, episode_numbers

@@ -23,7 +23,8 @@ from levin.scheduler.scheduler import Scheduler
 from levin.scheduler.table import Table
 from levin.tuning.pictures import draw_history, importance_table, trials_table
 from levin.tuning.sampler import TrialSampler
-from levin.tuning.study import Trials, best_trials, load_study, open_study, trial_folder, with_values
+from levin.tuning.study import best_trials, load_study, open_study, with_values
+from levin.tuning.trials import Trials, trial_folder
 from processes import run_python, start_python
 
 SPACE = {"algo.gamma": FloatDistribution(0.1, 0.9), "algo.tau": FloatDistribution(0.1, 0.9)}
@@ -35,7 +36,7 @@ BASE = compose([*WORDS])
 def _quick_polls():
     """Look at the processes every 10 ms, since runs take milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("levin.scheduler.scheduler", "levin.tuning.study"):
+        for module in ("levin.scheduler.scheduler", "levin.tuning.trials"):
             patch.setattr(f"{module}.SECONDS", 0.01)
         yield
 

@@ -17,7 +17,8 @@ from levin.collectors.factory import make_collector
 from levin.core.process import keep_freed_memory, silence_libraries
 from levin.core.spaces import random_actions
 from levin.envs.config import EnvConfig
-from levin.envs.factory import describe_env, make_env, make_single_env
+from levin.envs.factory import describe_env, make_env
+from levin.envs.single import make_single_env
 from levin.nn.layers import mlp
 
 STEPS = 256  # vector steps per rollout

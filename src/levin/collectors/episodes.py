@@ -28,19 +28,17 @@ class EpisodeStatistics:
         self.open_return = np.zeros(num_envs)
         self.open_length = np.zeros(num_envs, dtype=np.int64)
 
-    def update(
-        self, reward: np.ndarray, done: np.ndarray, envs: np.ndarray | None = None
-    ) -> tuple[list[float], list[int]]:
+    def update(self, reward: np.ndarray, done: np.ndarray, envs: np.ndarray) -> tuple[list[float], list[int]]:
         """Add the rewards of a rollout; return the returns and the lengths of the episodes that ended, in time order.
 
         Args:
             reward: Rewards `[n, T]`.
             done: End flags `[n, T]`.
-            envs: Numbers of the n envs `[n]`; None: all envs, in order.
+            envs: Numbers of the n envs `[n]`.
         """
         ended = []
         totals = np.cumsum(reward, axis=1, dtype=np.float64)
-        for row, i in enumerate(range(len(reward)) if envs is None else envs):
+        for row, i in enumerate(envs):
             start, before = 0, 0.0  # first step of the open episode in this rollout, and the rewards before it
             for end in np.flatnonzero(done[row]):
                 length = self.open_length[i] + end + 1 - start

@@ -167,7 +167,7 @@ class CollectorLoader:
         self.statistics.open_return = np.array(state_dict["open_return"])
         self.statistics.open_length = np.array(state_dict["open_length"])
         self.returns, self.lengths = list(state_dict["returns"]), list(state_dict["lengths"])
-        self.lags = list(state_dict.get("lags", []))  # older checkpoints have no lags
+        self.lags = list(state_dict["lags"])
         self.numbers = {str(name): list(values) for name, values in state_dict.get("numbers", {}).items()}
         if isinstance(self.collector, VectorCollector):
             self.not_replayed = self.collector.not_replayed

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from levin.core.errors import ConfigError
-from levin.core.spaces import IS_FIRST, Space, leaves, select_part, tensor_action_converter
+from levin.core.network_input import select_part
+from levin.core.spaces import IS_FIRST, Space, leaves, tensor_action_converter
 from levin.data.rollout import act
 from levin.runs.policy import Policy
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from levin.core import files, paths
 from levin.core.errors import ConfigError, RunError, one_line
+from levin.core.network_input import NetworkInput
 from levin.core.omega import to_plain
-from levin.core.spaces import NetworkInput
 from levin.core.types import PolicyFormat
 from levin.deploy.card import write_card
 from levin.deploy.graph import PolicyGraph

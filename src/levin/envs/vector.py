@@ -13,9 +13,9 @@ from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.vector.utils import batch_space
 
 from levin.core.errors import ObservationError, RunError
+from levin.core.network_input import NetworkInput
 from levin.core.spaces import (
     ACTION_MASK,
-    NetworkInput,
     action_converter,
     count_actions,
     describe_action,

@@ -16,7 +16,8 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from levin.core.errors import ConfigError
-from levin.core.spaces import NetworkInput, Space, action_converter, describe_action, describe_space, to_tensors
+from levin.core.network_input import NetworkInput
+from levin.core.spaces import Space, action_converter, describe_action, describe_space, to_tensors
 
 STARTS = 64  # number of first observations of real episodes from which dreams begin
 BLOCK = 32  # steps for which the noise is sampled at once
@@ -80,8 +81,7 @@ class DreamEnv(VectorEnv):
         time_limit: Number of steps before truncation.
     """
 
-    autoreset_mode = AutoresetMode.DISABLED
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": autoreset_mode}
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 from hydra.utils import get_object
 from torch import Tensor, nn
 
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, one_line
 from levin.core.paths import make_forks_importable
 from levin.core.spaces import ACTION_MASK, EnvSpec, Space, drop_mask, has_mask, observation_dtypes
 from levin.core.types import Network, PixelNetwork, VectorNetwork
@@ -201,7 +201,7 @@ def make_own_trunk(space: Space, network: Mapping[str, Any]) -> tuple[nn.Module,
     try:
         trunk = get_object(str(network.get("_target_")))(space, **values)
     except (ImportError, ValueError, TypeError) as error:
-        raise ConfigError(f"{name} can't be built: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{name} can't be built: {one_line(error)}") from error
     num_features = getattr(trunk, "num_features", None)
     if not isinstance(trunk, nn.Module) or not isinstance(num_features, int):
         raise ConfigError(f"{name} must be a torch.nn.Module with num_features, the size of its output")

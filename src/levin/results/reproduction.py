@@ -169,22 +169,15 @@ def _provenance_differences(before: dict[str, Any], now: dict[str, Any], *, gpu:
     return differences + _different_facts(before, now, COMPARED_FACTS)
 
 
-def _different_facts(before: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> list[str]:
+def _different_facts(before: dict[str, Any], now: dict[str, Any], keys: Collection[str]) -> list[str]:
     """Return which of these facts of provenance.json differ; versions with the packages, such as `versions (torch)`.
 
     Levin's own version is not compared, as its code has a commit, nor are packages that only one side has installed.
     """
-    differences = []
-    for key in keys:
-        if key != "versions":
-            differences += [key] if before[key] != now[key] else []
-            continue
-        installed = [
-            {name: each for name, each in facts[key].items() if each and name != "levin"} for facts in (before, now)
-        ]
-        names = [name for name in installed[0].keys() & installed[1].keys() if installed[0][name] != installed[1][name]]
-        differences += [f"{key} ({', '.join(sorted(names))})"] if names else []
-    return differences
+    differences = [key for key in keys if key != "versions" and before[key] != now[key]]
+    packages = provenance.changed_packages(before["versions"], now["versions"]) if "versions" in keys else []
+    names = ", ".join(name for name in packages if name != "levin")
+    return differences + ([f"versions ({names})"] if names else [])
 
 
 def kept_seeds(folder: Path, seeds: list[int]) -> list[int]:

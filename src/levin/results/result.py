@@ -25,12 +25,12 @@ from levin.core.errors import ConfigError, valid_names
 from levin.core.omega import to_plain
 from levin.core.validate import read_json
 from levin.results.curves import CURVES, SOURCE_CURVES, SOURCE_TRAINING, TRAINING, Curve, Curves, read_curves
+from levin.runs.folder import CONFIG, PROVENANCE
 from levin.runs.load import POLICY, load_config
 
-CONFIG = "config.yaml"
 MAX_POLICY_BYTES = 7 << 20  # in the repository: the CNN of Atari games, the largest network, has 6.8 MB
 ANIMATION = "policy.webp"  # of the stored policy, by scripts/agents.py
-PROVENANCE, REFERENCE, SUMMARY, PICTURE = "provenance.json", "reference.yaml", "summary.json", "curve.png"
+REFERENCE, SUMMARY, PICTURE = "reference.yaml", "summary.json", "curve.png"
 SEEDS_OF_A_REPRODUCTION = 3
 TASK_KEYS = ("observation_entries", "wrappers", "kwargs", "pixels", "action_repeat", "time_limit")
 FINAL = 10  # number of last evaluations whose mean is the final return of a run

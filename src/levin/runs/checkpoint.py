@@ -32,14 +32,14 @@ class FileCheck(pydantic.BaseModel):
 
     bytes: int
     crc32: int
-    contents: dict[str, int] | None = None  # older checkpoints have none
+    contents: dict[str, int] | None = None  # None: not a file of the replay buffer
 
 
 class Manifest(pydantic.BaseModel):
     """Contents of `manifest.json`. The names are checked, because they become paths."""
 
     algorithm: str
-    ranks: pydantic.PositiveInt = 1
+    ranks: pydantic.PositiveInt
     files: dict[Annotated[str, pydantic.Field(pattern=FILES)], FileCheck]
 
 
@@ -116,7 +116,7 @@ def verify(folder: Path, *, buffer: bool, algorithm: str | None = None) -> None:
         if buffer or name == STATE:
             files.verify(folder / name, expected)
     if folder.name.isdecimal():
-        for rank in range(1, manifest.get("ranks", 1)):
+        for rank in range(1, manifest["ranks"]):
             verify(folder / f"rank{rank}", buffer=buffer)
 
 

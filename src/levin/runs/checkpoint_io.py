@@ -51,12 +51,8 @@ class FolderCheckpointIO(TorchCheckpointIO):
                 new[REWRITTEN] = files.save(rewritten, partial / BUFFER / REWRITTEN)
             checksums = {f"{BUFFER}/{name}": of for name, of in new.items()}
         checksums[STATE] = files.save(checkpoint, partial / STATE)
-        contents = {
-            "algorithm": checkpoint["algorithm"],
-            "env_steps": checkpoint["levin"]["env_steps"],
-            "files": checksums,
-        }
-        files.save_json({"format": FORMAT, "ranks": distributed.world_size(), **contents}, partial, MANIFEST)
+        manifest = {"format": FORMAT, "ranks": distributed.world_size(), "algorithm": checkpoint["algorithm"]}
+        files.save_json({**manifest, "files": checksums}, partial, MANIFEST)
         if distributed.rank():
             files.sync(partial)
             self.before = folder / f"rank{distributed.rank()}"

@@ -42,7 +42,7 @@ class Provenance(Session):
 
     env_steps: pydantic.NonNegativeInt | None
     wall_seconds: pydantic.NonNegativeFloat
-    ended_at: pydantic.NonNegativeInt | None = None  # older runs have none
+    ended_at: pydantic.NonNegativeInt | None = None  # None: the run has not ended
     resumed: list[Session]
 
 

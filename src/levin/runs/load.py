@@ -100,10 +100,10 @@ def load_algorithm(run: Path) -> "Algorithm":
         ConfigError: There is no checkpoint, it is damaged, or the config names code that was not accepted.
     """
     if (run / POLICY).is_file():
-        path, config = run / POLICY, _config_with_code(run)
+        path, config = run / POLICY, load_config(run, code_sections=("algo",))
     else:
         path = checkpoint.newest_checkpoint(run)
-        config = _config_with_code(checkpoint.run_of(path.absolute()))
+        config = load_config(checkpoint.run_of(path.absolute()), code_sections=("algo",))
     kind = algorithm_class(config)
     saved = files.load(path)
     try:
@@ -146,10 +146,3 @@ def export_policy(run: Path, folder: Path) -> None:
     saved = {"hyper_parameters": dict(algorithm.hparams), "env_steps": algorithm.env_steps, "policy": policy}
     with files.replace(folder, POLICY) as path:
         files.save(saved, path)
-
-
-def _config_with_code(run: Path) -> DictConfig:
-    """Return the config of a run whose algorithm is to be built; the code that it names was accepted."""
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"run={run} has no config.yaml next to its checkpoints folder")
-    return load_config(run, code_sections=("algo",))

@@ -7,16 +7,8 @@ import numpy as np
 import torch
 
 from levin.algorithms.base import Algorithm
-from levin.core.spaces import (
-    ACTION_MASK,
-    NetworkInput,
-    action_converter,
-    add_mask,
-    forbids_all,
-    is_unbatched,
-    to_tensors,
-    unsqueeze,
-)
+from levin.core.network_input import NetworkInput, is_unbatched, unsqueeze
+from levin.core.spaces import ACTION_MASK, action_converter, add_mask, forbids_all, to_tensors
 from levin.data.rollout import act
 from levin.runs.load import load_algorithm
 

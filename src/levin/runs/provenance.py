@@ -44,6 +44,11 @@ def collect_provenance() -> dict[str, Any]:
     }
 
 
+def changed_packages(before: dict[str, str | None], now: dict[str, str | None]) -> list[str]:
+    """Return which packages have another version, of those that both sides had installed: a run uses no other."""
+    return [name for name, version in before.items() if version and now.get(name) not in (None, version)]
+
+
 def collect_code_facts() -> dict[str, Any]:
     """Collect the commit, the checksum of the lock file and the versions of packages as plain values.
 

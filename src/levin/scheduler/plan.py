@@ -30,7 +30,7 @@ class Plan(pydantic.BaseModel):
     command: str
     git_sha: str
     runs: dict[str, str]  # run folder, relative to that of the plan -> checksum of its config
-    code: str | None = None  # checksum of the code that trains them; older plans have none
+    code: str  # checksum of the code that trains them
 
 
 def checksum(config: DictConfig) -> str:
@@ -121,7 +121,7 @@ def _read_or_refuse(path: Path, configs: Mapping[str, DictConfig], sums: list[st
     plan = _read(path)
     how = f"name another folder, or continue it with make resume RUNS={folder}"
     if plan.runs == dict(zip(configs, sums, strict=True)):
-        if plan.code in (None, _code(configs)) or slurm.was_requeued():
+        if plan.code == _code(configs) or slurm.was_requeued():
             return plan
         raise ConfigError(f"run={folder} holds a sweep with other code: the algorithm has changed since: {how}")
     if set(plan.runs) == set(configs):
@@ -145,7 +145,7 @@ def _find(
         except ConfigError:
             continue
         runs = [path.parent / name for name in plan.runs]
-        same_code = (plan.git_sha == commit and plan.code in (None, _code(configs))) or slurm.was_requeued()
+        same_code = (plan.git_sha == commit and plan.code == _code(configs)) or slurm.was_requeued()
         if list(plan.runs.values()) != sums or not same_code:
             continue
         complete = [run_folder.has_ended(run, total) for run, total in zip(runs, totals, strict=True)]

@@ -84,7 +84,7 @@ class Metrics(Callback):
     """Collects a row of metrics and writes it to every logger each `every` env steps, and at the end of the run."""
 
     def __init__(self, every: int, budget: Budget) -> None:
-        self.every, self.budget = every, budget
+        self.budget = budget
         self.clock = Clock(every)
         self.row: dict[str, float] = {}
         self.csv: loggers.CSVMetrics | None = None  # None on other ranks than 0
@@ -97,7 +97,7 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        self.clock.periods = algorithm.clock // self.every
+        self.clock.periods = algorithm.clock // self.clock.every
         self._last_write = (perf_counter(), algorithm.env_steps, algorithm.updates)
         self._last_write_clock = algorithm.clock
 

@@ -163,7 +163,7 @@ class Checkpointing(Checkpoint):
             _check_loadable(name, state)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        ranks = checkpoint.get("ranks", 1)
+        ranks = checkpoint["ranks"]
         if ranks != distributed.world_size():
             raise ConfigError(
                 f"the checkpoint was saved by {ranks} ranks, but this run has {distributed.world_size()}: "

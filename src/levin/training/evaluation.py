@@ -152,4 +152,4 @@ class Evaluation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.return_mean, self.env_steps = state_dict["return_mean"], state_dict["env_steps"]
-        self.evaluated_at = state_dict.get("at", self.env_steps)  # older checkpoints have no "at"
+        self.evaluated_at = state_dict["at"]

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.loader import CollectorLoader
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, one_line
 from levin.core.omega import to_plain
 from levin.envs.config import EnvConfig
 from levin.runs.checkpoint_io import FolderCheckpointIO
@@ -104,7 +104,7 @@ def build_trainer(
     except ConfigError:
         raise
     except Exception as error:  # Lightning and the callbacks raise errors of many types
-        raise ConfigError(f"the Trainer or a callback can't be built: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"the Trainer or a callback can't be built: {one_line(error)}") from error
     device = trainer.strategy.root_device.type
     on_gpu = ("vector",) if device == "mps" else ("vector", "batched")  # batched envs may hold float64
     if device != "cpu" and cfg.collector not in on_gpu:

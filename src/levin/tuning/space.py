@@ -25,7 +25,7 @@ from yaml import YAMLError
 from levin.config import cli
 from levin.config.compose import chosen_algo_and_env, compose
 from levin.core import paths
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, one_line
 from levin.core.omega import flat_keys, to_plain
 
 FOLDER = "tune"  # in configs/, or in the folder of a fork
@@ -109,7 +109,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
     except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise ConfigError(f"{file} can't be read: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} can't be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold lines such as algo.lr: {{low: 1e-5, high: 1e-2, log: true}}")
     return {str(key): value for key, value in content.items()}

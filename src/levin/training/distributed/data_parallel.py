@@ -39,8 +39,6 @@ class DataParallel(DDPStrategy):
         ckpt_path: Checkpoint to continue from; None starts a new run.
     """
 
-    strategy_name = "ddp"
-
     def __init__(self, config: DictConfig, run: Path, ckpt_path: Path | None) -> None:
         # Long, because the other ranks wait during an evaluation. `RanksLauncher` notices ranks that have ended.
         super().__init__(timeout=timedelta(days=1))

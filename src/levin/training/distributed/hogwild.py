@@ -36,8 +36,6 @@ class Hogwild(SingleDeviceStrategy):
             -> loader.
     """
 
-    strategy_name = "hogwild"
-
     def __init__(self, workers: int, make_rollouts: Callable[[int, int], CollectorLoader]) -> None:
         super().__init__(device="cpu")
         self.workers, self.make_rollouts = workers, make_rollouts
