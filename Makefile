@@ -78,8 +78,8 @@ again:
 .venv/.core: pyproject.toml requirements.lock $(moved)
 	@if test -L .venv; then echo "levin: .venv is a link, and installing here would point it to this folder: remove the link" >&2; exit 2; fi
 	@$(complete_venv) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { test $$? -ne 1 || echo "levin: $(PYTHON) is older than Python 3.11: type make setup PYTHON=python3.12 (any newer one)" >&2; exit 2; }
-	@$(lock_install); test $@ -nt pyproject.toml && test $@ -nt requirements.lock && test "$$(cat $@)" = "$$(pwd -P)" && exit; \
-	$(complete_venv) || $(PYTHON) -m venv .venv || { rm -f $(BIN)/python; exit 2; }; \
+	@$(lock_install); $(complete_venv) && test $@ -nt pyproject.toml && test $@ -nt requirements.lock && test "$$(cat $@)" = "$$(pwd -P)" && exit; \
+	$(complete_venv) || $(PYTHON) -m venv --clear .venv || { rm -f $(BIN)/python; exit 2; }; \
 	echo "installing into .venv (some minutes, once)"; \
 	$(pip_or_uv) . && pwd -P > $@
 
@@ -152,8 +152,8 @@ proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares numb
 lint: $(suite) ## Run ruff, codespell and pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/codespell
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m codespell_lib
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 format: .venv/.dev ## Format and fix the code with ruff
 	$(BIN)/ruff check --fix

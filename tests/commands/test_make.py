@@ -1,6 +1,7 @@
 """Makefile: variables reach the commands unchanged, and only quotes in ARGS are read by the shell."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -325,7 +326,7 @@ def test_a_venv_whose_making_was_interrupted_is_completed(maker, fresh):
         path.write_text('#!/bin/sh\necho "$@" >&2\ntest "$1" = -c\n')
         path.chmod(0o755)
     answer = run_make(fresh, ".venv/.core", f"PYTHON={new}")
-    assert ("-m venv .venv" in answer.stderr) == (maker == "venv")
+    assert ("-m venv --clear .venv" in answer.stderr) == (maker == "venv")
     assert python.exists() == (maker == "uv")
 
 
@@ -338,18 +339,19 @@ def test_a_venv_that_could_not_be_made_is_made_again(fresh):
     for _ in range(2):
         answer = run_make(fresh, ".venv/.core", f"PYTHON={python}")
         assert answer.returncode == 2
-        assert "-m venv .venv" in answer.stderr
+        assert "-m venv --clear .venv" in answer.stderr
 
 
 @pytest.fixture
 def installable(fresh):
-    """Create a checkout whose python writes to `calls` what it is to install, in half a second."""
+    """Create a checkout whose python writes to `calls` what it is to install, in a second and a bit."""
     (fresh / "checkout/.venv/bin").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         (fresh / name).rename(fresh / "checkout" / name)
+        os.utime(fresh / "checkout" / name, (0, 0))
     for name in ("python", "pip"):
         path = fresh / "checkout/.venv/bin" / name
-        path.write_text(f'#!/bin/sh\nsleep 0.5\necho "$@" >> "{fresh}/calls"\n')
+        path.write_text(f'#!/bin/sh\nsleep 1.1\necho "$@" >> "{fresh}/calls"\n')
         path.chmod(0o755)
     return fresh / "checkout"
 
@@ -364,6 +366,16 @@ def test_a_venv_that_was_moved_with_its_folder_is_installed_again(installable):
         assert [line.rpartition("--editable ")[2] for line in lines] == [".", ".[dev]"]
         calls.unlink()
         installable = moved
+
+
+def test_a_venv_whose_python_is_gone_is_made_again(installable):
+    assert run_make(installable, ".venv/.dev").returncode == 0
+    (installable / ".venv/bin/python").unlink()
+    (installable / ".venv/bin/python").symlink_to("removed")
+    new = installable.parent / "python"
+    new.write_text('#!/bin/sh\necho "$@" >&2\n')
+    new.chmod(0o755)
+    assert "-m venv --clear .venv" in run_make(installable, ".venv/.dev", f"PYTHON={new}").stderr
 
 
 def test_commands_side_by_side_install_once(installable):

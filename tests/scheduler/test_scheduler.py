@@ -201,6 +201,7 @@ def test_a_folder_that_is_removed_costs_no_other_run(folders, capsys):
             shutil.rmtree(folders[0])
             shutil.rmtree(folders[3])  # which waits
             raise ConfigError("no such folder")
+        wait_until(lambda: not folders[3].exists())
         end(run)
 
     with pytest.raises(RunError, match="2 of 4 runs failed; the others are complete"):

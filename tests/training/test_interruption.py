@@ -81,6 +81,18 @@ def test_an_evaluation_gives_way_to_a_signal_and_is_repeated(at, tmp_path, monke
     assert best == ["96", "96"]
 
 
+def test_a_repeated_evaluation_of_a_world_model_reads_the_replay_buffer(tmp_path, monkeypatch):
+    overrides = [*remembering("dreamer_v3"), "total_env_steps=224"]
+    train(compose(overrides), tmp_path / "straight")
+    assert any("eval/open_loop" in name for name in metrics(tmp_path / "straight")[-1])
+    with monkeypatch.context() as patch:
+        signal_at(patch, "evaluation", 40)
+        train(compose(overrides), tmp_path / "run")
+    assert not is_complete(tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"))
+    assert_identical_runs(tmp_path / "straight", tmp_path / "run")
+
+
 def test_a_signal_does_not_separate_the_hooks_of_an_evaluation(tmp_path, monkeypatch):
     """The callback itself checks that no checkpoint is saved between its hooks."""
     overrides = [*TINY, "total_env_steps=224", "+callbacks.swaps={_target_:test_hooks.Swaps}"]

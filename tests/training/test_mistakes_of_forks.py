@@ -3,13 +3,14 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import SGD, Adam
 
-from checks import build_algorithm
+from checks import build_algorithm, metrics
 from levin.algorithms.ppo import PPO
 from levin.algorithms.sac import SAC
 from levin.config import schema
@@ -18,6 +19,7 @@ from levin.core.errors import ConfigError, RunError
 from levin.core.omega import to_plain
 from levin.evaluate import evaluate_run
 from levin.nn.parameters import flatten_parameters
+from levin.resume import resume
 from levin.scheduler import plan
 from levin.training import hooks
 from levin.training.evaluation import Evaluation
@@ -61,7 +63,29 @@ class AddedLast(PPO):
         return [super().configure_optimizers(), Adam(self.actor.parameters())]
 
 
-@pytest.mark.parametrize("name", ["AddedFirst", "AddedLast"])
+class Overlapping(PPO):
+    """PPO with two optimisers that share one network of several."""
+
+    def configure_optimizers(self):
+        shared = list(self.actor.parameters())
+        first = self.make_optimizer("adam", [*shared, *self.critic.parameters()], 1e-3)
+        self.optimizer = self.make_optimizer("adam", [*self.trunk.parameters(), *shared], 1e-3)
+        return [first, self.optimizer]
+
+
+class Unregistered(PPO):
+    """PPO with a multiplier that is no parameter of a module, which is not refused."""
+
+    def configure_optimizers(self):
+        self.multiplier = torch.zeros(1, requires_grad=True)
+        return [super().configure_optimizers(), self.make_optimizer("adam", [self.multiplier], 1e-3)]
+
+
+def test_a_parameter_outside_of_modules_may_have_an_optimiser(tmp_path):
+    train(compose([*PPO_WORDS, of("Unregistered")]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["AddedFirst", "AddedLast", "Overlapping"])
 def test_parameters_of_two_optimisers_are_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="two optimisers have the same parameters"):
         train(compose([*PPO_WORDS, of(name)]), tmp_path / "run")
@@ -82,6 +106,58 @@ def test_a_buffer_of_the_policy_that_is_not_saved_is_refused(collector, tmp_path
         ConfigError, match="the policy of OwnMemory has a buffer window that checkpoints would not save"
     ):
         train(compose([*PPO_WORDS, of("OwnMemory"), f"collector={collector}"]), tmp_path / "run")
+
+
+class HookAfterTheCheckpoint(PPO):
+    """PPO with a hook that a resumed run would miss."""
+
+    def on_train_batch_end(self, *_) -> None:
+        self.lr *= 0.9
+
+
+def test_a_hook_after_the_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="would be called after the checkpoint of an iteration"):
+        train(compose([*PPO_WORDS, of("HookAfterTheCheckpoint")]), tmp_path / "run")
+
+
+class LearningRateOfNumPy(PPO):
+    """PPO with a learning rate that a checkpoint can hold, but that is not loaded again."""
+
+    def training_step(self, rollout, _) -> None:
+        super().training_step(rollout, _)
+        self.optimizer.param_groups[0]["lr"] = 1e-3 * (1 + np.cos(1.0))
+
+
+def test_a_checkpoint_that_could_not_be_loaded_ends_the_run(tmp_path):
+    with pytest.raises(RunError, match=r"optimizer_states of this run's checkpoints could not .* float\(\.\.\.\)"):
+        train(compose([*PPO_WORDS, of("LearningRateOfNumPy")]), tmp_path / "run")
+
+
+class ScaledByAnArray(PPO):
+    """PPO whose policy reads an array that changes in training, and is an attribute."""
+
+    def training_step(self, rollout, _) -> None:
+        super().training_step(rollout, _)
+        self.scale = getattr(self, "scale", np.zeros(1)) + 1.0
+
+    def on_evaluation(self, _) -> dict[str, float]:
+        return {"eval/scale": float(self.scale[0])}
+
+
+def test_a_run_killed_in_its_last_evaluation_has_its_attributes(tmp_path, monkeypatch):
+    words = [*PPO_WORDS, of("ScaledByAnArray")]
+    train(compose(words), tmp_path / "straight")
+
+    def be_killed(*_) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "evaluate", be_killed)
+        with pytest.raises(MemoryError):
+            train(compose(words), tmp_path / "run")
+    resume(run=str(tmp_path / "run"))
+    rows = [metrics(tmp_path / run)[-1]["eval/scale"] for run in ("straight", "run")]
+    assert rows[0] == rows[1] == "2.0"
 
 
 class OwnStep(PPO):

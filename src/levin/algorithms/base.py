@@ -392,16 +392,22 @@ class Algorithm(LightningModule):
         self.logged = dict(checkpoint.get("logged", {}))
         self._saved_buffer = checkpoint.get("buffer")
 
-    def on_train_start(self) -> None:
-        # Restore the buffer here, where its device is known. Without its files (`load_from_checkpoint`) it stays empty.
-        self.recorded = {name: (total.to(self.device), count) for name, (total, count) in self.recorded.items()}
-        if isinstance(self.reward_normalizer, RewardNormalizer):  # an episode that a resume could not replay is over
-            not_replayed = torch.as_tensor(self.trainer.train_dataloader.not_replayed)  # type: ignore[union-attr]
-            self.reward_normalizer.running_return[not_replayed] = 0
+    def restore_buffer(self) -> None:
+        """Restore the replay buffer of the loaded checkpoint, once the device is known and unless that is done.
+
+        Without the buffer's files (`load_from_checkpoint`) it stays empty.
+        """
         if self.buffer is not None and self._saved_buffer is not None and "data" in self._saved_buffer:
             self.buffer.load_state_dict(self._saved_buffer, self.device)
             self.buffer.restart(torch.as_tensor(self.trainer.train_dataloader.not_replayed))  # type: ignore[union-attr]
             self._saved_buffer = None
+
+    def on_train_start(self) -> None:
+        self.recorded = {name: (total.to(self.device), count) for name, (total, count) in self.recorded.items()}
+        if isinstance(self.reward_normalizer, RewardNormalizer):  # an episode that a resume could not replay is over
+            not_replayed = torch.as_tensor(self.trainer.train_dataloader.not_replayed)  # type: ignore[union-attr]
+            self.reward_normalizer.running_return[not_replayed] = 0
+        self.restore_buffer()
         if cuda_graphs.can_capture(self.device):
             for name in self.captured:
                 method = MethodType(getattr(type(self), name), self)

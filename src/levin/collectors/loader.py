@@ -63,9 +63,7 @@ class CollectorLoader:
         return self
 
     def __next__(self) -> TensorDictBase:
-        if self.before_first is not None:
-            self.before_first()
-            self.before_first = None
+        self.begin()
         if not self.collects():
             return TensorDict({}, batch_size=[0])
         start = perf_counter()
@@ -76,6 +74,12 @@ class CollectorLoader:
         self.inspect(rollout, version)
         self.seconds += perf_counter() - start
         return rollout
+
+    def begin(self) -> None:
+        """Call `before_first`, unless that is done."""
+        if self.before_first is not None:
+            self.before_first()
+            self.before_first = None
 
     def inspect(self, rollout: TensorDict, version: int) -> None:
         """Check a fresh rollout, count its episodes, and add the version of the policy and the step count."""

@@ -29,16 +29,19 @@ from levin.core.process import silence_libraries
 def value_origins(overrides: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the origin and the meaning of config values, by dotted key.
 
-    The origin is a YAML file or "command line", the meaning the comment behind the value in the last file that has one.
+    The origin is a YAML file or "command line". The meaning is the comment behind the value in that file or, if there
+    is none, in the algorithm's file or train.yaml: a comment in other files may be about their value.
     """
     overrides, typed = take_paths(with_search_path(add_pluses(overrides)))
-    origin, meaning = {}, {}
+    origin: dict[str, str] = {}
+    comments: dict[str, dict[str, str]] = {}  # file -> comment of each key
     for path, prefix in _composed_files(overrides):
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text) or {}
         values.pop("defaults", None)
-        origin |= dict.fromkeys(flat_keys(values, prefix), str(path.relative_to(ROOT)))
-        meaning |= _comments(yaml.compose(text), text.splitlines(), prefix)
+        file = str(path.relative_to(ROOT))
+        origin |= dict.fromkeys(flat_keys(values, prefix), file)
+        comments[file] = _comments(yaml.compose(text), text.splitlines(), prefix)
     for override in parse_hydra_overrides(overrides):
         if override.key_or_group not in (*GROUPS, SEARCH_PATH):
             origin = {key: file for key, file in origin.items() if not key.startswith(f"{override.key_or_group}.")}
@@ -46,6 +49,10 @@ def value_origins(overrides: list[str]) -> tuple[dict[str, str], dict[str, str]]
     origin |= dict.fromkeys(typed, "command line")
     if origin.get("name") != "command line":
         origin["name"] = "configs/algo, configs/env"
+    meaning: dict[str, str] = {}
+    for file, lines in comments.items():
+        general = Path(file).name == "train.yaml" or Path(file).parent.name == "algo"
+        meaning |= {key: line for key, line in lines.items() if general or origin.get(key) == file}
     return origin, meaning
 
 

@@ -28,7 +28,7 @@ def output_folder(run: Path, out: str | None = None) -> Path:
     Raises:
         FolderError: The folder can't be written.
     """
-    if out is None and not run.resolve().is_relative_to(EXPERIMENTS):
+    if not out and not run.resolve().is_relative_to(EXPERIMENTS):
         folder = run
     else:
         folder = Path(out) if out else Path("runs/results") / run.resolve().relative_to(EXPERIMENTS)

@@ -21,7 +21,19 @@ def freeze(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 class FlatParameter(nn.Parameter):
-    """Vector `[P]` of which parameters are views; their gradients are views of its gradient."""
+    """Vector `[P]` of which parameters are views; their gradients are views of its gradient.
+
+    Attributes:
+        parts: These parameters.
+    """
+
+    parts: list[nn.Parameter]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all parts are still views: a part of two vectors is a view of the later one."""
+        place = self.untyped_storage().data_ptr()
+        return all(part.untyped_storage().data_ptr() == place for part in self.parts)
 
     @torch.no_grad()
     def zero(self) -> None:
@@ -49,7 +61,7 @@ def flatten_parameters(parameters: Iterable[nn.Parameter]) -> FlatParameter:
     """
     parameters = list(parameters)
     flat = FlatParameter(torch.cat([each.detach().flatten() for each in parameters]))
-    flat.grad = torch.zeros_like(flat)
+    flat.parts, flat.grad = parameters, torch.zeros_like(flat)
     sizes = [each.numel() for each in parameters]
     for each, data, gradient in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
         each.data, each.grad = data.view_as(each), gradient.view_as(each)

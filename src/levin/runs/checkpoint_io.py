@@ -26,6 +26,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.folder = folder
         self.before: Path | None = None  # the previous checkpoint: the next one hard-links its buffer files
+        self._is_checked = False  # whether a checkpoint of this process was seen to be loadable
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
@@ -33,6 +34,9 @@ class FolderCheckpointIO(TorchCheckpointIO):
             if not distributed.rank():
                 _save_file({**checkpoint, "buffer": None}, Path(path))
             return
+        if not self._is_checked:
+            _check_loadable({key: value for key, value in checkpoint.items() if key not in ("state_dict", "buffer")})
+            self._is_checked = True
         partial = _partial_path(folder, distributed.rank())
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -122,3 +126,15 @@ def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
 def _partial_path(folder: Path, rank: int) -> Path:
     """Return the temporary folder that a rank writes before it becomes part of the checkpoint `folder`."""
     return folder.with_name(f".{folder.name}.{rank}.partial" if rank else f".{folder.name}.partial")
+
+
+def _check_loadable(checkpoint: dict[str, Any]) -> None:
+    """Raise a RunError if a part of a checkpoint could not be loaded again."""
+    for name, part in checkpoint.items():
+        try:
+            files.check_loadable(part)
+        except ValueError as error:
+            raise RunError(
+                f"{name} of this run's checkpoints could not be loaded again: {error}; use tensors, numbers, texts, "
+                "lists and dicts, such as float(...) for a learning rate"
+            ) from error

@@ -1,6 +1,7 @@
 """Load the config, the algorithm or the trained weights of a run."""
 
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -55,9 +56,9 @@ def load_config(run: Path, *, code_sections: tuple[str, ...] = trust.SECTIONS) -
         raise ConfigError(f"{path} is damaged: {one_line(error)}") from error
     trust.check(config, code_sections, path)
     world_model = str(config.env.get("run") or "")
-    if world_model and not Path(world_model).exists():  # the runs were moved, or the command is typed elsewhere
+    if world_model and not os.path.exists(world_model):  # the runs were moved, or the command is typed elsewhere
         moved = (folder / world_model for folder in run.absolute().parents)
-        config.env.run = next((str(found) for found in moved if found.exists()), world_model)
+        config.env.run = next((str(found) for found in moved if os.path.exists(found)), world_model)
     return config
 
 
@@ -103,7 +104,9 @@ def load_algorithm(run: Path) -> "Algorithm":
         path, config = run / POLICY, load_config(run, code_sections=("algo",))
     else:
         path = checkpoint.newest_checkpoint(run)
-        config = load_config(checkpoint.run_of(path.absolute()), code_sections=("algo",))
+        places = (checkpoint.run_of(path.absolute()), checkpoint.run_of(path.resolve()))  # either may be a link
+        found = next((place for place in places if (place / "config.yaml").is_file()), places[0])
+        config = load_config(found, code_sections=("algo",))
     kind = algorithm_class(config)
     saved = files.load(path)
     try:

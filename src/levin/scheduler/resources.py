@@ -7,6 +7,7 @@ from typing import Self
 
 from omegaconf import DictConfig
 
+from levin.core.errors import RunError
 from levin.core.process import available_cores, share_cores, sleep_when_idle
 
 
@@ -61,6 +62,13 @@ def _count_gpus() -> int:
     """
     import torch
 
+    count = 0
     if not (pid := os.fork()):
-        os._exit(min(torch.cuda.device_count(), 255))
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            count = min(torch.cuda.device_count(), 255)
+        finally:
+            os._exit(count)
+    count = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if count < 0:
+        raise RunError(f"the GPUs can't be counted: torch.cuda.device_count() was ended by signal {-count}")
+    return count

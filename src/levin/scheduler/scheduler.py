@@ -237,7 +237,7 @@ def train_all(
                     break
                 try:
                     states[run] = _start_if_needed(run, runs[run], scheduler)
-                except OSError as error:  # the folder is gone, or belongs to another user
+                except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # of the folder
                     states[run] = "failed"
                     failures.append(f"{run} can't be written: {error.strerror}")
                     table.print(f"levin: {failures[-1]}")

@@ -55,6 +55,7 @@ class Checkpointing(Checkpoint):
         algorithm, loader = cast(Algorithm, pl_module), cast(CollectorLoader, trainer.train_dataloader)
         extra = self.extra_state = ExtraState(algorithm, trainer)
         if self.evaluation.is_due_at_start(algorithm):
+            algorithm.restore_buffer()
             with suppress(CheckpointError):  # attributes may be missing that `on_train_start` of the algorithm makes
                 extra.restore(self._extra)
 

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from levin.algorithms.base import Algorithm
 from levin.collectors.episodes import evaluate, mean_numbers
+from levin.collectors.loader import CollectorLoader
 from levin.core import distributed
 from levin.core.errors import Interrupted
 from levin.core.rng import Generators
@@ -76,6 +77,7 @@ class Evaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
         if self.budget.complete and self.evaluated_at != algorithm.clock:
+            cast(CollectorLoader, trainer.train_dataloader).begin()  # a run that was killed here restores attributes
             self.evaluate(trainer, algorithm)
         self.close()
 

@@ -111,7 +111,7 @@ class FiniteGuard(Callback):
         check_schedulers(trainer, cast(Algorithm, pl_module))
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.stepped = [parameter for group in groups for parameter in group["params"]]
-        _check_flat_parameters(self.stepped, pl_module)
+        _check_flat_parameters(self.stepped)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
@@ -137,16 +137,15 @@ class FiniteGuard(Callback):
             raise NotFiniteError(f"not finite {when}: {', '.join(bad)}")
 
 
-def _check_flat_parameters(stepped: list[nn.Parameter], module: nn.Module) -> None:
+def _check_flat_parameters(stepped: list[nn.Parameter]) -> None:
     """Raise a ConfigError if a vector of parameters shares some with another optimiser.
 
     Then these parameters are no views of the vector, or their gradients are none of its gradient after the other
     optimiser's step, and one of the two trains nothing.
     """
-    used = {each.untyped_storage().data_ptr() for each in module.parameters()}
     places = [each.untyped_storage().data_ptr() for each in stepped]
     for parameter, place in zip(stepped, places, strict=True):
-        if isinstance(parameter, FlatParameter) and (place not in used or places.count(place) > 1):
+        if isinstance(parameter, FlatParameter) and (not parameter.is_whole or places.count(place) > 1):
             raise ConfigError(
                 "two optimisers have the same parameters, so that one of them would train nothing: self.parameters() "
                 "in configure_optimizers are all parameters, those of added networks, too"

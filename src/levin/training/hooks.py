@@ -69,6 +69,11 @@ def check_hooks(algorithm: Algorithm, callbacks: list[Callback]) -> None:
                 f"{type(algorithm).__name__}.{name} must call super().{name}(...), which counts steps and keeps the "
                 "replay buffer"
             )
+    if _is_overridden(algorithm, "on_train_batch_end"):
+        raise ConfigError(
+            f"{type(algorithm).__name__}.on_train_batch_end would be called after the checkpoint of an iteration, so a "
+            "resumed run would miss it: write it at the end of training_step"
+        )
     for each in (algorithm, *callbacks):
         hooks = (*FIRES, *(OF_CALLBACKS if isinstance(each, Callback) else OF_ALGORITHMS))
         for name, nearest in misspelt_hooks(_own_methods(each), hooks).items():
