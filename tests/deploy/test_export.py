@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 import levin
@@ -15,6 +17,7 @@ from commands import exit_code_and_errors
 from levin.config.compose import compose
 from levin.core.errors import ConfigError, RunError
 from levin.core.paths import ROOT
+from levin.core.spaces import describe_action
 from levin.deploy import package
 from levin.deploy.card import read_score
 from levin.deploy.graph import PolicyGraph
@@ -113,6 +116,32 @@ def test_a_result_is_exported_beside_runs_and_its_card_has_its_score(tmp_path, m
     facts = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     assert json.loads(facts["commit"]) == provenance["seeds"]["0"]["git_sha"]
     assert f"{summary['as_the_source_measures']['mean']:,.1f}" in (path.parent / "policy.md").read_text()
+
+
+def test_a_file_names_every_commit_that_trained_its_policy(tmp_path):
+    run = make_run(tmp_path / "run", "env=pendulum")
+    facts = json.loads((run / "provenance.json").read_text())
+    sessions = [{**facts, "git_sha": "later"}] * 2
+    (run / "provenance.json").write_text(json.dumps({**facts, "git_sha": "first", "resumed": sessions}))
+    assert package._commit(run) == "first, later"
+
+
+def test_files_can_be_written_elsewhere(tmp_path):
+    run = make_run(tmp_path / "run", "env=pendulum")
+    assert export_run(run=str(run), format="torch", steps=5, out=str(tmp_path / "mine")).parent == tmp_path / "mine"
+    assert (tmp_path / "mine" / "policy.md").exists()
+    assert not (run / "policy.pt2").exists()
+
+
+def test_actions_are_compared_relative_to_their_size():
+    def scale(space, units, action):
+        policy = SimpleNamespace(env={"action": describe_action(space), "action_units": units})
+        return package._scale(policy, np.array(action)).tolist()
+
+    torques = Box(np.float32([-1000, -0.1]), np.float32([1000, 0.1]))
+    assert scale(torques, "rescale", [[3.0, 0.0]]) == [1000, 1]
+    assert scale(torques, "clip", [[-300.0, 0.0]]) == [[300, 1]]
+    assert scale(Discrete(5000), "none", [4000]) == [1]  # another choice is another choice
 
 
 def test_a_policy_that_acts_differently_is_not_written(tmp_path, monkeypatch):

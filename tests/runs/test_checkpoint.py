@@ -211,8 +211,8 @@ def test_evaluate_play_and_load_take_a_checkpoint(finished, tmp_path, capsys):
     names = ", ".join(each.name for each in checkpoint.list_checkpoints(run / "checkpoints"))
     with pytest.raises(ConfigError, match=f"checkpoints/7 does not exist; checkpoints there: {names}$"):
         evaluate_run(run=str(run / "checkpoints" / "7"), episodes=1)
-    (video,) = record_video(run=str(run / "checkpoints" / "best"))
-    assert video == run / "videos" / f"{best.name}_0.mp4"
+    (video,) = record_video(run=str(run / "checkpoints" / "best"), out=str(tmp_path / "mine"))
+    assert video == tmp_path / "mine" / "videos" / f"{best.name}_0.mp4"
 
 
 def test_best_is_the_checkpoint_with_the_best_evaluation(tmp_path, monkeypatch):

@@ -527,3 +527,16 @@ def test_settings_of_wandb_in_a_run_are_refused(plain_run, tmp_path):
 def test_a_pipe_among_the_pictures_is_skipped(tmp_path):
     os.mkfifo(tmp_path / "96_x.png")
     loggers.log_pictures([TensorBoardLogger(tmp_path)], tmp_path, clock=96, env_steps=96)
+
+
+def test_the_run_of_a_world_model_is_found_again_when_both_runs_were_moved(tmp_path, monkeypatch):
+    run = tmp_path / "moved" / "runs" / "ppo_dream"
+    run.mkdir(parents=True)
+    config = OmegaConf.to_container(compose(["algo=ppo", "env=cartpole"]))
+    config["env"]["run"] = "runs/dreamer"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert load.load_config(run, code_sections=()).env.run == "runs/dreamer"  # there is none yet
+    (tmp_path / "moved" / "runs" / "dreamer").mkdir()
+    assert load.load_config(run, code_sections=()).env.run == str(tmp_path / "moved" / "runs" / "dreamer")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert load.load_config(run, code_sections=()).env.run == "runs/dreamer"

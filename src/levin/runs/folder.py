@@ -34,7 +34,7 @@ class Session(pydantic.BaseModel):
     git_sha: str
     git_dirty: bool
     versions: dict[str, str | None]
-    code: dict[str, str] | None = None  # checksums of `levin.runs.code`; older runs have none
+    code: dict[str, str] | None = None  # checksums of `levin.runs.code`
 
 
 class Provenance(Session):
