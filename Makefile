@@ -79,7 +79,7 @@ again:
 	@if test -L .venv; then echo "levin: .venv is a link, and installing here would point it to this folder: remove the link" >&2; exit 2; fi
 	@$(complete_venv) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { test $$? -ne 1 || echo "levin: $(PYTHON) is older than Python 3.11: type make setup PYTHON=python3.12 (any newer one)" >&2; exit 2; }
 	@$(lock_install); $(complete_venv) && test $@ -nt pyproject.toml && test $@ -nt requirements.lock && test "$$(cat $@)" = "$$(pwd -P)" && exit; \
-	$(complete_venv) || $(PYTHON) -m venv --clear .venv || { rm -f $(BIN)/python; exit 2; }; \
+	$(complete_venv) || $(PYTHON) -m venv $$(test -x $(BIN)/python || echo --clear) .venv || { rm -f $(BIN)/python; exit 2; }; \
 	echo "installing into .venv (some minutes, once)"; \
 	$(pip_or_uv) . && pwd -P > $@
 

@@ -125,12 +125,16 @@ class LearningRateOfNumPy(PPO):
 
     def training_step(self, rollout, _) -> None:
         super().training_step(rollout, _)
-        self.optimizer.param_groups[0]["lr"] = 1e-3 * (1 + np.cos(1.0))
+        if self.iterations > 2:  # not yet in the first checkpoint
+            self.optimizer.param_groups[0]["lr"] = 1e-3 * (1 + np.cos(1.0))
 
 
 def test_a_checkpoint_that_could_not_be_loaded_ends_the_run(tmp_path):
     with pytest.raises(RunError, match=r"optimizer_states of this run's checkpoints could not .* float\(\.\.\.\)"):
-        train(compose([*PPO_WORDS, of("LearningRateOfNumPy")]), tmp_path / "run")
+        train(
+            compose([*PPO_WORDS, of("LearningRateOfNumPy"), "checkpoint.every=32", "total_env_steps=128"]),
+            tmp_path / "run",
+        )
 
 
 class ScaledByAnArray(PPO):

@@ -1,10 +1,13 @@
 """Lightning plugin that writes and reads the checkpoint folders of `levin.runs.checkpoint`."""
 
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tensordict import TensorDictBase
 
 from levin.core import distributed, files
 from levin.core.errors import RunError
@@ -26,7 +29,6 @@ class FolderCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.folder = folder
         self.before: Path | None = None  # the previous checkpoint: the next one hard-links its buffer files
-        self._is_checked = False  # whether a checkpoint of this process was seen to be loadable
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         folder = Path(path).parent
@@ -34,9 +36,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
             if not distributed.rank():
                 _save_file({**checkpoint, "buffer": None}, Path(path))
             return
-        if not self._is_checked:
-            _check_loadable({key: value for key, value in checkpoint.items() if key not in ("state_dict", "buffer")})
-            self._is_checked = True
+        _check_loadable(checkpoint)
         partial = _partial_path(folder, distributed.rank())
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -129,12 +129,21 @@ def _partial_path(folder: Path, rank: int) -> Path:
 
 
 def _check_loadable(checkpoint: dict[str, Any]) -> None:
-    """Raise a RunError if a part of a checkpoint could not be loaded again."""
+    """Raise a RunError if a part of a checkpoint could not be loaded again. Tensors can always be."""
     for name, part in checkpoint.items():
         try:
-            files.check_loadable(part)
+            files.check_loadable(_without_tensors(part))
         except ValueError as error:
             raise RunError(
                 f"{name} of this run's checkpoints could not be loaded again: {error}; use tensors, numbers, texts, "
                 "lists and dicts, such as float(...) for a learning rate"
             ) from error
+
+
+def _without_tensors(value: Any) -> Any:
+    """Return a part of a checkpoint with None in place of tensors, which would take time to save twice."""
+    if isinstance(value, torch.Tensor | TensorDictBase):
+        return None
+    if type(value) in (dict, OrderedDict):
+        return {key: _without_tensors(each) for key, each in value.items()}
+    return [_without_tensors(each) for each in value] if type(value) in (list, tuple) else value

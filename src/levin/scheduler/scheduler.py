@@ -237,7 +237,9 @@ def train_all(
                     break
                 try:
                     states[run] = _start_if_needed(run, runs[run], scheduler)
-                except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # of the folder
+                except OSError as error:  # such as of a folder that is gone, or of another user's
+                    if error.filename is None:  # no process could be started
+                        raise
                     states[run] = "failed"
                     failures.append(f"{run} can't be written: {error.strerror}")
                     table.print(f"levin: {failures[-1]}")

@@ -76,9 +76,10 @@ class Evaluation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if self.budget.complete and self.evaluated_at != algorithm.clock:
+        if self.budget.complete:
             cast(CollectorLoader, trainer.train_dataloader).begin()  # a run that was killed here restores attributes
-            self.evaluate(trainer, algorithm)
+            if self.evaluated_at != algorithm.clock:
+                self.evaluate(trainer, algorithm)
         self.close()
 
     def on_exception(self, *_: Any) -> None:
