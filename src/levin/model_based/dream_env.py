@@ -81,7 +81,8 @@ class DreamEnv(VectorEnv):
         time_limit: Number of steps before truncation.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
+    autoreset_mode = AutoresetMode.DISABLED  # TorchRL reads this one, gymnasium the metadata
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": autoreset_mode}
 
     def __init__(
         self,
