@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from itertools import islice, product
 from pathlib import Path
 
-os.environ.setdefault("MUJOCO_GL", "egl")
+if sys.platform == "linux":  # macOS has one way to render, and no EGL
+    os.environ.setdefault("MUJOCO_GL", "egl")
 
 import torch
 from PIL import Image, ImageDraw, ImageFont

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import keyword
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,10 @@ def git(*arguments: str, root: Path = ROOT) -> str:
     """Run git and return its output.
 
     Raises:
-        UsageError: git failed.
+        UsageError: git failed, or there is none.
     """
+    if shutil.which("git") is None:
+        raise UsageError("git is not installed")
     answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise UsageError(f"git {' '.join(arguments)} failed: {(answer.stderr or answer.stdout).strip()}")
@@ -117,7 +120,11 @@ def begin(name: str) -> None:
     git("var", "GIT_COMMITTER_IDENT")  # fails without a name and an address, with git's advice
     rename(ROOT, name)
     git("add", "--all", "src", "experiments")
-    git("commit", "--quiet", "--all", "--message", f"Make {name} from the template {TEMPLATE}")
+    try:
+        git("commit", "--quiet", "--all", "--message", f"Make {name} from the template {TEMPLATE}")
+    except UsageError:  # a hook or a signature: nothing was changed before, so the command can be repeated
+        git("reset", "--quiet", "--hard")
+        raise
     git("branch", "--force", BRANCH)
     print(
         f"this project is called {name} now, and runs from before can't be continued here; run make setup, then make "

@@ -77,7 +77,7 @@ def _refuse_environment_variables() -> Iterator[None]:
 def main() -> None:
     """Write the result's folder and print what to do next."""
     with exit_on_user_error():
-        cli.refuse_repeated(sys.argv[1:])
+        cli.check_arguments(sys.argv[1:])
         overrides, given = cli.pop_flag(sys.argv[1:], "trust")
         names = [word for word in overrides if word.startswith("exp=")]
         if len(names) != 1 or not (exp := names[0].removeprefix("exp=")):

@@ -132,7 +132,8 @@ def apply_changes(cfg: DictConfig, changes: dict[str, Any]) -> list[str]:
         if key not in MAY_CHANGE:
             raise ConfigError(
                 f"{key}={value} would change a run that was started with {key}={old}; "
-                f"keys that may change: {', '.join(MAY_CHANGE)}"
+                f"keys that may change: {', '.join(MAY_CHANGE)}; docs/callbacks.md shows how to begin a new run from "
+                "the networks of this one"
             )
         OmegaConf.update(cfg, key, value)
         lines.append(f"{key}: {old} -> {value}")

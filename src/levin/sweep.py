@@ -43,6 +43,7 @@ from levin.core.omega import flat_keys, to_plain
 from levin.core.paths import CONFIGS
 from levin.core.process import print_line, share_cores, shield_resource_tracker
 from levin.runs import folder as run_folder
+from levin.runs import trust
 
 FLAGS = ("-m", "--multirun")
 SWEEP_FOLDER = "hydra.sweep.dir"  # Hydra's name for the folder of a sweep; `run=` is the same here
@@ -303,6 +304,7 @@ def run_job(cfg: DictConfig) -> float | None:
             if run_folder.has_ended(run, cfg.total_env_steps):  # by a callback, such as EarlyStopping
                 result = None
             elif run_folder.has_begun(run):
+                trust.record(cfg)
                 result = resume.resume(run=str(run), **chosen)
             else:
                 result = train_rank(cfg, run) if later_rank else train(cfg, run)

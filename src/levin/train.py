@@ -10,7 +10,7 @@ from levin.core.errors import ConfigError, exit_on_user_error
 from levin.core.process import share_cores, silence_libraries
 from levin.resume import print_end, resume, resume_side_by_side
 from levin.runs import folder as run_folder
-from levin.runs import slurm
+from levin.runs import slurm, trust
 from levin.runs.trust import trusted
 from levin.scheduler.plan import open_sweep
 from levin.scheduler.resources import prepare_cores
@@ -20,7 +20,7 @@ def main() -> None:
     """Train the config of the command line; with several seeds or `-m` all runs, with `launcher=` as jobs."""
     silence_libraries()
     with exit_on_user_error():
-        cli.refuse_repeated(sys.argv[1:])
+        cli.check_arguments(sys.argv[1:])
         arguments, given = cli.pop_flag(sys.argv[1:], "trust")
         arguments, jobs = cli.pop_count(arguments, "jobs")
         arguments, seeds = cli.pop_seeds(arguments)
@@ -64,6 +64,7 @@ def _train(overrides: list[str]) -> None:
     from levin.training.session import train, train_rank
 
     if (requeued := run_folder.find_requeued_run(cfg)) is not None:
+        trust.record(cfg)  # this command names its code, too, and the record of its beginning may be gone
         resume(run=str(requeued))
     elif sharding.process_rank(cfg):
         train_rank(cfg, Path(cfg.run or "runs"))

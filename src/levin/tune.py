@@ -228,7 +228,7 @@ def main() -> None:
     """Tune what the command line describes."""
     silence_libraries()
     with exit_on_user_error():
-        cli.refuse_repeated(sys.argv[1:])
+        cli.check_arguments(sys.argv[1:])
         arguments, given = cli.pop_flag(sys.argv[1:], "trust")
         if slurm.is_later_rank():
             raise ConfigError(

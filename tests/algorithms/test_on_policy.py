@@ -394,6 +394,14 @@ def test_the_penalty_adapts(kl, factor):
     assert algorithm.beta == factor
 
 
+def test_the_penalty_stays_finite_and_positive():
+    algorithm = make_algorithm("algo=ppo", "env=pendulum", "algo.penalty=kl", "algo.target_kl=0.01")
+    for kl, bound in ((0.0, 1e-6), (1.0, 1e6)):
+        for _ in range(200):
+            algorithm.update_beta(torch.tensor(kl))
+        torch.testing.assert_close(algorithm.beta, torch.tensor(bound))
+
+
 def test_the_penalty_keeps_the_policy_close(tmp_path):
     overrides = ["algo=ppo", *POINT, *LATE, "total_env_steps=2000", "algo.steps_per_iteration=200", "algo.lr=3e-3"]
     overrides += ["algo.batch_size=50", "algo.penalty=kl", "algo.target_kl=0.003", "algo.initial_beta=0.1"]

@@ -359,3 +359,11 @@ def test_a_run_of_any_env_is_named_by_its_id():
 def test_runs_that_begin_in_one_second_have_folders_of_their_own():
     config = compose(["algo=ppo", "env=cartpole"])
     assert len({new_run_path(config) for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("argument", ["run=~/runs/x", "runs=~", "env.run=~/runs/dreamer", "out=~/plot.png"])
+def test_a_home_folder_that_the_shell_left_is_refused(argument):
+    """macOS' shell does not replace ~ after an equals sign; Python would make a folder of this name."""
+    with pytest.raises(ConfigError, match=r"write \$HOME instead"):
+        cli.check_arguments([argument])
+    cli.check_arguments(["run=runs/~x", "note=~ 5 seeds"])

@@ -1,13 +1,17 @@
 """Output that is discarded, and processes on the same cores: only one of them lets idle threads spin."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 
-from levin.core import paths
+from levin.core import files, paths
+from levin.core import process as levin_process
 from levin.core.process import WAIT_SETTINGS, discard_output
 from processes import has_exited, wait_until
 
@@ -163,3 +167,37 @@ def test_a_process_ends_with_its_parent(state):
         wait_until(lambda: has_exited(int(output)))
     else:
         assert output == "-9"
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_a_line_that_cannot_be_printed_ends_nothing(number, monkeypatch):
+    """The disk of a log file is full, or the terminal is closed."""
+
+    def write(*_, **__):
+        raise OSError(number, "no")
+
+    discarded = []
+    monkeypatch.setattr(levin_process, "print", write, raising=False)
+    monkeypatch.setattr(levin_process, "discard_output", discarded.append)
+    monkeypatch.setattr(levin_process.sys, "stdout", SimpleNamespace(fileno=lambda: 1))
+    levin_process.print_line("a line")
+    assert discarded == [1]
+
+
+def test_a_terminal_without_a_letter_shows_another():
+    script = "from levin.core.errors import exit_on_user_error\nwith exit_on_user_error():\n    print('5 \\u00b7 6')"
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    answer = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout == "5 ? 6\n"
+
+
+def test_a_folder_that_cannot_be_forced_onto_the_disk_is_no_obstacle(tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    before = os.listdir("/dev/fd")
+    files.write_text(tmp_path, "a.txt", "text")
+    assert (tmp_path / "a.txt").read_text() == "text"
+    assert os.listdir("/dev/fd") == before

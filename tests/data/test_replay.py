@@ -91,3 +91,20 @@ def test_pixel_batches_are_sampled_in_small_portions():
     assert pixels.batches_per_draw(2**20) == 1
     vectors.extend(Camera(1, 4).rollout(50))
     assert vectors.batches_per_draw(256) == 128
+
+
+def test_a_rollout_larger_than_the_buffer_is_refused():
+    rollout = Camera(2, 4).rollout(20)
+    with pytest.raises(ConfigError, match="buffer_size=30 is less than 40, the transitions of one rollout"):
+        replay.Replay(30, "memory").extend(rollout)
+    replay.Replay(40, "memory").extend(rollout)
+
+
+def test_the_number_of_stored_transitions_has_no_limit():
+    buffer = replay.Replay(50, "memory")
+    buffer.extend(Camera(1, 4).rollout(40))
+    state = buffer.state_dict()
+    restored = replay.Replay(50, "memory")
+    restored.load_state_dict({**state, "written": 2**31 - 1, "data": [state["data"].clone()]}, CPU)
+    restored.extend(Camera(1, 4).rollout(10))
+    assert restored.written == 2**31 + 9

@@ -174,6 +174,16 @@ def test_a_run_may_be_in_a_folder_named_checkpoints(tmp_path):
     assert levin.load(str(run / "checkpoints" / "64")).algorithm.env_steps == 64
 
 
+def test_a_link_to_a_checkpoint_is_one(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(compose([*TINY, "total_env_steps=64", "checkpoint.every=32"]), run)
+    (tmp_path / "mine").symlink_to(run / "checkpoints" / "32")
+    assert evaluate_run(run=str(tmp_path / "mine"), episodes=1)["env_steps"] == 32
+    monkeypatch.chdir(run / "checkpoints")
+    assert evaluate_run(run="last", episodes=1)["env_steps"] == 64
+    assert (run / "evaluation.json").is_file()
+
+
 def test_files_of_a_run_are_synced_to_disk(tmp_path, monkeypatch):
     forced, fsync = set(), os.fsync
     monkeypatch.setattr("os.fsync", lambda file: (forced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))

@@ -78,6 +78,12 @@ def test_without_git_one_line_says_that_code_is_not_compared(monkeypatch):
     assert line == "git does not answer, so that other code can't be compared with commit 01234567"
 
 
+def test_without_a_commit_all_code_is_kept(monkeypatch):
+    """As after `git init` and `git add` in an archive that was unpacked."""
+    monkeypatch.setattr(code, "run_git", lambda *words: "src/levin/train.py" if words[0] == "ls-files" else "")
+    assert "levin/runs/code.py" in code.collect_code()
+
+
 @pytest.mark.parametrize("name", ["levin/envs/new.py", "experiments/idea/algorithm.py", "my_env.py"])
 def test_a_module_that_changed_after_the_commit_was_read_counts_as_dirty(name, tmp_path, monkeypatch):
     monkeypatch.setattr("levin.runs.code.collect_code", lambda: {name: b"pass"})

@@ -178,9 +178,10 @@ def test_a_lock_that_may_not_be_opened_is_not_held(tmp_path, monkeypatch):
     assert run_folder.is_locked(tmp_path) is False
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatch, capsys):
     def lockf(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", lockf)
     train(compose([*TINY, "total_env_steps=96"]), tmp_path / "run")

@@ -92,6 +92,15 @@ def test_a_requeued_job_continues_only_its_own_run(slurm, tmp_path):
     assert run_folder.read_provenance(tmp_path / "run")["env_steps"] == 320
 
 
+def test_a_requeued_job_needs_no_record_of_its_own_env(slurm, tmp_path):
+    """The home folder of the node may be new."""
+    words = (*OVERRIDES, "env=gym", "env.id=toy_envs:Failing-v0", "+env.kwargs.how=never", *PREEMPT, "run=run")
+    assert slurm.train(*words) == 0
+    slurm.patch.setenv("SLURM_RESTART_COUNT", "1")
+    slurm.patch.setenv("XDG_STATE_HOME", str(tmp_path / "new"))
+    assert slurm.train(*words) == 0
+
+
 def test_a_requeued_job_continues_its_run_that_has_only_a_config(slurm):
     """Its first start was killed before provenance.json was written."""
     config = compose([*OVERRIDES, "run=run"])

@@ -508,7 +508,7 @@ def test_a_logger_that_cannot_start_is_one_line(logger, project, sentence, plain
 
 
 def test_a_checkpoint_continues_no_wandb_run_of_another_machine(tmp_path, monkeypatch):
-    code = loggers._wandb_run("abc123")
+    code = loggers._trust_record("abc123")
     assert not trust.is_accepted(code)
     trust.record_code(code)
     assert trust.is_accepted(code)

@@ -129,6 +129,20 @@ def test_without_a_name_for_commits_nothing_is_renamed(template, tmp_path):
     assert run(folder, "git", "status", "--porcelain").stdout == ""
 
 
+def test_if_the_commit_fails_nothing_is_renamed(template, tmp_path):
+    """Such as without the key that signs commits, or by a hook."""
+    folder = tmp_path / "project"
+    run(tmp_path, "git", "clone", "--quiet", str(template), str(folder))
+    hook = folder / ".git/hooks/pre-commit"
+    hook.write_text("#!/bin/sh\necho not today >&2\nexit 1\n")
+    hook.chmod(0o755)
+    answer = run(folder, sys.executable, "scripts/new.py", "--name", "my_lab", ok=False)
+    assert "not today" in answer.stderr
+    assert run(folder, "git", "status", "--porcelain").stdout == ""
+    assert (folder / "src/levin").is_dir()
+    assert not (folder / "src/my_lab").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

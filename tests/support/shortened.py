@@ -59,7 +59,7 @@ def shorten_training(words: list[str]) -> list[str]:
     from levin.config.compose import compose
     from levin.core.omega import flat_keys, to_plain
 
-    cli.refuse_repeated(words)
+    cli.check_arguments(words)
     typed, _ = cli.pop_flag(words, "trust")
     typed, _ = cli.pop_count(typed, "jobs")
     typed, seeds = cli.pop_seeds(typed)

@@ -157,8 +157,28 @@ def test_a_run_ended_by_a_full_disk_can_be_resumed(tmp_path, monkeypatch, capsys
         message = run_and_fail(OVERRIDES, tmp_path / "run", patch, capsys)
     assert "can't be written: No space left on device; continue from checkpoint 192" in message
     assert complete_checkpoints(tmp_path / "run") == [128, 192]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))  # the space of the half-written one is free again
     resume.resume(run=str(tmp_path / "run"))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+
+
+def test_a_half_written_checkpoint_is_removed_before_a_resumed_run_writes(tmp_path, monkeypatch):
+    """It may have filled the disk."""
+    train(compose([*OVERRIDES, "total_env_steps=64"]), tmp_path / "run")
+    left = tmp_path / "run" / "checkpoints" / ".96.partial"
+    left.mkdir()
+    real = run_folder.create
+    monkeypatch.setattr(run_folder, "create", lambda *args, **named: full() if left.exists() else real(*args, **named))
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=128)
+
+
+def test_a_new_run_does_not_write_into_one_with_checkpoints(tmp_path):
+    """Two commands may name the same folder, or a cell of a notebook is run twice."""
+    train(compose([*OVERRIDES, "total_env_steps=64"]), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.csv").read_text()
+    with pytest.raises(ConfigError, match="exists already; name another folder"):
+        train(compose([*OVERRIDES, "total_env_steps=96"]), tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.csv").read_text() == before
 
 
 def test_the_error_message_of_the_operating_system_is_kept(tmp_path):
@@ -194,6 +214,19 @@ def test_a_file_that_a_callback_misses_is_not_taken_for_the_run_folder(tmp_path,
     assert "raised FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/labels.csv'" in message
     assert f"(see {tmp_path / 'run'}/traceback.txt); continue from checkpoint 128" in message
     assert "labels.csv" in (tmp_path / "run" / "traceback.txt").read_text()
+
+
+class Misspelt(Callback):
+    """Callback with a mistake."""
+
+    def on_train_batch_end(self, trainer, algorithm, *_) -> None:
+        {"labels": 1}["lables"]
+
+
+def test_the_traceback_of_any_error_is_kept(tmp_path):
+    with pytest.raises(KeyError, match="lables"):
+        train(compose([*OVERRIDES, "+callbacks.mine={_target_:test_guards.Misspelt}"]), tmp_path / "run")
+    assert "KeyError: 'lables'" in (tmp_path / "run" / "traceback.txt").read_text()
 
 
 def test_a_full_disk_does_not_hide_why_an_env_failed(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ from types import SimpleNamespace
 import imageio.v3
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checks import metrics
@@ -27,7 +29,7 @@ from levin.training import loggers
 from levin.training.loggers import CSVMetrics
 from levin.training.session import train
 from levin.training.video import record_video
-from processes import run_python
+from processes import children, has_exited, run_python, wait_until
 from short_runs import SMALL
 
 
@@ -101,7 +103,7 @@ def test_pictures_are_logged_on_the_axis_of_the_metrics(tmp_path):
     imageio.v3.imwrite(tmp_path / "64_x.png", np.zeros((8, 8), dtype=np.uint8))
     rows = []
     wandb_run = SimpleNamespace(id="a", project="b", name="c", log=rows.append)
-    both = [TensorBoardLogger(tmp_path, name="tensorboard", version=""), WandbLogger(experiment=wandb_run)]
+    both = [TensorBoardLogger(tmp_path, name="tensorboard", version=""), loggers.WandbRun(experiment=wandb_run)]
     loggers.log_pictures(both, tmp_path, clock=96, env_steps=64)
     both[0].finalize("success")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -177,6 +179,65 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path):
     runs = [record.run for file in files for record in wandb_records(file) if record.WhichOneof("record_type") == "run"]
     assert len(files) == 2
     assert len({each.run_id for each in runs}) == 1
+
+
+def test_a_session_without_wandb_keeps_the_id_of_the_wandb_run(tmp_path):
+    overrides = [*SMALL, "wandb_project=test", "checkpoint.every=100"]
+    train(compose([*overrides, "total_env_steps=160", "logger=wandb"]), tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"), total_env_steps=320, logger="csv")
+    ids = [checkpoint.env_steps_and_wandb_id(each / "state.ckpt")[1] for each in _checkpoints(tmp_path / "run")]
+    assert len(set(ids)) == 1
+    assert ids[0] is not None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return checkpoint.list_checkpoints(run / "checkpoints")
+
+
+class EndWandb(Callback):
+    """Callback that ends the process of wandb, as SLURM does when it ends a job."""
+
+    def on_train_batch_end(self, trainer, algorithm, *_) -> None:
+        if algorithm.env_steps == 160:
+            (process,) = (pid for pid in children(os.getpid()) if "wandb" in Path(f"/proc/{pid}/comm").read_text())
+            os.kill(process, signal.SIGTERM)
+            wait_until(lambda: has_exited(process))
+
+
+def test_a_run_goes_on_without_the_process_of_wandb(tmp_path, capsys):
+    overrides = [*SMALL, "logger=wandb", "total_env_steps=320", "log_every=32"]
+    train(compose([*overrides, "+callbacks.end={_target_:test_loggers.EndWandb}"]), tmp_path / "run")
+    assert capsys.readouterr().err.count("levin: Weights & Biases has stopped, metrics.csv goes on") == 1
+    assert metrics(tmp_path / "run")[-1]["env_steps"] == "320"
+    assert _checkpoints(tmp_path / "run")[-1].name == "320"
+
+
+@pytest.mark.parametrize(
+    ("folder", "group", "name"),
+    [
+        ("runs/sac_pendulum/s0_2026", "sac_pendulum", "s0_2026"),
+        ("runs/sac_pendulum/m_2026/algo.lr=0.1/s0", "sac_pendulum/m_2026/algo.lr=0.1", "algo.lr=0.1/s0"),
+        ("elsewhere/x", "sac_pendulum", "x"),
+    ],
+)
+def test_runs_of_a_sweep_are_told_apart_in_wandb(folder, group, name):
+    assert loggers._place_in_wandb(Path("/home") / folder, "sac_pendulum") == (group, name)
+
+
+def test_a_resumed_run_goes_on_offline_without_a_connection(monkeypatch, capsys):
+    monkeypatch.setattr(loggers, "_wandb_login", refuse_key)
+    assert loggers._is_online(must_connect=False) is False
+    assert "can't be reached, and is used offline" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="API key"):
+        loggers._is_online(must_connect=True)
+
+
+def test_every_task_of_srun_that_trains_a_run_writes_its_metrics(tmp_path):
+    task = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    words = [*SMALL, "total_env_steps=64", "logger=csv", f"run={tmp_path / 'run'}"]
+    answer = run_python("-m", "levin.train", *words, env={**os.environ, **task, "SLURM_JOB_NAME": "packed"})
+    assert answer.returncode == 0, answer.stderr
+    assert metrics(tmp_path / "run")[-1]["env_steps"] == "64"
 
 
 def test_resuming_hides_tensorboard_events_logged_after_the_checkpoint(tmp_path):

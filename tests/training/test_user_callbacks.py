@@ -149,12 +149,12 @@ def test_a_seed_or_several_values_are_never_dropped(words, sentence, monkeypatch
     with pytest.raises(SystemExit, match="2"):
         command.main()
     with pytest.raises(ConfigError, match=sentence):
-        cli.refuse_repeated(words)
+        cli.check_arguments(words)
     assert not list(Path(tmp_path).iterdir())
 
 
 def test_a_repeated_key_is_announced(capsys):
-    cli.refuse_repeated(["algo.hidden_sizes=[8,8]", "algo.hidden_sizes=[4]", "log_every=3", "log_every=3"])
+    cli.check_arguments(["algo.hidden_sizes=[8,8]", "algo.hidden_sizes=[4]", "log_every=3", "log_every=3"])
     assert capsys.readouterr().err == "levin: algo.hidden_sizes is given twice, as [8,8] and as [4]: the last is used\n"
 
 

@@ -33,9 +33,10 @@ Metrics:
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class CrossQ(Algorithm):
         actor_lr: PositiveFloat = 1e-3,
         critic_lr: PositiveFloat = 1e-3,
         alpha_lr: NonNegativeFloat = 1e-3,
-        adam_beta1: Fraction = 0.5,
+        adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         initial_alpha: PositiveFloat = 1.0,
         target_entropy: float | None = None,
         policy_delay: PositiveInt = 3,

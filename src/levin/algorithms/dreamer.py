@@ -47,9 +47,10 @@ Metrics:
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
@@ -131,7 +132,7 @@ class Dreamer(Algorithm):
         size: Literal["paper", "small", "micro"] = "paper",
         transition: Literal["gru", "mlp"] = "gru",
         actor_gradient: Literal["dynamics", "reinforce"] = "dynamics",
-        initial_std: PositiveFloat = 5.0,
+        initial_std: Annotated[float, Field(gt=0, le=100)] = 5.0,
         entropy_coef: NonNegativeFloat = 0.0,
         free_nats: NonNegativeFloat = 3.0,
         kl_scale: PositiveFloat = 1.0,

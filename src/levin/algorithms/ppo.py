@@ -29,6 +29,7 @@ Other deviations from the authors' code, and from CleanRL:
       rollout, and in Stable-Baselines3, which checks each minibatch.
     - An episode cut by a time limit bootstraps from V(s') of its last observation; there it counts as ended.
     - Statistics of observations and rewards are updated once per rollout (`levin.nn.normalizers`), there in every step.
+    - beta stays between 1e-6 and 1e6.
 
 Metrics:
     train/actor_loss: -L, without the entropy.
@@ -301,4 +302,6 @@ class PPO(Algorithm):
         """Halve beta if KL < target_kl / 1.5, double it if KL > 1.5 target_kl (section 4)."""
         assert self.target_kl is not None
         self.beta *= torch.where(kl < self.target_kl / 1.5, 0.5, torch.where(kl > self.target_kl * 1.5, 2.0, 1.0))
+        # Deviation: bounded. From 0 it could not grow again, and a huge one leaves the critic no gradient.
+        self.beta.clamp_(1e-6, 1e6)
         self.record(beta=self.beta)

@@ -10,7 +10,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from levin.config.cli import parse_hydra_overrides, refuse_repeated
+from levin.config.cli import check_arguments, parse_hydra_overrides
 from levin.config.compose import (
     GROUPS,
     SEARCH_PATH,
@@ -95,7 +95,7 @@ def main() -> None:
     silence_libraries()
     with exit_on_user_error():
         overrides = sys.argv[1:]
-        refuse_repeated(overrides)
+        check_arguments(overrides)
         # The values in configs/ are checked by the tests. Checking others takes seconds, for it imports Lightning.
         chosen = parse_hydra_overrides(take_paths(overrides)[0])
         refuse_several_values(chosen)

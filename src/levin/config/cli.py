@@ -13,6 +13,8 @@ from hydra.errors import HydraException
 from levin.core.errors import ConfigError
 from levin.core.validate import check_section
 
+FOLDERS = ("run", "runs", "env.run", "out", "hydra.sweep.dir")  # keys whose values are paths
+
 
 def command_arguments(command: Callable[..., Any]) -> dict[str, Any]:
     """Return the arguments of the command line, checked against the signature of the command.
@@ -39,7 +41,7 @@ def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, A
         ConfigError: An argument is not of the form key=value, or has several values.
     """
     values: dict[str, Any] = {}
-    refuse_repeated(arguments)
+    check_arguments(arguments)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
@@ -56,15 +58,18 @@ def parse_overrides(arguments: list[str], *, as_typed: list[str]) -> dict[str, A
     return values
 
 
-def refuse_repeated(arguments: list[str]) -> None:
+def check_arguments(arguments: list[str]) -> None:
     """Warn of a key that is given twice, whose last value is used. A seed, or a key of a sweep, is refused.
 
     Raises:
-        ConfigError: The seed, or a key with several values for a sweep, is given twice.
+        ConfigError: The seed, or a key with several values for a sweep, is given twice; or a folder's path begins with
+            `~`, which Python would take as the name of a folder.
     """
     given: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.lstrip("+~").partition("=")
+        if key in FOLDERS and value.partition("/")[0] == "~":
+            raise ConfigError(f"{argument}: the shell has not replaced ~ by your home folder: write $HOME instead")
         if equals and given.get(key, value) != value:
             message = f"{key} is given twice, as {given[key]} and as {value}"
             if key == "seed" or _is_sweep(key, given[key]):

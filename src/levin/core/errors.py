@@ -1,9 +1,10 @@
 """Errors that a user can cause or fix; the commands print each as one line, without a traceback."""
 
 import difflib
+import io
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from levin.core.process import discard_output
 
@@ -60,8 +61,12 @@ def one_line(error: BaseException) -> str:
 def exit_on_user_error() -> Iterator[None]:
     """Print a ConfigError, a RunError or an error of a file as one line on stderr, and exit with code 2 or 1.
 
-    Ctrl-C, where it does not save a run, exits with 130.
+    Ctrl-C, where it does not save a run, exits with 130. Letters that a terminal's encoding lacks are printed as `?`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # its file descriptor was exchanged
+                stream.reconfigure(errors="replace")
     try:
         yield
     except BrokenPipeError:  # `| head` has read enough

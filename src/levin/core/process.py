@@ -85,13 +85,20 @@ def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterato
 
 
 def print_line(text: str) -> None:
-    """Print a line; once the pipe is broken, discard what else goes to stdout.
+    """Print a line; once that fails, discard what else goes to stdout, so that a run goes on and is saved.
 
-    Ctrl-C also ends the `tee` behind a pipe, and the run must still be saved.
+    Ctrl-C also ends the `tee` behind a pipe. A terminal may be closed, and the disk of a log file may be full.
     """
-    try:
+    with output_may_end():
         print(text, flush=True)
-    except BrokenPipeError:
+
+
+@contextmanager
+def output_may_end() -> Iterator[None]:
+    """Discard what else goes to stdout once it can't be written."""
+    try:
+        yield
+    except OSError:
         discard_output(sys.stdout.fileno())
 
 

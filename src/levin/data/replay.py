@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer, RoundRobinWriter
 
 from levin.core.errors import ConfigError
 from levin.core.spaces import EnvSpec
@@ -93,7 +93,8 @@ class Replay:
     ) -> None:
         lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
         self.size, self.storage, self.n_step, self.priorities = size, storage, n_step, priorities
-        self.buffer = ReplayBuffer(storage=lazy, sampler=priorities)
+        # Compilable: with counters of Python, which do not wrap at 2^31.
+        self.buffer = ReplayBuffer(storage=lazy, sampler=priorities, writer=RoundRobinWriter(compilable=True))
 
     def __len__(self) -> int:
         return len(self.buffer)
@@ -123,7 +124,16 @@ class Replay:
         return 1 if self.priorities else min(128, max(1, MAX_SAMPLE_BYTES // (batch_size * self.transition_bytes)))
 
     def extend(self, rollout: TensorDictBase) -> None:
-        """Store the transitions of a rollout `[N, T]`."""
+        """Store the transitions of a rollout `[N, T]`.
+
+        Raises:
+            ConfigError: They are more than `size`: which of two would be kept in a place is not defined.
+        """
+        if rollout.numel() > self.size:
+            raise ConfigError(
+                f"algo.buffer_size={self.size} is less than {rollout.numel()}, the transitions of one rollout; "
+                "increase it"
+            )
         if self.n_step:
             done = rollout["next", "done"].squeeze(-1)  # [N, T]
             entry = self.written + torch.arange(done.numel(), device=done.device).view_as(done)

@@ -200,8 +200,8 @@ def make_own_trunk(space: Space, network: Mapping[str, Any]) -> tuple[nn.Module,
     make_forks_importable()
     try:
         trunk = get_object(str(network.get("_target_")))(space, **values)
-    except (ImportError, ValueError, TypeError) as error:
-        raise ConfigError(f"{name} can't be built: {one_line(error)}") from error
+    except (ImportError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{name} can't be built: {type(error).__name__}: {one_line(error)}") from error
     num_features = getattr(trunk, "num_features", None)
     if not isinstance(trunk, nn.Module) or not isinstance(num_features, int):
         raise ConfigError(f"{name} must be a torch.nn.Module with num_features, the size of its output")

@@ -155,7 +155,15 @@ def newest_checkpoint(run: Path, *, buffer: bool = False, algorithm: str | None 
 
 
 def run_of(path: Path) -> Path:
-    """Return the run folder of a path: the folder itself, or that of a checkpoint or its `state.ckpt`."""
+    """Return the run folder of a path: the folder itself, or that of a checkpoint or its `state.ckpt`.
+
+    A part of the path may be a link, such as one to a checkpoint.
+    """
+    found = [_run_of(each) for each in (path, path.absolute(), path.resolve())]
+    return next((run for run in found if (run / "config.yaml").is_file()), found[0])
+
+
+def _run_of(path: Path) -> Path:
     folder = path.parent if path.name == STATE else path
     return folder.parents[1] if _is_checkpoint(folder) else folder
 

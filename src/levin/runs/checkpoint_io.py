@@ -37,6 +37,14 @@ class FolderCheckpointIO(TorchCheckpointIO):
                 _save_file({**checkpoint, "buffer": None}, Path(path))
             return
         _check_loadable(checkpoint)
+        try:
+            self._write(checkpoint, folder)
+        except OSError:  # give the space back: the disk may be full
+            shutil.rmtree(_partial_path(folder, distributed.rank()), ignore_errors=True)
+            raise
+
+    def _write(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Write a checkpoint into a temporary folder, and rename that."""
         partial = _partial_path(folder, distributed.rank())
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

@@ -175,7 +175,9 @@ def is_in_a_commit(path: Path) -> bool:
 
 def _committed_files() -> set[str]:
     """Return the paths of the files of this checkout that are equal to the commit of this process."""
-    commit = (_inherited.facts["git_sha"] if _inherited else "") or "HEAD"
+    commit = (_inherited.facts["git_sha"] if _inherited else "") or run_git("rev-parse", "HEAD")
+    if not commit:
+        return set()
     tracked = set(run_git("ls-files", "-z").split("\0"))
     changed = set(run_git("diff", "--name-only", "--relative", "-z", commit).split("\0"))
     return {f"{paths.ROOT}/{name}" for name in tracked - changed}

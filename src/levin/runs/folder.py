@@ -26,6 +26,7 @@ from levin.runs.provenance import command_line
 CONFIG, PROVENANCE, LOCK = "config.yaml", "provenance.json", ".lock"
 SEARCH_PLAN = "study.json"  # in the folder of a search, whose runs `levin.tune` trains
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.ENOTCONN)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # the last two differ on macOS
 
 
 class Session(pydantic.BaseModel):
@@ -54,10 +55,15 @@ def new_run_path(config: DictConfig) -> Path:
     """
     run = Path(config.run or f"runs/{config.name}/s{config.seed}_{time_stamp()}")
     if run.exists() and (not run.is_dir() or not is_empty(run)):
-        raise ConfigError(
-            f"run={run} exists already; name another folder, or continue that run with make resume RUN={run}"
-        )
+        raise exists_error(run)
     return run
+
+
+def exists_error(run: Path) -> ConfigError:
+    """Return the error of a new run whose folder holds something."""
+    return ConfigError(
+        f"run={run} exists already; name another folder, or continue that run with make resume RUN={run}"
+    )
 
 
 def time_stamp() -> str:
@@ -215,7 +221,7 @@ def lock_file(path: Path, taken: str) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             raise LockedError(f"{taken} by another process") from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise
             _warn_of_no_locks(path.parent, str(error.strerror))
         yield
@@ -340,6 +346,11 @@ def report_failure(run: Path) -> Iterator[None]:
         )
         kind = NotFiniteError if isinstance(error, NotFiniteError) else RunError
         raise kind(f"{message}; {advice}") from error
+    except ConfigError:
+        raise
+    except Exception:  # of the user's code: Python prints the traceback, and the folder keeps it
+        _write_traceback(run)
+        raise
 
 
 def _is_about(run: Path, error: OSError) -> bool:

@@ -104,9 +104,7 @@ def load_algorithm(run: Path) -> "Algorithm":
         path, config = run / POLICY, load_config(run, code_sections=("algo",))
     else:
         path = checkpoint.newest_checkpoint(run)
-        places = (checkpoint.run_of(path.absolute()), checkpoint.run_of(path.resolve()))  # either may be a link
-        found = next((place for place in places if (place / "config.yaml").is_file()), places[0])
-        config = load_config(found, code_sections=("algo",))
+        config = load_config(checkpoint.run_of(path), code_sections=("algo",))
     kind = algorithm_class(config)
     saved = files.load(path)
     try:

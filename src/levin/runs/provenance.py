@@ -70,7 +70,7 @@ def command_line() -> str:
 
 
 def run_git(*arguments: str) -> str:
-    """Run git in the repository and return its output; an empty string outside a repository or without git."""
+    """Run git in the repository and return its output; an empty string if it fails, or there is no git."""
     if shutil.which("git") is None:
         return ""
     command = ["git", *arguments]
@@ -78,7 +78,7 @@ def run_git(*arguments: str) -> str:
     answer = subprocess.run(
         command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
     )
-    return answer.stdout.strip()
+    return "" if answer.returncode else answer.stdout.strip()
 
 
 def processor_name() -> str:

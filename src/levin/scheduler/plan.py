@@ -17,7 +17,7 @@ from levin.core import files
 from levin.core.errors import ConfigError, LockedError
 from levin.core.process import print_line
 from levin.core.validate import read_json
-from levin.runs import code, slurm
+from levin.runs import code, slurm, trust
 from levin.runs import folder as run_folder
 from levin.runs.provenance import command_line, run_git
 
@@ -84,6 +84,8 @@ def open_sweep(
         for run, config in zip(runs, named.values(), strict=True):
             if not run_folder.has_begun(run):  # new, or the command that created the plan was killed
                 run_folder.begin(run, config)
+            else:
+                trust.record(config)  # this command names its code, too, and the record of its beginning may be gone
         yield runs
 
 

@@ -50,6 +50,7 @@ class Checkpointing(Checkpoint):
         self._rng: dict[str, Any] | None = None
         self.extra_state: ExtraState | None = None  # from `on_train_start` on
         self._extra: dict[str, Any] = {}  # of the checkpoint that is continued
+        self._wandb_id: str | None = None  # of this session, or of the checkpoint that is continued
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         algorithm, loader = cast(Algorithm, pl_module), cast(CollectorLoader, trainer.train_dataloader)
@@ -149,7 +150,9 @@ class Checkpointing(Checkpoint):
                 checkpoint["callbacks"].pop(callback.state_key, None)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                checkpoint["wandb_id"] = logger.experiment.id
+                self._wandb_id = logger.experiment.id
+        if self._wandb_id is not None:  # also in a session without Weights & Biases: a later one goes on with that run
+            checkpoint["wandb_id"] = self._wandb_id
 
     def _check_state(self, saved: dict[str, Any]) -> None:
         """Check that a resumed run can load what the user's callbacks keep in a checkpoint.
@@ -173,6 +176,7 @@ class Checkpointing(Checkpoint):
         # Restored in `on_train_start`: building the rest of the run still samples random numbers.
         self._rng = checkpoint["rng"]
         self._extra = checkpoint.get("extra", {})
+        self._wandb_id = checkpoint.get("wandb_id")
 
     def state_dict(self) -> dict[str, Any]:
         return {"returns": dict(self.returns)}

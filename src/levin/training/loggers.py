@@ -8,7 +8,8 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from levin.core.errors import ConfigError, one_line
 from levin.core.process import print_line
 from levin.runs import checkpoint, trust
 
-SECONDS_TO_CONNECT = 30  # for Weights & Biases
+SECONDS_TO_CONNECT, SECONDS_TO_FINISH = 30, 60  # for Weights & Biases: it would wait for days otherwise
 
 
 def make_loggers(
@@ -52,8 +53,7 @@ def _make_loggers(
 ) -> list[Logger]:
     wandb_id, clock = None, -1
     if ckpt_path is not None:
-        _, saved_id = checkpoint.env_steps_and_wandb_id(ckpt_path)
-        wandb_id = saved_id if saved_id and trust.is_accepted(_wandb_run(saved_id)) else None
+        _, wandb_id = checkpoint.env_steps_and_wandb_id(ckpt_path)
         clock = int(ckpt_path.resolve().parent.name)
     metrics = CSVMetrics(run)
     if ckpt_path is None:
@@ -63,11 +63,11 @@ def _make_loggers(
         files.subfolder(run, "tensorboard")
         loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=clock + 1))
     elif name == "wandb":
-        loggers.append(_wandb_logger(run, config, wandb_id))
+        loggers.append(_wandb_run(run, config, wandb_id, must_connect=ckpt_path is None))
     elif name is None:
         try:
             if _wandb_login():
-                loggers.append(_wandb_logger(run, config, wandb_id))
+                loggers.append(_wandb_run(run, config, wandb_id))
         except Exception as error:  # nobody has asked for it
             reason = (str(error).splitlines() or [""])[0]
             print(f"levin: Weights & Biases is not used: {type(error).__name__}: {reason}", file=sys.stderr)
@@ -77,44 +77,95 @@ def _make_loggers(
 
 
 def check_login(name: str | None) -> None:
-    """Check that Weights & Biases takes the user's key, if `name` selects it, before the run folder is made.
+    """Check that Weights & Biases takes the user's key, if `name` selects it, before the folder of a new run is made.
 
     Raises:
-        ConfigError: The key is not valid.
+        ConfigError: The key is not valid, or there is no connection.
     """
     if name == "wandb":
         try:
             _wandb_login()
         except Exception as error:  # wandb raises errors of several types
-            raise ConfigError(f"logger=wandb can't be started: {one_line(error)}") from error
+            raise ConfigError(
+                f"logger=wandb can't be started: {one_line(error)}; without a connection: export WANDB_MODE=offline"
+            ) from error
 
 
-def _wandb_logger(run: Path, config: dict[str, Any], wandb_id: str | None) -> WandbLogger:
-    """Build the logger of Weights & Biases: online if the user is logged in there, else offline."""
+class WandbRun(WandbLogger):
+    """Logger of Weights & Biases. Its data go through a process of wandb, and the run goes on if that has ended."""
+
+    failed = False
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Call a function that sends something. Once one fails, print a line and send nothing any more."""
+        if self.failed:
+            return
+        try:
+            action()
+        except Exception as error:  # those of a broken connection to wandb's process are of many types
+            self.failed = True
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            print(f"levin: Weights & Biases has stopped, metrics.csv goes on: {reason}", file=sys.stderr)
+            import wandb
+
+            with suppress(Exception):  # else wandb raises this error again when Python exits
+                wandb.teardown(exit_code=1)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.attempt(lambda: super(WandbRun, self).log_metrics(metrics, step))
+
+    def close(self, *, ended: bool) -> None:
+        """Send what is left. A run that has not ended counts as preempted there, or as failed."""
+        if not ended:
+            self.attempt(self.experiment.mark_preempting)
+        self.attempt(lambda: self.experiment.finish(exit_code=0 if ended else 1))
+
+
+def _wandb_run(run: Path, config: dict[str, Any], wandb_id: str | None, *, must_connect: bool = True) -> WandbRun:
+    """Build the logger of Weights & Biases: online if the user is logged in there, else offline.
+
+    Args:
+        run: Run folder.
+        config: Config of the run.
+        wandb_id: Id of the Weights & Biases run to continue; None: a new one.
+        must_connect: Whether it is an error if the user's key can't be checked. If not, the session is offline.
+    """
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_login() else "offline")
+    if wandb_id and not trust.is_accepted(_trust_record(wandb_id)):
+        print_line(f"Weights & Biases: a new run, since {wandb_id} of the checkpoint was not begun here")
+        wandb_id = None
+    mode = os.environ.get("WANDB_MODE") or ("online" if _is_online(must_connect) else "offline")
+    group, name = _place_in_wandb(run, config["name"])
     experiment = wandb.init(
         project=config["wandb_project"],
-        name=run.name,
-        group=config["name"],
+        name=name,
+        group=group,
         dir=run,
         id=wandb_id,
         resume="allow",
         mode=mode,  # type: ignore[arg-type]
         notes=config.get("note"),
-        settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT, silent=True),
+        settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT, finish_timeout=SECONDS_TO_FINISH, silent=True),
     )
     offline = f"offline; to upload it: wandb sync {Path(experiment.dir).parent}"
     where = offline if mode == "offline" else experiment.url or mode
     print_line(f"Weights & Biases: {where}")
-    trust.record_code(_wandb_run(experiment.id))
+    trust.record_code(_trust_record(experiment.id))
     experiment.define_metric("env_steps")
     experiment.define_metric("*", step_metric="env_steps")
-    return WandbLogger(experiment=experiment, save_dir=run)
+    return WandbRun(experiment=experiment, save_dir=run)
 
 
-def _wandb_run(wandb_id: str) -> trust.Code:
+def _place_in_wandb(run: Path, config_name: str) -> tuple[str, str]:
+    """Return group and name of a run: those of a sweep or a search are told apart by their folders below `runs/`."""
+    above = run.absolute().parent.parts
+    group = "/".join(above[above.index("runs") + 1 :]) if "runs" in above else ""
+    name = run.name if run.parent.name == config_name or not group else f"{run.parent.name}/{run.name}"
+    return (group or config_name)[-128:], name[-128:]  # Weights & Biases takes no longer ones
+
+
+def _trust_record(wandb_id: str) -> trust.Code:
     """Return the trust record of a Weights & Biases run begun here: no foreign checkpoint may continue it."""
     return trust.Code("wandb_id", wandb_id, wandb_id)
 
@@ -123,6 +174,17 @@ def _wandb_login() -> bool:
     import wandb  # here: the import takes a second, and most runs don't need it
 
     return os.environ.get("WANDB_MODE") not in ("offline", "disabled") and wandb.login(prompt=False)
+
+
+def _is_online(must_connect: bool) -> bool:
+    """Return whether the user is logged in. If it can't be found out, that is an error or means no."""
+    try:
+        return _wandb_login()
+    except Exception as error:  # wandb raises errors of several types
+        if must_connect:
+            raise
+        print(f"levin: Weights & Biases can't be reached, and is used offline: {one_line(error)}", file=sys.stderr)
+        return False
 
 
 def use_clock(loggers: list[Logger], algorithm: Algorithm) -> None:
@@ -154,10 +216,8 @@ def log_pictures(loggers: list[Logger], folder: Path, *, clock: int, env_steps: 
             continue
         name = f"pictures/{part or 'open_loop'}"
         for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                import wandb
-
-                logger.experiment.log({name: wandb.Image(str(picture)), "env_steps": env_steps})
+            if isinstance(logger, WandbRun):
+                logger.attempt(partial(_log_picture, logger, name, picture, env_steps))
             elif isinstance(logger, TensorBoardLogger):
                 import imageio
 
@@ -165,34 +225,48 @@ def log_pictures(loggers: list[Logger], folder: Path, *, clock: int, env_steps: 
                 logger.experiment.add_image(name, pixels, clock, dataformats="HWC")
 
 
-def upload_checkpoint(loggers: list[Logger], run: Path) -> None:
-    """Send the run's config and its last checkpoint without the replay buffer to Weights & Biases."""
+def _log_picture(logger: WandbRun, name: str, picture: Path, env_steps: int) -> None:
     import wandb
 
+    logger.experiment.log({name: wandb.Image(str(picture)), "env_steps": env_steps})
+
+
+def upload_checkpoint(loggers: list[Logger], run: Path) -> None:
+    """Send the run's config and its last checkpoint without the replay buffer to Weights & Biases."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
-            artifact.add_file(str(checkpoint.newest_checkpoint(run)))
-            artifact.add_file(str(run / "config.yaml"))
-            logger.experiment.log_artifact(artifact)
+        if isinstance(logger, WandbRun):
+            logger.attempt(partial(_log_checkpoint, logger, checkpoint.newest_checkpoint(run), run / "config.yaml"))
+
+
+def _log_checkpoint(logger: WandbRun, *files_of_run: Path) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
+    for path in files_of_run:
+        artifact.add_file(str(path))
+    logger.experiment.log_artifact(artifact)
 
 
 def upload_videos(loggers: list[Logger], run: Path) -> None:
     """Send the run's videos to Weights & Biases."""
+    for logger in loggers:
+        if isinstance(logger, WandbRun):
+            for video in sorted((run / "videos").glob("*.mp4")):
+                logger.attempt(partial(_log_video, logger, video))
+
+
+def _log_video(logger: WandbRun, video: Path) -> None:
     import wandb
 
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            for video in sorted((run / "videos").glob("*.mp4")):
-                logger.experiment.log({f"video/{video.stem}": wandb.Video(str(video))})
+    logger.experiment.log({f"video/{video.stem}": wandb.Video(str(video))})
 
 
-def close(loggers: list[Logger]) -> None:
-    """Flush and close the loggers. Weights & Biases prints how to upload an offline run."""
+def close(loggers: list[Logger], *, ended: bool) -> None:
+    """Flush and close the loggers. `ended`: whether the run is complete, or was ended by a callback."""
     for logger in loggers:
         logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+        if isinstance(logger, WandbRun):
+            logger.close(ended=ended)
 
 
 class CSVMetrics(Logger):

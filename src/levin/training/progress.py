@@ -8,17 +8,17 @@ from lightning import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from levin.algorithms.base import Algorithm
-from levin.core.process import print_line
+from levin.core.process import output_may_end, print_line
 from levin.training.callbacks import Metrics
 
 
 class ProgressBar(Callback):
     """Shows env steps, rates, the training return of the last row of metrics, and the time elapsed and left.
 
-    Without a terminal it prints a line every 10 seconds.
+    Without a terminal, or with `bar=False`, it prints a line every 10 seconds.
     """
 
-    def __init__(self, total_env_steps: int, metrics: Metrics) -> None:
+    def __init__(self, total_env_steps: int, metrics: Metrics, *, bar: bool = True) -> None:
         self.total, self.metrics = total_env_steps, metrics
         self.bar = Progress(
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} env steps"),
@@ -28,7 +28,7 @@ class ProgressBar(Callback):
             TextColumn("elapsed,"),
             TimeRemainingColumn(),
             TextColumn("left"),
-            disable=not sys.stdout.isatty(),
+            disable=not (bar and sys.stdout.isatty()),
         )
         self.task: TaskID | None = None
 
@@ -42,7 +42,7 @@ class ProgressBar(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         algorithm, now = cast(Algorithm, pl_module), perf_counter()
         last_time, env_steps, updates = self._last_shown
-        period = 0.5 if sys.stdout.isatty() else 10.0
+        period = 10.0 if self.bar.disable else 0.5
         if self.task is None or (now - last_time < period and not trainer.should_stop):
             return
         last = "" if self.metrics.last_return is None else f" · episode/return {self.metrics.last_return:.1f}"
@@ -57,7 +57,11 @@ class ProgressBar(Callback):
             print_line(f"{algorithm.env_steps:,}/{self.total:,} env steps · {rates}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.bar.stop()
+        self._stop()
 
     def on_exception(self, *_: Any) -> None:
-        self.bar.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        with output_may_end():
+            self.bar.stop()

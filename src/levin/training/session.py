@@ -38,8 +38,8 @@ from levin.core.process import keep_freed_memory, print_line, release_cores, sil
 from levin.envs.config import EnvConfig
 from levin.envs.factory import describe_env, make_env
 from levin.envs.vector import SeededVectorEnv
+from levin.runs import checkpoint, provenance
 from levin.runs import folder as run_folder
-from levin.runs import provenance
 from levin.runs.load import algorithm_class
 from levin.training import guards, hooks, loggers, video
 from levin.training import trainer as lightning_trainer
@@ -56,6 +56,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
 
     Raises:
         RunError: The run can't continue. It can be resumed from its newest checkpoint, if it has one.
+        ConfigError: The folder holds a run with checkpoints, and `ckpt_path` is None.
     """
     start = perf_counter()
     silence_libraries()
@@ -70,47 +71,56 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
     hooks.connect_update_hooks(trainer, algorithm, evaluation.others)
     facts = provenance.collect_provenance()
     evaluation.open()
-    loggers.check_login(cfg.logger)
+    if ckpt_path is None:
+        loggers.check_login(cfg.logger)
     with run_folder.lock(run), run_folder.report_failure(run):
+        checkpoint.remove_partial(run / "checkpoints")  # a full disk has room again
+        if ckpt_path is None and checkpoint.list_checkpoints(run / "checkpoints"):
+            raise run_folder.exists_error(run)
         run_folder.create(run, cfg, facts, resumed=ckpt_path is not None)
         print_line(f"{cfg.name}, seed {cfg.seed}: {run}")
-        if cfg.eval.every > cfg.total_env_steps:
-            print_line(
-                f"eval.every={cfg.eval.every} is more than total_env_steps: the run is evaluated once, at its end"
-            )
-        starts = cfg.algo.get("learning_starts") or 0
-        if starts >= cfg.total_env_steps:
-            print_line(f"algo.learning_starts={starts} is not less than total_env_steps: no update will be made")
+        _print_what_is_unusual(cfg)
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
         loggers.use_clock(trainer.loggers, algorithm)
+        ended = False
         try:
-            with _explain_restore(algorithm, ckpt_path), suppress(Interrupted):
-                trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
-        finally:
-            rollouts.collector.shutdown()
-            guards.preemption_of(trainer).restore()
-        if not budget.complete:
-            reached = f"stopped and saved at {algorithm.env_steps} of {cfg.total_env_steps} env steps"
-            if not algorithm.clock:
-                reached = "stopped before the end of the first iteration"
-            print_line(f"{reached}; to continue: make resume RUN={run}")
-        run_folder.record_end(
-            run,
-            perf_counter() - start,
-            algorithm.env_steps if budget.complete else None,
-            cfg.total_env_steps if budget.complete or not guards.is_interrupted(trainer) else None,
-        )
-        try:
+            try:
+                with _explain_restore(algorithm, ckpt_path), suppress(Interrupted):
+                    trainer.fit(algorithm, rollouts, ckpt_path=ckpt_path, weights_only=True)  # the loop
+            finally:
+                rollouts.collector.shutdown()
+                guards.preemption_of(trainer).restore()
+            ended = budget.complete or not guards.is_interrupted(trainer)
+            if not budget.complete:
+                reached = f"stopped and saved at {algorithm.env_steps} of {cfg.total_env_steps} env steps"
+                if not algorithm.clock:
+                    reached = "stopped before the end of the first iteration"
+                print_line(f"{reached}; to continue: make resume RUN={run}")
+            run_folder.record_end(
+                run,
+                perf_counter() - start,
+                algorithm.env_steps if budget.complete else None,
+                cfg.total_env_steps if ended else None,
+            )
             if cfg.upload and budget.complete:
                 loggers.upload_checkpoint(trainer.loggers, run)
                 _upload_video(trainer.loggers, run)
         finally:
-            loggers.close(trainer.loggers)
+            loggers.close(trainer.loggers, ended=ended)
     if evaluation.return_mean is not None:
         print_line(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
     if not budget.complete:
         guards.forward_sigusr1(trainer)
     return evaluation.return_mean
+
+
+def _print_what_is_unusual(cfg: DictConfig) -> None:
+    """Print what a short run leaves out."""
+    if cfg.eval.every > cfg.total_env_steps:
+        print_line(f"eval.every={cfg.eval.every} is more than total_env_steps: the run is evaluated once, at its end")
+    starts = cfg.algo.get("learning_starts") or 0
+    if starts >= cfg.total_env_steps:
+        print_line(f"algo.learning_starts={starts} is not less than total_env_steps: no update will be made")
 
 
 def _upload_video(run_loggers: list[Logger], run: Path) -> None:

@@ -9,7 +9,9 @@ import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from levin.algorithms.base import Algorithm
@@ -72,7 +74,8 @@ def build_trainer(
         Checkpointing(**cfg.checkpoint, run=run, evaluation=evaluation),
     ]
     if not sharding.process_rank(cfg):
-        callbacks.append(ProgressBar(cfg.total_env_steps, metrics))
+        bar = cfg.trainer.get("enable_progress_bar", True)
+        callbacks.append(ProgressBar(cfg.total_env_steps, metrics, bar=bar))
     options = {key: value for key, value in to_plain(cfg.trainer).items() if key not in ("threads", "workers")}
     if cfg.trainer.accelerator == "auto":  # Lightning would also take Apple's GPUs, which have no float64
         options["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,11 +91,14 @@ def build_trainer(
         "num_sanity_val_steps": 0,
         "logger": False,
         "profiler": NoProfiler(),
-        "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
-    plugins = FolderCheckpointIO(run / "checkpoints")
+    options["enable_progress_bar"] = False  # Lightning's own
+    plugins: list[Any] = [FolderCheckpointIO(run / "checkpoints")]
+    if ranks == 1:  # each task of srun trains a run of its own, and is its rank 0
+        plugins.append(LightningEnvironment())
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
     try:
         added = [instantiate(section) for section in cfg.callbacks.values()]
         for name, callback in zip(cfg.callbacks, added, strict=True):
