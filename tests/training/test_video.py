@@ -60,7 +60,7 @@ def test_the_checkpoint_is_uploaded_even_without_a_video(error, tmp_path, monkey
 
     done = []
     monkeypatch.setattr(loggers, "upload_checkpoint", lambda *_: done.append("checkpoint"))
-    monkeypatch.setattr(loggers, "close", lambda *_: done.append("close"))
+    monkeypatch.setattr(loggers, "close", lambda *_, **__: done.append("close"))
     monkeypatch.setattr("levin.training.video.record_video", record)
     with nullcontext() if isinstance(error, ConfigError) else pytest.raises(RuntimeError, match="no codec"):
         train(compose([*WORDS, "upload=true"]), tmp_path / "run")
