@@ -122,7 +122,8 @@ def begin(name: str) -> None:
     git("add", "--all", "src", "experiments")
     try:
         git("commit", "--quiet", "--all", "--message", f"Make {name} from the template {TEMPLATE}")
-    except UsageError:  # a hook or a signature: nothing was changed before, so the command can be repeated
+    except UsageError:  # a hook or a signature: all was committed before, so undo the change
+        git("mv", f"src/{name}", f"src/{TEMPLATE}")  # with files that git ignores
         git("reset", "--quiet", "--hard")
         raise
     git("branch", "--force", BRANCH)

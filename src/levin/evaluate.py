@@ -1,4 +1,4 @@
-"""Evaluate the policy of a run in new envs: `python -m levin.evaluate run=...`."""
+"""Evaluate the deterministic policy of a run in new envs: `python -m levin.evaluate run=...`."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ def evaluate_run(
     run: str,
     episodes: PositiveInt = 100,
     seed: NonNegativeInt = 1,
-    deterministic: bool = True,
     out: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
@@ -31,17 +30,19 @@ def evaluate_run(
         episodes: Number of episodes.
         seed: Root of the envs' seeds; with another value than `eval.seed`, the episodes are not those that were
             evaluated during training.
-        deterministic: Whether to take the most probable action or the mean. If not, actions are sampled.
         out: Path of the result; None: `evaluation.json` in the run folder, and of a result in
             experiments/ in `runs/results/<name>/`.
         trust: Whether to run code from outside this checkout that the run's config names (`levin.runs.trust`).
 
     Returns:
         The contents of the file.
+
+    Raises:
+        ConfigError: There is no undamaged checkpoint, or the config names code that was not accepted.
+        RunError: An env failed, an episode does not end, or the result can't be written.
     """
     check_has_policy(run)
     import numpy as np  # late: a command that is mistyped is refused before torch is imported
-    import torch
 
     from levin.collectors.episodes import evaluate, mean_numbers
     from levin.envs.factory import load_env, make_env
@@ -52,9 +53,7 @@ def evaluate_run(
         algorithm = load_algorithm(Path(run)).eval()
         env = make_env(load_env(folder), seed=seed, purpose=EVALUATION, num_envs=min(episodes, 10))
         run_folder.report_changed_code(folder)
-        if not deterministic:
-            torch.manual_seed(seed)
-        returns, _ = evaluate(algorithm.policy(deterministic=deterministic), env, episodes)
+        returns, _ = evaluate(algorithm.policy(deterministic=True), env, episodes)
         numbers = mean_numbers(env.ended)
         env.close()
     result = {
@@ -64,7 +63,6 @@ def evaluate_run(
         "episodes": episodes,
         "env_steps": algorithm.env_steps,
         "seed": seed,
-        "deterministic": deterministic,
     }
     print(
         f"{result['return_mean']:.1f} +- {result['return_std']:.1f} "

@@ -2,8 +2,9 @@
 
 Optuna proposes the values of each trial from the search space in `configs/tune/`. A trial is a run per seed; its value
 is the interquartile mean (IQM) of their last evaluations, and a trial that stays below the median of the others is
-stopped. The best three are retrained with seeds that the search has not seen, and the winner is written to
-`configs/tuned/<algo>_<env>.yaml`. The same command continues a search; several commands may work on one.
+stopped. The best three are retrained with seeds that the search has not seen. The winner is written to `winner.yaml`,
+and to `configs/tuned/<algo>_<env>.yaml` if it is better than the values that the search began with. The same command
+continues a search; several commands may work on one.
 """
 
 import inspect
@@ -197,7 +198,7 @@ def tune(arguments: list[str]) -> None:
     first = compose(arguments, check_values=False)
     folder = Path(named or f"runs/tune_{first.name}")
     if shows:
-        print_line(show(folder))
+        print(show(folder))
         return
     prepare_cores(first.trainer.threads or 1, jobs)
     tuning = Tuning(

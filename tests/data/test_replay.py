@@ -1,5 +1,8 @@
 """Frame replay stores each frame once and returns the collected transitions."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -108,3 +111,16 @@ def test_the_number_of_stored_transitions_has_no_limit():
     restored.load_state_dict({**state, "written": 2**31 - 1, "data": [state["data"].clone()]}, CPU)
     restored.extend(Camera(1, 4).rollout(10))
     assert restored.written == 2**31 + 9
+
+
+def test_the_files_of_memmap_are_on_the_disk_and_end_with_the_process(tmp_path, monkeypatch):
+    """Files in /dev/shm would be in memory, and those of a process that is killed must not stay."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    buffer = replay.Replay(50, "memmap")
+    for _ in range(3):
+        buffer.extend(Camera(1, 4).rollout(20))
+        assert not list(tmp_path.iterdir())
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(mapped) == len(replay.KEYS)
+    assert all(line.endswith("(deleted)") for line in mapped)
+    assert buffer.sample(1, 100, CPU)["observation"].any()

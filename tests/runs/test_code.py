@@ -80,7 +80,7 @@ def test_without_git_one_line_says_that_code_is_not_compared(monkeypatch):
 
 def test_without_a_commit_all_code_is_kept(monkeypatch):
     """As after `git init` and `git add` in an archive that was unpacked."""
-    monkeypatch.setattr(code, "run_git", lambda *words: "src/levin/train.py" if words[0] == "ls-files" else "")
+    monkeypatch.setattr(code, "run_git", lambda *words: "src/levin/runs/code.py" if words[0] == "ls-files" else "")
     assert "levin/runs/code.py" in code.collect_code()
 
 

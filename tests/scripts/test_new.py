@@ -133,14 +133,19 @@ def test_if_the_commit_fails_nothing_is_renamed(template, tmp_path):
     """Such as without the key that signs commits, or by a hook."""
     folder = tmp_path / "project"
     run(tmp_path, "git", "clone", "--quiet", str(template), str(folder))
+    ignored = folder / "src/levin/__pycache__/train.pyc"
+    ignored.parent.mkdir()
+    ignored.write_text("as if it had been used")
     hook = folder / ".git/hooks/pre-commit"
     hook.write_text("#!/bin/sh\necho not today >&2\nexit 1\n")
     hook.chmod(0o755)
-    answer = run(folder, sys.executable, "scripts/new.py", "--name", "my_lab", ok=False)
+    path = str(folder / "src")  # as it is installed
+    answer = run(folder, sys.executable, "scripts/new.py", "--name", "my_lab", ok=False, PYTHONPATH=path)
     assert "not today" in answer.stderr
     assert run(folder, "git", "status", "--porcelain").stdout == ""
-    assert (folder / "src/levin").is_dir()
-    assert not (folder / "src/my_lab").exists()
+    assert ignored.exists()
+    hook.unlink()
+    run(folder, sys.executable, "scripts/new.py", "--name", "my_lab", PYTHONPATH=path)
 
 
 @pytest.mark.parametrize(

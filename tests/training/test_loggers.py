@@ -218,6 +218,7 @@ def test_a_run_goes_on_without_the_process_of_wandb(tmp_path, capsys):
         ("runs/sac_pendulum/s0_2026", "sac_pendulum", "s0_2026"),
         ("runs/sac_pendulum/m_2026/algo.lr=0.1/s0", "sac_pendulum/m_2026/algo.lr=0.1", "algo.lr=0.1/s0"),
         ("elsewhere/x", "sac_pendulum", "x"),
+        ("runs/levin/runs/sac_pendulum/s0", "sac_pendulum", "s0"),
     ],
 )
 def test_runs_of_a_sweep_are_told_apart_in_wandb(folder, group, name):
@@ -227,7 +228,7 @@ def test_runs_of_a_sweep_are_told_apart_in_wandb(folder, group, name):
 def test_a_resumed_run_goes_on_offline_without_a_connection(monkeypatch, capsys):
     monkeypatch.setattr(loggers, "_wandb_login", refuse_key)
     assert loggers._is_online(must_connect=False) is False
-    assert "can't be reached, and is used offline" in capsys.readouterr().err
+    assert "failed, so it is offline" in capsys.readouterr().err
     with pytest.raises(ValueError, match="API key"):
         loggers._is_online(must_connect=True)
 
@@ -235,7 +236,7 @@ def test_a_resumed_run_goes_on_offline_without_a_connection(monkeypatch, capsys)
 def test_every_task_of_srun_that_trains_a_run_writes_its_metrics(tmp_path):
     task = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
     words = [*SMALL, "total_env_steps=64", "logger=csv", f"run={tmp_path / 'run'}"]
-    answer = run_python("-m", "levin.train", *words, env={**os.environ, **task, "SLURM_JOB_NAME": "packed"})
+    answer = run_python("-m", "levin.train", *words, env={**os.environ, **task}, forked=False)
     assert answer.returncode == 0, answer.stderr
     assert metrics(tmp_path / "run")[-1]["env_steps"] == "64"
 
@@ -295,3 +296,16 @@ def test_a_display_that_cannot_be_opened_is_not_used():
     )
     assert answer.stdout == "(480, 480, 3)\n"
     assert "GLFW" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("ended", "interrupted", "calls"),
+    [(True, False, ["finish 0"]), (False, True, ["preempting", "finish 1"]), (False, False, ["finish 1"])],
+)
+def test_a_run_that_failed_is_not_shown_as_finished_in_wandb(ended, interrupted, calls):
+    made = []
+    wandb_run = SimpleNamespace(
+        mark_preempting=lambda: made.append("preempting"), finish=lambda exit_code: made.append(f"finish {exit_code}")
+    )
+    loggers.close([loggers.WandbRun(experiment=wandb_run)], ended=ended, interrupted=interrupted)
+    assert made == calls

@@ -80,7 +80,8 @@ class ActorCritic(Algorithm):
         normalize_advantage: Whether to scale the weights to mean 0 and standard deviation 1 over the transitions of an
             update; never online.
         steps_per_iteration: Vector steps of a rollout; 1 if online.
-        episodes_per_update: Whole episodes of a rollout, in place of `steps_per_iteration`; 0: fixed-length rollouts.
+        episodes_per_update: Whole episodes of a rollout, in place of `steps_per_iteration`, with `env.num_envs=1`; 0:
+            fixed-length rollouts.
         optimizer: Optimiser of actor and critic.
         actor_lr: Learning rate of the actor.
         critic_lr: Learning rate of the critic.

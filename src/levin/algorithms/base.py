@@ -74,9 +74,10 @@ class Algorithm(LightningModule):
 
     Args:
         env: Spaces and normalisation of the env in plain values (`levin.envs.factory.describe_env`).
+        gamma: Discount factor of the return that `env.normalize_reward` divides rewards by.
 
     Raises:
-        ConfigError: The algorithm does not support the env's action space or observations.
+        ConfigError: The algorithm does not support the env's action space, observations, masks or normalisation.
     """
 
     # Names of attributes that need not be saved; those of base classes are added. Every other attribute that changes
@@ -98,7 +99,8 @@ class Algorithm(LightningModule):
     learning_starts: int  # env steps before the first update from replay
     replay_ratio: float  # updates from replay per env step
     batch_size: int  # transitions per update
-    schedule_env_steps: int | None = None  # env steps over which the weights of prioritized replay are annealed
+    # Env steps over which linear schedules fall to 0, and beta of prioritized replay rises to 1; None: both stay.
+    schedule_env_steps: int | None = None
     dream_steps_per_update: int = 0  # imagined steps per update
     collects: bool = True  # whether the next iteration collects env steps; if not, its rollout is empty
     status: str = ""  # text that the progress bar appends
@@ -219,7 +221,7 @@ class Algorithm(LightningModule):
         return self.env_steps >= total_env_steps
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Set gradients to zero, never to None, because they may be views of one vector.
+        """Set gradients to zero, by default not to None, because they may be views of one vector.
 
         The Trainer calls this when a run begins.
         """

@@ -13,7 +13,7 @@ Pseudocode (Algorithm 1):
         for each gradient step:
             Q_i   <- Q_i   - lr grad J_Q(Q_i)          Eq. 5
             pi    <- pi    - lr grad J_pi(pi)          Eq. 7
-            alpha <- alpha - lr grad J(alpha)          Eq. 17
+            alpha <- alpha - lr grad J(alpha)          Eq. 18
             Q'_i  <- tau Q_i + (1 - tau) Q'_i
 
 With `n_step` above 1, r is the n-step return, s' the observation at its end, and gamma gamma^m (`levin.data.n_step`).

@@ -32,7 +32,7 @@ Metrics:
     train/end_loss: weighted cross-entropy of M's end of episode.
     train/fitness, train/fitness_best: mean return of a generation, and of its best candidate.
     train/generations: generations finished in this round.
-    train/dream_length: mean length of dream episodes, steps.
+    train/dream_length: mean length of dream episodes, steps; at most `algo.dream_length`.
     eval/dream_return: mean return of the evaluated controller in 100 dreams.
     eval/open_loop_5, ...: errors of open-loop predictions, see `levin.model_based.open_loop`.
 """

@@ -68,7 +68,7 @@ def subfolder(folder: Path, name: str) -> Path:
 
 
 def no_link(path: str, flags: int) -> int:
-    """Open a file for `open(..., opener=no_link)`, which then raises OSError if it is a link or a pipe."""
+    """Open a file for `open(..., opener=no_link)`, which then raises OSError for a link, and never waits for a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 

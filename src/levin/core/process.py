@@ -9,7 +9,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -95,10 +95,13 @@ def print_line(text: str) -> None:
 
 @contextmanager
 def output_may_end() -> Iterator[None]:
-    """Discard what else goes to stdout once it can't be written."""
+    """Discard what else goes to stdout once it can't be written, and say so, unless it is a pipe that was closed."""
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            with suppress(OSError):
+                print(f"levin: no more output, since it can't be written: {error.strerror}", file=sys.stderr)
         discard_output(sys.stdout.fileno())
 
 

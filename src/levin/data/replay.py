@@ -1,5 +1,6 @@
 """Replay buffers of single transitions, on TorchRL's `ReplayBuffer`."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -79,19 +80,25 @@ class Replay:
 
     Args:
         size: Number of transitions that are kept.
-        storage: `memory`, on the device of the rollouts, or `memmap`, a file.
+        storage: `memory`, on the device of the rollouts, or `memmap`, files in the folder for temporary ones.
         n_step: Windows of n-step returns; None: single transitions.
         priorities: Prioritized sampler; None: sampling is uniform.
     """
 
     # Names of attributes that `state_dict` saves or that need not be saved; those of base classes are added. Others
     # that change are saved by levin.runs.extra_state.
-    not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes", "n_step", "priorities")
+    not_saved: ClassVar[tuple[str, ...]] = ("buffer", "folder", "transition_bytes", "n_step", "priorities")
 
     def __init__(
         self, size: int, storage: str, n_step: NStep | None = None, priorities: Priorities | None = None
     ) -> None:
-        lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else LazyMemmapStorage(size)  # type: ignore[arg-type]
+        # TorchRL's own choice, /dev/shm, is memory.
+        self.folder = None if storage == "memory" else tempfile.TemporaryDirectory(prefix="levin-replay-")
+        lazy = (
+            LazyMemmapStorage(size, scratch_dir=self.folder.name)
+            if self.folder
+            else LazyTensorStorage(size, device="auto")  # type: ignore[arg-type]
+        )
         self.size, self.storage, self.n_step, self.priorities = size, storage, n_step, priorities
         # Compilable: with counters of Python, which do not wrap at 2^31.
         self.buffer = ReplayBuffer(storage=lazy, sampler=priorities, writer=RoundRobinWriter(compilable=True))
@@ -138,7 +145,14 @@ class Replay:
             done = rollout["next", "done"].squeeze(-1)  # [N, T]
             entry = self.written + torch.arange(done.numel(), device=done.device).view_as(done)
             self.n_step.link(*((entry.cpu(), done.cpu()) if self.storage == "memmap" else (entry, done)))
-        self.buffer.extend(rollout.select(*KEYS).reshape(-1))  # [N, T] -> [N * T]
+        self.store(rollout.select(*KEYS).reshape(-1))  # [N, T] -> [N * T]
+
+    def store(self, entries: TensorDictBase) -> None:
+        """Store entries `[R]`. The files of `memmap` have no names any more then: they end with the process."""
+        begins = not len(self)
+        self.buffer.extend(entries)
+        if self.folder and begins:
+            self.folder.cleanup()
 
     def sample(
         self,
@@ -261,7 +275,7 @@ class Replay:
         for piece in state["data"]:
             for key, value in rewritten.items():  # also for files written before the key existed
                 piece.set(key, value.new_zeros(len(piece), *value.shape[1:]))
-            self.buffer.extend(piece.to(device))
+            self.store(piece.to(device))
         for key, value in rewritten.items():
             self.data[key].copy_(value)
         if "sampler" in state:
@@ -282,7 +296,7 @@ class FrameReplay(Replay):
 
     Args:
         size: Number of frames that are kept: one per transition, and the first stack of each episode.
-        storage: `memory`, on the device of the rollouts, or `memmap`, a file.
+        storage: `memory`, on the device of the rollouts, or `memmap`, files in the folder for temporary ones.
         stack: Number of frames K of an observation `[K * C, H, W]`, oldest first. Successive observations have K - 1
             frames in common.
         n_step: As in `Replay`.
@@ -299,7 +313,11 @@ class FrameReplay(Replay):
         self.current: Tensor | None = None  # [N, K]: the entries of each env's last observation
 
     def extend(self, rollout: TensorDictBase) -> None:
-        """Store the transitions of a rollout `[N, T]`."""
+        """Store the transitions of a rollout `[N, T]`.
+
+        Raises:
+            ConfigError: `size` is too small for a few rollouts in which every step begins an episode.
+        """
         (num_envs, steps), stack = rollout.shape, self.stack
         rollouts = 1 + (self.n_step.n_step if self.n_step else 1)  # with these, some transition can always be sampled
         if self.size < (least := rollouts * num_envs * steps * (1 + stack)):
@@ -347,7 +365,7 @@ class FrameReplay(Replay):
             "reward": flat["next", "reward"],
             "terminated": flat["next", "terminated"],
         }
-        self.buffer.extend(TensorDict(entries, batch_size=[total]))
+        self.store(TensorDict(entries, batch_size=[total]))
         if self.priorities and begins.any():
             # Nothing else lowers the priority of a first stack: each would be proposed again and again, in vain.
             first_stacks = (first + (~leads_on).nonzero().squeeze(1).cpu()) % self.size

@@ -13,7 +13,7 @@ from levin.data.replay import Replay, to_device
 from levin.nn.distributions import OneHot
 
 RECORD = ("observation", "action", "reward", "is_first", "is_terminal", "is_last")
-LATENT = "latent"  # latent state of the policy when it acted
+LATENT = "latent"  # what a world model keeps with each record: see `keeps_latents`
 
 
 def check_learning_starts(learning_starts: int, least: int) -> None:
@@ -50,7 +50,8 @@ class SequenceReplay(Replay):
         size: Number of records that are kept, of all envs together.
         storage: `memory` or `memmap`, as in `Replay`.
         length: Number of records in a sequence.
-        keeps_latents: Whether records contain the latent state of the policy, zeros for the last of an episode.
+        keeps_latents: Whether records have an entry `LATENT`. DreamerV3 keeps the latent state with which the policy
+            acted, zeros for the last record of an episode. World Models keeps mean and log-variance of q(z|o).
     """
 
     not_saved: ClassVar[tuple[str, ...]] = ("waiting", "begins", "reward")
@@ -66,7 +67,11 @@ class SequenceReplay(Replay):
         self.reward: Tensor | None = None  # [N, 1]: reward that comes with the next observation
 
     def extend(self, rollout: TensorDictBase) -> None:
-        """Store the records of a rollout `[N, T]`."""
+        """Store the records of a rollout `[N, T]`.
+
+        Raises:
+            ConfigError: They are more than `size`.
+        """
         if self.storage == "memmap":
             rollout = rollout.cpu()
         if self.begins is None or self.reward is None:
@@ -85,7 +90,7 @@ class SequenceReplay(Replay):
             )
         entries = {key: torch.stack([each[key][:complete] for each in joined], 1) for key in self.keys}  # [k, N, *]
         self.waiting = [each[complete:].clone() for each in joined]
-        self.buffer.extend(TensorDict(entries, batch_size=[complete]))
+        self.store(TensorDict(entries, batch_size=[complete]))
 
     def _make_records(self, env: int, steps: TensorDictBase) -> TensorDict:
         """Return the records `[T + E]` of the steps `[T]` of one env, in which E episodes end."""
@@ -166,7 +171,9 @@ class SequenceReplay(Replay):
         state["waiting"] = [dict(each.flatten_keys(".").items()) for each in self.waiting or []]
         state |= {"begins": self.begins, "reward": self.reward}
         if LATENT in self.keys:
-            state["data"], state["rewritten"] = state["data"].exclude(LATENT), {LATENT: state["data"][LATENT].clone()}
+            latents = state["data"][LATENT]
+            copied = latents.cpu() if latents.is_cuda else latents.clone()  # a GPU may have no room for a copy
+            state["data"], state["rewritten"] = state["data"].exclude(LATENT), {LATENT: copied}
         return state
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:

@@ -62,7 +62,8 @@ def write_card(folder: Path, name: str, run: Path, metadata: dict[str, Any], che
         "",
         f"`{name}` takes observations as the env gives them and returns actions in the env's units; normalisation is "
         f"inside.{stacked} Over {checked['steps']:,.0f} steps of an episode, its actions differed from those of "
-        f"`levin.load` by at most {checked['largest_difference']:.1g}, relative to actions larger than 1.",
+        f"`levin.load` by at most {checked['largest_difference']:.1g}, relative to half the range of a rescaled "
+        "action, or else to an action larger than 1.",
         "",
         "| input | shape | dtype |",
         "| --- | --- | --- |",

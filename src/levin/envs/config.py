@@ -15,7 +15,8 @@ class EnvConfig:
 
     Args:
         id: Gymnasium id; `my_module:MyEnv-v0` imports `my_module` first. For Atari the name of a game, such as
-            `space_invaders`; for `torchrl` and `dream` only a label.
+            `space_invaders`. For `torchrl` and `dream` only a label, but envs of `levin.envs.batched` are drawn by the
+            gymnasium env of this id.
         family: Library behind the id. `dm_control` takes Shimmy's ids, such as `dm_control/walker-walk-v0`; `atari` is
             ale-py's vector env (`levin.envs.atari`); `torchrl` calls `target`; `dream` is the world model of `run`.
         target: `my_module:make_env`, a function that returns a `torchrl.envs.EnvBase`, single or batched. If it
@@ -33,7 +34,8 @@ class EnvConfig:
             velocity of Pendulum-v1.
         channels: Axis of the channels of images: `first` `[C, H, W]` or `last` `[H, W, C]`; null: recognise it.
         frame_stack: Number K of newest observations that are stacked along the first axis, oldest first; `[C, H, W]` or
-            `[H, W]` pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times.
+            `[H, W]` pixels become `[K * C, H, W]` or `[K, H, W]`. An episode begins with its first observation K times;
+            for Atari, a game begins with a frame and black ones, and an episode after a lost life with the last K.
         action_mask: Where masks of discrete actions are: `info`, in `info["action_mask"]` of `reset` and `step`; or the
             name of a part of a Dict observation; null: no masks. A mask is `[A]`, 1 for allowed actions and 0 for
             others, which are never taken; for MultiDiscrete, A is the sum of `nvec`.

@@ -120,7 +120,11 @@ class SeededVectorEnv(VectorWrapper):
         return self._no_envs if self.games is None else self.env.continues_without_seed  # type: ignore[attr-defined]
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, or of all envs. `seed` is ignored."""
+        """Begin the next episode of the envs in `options["reset_mask"]` `[N]`, or of all envs. `seed` is ignored.
+
+        Raises:
+            RunError: An env failed.
+        """
         mask = np.ones(self.num_envs, dtype=bool) if not options else options.get("reset_mask", True)
         seeds: list[int | None] = [None] * self.num_envs
         for i in (mask & ~self.continues_without_seed).nonzero()[0].tolist():
@@ -159,7 +163,11 @@ class SeededVectorEnv(VectorWrapper):
             self.env.send(self._actions)  # type: ignore[attr-defined]
 
     def receive(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Finish the step that `send` started; return its observations, rewards, end flags and infos."""
+        """Finish the step that `send` started; return its observations, rewards, end flags and infos.
+
+        Raises:
+            RunError: An env failed.
+        """
         try:
             if isinstance(self.env, AsyncVectorEnv):
                 self.env.step_async(self._actions)  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def enumerate_values(dist: Distribution) -> tuple[Tensor, Tensor]:
     The values of several independent variables are all combinations of their values.
 
     Raises:
-        TooManyValuesError: There are more than `MAX_SUPPORT` combinations.
+        TooManyValuesError: There are more than `MAX_SUPPORT` combinations of independent variables.
     """
     base, dims = split_independent(dist)
     if dims == 0:

@@ -30,7 +30,7 @@ OpenLoopPredictor = Callable[[TensorDict], tuple[dict[str, Tensor], Tensor]]
 def evaluate_open_loop(
     buffer: SequenceReplay, device: torch.device, predict: OpenLoopPredictor, path: Path
 ) -> dict[str, float]:
-    """Return the prediction errors as metrics and write pictures; return {} if no stored episode is long enough.
+    """Return the prediction errors as metrics and write pictures; return {} if few episodes are long enough.
 
     Args:
         buffer: Replay buffer that the windows `[B, L]` are sampled from.

@@ -58,7 +58,11 @@ Curves = dict[int, Curve]
 
 
 def read_curves(folder: Path, kind: str = CURVES) -> Curves:
-    """Return the stored curves of a result by seed; empty before its first run."""
+    """Return the stored curves of a result by seed; empty before its first run.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
     if not (folder / kind).is_file():
         return {}
     with _explain_damage(folder / kind), gzip.open(folder / kind, "rt", encoding="utf-8") as file:

@@ -40,7 +40,11 @@ SHARED_FACTS = (*SOFTWARE_FACTS, "processor", "cpu_capability", "cores", "thread
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a reproduction. `good`: the stored curves match and the required score is reached."""
+    """Outcome of a reproduction.
+
+    `good`: the curves match the stored ones, and the mean score is not below the required one, unless the verdict is
+    `matched`. Runs that are shorter than the result are judged by their curves alone.
+    """
 
     verdict: str
     published: str  # comparison with the published number

@@ -188,7 +188,11 @@ def set_aside_newer(folder: Path) -> None:
 
 
 def env_steps_and_wandb_id(path: Path) -> tuple[int, str | None]:
-    """Return the number of env steps of a checkpoint, and the id of its Weights & Biases run (None: it has none)."""
+    """Return the number of env steps of a checkpoint, and the id of its Weights & Biases run (None: it has none).
+
+    Raises:
+        CheckpointError: It is not a checkpoint of Levin.
+    """
     state = files.load(path, mmap=True)
     try:
         wandb_id = state.get("wandb_id")

@@ -48,7 +48,7 @@ class Provenance(Session):
 
 
 def new_run_path(config: DictConfig) -> Path:
-    """Return the folder for a new run: `config.run`, or by default `runs/<algo>_<env>/s<seed>_<time>`.
+    """Return the folder for a new run: `config.run`, or by default `runs/<name>/s<seed>_<time>`.
 
     Raises:
         ConfigError: The folder exists and is not empty.

@@ -9,6 +9,7 @@ default): one file per entry, named by a checksum of the entry and of the place 
 neither a changed config nor another module of the same name is accepted.
 """
 
+import errno
 import hashlib
 import importlib
 import importlib.util
@@ -93,7 +94,8 @@ def check(config: DictConfig, sections: tuple[str, ...], where: Path) -> None:
 def is_accepted(code: Code) -> bool:
     """Return whether the code may run: a run begun here has used it in the same way, or the user trusts it."""
     path = _record_path(code)
-    return os.environ.get(VARIABLE) == "1" or path in UNRECORDED or os.path.isfile(path)  # false if it can't be read
+    recorded = path.is_absolute() and os.path.isfile(path)  # false if it can't be read
+    return os.environ.get(VARIABLE) == "1" or path in UNRECORDED or recorded
 
 
 def record(config: DictConfig) -> None:
@@ -106,6 +108,8 @@ def record_code(code: Code) -> None:
     """Record that the user has chosen to run this code."""
     path = _record_path(code)
     try:
+        if not path.is_absolute():
+            raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         files.save_json({**asdict(code), "imported_from": origin(code.module)}, path.parent, path.name)
     except OSError as error:

@@ -64,7 +64,7 @@ class Budget(Callback):
 
 
 class Throughput(Callback):
-    """Measures the seconds spent in `training_step`.
+    """Measures the seconds of an iteration without collecting: updates, running statistics, and the check for NaN.
 
     GPU work is asynchronous: its time is counted where the CPU waits for a result.
     """
@@ -81,7 +81,10 @@ class Throughput(Callback):
 
 
 class Metrics(Callback):
-    """Collects a row of metrics and writes it to every logger each `every` env steps, and at the end of the run."""
+    """Collects a row of metrics, and writes it to every logger each `every` env steps, which `Algorithm.clock` counts.
+
+    It also writes one after each evaluation, and at the end of the run.
+    """
 
     def __init__(self, every: int, budget: Budget) -> None:
         self.budget = budget

@@ -36,7 +36,7 @@ class Checkpointing(Checkpoint):
     finished epoch Lightning resumes with one batch less.
 
     Args:
-        every: Env steps between two checkpoints. The last iteration is always saved.
+        every: Env steps between two checkpoints, counted by `Algorithm.clock`. The last iteration is always saved.
         keep: Number of newest checkpoints to keep. The one with the best evaluation is kept in addition; the link
             `best` points to it.
         run: Run folder.

@@ -28,7 +28,7 @@ class Evaluation(Callback):
     """Evaluates the deterministic policy in separate envs, with the same seeds every time.
 
     Args:
-        every: Env steps between two evaluations.
+        every: Env steps between two evaluations, counted by `Algorithm.clock`.
         episodes: Episodes per evaluation.
         seed: Seed of the evaluation envs, independent of the run's seed.
         at_start: Whether to evaluate also before the first env step.

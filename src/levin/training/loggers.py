@@ -25,7 +25,8 @@ from levin.core.errors import ConfigError, one_line
 from levin.core.process import print_line
 from levin.runs import checkpoint, trust
 
-SECONDS_TO_CONNECT, SECONDS_TO_FINISH = 30, 60  # for Weights & Biases: it would wait for days otherwise
+# For Weights & Biases, which would wait for days otherwise; an upload of a video and a checkpoint may take long.
+SECONDS_TO_CONNECT, SECONDS_TO_FINISH, SECONDS_TO_UPLOAD = 30, 60, 3600
 
 
 def make_loggers(
@@ -35,6 +36,9 @@ def make_loggers(
 
     Args:
         name: `csv`, `tensorboard` or `wandb`; None means Weights & Biases if the user is logged in there.
+        run: Run folder.
+        config: Config of the run, which is logged.
+        git_sha: Commit of the run, which is logged.
         ckpt_path: Checkpoint that the run is continued from.
 
     Raises:
@@ -94,6 +98,7 @@ def check_login(name: str | None) -> None:
 class WandbRun(WandbLogger):
     """Logger of Weights & Biases. Its data go through a process of wandb, and the run goes on if that has ended."""
 
+    folder: Path | None = None  # of this session's data
     failed = False
 
     def attempt(self, action: Callable[[], object]) -> None:
@@ -104,19 +109,27 @@ class WandbRun(WandbLogger):
             action()
         except Exception as error:  # those of a broken connection to wandb's process are of many types
             self.failed = True
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            print(f"levin: Weights & Biases has stopped, metrics.csv goes on: {reason}", file=sys.stderr)
-            import wandb
+            print(
+                f"levin: Weights & Biases has stopped, metrics.csv goes on: {type(error).__name__}: {one_line(error)}; "
+                f"to upload the rest later: wandb sync {self.folder}",
+                file=sys.stderr,
+            )
+            self._disconnect()
 
-            with suppress(Exception):  # else wandb raises this error again when Python exits
-                wandb.teardown(exit_code=1)
+    def _disconnect(self) -> None:
+        """Leave no connection to a dead process: a later run of this process would use it, and its exit would fail."""
+        import wandb
+
+        for end in (self.experiment.finish, wandb.teardown):
+            with suppress(Exception):
+                end(exit_code=1)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.attempt(lambda: super(WandbRun, self).log_metrics(metrics, step))
 
-    def close(self, *, ended: bool) -> None:
-        """Send what is left. A run that has not ended counts as preempted there, or as failed."""
-        if not ended:
+    def close(self, *, ended: bool, interrupted: bool) -> None:
+        """Send what is left. A run that has not ended counts as preempted there if `interrupted`, or else as failed."""
+        if interrupted:
             self.attempt(self.experiment.mark_preempting)
         self.attempt(lambda: self.experiment.finish(exit_code=0 if ended else 1))
 
@@ -146,21 +159,30 @@ def _wandb_run(run: Path, config: dict[str, Any], wandb_id: str | None, *, must_
         resume="allow",
         mode=mode,  # type: ignore[arg-type]
         notes=config.get("note"),
-        settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT, finish_timeout=SECONDS_TO_FINISH, silent=True),
+        settings=wandb.Settings(
+            init_timeout=SECONDS_TO_CONNECT,
+            finish_timeout=SECONDS_TO_UPLOAD if config.get("upload") else SECONDS_TO_FINISH,
+            finish_timeout_raises=True,
+            silent=True,
+        ),
     )
-    offline = f"offline; to upload it: wandb sync {Path(experiment.dir).parent}"
+    folder = Path(experiment.dir).parent
+    offline = f"offline; to upload it: wandb sync {folder}"
     where = offline if mode == "offline" else experiment.url or mode
     print_line(f"Weights & Biases: {where}")
     trust.record_code(_trust_record(experiment.id))
     experiment.define_metric("env_steps")
     experiment.define_metric("*", step_metric="env_steps")
-    return WandbRun(experiment=experiment, save_dir=run)
+    logger = WandbRun(experiment=experiment, save_dir=run)
+    logger.folder = folder
+    return logger
 
 
 def _place_in_wandb(run: Path, config_name: str) -> tuple[str, str]:
     """Return group and name of a run: those of a sweep or a search are told apart by their folders below `runs/`."""
-    above = run.absolute().parent.parts
-    group = "/".join(above[above.index("runs") + 1 :]) if "runs" in above else ""
+    run = run.absolute()
+    _, runs, below = str(run.parent).rpartition("/runs/")
+    group = below if runs else ""
     name = run.name if run.parent.name == config_name or not group else f"{run.parent.name}/{run.name}"
     return (group or config_name)[-128:], name[-128:]  # Weights & Biases takes no longer ones
 
@@ -183,7 +205,7 @@ def _is_online(must_connect: bool) -> bool:
     except Exception as error:  # wandb raises errors of several types
         if must_connect:
             raise
-        print(f"levin: Weights & Biases can't be reached, and is used offline: {one_line(error)}", file=sys.stderr)
+        print(f"levin: the login to Weights & Biases failed, so it is offline: {one_line(error)}", file=sys.stderr)
         return False
 
 
@@ -210,10 +232,10 @@ def log_pictures(loggers: list[Logger], folder: Path, *, clock: int, env_steps: 
         clock: `Algorithm.clock` at the evaluation, the x-axis of TensorBoard.
         env_steps: Env steps at the evaluation, the x-axis of Weights & Biases.
     """
-    for picture in sorted(folder.glob("*.png")):
-        at, _, part = picture.stem.partition("_")
-        if at != str(clock) or not picture.is_file():
+    for picture in sorted([*folder.glob(f"{clock}.png"), *folder.glob(f"{clock}_*.png")]):
+        if not picture.is_file():
             continue
+        part = picture.stem.partition("_")[2]
         name = f"pictures/{part or 'open_loop'}"
         for logger in loggers:
             if isinstance(logger, WandbRun):
@@ -261,12 +283,18 @@ def _log_video(logger: WandbRun, video: Path) -> None:
     logger.experiment.log({f"video/{video.stem}": wandb.Video(str(video))})
 
 
-def close(loggers: list[Logger], *, ended: bool) -> None:
-    """Flush and close the loggers. `ended`: whether the run is complete, or was ended by a callback."""
+def close(loggers: list[Logger], *, ended: bool, interrupted: bool = False) -> None:
+    """Flush and close the loggers.
+
+    Args:
+        loggers: Loggers of the run.
+        ended: Whether the run is complete, or was ended by a callback.
+        interrupted: Whether a signal or `trainer.max_time` has stopped it.
+    """
     for logger in loggers:
         logger.finalize("success")
         if isinstance(logger, WandbRun):
-            logger.close(ended=ended)
+            logger.close(ended=ended, interrupted=interrupted)
 
 
 class CSVMetrics(Logger):

@@ -82,7 +82,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
         _print_what_is_unusual(cfg)
         trainer.loggers = loggers.make_loggers(cfg.logger, run, to_plain(cfg), facts["git_sha"], ckpt_path)
         loggers.use_clock(trainer.loggers, algorithm)
-        ended = False
+        ended = interrupted = False
         try:
             try:
                 with _explain_restore(algorithm, ckpt_path), suppress(Interrupted):
@@ -90,7 +90,8 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
             finally:
                 rollouts.collector.shutdown()
                 guards.preemption_of(trainer).restore()
-            ended = budget.complete or not guards.is_interrupted(trainer)
+            interrupted = not budget.complete and guards.is_interrupted(trainer)
+            ended = not interrupted
             if not budget.complete:
                 reached = f"stopped and saved at {algorithm.env_steps} of {cfg.total_env_steps} env steps"
                 if not algorithm.clock:
@@ -106,7 +107,7 @@ def train(cfg: DictConfig, run: Path, ckpt_path: Path | None = None) -> float | 
                 loggers.upload_checkpoint(trainer.loggers, run)
                 _upload_video(trainer.loggers, run)
         finally:
-            loggers.close(trainer.loggers, ended=ended)
+            loggers.close(trainer.loggers, ended=ended, interrupted=interrupted)
     if evaluation.return_mean is not None:
         print_line(f"eval/return_mean {evaluation.return_mean} at {evaluation.env_steps} env steps: {run}")
     if not budget.complete:

@@ -155,6 +155,7 @@ class Workers(Callback):
         if not trainer.is_global_zero:
             exit_if_orphaned()
             trainer.should_stop = bool(self.strategy.stopping)
+            cast(CollectorLoader, trainer.train_dataloader).pop_metrics()  # which nobody logs here, and would pile up
         elif trainer.should_stop:  # all workers must have ended before the last evaluation and the last checkpoint
             self.strategy.join()
             cast(Algorithm, pl_module).env_steps = int(self.strategy.env_steps.sum())
