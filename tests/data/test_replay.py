@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,3 +125,10 @@ def test_the_files_of_memmap_are_on_the_disk_and_end_with_the_process(tmp_path, 
     assert len(mapped) == len(replay.KEYS)
     assert all(line.endswith("(deleted)") for line in mapped)
     assert buffer.sample(1, 100, CPU)["observation"].any()
+
+
+def test_a_buffer_that_the_disk_has_no_room_for_is_announced(monkeypatch):
+    """Its files are sparse, and a page that can't be written ends the process without a message."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.warns(UserWarning, match="buffer_size=1000 needs 0.0 GB of .* when it is full.*or export TMPDIR="):
+        replay.Replay(1000, "memmap").extend(Camera(1, 4).rollout(20))

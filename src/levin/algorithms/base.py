@@ -74,7 +74,7 @@ class Algorithm(LightningModule):
 
     Args:
         env: Spaces and normalisation of the env in plain values (`levin.envs.factory.describe_env`).
-        gamma: Discount factor of the return that `env.normalize_reward` divides rewards by.
+        gamma: Discount factor of the return by whose standard deviation `env.normalize_reward` divides rewards.
 
     Raises:
         ConfigError: The algorithm does not support the env's action space, observations, masks or normalisation.

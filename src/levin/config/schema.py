@@ -24,6 +24,7 @@ REPLACED_TRAINER_KEYS = {
     "log_every_n_steps": "log_every",
     "enable_checkpointing": "checkpoint.every",
     "val_check_interval": "eval.every",
+    "limit_val_batches": "eval.episodes",
     "check_val_every_n_epoch": "eval.every",
     "accumulate_grad_batches": "algo.batch_size",
     "gradient_clip_val": "the algorithm's own max_grad_norm",

@@ -100,8 +100,8 @@ def output_may_end() -> Iterator[None]:
         yield
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            with suppress(OSError):
-                print(f"levin: no more output, since it can't be written: {error.strerror}", file=sys.stderr)
+            with suppress(OSError):  # and nothing left in a buffer, which Python could not write at its exit
+                os.write(2, f"levin: no more output, since it can't be written: {error.strerror}\n".encode())
         discard_output(sys.stdout.fileno())
 
 

@@ -1,6 +1,8 @@
 """Replay buffers of single transitions, on TorchRL's `ReplayBuffer`."""
 
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -68,6 +70,31 @@ def to_device(data: Moved, device: torch.device) -> Moved:
     return data if device.type == "cpu" else data.to(device, non_blocking=device.type == "cuda")
 
 
+class UnnamedFiles(LazyMemmapStorage):
+    """Storage in files without names in the folder for temporary files: they end with the process.
+
+    TorchRL itself takes /dev/shm, which is memory, if that has room.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, auto_cleanup=False)
+
+    def _init(self, data: TensorDictBase) -> None:  # one entry
+        parent = tempfile.gettempdir()
+        needed, free = self.max_size * data.bytes(), shutil.disk_usage(parent).free
+        if needed > free:
+            warnings.warn(
+                f"algo.buffer_size={self.max_size} needs {needed / 1e9:.1f} GB of {parent} when it is full, and "
+                f"{free / 1e9:.1f} are free; the system would kill the process: lower it, or export TMPDIR=<folder "
+                "on a larger disk>",
+                stacklevel=1,
+            )
+        # Errors are ignored, since a network drive keeps open files under other names.
+        with tempfile.TemporaryDirectory(prefix="levin-replay-", ignore_cleanup_errors=True) as folder:
+            self.scratch_dir = f"{folder}/"
+            super()._init(data)
+
+
 class Replay:
     """Replay of the last `size` transitions (s, a, r, s', terminated), sampled with replacement.
 
@@ -87,18 +114,12 @@ class Replay:
 
     # Names of attributes that `state_dict` saves or that need not be saved; those of base classes are added. Others
     # that change are saved by levin.runs.extra_state.
-    not_saved: ClassVar[tuple[str, ...]] = ("buffer", "folder", "transition_bytes", "n_step", "priorities")
+    not_saved: ClassVar[tuple[str, ...]] = ("buffer", "transition_bytes", "n_step", "priorities")
 
     def __init__(
         self, size: int, storage: str, n_step: NStep | None = None, priorities: Priorities | None = None
     ) -> None:
-        # TorchRL's own choice, /dev/shm, is memory.
-        self.folder = None if storage == "memory" else tempfile.TemporaryDirectory(prefix="levin-replay-")
-        lazy = (
-            LazyMemmapStorage(size, scratch_dir=self.folder.name)
-            if self.folder
-            else LazyTensorStorage(size, device="auto")  # type: ignore[arg-type]
-        )
+        lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else UnnamedFiles(size)  # type: ignore[arg-type]
         self.size, self.storage, self.n_step, self.priorities = size, storage, n_step, priorities
         # Compilable: with counters of Python, which do not wrap at 2^31.
         self.buffer = ReplayBuffer(storage=lazy, sampler=priorities, writer=RoundRobinWriter(compilable=True))
@@ -145,14 +166,7 @@ class Replay:
             done = rollout["next", "done"].squeeze(-1)  # [N, T]
             entry = self.written + torch.arange(done.numel(), device=done.device).view_as(done)
             self.n_step.link(*((entry.cpu(), done.cpu()) if self.storage == "memmap" else (entry, done)))
-        self.store(rollout.select(*KEYS).reshape(-1))  # [N, T] -> [N * T]
-
-    def store(self, entries: TensorDictBase) -> None:
-        """Store entries `[R]`. The files of `memmap` have no names any more then: they end with the process."""
-        begins = not len(self)
-        self.buffer.extend(entries)
-        if self.folder and begins:
-            self.folder.cleanup()
+        self.buffer.extend(rollout.select(*KEYS).reshape(-1))  # [N, T] -> [N * T]
 
     def sample(
         self,
@@ -275,7 +289,7 @@ class Replay:
         for piece in state["data"]:
             for key, value in rewritten.items():  # also for files written before the key existed
                 piece.set(key, value.new_zeros(len(piece), *value.shape[1:]))
-            self.store(piece.to(device))
+            self.buffer.extend(piece.to(device))
         for key, value in rewritten.items():
             self.data[key].copy_(value)
         if "sampler" in state:
@@ -365,7 +379,7 @@ class FrameReplay(Replay):
             "reward": flat["next", "reward"],
             "terminated": flat["next", "terminated"],
         }
-        self.store(TensorDict(entries, batch_size=[total]))
+        self.buffer.extend(TensorDict(entries, batch_size=[total]))
         if self.priorities and begins.any():
             # Nothing else lowers the priority of a first stack: each would be proposed again and again, in vain.
             first_stacks = (first + (~leads_on).nonzero().squeeze(1).cpu()) % self.size

@@ -90,7 +90,7 @@ class SequenceReplay(Replay):
             )
         entries = {key: torch.stack([each[key][:complete] for each in joined], 1) for key in self.keys}  # [k, N, *]
         self.waiting = [each[complete:].clone() for each in joined]
-        self.store(TensorDict(entries, batch_size=[complete]))
+        self.buffer.extend(TensorDict(entries, batch_size=[complete]))
 
     def _make_records(self, env: int, steps: TensorDictBase) -> TensorDict:
         """Return the records `[T + E]` of the steps `[T]` of one env, in which E episodes end."""

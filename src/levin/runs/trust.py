@@ -175,7 +175,9 @@ def _is_fork(target: str) -> bool:
 
 def _record_path(code: Code) -> Path:
     """Return the path of the file that exists if a run with this code was begun here."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():  # as the standard says
+        state = Path(os.path.expanduser("~/.local/state"))
     checkout = hashlib.sha256(str(paths.ROOT).encode()).hexdigest()[:16]
     text = json.dumps([code.key, code.content, [origin(module) for module in _modules(code)]])
     return state / "levin" / checkout / f"{hashlib.sha256(text.encode()).hexdigest()}.json"

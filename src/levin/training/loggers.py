@@ -25,8 +25,8 @@ from levin.core.errors import ConfigError, one_line
 from levin.core.process import print_line
 from levin.runs import checkpoint, trust
 
-# For Weights & Biases, which would wait for days otherwise; an upload of a video and a checkpoint may take long.
-SECONDS_TO_CONNECT, SECONDS_TO_FINISH, SECONDS_TO_UPLOAD = 30, 60, 3600
+# For Weights & Biases, which would wait for days otherwise. A complete run waits longer for its checkpoint.
+SECONDS_TO_CONNECT, SECONDS_TO_FINISH, SECONDS_TO_UPLOAD = 30, 60, 600
 
 
 def make_loggers(
@@ -161,7 +161,7 @@ def _wandb_run(run: Path, config: dict[str, Any], wandb_id: str | None, *, must_
         notes=config.get("note"),
         settings=wandb.Settings(
             init_timeout=SECONDS_TO_CONNECT,
-            finish_timeout=SECONDS_TO_UPLOAD if config.get("upload") else SECONDS_TO_FINISH,
+            finish_timeout=SECONDS_TO_FINISH,
             finish_timeout_raises=True,
             silent=True,
         ),
@@ -266,7 +266,9 @@ def _log_checkpoint(logger: WandbRun, *files_of_run: Path) -> None:
     artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
     for path in files_of_run:
         artifact.add_file(str(path))
-    logger.experiment.log_artifact(artifact)
+    logged = logger.experiment.log_artifact(artifact)
+    if not logger.experiment.offline:
+        logged.wait(timeout=SECONDS_TO_UPLOAD)
 
 
 def upload_videos(loggers: list[Logger], run: Path) -> None:
