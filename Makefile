@@ -110,7 +110,7 @@ plot: .venv/.core .venv/.report ## RUNS="runs/sac_pendulum/*" [ARGS="metric=epis
 tune: $(needs) .venv/.report .venv/.tune ## ALGO=ppo ENV=pendulum [TRIALS=40] [SEEDS_PER_TRIAL=3] [JOBS=2] [SHOW=1] searches hyper-parameters
 	$(BIN)/python -m levin.tune $(choices) $(labels) $(trust) $(in_run) $(seeds) $(jobs) $(if $(value TRIALS),trials=$(call typed,TRIALS)) $(if $(value SEEDS_PER_TRIAL),seeds_per_trial=$(call typed,SEEDS_PER_TRIAL)) $(if $(value RETRAIN),retrain=$(call typed,RETRAIN)) $(call flag,SHOW,show)
 
-compare: .venv/.core .venv/.report ## RUNS="runs/sweep_x/*" [ARGS="metric=episode/return"] prints a table of runs, the best first
+compare: .venv/.core .venv/.report ## RUNS="runs/sweep_x/*" [ARGS="metric=episode/return"] prints a table of runs, the largest first
 	$(BIN)/python -m levin.compare runs=$(call typed,RUNS) $(args)
 
 fork: .venv/.core ## ALGO=sac NAME=my_idea copies an algorithm into experiments/my_idea/

@@ -1,7 +1,8 @@
 """Compare runs in a table: `python -m levin.compare runs="runs/sweep_x/*"`.
 
 One row per learning curve, as `levin.plot` draws them: what differs, the seeds, the interquartile mean (IQM) of their
-values where the shortest run ends, with its 95% interval, the speed, and the state of the runs. The best is first.
+values where the shortest run ends, with its 95% interval, the speed, and the state of the runs. Rows of one env are
+together, the largest value first.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from levin.core.errors import exit_on_user_error
 from levin.plot import RETURN, Runs, collect_runs
 from levin.results.aggregates import iqm_with_interval
 from levin.results.curves import align_curves, read_metric
-from levin.results.tables import plain_table
+from levin.results.tables import plain_table, short_number
 from levin.runs import folder as run_folder
 from levin.runs.load import load_config
 
@@ -21,7 +22,7 @@ COLUMNS = ("runs", "seeds", "env steps", "IQM", "95% interval", "steps/s", "stat
 
 
 def compare(*, runs: str, metric: str = RETURN) -> str:
-    """Return a table of runs, sorted by the IQM of a metric over seeds.
+    """Return a table of runs, sorted by env and the IQM of a metric over seeds.
 
     The values of the seeds are those at the env steps where the shortest one ends.
 
@@ -37,16 +38,10 @@ def compare(*, runs: str, metric: str = RETURN) -> str:
         env_steps, values = align_curves(list(group.seeds.values()))
         last = values[:, -1]  # where the shortest run ends
         (value,), interval = iqm_with_interval(last[:, None, None])
-        ends = " to ".join(map(_short, interval[:, 0])) if len(last) > 1 else ""
-        row = (label, str(len(last)), f"{env_steps[-1]:,.0f}", _short(value), ends, _speed(group), _state(group))
-        rows.append((value, row))
-    rows.sort(key=lambda row: (np.isnan(row[0]), -row[0]))
-    return plain_table(COLUMNS, [row for _, row in rows])
-
-
-def _short(value: float) -> str:
-    """Return a number with one decimal, or with four significant digits if it is small, such as a success rate."""
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
+        ends = " to ".join(map(short_number, interval[:, 0])) if len(last) > 1 else ""
+        row = (label, str(len(last)), f"{env_steps[-1]:,.0f}", short_number(value), ends, _speed(group), _state(group))
+        rows.append(((group.config.get("env.id", ""), np.isnan(value), -value), row))
+    return plain_table(COLUMNS, [row for _, row in sorted(rows, key=lambda each: each[0])])
 
 
 def _speed(group: Runs) -> str:

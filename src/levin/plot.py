@@ -24,6 +24,7 @@ from levin.runs.provenance import run_git
 
 RETURN = "eval/return_mean"
 MAX_VALUES = 4  # in a label
+DISTINCT = 10  # number of curves with a color of their own among matplotlib's
 # Config keys and sections that the seeds of one curve need not have in common.
 NOT_COMPARED = (
     *("seed", "run", "name", "note", "logger", "log_every", "wandb_project", "upload", "checkpoint", "total_env_steps"),
@@ -63,16 +64,20 @@ def plot(*, runs: str, metric: str = RETURN, out: str | None = None) -> Path:
     """
     groups = collect_runs(runs, metric)
     # Late, because rliable takes seconds to import.
-    from levin.results.figures import draw_line, escape_dollars, new_figure, save_figure
+    from levin.results.figures import draw_line, escape_dollars, many_styles, new_figure, save_figure
 
     figure, axes = new_figure()
+    if len(groups) > DISTINCT:
+        axes.set_prop_cycle(many_styles())
     for label, group in groups.items():
         curves = list(group.seeds.values())
         draw_line(axes, f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})", curves)
     envs = sorted({group.config["env.id"] for group in groups.values() if group.config})
     axes.set_title(escape_dollars(", ".join(envs)))
     axes.set_ylabel("evaluation return" if metric == RETURN else metric)
-    axes.legend(frameon=False, title="interquartile mean, 95% interval; thin: seeds", title_fontsize="small")
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(groups) > DISTINCT else {}
+    title = "interquartile mean, 95% interval; thin: seeds"
+    axes.legend(frameon=False, title=title, title_fontsize="small", **beside)
     path = _default_path([group.folder for group in groups.values()]) if out is None else Path(out)
     save_figure(figure, path)
     return path
@@ -177,6 +182,9 @@ def _compared_values_and_seed(run: Path, commits: list[str]) -> tuple[dict[str, 
         key for key in flat_keys(to_plain(config)) if not f"{key}.".startswith(tuple(f"{x}." for x in NOT_COMPARED))
     ]
     values = {key: str(OmegaConf.select(config, key)) for key in keys}
+    schedules = [value for key, value in values.items() if key.startswith("algo.") and key.endswith("_schedule")]
+    if schedules and "linear" not in schedules:  # then no schedule reads their length
+        values.pop("algo.schedule_env_steps", None)
     if (run / METRICS).is_file():  # a result is of committed code
         forks = sorted(set(re.findall(r"\bexperiments\.(\w+)", " ".join(values.values()))))
         values |= _trained_code(read_provenance(run), forks, commits)

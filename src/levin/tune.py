@@ -19,6 +19,8 @@ from levin.config import cli, schema
 from levin.config.compose import GROUPS, chosen_algo_and_env, compose
 from levin.core.errors import ConfigError, LockedError, RunError, exit_on_user_error, valid_names
 from levin.core.process import print_line, silence_libraries
+from levin.results.curves import METRICS
+from levin.results.tables import short_number
 from levin.resume import STOPPED, resume, resume_side_by_side
 from levin.runs import folder as run_folder
 from levin.runs import slurm
@@ -119,15 +121,16 @@ class Tuning:
                 run_folder.begin(run, config)
         if not resume_side_by_side(together, self.jobs, tolerated=(NOT_FINITE,)):
             return False
-        scores = {
-            trial.number: [last_return(run) for run in sorted(trial_folder(self.folder, trial.number).glob("s*"))]
-            for trial in best_trials(self.study, len(self.study.trials))
-        }
+        scores = {}
+        for trial in best_trials(self.study, len(self.study.trials)):
+            runs = sorted(trial_folder(self.folder, trial.number).glob(f"s*/{METRICS}"))
+            if len(runs) == self.seeds_per_trial:  # else the user has deleted some
+                scores[trial.number] = [last_return(metrics.parent) for metrics in runs]
         candidates = [
             tuned.Candidate(
                 name,
                 trial.value if trial else None,
-                scores[trial.number] if trial else [],
+                scores.get(trial.number, []) if trial else [],
                 [last_return(run) for run in configs[name]],
                 list(scores.values()),
             )
@@ -154,14 +157,15 @@ class Tuning:
 
     def _comments(self, winner: Any, present: Any) -> list[str]:
         """Return the comment of the tuned config: how its values were found, and how good they are."""
-        mean, low, high = winner.interval
+        mean, low, high = map(short_number, winner.interval)
+        interval = f" (95% interval {low} to {high})" if len(winner.fresh) > 1 else ""
         own = [f"trials={self.trials}", f"seeds_per_trial={self.seeds_per_trial}", f"retrain={self.retrain}"]
-        before = "numbers that are not finite" if present is None else f"{present.result:.1f}"
+        before = "numbers that are not finite" if present is None else short_number(present.result)
         return [
             f"Tuned by: python -m levin.tune {' '.join([*self.overrides, *own])}",
             f"Commit {run_git('rev-parse', 'HEAD') or 'unknown'}, {winner.name} of {len(self.study.trials)}.",
-            f"IQM of {len(winner.fresh)} fresh seeds: {mean:.1f} (95% interval {low:.1f} to {high:.1f}); "
-            f"with the values that the search started from: {before}.",
+            f"IQM of {len(winner.fresh)} fresh seeds: {mean}{interval}, the best of the retrained trials by this.",
+            f"With the values that the search started from: {before}.",
         ]
 
 

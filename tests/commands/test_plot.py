@@ -306,3 +306,34 @@ def test_small_numbers_are_told_apart_and_a_run_with_nan_comes_last(tmp_path):
     lines = [line.split() for line in compare(runs=f"{tmp_path}/*").splitlines()[1:]]
     assert [line[0] for line in lines] == ["d", "c", "a", "b"]
     assert [line[3] for line in lines] == ["5794.1", "0.96", "0.95", "nan"]
+
+
+def test_rows_of_one_env_are_together(tmp_path):
+    for name, value, env in (("a", 1.0, "One-v0"), ("b", 900.0, "Two-v0"), ("c", 2.0, "One-v0")):
+        run = tmp_path / name / "s0"
+        write_configured(run, [value, value], 0, env=env)
+        with (run / "config.yaml").open("a") as config:
+            config.write("total_env_steps: 1000\n")
+    lines = compare(runs=f"{tmp_path}/*").splitlines()[1:]
+    assert [line.split()[0].rstrip(",") for line in lines] == ["c", "a", "b"]
+
+
+def test_the_length_of_schedules_counts_only_if_one_is_linear(tmp_path):
+    for kind, curves in (("constant", 1), ("linear", 2)):
+        for seed, length in ((0, 100), (1, 200)):
+            run = tmp_path / kind / f"s{seed}"
+            write_configured(run, [1.0, 2.0], seed)
+            text = (run / "config.yaml").read_text()
+            values = f"lr_schedule: {kind}, schedule_env_steps: {length}, gamma"
+            (run / "config.yaml").write_text(text.replace("gamma", values))
+        assert len(collect_runs(str(tmp_path / kind))) == curves
+
+
+def test_many_curves_differ_in_color_or_line(tmp_path, monkeypatch):
+    for number in range(25):
+        write_run(tmp_path / f"algorithm_{number}" / "s0", [number, number + 1.0])
+    drawn = []
+    monkeypatch.setattr("levin.results.figures.save_figure", lambda figure, _: drawn.append(figure))
+    plot(runs=f"{tmp_path}/*", out=str(tmp_path / "x.png"))
+    lines = drawn[0].axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25

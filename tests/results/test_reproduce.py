@@ -216,6 +216,26 @@ def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(session
     assert "outside" in outcome.stored
 
 
+def test_stored_seeds_with_equal_scores_give_no_interval(stored_copy):
+    """Such as the maximal return of CartPole: every other mean would lie outside."""
+    result_folder, folders = stored_copy
+    for run in folders.values():
+        change_session(run, "first", {"processor": "Other 9000"})
+    equal = {
+        seed: Curve(each.env_steps, 0 * each.return_mean, each.second) for seed, each in evaluations(result_folder)
+    }
+    write_curves(result_folder, equal)
+    assert "all stored seeds have 0.0 (different CPU vendor)" in judge(result_folder, folders).stored
+
+
+def test_a_run_without_an_evaluation_is_a_sentence(stored_copy):
+    result_folder, folders = stored_copy
+    run = next(iter(folders.values()))
+    (run / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n")
+    with pytest.raises(RunError, match="has ended without an evaluation"):
+        judge(result_folder, folders)
+
+
 def assert_a_gpu_that_is_not_used_is_no_difference(result_folder, folders):
     facts = read_provenance(result_folder)
     (result_folder / PROVENANCE).write_text(json.dumps({**facts, "gpus": ["A100"], "mixed": ["gpus", "cores"]}))

@@ -175,6 +175,21 @@ def test_values_that_give_nan_or_a_config_that_is_not_valid_fail_a_trial_only(tm
     assert {trial.state for trial in study.trials} == {TrialState.FAIL, TrialState.COMPLETE}
 
 
+def test_a_run_that_ends_without_an_evaluation_fails_its_trial_only(tmp_path):
+    """A user's callback may stop hopeless runs early."""
+
+    def stop_early(run):
+        learn(run)
+        if OmegaConf.load(run / "config.yaml").algo.gamma > 0.5:
+            (run / "metrics.csv").write_text("env_steps,eval/return_mean,eval/return_std\n")
+
+    study, ended = work(tmp_path / "study", stop_early, number=6, at_once=2)
+    assert ended
+    for trial in study.trials:
+        assert (trial.state == TrialState.FAIL) == (trial.params["algo.gamma"] > 0.5)
+    assert {trial.state for trial in study.trials} == {TrialState.FAIL, TrialState.COMPLETE}
+
+
 @pytest.mark.parametrize("error", [FolderError("run=x can't be written: No space left on device"), LockedError("y")])
 def test_a_folder_that_fails_does_not_fail_its_trial(error, tmp_path):
     def fail(_):

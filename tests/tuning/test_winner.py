@@ -27,22 +27,22 @@ algo:
 
 def test_candidates_are_compared_on_fresh_seeds():
     lines = describe_candidates([Candidate("present values", None, [], [1.0, 2.0], []), TRIAL]).splitlines()
-    assert lines[1].split() == ["present", "values", "1.5", "1.5", "1.0", "to", "2.0"]
+    assert lines[1].split() == ["present", "values", "1.5", "1.5", "1", "to", "2"]
     mean, half = 12.0, 4.3027 * 5**0.5 * (1 / 2 + 1 / 2) ** 0.5  # Student's t with two degrees of freedom
     assert lines[2].split() == [
         *(
             "trial",
             "3",
-            "12.0",
-            f"{mean - half:.1f}",
+            "12",
+            f"{mean - half:.4g}",
             "to",
-            f"{mean + half:.1f}",
+            f"{mean + half:.4g}",
             "9.5",
             "yes",
             "9.5",
-            "9.0",
+            "9",
             "to",
-            "10.0",
+            "10",
         )
     ]
 

@@ -19,6 +19,7 @@ from levin.results.result import PICTURE, Result, file_fingerprints
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from cycler import Cycler
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -289,6 +290,13 @@ def new_figure() -> "tuple[Figure, Axes]":
     axes.locator_params(axis="x", nbins=7)  # their labels are long
     axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure, axes
+
+
+def many_styles() -> "Cycler":
+    """Return the styles of up to 60 curves that differ from each other, as 20 colors with 3 kinds of lines."""
+    from cycler import cycler
+
+    return cycler(linestyle=["-", "--", ":"]) * cycler(color=_pyplot().colormaps["tab20"].colors)
 
 
 def _pyplot() -> "ModuleType":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from levin.core import files
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, RunError
 from levin.core.process import signals_handled
 from levin.results import aggregates
 from levin.results.curves import CURVES, TRAINING, Curve, Curves, read_curves, read_run, write_curves
@@ -60,9 +60,15 @@ def judge_runs(folder: Path, reference: Reference, runs: dict[int, Path], kept: 
         reference: Published numbers and required score of the result.
         runs: Run folders by seed.
         kept: Stored seeds that count together with these runs for the published number.
+
+    Raises:
+        RunError: A run has no evaluation.
     """
     evaluations = {seed: read_run(run) for seed, run in runs.items()}
     training = {seed: read_run(run, TRAINING) for seed, run in runs.items()}
+    for seed, curve in evaluations.items():
+        if not len(curve.env_steps):
+            raise RunError(f"{runs[seed]} has ended without an evaluation")
     matches, stored = _compare_curves(folder, reference, evaluations, training, runs)
     stored_evaluations, stored_training = read_curves(folder), read_curves(folder, TRAINING)
     reached = min(int(curve.env_steps[-1]) for curve in evaluations.values())
@@ -88,8 +94,8 @@ def _compare_curves(
     """Compare the curves of new runs with the stored ones; return whether they match, and a message.
 
     Runs of stored seeds in an equal environment must give identical curves. Otherwise the mean score of the new runs
-    must lie in the 95% prediction interval of the stored seeds. Runs that are too short for that, and results with
-    fewer than two stored seeds, are not compared and count as a match.
+    must lie in the 95% prediction interval of the stored seeds. Runs that are too short for that, and results whose
+    stored seeds give no interval, because there are fewer than two or all have the same score, count as a match.
     """
     before = read_provenance(folder)
     if not before:
@@ -117,6 +123,8 @@ def _compare_curves(
         return True, f"can't be compared with the stored curves ({why})"
     scores = score_seeds(evaluations, training, reference)
     stored_scores = score_seeds(stored_evaluations, stored_training, reference)
+    if len(set(stored_scores.tolist())) == 1:  # such as the maximal return
+        return True, f"mean {scores.mean():.1f}, and all stored seeds have {stored_scores[0]:.1f} ({why})"
     low, high = aggregates.prediction_interval(stored_scores, len(scores))
     inside = bool(low <= scores.mean() <= high)
     where = f"{'in' if inside else 'out'}side the 95% prediction interval [{low:.1f}, {high:.1f}] of the stored seeds"

@@ -225,6 +225,11 @@ def _replace_between_marks(path: Path, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
+def short_number(value: float) -> str:
+    """Return a number with one decimal, or with four significant digits if it is small, such as a success rate."""
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
 def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table for the terminal: aligned columns, those of numbers to the right."""
     rows = [list(row) for row in rows]

@@ -6,7 +6,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from levin.results.tables import plain_table
+from levin.results.tables import plain_table, short_number
 from levin.tuning.study import best_trials
 
 PICTURE = "history.png"
@@ -18,7 +18,7 @@ def trials_table(study: optuna.Study) -> str:
     trials = study.get_trials(deepcopy=False)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     rows = [
-        [str(trial.number), f"{trial.value:.1f}", *(_text(trial.params.get(key, "")) for key in keys)]
+        [str(trial.number), short_number(trial.value or 0.0), *(_text(trial.params.get(key, "")) for key in keys)]
         for trial in best_trials(study, ROWS)
     ]
     counts = [f"{sum(trial.state == state for trial in trials)} {state.name.lower()}" for state in TrialState]

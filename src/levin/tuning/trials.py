@@ -19,6 +19,7 @@ from levin.core import files
 from levin.core.errors import ConfigError, LockedError, RunError
 from levin.results.aggregates import iqm
 from levin.results.curves import METRICS, Curve, read_run
+from levin.results.tables import short_number
 from levin.runs import folder as run_folder
 from levin.scheduler.scheduler import NOT_FINITE, NOT_VALID, SECONDS, Ended, Scheduler
 from levin.scheduler.table import State, Table
@@ -212,6 +213,8 @@ class Trials:
 
     def _follow(self, trial: OpenTrial) -> None:
         """Report new evaluations of a trial, prune it or finish it, and close it when its processes have ended."""
+        if not trial.told and not all(len(self._read_evaluations(run).return_mean) for run in trial.ended):
+            self._finish(trial, None, TrialState.FAIL, "a run has ended without an evaluation")
         if not trial.told:
             for step, value in self._evaluations(trial):
                 if step > trial.last_step:
@@ -221,7 +224,7 @@ class Trials:
                 if step == trial.last_step > trial.judged_step:  # also the last step before the trial was reopened
                     trial.judged_step = step
                     if trial.trial.should_prune():
-                        self._finish(trial, None, TrialState.PRUNED, f"pruned, {value:.1f} so far")
+                        self._finish(trial, None, TrialState.PRUNED, f"pruned, {short_number(value)} so far")
                         break
             if not trial.told and len(trial.ended) == len(trial.configs):
                 last = np.array([last_return(run) for run in trial.configs])
@@ -266,7 +269,7 @@ class Trials:
             if run in self.scheduler.running:
                 self.scheduler.stop(run)
         self.write_table()
-        value_text = "" if value is None else f", IQM {value:.1f}"
+        value_text = "" if value is None else f", IQM {short_number(value)}"
         self.table.print(f"trial {trial.trial.number}: {text}{value_text} ({describe(trial.trial.params)})")
 
     def _is_work_left(self) -> bool:

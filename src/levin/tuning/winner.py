@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from levin.config.compose import ANY_ENV
 from levin.core import files, paths
 from levin.results.aggregates import iqm_with_interval, prediction_interval
-from levin.results.tables import plain_table
+from levin.results.tables import plain_table, short_number
 from levin.runs.provenance import run_git
 
 WINNER, RETRAINED = "winner.yaml", "retrained"
@@ -70,12 +70,12 @@ def describe_candidates(candidates: list[Candidate]) -> str:
         rows.append(
             (
                 each.name,
-                "" if each.value is None else f"{each.value:.1f}",
-                "" if predicted is None else f"{predicted[0]:.1f} to {predicted[1]:.1f}",
-                f"{mean:.1f}",
+                "" if each.value is None else short_number(each.value),
+                "" if predicted is None else " to ".join(map(short_number, predicted)),
+                short_number(mean),
                 inside,
-                f"{each.result:.1f}",
-                f"{each.interval[1]:.1f} to {each.interval[2]:.1f}",
+                short_number(each.result),
+                " to ".join(map(short_number, each.interval[1:])) if len(each.fresh) > 1 else "",
             )
         )
     columns = ("", "IQM in search", "predicted mean", "fresh mean", "inside", "fresh IQM", "95% interval")
