@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,6 +18,11 @@ STATE = tempfile.TemporaryDirectory(prefix="levin-test-state-")  # removed when 
 os.environ["XDG_STATE_HOME"] = STATE.name
 # No test may send data to the server of a logger.
 os.environ["WANDB_MODE"] = "offline"
+# Tests may run in a SLURM job, which they must not requeue, or under nohup, and in a checkout of another user.
+for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]:
+    del os.environ[name]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.environ |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
 warnings.filterwarnings("ignore", message=".*out of date.*")
 # No test cuts the power, so no file must reach the disk. Tests that count the calls wrap this function.
 os.fsync = lambda _: None
@@ -112,6 +118,16 @@ LONG_CHECKS = (
     *("captured_and_eager_are_the_same", "compiled_and_eager_are_the_same", "exported_files_act_alike"),
     "learns_a_small_env",
 )
+
+
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Return the number of cores that a container may use; xdist itself counts those of the machine."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    allowed, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
+    return cores if allowed == "max" else max(1, min(cores, int(allowed) // int(period)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

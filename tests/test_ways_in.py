@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def pages():
-    return "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+    return "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("[!.]*.md")])
 
 
 def test_the_containers_type_the_commands_of_the_documentation():

@@ -481,6 +481,7 @@ def test_pixels(algo, storage, tmp_path):
     overrides = [f"algo={algo}", "env=gym", f"env.id=toy_envs:{name}", "env.frame_stack=4", *SMALL, "env.num_envs=2"]
     overrides += ["algo.replay_ratio=0.25", "eval.episodes=1", "algo.buffer_size=80", "algo.steps_per_iteration=4"]
     overrides += [f"algo.buffer_storage={storage}", *(["algo.schedule_env_steps=96"] if algo == "dqn" else [])]
+    overrides += ["algo.critic_hidden_sizes=[8]"] if algo in ("crossq", "tqc") else []
     before, _ = build_run(compose(overrides))
     assert isinstance(before.buffer, FrameReplay)
     train(compose([*overrides, "total_env_steps=96"]), tmp_path / "straight")

@@ -4,9 +4,9 @@ import csv
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -325,8 +325,12 @@ def test_a_failing_worker_ends_the_run_with_a_one_line_error(name, end, tmp_path
 
 def processes_of_session(leader: int) -> list[str]:
     """Return the state of every process in the session of a leader."""
-    command = ["ps", "-o", "stat=", "-s", str(leader)]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.splitlines()
+    states = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, _, session, *_ = file.read_text().rpartition(")")[2].split()
+            states += [state] if int(session) == leader else []
+    return states
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ def checkout(tmp_path):
 
 def run_make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run make in the checkout."""
-    return subprocess.run(["make", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=checkout, capture_output=True, text=True, check=False
+    )
 
 
 def recorded_arguments(checkout: Path) -> list[list[str]]:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -272,7 +273,7 @@ def test_a_changed_run_folder_gives_a_one_line_answer(seed, small_runs, tmp_path
         if code:
             assert message.splitlines()[-1].startswith("levin: "), case
             assert len(message.splitlines()[-1]) < 2000, case
-        here = (os.path.realpath(run), "/dev", "/tmp/levin-", "/tmp/tmp")
+        here = (os.path.realpath(run), "/dev", f"{tempfile.gettempdir()}/levin-", f"{tempfile.gettempdir()}/tmp")
         for path in WRITES:
             inside = os.path.realpath(os.path.dirname(os.path.abspath(path))).startswith(here)
             assert inside or path == here[0] or "__pycache__" in path or "/.cache/" in path, f"{case}: wrote {path}"

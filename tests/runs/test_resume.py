@@ -295,7 +295,7 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path):
     until(lambda: checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"), process)
     before = [each.name for each in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    assert any("SIGINT" in line for line in process.stderr)  # two signals at once would be one
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGINT  # 0 would mean that the iteration was finished first

@@ -53,6 +53,7 @@ class Slurm:
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("levin.collectors.vector.SLOW", 1e9)  # also on a machine that stands still for a second
     before = signal.getsignal(signal.SIGUSR1)
     yield Slurm(tmp_path, monkeypatch)
     signal.signal(signal.SIGUSR1, before)

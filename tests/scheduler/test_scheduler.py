@@ -30,7 +30,8 @@ from levin.runs import folder
 run = Path(sys.argv[1])
 with folder.lock(run):
     (run / "locked").touch()
-    time.sleep(2)
+    while not (run.parent / "s3" / "begin").exists():
+        time.sleep(0.05)
 """
 
 

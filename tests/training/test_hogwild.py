@@ -130,7 +130,8 @@ def test_all_workers_share_one_network(tmp_path):
     assert bool((state["mean_square"] > 0).any())
 
 
-def test_two_workers_resume(tmp_path):
+def test_two_workers_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr("levin.algorithms.a3c.MAX_STALENESS", 200)  # so that no worker that stands still reaches it
     overrides = [*OVERRIDES, "total_env_steps=1000", "checkpoint.every=100_000"]
     train(compose(overrides), tmp_path / "run")
     before = saved_state(tmp_path / "run")
