@@ -21,7 +21,8 @@ os.environ["WANDB_MODE"] = "offline"
 # Tests may run in a SLURM job, which they must not requeue, or under nohup, and in a checkout of another user.
 for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]:
     del os.environ[name]
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # what they start would inherit that, but not a handler
+    signal.signal(signal.SIGHUP, lambda *_: None)
 os.environ |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
 warnings.filterwarnings("ignore", message=".*out of date.*")
 # No test cuts the power, so no file must reach the disk. Tests that count the calls wrap this function.
@@ -120,11 +121,14 @@ LONG_CHECKS = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
     """Return the number of cores that a container may use; xdist itself counts those of the machine."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
         return None
-    cores = len(os.sched_getaffinity(0))
+    siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+    threads = len(siblings.read_text().replace("-", ",").split(",")) if siblings.is_file() else 1  # of a core
+    cores = max(1, len(os.sched_getaffinity(0)) // threads)
     quota = Path("/sys/fs/cgroup/cpu.max")
     allowed, _, period = quota.read_text().partition(" ") if quota.is_file() else ("max", "", "")
     return cores if allowed == "max" else max(1, min(cores, int(allowed) // int(period)))

@@ -69,6 +69,7 @@ def plot(*, runs: str, metric: str = RETURN, out: str | None = None) -> Path:
     figure, axes = new_figure()
     if len(groups) > DISTINCT:
         axes.set_prop_cycle(many_styles())
+        figure.set_size_inches(10, max(4, 0.25 * len(groups) + 1))  # with room for the legend
     for label, group in groups.items():
         curves = list(group.seeds.values())
         draw_line(axes, f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})", curves)
@@ -183,7 +184,7 @@ def _compared_values_and_seed(run: Path, commits: list[str]) -> tuple[dict[str, 
     ]
     values = {key: str(OmegaConf.select(config, key)) for key in keys}
     schedules = [value for key, value in values.items() if key.startswith("algo.") and key.endswith("_schedule")]
-    if schedules and "linear" not in schedules:  # then no schedule reads their length
+    if set(schedules) == {"constant"}:  # then no schedule reads their length
         values.pop("algo.schedule_env_steps", None)
     if (run / METRICS).is_file():  # a result is of committed code
         forks = sorted(set(re.findall(r"\bexperiments\.(\w+)", " ".join(values.values()))))

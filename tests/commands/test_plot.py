@@ -3,6 +3,7 @@
 import gzip
 import json
 import subprocess
+import warnings
 
 import imageio.v3
 import numpy as np
@@ -331,9 +332,13 @@ def test_the_length_of_schedules_counts_only_if_one_is_linear(tmp_path):
 
 def test_many_curves_differ_in_color_or_line(tmp_path, monkeypatch):
     for number in range(25):
-        write_run(tmp_path / f"algorithm_{number}" / "s0", [number, number + 1.0])
+        for seed in range(3):
+            write_run(tmp_path / f"algorithm_{number}" / f"s{seed}", [number + seed, number + 1.0])
     drawn = []
     monkeypatch.setattr("levin.results.figures.save_figure", lambda figure, _: drawn.append(figure))
     plot(runs=f"{tmp_path}/*", out=str(tmp_path / "x.png"))
-    lines = drawn[0].axes[0].get_lines()
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
+    styles = [(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].get_lines()]
+    assert len(set(styles)) == 25
+    assert all(styles.count(style) == 4 for style in styles)  # the seeds look like their mean
+    with warnings.catch_warnings(action="error"):
+        drawn[0].savefig(tmp_path / "y.png")  # the legend has room

@@ -143,14 +143,14 @@ def test_a_killed_run_resumed_in_a_new_process_is_identical(env, tmp_path):
 
 
 def test_nohup_keeps_its_effect(tmp_path):
-    assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         previous = handle_signals(lambda *_: None)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         restore_signals(previous)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_resume_holds_the_lock_while_it_moves_checkpoints(tmp_path, monkeypatch):

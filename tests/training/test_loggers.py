@@ -298,6 +298,16 @@ def test_a_display_that_cannot_be_opened_is_not_used():
     assert "GLFW" not in answer.stderr
 
 
+@pytest.mark.parametrize("offline", [True, False])
+def test_uploads_are_waited_for_before_the_end(offline):
+    made = []
+    wandb_run = SimpleNamespace(offline=offline, finish=lambda exit_code: made.append("finish"))
+    logger = loggers.WandbRun(experiment=wandb_run)
+    logger.uploads = (SimpleNamespace(wait=lambda timeout: made.append(f"wait {timeout}")),)
+    loggers.close([logger], ended=True)
+    assert made == (["finish"] if offline else ["wait 600", "finish"])
+
+
 @pytest.mark.parametrize(
     ("ended", "interrupted", "calls"),
     [(True, False, ["finish 0"]), (False, True, ["preempting", "finish 1"]), (False, False, ["finish 1"])],

@@ -278,7 +278,8 @@ def draw_line(axes: "Axes", label: str, seeds: list[Curve], color: "Color | str 
     marker = "o" if len(grid) == 1 else ""  # a line of one point can't be seen
     (line,) = axes.plot(grid, iqm, label=_legend_label(label), linewidth=2, marker=marker, color=color)
     for values in returns if len(seeds) > 1 else []:
-        axes.plot(grid, values, color=line.get_color(), linewidth=0.7, alpha=0.8, marker=marker, markersize=3)
+        style = {"color": line.get_color(), "linestyle": line.get_linestyle(), "marker": marker}
+        axes.plot(grid, values, linewidth=0.7, alpha=0.8, markersize=3, **style)
     axes.fill_between(grid, *interval, color=line.get_color(), alpha=0.2, linewidth=0)
 
 

@@ -25,7 +25,7 @@ from levin.core.errors import ConfigError, one_line
 from levin.core.process import print_line
 from levin.runs import checkpoint, trust
 
-# For Weights & Biases, which would wait for days otherwise. A complete run waits longer for its checkpoint.
+# For Weights & Biases, which would wait for days otherwise. A complete run waits longer for its uploads.
 SECONDS_TO_CONNECT, SECONDS_TO_FINISH, SECONDS_TO_UPLOAD = 30, 60, 600
 
 
@@ -99,6 +99,7 @@ class WandbRun(WandbLogger):
     """Logger of Weights & Biases. Its data go through a process of wandb, and the run goes on if that has ended."""
 
     folder: Path | None = None  # of this session's data
+    uploads: tuple[Any, ...] = ()  # artifacts
     failed = False
 
     def attempt(self, action: Callable[[], object]) -> None:
@@ -131,6 +132,9 @@ class WandbRun(WandbLogger):
         """Send what is left. A run that has not ended counts as preempted there if `interrupted`, or else as failed."""
         if interrupted:
             self.attempt(self.experiment.mark_preempting)
+        for artifact in self.uploads:
+            if not self.experiment.offline:
+                self.attempt(partial(artifact.wait, timeout=SECONDS_TO_UPLOAD))
         self.attempt(lambda: self.experiment.finish(exit_code=0 if ended else 1))
 
 
@@ -266,9 +270,7 @@ def _log_checkpoint(logger: WandbRun, *files_of_run: Path) -> None:
     artifact = wandb.Artifact(f"{logger.experiment.id}-checkpoint", type="checkpoint")
     for path in files_of_run:
         artifact.add_file(str(path))
-    logged = logger.experiment.log_artifact(artifact)
-    if not logger.experiment.offline:
-        logged.wait(timeout=SECONDS_TO_UPLOAD)
+    logger.uploads = (*logger.uploads, logger.experiment.log_artifact(artifact))
 
 
 def upload_videos(loggers: list[Logger], run: Path) -> None:
