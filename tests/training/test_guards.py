@@ -220,13 +220,13 @@ class Misspelt(Callback):
     """Callback with a mistake."""
 
     def on_train_batch_end(self, trainer, algorithm, *_) -> None:
-        {"labels": 1}["lables"]
+        {"labels": 1}["absent"]
 
 
 def test_the_traceback_of_any_error_is_kept(tmp_path):
-    with pytest.raises(KeyError, match="lables"):
+    with pytest.raises(KeyError, match="absent"):
         train(compose([*OVERRIDES, "+callbacks.mine={_target_:test_guards.Misspelt}"]), tmp_path / "run")
-    assert "KeyError: 'lables'" in (tmp_path / "run" / "traceback.txt").read_text()
+    assert "KeyError: 'absent'" in (tmp_path / "run" / "traceback.txt").read_text()
 
 
 def test_a_full_disk_does_not_hide_why_an_env_failed(tmp_path, monkeypatch, capsys):
