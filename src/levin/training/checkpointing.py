@@ -74,7 +74,6 @@ class Checkpointing(Checkpoint):
         plugin.folder = self.folder  # on the other ranks, too
         if trainer.is_global_zero:
             files.subfolder(self.folder.parent, self.folder.name)
-            checkpoint.remove_partial(self.folder)
         self.clock.periods = algorithm.clock // self.clock.every
         if self._rng is not None:
             set_rng_state(self._rng)
