@@ -20,11 +20,11 @@ PPO = ("algo=ppo", "algo.steps_per_iteration=8", "algo.batch_size=32", "algo.hid
 
 @pytest.fixture
 def words(tmp_path, monkeypatch) -> tuple[str, ...]:
-    """Save the page's env as `my_module.py`; return the overrides of its command, with few envs."""
+    """Save the page's env as `reach.py`; return the overrides of its command, with few envs."""
     (code,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
-    (tmp_path / "my_module.py").write_text(code)
+    (tmp_path / "reach.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+    monkeypatch.delitem(sys.modules, "reach", raising=False)
     (arguments,) = re.findall(r'ALGO=ppo ENV=torchrl STEPS=\d+ ARGS="(.*?)"', DOC)
     assert "env.num_envs=256" in arguments
     return ("env=torchrl", *arguments.replace("env.num_envs=256", "env.num_envs=8").split())

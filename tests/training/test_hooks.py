@@ -195,18 +195,19 @@ def test_algorithms_without_an_optimiser_refuse_hooks_around_its_step(tmp_path):
         train(compose(words), tmp_path / "run")
 
 
-def write_module(folder, monkeypatch, number):
-    """Write the block of Python with this number of the page about callbacks as `my_module.py`."""
-    (folder / "my_module.py").write_text(re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)[number])
+def write_module(folder, monkeypatch, name):
+    """Write the block of Python that the page about callbacks saves under this name."""
+    (code,) = re.findall(rf"Save it as `{name}\.py`[^`]*```python\n(.*?)```", DOC, re.DOTALL)
+    (folder / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+    monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_the_documented_callback_begins_with_the_weights_of_another_run(tmp_path, monkeypatch):
-    write_module(tmp_path, monkeypatch, 1)
+    write_module(tmp_path, monkeypatch, "start_from")
     earlier, later = tmp_path / "earlier", tmp_path / "later"
     train(compose([*WORDS]), earlier)
-    start = f"+callbacks.start={{_target_:my_module.StartFrom,run:'{earlier}'}}"
+    start = f"+callbacks.start={{_target_:start_from.StartFrom,run:'{earlier}'}}"
     train(compose([*WORDS, "seed=1", "algo.lr=1e-12", start]), later)
     before, after = (saved_state(run)["state_dict"] for run in (earlier, later))
     for name in before:
@@ -214,8 +215,8 @@ def test_the_documented_callback_begins_with_the_weights_of_another_run(tmp_path
 
 
 def test_the_documented_callback_records_the_gradient_norm(tmp_path, monkeypatch):
-    write_module(tmp_path, monkeypatch, 0)
-    (command,) = re.findall(r'ARGS="(callbacks\.grad\._target_=my_module\.GradientNorm)"', DOC)
+    write_module(tmp_path, monkeypatch, "gradient_norm")
+    (command,) = re.findall(r'ARGS="(callbacks\.grad\._target_=gradient_norm\.GradientNorm)"', DOC)
     norms = []
     original = nn.utils.clip_grad_norm_
 
