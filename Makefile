@@ -149,7 +149,7 @@ drill: .venv/.dev .venv/.report .venv/.tune ## [ARGS="kills=50 terms=20"] kills,
 proof: .venv/.dev ## BASE=commit [ARGS="--rows sac ppo --pairs 3"] compares numbers and speed with a commit
 	$(BIN)/python scripts/proof.py --base $(call typed,BASE) $(args)
 
-lint: $(suite) ## Run ruff, codespell and pyright
+lint: $(suite) ## Run ruff, codespell and pyright, which downloads Node.js once if there is none
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m codespell_lib
@@ -166,8 +166,8 @@ docs: $(suite) ## Build the documentation site into docs/_build/html; a warning 
 bench: .venv/.core .venv/.mujoco ## [WHAT=ppo] compares speed with other libraries: sac td3 ddpg dqn ppo a2c trpo collect ...
 	$(BIN)/python -m levin.bench what=$(call quote,$(or $(value WHAT),sac)) $(args)
 
-bench-setup: ## Install the libraries of `make bench` into .venv-bench
-	$(PYTHON) -m venv .venv-bench
+bench-setup: .venv/.core ## Install the libraries of `make bench` into .venv-bench
+	$(BIN)/python -m venv --clear .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 stable-baselines3==2.9.2 sb3-contrib==2.9.0 sbx-rl==0.28.0 storchastic==0.3.7 'gymnasium[mujoco]' 'mujoco>=3.17,<3.18' ale-py opencv-python-headless
 
 new: .venv/.dev ## NAME=my_lab makes this copy your own project; BASE=upstream/main merges a later template

@@ -7,6 +7,7 @@ config is renamed, and trained again.
 
 import csv
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count, repeat
@@ -17,12 +18,21 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from levin.config.compose import GROUPS, compose
-from levin.core.errors import LockedError, RunError, exit_on_user_error
+from levin.core.errors import ConfigError, LockedError, RunError, exit_on_user_error
 from levin.core.omega import flat_keys, to_plain
 from levin.core.process import silence_libraries
 from levin.resume import STOPPED, resume_side_by_side
 from levin.runs import folder as run_folder
 from levin.runs.load import load_config
+
+
+def read_words(*valid: str) -> list[str]:
+    """Return the words after the study's name (`make study ARGS=`); end the program if one of them is not valid."""
+    with exit_on_user_error():
+        if unknown := set(sys.argv[1:]) - set(valid):
+            allowed = f"only these words: {', '.join(valid)}" if valid else "no words"
+            raise ConfigError(f"{', '.join(sorted(unknown))}: this study takes {allowed}")
+    return sys.argv[1:]
 
 
 def run_in_processes(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> list[Any]:

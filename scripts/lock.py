@@ -19,12 +19,10 @@ if __name__ == "__main__":
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     arguments = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", "torch==2.13.0"]
-    output = subprocess.run(
-        [sys.executable, "-m", "pip", *arguments, f"{ROOT}[{','.join(extras)}]"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "pip", *arguments, f"{ROOT}[{','.join(extras)}]"]
+    output = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if output.returncode:
+        sys.exit("levin: pip found no versions, for the reason above; requirements.lock is as it was")
     packages = [package["metadata"] for package in json.loads(output.stdout)["install"]]
     pins = {package["name"]: package["version"].split("+")[0] for package in packages if package["name"] != "levin"}
     lines = sorted((f"{name}=={version}" for name, version in pins.items()), key=str.lower)

@@ -181,32 +181,38 @@ def main() -> None:
     if subprocess.run(commit, cwd=ROOT, capture_output=True, check=False).returncode:
         parser.error(f"--base {options.base}: not a commit of this repository (with make: BASE=<commit>)")
     chosen = [row for row in ROWS if not options.rows or row.algo in options.rows]
-    changed, slower, new = set(), set(), set()
+    rows: dict[str, set[str]] = {"changed": set(), "slower": set(), "new": set(), "failed": set()}
     with worktree(options.base) as base:
         print("| row | env steps |", " | ".join(PARTS), "| steps/s here / base |")
         print("|---|---|" + "---|" * (len(PARTS) + 1))
         for row in chosen:
             env_steps = row.env_steps * options.length
             parts, ratios = compare(row, {"base": base, "here": ROOT}, env_steps, options.words, options.pairs)
-            if "new" in parts:
-                new.add(row.algo)
-            elif set(parts) != {"identical"}:
-                changed.add(row.algo)
+            if set(parts) != {"identical"}:
+                rows[parts[0] if parts[0] in rows else "changed"].add(row.algo)
             if len(ratios) >= PAIRS_TO_JUDGE and max(ratios) < SLOWER:
-                slower.add(row.algo)
+                rows["slower"].add(row.algo)
             speed = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
             print(f"| {row.algo} | {env_steps} | {' | '.join(parts)} | {speed} |", flush=True)
-    if changed:
-        print(f"numbers changed: {' '.join(sorted(changed))}")
-        print(f"stored results of these algorithms: {' '.join(stored_results(changed)) or 'none'}")
-    if slower:
-        print(f"slower in every pair: {' '.join(sorted(slower))}")
-    if new:
-        print(f"not compared, because the commit does not have these algorithms: {' '.join(sorted(new))}")
-    compared = len(chosen) - len(new)
-    if compared and not changed and not slower:
+    raise SystemExit(print_outcome(rows, len(chosen)))
+
+
+def print_outcome(rows: dict[str, set[str]], num: int) -> bool:
+    """Print which of `num` rows changed, are slower or failed. Return whether there is work left."""
+    if rows["changed"]:
+        print(f"numbers changed: {' '.join(sorted(rows['changed']))}")
+        print(f"stored results of these algorithms: {' '.join(stored_results(rows['changed'])) or 'none'}")
+    for name, words in (
+        ("slower", "slower in every pair"),
+        ("new", "not compared, because the commit does not have these algorithms"),
+        ("failed", "not compared, because a run failed (the reason is above)"),
+    ):
+        if rows[name]:
+            print(f"{words}: {' '.join(sorted(rows[name]))}")
+    compared = num - len(rows["new"]) - len(rows["failed"])
+    if compared and not rows["changed"] and not rows["slower"]:
         print(f"every number is identical to the bit in {compared} rows")
-    raise SystemExit(bool(changed or slower or not compared))
+    return bool(rows["changed"] or rows["slower"] or rows["failed"] or not compared)
 
 
 if __name__ == "__main__":

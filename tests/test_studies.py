@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +46,14 @@ def write_run(run, without=(), **changes):
     run.mkdir(parents=True)
     OmegaConf.save(config, run / "config.yaml")
     (run / "metrics.csv").write_text("hours")
+
+
+@pytest.mark.parametrize("name", [folder.parent.name for folder in sorted(paths.ROOT.glob("experiments/*/run.py"))])
+def test_a_study_refuses_words_that_it_would_ignore(name):
+    command = [sys.executable, "-m", f"experiments.{name}.run", "sped"]
+    ended = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("levin: sped: this study takes ")
 
 
 def test_a_run_from_before_a_key_was_added_is_kept(trained, tmp_path):

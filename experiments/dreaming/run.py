@@ -12,7 +12,7 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import numpy as np
-from experiments.study import read_evaluations, train_runs, write_table
+from experiments.study import read_evaluations, read_words, train_runs, write_table
 
 from levin.core.process import silence_libraries
 from levin.lab.pictures import read_csv
@@ -152,6 +152,7 @@ After so few updates the model predicts the cart, but not yet the pole, which is
 
 
 if __name__ == "__main__":
+    read_words()
     silence_libraries()
     measure()
     measure_pixels()

@@ -11,7 +11,7 @@ from statistics import mean
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.study import read_evaluations, run_in_processes, train_runs, write_table
+from experiments.study import read_evaluations, read_words, run_in_processes, train_runs, write_table
 
 from levin.core.process import silence_libraries
 from levin.estimators import (
@@ -218,6 +218,7 @@ relaxations use the slope of the critic at an action. It was fitted to values th
 
 
 if __name__ == "__main__":
+    read_words()
     silence_libraries()
     lab(out=str(HERE))
     measure_autoencoder()

@@ -7,9 +7,10 @@ from the stored tables.
 # needs the extra: box2d
 
 import importlib
-import sys
 
-from levin.core.errors import ConfigError, exit_on_user_error
+from experiments.study import read_words
+
+from levin.core.errors import exit_on_user_error
 from levin.core.process import silence_libraries
 
 # In the order of the pages.
@@ -24,14 +25,12 @@ PARTS: tuple[str, ...] = (
 
 def main() -> None:
     """Measure and draw the parts that are named, or all."""
+    words = read_words("draw", *PARTS)
     with exit_on_user_error():
-        names = [name for name in sys.argv[1:] if name != "draw"]
-        if unknown := set(names) - set(PARTS):
-            raise ConfigError(f"{', '.join(sorted(unknown))}: no such part of the lecture; valid: {', '.join(PARTS)}")
         silence_libraries()
-        for name in names or PARTS:
+        for name in [word for word in words if word != "draw"] or PARTS:
             part = importlib.import_module(f"experiments.lecture.{name}")
-            if "draw" not in sys.argv[1:]:
+            if "draw" not in words:
                 print(f"measuring {name}", flush=True)
                 part.measure()
             part.draw()

@@ -8,6 +8,7 @@
 from pathlib import Path
 
 import numpy as np
+from experiments.study import read_words
 
 from levin.results.aggregates import iqm_with_interval
 from levin.results.curves import align_curves
@@ -62,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_words()
     main()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from experiments.study import read_evaluations, train_runs, write_table
+from experiments.study import read_evaluations, read_words, train_runs, write_table
 
 from levin.core.process import silence_libraries
 from levin.evaluate import evaluate_run
@@ -81,6 +81,7 @@ many cores: **not run**.
 
 
 if __name__ == "__main__":
+    read_words()
     silence_libraries()
     measure()
     report()

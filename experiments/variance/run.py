@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.study import read_evaluations, train_runs, write_table
+from experiments.study import read_evaluations, read_words, train_runs, write_table
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -186,6 +186,7 @@ the policy and the same number of transitions per update.
 
 
 if __name__ == "__main__":
+    read_words()
     silence_libraries()
     measure_gradients()
     measure_learning()

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
-from experiments.study import continue_runs, read_evaluations, set_aside, train_runs, write_table
+from experiments.study import continue_runs, read_evaluations, read_words, set_aside, train_runs, write_table
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -212,6 +212,7 @@ whose mean has a standard error of about 40.
 
 
 if __name__ == "__main__":
+    read_words()
     silence_libraries()
     measure()
     report()

@@ -1,6 +1,7 @@
 """On-policy algorithms: whole episodes, distributions, trust regions, PPO's penalty, schedules, invalid settings."""
 
 import copy
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -32,8 +33,10 @@ from levin.envs.config import EnvConfig
 from levin.envs.factory import make_env
 from levin.nn.distributions import Categorical, Normal
 from levin.nn.encoders import NatureCNN, SmallCNN
+from levin.runs.load import export_policy, load_algorithm
 from levin.training.session import build_run, train
 from rows import LATE, POINT, ROWS
+from short_runs import TINY
 
 
 def make_algorithm(*overrides: str):
@@ -445,6 +448,24 @@ def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="no-such-compiler was not found"):
         make_algorithm("algo=ppo", "env=pendulum", "algo.compile=true")
+
+
+def test_compiling_needs_the_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"Python\.h was not found: install them \(python3-dev"):
+        make_algorithm("algo=ppo", "env=pendulum", "algo.compile=true")
+
+
+def test_a_policy_that_was_trained_compiled_acts_without_a_compiler(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr("levin.algorithms.base.compile_loss", lambda loss, *, dynamic: loss)
+        train(compose([*TINY, "algo.compile=true", "total_env_steps=128"]), tmp_path / "run")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert load_algorithm(tmp_path / "run").env_steps == 128
+    (tmp_path / "result").mkdir()
+    export_policy(tmp_path / "run", tmp_path / "result")
+    shutil.copy(tmp_path / "run/config.yaml", tmp_path / "result")
+    assert load_algorithm(tmp_path / "result").env_steps == 128
 
 
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "a3c"])

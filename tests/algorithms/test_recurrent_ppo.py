@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -102,6 +103,22 @@ def test_sequences_equal_a_replay_step_by_step(env, memory, critic_memory):
         torch.testing.assert_close(data[name], expected[name], rtol=1e-4, atol=1e-5)
     advantage = advantages(algorithm, rollout, expected["value"], expected["next_value"])
     torch.testing.assert_close(data["advantage"], advantage, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_the_memory_has_exact_gradients_in_mixed_precision(kind, monkeypatch):
+    monkeypatch.setattr(LightningModule, "manual_backward", lambda _, loss: loss.backward())
+    algorithm, _ = build(*ENVS["truncated"])
+    del algorithm.manual_backward  # the one of `build`
+    memory, features = Memory(kind, 3, 5), torch.randn(7, 4, 3)
+    state = torch.randn(4, memory.state_size)
+    memory(features, state).square().sum().backward()
+    exact = [weight.grad.clone() for weight in memory.weights]
+    memory.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        algorithm.manual_backward(memory(features, state).square().sum())
+    for weight, expected in zip(memory.weights, exact, strict=True):
+        assert torch.equal(weight.grad, expected)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])

@@ -1,16 +1,18 @@
 """Frame replay stores each frame once and returns the collected transitions."""
 
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from camera import Camera, key
 from checks import same
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, RunError
 from levin.data import replay
 
 CPU = torch.device("cpu")
@@ -130,5 +132,26 @@ def test_the_files_of_memmap_are_on_the_disk_and_end_with_the_process(tmp_path, 
 def test_a_buffer_that_the_disk_has_no_room_for_is_announced(monkeypatch):
     """Its files are sparse, and a page that can't be written ends the process without a message."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.warns(UserWarning, match="buffer_size=1000 needs 0.0 GB of .* when it is full.*or export TMPDIR="):
+    with pytest.warns(UserWarning, match=r"needs 0.0 GB of .* when .*lower algo.buffer_size, or export TMPDIR="):
         replay.Replay(1000, "memmap").extend(Camera(1, 4).rollout(20))
+
+
+def test_a_gpu_that_has_no_room_for_the_buffer_is_named(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("torchrl.data.LazyTensorStorage._init", fail)
+    with pytest.raises(
+        RunError, match=r"needs 0.0 GB of memory, and the device that trains has less.*set algo.buffer_storage=memmap"
+    ):
+        replay.Replay(1000, "memory").extend(Camera(1, 4).rollout(20))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_buffers_of_all_ranks_are_on_one_disk(ranks, monkeypatch):
+    monkeypatch.setattr("levin.core.distributed.world_size", lambda: ranks)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=16_000))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        replay.UnnamedFiles(1000)._init(TensorDict({"reward": torch.zeros(2)}))  # 8 bytes
+    assert len(caught) == (ranks == 3)

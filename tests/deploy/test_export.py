@@ -1,6 +1,7 @@
 """Exported policies: all kinds of observations and actions, without torch or Levin, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from levin.deploy import package
 from levin.deploy.card import read_score
 from levin.deploy.graph import PolicyGraph
 from levin.export import export_run, main
+from levin.results.curves import read_curves
 from levin.runs.policy import Policy
 from levin.training.session import train
 
@@ -177,6 +179,46 @@ def test_the_card_has_the_score_of_its_own_checkpoint(tmp_path):
     assert "2 episodes" in read_score(run, 64), "an evaluation of an older checkpoint is left out"
     (run / "evaluation.json").write_text(json.dumps({**score, "env_steps": 64}))
     assert "100 episodes: -1.0, 95% interval -1.4 to -0.6" in read_score(run, 64)
+
+
+@pytest.mark.parametrize(("episodes", "quantile"), [(10, 2.262), (30, 2.045)])
+def test_the_interval_of_few_episodes_is_that_of_students_t(tmp_path, episodes, quantile):
+    score = {"return_mean": 0.0, "return_std": 100.0, "episodes": episodes, "env_steps": 64}
+    (tmp_path / "evaluation.json").write_text(json.dumps(score))
+    ((low, high),) = re.findall(r"interval (\S+) to (\S+) ", read_score(tmp_path, 64))
+    assert float(high) == -float(low) == pytest.approx(100 * quantile / (episodes - 1) ** 0.5, abs=0.2)
+
+
+@pytest.mark.parametrize("episodes", [1, 9])
+def test_fewer_than_ten_episodes_have_no_interval(tmp_path, episodes):
+    score = {"return_mean": 0.0, "return_std": 0.0, "episodes": episodes, "env_steps": 64}
+    (tmp_path / "evaluation.json").write_text(json.dumps(score))
+    assert read_score(tmp_path, 64).startswith(f"Mean return over {episodes} episode{'s' * (episodes > 1)}: 0.0 (of")
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "key"),
+    [
+        ("td3_pendulum", 10, "as_the_source_measures"),
+        ("sac_halfcheetah_300k", 1, "as_the_source_measures"),
+        ("ppo_hopper", 10, "mean_of_last_10_evaluations"),  # the source counts training episodes, with exploration
+        ("a2c_pong", 1, None),  # has five evaluations
+        ("recurrent_ppo_pendulum_novel", 1, "as_the_source_measures"),
+    ],
+)
+def test_the_card_of_a_result_has_the_score_of_deterministic_episodes(name, last, key):
+    folder = ROOT / "experiments" / name
+    summary = json.loads((folder / "summary.json").read_text())
+    mean = summary[key]["mean"] if key else np.mean([each.return_mean[-1] for each in read_curves(folder).values()])
+    sentence = read_score(folder, 0)
+    assert f": {mean:,.1f}" in sentence
+    assert ("95% interval" in sentence) == (len(summary["seeds"]) > 1)
+    assert ("its last evaluation:" if last == 1 else f"its last {last} evaluations:") in sentence
+
+
+def test_the_card_names_the_preprocessing_of_atari(tmp_path):
+    card = export_run(run=str(ROOT / "experiments/a2c_pong"), steps=5, out=str(tmp_path)).with_name("policy.md")
+    assert '`ale_py.vector_env.AtariVectorEnv("pong", num_envs, frameskip=4, stack_num=4)`' in card.read_text()
 
 
 @pytest.mark.parametrize(

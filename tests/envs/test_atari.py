@@ -215,7 +215,6 @@ def test_time_limit_frame_skip_and_frame_stack_follow_the_config():
     [
         ({"id": "ALE/Pong-v5"}, "not a game of ale-py; valid: pong"),
         ({"vectorization": "async"}, "threads of its own"),
-        ({"action": "rescale"}, "no bounds"),
         ({"normalize_observation": True}, "scale pixels themselves"),
         ({"kwargs": {"frameskip": 2}}, "frameskip"),
         ({"pixels": 64}, "env.pixels=64 is not for env.family=atari"),
@@ -228,6 +227,19 @@ def test_settings_that_do_not_apply_to_atari_are_refused(change, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
         make_env(EnvConfig(**{"family": "atari", "id": "pong", **change}), seed=0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("algo", ["dreamer", "dreamer_v3"])
+def test_world_models_read_small_frames(algo):
+    """Their config says env.action=rescale, which has no effect on discrete actions."""
+    words = [f"algo={algo}", "env=pong", "algo.buffer_size=2000", "trainer.accelerator=cpu"]
+    with pytest.raises(ConfigError) as error:
+        build_run(compose(words))
+    advice = str(error.value).partition("for Atari games, ")[2]
+    algorithm, loader = build_run(compose([*words, *advice.split(), "env.num_envs=1"]))
+    assert next(loader)["observation"].shape[2:] == (1, 64, 64)
+    assert algorithm.model.features
+    loader.collector.shutdown()
 
 
 def test_collectors_with_workers_are_refused_for_atari():

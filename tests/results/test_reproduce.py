@@ -216,6 +216,21 @@ def test_on_another_machine_the_mean_must_lie_in_the_prediction_interval(session
     assert "outside" in outcome.stored
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_bfloat16_is_compared_on_the_same_model_of_processor_only(precision, stored_copy):
+    """Kernels for bfloat16 differ between models of one vendor that have the same cpu_capability."""
+    result_folder, folders = stored_copy
+    for folder in (result_folder, *folders.values()):
+        text = (folder / CONFIG).read_text()
+        (folder / CONFIG).write_text(text.replace("precision: 32-true", f"precision: {precision}"))
+    vendor = read_provenance(result_folder)["processor"].split(" ")[0]
+    for run in folders.values():
+        change_session(run, "first", {"processor": f"{vendor} Other 9000"})
+    stored = judge(result_folder, folders).stored
+    assert ("identical" in stored) == (precision == "32-true")
+    assert stored.endswith("(different processor)") == (precision == "bf16-mixed")
+
+
 def test_stored_seeds_with_equal_scores_give_no_interval(stored_copy):
     """Such as the maximal return of CartPole: every other mean would lie outside."""
     result_folder, folders = stored_copy

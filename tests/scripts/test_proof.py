@@ -1,6 +1,7 @@
 """scripts/proof.py: comparison of values, measurement of speed, and the stored results that it names."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -70,6 +71,19 @@ def test_a_difference_in_one_pair_is_reported(proof, part, monkeypatch):
     states, ratios = proof.compare(row(proof), {"base": proof.ROOT, "here": proof.ROOT}, 8, [], 2)
     assert states == ["DIFFERS" if i == part else "identical" for i in range(len(proof.PARTS))]
     assert ratios == [0.5, 0.5]
+
+
+def test_a_row_that_failed_is_not_a_changed_number(proof, monkeypatch, capsys):
+    monkeypatch.setattr(proof, "compare", lambda row, *_: ([{"sac": "failed"}.get(row.algo, "identical")] * 6, []))
+    monkeypatch.setattr(proof, "worktree", lambda base: nullcontext(proof.ROOT))
+    monkeypatch.setattr("sys.argv", ["proof.py", "--base", "HEAD", "--rows", "sac", "ppo"])
+    with pytest.raises(SystemExit) as stop:
+        proof.main()
+    assert stop.value.code
+    printed = capsys.readouterr().out
+    assert "not compared, because a run failed (the reason is above): sac\n" in printed
+    assert "every number is identical to the bit in 1 rows" in printed
+    assert "changed" not in printed
 
 
 @pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--rows", "sacc"], []])

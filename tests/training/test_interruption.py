@@ -3,12 +3,15 @@
 import os
 import pty
 import signal
+import subprocess
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from lightning import Callback
 
+import careless_envs  # noqa: F401
 from checks import metrics
 from levin import resume
 from levin.algorithms.sac import SAC
@@ -16,6 +19,7 @@ from levin.collectors import episodes, vector
 from levin.collectors.vector import VectorCollector
 from levin.config.compose import compose
 from levin.core.errors import RunError, exit_on_user_error
+from levin.envs.config import EnvConfig
 from levin.envs.vector import SeededVectorEnv
 from levin.evaluate import evaluate_run
 from levin.runs import checkpoint
@@ -210,6 +214,31 @@ def test_a_slow_rollout_is_abandoned_and_repeated(overrides, at, tmp_path, monke
     assert_identical_runs(tmp_path / "straight", tmp_path / "run")
 
 
+def test_a_signal_while_losses_are_compiled_does_not_end_the_compiler(tmp_path, monkeypatch):
+    """The compiler is a child process. It gets the signals of a terminal and of SLURM too."""
+    compiled = [True]
+
+    def compile_with_a_signal(loss, *, dynamic):
+        def call(*arguments):
+            if not compiled:
+                compiled.append(True)
+                os.kill(os.getpid(), signal.SIGTERM)
+                subprocess.run(["sh", "-c", "kill -TERM $$"], check=True)
+            return loss(*arguments)
+
+        return call
+
+    monkeypatch.setattr("levin.algorithms.base.compile_loss", compile_with_a_signal)
+    overrides = [*TINY, "algo.compile=true", "total_env_steps=448"]
+    train(compose(overrides), tmp_path / "straight")
+    compiled.clear()
+    train(compose(overrides), tmp_path / "run")
+    assert compiled
+    assert not is_complete(tmp_path / "run")
+    resume.resume(run=str(tmp_path / "run"))
+    assert_identical_runs(tmp_path / "straight", tmp_path / "run")
+
+
 def test_a_fast_rollout_is_finished(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(vector, "SLOW", 1e9)  # also on a machine that stands still for a second
@@ -247,6 +276,23 @@ def test_a_signal_ends_a_run_in_an_endless_episode(tmp_path, monkeypatch):
         signal_at(patch, "training", 5000)
         train(compose(overrides), tmp_path / "run")
     assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "60"
+
+
+@pytest.mark.parametrize(
+    ("config", "reported"),
+    [
+        ({"id": "careless_envs:Endless-v0"}, True),
+        ({"id": "careless_envs:Careless-v0"}, False),
+        ({"id": "careless_envs:Endless-v0", "time_limit": 5}, False),
+        ({"id": "pong", "family": "atari"}, False),
+    ],
+)
+def test_only_an_env_without_a_limit_is_reported(config, reported, monkeypatch):
+    monkeypatch.setattr(episodes, "LONG_WAIT", 0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        episodes.EpisodeEnd(EnvConfig(**config)).check(10)
+    assert bool(caught) == reported
 
 
 def test_an_endless_episode_is_reported(tmp_path, monkeypatch):

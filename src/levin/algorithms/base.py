@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -40,13 +41,19 @@ def compile_loss(loss: Callable, *, dynamic: bool) -> Callable:
         dynamic: Whether the batch size varies. If false, every new size compiles the loss again.
 
     Raises:
-        ConfigError: No C++ compiler is installed.
+        ConfigError: No C++ compiler is installed, or no headers of Python.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(
             f"algo.compile=true needs a C++ compiler, but {compiler} was not found: "
             "install it, name another one in the environment variable CXX, or set algo.compile=false"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise ConfigError(
+            f"algo.compile=true needs the headers of Python, but {header} was not found: install them (python3-dev on "
+            "Debian and Ubuntu), or set algo.compile=false"
         )
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, options={"fallback_random": True})
 
@@ -152,6 +159,7 @@ class Algorithm(LightningModule):
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum and count since the last row of metrics
         self.logged: dict[str, tuple[float, int]] = {}  # the same of values that callbacks log
         self.sample_seconds = 0.0
+        self.compiled: tuple[str, ...] = ()  # names of methods that are compiled when they are first called
         self.captured: tuple[str, ...] = ()  # names of methods that run as CUDA graphs on a GPU
         # Hooks `on_before_zero_grad` and `on_before_optimizer_step` of this run (levin.training.hooks).
         self.before_zero_grad: tuple[Callable[[Optimizer], None], ...] = ()
@@ -254,6 +262,7 @@ class Algorithm(LightningModule):
 
     def compile_losses(self, *names: str) -> None:
         """Replace these methods by compiled ones. Raises ConfigError if there is no C++ compiler."""
+        self.compiled = names
         torch.compiler.reset()  # else several runs in one process would count as recompilations
         dynamic = isinstance(self.steps_per_iteration, WholeEpisodes)
         for name in names:
@@ -301,6 +310,14 @@ class Algorithm(LightningModule):
         if max_grad_norm is not None:
             clip_grad_norm(parameters, max_grad_norm)
         optimizer.step()
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients of a loss, each in the precision of its forward computation.
+
+        Under mixed precision, the products of a backward pass would be rounded even where the forward pass is exact.
+        """
+        with self.full_precision():
+            super().manual_backward(loss, *args, **kwargs)
 
     def full_precision(self) -> torch.autocast:
         """Return a context without mixed precision, to match collection or for results that must be exact."""

@@ -171,7 +171,8 @@ class WorldModel(nn.Module):
         if part["dtype"] == "uint8" or len(shape) != 1:
             raise ConfigError(
                 f"Dreamer reads vectors, or pixels of 64 x 64, but {env} has {part['dtype']} observations of shape "
-                f"{shape}; for MuJoCo and dm_control envs, set env.pixels=64"
+                f"{shape}; for MuJoCo and dm_control envs, set env.pixels=64; for "
+                "Atari games, env.frame_stack=1 env.kwargs.img_height=64 env.kwargs.img_width=64"
             )
         encoder = nn.Sequential(nn.Flatten(), mlp([shape[0], units, units, units], activation))
         return encoder, mlp([self.features, units, units, shape[0]], activation), units

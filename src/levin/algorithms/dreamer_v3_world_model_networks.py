@@ -65,7 +65,8 @@ class WorldModel(nn.Module):
             else:
                 raise ConfigError(
                     f"DreamerV3 reads vectors, or pixels of 64 x 64, but {env['id']} has {part['dtype']} observations "
-                    f"of shape {shape}; for MuJoCo and dm_control envs, set env.pixels=64"
+                    f"of shape {shape}; for MuJoCo and dm_control envs, set env.pixels=64; for "
+                    "Atari games, env.frame_stack=1 env.kwargs.img_height=64 env.kwargs.img_width=64"
                 )
         self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
         self.gru = BlockGRU(size, self.actions)

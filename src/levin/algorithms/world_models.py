@@ -61,6 +61,7 @@ from levin.model_based import open_loop
 from levin.model_based.dream_env import STARTS, policy_space
 from levin.model_based.recurrent import Carry
 
+ENCODED = 16_000  # images that are encoded at once when V is trained, at most
 UPDATES_PER_ITERATION = 50  # of V or M, at most
 EVALUATION_DREAMS = 100
 TRIAL = "trial"  # key of a rollout: the trial that each step belongs to
@@ -441,10 +442,11 @@ class WorldModels(Algorithm):
     def encode_buffer(self) -> None:
         """Store mean and log-variance of q(z|o) of every image in replay."""
         data = self.buffer.data
-        for start in range(0, len(data), 1000):
-            images: Tensor = data.get("observation")[start : start + 1000]  # [n, N, *S]
+        rows = min(1000, max(1, ENCODED // self.env["num_envs"]))
+        for start in range(0, len(data), rows):
+            images: Tensor = data.get("observation")[start : start + rows]  # [n, N, *S]
             encoded = self.model.vision.encode(images.flatten(0, 1).to(self.device))
-            data[LATENT][start : start + 1000] = torch.cat(encoded, -1).unflatten(0, images.shape[:2])
+            data[LATENT][start : start + rows] = torch.cat(encoded, -1).unflatten(0, images.shape[:2])
 
     def store_starts(self) -> None:
         """Store first images of episodes in the model; dreams start from them."""

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from time import perf_counter
 
+import gymnasium
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModule
@@ -69,11 +70,14 @@ class EpisodeEnd:
     """Watchdog of episodes that may never end: warns after `LONG_WAIT` seconds, fails after `ENDLESS` steps.
 
     Args:
-        config: Options of the env. With `time_limit` every episode ends.
+        config: Options of the env. With `time_limit`, or a limit of its own, every episode ends.
     """
 
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
+        spec = gymnasium.registry.get(config.id.partition(":")[2] or config.id)
+        registered = spec is not None and spec.max_episode_steps is not None
+        self.ends = registered or config.time_limit is not None or config.family == "atari"
         self.warned_at = perf_counter() + LONG_WAIT
 
     def check(self, length: int) -> None:
@@ -82,7 +86,7 @@ class EpisodeEnd:
         Raises:
             RunError: It is too long to have an end.
         """
-        if self.config.time_limit is not None:
+        if self.ends:
             return
         advice = "if its episodes have no end, train it with env.time_limit=<steps>"
         if perf_counter() > self.warned_at:

@@ -12,7 +12,8 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer, RoundRobinWriter
 
-from levin.core.errors import ConfigError
+from levin.core import distributed
+from levin.core.errors import ConfigError, RunError
 from levin.core.spaces import EnvSpec
 from levin.data.n_step import NStep
 from levin.data.priorities import Priorities
@@ -70,6 +71,22 @@ def to_device(data: Moved, device: torch.device) -> Moved:
     return data if device.type == "cpu" else data.to(device, non_blocking=device.type == "cuda")
 
 
+class DeviceMemory(LazyTensorStorage):
+    """Storage in the memory of the device that trains, all of it from the first rollout on."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, device="auto")  # type: ignore[arg-type]
+
+    def _init(self, data: TensorDictBase) -> None:  # one entry
+        try:
+            super()._init(data)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the replay buffer needs {self.max_size * data.bytes() / 1e9:.1f} GB of memory, and the device "
+                "that trains has less: lower algo.buffer_size, or set algo.buffer_storage=memmap"
+            ) from error
+
+
 class UnnamedFiles(LazyMemmapStorage):
     """Storage in files without names in the folder for temporary files: they end with the process.
 
@@ -81,12 +98,13 @@ class UnnamedFiles(LazyMemmapStorage):
 
     def _init(self, data: TensorDictBase) -> None:  # one entry
         parent = tempfile.gettempdir()
-        needed, free = self.max_size * data.bytes(), shutil.disk_usage(parent).free
+        # Each rank has an equal part of the buffer
+        needed, free = distributed.world_size() * self.max_size * data.bytes(), shutil.disk_usage(parent).free
         if needed > free:
             warnings.warn(
-                f"algo.buffer_size={self.max_size} needs {needed / 1e9:.1f} GB of {parent} when it is full, and "
-                f"{free / 1e9:.1f} are free; the system would kill the process: lower it, or export TMPDIR=<folder "
-                "on a larger disk>",
+                f"the replay buffer needs {needed / 1e9:.1f} GB of {parent} when it is full, and {free / 1e9:.1f} are "
+                "free; the system would kill the process: lower algo.buffer_size, or export TMPDIR=<folder on a larger "
+                "disk>",
                 stacklevel=1,
             )
         # Errors are ignored, since a network drive keeps open files under other names.
@@ -119,7 +137,7 @@ class Replay:
     def __init__(
         self, size: int, storage: str, n_step: NStep | None = None, priorities: Priorities | None = None
     ) -> None:
-        lazy = LazyTensorStorage(size, device="auto") if storage == "memory" else UnnamedFiles(size)  # type: ignore[arg-type]
+        lazy = DeviceMemory(size) if storage == "memory" else UnnamedFiles(size)
         self.size, self.storage, self.n_step, self.priorities = size, storage, n_step, priorities
         # Compilable: with counters of Python, which do not wrap at 2^31.
         self.buffer = ReplayBuffer(storage=lazy, sampler=priorities, writer=RoundRobinWriter(compilable=True))

@@ -6,11 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from levin.core import files
 from levin.core.omega import to_plain
+from levin.results.curves import Curves, read_curves
+from levin.results.result import FINAL
 from levin.runs.load import load_config
 
 CARD = "policy.md"
+FEWEST = 10  # episodes that have an interval
 ONNX = """```python
 import numpy as np
 import onnxruntime
@@ -46,6 +51,14 @@ def write_card(folder: Path, name: str, run: Path, metadata: dict[str, Any], che
     stacked += f" An action is repeated for {repeat} steps of the env." if repeat > 1 else ""
     stacked += f" It sees only the entries {list(entries)} of the env's observations." if entries else ""
     stacked += f" Observations are the env's images, {metadata['pixels']}." if metadata["pixels"] else ""
+    env = to_plain(load_config(run, code_sections=()).env)
+    if env["family"] == "atari":
+        options = {"frameskip": repeat, "stack_num": frames, **env["kwargs"]}
+        options = "".join(f", {key}={value!r}" for key, value in options.items())
+        stacked += (
+            f' Observations are those of `ale_py.vector_env.AtariVectorEnv("{env["id"]}", num_envs{options})`: the '
+            "maximum of the last two frames, by default in grey and of 84 x 84 pixels."
+        )
     memory = ""
     if metadata["memory"]:
         memory = (
@@ -110,13 +123,7 @@ def read_score(run: Path, env_steps: int) -> str:
     """Return a sentence with the score after these env steps and its 95% interval; empty if there is none."""
     summary, evaluation, metrics = run / "summary.json", run / "evaluation.json", run / "metrics.csv"
     if summary.is_file():
-        result = json.loads(summary.read_text(encoding="utf-8"))
-        score = result["as_the_source_measures"]
-        low, high = score["interval"]
-        return (
-            f"Mean return of {len(result['seeds'])} seeds, of which this is one: {score['mean']:,.1f}, 95% interval "
-            f"{low:,.1f} to {high:,.1f}."
-        )
+        return _sentence_of_result(json.loads(summary.read_text(encoding="utf-8")), read_curves(run))
     if evaluation.is_file():
         score = json.loads(evaluation.read_text(encoding="utf-8"))
         if score["env_steps"] == env_steps:
@@ -130,9 +137,33 @@ def read_score(run: Path, env_steps: int) -> str:
     return ""
 
 
+def _sentence_of_result(summary: dict[str, Any], curves: Curves) -> str:
+    """Return the sentence of a result, whose score is that of deterministic episodes of all its seeds."""
+    score, finals = summary["as_the_source_measures"], [curve.return_mean[-FINAL:] for curve in curves.values()]
+    if score["metric"] == "evaluations":
+        mean, interval, last = score["mean"], score["interval"], score["last"]
+    elif min(map(len, finals)) == FINAL:  # the source counts training episodes, in which the policy explores
+        score = summary[f"mean_of_last_{FINAL}_evaluations"]
+        mean, interval, last = score["mean"], score["interval"], FINAL
+    else:
+        mean, interval, last = float(np.mean([each[-1] for each in finals])), None, 1
+    over = "its last evaluation" if last == 1 else f"its last {last} evaluations"
+    if len(finals) == 1:
+        return f"Mean return in {over}: {mean:,.1f} (of this run alone; other seeds differ)."
+    between = f", 95% interval {interval[0]:,.1f} to {interval[1]:,.1f}" if interval else ""
+    return f"Mean return of {len(finals)} seeds, of which this is one, each in {over}: {mean:,.1f}{between}."
+
+
 def _sentence(mean: float, std: float, episodes: int) -> str:
-    error = 1.96 * std / math.sqrt(episodes)
+    """Return the sentence of an evaluation; `std` is divided by the number of episodes, not by one less."""
+    alone = "(of this run alone; other seeds differ)"
+    if episodes < FEWEST:
+        return f"Mean return over {episodes} episode{'s' * (episodes > 1)}: {mean:,.1f} {alone}."
+    free, z = episodes - 1, 1.96
+    # The quantile of Student's t, by its expansion around that of the normal distribution (Fisher and Cornish 1960)
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    error = t * std / math.sqrt(free)
     return (
         f"Mean return over {episodes} episodes: {mean:,.1f}, 95% interval {mean - error:,.1f} to {mean + error:,.1f} "
-        "(of this run alone; other seeds differ)."
+        f"{alone}."
     )

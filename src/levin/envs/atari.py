@@ -1,13 +1,17 @@
 """Atari games on ale-py's vector env, which steps and preprocesses all games in C++ threads.
 
-Preprocessing follows Mnih et al. 2015 as implemented in OpenAI Baselines: up to 30 no-op frames at the start, each
-action repeated for 4 frames, the pixelwise maximum of the last two frames, 84 x 84 greyscale, and a stack of the newest
-4. In training, a lost life ends an episode and rewards are clipped to their sign; an evaluation plays whole games and
-reports the score.
+Preprocessing follows Mnih et al. 2015 as implemented in OpenAI Baselines: no-op frames at the start, each action
+repeated for 4 frames, the pixelwise maximum of the last two frames, 84 x 84 greyscale, and a stack of the newest 4. In
+training, a lost life ends an episode and rewards are clipped to their sign; an evaluation plays whole games and reports
+the score.
 
 Deviations from Baselines, all due to ale-py:
     - FIRE is pressed once, for one frame, at the beginning of a game, before the no-op frames; not after a lost life.
-    - The first observation of a game is one frame and three black ones, and a lost life does not clear the stack.
+    - There are 0 to 29 no-op frames, or 0 to 28 after FIRE, instead of 1 to 30.
+    - The first observation of a game is one frame and three black ones, and a lost life does not clear the stack: the
+      next episode begins with the observation at which it was lost, without a no-op step.
+    - The maximum is that of two grey frames, instead of the colours.
+    - A game is truncated after 108,000 frames, unless `env.time_limit` says otherwise.
 """
 
 from typing import Any
@@ -135,7 +139,6 @@ def make_atari_games(config: EnvConfig, num_envs: int, *, training: bool, view: 
         raise ConfigError(f"env.id={config.id} is not a game of ale-py; {valid}")
     for key, value, reason in (
         ("vectorization", "async", "ale-py steps games in threads of its own"),
-        ("action", "" if config.kwargs.get("continuous") else "rescale", "its actions are discrete and have no bounds"),
         ("normalize_observation", True, "networks scale pixels themselves"),
         ("observation_entries", config.observation_entries or [], "it always shows pixels"),
         ("pixels", config.pixels or 0, "it always shows pixels; env.kwargs.img_height and img_width set their size"),

@@ -104,8 +104,9 @@ def _compare_curves(
     common = sorted(set(stored_evaluations) & set(evaluations))
     facts = [run_folder.read_provenance(run) for run in runs.values()]
     config = load_config(folder, code_sections=())
-    gpu = config.trainer.accelerator != "cpu"
-    differences = [key for session in _all_sessions(facts) for key in _provenance_differences(before, session, gpu=gpu)]
+    gpu, bf16 = config.trainer.accelerator != "cpu", config.trainer.precision == "bf16-mixed"
+    sessions = _all_sessions(facts)
+    differences = [key for each in sessions for key in _provenance_differences(before, each, gpu=gpu, bf16=bf16)]
     if config.trainer.get("workers", 1) > 1:
         differences.append("order of the workers' updates")  # not deterministic
     if common and not differences:
@@ -170,10 +171,20 @@ def _all_sessions(facts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [session for own in facts for session in (own, *own["resumed"])]
 
 
-def _provenance_differences(before: dict[str, Any], now: dict[str, Any], *, gpu: bool) -> list[str]:
-    """Return why runs may have other numbers than the stored ones. `gpu`: whether the config may run on a GPU."""
-    vendors = (before["processor"].split(" ")[0], now["processor"].split(" ")[0])
-    differences = ["CPU vendor"] if len(set(vendors)) > 1 else []
+def _provenance_differences(before: dict[str, Any], now: dict[str, Any], *, gpu: bool, bf16: bool) -> list[str]:
+    """Return why runs may have other numbers than the stored ones.
+
+    Args:
+        before: Provenance of the stored seeds.
+        now: Provenance of the runs.
+        gpu: Whether the config may run on a GPU.
+        bf16: Whether it computes in bfloat16, whose sums differ between models of one vendor with the same capability.
+    """
+    if bf16:
+        differences = _different_facts(before, now, ("processor",))
+    else:
+        vendors = (before["processor"].split(" ")[0], now["processor"].split(" ")[0])
+        differences = ["CPU vendor"] if len(set(vendors)) > 1 else []
     if gpu and (before["gpus"] or now["gpus"]):
         differences.append("GPU")  # even the same GPU: its sums have no fixed order
     relevant = {*COMPARED_FACTS, "processor", *(["gpus"] if gpu else [])}

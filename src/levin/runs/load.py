@@ -114,6 +114,8 @@ def load_algorithm(run: Path) -> "Algorithm":
         for name, value in values.items():  # the config was checked (`levin.runs.trust`), the checkpoint was not
             if isinstance(value, dict) and "_target_" in value and value != to_plain(config.algo).get(name):
                 raise ValueError(f"it names other code in hyper_parameters.{name} than config.yaml does")
+        if "compile" in values:
+            values["compile"] = False  # it needs a compiler, and only updates are compiled
         algorithm = kind(**values)
         if path.name == POLICY:
             algorithm.env_steps = as_count("env_steps", saved["env_steps"])

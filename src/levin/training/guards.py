@@ -26,7 +26,8 @@ class Preemption(Callback):
     """Saves and stops the run on a signal. A second Ctrl-C ends it at once.
 
     An evaluation and a slow rollout are abandoned, and a resumed run repeats them. Everything else goes on to the end
-    of the iteration.
+    of the iteration. Until a compiled algorithm has been updated, signals wait for that end: the compiler, a child
+    process, gets them too and would die of them, unless it is started while they are blocked.
 
     Args:
         alone: Whether this process trains alone. Rollouts of several ranks or workers are not abandoned, because the
@@ -46,7 +47,8 @@ class Preemption(Callback):
         if threading.current_thread() is threading.main_thread():
             self._original_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._updates = cast(Algorithm, pl_module).updates
         self._loader = cast(CollectorLoader, trainer.train_dataloader)
         # Lightning has set its own handlers by now, which would end the run without saving.
         if threading.current_thread() is threading.main_thread():
@@ -71,12 +73,19 @@ class Preemption(Callback):
         with suppress(OSError):  # stderr may be closed: the same Ctrl-C ends a `| tee`
             os.write(2, message.encode())
 
+    def on_train_batch_start(self, _: Trainer, pl_module: LightningModule, *__: Any) -> None:
+        algorithm = cast(Algorithm, pl_module)
+        if algorithm.compiled and algorithm.updates == self._updates:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if self.received is not None:
             trainer.should_stop = True
 
     def restore(self) -> None:
         """Restore the handlers of the time before training. The caller of `Trainer.fit` does this when it has ended."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         restore_signals(self._original_handlers)
 
 
