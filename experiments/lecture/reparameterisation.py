@@ -151,7 +151,7 @@ def measure() -> None:
 
 
 def draw() -> None:
-    """Draw the stochastic graph, derivatives in single weights, and the agreement over the training."""
+    """Draw the stochastic graph, derivatives of the critic in the action, and the agreement over the training."""
     table = read_csv(HERE / "reparameterisation.csv")
     figure, (left, middle, right) = panels(3, width=12.0, height=3.9, ratios=(1.1, 1, 1))
     draw_graph(left)
