@@ -46,7 +46,7 @@ EIGHT = "ours, 8 gymnasium envs"
 PEER = "Stable-Baselines3, 8 gymnasium envs"
 SCORES = {"cartpole": 500.0, "pendulum": -200.0}
 SEEDS = range(3)
-GYMNASIUM_SEEDS = {"cartpole": SEEDS, "pendulum": SEEDS[:1]}  # Pendulum's time can't be compared, see REPORT
+GYMNASIUM_SEEDS = {"cartpole": SEEDS, "pendulum": SEEDS[:1]}  # Pendulum's time can't be compared, see TEXT
 EPISODES = 10  # of the final evaluation in gymnasium's own env
 
 

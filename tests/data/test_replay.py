@@ -147,11 +147,13 @@ def test_a_gpu_that_has_no_room_for_the_buffer_is_named(monkeypatch):
         replay.Replay(1000, "memory").extend(Camera(1, 4).rollout(20))
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_the_buffers_of_all_ranks_are_on_one_disk(ranks, monkeypatch):
+@pytest.mark.parametrize(("ranks", "here"), [(1, None), (3, None), (4, "2"), (6, "3")])
+def test_the_buffers_of_the_ranks_of_a_machine_are_on_one_disk(ranks, here, monkeypatch):
     monkeypatch.setattr("levin.core.distributed.world_size", lambda: ranks)
+    if here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=16_000))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         replay.UnnamedFiles(1000)._init(TensorDict({"reward": torch.zeros(2)}))  # 8 bytes
-    assert len(caught) == (ranks == 3)
+    assert len(caught) == (ranks in (3, 6))

@@ -21,6 +21,7 @@ from levin.config.compose import compose
 from levin.core import distributed
 from levin.core.errors import ConfigError, RunError
 from levin.runs import checkpoint
+from levin.runs import folder as run_folder
 from levin.training.distributed import data_parallel, sharding
 from levin.training.distributed import rank as rank_script
 from levin.training.distributed.data_parallel import DataParallel
@@ -207,6 +208,21 @@ def test_a_signal_saves_the_run_and_ends_all_ranks(number, running):
 
 
 @pytest.mark.slow
+def test_a_run_whose_second_rank_gets_a_signal_has_not_ended(running):
+    process, run, other = running
+    os.kill(other, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "to continue: make resume" in output
+    assert not run_folder.has_ended(run, 1_000_000_000)
+
+
+def test_ranks_on_several_machines_need_a_launcher(tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer.num_nodes=2 needs torchrun or srun"):
+        train(compose([*PAIR, "trainer.devices=1", "trainer.num_nodes=2"]), tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_an_error_in_a_rank_is_reported_by_the_run(tmp_path):
     overrides = [
         "env=gym",
@@ -230,6 +246,7 @@ def test_an_error_in_a_rank_is_reported_by_the_run(tmp_path):
             "trainer.strategy=hogwild trainer.workers=2",
         ),
         (["algo=a3c", "env=cartpole"], "not trainer.devices=2: set trainer.devices=1"),
+        (["algo=a3c", "env=cartpole", "trainer.devices=1", "trainer.num_nodes=2"], "not trainer.num_nodes=2"),
         (["trainer.devices=0"], "trainer.devices=0"),
     ],
 )

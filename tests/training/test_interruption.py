@@ -35,6 +35,10 @@ ENDLESS = ("env=gym", "env.id=careless_envs:Endless-v0", "env.action=rescale")
 REINFORCE = ("algo=reinforce", "env=cartpole", "algo.transitions_per_update=60", "algo.hidden_sizes=[8]")
 REINFORCE += ("algo.schedule_env_steps=448", "eval.episodes=2", "eval.every=70", "checkpoint.every=90", "logger=csv")
 SLOW_SAC = (*TINY, "env.num_envs=2", "algo.steps_per_iteration=16")
+TD3 = (
+    *("algo=td3", *TINY[1:], "algo.learning_starts=64", "algo.steps_per_iteration=4", "algo.replay_ratio=0.25"),
+    *("env.num_envs=1", "algo.policy_delay=2"),
+)
 MEMORY = ("algo=ddpg", "algo.noise=ornstein_uhlenbeck", *TINY[1:])  # a policy with a state
 
 
@@ -214,29 +218,55 @@ def test_a_slow_rollout_is_abandoned_and_repeated(overrides, at, tmp_path, monke
     assert_identical_runs(tmp_path / "straight", tmp_path / "run")
 
 
-def test_a_signal_while_losses_are_compiled_does_not_end_the_compiler(tmp_path, monkeypatch):
-    """The compiler is a child process. It gets the signals of a terminal and of SLURM too."""
-    compiled = [True]
+@pytest.mark.parametrize("overrides", [TINY, TD3], ids=["sac", "td3"])
+def test_a_signal_while_losses_are_compiled_does_not_end_the_compiler(overrides, tmp_path, monkeypatch):
+    """The compiler is a child process. It gets the signals of a terminal and of SLURM too.
+
+    TD3 compiles the loss of its actor an iteration later than that of its critic. The signal comes with the last loss.
+    """
+    left = []
 
     def compile_with_a_signal(loss, *, dynamic):
+        name = loss.__name__
+
         def call(*arguments):
-            if not compiled:
-                compiled.append(True)
-                os.kill(os.getpid(), signal.SIGTERM)
+            if name in left:
+                left.remove(name)
                 subprocess.run(["sh", "-c", "kill -TERM $$"], check=True)
+                if not left:
+                    os.kill(os.getpid(), signal.SIGTERM)
             return loss(*arguments)
 
         return call
 
     monkeypatch.setattr("levin.algorithms.base.compile_loss", compile_with_a_signal)
-    overrides = [*TINY, "algo.compile=true", "total_env_steps=448"]
+    overrides = [*overrides, "algo.compile=true", "total_env_steps=448"]
     train(compose(overrides), tmp_path / "straight")
-    compiled.clear()
+    left += ["critic_loss", "actor_loss"]
     train(compose(overrides), tmp_path / "run")
-    assert compiled
+    assert not left
     assert not is_complete(tmp_path / "run")
     resume.resume(run=str(tmp_path / "run"))
     assert_identical_runs(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_signal_while_the_envs_are_compiled_does_not_end_the_compiler(tmp_path, monkeypatch):
+    def compile_in_a_child(function, **_):
+        subprocess.run(["sh", "-c", "true"], check=True)
+
+        def call(*arguments):
+            if not stepped:
+                stepped.append(True)
+                subprocess.run(["sh", "-c", "kill -TERM $$"], check=True)
+            return function(*arguments)
+
+        return call
+
+    stepped = []
+    monkeypatch.setattr(torch, "compile", compile_in_a_child)
+    words = ["algo=ppo", "env=cartpole_batched", "algo.compile=true", "debug=smoke", "logger=csv"]
+    train(compose([*words, "total_env_steps=2048"]), tmp_path / "run")
+    assert stepped
 
 
 def test_a_fast_rollout_is_finished(tmp_path, monkeypatch):

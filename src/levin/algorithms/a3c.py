@@ -26,7 +26,8 @@ Metrics:
     train/actor_loss: -E[A log pi].
     train/critic_loss: squared error of V.
     train/entropy: H(pi), nats.
-    train/staleness: updates by other workers between pull and push. This and the metrics above are those of worker 0.
+    train/staleness: updates by other workers between pull and push. This, the metrics above and
+        `episode/...` are those of worker 0.
     train/stale_pushes: fraction of all workers' pushes with a staleness of 1 or more.
 """
 

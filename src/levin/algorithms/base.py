@@ -49,11 +49,15 @@ def compile_loss(loss: Callable, *, dynamic: bool) -> Callable:
             f"algo.compile=true needs a C++ compiler, but {compiler} was not found: "
             "install it, name another one in the environment variable CXX, or set algo.compile=false"
         )
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.is_file():
+    searched = [sysconfig.get_path("include")]
+    searched += [
+        each for name in ("CPATH", "CPLUS_INCLUDE_PATH") for each in os.environ.get(name, "").split(os.pathsep)
+    ]
+    if not any((Path(folder) / "Python.h").is_file() for folder in searched):
         raise ConfigError(
-            f"algo.compile=true needs the headers of Python, but {header} was not found: install them (python3-dev on "
-            "Debian and Ubuntu), or set algo.compile=false"
+            f"algo.compile=true needs the headers of Python, but {searched[0]}/Python.h was not found: install them "
+            "(python3-dev on Debian and Ubuntu), name their folder in the environment variable CPATH, or set "
+            "algo.compile=false"
         )
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, options={"fallback_random": True})
 
@@ -92,6 +96,7 @@ class Algorithm(LightningModule):
     not_saved: ClassVar[tuple[str, ...]] = (
         *(*PROGRESS, "logged", "buffer", "_saved_buffer", "env"),  # saved by `on_save_checkpoint`, or constant
         *("iteration_begun", "iterations_here", "sample_seconds", "before_zero_grad", "before_optimizer_step"),
+        "uncompiled",
     )
     actions: ClassVar[tuple[str, ...]]  # supported action spaces: "box", "discrete", "multi_discrete"
     observations: ClassVar[tuple[str, ...]] = ("float32",)  # supported observation dtypes; "uint8": pixels
@@ -159,7 +164,7 @@ class Algorithm(LightningModule):
         self.recorded: dict[str, tuple[Tensor, int]] = {}  # name -> sum and count since the last row of metrics
         self.logged: dict[str, tuple[float, int]] = {}  # the same of values that callbacks log
         self.sample_seconds = 0.0
-        self.compiled: tuple[str, ...] = ()  # names of methods that are compiled when they are first called
+        self.uncompiled: set[str] = set()  # names of methods that will be compiled when they are first called
         self.captured: tuple[str, ...] = ()  # names of methods that run as CUDA graphs on a GPU
         # Hooks `on_before_zero_grad` and `on_before_optimizer_step` of this run (levin.training.hooks).
         self.before_zero_grad: tuple[Callable[[Optimizer], None], ...] = ()
@@ -261,12 +266,21 @@ class Algorithm(LightningModule):
         return None
 
     def compile_losses(self, *names: str) -> None:
-        """Replace these methods by compiled ones. Raises ConfigError if there is no C++ compiler."""
-        self.compiled = names
+        """Replace these methods by compiled ones. Raises ConfigError if they can't be compiled here."""
+        self.uncompiled = {*names}
         torch.compiler.reset()  # else several runs in one process would count as recompilations
         dynamic = isinstance(self.steps_per_iteration, WholeEpisodes)
         for name in names:
-            setattr(self, name, compile_loss(getattr(self, name), dynamic=dynamic))
+            setattr(self, name, self._note_call(name, compile_loss(getattr(self, name), dynamic=dynamic)))
+
+    def _note_call(self, name: str, compiled: Callable) -> Callable:
+        """Return a function that calls a compiled method, and notes that it has been compiled."""
+
+        def call(*arguments: Any) -> Any:
+            self.uncompiled.discard(name)
+            return compiled(*arguments)
+
+        return call
 
     def capture(self, *names: str) -> None:
         """Run these methods as CUDA graphs if the whole run is on one GPU; otherwise they stay as they are."""

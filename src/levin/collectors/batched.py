@@ -23,6 +23,7 @@ from torchrl.envs import EnvBase
 from levin.collectors.loader import CollectorLoader
 from levin.core import distributed, rng
 from levin.core.errors import ConfigError, NotFiniteError
+from levin.core.process import signals_blocked
 from levin.core.spaces import ACTION_MASK, IS_FIRST, random_actions, random_allowed_actions, tensor_action_converter
 from levin.data.rollout import POLICY_VERSION, policy_device, random_steps_left
 from levin.envs.torchrl import TorchRLVectorEnv, as_path, bare_env, end_flags
@@ -123,7 +124,15 @@ class BatchedCollector(BaseCollector):
             torch.compiler.reset()  # else several runs in one process would count as recompilations
             options: dict[str, Any] = {"fallback_random": True}
             # Not as CUDA graphs of torch.compile: a step reads what the last one returned, which they overwrite.
-            self._advance = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
+            compiled = torch.compile(self.advance, fullgraph=True, dynamic=False, options=options)
+
+            def first(*arguments: Any) -> tuple[Any, ...]:
+                """Compile and take the first step; the compiler, a child process, would die of a signal."""
+                self._advance = compiled
+                with signals_blocked():
+                    return compiled(*arguments)
+
+            self._advance = first
         self._totals = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in TOTALS}
         # A resumed run takes a new seed, for envs with random numbers that are neither torch's nor in a buffer.
         with rng.preserved_state(), torch.inference_mode():  # many envs set the seed of torch's generator

@@ -32,7 +32,7 @@ from torchrl.envs import EnvBase
 from levin.collectors.worker import Worker, WorkerPolicy, WorkerShare, make_worker_env, policy_weights, summarize_error
 from levin.core import distributed
 from levin.core.errors import RunError
-from levin.core.process import SIGNALS
+from levin.core.process import signals_blocked
 from levin.core.spaces import IS_FIRST
 from levin.data.rollout import ENV_INDEX, POLICY_VERSION, random_steps_left
 from levin.envs.vector import SeededVectorEnv
@@ -143,20 +143,18 @@ class WorkersCollector(BaseCollector):
             "total_frames": -1,
             "auto_register_policy_transforms": False,
         }
-        # Workers inherit the blocked signals. In this process, signals are delivered when the mask is restored.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        method = multiprocessing.get_start_method()
-        if sys.platform == "linux":  # with `spawn`, TorchRL's default, every worker spends seconds on imports
-            multiprocessing.set_start_method("fork", force=True)
-        try:
-            if self.name == "torchrl-process":
-                collector = MultiSyncCollector(make_envs, cat_results=0, **common)
-            else:
-                collector = AsyncCollector(make_envs, **common)
-                collector.push = lambda worker: collector.load(worker, *self._load_arguments(worker, uncounted=1))
-        finally:
-            multiprocessing.set_start_method(method, force=True)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with signals_blocked():  # workers inherit the mask
+            method = multiprocessing.get_start_method()
+            if sys.platform == "linux":  # with `spawn`, TorchRL's default, every worker spends seconds on imports
+                multiprocessing.set_start_method("fork", force=True)
+            try:
+                if self.name == "torchrl-process":
+                    collector = MultiSyncCollector(make_envs, cat_results=0, **common)
+                else:
+                    collector = AsyncCollector(make_envs, **common)
+                    collector.push = lambda worker: collector.load(worker, *self._load_arguments(worker, uncounted=1))
+            finally:
+                multiprocessing.set_start_method(method, force=True)
         for process in collector.procs:  # they ignore SIGTERM, so end them with SIGKILL
             process._popen.terminate = process._popen.kill
         if isinstance(collector, AsyncCollector):

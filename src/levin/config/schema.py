@@ -148,10 +148,11 @@ def _check_workers(config: DictConfig) -> None:
             )
         sharding.shard_config(config)  # raises an error if a value can't be divided
         return
-    if trainer.devices > 1:
-        raise ConfigError(
-            f"trainer.strategy=hogwild has workers, not trainer.devices={trainer.devices}: set trainer.devices=1"
-        )
+    for key in ("devices", "num_nodes"):
+        if trainer.get(key, 1) > 1:
+            raise ConfigError(
+                f"trainer.strategy=hogwild has workers, not trainer.{key}={trainer[key]}: set trainer.{key}=1"
+            )
     if trainer.accelerator not in ("auto", "cpu"):
         raise ConfigError(
             f"trainer.strategy=hogwild runs on the CPU: set trainer.accelerator=cpu instead of {trainer.accelerator}"

@@ -46,6 +46,16 @@ def restore_signals(handlers: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block `SIGNALS` while the context lasts, also in processes that begin in it; here they are delivered after it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def signal_at_parents_end(number: signal.Signals, parent: int | None) -> None:
     """Let this process receive a signal when its parent ends, however that ends (on Linux).
 
@@ -67,11 +77,8 @@ def shield_resource_tracker() -> None:
     """
     from multiprocessing import resource_tracker
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
+    with signals_blocked():
         resource_tracker.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Replay buffers of single transitions, on TorchRL's `ReplayBuffer`."""
 
+import os
 import shutil
 import tempfile
 import warnings
@@ -83,7 +84,8 @@ class DeviceMemory(LazyTensorStorage):
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"the replay buffer needs {self.max_size * data.bytes() / 1e9:.1f} GB of memory, and the device "
-                "that trains has less: lower algo.buffer_size, or set algo.buffer_storage=memmap"
+                "that trains has less: lower algo.buffer_size, or set algo.buffer_storage=memmap; to resume a run, "
+                "which keeps both, set trainer.accelerator=cpu"
             ) from error
 
 
@@ -98,8 +100,9 @@ class UnnamedFiles(LazyMemmapStorage):
 
     def _init(self, data: TensorDictBase) -> None:  # one entry
         parent = tempfile.gettempdir()
-        # Each rank has an equal part of the buffer
-        needed, free = distributed.world_size() * self.max_size * data.bytes(), shutil.disk_usage(parent).free
+        # Each rank has an equal part of the buffer; torchrun says how many of them are on this machine
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+        needed, free = ranks * self.max_size * data.bytes(), shutil.disk_usage(parent).free
         if needed > free:
             warnings.warn(
                 f"the replay buffer needs {needed / 1e9:.1f} GB of {parent} when it is full, and {free / 1e9:.1f} are "

@@ -54,6 +54,8 @@ def write_card(folder: Path, name: str, run: Path, metadata: dict[str, Any], che
     env = to_plain(load_config(run, code_sections=()).env)
     if env["family"] == "atari":
         options = {"frameskip": repeat, "stack_num": frames, **env["kwargs"]}
+        for key in ("reseed_every", "episodic_life", "reward_clipping"):  # of `levin.envs.atari`, for training
+            options.pop(key, None)
         options = "".join(f", {key}={value!r}" for key, value in options.items())
         stacked += (
             f' Observations are those of `ale_py.vector_env.AtariVectorEnv("{env["id"]}", num_envs{options})`: the '
@@ -150,7 +152,9 @@ def _sentence_of_result(summary: dict[str, Any], curves: Curves) -> str:
     over = "its last evaluation" if last == 1 else f"its last {last} evaluations"
     if len(finals) == 1:
         return f"Mean return in {over}: {mean:,.1f} (of this run alone; other seeds differ)."
-    between = f", 95% interval {interval[0]:,.1f} to {interval[1]:,.1f}" if interval else ""
+    between = (
+        f" (95% interval of their interquartile mean: {interval[0]:,.1f} to {interval[1]:,.1f})" if interval else ""
+    )
     return f"Mean return of {len(finals)} seeds, of which this is one, each in {over}: {mean:,.1f}{between}."
 
 

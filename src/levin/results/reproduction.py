@@ -28,8 +28,8 @@ from levin.runs import code, provenance
 from levin.runs import folder as run_folder
 from levin.runs.load import export_policy, load_config
 
-# Facts of provenance.json that, with the CPU vendor, must be equal for runs to give identical numbers. `versions` are
-# those of the packages that compute; `lock_sha256` would also change with development tools.
+# Facts of provenance.json that, with the CPU vendor or model, must be equal for runs to give identical numbers.
+# `versions` are those of the packages that compute; `lock_sha256` would also change with development tools.
 COMPARED_FACTS = ("versions", "cpu_capability", "threads")
 # Facts in which seeds added later must equal the stored ones: the machine may differ, the software may not.
 SOFTWARE_FACTS = ("python", "versions")

@@ -26,8 +26,8 @@ class Preemption(Callback):
     """Saves and stops the run on a signal. A second Ctrl-C ends it at once.
 
     An evaluation and a slow rollout are abandoned, and a resumed run repeats them. Everything else goes on to the end
-    of the iteration. Until a compiled algorithm has been updated, signals wait for that end: the compiler, a child
-    process, gets them too and would die of them, unless it is started while they are blocked.
+    of the iteration. Until all losses are compiled, signals wait for that end: the compiler, a child process, gets them
+    too and would die of them, unless it is started while they are blocked.
 
     Args:
         alone: Whether this process trains alone. Rollouts of several ranks or workers are not abandoned, because the
@@ -37,7 +37,9 @@ class Preemption(Callback):
     def __init__(self, *, alone: bool) -> None:
         self.alone = alone
         self.received: signal.Signals | None = None
+        self.anywhere = False  # whether some rank has received a signal
         self.preempted = False
+        self._mask: set[int] | None = None  # of blocked signals, before an iteration that compiles
         self._original_handlers: dict[int, Any] = {}  # before those of the Trainer
 
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -47,8 +49,7 @@ class Preemption(Callback):
         if threading.current_thread() is threading.main_thread():
             self._original_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._updates = cast(Algorithm, pl_module).updates
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self._loader = cast(CollectorLoader, trainer.train_dataloader)
         # Lightning has set its own handlers by now, which would end the run without saving.
         if threading.current_thread() is threading.main_thread():
@@ -75,17 +76,26 @@ class Preemption(Callback):
 
     def on_train_batch_start(self, _: Trainer, pl_module: LightningModule, *__: Any) -> None:
         algorithm = cast(Algorithm, pl_module)
-        if algorithm.compiled and algorithm.updates == self._updates:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if algorithm.uncompiled:
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self._unblock()
         if self.received is not None:
             trainer.should_stop = True
 
+    def on_train_end(self, *_: Any) -> None:
+        self.anywhere = distributed.any_rank(self.received is not None)
+
+    def _unblock(self) -> None:
+        """Restore the mask of signals from before the iteration; pending ones are handled now."""
+        if self._mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            self._mask = None
+
     def restore(self) -> None:
         """Restore the handlers of the time before training. The caller of `Trainer.fit` does this when it has ended."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self._unblock()
         restore_signals(self._original_handlers)
 
 
@@ -99,7 +109,8 @@ def is_interrupted(trainer: Trainer) -> bool:
     """Return whether a signal or `trainer.max_time` has stopped the run, so that it is to be continued."""
     timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
     expired = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
-    return preemption_of(trainer).received is not None or expired
+    preemption = preemption_of(trainer)
+    return preemption.received is not None or preemption.anywhere or expired
 
 
 def forward_sigusr1(trainer: Trainer) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from levin.core import distributed
-from levin.core.errors import RunError
+from levin.core.errors import ConfigError, RunError
 
 GRACE = 20.0  # seconds that rank 0 gets to notice by itself that another rank has ended
 
@@ -47,6 +47,10 @@ class DataParallel(DDPStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally:
+            if self.num_nodes > 1:
+                raise ConfigError(
+                    f"trainer.num_nodes={self.num_nodes} needs torchrun or srun, which starts the ranks of each machine"
+                )
             self._launcher = RanksLauncher(self)
 
     def configure_ddp(self) -> None:

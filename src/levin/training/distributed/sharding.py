@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 
-from levin.core.errors import ConfigError
+from levin.core.errors import ConfigError, one_line
 
 # Values that the config gives for all ranks together; each rank gets an equal share.
 SHARDED_KEYS = (
@@ -36,7 +36,10 @@ def process_rank(config: DictConfig) -> int:
     if TorchElasticEnvironment.detect():
         environment = TorchElasticEnvironment()
     elif ranks > 1 and SLURMEnvironment.detect():
-        environment = SLURMEnvironment()
+        try:
+            environment = SLURMEnvironment()
+        except RuntimeError as error:  # as with --ntasks instead of --ntasks-per-node
+            raise ConfigError(f"srun: {one_line(error)}") from error
     if environment is None:
         return int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0
     if environment.world_size() != ranks:
